@@ -1,0 +1,89 @@
+"""The forward process: ``t -> (alpha_t, sigma_t)``, read from any diffusers scheduler."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from atdiff.errors import UserError
+
+__all__ = ["NoiseSchedule"]
+
+Kind = Literal["vp", "edm", "flow"]
+
+
+def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401  (any diffusers scheduler)
+    config = scheduler.config
+    name = type(scheduler).__name__
+    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    if "sigma_data" in config and not hasattr(scheduler, "alphas_cumprod"):
+        return "edm"
+    if hasattr(scheduler, "alphas_cumprod"):
+        return "vp"
+    raise UserError(
+        f"{name} has no noise schedule that atdiff can read: expected a DDPM-family scheduler with "
+        "`alphas_cumprod`, an EDM scheduler with `sigma_data`, or a flow-matching one."
+    )
+
+
+class NoiseSchedule:
+    """The forward process ``x_t = alpha_t x0 + sigma_t noise`` of a diffusers scheduler.
+
+    Timesteps are what the network is given, in the scheduler's own convention:
+
+    - ``vp`` (DDPM family): integers in ``[0, num_train_timesteps)``;
+      ``alpha_t = sqrt(alphas_cumprod[t])``, ``sigma_t = sqrt(1 - alphas_cumprod[t])``.
+      (`DDPM <https://arxiv.org/abs/2006.11239>`_, eq. 4)
+    - ``flow``: real numbers in ``(0, num_train_timesteps]``; ``sigma_t = t / num_train_timesteps``,
+      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the
+      scheduler moves which timesteps are visited, never this map.
+    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1)
+
+    Args:
+        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
+            never the state that ``set_timesteps`` leaves.
+
+    Raises:
+        UserError: the scheduler belongs to none of the families.
+    """
+
+    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+        self.kind: Kind = _kind_of(scheduler)
+        config = scheduler.config
+        self.num_train_timesteps = int(config.num_train_timesteps)
+        self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
+        self._alphas_cumprod: Tensor | None = None
+        if self.kind == "vp":
+            self._alphas_cumprod = scheduler.alphas_cumprod.double().clamp(0.0, 1.0)
+
+    def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""
+        if self.kind == "flow":
+            sigma = timesteps.float() / self.num_train_timesteps
+            return 1.0 - sigma, sigma
+        if self.kind == "edm":
+            sigma = (4.0 * timesteps.float()).exp()
+            return torch.ones_like(sigma), sigma
+        acp = self.alphas_cumprod(timesteps)
+        return acp.sqrt().float(), (1.0 - acp).sqrt().float()
+
+    def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
+        """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 where a timestep is -1."""
+        assert self._alphas_cumprod is not None, f"a {self.kind} schedule has no alphas_cumprod"
+        if self._alphas_cumprod.device != timesteps.device:
+            self._alphas_cumprod = self._alphas_cumprod.to(timesteps.device)
+        values = self._alphas_cumprod[timesteps.long().clamp(min=0)]
+        return torch.where(timesteps < 0, torch.ones_like(values), values)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return ``x_t = alpha_t x0 + sigma_t noise``; ``x0`` and ``noise`` are ``(B, ...)``, timesteps ``(B,)``."""
+        alpha, sigma = (expand(s, x0) for s in self(timesteps))
+        return alpha * x0 + sigma * noise
+
+
+def expand(per_sample: Tensor, like: Tensor) -> Tensor:
+    """Reshape ``(B,)`` to ``(B, 1, ..., 1)`` so that it broadcasts over ``like`` of shape ``(B, ...)``."""
+    return per_sample.reshape(-1, *([1] * (like.ndim - 1)))
