@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,27 @@ def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401  (any diffusers scheduler)
         f"{name} has no noise schedule that atdiff can read: expected a DDPM-family scheduler with "
         "`alphas_cumprod`, an EDM scheduler with `sigma_data`, or a flow-matching one."
     )
+
+
+def _betas(scheduler: Any) -> Tensor:  # noqa: ANN401
+    """Return the betas in float64: diffusers keeps them in float32, which costs sigma_0 four digits."""
+    config = scheduler.config
+    stored: Tensor = scheduler.betas.double()
+    steps, start, end = len(stored), config.get("beta_start"), config.get("beta_end")
+    schedule = config.get("beta_schedule")
+    if schedule == "linear":
+        exact = torch.linspace(start, end, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        exact = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+    elif schedule == "squaredcos_cap_v2":
+        # Improved DDPM, eq. 17, with the cap of beta at 0.999.
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
+        exact = (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        return stored
+    # Trained betas and rescaling to zero terminal SNR replace what the name says.
+    return exact if torch.allclose(exact, stored, rtol=1e-5, atol=1e-8) else stored
 
 
 class NoiseSchedule:
@@ -57,7 +79,7 @@ class NoiseSchedule:
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self._alphas_cumprod: Tensor | None = None
         if self.kind == "vp":
-            self._alphas_cumprod = scheduler.alphas_cumprod.double().clamp(0.0, 1.0)
+            self._alphas_cumprod = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""

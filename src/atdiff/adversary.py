@@ -1,0 +1,307 @@
+"""Who perturbs the network's input, by how much, and when: adversarial training as a generator of losses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.norms import NORMS, Norm, norm_of, project, steepest_step
+from atdiff.objectives.denoising import DenoisingBatch, ObjectiveOutput, Target
+
+__all__ = ["Adversary", "Objective"]
+
+Direction = Literal["gradient", "gradient_full", "residual", "random"]
+Method = Literal["free", "pgd"]
+Order = Literal["authors", "staggered"]
+ScaleFunction = Callable[[Tensor, Tensor], Tensor]
+
+SCALES: dict[str, ScaleFunction] = {
+    "constant": lambda alpha, sigma: torch.ones_like(sigma),
+    "sigma": lambda alpha, sigma: sigma,
+    "high": lambda alpha, sigma: sigma * (1.0 - alpha),
+}
+
+
+class Objective(Protocol):
+    """What an adversary asks of an objective."""
+
+    def draw(self, x0: Tensor, **fixed: Tensor) -> DenoisingBatch:
+        """Draw what is random about a batch."""
+
+    def compute(
+        self,
+        model: Callable[..., Any],
+        batch: DenoisingBatch,
+        delta: Tensor | None = None,
+        *,
+        target: Target = "equivariant",
+        detach_target: bool = True,
+    ) -> ObjectiveOutput:
+        """Run the network once at the perturbed input."""
+
+    def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
+        """Learn from the losses of a pass."""
+
+
+class Adversary:
+    """The perturbation set, and the passes that train on it.
+
+    ``free`` adversarial training runs each batch through ``passes`` forward-backward passes. It starts at
+    ``delta = 0``; each backward pass gives the gradient of the weights, which the caller's optimizer uses, and the
+    direction in which delta then moves. One backward pass serves both. (`Wang et al.
+    <https://arxiv.org/abs/2502.17099>`_, algorithm 1; `FreeLB <https://arxiv.org/abs/1909.11764>`_.) ``pgd`` spends
+    ``passes - 1`` passes on delta alone and one on the weights (`Madry et al. <https://arxiv.org/abs/1706.06083>`_).
+
+    ``direction``:
+
+    - ``gradient``: of the loss with delta detached from the target (the authors').
+    - ``gradient_full``: of the loss with delta in the target too: the true worst case.
+    - ``residual``: the predicted minus the true noise. No input gradient is needed.
+    - ``random``: normal; the control of the same norm.
+
+    ``order`` (of ``free``): ``authors`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
+    ``passes`` parts; each pass joins the next fresh part, at ``delta = 0``, with the parts of the passes before it,
+    at their newest delta. Cost and reuse are the same, but every update sees fresh samples.
+
+    Args:
+        norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
+        step_size: norm of one step, times ``scale(alpha_t, sigma_t)``. 0 repeats the batch unperturbed.
+        radius: bound of the norm of delta, times the same scale; None for no bound but ``(passes - 1) * step_size``.
+        passes: forward-backward passes a batch; 1 is plain training.
+        scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only), or a
+            function of ``(alpha_t, sigma_t)``, each ``(B,)``.
+        method: ``free`` or ``pgd``.
+        direction: see above.
+        order: see above.
+        target: whether the network's target follows delta (``equivariant``) or not.
+
+    Attributes:
+        delta: the perturbation of the pass last yielded, ``(B, ...)``.
+        output: the per-sample results of that pass.
+        nonfinite: how often a direction was not finite, so that delta stayed where it was (a 0-d tensor).
+
+    Raises:
+        UserError: a value is out of its range, unknown, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        norm: Norm = "l2",
+        step_size: float = 0.1,
+        passes: int = 3,
+        *,
+        radius: float | None = None,
+        scale: str | ScaleFunction = "constant",
+        method: Method = "free",
+        direction: Direction = "gradient",
+        order: Order = "authors",
+        target: Target = "equivariant",
+    ) -> None:
+        self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
+        self.method, self.direction, self.order, self.target = method, direction, order, target
+        self._check(scale)
+        self.scale = scale if callable(scale) else SCALES[scale]
+        self.delta: Tensor | None = None
+        self.output: ObjectiveOutput | None = None
+        self.nonfinite: Tensor = torch.zeros((), dtype=torch.long)
+        # Staggered parts that wait for their next pass, newest first: one pair (batch, delta) a micro-batch.
+        self._waiting: dict[int, tuple[list[int], DenoisingBatch, Tensor]] = {}
+
+    def _check(self, scale: str | ScaleFunction) -> None:
+        choices = {
+            "norm": (self.norm, NORMS),
+            "method": (self.method, get_args(Method)),
+            "direction": (self.direction, get_args(Direction)),
+            "order": (self.order, get_args(Order)),
+            "target": (self.target, get_args(Target)),
+        }
+        if not callable(scale):
+            choices["scale"] = (scale, tuple(SCALES))
+        for name, (value, valid) in choices.items():
+            if value not in valid:
+                raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
+        if isinstance(self.num_passes, bool) or not isinstance(self.num_passes, int) or self.num_passes < 1:
+            raise UserError(f"passes={self.num_passes!r} must be an integer of at least 1; 1 is plain training.")
+        if not self.step_size >= 0:
+            raise UserError(f"step_size={self.step_size} must not be negative; 0 repeats batches unperturbed.")
+        if self.radius is not None and not self.radius > 0:
+            raise UserError(f"radius={self.radius} must be above 0; None leaves delta unbounded.")
+        if self.method == "pgd" and self.order == "staggered":
+            raise UserError("method='pgd' cannot have order='staggered'; use order='authors' or method='free'.")
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Losses yielded, hence weight updates, per batch; either method costs ``num_passes`` passes."""
+        return self.num_passes if self.method == "free" else 1
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether delta moves along a gradient."""
+        return self.direction.startswith("gradient") and self.num_passes > 1 and self.step_size > 0
+
+    def passes(
+        self,
+        objective: Objective,
+        model: Callable[..., Any],
+        x0: Tensor | DenoisingBatch,
+        *,
+        accumulate: int = 1,
+        **fixed: Tensor,
+    ) -> Iterator[Tensor]:
+        """Yield one loss a pass; the caller runs its backward pass and its optimizer before asking for the next.
+
+        Args:
+            objective: draws the batch and computes its losses.
+            model: the network, wrapped or compiled as it may be.
+            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned.
+            accumulate: micro-batches per weight update. That many losses are yielded in a row, each a mean; divide
+                them by ``accumulate`` (Accelerate does) and step the optimizer after the last. Each micro-batch
+                keeps its own delta.
+            fixed: passed on to ``objective.draw``, such as ``class_labels``.
+
+        Yields:
+            Scalar losses: ``updates_per_batch * accumulate`` of them.
+
+        Raises:
+            RuntimeError: the next loss was asked for before the backward pass of the last.
+        """
+        batch = objective.draw(x0, **fixed) if isinstance(x0, Tensor) else x0
+        if self.method == "pgd":
+            yield from self._pgd(objective, model, batch.chunk(accumulate))
+        elif self.order == "authors":
+            yield from self._authors(objective, model, batch.chunk(accumulate))
+        else:
+            yield from self._staggered(objective, model, batch, accumulate)
+
+    def _authors(
+        self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]
+    ) -> Iterator[Tensor]:
+        deltas = [torch.zeros_like(part.x0) for part in parts]
+        share = len(parts) / sum(map(len, parts))
+        for k in range(self.num_passes):
+            last = k == self.num_passes - 1
+            for i, part in enumerate(parts):
+                output = self._forward(objective, model, part, deltas[i], track=not last)
+                yield output.loss.mean() * (len(part) * share)
+                objective.update(part, output)
+                if not last:
+                    deltas[i] = self._moved(part, output)
+
+    def _staggered(
+        self, objective: Objective, model: Callable[..., Any], batch: DenoisingBatch, accumulate: int
+    ) -> Iterator[Tensor]:
+        for fresh in batch.chunk(self.num_passes):
+            for i, part in enumerate(fresh.chunk(accumulate)):
+                sizes, joined, delta = self._join(i, part)
+                output = self._forward(objective, model, joined, delta, track=self.num_passes > 1)
+                yield output.loss.mean()
+                objective.update(joined, output)
+                if self.num_passes == 1:
+                    continue
+                moved = self._moved(joined, output)
+                kept = sizes[: self.num_passes - 1]
+                rows = sum(kept)
+                self._waiting[i] = (kept, joined.narrow(0, rows), moved[:rows])
+
+    def _join(self, i: int, fresh: DenoisingBatch) -> tuple[list[int], DenoisingBatch, Tensor]:
+        """Put a fresh part before those that wait for their next pass."""
+        delta = torch.zeros_like(fresh.x0)
+        if i not in self._waiting:
+            return [len(fresh)], fresh, delta
+        sizes, waiting, moved = self._waiting[i]
+        return [len(fresh), *sizes], type(fresh).cat([fresh, waiting]), torch.cat([delta, moved])
+
+    def _pgd(
+        self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]
+    ) -> Iterator[Tensor]:
+        share = len(parts) / sum(map(len, parts))
+        for part in parts:
+            delta = torch.zeros_like(part.x0)
+            for _ in range(self.num_passes - 1):
+                # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
+                with getattr(model, "no_sync", contextlib.nullcontext)():
+                    with torch.set_grad_enabled(self.needs_input_gradient):
+                        output = self._forward(objective, model, part, delta, track=True)
+                    assert self.delta is not None
+                    gradient = None
+                    if self.needs_input_gradient:
+                        # Of delta alone, so that no gradient is left in the weights.
+                        (gradient,) = torch.autograd.grad(output.loss.sum(), self.delta)
+                delta = self._moved(part, output, gradient)
+            output = self._forward(objective, model, part, delta, track=False)
+            yield output.loss.mean() * (len(part) * share)
+            objective.update(part, output)
+
+    def _forward(
+        self,
+        objective: Objective,
+        model: Callable[..., Any],
+        batch: DenoisingBatch,
+        delta: Tensor,
+        track: bool,
+    ) -> ObjectiveOutput:
+        self.delta = delta.detach().requires_grad_(track and self.needs_input_gradient)
+        self.output = objective.compute(
+            model,
+            batch,
+            self.delta,
+            target=self.target,
+            detach_target=self.direction != "gradient_full",
+        )
+        return self.output
+
+    @torch.no_grad()
+    def _moved(
+        self, batch: DenoisingBatch, output: ObjectiveOutput, gradient: Tensor | None = None
+    ) -> Tensor:
+        """Return delta after one step and the projection; samples without a finite direction stay."""
+        assert self.delta is not None
+        delta = self.delta.detach()
+        if self.step_size == 0:
+            return delta
+        if self.direction == "residual":
+            direction = output.residual
+        elif self.direction == "random":
+            direction = torch.randn_like(delta)
+        else:
+            found = gradient if gradient is not None else self.delta.grad
+            if found is None:
+                raise RuntimeError(
+                    "no gradient has reached the perturbation: run backward() on each loss that passes() yields "
+                    "before asking for the next."
+                )
+            direction = found
+        finite = direction.isfinite().flatten(1).all(dim=1)
+        self.nonfinite = self.nonfinite.to(delta.device) + (~finite).sum()
+        direction = torch.where(finite.view(-1, *[1] * (delta.ndim - 1)), direction, 0.0).to(delta.dtype)
+        scale = self.scale(batch.alpha, batch.sigma)
+        moved = delta + steepest_step(direction, self.step_size * scale, self.norm)
+        return moved if self.radius is None else project(moved, self.radius * scale, self.norm)
+
+    def mean_norm(self) -> Tensor:
+        """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""
+        if self.delta is None:
+            return torch.zeros(())
+        norms = norm_of(self.delta.detach(), self.norm)
+        return norms.sum() / (norms > 0).sum().clamp_min(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples that wait for their next pass (``staggered``) and the count of lost directions."""
+        waiting = {
+            i: {"sizes": sizes, "batch": batch.state_dict(), "delta": delta}
+            for i, (sizes, batch, delta) in self._waiting.items()
+        }
+        return {"nonfinite": self.nonfinite, "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.nonfinite = state["nonfinite"]
+        self._waiting = {
+            i: (entry["sizes"], DenoisingBatch(**entry["batch"]), entry["delta"])
+            for i, entry in state["waiting"].items()
+        }

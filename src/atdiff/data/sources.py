@@ -1,0 +1,344 @@
+"""Images in memory, read from the embedded digits, a folder, an ``.npz``, a ``.parquet`` or a hub data set."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from rich.progress import track
+from torch import Tensor
+
+from atdiff.errors import UserError
+
+__all__ = ["ImageData", "load_data", "to_uint8"]
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+PROGRESS_FROM = 2_000  # images; fewer are read in about a second
+DIGITS_TEST = 297  # of 1,797 images
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images held in memory, one byte a value.
+
+    Attributes:
+        images: uint8, shape ``(N, C, H, W)``.
+        labels: int64 class indices, shape ``(N,)``, or None.
+        name: what the images are, for reports.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.images.ndim == 4, self.images.shape
+        assert self.labels is None or self.labels.shape == self.images.shape[:1], self.labels.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes (the highest label plus one), or None without labels."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def x0(self, indices: Tensor) -> Tensor:
+        """Return the images at ``indices`` of shape ``(B,)`` as float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        return self.images[indices].float() / 127.5 - 1.0
+
+
+def to_uint8(x0: Tensor) -> Tensor:
+    """Quantise float images in [-1, 1] of any shape as a picture file does: clamp, scale to 255, round to even.
+
+    The order of operations is that of diffusers' ``VaeImageProcessor``, so the bytes equal those of its PNGs.
+    """
+    return ((x0.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+
+
+def load_data(
+    name: str,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageData:
+    """Read a whole data set into memory.
+
+    Args:
+        name: one of
+
+            - ``"digits"``: scikit-learn's 8x8 handwritten digits, 1,797 real images in 10 classes, of which 1,500
+              are ``train`` and 297 ``test``
+              (`Alpaydin and Kaynak, 1998 <https://archive.ics.uci.edu/dataset/80>`_);
+            - a folder of images, whose subfolders, where there are any, are the classes in alphabetical order;
+            - an ``.npz`` file with uint8 images ``arr_0`` or ``images`` of shape ``(N, H, W)`` or ``(N, H, W, C)``
+              and, if it has them, labels ``arr_1`` or ``labels``;
+            - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, read by ``datasets``.
+        split: ``train``, ``test`` or ``all``; for a hub data set any split that it has; for an image folder the
+            subfolder of that name, if there is one. What has no splits is read whole by ``train`` and ``all``.
+        image_size: centre-crop to a square and resize to this many pixels (bicubic, antialiased).
+        channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
+        image_column: column of the images (parquet and hub only); the first one that holds images when None.
+        label_column: column of the classes (parquet and hub only); the first class column, if any, when None.
+
+    Raises:
+        UserError: nothing of that name, an empty folder, an unreadable image, images of mixed size without
+            ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or column,
+            or a data set that cannot be downloaded.
+    """
+    _check_options(image_size, channels)
+    path = Path(name).expanduser()
+    if name == "digits":
+        items, labels = _digits(split)
+    elif path.is_dir() and not any(path.rglob("*.parquet")):
+        items, labels = _folder(path, split)
+    elif path.is_file() and path.suffix == ".npz":
+        items, labels = _npz(path, split)
+    elif path.is_dir() or (path.is_file() and path.suffix == ".parquet") or _is_hub_name(name):
+        items, labels = _table(name, path, split, image_column, label_column)
+    else:
+        raise _unknown(name, path)
+    images = _stack(items, image_size, channels)
+    return ImageData(images, labels, f"{name}[{split}]")
+
+
+def _check_options(image_size: int | None, channels: int | None) -> None:
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size is {image_size}: expected a number of pixels, 1 or more.")
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels is {channels}: expected 1 (greyscale) or 3 (RGB).")
+
+
+def _is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and Path(name).suffix not in (
+        ".npz",
+        ".parquet",
+    )
+
+
+def _unknown(name: str, path: Path) -> UserError:
+    if path.is_file():
+        return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
+    if len(path.parts) > 1 or path.suffix:
+        return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
+    beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
+    nearest = difflib.get_close_matches(name, ["digits", *beside], n=1, cutoff=0.5)
+    hint = (
+        f"did you mean {nearest[0]!r}?" if nearest else "expected 'digits', a path, or a hub name owner/name."
+    )
+    return UserError(f"unknown data set {name!r}: {hint}")
+
+
+# Every source gives one `Item` an image (its name for messages, and the picture or where to read it) and labels.
+Item = tuple[str, "Image.Image | Path | io.BytesIO"]
+Source = tuple[list[Item], "Tensor | None"]
+
+
+def _digits(split: str) -> Source:
+    # Imported here: both take a second, and only this source needs them.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    everything = np.arange(len(digits.images))
+    train, test = train_test_split(everything, test_size=DIGITS_TEST, random_state=0, stratify=digits.target)
+    parts = {"train": train, "test": test, "all": everything}
+    if split not in parts:
+        raise UserError(f"split {split!r} of digits does not exist: expected train, test or all.")
+    chosen = parts[split]
+    pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    items: list[Item] = [
+        (f"digit {i}", Image.fromarray(image)) for i, image in zip(chosen, pixels, strict=True)
+    ]
+    return items, torch.from_numpy(digits.target[chosen].astype(np.int64))
+
+
+def _folder(folder: Path, split: str) -> Source:
+    if (folder / split).is_dir():
+        folder = folder / split
+    elif split == "all" and (folder / "train").is_dir():
+        raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
+    else:
+        _check_whole(str(folder), split)
+    files = sorted(file for file in folder.rglob("*") if _is_visible_image(file, folder))
+    if not files:
+        raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
+    classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
+    items: list[Item] = [(str(file), file) for file in files]
+    if not classes:
+        return items, None
+    loose = [file for file in files if file.parent == folder]
+    if loose:
+        raise UserError(
+            f"{folder} mixes images ({loose[0].name}) with class folders ({classes[0]}): "
+            "expected either images alone or one subfolder a class."
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    return items, torch.tensor([index[file.relative_to(folder).parts[0]] for file in files])
+
+
+def _is_visible_image(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file()
+
+
+def _check_whole(name: str, split: str) -> None:
+    if split not in ("train", "all"):
+        raise UserError(f"{name} has no split {split!r}: it is read whole, with split 'train' or 'all'.")
+
+
+def _npz(path: Path, split: str) -> Source:
+    _check_whole(str(path), split)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("arr_0", "images", "arr_1", "labels") if key in archive}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an .npz file of plain arrays ({error}).") from error
+    images = arrays.get("images", arrays.get("arr_0"))
+    labels = arrays.get("labels", arrays.get("arr_1"))
+    if images is None:
+        raise UserError(f"{path} holds no images: expected an array named arr_0 or images.")
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
+        raise UserError(
+            f"the images of {path} are {images.dtype} of shape {images.shape}: "
+            "expected uint8 of shape (N, H, W) or (N, H, W, C) with C 1 or 3."
+        )
+    if images.size == 0:
+        raise UserError(f"the images of {path} have shape {images.shape}: expected at least one.")
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    items: list[Item] = [(f"image {i} of {path}", Image.fromarray(image)) for i, image in enumerate(images)]
+    return items, None if labels is None else _checked_labels(labels, len(images), str(path))
+
+
+def _checked_labels(labels: Any, count: int, name: str) -> Tensor:  # noqa: ANN401  (whatever a file holds)
+    array = np.asarray(labels)
+    if array.shape != (count,) or array.dtype.kind not in "iu" or array.min() < 0:
+        raise UserError(
+            f"the labels of {name} are {array.dtype} of shape {array.shape}: "
+            f"expected {count} whole numbers, 0 or more, one an image."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _table(name: str, path: Path, split: str, image_column: str | None, label_column: str | None) -> Source:
+    import datasets  # takes a second, and only this source needs it
+
+    table = _load_table(name, path, split)
+    pictures = [c for c, feature in table.features.items() if _holds_images(feature)]
+    image_column = _column(name, table.column_names, image_column, pictures, "images")
+    if image_column is None:
+        raise UserError(f"{name} has no image column among {table.column_names}: name it as image_column.")
+    if len(table) == 0:
+        raise UserError(f"{name} has no rows in split {split!r}: expected at least one image.")
+    classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    label_column = _column(name, table.column_names, label_column, classes, "classes")
+    encoded = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    items: list[Item] = [
+        (f"row {i} of {name}", io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]))
+        for i, cell in enumerate(encoded)
+    ]
+    if label_column is None:
+        return items, None
+    if getattr(table.features[label_column], "dtype", None) == "string":
+        table = table.class_encode_column(label_column)
+    return items, _checked_labels(table[label_column][:], len(items), f"{name}, column {label_column},")
+
+
+def _load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+    import datasets
+
+    try:
+        if path.is_file():
+            _check_whole(name, split)
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return datasets.load_dataset(str(path) if path.is_dir() else name, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if path.exists():
+            raise UserError(f"{name} cannot be read as a parquet data set ({reason}).") from error
+        raise UserError(
+            f"{name} is no local file or folder and cannot be had from the hub ({reason}): give the path of a "
+            "folder of images, an .npz or a .parquet file, or download the data set to a folder and give that."
+        ) from error
+
+
+def _holds_images(feature: Any) -> bool:  # noqa: ANN401  (a datasets feature)
+    encoded = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    return encoded or type(feature).__name__ == "Image"
+
+
+def _column(name: str, columns: list[str], asked: str | None, found: list[str], what: str) -> str | None:
+    if asked is None:
+        return found[0] if found else None
+    if asked not in columns or (what == "images" and asked not in found):
+        raise UserError(f"{name} has no column {asked!r} of {what}: expected one of {found or columns}.")
+    return asked
+
+
+def _stack(items: list[Item], image_size: int | None, channels: int | None) -> Tensor:
+    """Decode into one uint8 tensor ``(N, C, H, W)``, filled image by image so that memory peaks at its size."""
+    out: np.ndarray | None = None
+    for i, (name, pixels) in enumerate(_decoded(items, image_size, channels)):
+        if out is None:
+            out = np.empty((len(items), *pixels.shape), np.uint8)
+        elif pixels.shape != out.shape[1:]:
+            first, this = _describe(out.shape[1:]), _describe(pixels.shape)
+            raise UserError(
+                f"{items[0][0]} is {first} but {name} is {this}: give image_size (and channels) to make them equal."
+            )
+        out[i] = pixels
+    assert out is not None
+    return torch.from_numpy(out)
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} pixels in {'RGB' if channels == 3 else 'greyscale'}"
+
+
+def _decoded(
+    items: list[Item], image_size: int | None, channels: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    listed: Iterable[Item] = track(
+        items, "reading images", transient=True, disable=len(items) < PROGRESS_FROM
+    )
+    for name, source in listed:
+        image = source if isinstance(source, Image.Image) else _read(name, source)
+        mode = {1: "L", 3: "RGB"}.get(channels or 0, "L" if image.mode in ("1", "L", "LA") else "RGB")
+        image = image.convert(mode)
+        if image_size is not None:
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        yield name, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _read(name: str, source: Path | io.BytesIO) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
+        raise UserError(f"{name} cannot be read as an image{reason}: replace or remove it.") from error
+    if image.mode.startswith(("I", "F")):
+        raise UserError(
+            f"{name} has pixels of more than 8 bits (mode {image.mode}): convert it to 8 bits first."
+        )
+    return image

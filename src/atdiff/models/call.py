@@ -1,0 +1,25 @@
+"""One way to call every denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["predict"]
+
+
+def predict(
+    model: Callable[..., Any], x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Return the raw output of ``model(x_t, timesteps, **conditions)`` as a tensor ``(B, C or 2C, H, W)``.
+
+    The model may be a diffusers network (an output with ``.sample``), return a tuple whose first entry is the
+    prediction, or return the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference.
+    """
+    output = model(x_t, timesteps, **(conditions or {}))
+    if isinstance(output, Tensor):
+        return output
+    prediction: Tensor = output.sample if hasattr(output, "sample") else output[0]
+    return prediction

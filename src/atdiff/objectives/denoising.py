@@ -1,0 +1,324 @@
+"""What a denoiser learns: targets for every parametrisation, at clean and at perturbed inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.models.call import predict
+from atdiff.noise import NoiseSchedule, expand
+from atdiff.objectives.variational import variational_bound
+from atdiff.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
+
+__all__ = ["DenoisingBatch", "DenoisingObjective", "ObjectiveOutput"]
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
+Target = Literal["equivariant", "invariant"]
+Variance = Literal["fixed", "learned_range"]
+Weighting = Literal["none", "min-snr", "high-noise"]
+
+
+@dataclass(frozen=True)
+class DenoisingBatch:
+    """Everything random about one batch, drawn once and used by all of its passes.
+
+    ``x0``, ``noise`` and ``input_noise`` are ``(B, ...)``, the rest ``(B,)``; ``conditions`` are further arguments
+    of the network, such as ``class_labels``, with samples along their first axis. ``input_noise`` differs from
+    ``noise`` under input perturbation alone.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    input_noise: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+
+    _TENSORS = ("x0", "noise", "input_noise", "timesteps", "weights", "alpha", "sigma")
+
+    def __len__(self) -> int:
+        return self.x0.shape[0]
+
+    def chunk(self, parts: int) -> list[DenoisingBatch]:
+        """Split into at most ``parts`` batches of nearly equal size."""
+        columns = [getattr(self, name).chunk(parts) for name in self._TENSORS]
+        conditions = {name: value.chunk(parts) for name, value in self.conditions.items()}
+        return [
+            DenoisingBatch(*tensors, conditions={name: value[i] for name, value in conditions.items()})
+            for i, tensors in enumerate(zip(*columns, strict=True))
+        ]
+
+    def narrow(self, start: int, length: int) -> DenoisingBatch:
+        """Return ``length`` samples from ``start`` on."""
+        tensors = [getattr(self, name).narrow(0, start, length) for name in self._TENSORS]
+        conditions = {name: value.narrow(0, start, length) for name, value in self.conditions.items()}
+        return DenoisingBatch(*tensors, conditions=conditions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by name, to be saved."""
+        return {name: getattr(self, name) for name in (*self._TENSORS, "conditions")}
+
+    @classmethod
+    def cat(cls, batches: list[DenoisingBatch]) -> DenoisingBatch:
+        """Join batches that have the same conditions."""
+        tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in cls._TENSORS]
+        names = batches[0].conditions
+        conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in names}
+        return cls(*tensors, conditions=conditions)
+
+
+class ObjectiveOutput(NamedTuple):
+    """Per-sample results of one forward pass.
+
+    Attributes:
+        loss: ``(B,)``, weighted; its mean is what is trained on.
+        terms: each unweighted term, ``(B,)``, such as ``mse`` and ``vb``.
+        residual: the predicted minus the true noise at the network's input, up to a positive factor per sample;
+            ``(B, ...)``, detached.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    residual: Tensor
+
+
+class DenoisingObjective:
+    """Denoising losses for epsilon, sample, v, flow and EDM networks, at ``x_t + delta``.
+
+    One principle serves all parametrisations: ``x_t + delta = alpha_t x0 + sigma_t (noise + delta / sigma_t)``, so
+    the target of a perturbed input is the ordinary one with the noise ``noise + delta / sigma_t``: the *equivariant*
+    target. The *invariant* target ignores delta. (`Wang et al. <https://arxiv.org/abs/2502.17099>`_, section 4; the
+    authors' code calls the first ``delta_detach``, the second ``original``.)
+
+    Args:
+        scheduler: any diffusers scheduler that :class:`NoiseSchedule` can read.
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` (velocity ``noise - x0``) or ``edm``
+            (preconditioned; the only choice for an EDM scheduler). Default: what the scheduler says.
+        variance: ``learned_range`` for networks with ``2C`` output channels, which adds the variational bound
+            times ``num_train_timesteps / 1000``.
+        timestep_sampler: default uniform (log-normal for EDM).
+        weighting: ``min-snr`` (`Hang et al. <https://arxiv.org/abs/2303.09556>`_: ``min(SNR, gamma)`` in x0-space);
+            ``high-noise``: ``min(1 / SNR, gamma)``, a control for adversarial training.
+        snr_gamma: the gamma of either weighting.
+        label_dropout: share of class labels replaced by ``null_label`` (classifier-free guidance).
+        null_label: the label of the unconditional case.
+        input_perturbation: gamma of `DDPM-IP <https://arxiv.org/abs/2301.11706>`_: the input is built with
+            ``noise + gamma * normal``, the target stays ``noise``.
+
+    Raises:
+        UserError: a value is out of its range, or two contradict each other.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
+        prediction_type: PredictionType | None = None,
+        *,
+        variance: Variance = "fixed",
+        timestep_sampler: TimestepSampler | None = None,
+        weighting: Weighting = "none",
+        snr_gamma: float = 5.0,
+        label_dropout: float = 0.0,
+        null_label: int | None = None,
+        input_perturbation: float = 0.0,
+    ) -> None:
+        self.schedule = NoiseSchedule(scheduler)
+        self.prediction_type = _resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        self.variance, self.weighting, self.snr_gamma = variance, weighting, snr_gamma
+        self.label_dropout, self.null_label = label_dropout, null_label
+        self.input_perturbation = input_perturbation
+        default = LogNormalTimesteps if self.schedule.kind == "edm" else UniformTimesteps
+        self.timestep_sampler: TimestepSampler = timestep_sampler or default(self.schedule)
+        self._check()
+
+    def _check(self) -> None:
+        if self.variance not in get_args(Variance):
+            raise UserError(f"variance={self.variance!r} is unknown; use 'fixed' or 'learned_range'.")
+        if self.weighting not in get_args(Weighting):
+            raise UserError(f"weighting={self.weighting!r} is unknown; use one of {get_args(Weighting)}.")
+        if self.variance == "learned_range" and self.schedule.kind != "vp":
+            raise UserError(
+                f"variance='learned_range' needs a DDPM-family scheduler, got a {self.schedule.kind} one; "
+                "use variance='fixed'."
+            )
+        if not self.snr_gamma > 0:
+            raise UserError(f"snr_gamma={self.snr_gamma} must be above 0; 5 is the usual choice.")
+        if not 0.0 <= self.label_dropout < 1.0:
+            raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1); 0.1 is the usual choice.")
+        if self.label_dropout > 0 and self.null_label is None:
+            raise UserError(
+                f"label_dropout={self.label_dropout} needs null_label, the index that stands for 'no class'; "
+                "set it to the number of classes and give the network one more class embedding."
+            )
+        if self.input_perturbation < 0:
+            raise UserError(f"input_perturbation={self.input_perturbation} must not be negative; use 0.1 or 0.")
+
+    def draw(
+        self,
+        x0: Tensor,
+        *,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        weights: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> DenoisingBatch:
+        """Draw what is random about a batch; whatever is passed in is kept as it is.
+
+        Args:
+            x0: clean images in [-1, 1], ``(B, ...)``.
+            noise: standard normal, like ``x0``.
+            timesteps: ``(B,)``.
+            weights: importance weights ``(B,)``; one where timesteps are given without them.
+            conditions: further arguments of the network, such as ``class_labels``.
+        """
+        if timesteps is None:
+            timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
+            weights = sampled if weights is None else weights
+        elif weights is None:
+            weights = torch.ones(len(x0), device=x0.device)
+        noise = torch.randn_like(x0) if noise is None else noise
+        input_noise = noise
+        if self.input_perturbation > 0:
+            input_noise = noise + self.input_perturbation * torch.randn_like(noise)
+        alpha, sigma = self.schedule(timesteps)
+        weights = weights * self._snr_weight(alpha, sigma)
+        if self.label_dropout > 0 and "class_labels" in conditions:
+            labels = conditions["class_labels"]
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
+        return DenoisingBatch(x0, noise, input_noise, timesteps, weights, alpha, sigma, conditions)
+
+    def loss(self, model: Callable[..., Any], batch: DenoisingBatch, delta: Tensor | None = None) -> Tensor:
+        """Return the weighted loss of each sample, ``(B,)``, at ``x_t + delta`` with the equivariant target."""
+        return self.compute(model, batch, delta).loss
+
+    def compute(
+        self,
+        model: Callable[..., Any],
+        batch: DenoisingBatch,
+        delta: Tensor | None = None,
+        *,
+        target: Target = "equivariant",
+        detach_target: bool = True,
+    ) -> ObjectiveOutput:
+        """Run the network once at ``x_t + delta`` and return loss, terms and residual of each sample.
+
+        Args:
+            model: ``f(x_t, timesteps, **conditions)``; see :func:`atdiff.models.call.predict`.
+            batch: what :meth:`draw` returned.
+            delta: the perturbation of ``x_t``, ``(B, ...)``; None for none.
+            target: whether the target follows delta (``equivariant``) or not (``invariant``).
+            detach_target: keep the gradient of delta out of the target, as the authors do.
+        """
+        alpha, sigma = expand(batch.alpha, batch.x0), expand(batch.sigma, batch.x0)
+        x_t = alpha * batch.x0 + sigma * batch.input_noise
+        noise = batch.noise
+        if delta is not None:
+            x_t = x_t + delta
+            if target == "equivariant":
+                noise = noise + (delta.detach() if detach_target else delta) / sigma
+        c_in, c_skip, c_out = self._preconditioning(sigma)
+        output = predict(model, x_t * c_in if c_in is not None else x_t, batch.timesteps, batch.conditions)
+        prediction, variance = self._split(output.float(), batch.x0.shape[1])
+        if c_in is not None:
+            # In units of the raw network, that is with the weight 1 / c_out^2 of EDM, table 1.
+            error = prediction - (batch.x0 - c_skip * x_t) / c_out
+        else:
+            error = prediction - self._target(batch.x0, noise, alpha, sigma)
+        terms = {"mse": error.square().flatten(1).mean(dim=1)}
+        if variance is not None:
+            x0_hat = self._x0_hat(prediction, x_t, alpha, sigma).detach()
+            bound = variational_bound(
+                self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps
+            )
+            terms["vb"] = bound * (self.schedule.num_train_timesteps / 1000.0)
+        loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
+        # noise_hat - noise is a positive multiple of the prediction's error, or of its opposite where x0 is
+        # predicted, since alpha x0_hat + sigma noise_hat = x_t.
+        predicts_x0 = self.prediction_type in ("sample", "edm")
+        residual = -error.detach() if predicts_x0 else error.detach()
+        return ObjectiveOutput(loss, terms, residual)
+
+    def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
+        """Tell the timestep sampler the unweighted losses of a pass."""
+        total = torch.stack([term.detach() for term in output.terms.values()]).sum(dim=0)
+        self.timestep_sampler.update(batch.timesteps, total)
+
+    def _target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        if self.prediction_type == "v_prediction":
+            return alpha * noise - sigma * x0
+        return noise - x0
+
+    def _x0_hat(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "v_prediction":
+            return alpha * x_t - sigma * prediction
+        return (x_t - sigma * prediction) / alpha
+
+    def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        expected = 2 * channels if self.variance == "learned_range" else channels
+        if output.shape[1] != expected:
+            raise UserError(
+                f"the network returned {output.shape[1]} channels, expected {expected} for variance="
+                f"{self.variance!r} and images of {channels}; set variance='learned_range' for networks with "
+                "twice the channels, 'fixed' otherwise."
+            )
+        if self.variance == "fixed":
+            return output, None
+        return output[:, :channels], output[:, channels:]
+
+    def _preconditioning(self, sigma: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor | float]:
+        if self.prediction_type != "edm":
+            return None, 0.0, 1.0
+        sigma_data = self.schedule.sigma_data
+        total = sigma.square() + sigma_data**2
+        return total.rsqrt(), sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
+
+    def _snr_weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
+        if self.weighting == "none":
+            return 1.0
+        snr = (alpha / sigma).square()
+        if self.weighting == "high-noise":
+            return (1.0 / snr).clamp(max=self.snr_gamma)
+        capped = snr.clamp(max=self.snr_gamma)
+        if self.prediction_type == "epsilon":
+            return capped / snr
+        if self.prediction_type == "sample":
+            return capped
+        if self.prediction_type == "edm":
+            _, _, c_out = self._preconditioning(sigma)
+            return capped * c_out**2
+        # The error of x0 is sigma_t times that of v and of the velocity.
+        return capped * sigma.square()
+
+
+def _resolve_prediction_type(
+    schedule: NoiseSchedule,
+    scheduler: Any,  # noqa: ANN401
+    prediction_type: str | None,
+) -> str:
+    valid = {
+        "edm": ("edm",),
+        "flow": ("flow",),
+        "vp": ("epsilon", "sample", "v_prediction"),
+    }[schedule.kind]
+    default = valid[0] if schedule.kind != "vp" else scheduler.config.get("prediction_type", "epsilon")
+    chosen = prediction_type or default
+    if chosen not in valid:
+        raise UserError(
+            f"prediction_type={chosen!r} does not fit {type(scheduler).__name__} (a {schedule.kind} schedule); "
+            f"expected {' or '.join(map(repr, valid))}."
+        )
+    return chosen
