@@ -81,7 +81,8 @@ class Adversary:
         target: whether the network's target follows delta (``equivariant``) or not.
 
     Attributes:
-        delta: the perturbation of the pass last yielded, ``(B, ...)``.
+        batch: the samples of the pass last yielded.
+        delta: the perturbation of that pass, ``(B, ...)``.
         output: the per-sample results of that pass.
         nonfinite: how often a direction was not finite, so that delta stayed where it was (a 0-d tensor).
 
@@ -106,14 +107,16 @@ class Adversary:
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self._check(scale)
         self.scale = scale if callable(scale) else SCALES[scale]
+        self.batch: DenoisingBatch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
         self.nonfinite: Tensor = torch.zeros((), dtype=torch.long)
-        # Staggered parts that wait for their next pass, newest first: one pair (batch, delta) a micro-batch.
+        # Staggered parts that wait for their next pass, newest first: sizes of the parts, their
+        # samples and their deltas, by micro-batch.
         self._waiting: dict[int, tuple[list[int], DenoisingBatch, Tensor]] = {}
 
     def _check(self, scale: str | ScaleFunction) -> None:
-        choices = {
+        choices: dict[str, tuple[Any, tuple[str, ...]]] = {
             "norm": (self.norm, NORMS),
             "method": (self.method, get_args(Method)),
             "direction": (self.direction, get_args(Direction)),
@@ -216,9 +219,7 @@ class Adversary:
         sizes, waiting, moved = self._waiting[i]
         return [len(fresh), *sizes], type(fresh).cat([fresh, waiting]), torch.cat([delta, moved])
 
-    def _pgd(
-        self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]
-    ) -> Iterator[Tensor]:
+    def _pgd(self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]) -> Iterator[Tensor]:
         share = len(parts) / sum(map(len, parts))
         for part in parts:
             delta = torch.zeros_like(part.x0)
@@ -245,6 +246,7 @@ class Adversary:
         delta: Tensor,
         track: bool,
     ) -> ObjectiveOutput:
+        self.batch = batch
         self.delta = delta.detach().requires_grad_(track and self.needs_input_gradient)
         self.output = objective.compute(
             model,
@@ -256,9 +258,7 @@ class Adversary:
         return self.output
 
     @torch.no_grad()
-    def _moved(
-        self, batch: DenoisingBatch, output: ObjectiveOutput, gradient: Tensor | None = None
-    ) -> Tensor:
+    def _moved(self, batch: DenoisingBatch, output: ObjectiveOutput, gradient: Tensor | None = None) -> Tensor:
         """Return delta after one step and the projection; samples without a finite direction stay."""
         assert self.delta is not None
         delta = self.delta.detach()
@@ -298,10 +298,10 @@ class Adversary:
         }
         return {"nonfinite": self.nonfinite, "waiting": waiting}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.nonfinite = state["nonfinite"]
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on from a saved state, with its samples on ``device``."""
+        self.nonfinite = state["nonfinite"].to(device)
         self._waiting = {
-            i: (entry["sizes"], DenoisingBatch(**entry["batch"]), entry["delta"])
+            i: (entry["sizes"], DenoisingBatch(**entry["batch"]).to(device), entry["delta"].to(device))
             for i, entry in state["waiting"].items()
         }

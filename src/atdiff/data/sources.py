@@ -1,10 +1,12 @@
-"""Images in memory, read from the embedded digits, a folder, an ``.npz``, a ``.parquet`` or a hub data set."""
+"""Images in memory: the embedded digits, a folder, an ``.npz`` or ``.parquet`` file, a hub data set."""
 
 from __future__ import annotations
 
 import difflib
 import io
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -20,9 +23,7 @@ from atdiff.errors import UserError
 
 __all__ = ["ImageData", "load_data", "to_uint8"]
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 PROGRESS_FROM = 2_000  # images; fewer are read in about a second
 DIGITS_TEST = 297  # of 1,797 images
 
@@ -55,12 +56,12 @@ class ImageData:
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def x0(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices`` of shape ``(B,)`` as float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        """Return the images at ``indices``, shape ``(B,)``, as float32 ``(B, C, H, W)`` in [-1, 1]."""
         return self.images[indices].float() / 127.5 - 1.0
 
 
 def to_uint8(x0: Tensor) -> Tensor:
-    """Quantise float images in [-1, 1] of any shape as a picture file does: clamp, scale to 255, round to even.
+    """Quantise float images in [-1, 1], of any shape, as a picture file does: clamp, scale and round.
 
     The order of operations is that of diffusers' ``VaeImageProcessor``, so the bytes equal those of its PNGs.
     """
@@ -81,15 +82,16 @@ def load_data(
     Args:
         name: one of
 
-            - ``"digits"``: scikit-learn's 8x8 handwritten digits, 1,797 real images in 10 classes, of which 1,500
-              are ``train`` and 297 ``test``
+            - ``"digits"``: scikit-learn's 8x8 handwritten digits, 1,797 real images in 10 classes, of which
+              1,500 are ``train`` and 297 ``test``
               (`Alpaydin and Kaynak, 1998 <https://archive.ics.uci.edu/dataset/80>`_);
-            - a folder of images, whose subfolders, where there are any, are the classes in alphabetical order;
-            - an ``.npz`` file with uint8 images ``arr_0`` or ``images`` of shape ``(N, H, W)`` or ``(N, H, W, C)``
-              and, if it has them, labels ``arr_1`` or ``labels``;
+            - a folder of images, whose subfolders, if there are any, are the classes in alphabetical order;
+            - an ``.npz`` file with uint8 images ``arr_0`` or ``images``, ``(N, H, W)`` or ``(N, H, W, C)``,
+              and, if it has them, labels ``arr_1`` or ``labels``, ``(N,)``;
             - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, read by ``datasets``.
-        split: ``train``, ``test`` or ``all``; for a hub data set any split that it has; for an image folder the
-            subfolder of that name, if there is one. What has no splits is read whole by ``train`` and ``all``.
+        split: ``train``, ``test`` or ``all``; for a hub data set any split that it has; for an image folder
+            the subfolder of that name, if there is one. What has no splits is read whole by ``train`` and
+            ``all``.
         image_size: centre-crop to a square and resize to this many pixels (bicubic, antialiased).
         channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
         image_column: column of the images (parquet and hub only); the first one that holds images when None.
@@ -97,8 +99,8 @@ def load_data(
 
     Raises:
         UserError: nothing of that name, an empty folder, an unreadable image, images of mixed size without
-            ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or column,
-            or a data set that cannot be downloaded.
+            ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or
+            column, or a data set that cannot be downloaded.
     """
     _check_options(image_size, channels)
     path = Path(name).expanduser()
@@ -124,10 +126,10 @@ def _check_options(image_size: int | None, channels: int | None) -> None:
 
 
 def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and Path(name).suffix not in (
-        ".npz",
-        ".parquet",
-    )
+    """``owner/name`` that nothing here suggests to be a mistyped path."""
+    path = Path(name)
+    is_path = path.parent.exists() or path.suffix in (".npz", ".parquet")
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not is_path
 
 
 def _unknown(name: str, path: Path) -> UserError:
@@ -137,14 +139,13 @@ def _unknown(name: str, path: Path) -> UserError:
         return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
     beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
     nearest = difflib.get_close_matches(name, ["digits", *beside], n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {nearest[0]!r}?" if nearest else "expected 'digits', a path, or a hub name owner/name."
-    )
-    return UserError(f"unknown data set {name!r}: {hint}")
+    if nearest:
+        return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
+    return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
 
 
-# Every source gives one `Item` an image (its name for messages, and the picture or where to read it) and labels.
-Item = tuple[str, "Image.Image | Path | io.BytesIO"]
+# A source gives one item an image, its name for messages and where its pixels are, and the labels.
+Item = tuple[str, "np.ndarray | Path | io.BytesIO"]
 Source = tuple[list[Item], "Tensor | None"]
 
 
@@ -161,9 +162,7 @@ def _digits(split: str) -> Source:
         raise UserError(f"split {split!r} of digits does not exist: expected train, test or all.")
     chosen = parts[split]
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    items: list[Item] = [
-        (f"digit {i}", Image.fromarray(image)) for i, image in zip(chosen, pixels, strict=True)
-    ]
+    items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
     return items, torch.from_numpy(digits.target[chosen].astype(np.int64))
 
 
@@ -203,10 +202,12 @@ def _check_whole(name: str, split: str) -> None:
 
 def _npz(path: Path, split: str) -> Source:
     _check_whole(str(path), split)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} cannot be read as an .npz file: it is damaged or of another kind.")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("arr_0", "images", "arr_1", "labels") if key in archive}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as an .npz file of plain arrays ({error}).") from error
     images = arrays.get("images", arrays.get("arr_0"))
     labels = arrays.get("labels", arrays.get("arr_1"))
@@ -221,7 +222,7 @@ def _npz(path: Path, split: str) -> Source:
         raise UserError(f"the images of {path} have shape {images.shape}: expected at least one.")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
-    items: list[Item] = [(f"image {i} of {path}", Image.fromarray(image)) for i, image in enumerate(images)]
+    items: list[Item] = [(f"image {i} of {path}", image) for i, image in enumerate(images)]
     return items, None if labels is None else _checked_labels(labels, len(images), str(path))
 
 
@@ -274,8 +275,8 @@ def _load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a d
         if path.exists():
             raise UserError(f"{name} cannot be read as a parquet data set ({reason}).") from error
         raise UserError(
-            f"{name} is no local file or folder and cannot be had from the hub ({reason}): give the path of a "
-            "folder of images, an .npz or a .parquet file, or download the data set to a folder and give that."
+            f"{name} is no local file or folder and cannot be had from the hub ({reason}): download the data "
+            "set where there is a network and give the path of its folder, or of an .npz or .parquet file."
         ) from error
 
 
@@ -293,7 +294,7 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
 
 
 def _stack(items: list[Item], image_size: int | None, channels: int | None) -> Tensor:
-    """Decode into one uint8 tensor ``(N, C, H, W)``, filled image by image so that memory peaks at its size."""
+    """Decode into one uint8 tensor ``(N, C, H, W)``, filled in place so that memory peaks at its size."""
     out: np.ndarray | None = None
     for i, (name, pixels) in enumerate(_decoded(items, image_size, channels)):
         if out is None:
@@ -301,7 +302,8 @@ def _stack(items: list[Item], image_size: int | None, channels: int | None) -> T
         elif pixels.shape != out.shape[1:]:
             first, this = _describe(out.shape[1:]), _describe(pixels.shape)
             raise UserError(
-                f"{items[0][0]} is {first} but {name} is {this}: give image_size (and channels) to make them equal."
+                f"{items[0][0]} is {first} but {name} is {this}: "
+                "make them equal with image_size (and channels where colours differ)."
             )
         out[i] = pixels
     assert out is not None
@@ -313,14 +315,16 @@ def _describe(shape: tuple[int, ...]) -> str:
     return f"{width}x{height} pixels in {'RGB' if channels == 3 else 'greyscale'}"
 
 
-def _decoded(
-    items: list[Item], image_size: int | None, channels: int | None
-) -> Iterator[tuple[str, np.ndarray]]:
+def _decoded(items: list[Item], image_size: int | None, channels: int | None) -> Iterator[tuple[str, np.ndarray]]:
     listed: Iterable[Item] = track(
-        items, "reading images", transient=True, disable=len(items) < PROGRESS_FROM
+        items,
+        "reading images",
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(items) < PROGRESS_FROM,
     )
     for name, source in listed:
-        image = source if isinstance(source, Image.Image) else _read(name, source)
+        image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read(name, source)
         mode = {1: "L", 3: "RGB"}.get(channels or 0, "L" if image.mode in ("1", "L", "LA") else "RGB")
         image = image.convert(mode)
         if image_size is not None:
@@ -338,7 +342,5 @@ def _read(name: str, source: Path | io.BytesIO) -> Image.Image:
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise UserError(f"{name} cannot be read as an image{reason}: replace or remove it.") from error
     if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"{name} has pixels of more than 8 bits (mode {image.mode}): convert it to 8 bits first."
-        )
+        raise UserError(f"{name} has pixels of more than 8 bits (mode {image.mode}): convert it to 8 bits first.")
     return image

@@ -1,1 +1,1 @@
-
+"""Metrics of generated images, and the comparison of training runs."""

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 LOWER_IS_BETTER = frozenset({"fd", "fid", "sfid", "kid", "fd_dinov2", "mse"})
-HIGHER_IS_BETTER = frozenset({"precision", "recall", "coverage", "density", "is", "accuracy"})
+HIGHER_IS_BETTER = frozenset({"precision", "recall", "coverage", "density", "isc", "accuracy"})
 
 Verdict = Literal["better", "worse", "unclear", "baseline"]
 Setting = tuple[str, int]  # sampler and number of steps
@@ -81,20 +81,19 @@ def compare(
     """Compare every arm with the baseline in every cell, paired over seeds.
 
     ``cells`` hold ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``; where they also hold ``num`` and
-    ``sample_seed``, these must agree between the arms of a seed.  The rows come arm by arm, the baseline first.
-    ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that side of
-    zero.  One shared seed gives no interval, hence ``unclear``; so does a value that is not positive and finite,
-    which is kept rather than dropped.  Raises ``UserError`` for an absent baseline, a metric that no cell holds
-    or whose good direction is unknown, a cell given twice, and arms evaluated under different conditions.
+    ``sample_seed``, these must agree between the arms of a seed.  The rows come arm by arm, the baseline
+    first.  ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that
+    side of zero.  One shared seed gives no interval, hence ``unclear``; so does a value that is not positive
+    and finite (a diverged arm), which is kept rather than dropped.  Raises ``UserError`` for an absent
+    baseline, a metric that no cell holds or whose good direction is unknown, a cell given twice, and arms
+    evaluated under different conditions.
     """
     if not 0 < confidence < 1:
         raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
     table = _tabulate(cells, metric)
     arms = list(dict.fromkeys(arm for arm, _ in table))
     if baseline not in arms:
-        raise UserError(
-            f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them."
-        )
+        raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
     arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
     samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
     settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
@@ -123,7 +122,7 @@ def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
 
 
 def conclusions(rows: Sequence[Row]) -> list[str]:
-    """What holds and what does not, in words: a sentence on the seeds, one per arm, and one on the winners."""
+    """What holds and what does not, in words: on the seeds, on each arm, and on the winners."""
     baselines = [row for row in rows if row.verdict == "baseline"]
     if not baselines:
         raise UserError("the rows hold no baseline: pass all the rows that compare() returned.")
@@ -156,17 +155,15 @@ def percent(value: float) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """The name of a metric as printed: distances in capitals."""
-    return metric.upper() if metric in LOWER_IS_BETTER or metric == "is" else metric
+    """The name of a metric as printed: distances in capitals, ``isc`` as IS."""
+    return "IS" if metric == "isc" else metric.upper() if metric in LOWER_IS_BETTER else metric
 
 
 def _sign(metric: str) -> int:
     return -1 if metric in HIGHER_IS_BETTER else 1
 
 
-def _tabulate(
-    cells: Sequence[Mapping[str, Any]], metric: str
-) -> dict[tuple[str, Setting], dict[Any, float]]:
+def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, Setting], dict[Any, float]]:
     """Values by arm and setting, then by seed."""
     known = LOWER_IS_BETTER | HIGHER_IS_BETTER
     if metric not in known:
@@ -199,7 +196,8 @@ def _t_summary(values: np.ndarray, confidence: float) -> tuple[float, float, flo
     """Mean, half width of its t interval, and the two-sided p-value of a mean of zero."""
     if len(values) < 2:
         return float(values.mean()) if len(values) else math.nan, math.nan, math.nan
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    with np.errstate(invalid="ignore"):  # a diverged seed: infinite mean, unknown spread
+        mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
     half_width = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
     if error == 0:
         return mean, half_width, float(mean == 0)
@@ -230,9 +228,7 @@ def _row(
     )  # fmt: skip
 
 
-def _baseline_row(
-    arm: str, setting: Setting, metric: str, values: Mapping[Any, float], confidence: float
-) -> Row:
+def _baseline_row(arm: str, setting: Setting, metric: str, values: Mapping[Any, float], confidence: float) -> Row:
     mean, half_width, _ = _t_summary(np.array(list(values.values())), confidence)
     n = len(values)
     return Row(
@@ -265,34 +261,33 @@ def _arm_sentence(rows: Sequence[Row], baseline: str) -> str:
     span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "no change known"
     if max(row.pairs for row in rows) < 2:
         return f"{arm}: {metric_label(metric)} changes by {span} against {baseline}; not testable."
-    groups = {verdict: [r for r in rows if r.verdict == verdict] for verdict in ("better", "worse", "unclear")}
-    if not groups["better"] and not groups["worse"]:
+    better, worse = ([row for row in rows if row.verdict == verdict] for verdict in ("better", "worse"))
+    clear = better + worse
+    if not clear:
         return (
             f"{arm} makes no clear difference to {metric_label(metric)} against {baseline} in any of "
             f"{_count(len(rows), 'cell')} (estimates {span})."
         )
-    gains, losses = ("raises", "lowers") if metric in HIGHER_IS_BETTER else ("lowers", "raises")
-    better = f"in {len(groups['better']) or 'none'} of {_count(len(rows), 'cell')}"
-    better += f" ({_listed(groups['better'])})" if groups["better"] else ""
-    worse = f"{losses} it in {len(groups['worse']) or 'none'}"
-    worse += f" ({_listed(groups['worse'])})" if groups["worse"] else ""
-    clear = groups["better"] + groups["worse"]
+    gain, loss = ("raises", "lowers") if metric in HIGHER_IS_BETTER else ("lowers", "raises")
     kept = sum(row.p_holm < 1 - row.confidence for row in clear)
-    open_cells = f"; {len(groups['unclear'])} unclear" if groups["unclear"] else ""
     return (
-        f"{arm} {gains} {metric_label(metric)} against {baseline} {better}, {worse}{open_cells}. "
-        f"Holm's correction over its cells leaves {kept or 'none'} of {len(clear)}."
+        f"{arm} {gain} {metric_label(metric)} against {baseline} in {len(better) or 'none'} of "
+        f"{_count(len(rows), 'cell')}{_listed(better)}, {loss} it in {len(worse) or 'none'}{_listed(worse)}; "
+        f"{len(rows) - len(clear) or 'none'} unclear. Holm's correction over its cells leaves "
+        f"{kept or 'none'} of {len(clear)}."
     )
 
 
 def _listed(rows: Sequence[Row]) -> str:
-    """The cells by name where they are few, else their range of changes."""
+    """The cells by name where they are few, else their range of changes, in brackets."""
+    if not rows:
+        return ""
     if len(rows) <= 3:
-        return ", ".join(f"{row.sampler} {row.steps}: {percent(row.change)}" for row in rows)
+        return " (" + ", ".join(f"{row.sampler} {row.steps}: {percent(row.change)}" for row in rows) + ")"
     low, high = min(rows, key=lambda row: row.change), max(rows, key=lambda row: row.change)
     return (
-        f"{percent(low.change)} on {low.sampler} {low.steps} to "
-        f"{percent(high.change)} on {high.sampler} {high.steps}"
+        f" ({percent(low.change)} on {low.sampler} {low.steps} to "
+        f"{percent(high.change)} on {high.sampler} {high.steps})"
     )
 
 

@@ -23,7 +23,7 @@ class _Block(nn.Module):
         return hidden + self.project(nn.functional.silu(self.expand(self.norm(hidden) + embedding)))
 
 
-class MLP2DModel(ModelMixin, ConfigMixin):
+class MLP2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A residual MLP over flattened images, with the call and the configuration of ``UNet2DModel``.
 
     It costs a twentieth of a small U-Net at 8x8 pixels. ``DiffusionPipeline.from_pretrained`` opens a pipeline
@@ -73,7 +73,7 @@ class MLP2DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 "class_labels must be given exactly when num_class_embeds is set; got "
                 f"class_labels={'None' if class_labels is None else 'a tensor'}, "
-                f"num_class_embeds={self.config.num_class_embeds}."
+                f"num_class_embeds={self.config['num_class_embeds']}."
             )
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))

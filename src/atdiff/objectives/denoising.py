@@ -22,6 +22,8 @@ Target = Literal["equivariant", "invariant"]
 Variance = Literal["fixed", "learned_range"]
 Weighting = Literal["none", "min-snr", "high-noise"]
 
+_TENSORS = ("x0", "noise", "input_noise", "timesteps", "weights", "alpha", "sigma")
+
 
 @dataclass(frozen=True)
 class DenoisingBatch:
@@ -41,37 +43,38 @@ class DenoisingBatch:
     sigma: Tensor
     conditions: dict[str, Tensor] = field(default_factory=dict)
 
-    _TENSORS = ("x0", "noise", "input_noise", "timesteps", "weights", "alpha", "sigma")
-
     def __len__(self) -> int:
         return self.x0.shape[0]
 
-    def chunk(self, parts: int) -> list[DenoisingBatch]:
-        """Split into at most ``parts`` batches of nearly equal size."""
-        columns = [getattr(self, name).chunk(parts) for name in self._TENSORS]
-        conditions = {name: value.chunk(parts) for name, value in self.conditions.items()}
-        return [
-            DenoisingBatch(*tensors, conditions={name: value[i] for name, value in conditions.items()})
-            for i, tensors in enumerate(zip(*columns, strict=True))
-        ]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> DenoisingBatch:
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
+        conditions = {name: function(value) for name, value in self.conditions.items()}
+        return DenoisingBatch(**tensors, conditions=conditions)
 
     def narrow(self, start: int, length: int) -> DenoisingBatch:
         """Return ``length`` samples from ``start`` on."""
-        tensors = [getattr(self, name).narrow(0, start, length) for name in self._TENSORS]
-        conditions = {name: value.narrow(0, start, length) for name, value in self.conditions.items()}
-        return DenoisingBatch(*tensors, conditions=conditions)
+        return self._map(lambda tensor: tensor.narrow(0, start, length))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tensors by name, to be saved."""
-        return {name: getattr(self, name) for name in (*self._TENSORS, "conditions")}
+    def to(self, device: torch.device | str) -> DenoisingBatch:
+        """Return the batch on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def chunk(self, parts: int) -> list[DenoisingBatch]:
+        """Split into at most ``parts`` batches of nearly equal size."""
+        sizes = [len(chunk) for chunk in self.timesteps.chunk(parts)]
+        return [self.narrow(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
     @classmethod
     def cat(cls, batches: list[DenoisingBatch]) -> DenoisingBatch:
         """Join batches that have the same conditions."""
-        tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in cls._TENSORS]
+        tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS}
         names = batches[0].conditions
         conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in names}
-        return cls(*tensors, conditions=conditions)
+        return cls(**tensors, conditions=conditions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by name, to be saved."""
+        return {name: getattr(self, name) for name in (*_TENSORS, "conditions")}
 
 
 class ObjectiveOutput(NamedTuple):
@@ -235,9 +238,7 @@ class DenoisingObjective:
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
             x0_hat = self._x0_hat(prediction, x_t, alpha, sigma).detach()
-            bound = variational_bound(
-                self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps
-            )
+            bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
             terms["vb"] = bound * (self.schedule.num_train_timesteps / 1000.0)
         loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
         # noise_hat - noise is a positive multiple of the prediction's error, or of its opposite where x0 is

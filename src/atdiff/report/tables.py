@@ -1,9 +1,10 @@
-"""The comparison as a table: for the terminal and as markdown."""
+"""Figures as tables: the comparison for the terminal and as markdown, plain cells for the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from atdiff.evaluation.comparison import HIGHER_IS_BETTER, Row, metric_label, percent, winners
 
-__all__ = ["Grid", "comparison_table", "grid", "interval_text", "markdown_table", "mean_text"]
+__all__ = ["Grid", "cells_table", "comparison_table", "grid", "interval_text", "markdown_table", "mean_text"]
 
 Grid = list[tuple[tuple[str, int], list[Row | None]]]
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
@@ -28,8 +29,7 @@ def grid(rows: Sequence[Row]) -> tuple[list[str], Grid]:
 
 def mean_text(row: Row) -> str:
     """``24.7 ± 1.2``: three significant digits of the mean, the half width to the same decimals."""
-    size = math.floor(math.log10(abs(row.mean))) if math.isfinite(row.mean) and row.mean else 0
-    digits = min(max(2 - size, 0), 4)
+    digits = _digits(row.mean)
     text = f"{row.mean:.{digits}f}"
     return text if math.isnan(row.half_width) else f"{text} ± {row.half_width:.{digits}f}"
 
@@ -52,6 +52,7 @@ def comparison_table(rows: Sequence[Row], metric_name: str | None = None) -> Tab
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
     )
     table.add_column("sampler", overflow="fold")
     for arm in arms:
@@ -77,6 +78,31 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return f"{table}\n\n{_legend(rows)}\n"
 
 
+def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of evaluated cells (``run``, ``sampler``, ``steps``, ``sample_seed``, ``metrics``)."""
+    metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("sampler")
+    for name in ("steps", "seed", *map(metric_label, metrics)):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        values = [_number(cell["metrics"][name]) if name in cell["metrics"] else "-" for name in metrics]
+        table.add_row(Text(str(cell["run"])), cell["sampler"], str(cell["steps"]), str(cell["sample_seed"]), *values)
+    return table
+
+
+def _digits(value: float) -> int:
+    """Decimals that show three significant digits, four decimals at most."""
+    size = math.floor(math.log10(abs(value))) if math.isfinite(value) and value else 0
+    return min(max(2 - size, 0), 4)
+
+
+def _number(value: float | None) -> str:
+    value = math.nan if value is None else value
+    return f"{value:.{_digits(value)}f}"
+
+
 def _cell(row: Row | None, winner: str | None) -> Text:
     if row is None:
         return Text("-", style="dim")
@@ -94,7 +120,9 @@ def _markdown_cell(row: Row | None, winner: str | None) -> str:
     if row.verdict == "baseline":
         return mean_text(row)
     text = f"{mean_text(row)}; {percent(row.change)} {interval_text(row)}".rstrip()
-    return f"**{text}** ★" if row.arm == winner else text
+    if row.arm == winner:
+        return f"**{text}** ★"
+    return f"{text} ?" if row.verdict == "unclear" else text
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -102,6 +130,6 @@ def _legend(rows: Sequence[Row]) -> str:
     best = "highest" if rows[0].metric in HIGHER_IS_BETTER else "lowest"
     baseline = next((row.arm for row in rows if row.verdict == "baseline"), "the baseline")
     return (
-        f"± {level} interval of the mean; % paired change against {baseline}; ? its {level} interval does not "
-        f"clear zero; ★ {best} mean among the arms that clear it"
+        f"± {level} interval of the mean; % paired change against {baseline}; ? its {level} interval does "
+        f"not clear zero; ★ {best} mean among the arms that clear it"
     )

@@ -1,0 +1,25 @@
+"""What a person sees while cells are evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["cell_progress"]
+
+
+@contextlib.contextmanager
+def cell_progress() -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes the number of cells done and in all, and shows both as a bar."""
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("evaluating", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,61 @@
+"""Files and folders that are whole or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atdiff.errors import UserError
+
+__all__ = ["write_bytes", "write_json", "write_text", "written_aside"]
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file or a folder at, which takes the place of ``path`` once the block is through.
+
+    Raises:
+        UserError: the folder of ``path`` cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose a folder that can.") from error
+    try:
+        # The same name, so that writers which look at the suffix see the right one.
+        partial = aside / path.name
+        yield partial
+        if partial.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        UserError: ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected the name of a file.")
+    with written_aside(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)
+    """Write a JSON file as a whole."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,53 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import nn
+
+from atdiff.errors import UserError
+from atdiff.models.guided_diffusion import ADM_CIFAR10, adm_unet
+from atdiff.models.mlp import MLP2DModel
+
+__all__ = ["build_model"]
+
+
+def build_model(
+    name: str,
+    args: dict[str, Any],
+    *,
+    image_shape: tuple[int, int, int],
+    learned_variance: bool = False,
+    num_class_embeds: int | None = None,
+) -> nn.Module:
+    """Build an untrained denoiser for images of ``image_shape`` ``(C, H, W)``.
+
+    Args:
+        name: ``mlp`` (:class:`MLP2DModel`), ``unet`` (``UNet2DModel``) or ``adm`` (the U-Net of guided-diffusion;
+            its CIFAR-10 size of the paper unless ``args`` says otherwise).
+        args: arguments of the constructor.
+        image_shape: channels, height and width.
+        learned_variance: twice as many output channels.
+        num_class_embeds: for class-conditional networks, the null label included.
+
+    Raises:
+        UserError: the name is unknown or the arguments do not fit.
+    """
+    channels, height, width = image_shape
+    if height != width:
+        raise UserError(f"images of {height}x{width} pixels are not square; set data.image_size to crop them.")
+    outputs = channels * (2 if learned_variance else 1)
+    try:
+        if name == "adm":
+            arch = {**ADM_CIFAR10, "num_classes": num_class_embeds, **args}
+            return adm_unet(**{**arch, "image_size": height, "in_channels": channels, "out_channels": outputs})
+        classes = {"mlp": MLP2DModel, "unet": UNet2DModel}
+        if name not in classes:
+            raise UserError(f"model {name!r} is unknown; expected one of mlp, unet, adm.")
+        shape = {"sample_size": height, "in_channels": channels, "out_channels": outputs}
+        model: nn.Module = classes[name](**shape, num_class_embeds=num_class_embeds, **args)
+        return model
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be built from {args}: {' '.join(str(error).split())}") from None

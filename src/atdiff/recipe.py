@@ -1,0 +1,182 @@
+"""Recipes: YAML files that say what to train, in which arms, and how to judge it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from atdiff.errors import UserError
+from atdiff.training.config import TrainConfig
+
+__all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve"]
+
+
+@dataclass
+class StudyConfig:
+    """How the arms of a recipe are compared.
+
+    Attributes:
+        arms: names of the recipe's arms, the baseline first.
+        seeds: one base model, and one model an arm, is trained for each.
+        samplers: samplers by name.
+        steps: numbers of steps of each sampler.
+        num: pictures a cell (arm, seed, sampler, steps).
+        extractor: whose features the metrics use.
+        metrics: which metrics.
+    """
+
+    arms: list[str] = field(default_factory=lambda: ["plain"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    samplers: list[str] = field(default_factory=lambda: ["ddim"])
+    steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    num: int = 2048
+    extractor: str = "digits-classifier"
+    metrics: list[str] = field(default_factory=lambda: ["fid", "prc"])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: ``config`` for the base run, ``finetune`` on top for every arm, ``arms`` on top of that."""
+
+    name: str
+    about: str
+    cost: str
+    config: dict[str, Any]
+    finetune: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    study: StudyConfig
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Return the recipes that come with atdiff: name to file."""
+    folder = Path(str(resources.files("atdiff"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """Return a phrase that names the valid choice nearest to ``word``, or all of them."""
+    close = difflib.get_close_matches(word, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}."
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a bundled recipe by name, or a YAML file.
+
+    Raises:
+        UserError: there is no such recipe, it is not YAML, or it has an unknown key.
+    """
+    bundled = bundled_recipes()
+    path = bundled.get(name, Path(name))
+    if not path.is_file():
+        raise UserError(f"recipe {name!r} is neither a bundled recipe nor a YAML file; {nearest(name, list(bundled))}")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
+    extra = {key: content.pop(key, None) for key in ("about", "cost", "finetune", "arms", "study")}
+    study = StudyConfig()
+    _check_keys({"study": extra["study"] or {}}, {"study": study})
+    recipe = Recipe(
+        name=path.stem,
+        about=" ".join(str(extra["about"] or "").split()),
+        cost=str(extra["cost"] or ""),
+        config=content,
+        finetune=extra["finetune"] or {},
+        arms={arm: overrides or {} for arm, overrides in (extra["arms"] or {}).items()},
+        study=dataclasses.replace(study, **(extra["study"] or {})),
+    )
+    for arm in recipe.study.arms if recipe.arms else []:
+        if arm not in recipe.arms:
+            raise UserError(
+                f"recipe {path} compares arm {arm!r}, which it does not define; {nearest(arm, list(recipe.arms))}"
+            )
+    return recipe
+
+
+def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None) -> TrainConfig:
+    """Return the settings of a run: the recipe, then its ``finetune`` and arm if one is named, then overrides.
+
+    Args:
+        recipe: see :func:`load_recipe`.
+        arm: one of the recipe's arms; None for its base run.
+        overrides: command-line words such as ``["--training.passes", "500"]``.
+
+    Raises:
+        UserError: an unknown arm or key, or a value of the wrong type.
+    """
+    settings = copy.deepcopy(recipe.config)
+    if arm is not None:
+        if arm not in recipe.arms:
+            raise UserError(
+                f"arm {arm!r} is not in recipe {recipe.name!r}; {nearest(arm, list(recipe.arms) or ['none'])}"
+            )
+        for layer in (recipe.finetune, recipe.arms[arm]):
+            _merge(settings, copy.deepcopy(layer))
+    _check_keys(settings, TrainConfig())
+    for word in overrides or []:
+        if word.startswith("--"):
+            _check_override(word)
+    return _typed(settings, overrides or [])
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _children(node: Any) -> dict[str, Any]:  # noqa: ANN401
+    if isinstance(node, dict):
+        return node
+    return {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
+
+
+def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:  # noqa: ANN401
+    valid = _children(known)
+    for key, value in settings.items():
+        if key not in valid:
+            raise UserError(f"key '{prefix}{key}' is unknown; {nearest(str(key), list(valid))}")
+        if dataclasses.is_dataclass(valid[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"key '{prefix}{key}' must hold further keys, got {value!r}.")
+            _check_keys(value, valid[key], f"{prefix}{key}.")
+
+
+def _check_override(word: str) -> None:
+    node: Any = TrainConfig()
+    parts = word[2:].split("=", 1)[0].split(".")
+    for i, part in enumerate(parts):
+        if not dataclasses.is_dataclass(node):
+            return  # Inside the free-form arguments of a constructor.
+        children = _children(node)
+        if part not in children:
+            wrong = ".".join(parts[: i + 1])
+            raise UserError(f"option '--{wrong}' is unknown; {nearest(part, list(children))}")
+        node = children[part]
+
+
+def _typed(settings: dict[str, Any], overrides: list[str]) -> TrainConfig:
+    parser = ArgumentParser(exit_on_error=False)
+    for item in dataclasses.fields(TrainConfig):
+        assert callable(item.default_factory)
+        parser.add_argument(f"--{item.name}", type=item.default_factory, default=item.default_factory())
+    try:
+        parser.set_defaults(parser.parse_object(settings))
+        parsed = parser.parse_args(overrides)
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return TrainConfig(**vars(instantiate(parsed)))
+    except Exception as error:  # jsonargparse raises several kinds, all of them about the user's input
+        reason = " ".join(str(error).replace("typing.", "").replace("<class '", "").replace("'>", "").split())
+        raise UserError(f"the settings are not valid: {reason}") from None

@@ -1,0 +1,217 @@
+"""Curves of a study: metric against steps, paired change against steps, training loss against passes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from atdiff.errors import UserError
+from atdiff.evaluation.comparison import Row, metric_label
+from atdiff.files import write_bytes
+
+__all__ = ["loss_curves", "metric_curves", "save_curves"]
+
+# Okabe and Ito's colour-blind-safe palette (https://jfly.uni-koeln.de/color/) without its yellow, which a
+# white page swallows; grey is the baseline's.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vP"
+DASHES = ("-", ":", "-.")
+GREY = "#666666"
+LOSS_POINTS = 250  # a curve; more would only make the page heavy
+RC: dict[Any, Any] = {
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.grid.which": "major",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "atdiff",  # the same figures give the same bytes
+    "text.parse_math": False,  # an arm may be named "$x"
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+Style = dict[str, Any]
+
+
+def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
+    """One column a sampler: the metric's mean with its interval, and below the paired change in percent.
+
+    ``rows`` are those of one metric as ``compare`` returns them, ``file_format`` any that matplotlib writes.
+    Axes are logarithmic except for metrics that reach zero or lie between 0 and 1.
+    """
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    samplers = list(dict.fromkeys(row.sampler for row in rows))
+    styles = _styles(arms)
+    with mpl.rc_context(RC):  # restored on the way out
+        figure = Figure(figsize=(1.2 + 3.3 * len(samplers), 6.4), layout="constrained")
+        axes = figure.subplots(2, len(samplers), sharey="row", squeeze=False, height_ratios=(1.15, 1))
+        for column, sampler in enumerate(samplers):
+            mine = [row for row in rows if row.sampler == sampler]
+            _mean_panel(axes[0, column], mine, styles)
+            axes[0, column].set_title(sampler, loc="left", fontweight="bold")
+            _change_panel(axes[1, column], mine, {arm: styles[arm] for arm in arms[1:]})
+        _limit_means(axes[0, 0], rows)
+        _limit_changes(axes[1, 0], rows)
+        axes[0, 0].set_ylabel(metric_label(rows[0].metric))
+        axes[1, 0].set_ylabel(f"change against {arms[0]} (%)")
+        _legend(figure, styles)
+        return _render(figure, file_format)
+
+
+def loss_curves(
+    training: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]],
+    arms: Sequence[str],
+    *,
+    file_format: str = "svg",
+) -> bytes | None:
+    """Training loss against passes: a faint line a seed and their smoothed mean; None without any point.
+
+    ``training[arm][seed]`` is a list of ``[pass, loss]``; ``arms`` gives the order, the baseline first.
+    """
+    curves = {
+        arm: [np.asarray(points, dtype=float) for points in seeds.values() if len(points)]
+        for arm, seeds in ((arm, training.get(arm, {})) for arm in arms)
+    }
+    curves = {arm: seeds for arm, seeds in curves.items() if seeds}
+    if not curves:
+        return None
+    block = math.ceil(max(len(points) for seeds in curves.values() for points in seeds) / LOSS_POINTS)
+    curves = {arm: [_block_means(points, block) for points in seeds] for arm, seeds in curves.items()}
+    styles = {arm: style for arm, style in _styles(arms).items() if arm in curves}
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(11.1, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for arm, seeds in curves.items():
+            for points in seeds:
+                axes.plot(*points.T, color=styles[arm]["color"], alpha=0.2, linewidth=0.5)
+            passes, mean = _smoothed_mean(seeds)
+            axes.plot(passes, mean, **{**styles[arm], "marker": ""}, linewidth=1.8)
+        if min(points[:, 1].min() for seeds in curves.values() for points in seeds) > 0:
+            _log_y(axes)
+        axes.set(xlabel="passes", ylabel="training loss")
+        _legend(figure, {arm: {**style, "marker": ""} for arm, style in styles.items()})
+        return _render(figure, file_format)
+
+
+def save_curves(rows: Sequence[Row], path: Path | str) -> None:
+    """Write ``metric_curves`` to ``path``; the suffix names the format (``.png``, ``.svg``, ``.pdf``)."""
+    path = Path(path)
+    known = ("png", "svg", "pdf")
+    if path.suffix[1:] not in known:
+        raise UserError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(known)}: rename it.")
+    write_bytes(path, metric_curves(rows, file_format=path.suffix[1:]))
+
+
+def _styles(arms: Sequence[str]) -> dict[str, Style]:
+    """The baseline grey and dashed; the others by colour and marker, then open and dotted."""
+    styles: dict[str, Style] = {arms[0]: {"color": GREY, "marker": "x", "linestyle": "--"}}
+    for number, arm in enumerate(arms[1:]):
+        turn, index = divmod(number, len(COLOURS))
+        styles[arm] = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[turn % 3]}
+        styles[arm]["markerfacecolor"] = "white" if turn else COLOURS[index]
+    return styles
+
+
+def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:
+    for arm, style in styles.items():
+        line = sorted((row for row in rows if row.arm == arm), key=lambda row: row.steps)
+        if not line:
+            continue
+        steps, mean, half = np.array([(row.steps, row.mean, row.half_width) for row in line]).T
+        axes.plot(steps, mean, **style, markersize=5, linewidth=1.7)
+        axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.11, linewidth=0)
+    _step_axis(axes, sorted({row.steps for row in rows}))
+
+
+def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:
+    """Points set side by side around each number of steps, so that their intervals stay apart."""
+    axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
+    for number, (arm, style) in enumerate(styles.items()):
+        line = [row for row in rows if row.arm == arm]
+        if not line:
+            continue
+        dodge = 1.055 ** (number - (len(styles) - 1) / 2)
+        steps, change, low, high = np.array(
+            [(row.steps * dodge, row.change, row.change_low, row.change_high) for row in line]
+        ).T
+        low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
+        error = [change - low, high - change]
+        axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
+    _step_axis(axes, sorted({row.steps for row in rows}))
+    axes.set_xlabel("sampling steps")
+
+
+def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(steps[0] / 1.25, steps[-1] * 1.25)
+
+
+def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
+    """Limits follow the means: with few seeds a band may reach through zero, which a log axis cannot show."""
+    means = np.array([row.mean for row in rows if math.isfinite(row.mean)])
+    if len(means) == 0 or means.min() <= 0 or means.max() <= 1:
+        return
+    axes.set_ylim(means.min() / 1.3, means.max() * 1.3)
+    _log_y(axes)
+
+
+def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
+    """Limits follow the estimates, intervals may leave: one wide interval would flatten all the rest."""
+    changes = [row.change for row in rows if math.isfinite(row.change)]
+    low, high = min(changes), max(changes)
+    margin = max(0.35 * (high - low), 5)
+    axes.set_ylim(max(low - margin, -105), high + margin)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0"))
+
+
+def _block_means(points: np.ndarray, size: int) -> np.ndarray:
+    return np.array([points[start : start + size].mean(0) for start in range(0, len(points), size)])
+
+
+def _smoothed_mean(seeds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds at their common passes, then a centred running mean over a thirtieth of the curve."""
+    passes = sorted(set.intersection(*(set(points[:, 0]) for points in seeds)))
+    by_pass = [dict(points) for points in seeds]
+    mean = np.array([np.mean([curve[at] for curve in by_pass]) for at in passes])
+    reach = max(1, len(mean) // 60)
+    smooth = [mean[max(0, i - reach) : i + reach + 1].mean() for i in range(len(mean))]
+    return np.array(passes), np.array(smooth)
+
+
+def _log_y(axes: Axes) -> None:
+    """A logarithmic axis with ticks at readable numbers, also where it spans less than a decade."""
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 8 * low > 0 else MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, styles: Mapping[str, Style]) -> None:
+    handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in styles.values()]
+    columns = min(len(styles), max(2, int(figure.get_figwidth() / 1.35)))
+    figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, fontsize=10.5)
+
+
+def _render(figure: Figure, file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata.get(file_format))
+    return buffer.getvalue()

@@ -1,0 +1,289 @@
+"""Draw pictures from any denoiser with any diffusers scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from atdiff.errors import UserError
+from atdiff.models.call import predict
+from atdiff.noise import NoiseSchedule
+from atdiff.sampling.corrections import Correction
+from atdiff.sampling.schedulers import make_scheduler
+
+__all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
+
+Denoiser = Callable[..., Any]
+
+_SEED_STRIDE = 1_000_000
+
+
+def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """Return one CPU generator a picture: picture ``i`` of seed ``S`` is drawn from ``S * 1_000_000 + i``.
+
+    So a picture depends on its seed and index alone, not on the batch it was drawn in, and any diffusers
+    pipeline that is given this list draws the same.
+
+    Raises:
+        UserError: seed or index is out of range. torch's CPU generator uses only 32 bits of its seed.
+    """
+    generators = []
+    for index in indices:
+        number = seed * _SEED_STRIDE + index
+        if seed < 0 or not 0 <= index < _SEED_STRIDE or number >= 2**32:
+            raise UserError(
+                f"seed={seed} with picture {index} is out of range; use a seed from 0 to "
+                f"{2**32 // _SEED_STRIDE - 1} and at most {_SEED_STRIDE} pictures a seed."
+            )
+        generators.append(torch.Generator().manual_seed(number))
+    return generators
+
+
+def denoise_steps(
+    model: Denoiser,
+    scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
+    x: Tensor,
+    *,
+    generators: list[torch.Generator] | None = None,
+    model_kwargs: Mapping[str, Tensor] | None = None,
+    correction: Correction | None = None,
+) -> Iterator[Tensor]:
+    """Yield ``x`` after each of the scheduler's steps; the caller owns progress, gradients and stopping.
+
+    Args:
+        model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are
+            ``(B,)``. A network with ``2C`` output channels has a learned variance, which schedulers that use
+            none never see.
+        scheduler: with its timesteps set, and fresh: one per run.
+        x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``; see
+            :func:`iter_generate`.
+        generators: one a picture, for stochastic schedulers.
+        model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
+        correction: applied to each prediction; see :class:`atdiff.sampling.corrections.Correction`.
+
+    Yields:
+        ``(B, C, H, W)``, in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
+
+    Raises:
+        UserError: the network's channels fit neither the picture nor the scheduler's ``variance_type``.
+    """
+    schedule = NoiseSchedule(scheduler)
+    names = {"vp": scheduler.config.get("prediction_type", "epsilon"), "flow": "flow", "edm": "edm"}
+    accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_kwargs = {"generator": generators} if accepts_generator else {}
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        timesteps = t.to(x.device).expand(len(x))
+        output = predict(model, inputs, timesteps, model_kwargs)
+        prediction, variance = _split_variance(output, x.shape[1], scheduler)
+        if correction is not None:
+            x_t = x if schedule.kind == "edm" else inputs
+            prediction = correction(prediction, x_t, timesteps, schedule, names[schedule.kind])
+        if variance is not None:
+            prediction = torch.cat([prediction, variance], dim=1)
+        x = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
+        yield x
+
+
+def _split_variance(output: Tensor, channels: int, scheduler: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+    variance_type = scheduler.config.get("variance_type") or ""
+    learned = isinstance(scheduler, DDPMScheduler) and variance_type.startswith("learned")
+    if output.shape[1] not in ((2 * channels,) if learned else (channels, 2 * channels)):
+        raise UserError(
+            f"the network returned {output.shape[1]} channels for pictures of {channels}, expected "
+            f"{2 * channels if learned else channels}; check the network's out_channels and the scheduler's "
+            f"variance_type={variance_type or None!r}."
+        )
+    return output[:, :channels], output[:, channels:] if learned else None
+
+
+def generate(model: Denoiser, training_scheduler: Any, *, num: int, **options: Any) -> Tensor:  # noqa: ANN401
+    """Return ``num`` pictures in [-1, 1], float32 on the CPU, ``(num, C, H, W)``.
+
+    Options, what may go wrong and how pictures are seeded: see :func:`iter_generate`, whose batches these
+    are.
+    """
+    return torch.cat(list(iter_generate(model, training_scheduler, num=num, **options)))
+
+
+@torch.no_grad()
+def iter_generate(
+    model: Denoiser,
+    training_scheduler: Any,  # noqa: ANN401
+    *,
+    sampler: str,
+    steps: int,
+    num: int,
+    shape: tuple[int, int, int],
+    seed: int = 0,
+    batch_size: int = 256,
+    class_labels: Tensor | None = None,
+    correction: Correction | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Yield pictures batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+
+    Picture ``i`` depends on ``seed`` and ``i`` alone (:func:`image_generators`). A model that is a module
+    runs in evaluation mode, and is put back after.
+
+    Args:
+        model: see :func:`denoise_steps`.
+        training_scheduler: the scheduler of the network's training.
+        sampler: one of :data:`atdiff.sampling.SAMPLERS`.
+        steps: of the sampler; see :func:`atdiff.sampling.make_scheduler`.
+        num: pictures.
+        shape: ``(C, H, W)`` of a picture.
+        seed: from 0 to 4293.
+        batch_size: pictures at once.
+        class_labels: ``(num,)``, for class-conditional networks.
+        correction: see :class:`atdiff.sampling.EpsilonScaling`.
+        device: where to run; default: where the model's parameters are.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: an option is out of range or does not fit the model or its scheduler.
+        FloatingPointError: the pictures are not finite.
+    """
+    _check_request(model, num, shape, batch_size, class_labels)
+    home, dtype = _home(model)
+    device = torch.device(device) if device is not None else home
+    evaluations = len(make_scheduler(sampler, training_scheduler, steps).timesteps)
+    image_generators(seed, [num - 1])
+    with _evaluating(model), Progress(disable=not progress) as bar:
+        task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
+        for start in range(0, num, batch_size):
+            indices = range(start, min(start + batch_size, num))
+            scheduler = make_scheduler(sampler, training_scheduler, steps)
+            generators = image_generators(seed, indices)
+            x = randn_tensor((len(indices), *shape), generator=generators, device=device, dtype=dtype)
+            x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+            kwargs = (
+                {}
+                if class_labels is None
+                else {"class_labels": class_labels[start : indices.stop].to(device)}
+            )
+            for x in denoise_steps(  # noqa: B007, B020  (the last x is the picture)
+                model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
+            ):
+                bar.advance(task, len(indices))
+            yield _finished(x, start, f"{sampler} at {steps} steps")
+
+
+def _check_request(
+    model: Denoiser, num: int, shape: tuple[int, int, int], batch_size: int, class_labels: Tensor | None
+) -> None:
+    if num < 1 or batch_size < 1:
+        raise UserError(f"num={num} and batch_size={batch_size} must be 1 or more.")
+    if len(shape) != 3 or min(shape) < 1:
+        raise UserError(f"shape={tuple(shape)} must be (channels, height, width), each 1 or more.")
+    if class_labels is not None and class_labels.shape != (num,):
+        raise UserError(
+            f"class_labels of shape {tuple(class_labels.shape)} must hold one label a picture, ({num},)."
+        )
+    classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
+    if class_labels is None and classes:
+        raise UserError(f"the network is conditional on {classes} classes; give class_labels, one a picture.")
+
+
+def _home(model: Denoiser) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if parameter is None:
+        return torch.device("cpu"), torch.float32
+    return parameter.device, parameter.dtype
+
+
+@contextmanager
+def _evaluating(model: Denoiser) -> Iterator[None]:
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _finished(x: Tensor, start: int, run: str) -> Tensor:
+    images = x.float().cpu()
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (start + (~finite).nonzero().flatten()).tolist()
+        raise FloatingPointError(
+            f"{len(bad)} pictures of {run} are not finite (first: number {bad[0]}); the network's weights or "
+            "its noise schedule are broken."
+        )
+    return images.clamp(-1.0, 1.0)
+
+
+def save_images(images: Tensor, path: str | Path) -> Path:
+    """Save pictures in [-1, 1], ``(N, C, H, W)``, as what the path's suffix says, and return the path.
+
+    - ``.png``: one grid, tiny pictures enlarged by whole factors to 64 pixels;
+    - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, as guided-diffusion's evaluator reads it;
+    - none: a folder of ``000000.png``, ``000001.png``, ...
+
+    Raises:
+        UserError: the path exists, has another suffix, or channels are neither 1 nor 3 where a PNG is asked
+            for.
+    """
+    path = Path(path)
+    writers = {".png": _write_grid, ".npz": _write_array, "": _write_folder}
+    if path.suffix not in writers:
+        raise UserError(
+            f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs."
+        )
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another path or remove it.")
+    if path.suffix != ".npz" and images.shape[1] not in (1, 3):
+        raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
+    pixels = ((images.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        partial = aside / f"partial{path.suffix}"
+        writers[path.suffix](pixels, partial)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(aside)
+    return path
+
+
+def _write_grid(pixels: Tensor, path: Path) -> None:
+    factor = max(1, 64 // max(pixels.shape[2:]))
+    enlarged = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    columns = int(np.ceil(len(pixels) ** 0.5))
+    _write_picture(make_grid(enlarged, nrow=columns, padding=2, pad_value=255), path)
+
+
+def _write_array(pixels: Tensor, path: Path) -> None:
+    np.savez(path, arr_0=pixels.permute(0, 2, 3, 1).numpy())
+
+
+def _write_folder(pixels: Tensor, path: Path) -> None:
+    path.mkdir()
+    for index, picture in enumerate(pixels):
+        _write_picture(picture, path / f"{index:06d}.png")
+
+
+def _write_picture(picture: Tensor, path: Path) -> None:
+    array = picture.permute(1, 2, 0).numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path)

@@ -1,0 +1,344 @@
+"""Samplers by name: diffusers schedulers with the steps that few-step sampling needs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.noise import NoiseSchedule
+
+__all__ = [
+    "SAMPLERS",
+    "ClippedDDIMScheduler",
+    "EvenFlowMatchEulerScheduler",
+    "EvenSASolverScheduler",
+    "LogSNRDPMSolverScheduler",
+    "LogSNRHeunScheduler",
+    "LogSNRUniPCScheduler",
+    "even_timesteps",
+    "logsnr_timesteps",
+    "make_scheduler",
+]
+
+# The share of the schedule at which the solvers of higher order start: at its very end alpha is so small that
+# the first x0_hat of an epsilon network is its error times thousands.
+_START = 0.992
+
+
+def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
+    """Return ``steps`` strictly decreasing integer timesteps, as even in logSNR as integers allow.
+
+    From ``0.992 T`` to 0, which is itself left out: the last step goes from the last timestep to clean
+    images. Where the even spacing asks for less than one timestep, at low noise, timesteps are moved up to be
+    neighbours. (`DPM-Solver <https://arxiv.org/abs/2206.00927>`_, section 3.3.) diffusers' ``use_lu_lambdas``
+    repeats timesteps on cosine betas.
+
+    Args:
+        alphas_cumprod: ``alpha_t^2``, ``(T,)``, decreasing and above 0.
+        steps: from 1 to T.
+    """
+    acp = alphas_cumprod.double().numpy()
+    half_logsnr = 0.5 * np.log(acp / (1.0 - acp))
+    start = _first_timestep(len(acp), steps)
+    targets = np.linspace(half_logsnr[start], half_logsnr[0], steps + 1)[:-1]
+    return _distinct(np.interp(targets, half_logsnr[::-1], np.arange(len(acp))[::-1]))
+
+
+def even_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
+    """Return ``steps`` strictly decreasing integer timesteps, even in t; ends as :func:`logsnr_timesteps`."""
+    start = _first_timestep(len(alphas_cumprod), steps)
+    return _distinct(np.linspace(start, 0, steps + 1)[:-1])
+
+
+def _first_timestep(train_steps: int, steps: int) -> int:
+    return min(max(round(_START * train_steps) - 1, steps - 1), train_steps - 1)
+
+
+def _distinct(decreasing: np.ndarray) -> Tensor:
+    ascending = decreasing[::-1].round()
+    rank = np.arange(len(ascending))
+    ascending = np.maximum.accumulate(ascending - rank) + rank
+    ascending = np.minimum(ascending, decreasing[0].round() - rank[::-1])
+    return torch.from_numpy(ascending[::-1].astype(np.int64))
+
+
+class _IntegerSteps:
+    """Gives a multistep solver of diffusers the timesteps of ``spacing``."""
+
+    spacing = staticmethod(logsnr_timesteps)
+    alphas_cumprod: Tensor
+    sigmas: Tensor
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps and the noise levels, and forget all previous steps."""
+        super().set_timesteps(num_inference_steps, device=device)  # type: ignore[misc]
+        timesteps = self.spacing(self.alphas_cumprod, num_inference_steps)
+        acp = self.alphas_cumprod[timesteps]
+        self.timesteps = timesteps.to(device)
+        self.sigmas = torch.cat([((1.0 - acp) / acp).sqrt(), self.sigmas[-1:]])
+
+
+class LogSNRDPMSolverScheduler(_IntegerSteps, DPMSolverMultistepScheduler):
+    """DPM-Solver++(2M) with steps even in logSNR. (`Lu et al. <https://arxiv.org/abs/2211.01095>`_)"""
+
+
+class LogSNRUniPCScheduler(_IntegerSteps, UniPCMultistepScheduler):
+    """UniPC of order 2 with steps even in logSNR. (`Zhao et al. <https://arxiv.org/abs/2302.04867>`_)"""
+
+
+class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
+    """SA-Solver with steps even in t. (`Xue et al. <https://arxiv.org/abs/2309.05019>`_)
+
+    Noise is injected (``tau = 1``) in the middle three fifths of the schedule, whatever its length. Steps
+    even in logSNR would leave that part to a step or two.
+    """
+
+    spacing = staticmethod(even_timesteps)
+    config: Any
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps and the noise levels, and forget all previous steps."""
+        super().set_timesteps(num_inference_steps, device=device)
+        train_steps = self.config.num_train_timesteps
+        self.tau_func = lambda t: int(0.2 * train_steps <= t <= 0.8 * train_steps)
+
+
+class LogSNRHeunScheduler(HeunDiscreteScheduler):
+    """Heun's method with steps even in logSNR. (`EDM <https://arxiv.org/abs/2206.00364>`_, alg. 1)
+
+    Each step but the last evaluates the network twice, so ``steps`` cost ``2 steps - 1`` evaluations.
+    """
+
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        num_train_timesteps: int | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Set the timesteps (each but the first twice) and the noise levels; arguments as in diffusers."""
+        if timesteps is None:
+            timesteps = logsnr_timesteps(self.alphas_cumprod, num_inference_steps or 1).tolist()
+        super().set_timesteps(None, device, num_train_timesteps, timesteps)  # type: ignore[misc]
+        self.timesteps = self.timesteps.long()
+
+
+class ClippedDDIMScheduler(DDIMScheduler):
+    """DDIM whose noise estimate follows from the clipped ``x0_hat``, as in guided-diffusion.
+
+    diffusers' default keeps the network's noise beside a clipped ``x0_hat``, so that the two no longer make
+    up ``x_t``: in few steps the pictures drift out of range. (`DDIM
+    <https://arxiv.org/abs/2010.02502>`_, eq. 12)
+    """
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401  (passed on)
+    ) -> Any:  # noqa: ANN401
+        """Do one step; as in diffusers, but ``use_clipped_model_output`` is true unless said otherwise."""
+        clipped = use_clipped_model_output is not False
+        return super().step(model_output, timestep, sample, eta, clipped, **kwargs)  # type: ignore[misc]
+
+
+class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps of a flow from t = 1 to 0, even before the shift. (`<https://arxiv.org/abs/2209.03003>`_)
+
+    diffusers' default spends its last evaluation on t = 0.001, of no use in few steps.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        **kwargs: Any,  # noqa: ANN401  (passed on)
+    ) -> None:
+        """Set the timesteps; arguments as in diffusers."""
+        if sigmas is None and num_inference_steps is not None:
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)  # type: ignore[misc]
+
+
+_COPIED = (
+    "num_train_timesteps", "prediction_type",  # all
+    "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",  # vp
+    "set_alpha_to_one", "steps_offset",  # ddim
+    "shift", "shift_terminal",  # flow
+    "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho",  # edm
+)  # fmt: skip
+
+
+def _options(cls: type, training_scheduler: Any) -> dict[str, Any]:  # noqa: ANN401  (any diffusers scheduler)
+    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    config = training_scheduler.config
+    options = {key: config[key] for key in _COPIED if key in config and key in known}
+    if "trained_betas" in known:
+        # Not every scheduler knows every beta_schedule, nor zero-terminal-SNR rescaling.
+        options["trained_betas"] = training_scheduler.betas.tolist()
+    if "clip_sample" in known:
+        options["clip_sample"] = bool(config.get("clip_sample"))
+    return options
+
+
+def _plain(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+    return cls(**_options(cls, training_scheduler))
+
+
+def _iddpm(training_scheduler: Any) -> Any:  # noqa: ANN401
+    options = _options(DDPMScheduler, training_scheduler)
+    variance_type = training_scheduler.config.get("variance_type") or "fixed_small"
+    return _exact(DDPMScheduler(**options, variance_type=variance_type, timestep_spacing="linspace"))
+
+
+def _ddim(training_scheduler: Any) -> Any:  # noqa: ANN401
+    options = _options(ClippedDDIMScheduler, training_scheduler)
+    return _exact(ClippedDDIMScheduler(**options, timestep_spacing="leading"))
+
+
+def _exact(scheduler: Any) -> Any:  # noqa: ANN401
+    # 1 - alphas_cumprod near t = 0 has three digits left in float32, which shows in the last ancestral steps.
+    scheduler.alphas_cumprod = torch.cumprod(1.0 - scheduler.betas.double(), dim=0)
+    return scheduler
+
+
+def _solver(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+    config = training_scheduler.config
+    options = _options(cls, training_scheduler)
+    # No logSNR where alpha = 0, the end of a zero-terminal-SNR schedule; cosine betas stop at 0.999 too.
+    options["trained_betas"] = training_scheduler.betas.clamp(max=0.999).tolist()
+    if config.get("clip_sample") and not config.get("thresholding") and "clip_sample" not in options:
+        if config.get("clip_sample_range", 1.0) != 1.0:
+            raise UserError(
+                f"clip_sample_range={config.clip_sample_range} cannot be kept by dpmsolver++, unipc and "
+                "sasolver, which clip to 1.0 only; set clip_sample=False or use ddim, iddpm or heun."
+            )
+        # These classes know no static clipping, but dynamic thresholds within [1, 1] are just that.
+        options.update(thresholding=True, sample_max_value=1.0)
+    return cls(**options)
+
+
+_BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "iddpm": {"vp": _iddpm},
+    "ddim": {"vp": _ddim},
+    "dpmsolver++": {
+        "vp": partial(_solver, LogSNRDPMSolverScheduler),
+        "edm": partial(_plain, EDMDPMSolverMultistepScheduler),
+    },
+    "sasolver": {"vp": partial(_solver, EvenSASolverScheduler)},
+    "unipc": {"vp": partial(_solver, LogSNRUniPCScheduler)},
+    "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
+    "flow-euler": {"flow": partial(_plain, EvenFlowMatchEulerScheduler)},
+    "edm-euler": {"edm": partial(_plain, EDMEulerScheduler)},
+}
+SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
+
+
+def make_scheduler(
+    sampler: str,
+    training_scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
+    steps: int,
+) -> Any:  # noqa: ANN401
+    """Return the diffusers scheduler of a sampler, for the noise schedule a network was trained on.
+
+    Its timesteps are set, and a pipeline that sets them again gets the same, so that
+    ``pipe.scheduler = make_scheduler(...)`` samples as :func:`atdiff.sampling.generate` does.
+
+    ================ ========= ======================================================= ===============
+    sampler          schedule  steps                                                   evaluations
+    ================ ========= ======================================================= ===============
+    ``iddpm``        vp        ancestral, from T - 1 to 0, both visited ("linspace")    steps
+    ``ddim``         vp        eta 0, multiples of T // steps ("leading")              steps
+    ``dpmsolver++``  vp, edm   2M, even in logSNR (Karras' spacing for edm)            steps
+    ``sasolver``     vp        order 2, stochastic, even in t                          steps
+    ``unipc``        vp        order 2, even in logSNR                                 steps
+    ``heun``         vp        even in logSNR                                          2 steps - 1
+    ``flow-euler``   flow      even in t, then shifted                                 steps
+    ``edm-euler``    edm       Karras' spacing                                         steps
+    ================ ========= ======================================================= ===============
+
+    The training scheduler's ``clip_sample`` holds for every vp sampler: where it is true, ``x0_hat`` is
+    clipped at each step. Its ``variance_type`` holds for ``iddpm``, the only sampler that uses a learned
+    variance.
+
+    Args:
+        sampler: one of :data:`SAMPLERS`.
+        training_scheduler: the scheduler of the network's training; only its configuration and betas are
+            read.
+        steps: steps of the sampler, from 1 (2 for ``iddpm`` and ``ddim``) to ``num_train_timesteps``.
+
+    Raises:
+        UserError: an unknown sampler, one that does not fit the noise schedule, or steps out of range.
+    """
+    schedule = NoiseSchedule(training_scheduler)
+    build = _builder(sampler, schedule.kind)
+    train_steps = schedule.num_train_timesteps
+    if not 1 <= steps <= train_steps:
+        raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={train_steps}.")
+    if schedule.kind == "edm" and training_scheduler.config.prediction_type != "epsilon":
+        raise UserError(
+            f"prediction_type={training_scheduler.config.prediction_type!r} is not supported for EDM "
+            "networks; use 'epsilon', diffusers' name for EDM preconditioning."
+        )
+    scheduler = build(training_scheduler)
+    scheduler.set_timesteps(steps)
+    if schedule.kind == "vp":
+        _check_timesteps(sampler, scheduler, steps)
+    return scheduler
+
+
+def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:
+    fitting = [name for name, builders in _BUILDERS.items() if kind in builders]
+    if sampler not in _BUILDERS:
+        near = difflib.get_close_matches(sampler, SAMPLERS, n=3, cutoff=0.5) or fitting
+        raise UserError(f"sampler {sampler!r} is unknown; did you mean {' or '.join(near)}?")
+    if sampler not in fitting:
+        raise UserError(
+            f"sampler {sampler!r} does not fit a network trained on a {kind} schedule; "
+            f"use {' or '.join(fitting)}."
+        )
+    return _BUILDERS[sampler][kind]
+
+
+def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401
+    first, train_steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
+    if first == 0 and train_steps > 1:
+        raise UserError(
+            f"steps={steps} of {sampler} would visit timestep 0 alone; use 2 or more, or dpmsolver++."
+        )
+    if first >= train_steps:
+        raise UserError(
+            f"steps={steps} with steps_offset={scheduler.config.steps_offset} would start at timestep "
+            f"{first}, beyond the last, {train_steps - 1}; use fewer steps or steps_offset=0."
+        )
+    if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[first] == 0:
+        raise UserError(
+            f"{sampler} starts at timestep {first}, where a zero-terminal-SNR schedule holds only noise and "
+            "prediction_type='epsilon' says nothing of x0; use 'v_prediction', or the sampler dpmsolver++."
+        )

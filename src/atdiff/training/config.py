@@ -1,0 +1,142 @@
+"""What one training run is made of: a tree of typed settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from atdiff.adversary import Direction, Method, Order
+from atdiff.norms import Norm
+from atdiff.objectives.denoising import PredictionType, Target, Variance, Weighting
+
+__all__ = [
+    "AdversaryConfig",
+    "DataConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SchedulerConfig",
+    "TrainConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass
+class DataConfig:
+    """Which images are learned.
+
+    Attributes:
+        name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or the name of a data set on the hub.
+        split: which part of it.
+        image_size: crop and resize to this many pixels; null expects images of one size.
+        flip: mirror half of the images left to right.
+        class_conditional: give the labels to the network.
+    """
+
+    name: str = "digits"
+    split: str = "train"
+    image_size: int | None = None
+    flip: bool = False
+    class_conditional: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """Which network: ``mlp``, ``unet`` (``UNet2DModel``) or ``adm``, and its constructor's arguments."""
+
+    name: Literal["mlp", "unet", "adm"] = "mlp"
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SchedulerConfig:
+    """The forward process: the class name of a diffusers scheduler and its arguments."""
+
+    name: str = "DDPMScheduler"
+    args: dict[str, Any] = field(default_factory=lambda: {"beta_schedule": "squaredcos_cap_v2"})
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned; see :class:`atdiff.DenoisingObjective`. The timestep sampler is given by name."""
+
+    prediction_type: PredictionType | None = None
+    variance: Variance = "fixed"
+    timestep_sampler: Literal["uniform", "loss-second-moment", "logit-normal", "log-normal"] = "uniform"
+    weighting: Weighting = "none"
+    snr_gamma: float = 5.0
+    label_dropout: float = 0.0
+    input_perturbation: float = 0.0
+
+
+@dataclass
+class AdversaryConfig:
+    """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training."""
+
+    norm: Norm = "l2"
+    step_size: float = 0.0
+    passes: int = 1
+    radius: float | None = None
+    scale: Literal["constant", "sigma", "high"] = "constant"
+    method: Method = "free"
+    direction: Direction = "gradient"
+    order: Order = "authors"
+    target: Target = "equivariant"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate, whose warm-up and decay are counted in passes."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_passes: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    grad_clip: float | None = 1.0
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how fast, and what is written meanwhile.
+
+    Attributes:
+        passes: forward-backward passes in all, the unit in which arms are compared.
+        batch_size: images a pass and process, micro-batches included.
+        accumulate: micro-batches a weight update.
+        ema_decay: of the exponential moving average, stepped at every weight update.
+        precision: ``no`` (float32), ``bf16`` or ``fp16``.
+        compile: run the network through ``torch.compile``.
+        seed: of the weights, the order of the data and every draw.
+        init: a run, pipeline folder or hub id whose (EMA) weights training starts from.
+        log_every: passes between lines of ``metrics.jsonl``.
+        sample_every: passes between grids of samples; 0 for none but the last.
+        checkpoint_every: passes between checkpoints; the last one is always written.
+        tracker: a tracker of Accelerate, such as ``tensorboard`` or ``wandb``, beside ``metrics.jsonl``.
+    """
+
+    passes: int = 1000
+    batch_size: int = 128
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    seed: int = 0
+    init: str | None = None
+    log_every: int = 100
+    sample_every: int = 0
+    checkpoint_every: int = 1000
+    tracker: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -1,0 +1,50 @@
+"""What a person sees while a run trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+__all__ = ["TrainingBar", "training_progress"]
+
+
+class TrainingBar:
+    """A progress bar of passes; silent where there is nothing to show it on."""
+
+    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+        self._progress, self._task = progress, task
+
+    def update(self, passes: int) -> None:
+        """Move to ``passes``."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=passes)
+
+    def describe(self, values: dict[str, Any]) -> None:
+        """Show passes a second, loss and delta norm."""
+        if self._progress is not None and self._task is not None:
+            text = (
+                f"{values['passes_per_second']:.1f} passes/s  loss {values['loss']:.4f}  "
+                f"|delta| {values['delta_norm']:.3f}"
+            )
+            self._progress.update(self._task, figures=text)
+
+
+@contextlib.contextmanager
+def training_progress(total: int, done: int, show: bool) -> Iterator[TrainingBar]:
+    """Yield a bar of ``total`` passes of which ``done`` are behind."""
+    if not show:
+        yield TrainingBar(None, None)
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        yield TrainingBar(progress, progress.add_task("training", total=total, completed=done, figures=""))

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from atdiff.data import ImageData, load_data, to_uint8
+from atdiff.errors import UserError
+
+
+def save_image(path: Path, size: tuple[int, int] = (8, 6), mode: str = "RGB", seed: int = 0) -> np.ndarray:
+    """Write a random picture of (width, height) and return its array (H, W[, C])."""
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_digits_splits_are_disjoint_complete_and_real() -> None:
+    raw = load_digits()
+    train, test, everything = (load_data("digits", split=s) for s in ("train", "test", "all"))
+    assert (len(train), len(test), len(everything)) == (1500, 297, 1797)
+    assert everything.images.shape == (1797, 1, 8, 8)
+    # The pixel values of the source, 0 to 16, come back from bytes without loss.
+    assert np.array_equal(np.round(everything.images[:, 0].double().numpy() * 16 / 255), raw.images)
+    assert everything.labels is not None
+    assert np.array_equal(everything.labels.numpy(), raw.target)
+    rows = [set(map(bytes, part.images.numpy().reshape(-1, 64))) for part in (train, test, everything)]
+    assert len(rows[2]) == 1797, "no two digits are equal, so sets of rows stand for sets of images"
+    assert not rows[0] & rows[1]
+    assert rows[0] | rows[1] == rows[2]
+    assert train.num_classes == test.num_classes == 10
+    assert train.name == "digits[train]"
+
+
+def test_digits_split_is_the_same_each_time() -> None:
+    first, second = load_data("digits"), load_data("digits")
+    assert torch.equal(first.images, second.images)
+    assert first.labels is not None
+    assert second.labels is not None
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_x0_and_to_uint8_are_inverse_for_every_byte() -> None:
+    bytes_ = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
+    x0 = ImageData(bytes_, None, "bytes").x0(torch.tensor([3, 0]))
+    assert x0.dtype == torch.float32
+    assert (x0.min(), x0.max()) == (-1.0, 1.0)
+    assert torch.equal(to_uint8(x0), bytes_[[3, 0]])
+
+
+def test_to_uint8_equals_the_png_export_of_diffusers(tmp_path: Path) -> None:
+    x0 = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for i, image in enumerate(VaeImageProcessor().postprocess(x0, output_type="pil")):
+        image.save(tmp_path / f"{i:02}.png")
+    assert torch.equal(load_data(str(tmp_path)).images, to_uint8(x0))
+
+
+def test_flat_folder(tmp_path: Path) -> None:
+    expected = [save_image(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("abc")]
+    (tmp_path / "notes.txt").write_text("not an image")
+    save_image(tmp_path / ".hidden" / "x.png")
+    data = load_data(str(tmp_path))
+    assert np.array_equal(data.images.numpy(), np.stack(expected).transpose(0, 3, 1, 2))
+    assert data.labels is None
+    assert data.num_classes is None
+
+
+def test_class_folders_as_torchvision_reads_them(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog/1.png", "cat/2.png", "cat/deep/3.png", "eel/4.png")):
+        save_image(tmp_path / name, mode="L", seed=i)
+    data = load_data(str(tmp_path))
+    oracle = ImageFolder(str(tmp_path))
+    assert data.labels is not None
+    assert data.labels.tolist() == oracle.targets == [0, 0, 1, 2]
+    assert np.array_equal(data.images[:, 0].numpy(), [np.asarray(Image.open(p)) for p, _ in oracle.samples])
+
+
+def test_folder_of_splits(tmp_path: Path) -> None:
+    save_image(tmp_path / "train" / "a.png")
+    test = save_image(tmp_path / "test" / "a.png", seed=1)
+    assert len(load_data(str(tmp_path))) == 1
+    assert np.array_equal(load_data(str(tmp_path), split="test").images[0].permute(1, 2, 0), test)
+    with pytest.raises(UserError, match="is kept in splits"):
+        load_data(str(tmp_path), split="all")
+    with pytest.raises(UserError, match="has no split 'val'"):
+        load_data(str(tmp_path / "train"), split="val")
+
+
+def test_mixed_sizes_name_the_first_two_and_image_size_cures_it(tmp_path: Path) -> None:
+    for name, size in (("a", (8, 6)), ("b", (8, 6)), ("c", (12, 6)), ("d", (4, 4))):
+        save_image(tmp_path / f"{name}.png", size)
+    with pytest.raises(UserError, match=r"a\.png is 8x6 pixels in RGB but \S*c\.png is 12x6 pixels"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), image_size=5).images.shape == (4, 3, 5, 5)
+
+
+def test_mixed_channels_need_channels(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", mode="L")
+    save_image(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"a\.png is 8x6 pixels in greyscale but \S*b\.png is 8x6 pixels in RGB"):
+        load_data(str(tmp_path))
+    rgb = load_data(str(tmp_path), channels=3).images
+    assert rgb.shape == (2, 3, 6, 8)
+    assert torch.equal(rgb[0, 0], rgb[0, 2])
+    assert load_data(str(tmp_path), channels=1).images.shape == (2, 1, 6, 8)
+
+
+@pytest.mark.parametrize(("size", "image_size"), [((24, 8), 8), ((24, 8), 4), ((8, 16), 4), ((8, 8), 16)])
+def test_image_size_resizes_and_crops_the_centre(tmp_path: Path, size: tuple[int, int], image_size: int) -> None:
+    save_image(tmp_path / "a.png", size)
+    oracle = transforms.Compose(
+        [
+            transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(image_size),
+            transforms.PILToTensor(),
+        ]
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        found = load_data(str(tmp_path), image_size=image_size).images[0]
+        # One grey level, since the two round their horizontal and vertical passes in another order.
+        torch.testing.assert_close(found.int(), oracle(image).int(), rtol=0, atol=1)
+
+
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"b\.png cannot be read as an image: replace or remove it\."):
+        load_data(str(tmp_path))
+
+
+def test_truncated_image_is_named(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", (64, 64))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
+        load_data(str(tmp_path))
+
+
+def test_sixteen_bit_image_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        load_data(str(tmp_path))
+
+
+def test_orientation_of_a_camera_is_applied(tmp_path: Path) -> None:
+    pixels = save_image(tmp_path / "a.png", (8, 6))
+    image = Image.open(tmp_path / "a.png")
+    exif = image.getexif()
+    exif[0x0112] = 3  # orientation: upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(load_data(str(tmp_path)).images[0].permute(1, 2, 0), pixels[::-1, ::-1])
+
+
+def test_many_images_show_progress_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_data("digits", split="test")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("atdiff.data.sources.PROGRESS_FROM", 100)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    load_data("digits", split="test")
+    captured = capsys.readouterr()
+    assert "reading images" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("content", [None, "notes.txt"])
+def test_folder_without_images(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / content).write_text("text")
+    with pytest.raises(UserError, match="holds no images"):
+        load_data(str(tmp_path))
+
+
+def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "cat" / "b.png")
+    with pytest.raises(UserError, match=r"mixes images \(a\.png\) with class folders \(cat\)"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "/no/such/folder does not exist"),
+        ("missing.npz", "missing.npz does not exist"),
+        ("owner/missing.parquet", "owner/missing.parquet does not exist"),
+        ("digit", "unknown data set 'digit': did you mean 'digits'?"),
+        ("zzz", "unknown data set 'zzz': expected 'digits'"),
+        (__file__, "is no data set: expected an .npz or .parquet file"),
+    ],
+)
+def test_names_that_are_nothing(name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_data(name)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "split 'val' of digits does not exist: expected train, test or all"),
+        ({"channels": 2}, "channels is 2"),
+        ({"image_size": 0}, "image_size is 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data("digits", **options)
+
+
+def test_options_apply_to_arrays_too() -> None:
+    data = load_data("digits", split="test", image_size=16, channels=3)
+    assert data.images.shape == (297, 3, 16, 16)
+    assert torch.equal(data.images[:, 0], data.images[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "channels"),
+    [("arr_0", "arr_1", 3), ("images", "labels", 3), ("arr_0", None, 1), ("images", "labels", None)],
+)
+def test_npz(tmp_path: Path, images: str, labels: str | None, channels: int | None) -> None:
+    shape = (5, 6, 8) if channels is None else (5, 6, 8, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    classes = np.array([0, 2, 1, 2, 0])
+    arrays = {images: pixels} | ({labels: classes} if labels else {})
+    np.savez(tmp_path / "set.npz", **arrays)
+    data = load_data(str(tmp_path / "set.npz"))
+    assert np.array_equal(data.images.numpy(), pixels.reshape(5, 6, 8, channels or 1).transpose(0, 3, 1, 2))
+    assert (data.labels.tolist() if data.labels is not None else None) == (classes.tolist() if labels else None)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros(3)}, "expected an array named arr_0 or images"),
+        ({"images": np.zeros((2, 4, 4), np.float32)}, "are float32 of shape"),
+        ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, "expected uint8 of shape"),
+        ({"images": np.zeros((0, 4, 4), np.uint8)}, "expected at least one"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "expected 2 whole numbers"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2)}, "expected 2 whole numbers"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, -1])}, "0 or more"),
+        ({"images": np.array([None])}, "cannot be read as an .npz file of plain arrays"),
+    ],
+)
+def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path / "set.npz"))
+
+
+@pytest.mark.parametrize("damage", ["nonsense", "a single array", "cut short", "a flipped byte"])
+def test_damaged_npz(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "set.npz"
+    np.savez_compressed(file, images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    whole = bytearray(file.read_bytes())
+    if damage == "nonsense":
+        file.write_bytes(b"nonsense")
+    elif damage == "a single array":
+        with file.open("wb") as stream:
+            np.save(stream, np.zeros((2, 4, 4), np.uint8))
+    elif damage == "cut short":
+        file.write_bytes(whole[: len(whole) // 2])
+    else:
+        whole[len(whole) // 2] ^= 0xFF
+        file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"set\.npz cannot be read as an \.npz file"):
+        load_data(str(file))
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    pixels = [np.full((4, 4, 3), 10 * i, np.uint8) for i in range(4)]
+    return datasets.Dataset.from_dict(
+        {"id": [7, 8, 9, 10], "img": pixels, "kind": [1, 0, 1, 1], "word": ["b", "a", "b", "c"]},
+        features=datasets.Features(
+            {
+                "id": datasets.Value("int64"),
+                "img": datasets.Image(),
+                "kind": datasets.ClassLabel(names=["cat", "dog"]),
+                "word": datasets.Value("string"),
+            }
+        ),
+    )
+
+
+def test_parquet(tmp_path: Path, table: datasets.Dataset) -> None:
+    file = tmp_path / "set" / "train-00000-of-00001.parquet"
+    file.parent.mkdir()
+    table.to_parquet(file)
+    for name in (file, file.parent):
+        data = load_data(str(name))
+        assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+        assert data.images.shape == (4, 3, 4, 4)
+        assert data.labels is not None
+        assert data.labels.tolist() == [1, 0, 1, 1]
+    words = load_data(str(file), label_column="word").labels
+    assert words is not None
+    assert words.tolist() == [1, 0, 1, 2]
+    with pytest.raises(UserError, match="has no column 'image' of images: expected one of \\['img'\\]"):
+        load_data(str(file), image_column="image")
+    with pytest.raises(UserError, match="has no column 'klass' of classes"):
+        load_data(str(file), label_column="klass")
+    with pytest.raises(UserError, match="has no split 'test'"):
+        load_data(str(file), split="test")
+
+
+def test_parquet_that_is_none(tmp_path: Path, table: datasets.Dataset) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a parquet data set"):
+        load_data(str(tmp_path / "bad.parquet"))
+    table.remove_columns("img").to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(UserError, match="has no image column among"):
+        load_data(str(tmp_path / "bare.parquet"))
+
+
+def test_hub_name(monkeypatch: pytest.MonkeyPatch, table: datasets.Dataset) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = load_data("some-owner/some.set", split="validation")
+    assert asked == [("some-owner/some.set", "validation")]
+    assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+
+
+def test_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, split: str) -> None:
+        raise ConnectionError("no network\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError) as caught:
+        load_data("owner/faces")
+    message = str(caught.value)
+    assert "owner/faces is no local file or folder and cannot be had from the hub (no network)" in message
+    assert "give the path of its folder" in message
+    assert "\n" not in message

@@ -1,0 +1,269 @@
+"""Targets and losses against diffusers' formulas, closed forms and hand-made passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from atdiff import DenoisingBatch, DenoisingObjective, UserError
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+class Affine(nn.Module):
+    """A network of two numbers, to differentiate by hand."""
+
+    def __init__(self, a: float = 0.7, b: float = 0.1) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.a * x + self.b
+
+
+def objective_of(kind: str, **options: Any) -> DenoisingObjective:
+    if kind == "flow":
+        return DenoisingObjective(FlowMatchEulerDiscreteScheduler(), **options)
+    if kind == "edm":
+        return DenoisingObjective(EDMEulerScheduler(), **options)
+    return DenoisingObjective(DDPMScheduler(**COSINE), kind, **options)
+
+
+def drawn(objective: DenoisingObjective, batch: int = 6) -> DenoisingBatch:
+    x0 = torch.randn(batch, 2, 4, 4).clamp(-1, 1)
+    timesteps = {
+        "vp": torch.tensor([0, 10, 200, 500, 900, 990]),
+        "flow": torch.tensor([5.0, 100.0, 250.0, 500.0, 800.0, 990.0]),
+        "edm": torch.linspace(-1.2, 1.0, 6),
+    }[objective.schedule.kind]
+    return objective.draw(x0, timesteps=timesteps[:batch])
+
+
+KINDS = ["epsilon", "sample", "v_prediction", "flow", "edm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perturbed_target_is_the_clean_target_of_the_shifted_noise(kind: str) -> None:
+    """One principle: x_t + delta is the forward sample of noise + delta / sigma_t, and so is its target."""
+    objective, model = objective_of(kind), Affine()
+    batch = drawn(objective)
+    delta = 0.3 * torch.randn_like(batch.x0)
+    shifted = batch.noise + delta / batch.sigma.view(-1, 1, 1, 1)
+    same = objective.draw(batch.x0, noise=shifted, timesteps=batch.timesteps)
+    torch.testing.assert_close(objective.loss(model, batch, delta), objective.loss(model, same), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_clean_target_equals_diffusers(kind: str) -> None:
+    objective, scheduler, model = objective_of(kind), DDPMScheduler(**COSINE), Affine()
+    batch = drawn(objective)
+    x_t = scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
+    velocity = scheduler.get_velocity(batch.x0, batch.noise, batch.timesteps)
+    target = {"epsilon": batch.noise, "sample": batch.x0, "v_prediction": velocity}[kind]
+    expected = (model(x_t, batch.timesteps) - target).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.loss(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flow_target_by_hand() -> None:
+    objective, model = objective_of("flow"), Affine()
+    batch = drawn(objective)
+    t = (batch.timesteps / 1000).view(-1, 1, 1, 1)
+    x_t = (1 - t) * batch.x0 + t * batch.noise
+    expected = (model(x_t, t) - (batch.noise - batch.x0)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.loss(model, batch), expected)
+
+
+def test_edm_loss_equals_the_schedulers_preconditioning() -> None:
+    """The weight 1 / c_out^2 of EDM times the squared error of D(x; sigma), with diffusers' own D."""
+    scheduler, objective, model = EDMEulerScheduler(), objective_of("edm"), Affine()
+    batch = drawn(objective)
+    sigma = batch.sigma.view(-1, 1, 1, 1)
+    x_t = batch.x0 + sigma * batch.noise
+    raw = model(scheduler.precondition_inputs(x_t, sigma), batch.timesteps)
+    denoised = scheduler.precondition_outputs(x_t, raw, sigma)
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    expected = ((denoised - batch.x0) / c_out).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.loss(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_points_from_the_true_to_the_predicted_noise(kind: str) -> None:
+    objective, model = objective_of(kind), Affine()
+    batch = drawn(objective)
+    delta = 0.3 * torch.randn_like(batch.x0)
+    alpha, sigma = batch.alpha.view(-1, 1, 1, 1), batch.sigma.view(-1, 1, 1, 1)
+    x_t = alpha * batch.x0 + sigma * batch.noise + delta
+    scheduler = DDIMScheduler(**COSINE, clip_sample=False)
+    if kind == "flow":
+        x0_hat = x_t - sigma * model(x_t, sigma)
+    elif kind == "edm":
+        edm = EDMEulerScheduler()
+        x0_hat = edm.precondition_outputs(x_t, model(edm.precondition_inputs(x_t, sigma), sigma), sigma)
+    else:
+        scheduler.register_to_config(prediction_type=kind)
+        scheduler.set_timesteps(1000)
+        steps = [scheduler.step(model(x, t), int(t), x) for x, t in zip(x_t, batch.timesteps, strict=True)]
+        x0_hat = torch.stack([step.pred_original_sample for step in steps])
+    noise_hat = (x_t - alpha * x0_hat) / sigma
+    expected = (noise_hat - batch.noise - delta / sigma).flatten(1)
+    found = objective.compute(model, batch, delta).residual.flatten(1)
+    cosine = nn.functional.cosine_similarity(found, expected)
+    assert not objective.compute(model, batch, delta).residual.requires_grad
+    # At t = 0 of the cosine schedule x0_hat - x0 is all rounding for v and sample networks.
+    torch.testing.assert_close(cosine[1:], torch.ones(5), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_delta_equals_finite_differences(kind: str) -> None:
+    """Detached: the target stands still while the input moves. Full: both move."""
+    objective = objective_of(kind)
+    model = Affine().double()
+    batch = drawn(objective)
+    batch = DenoisingBatch(**{**batch.state_dict(), "x0": batch.x0.double(), "noise": batch.noise.double(),
+                              "input_noise": batch.input_noise.double(), "sigma": batch.sigma.double(),
+                              "alpha": batch.alpha.double()})  # fmt: skip
+    direction = torch.randn_like(batch.x0)
+    start = 0.2 * torch.randn_like(batch.x0)
+    for detach in (True, False):
+        delta = start.clone().requires_grad_()
+        loss = objective.compute(model, batch, delta, detach_target=detach).loss
+        (gradient,) = torch.autograd.grad(loss.sum(), delta)
+        found = (gradient * direction).flatten(1).sum(dim=1)
+        differences = []
+        for h in (1e-3, -1e-3):
+            moved = start + h * direction
+            if detach:
+                # Shift the noise by the old delta and the input by the difference.
+                fixed = _with_fixed_target(objective, model, batch, start, moved)
+            else:
+                fixed = objective.compute(model, batch, moved).loss
+            differences.append(fixed.detach())
+        expected = (differences[0] - differences[1]) / 2e-3
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def _with_fixed_target(
+    objective: DenoisingObjective, model: nn.Module, batch: DenoisingBatch, old: Tensor, new: Tensor
+) -> Tensor:
+    """Return the loss at input x_t + new with the target of x_t + old: the invariant target of shifted noise."""
+    sigma = batch.sigma.view(-1, 1, 1, 1)
+    shifted = DenoisingBatch(**{**batch.state_dict(), "noise": batch.noise + old / sigma})
+    return objective.compute(model, shifted, new, target="invariant").loss
+
+
+def test_invariant_target_ignores_delta() -> None:
+    objective, model = objective_of("epsilon"), Affine()
+    batch = drawn(objective)
+    delta = torch.randn_like(batch.x0)
+    x_t = objective.schedule.add_noise(batch.x0, batch.noise, batch.timesteps) + delta
+    expected = (model(x_t, batch.timesteps) - batch.noise).square().mean(dim=(1, 2, 3))
+    found = objective.compute(model, batch, delta, target="invariant").loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_equals_the_published_weights(kind: str) -> None:
+    scheduler = DDPMScheduler(**COSINE)
+    objective = objective_of(kind, weighting="min-snr", snr_gamma=5.0)
+    batch = drawn(objective)
+    snr = compute_snr(scheduler, batch.timesteps)
+    capped = snr.clamp(max=5.0)
+    expected = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[kind]
+    torch.testing.assert_close(batch.weights, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_high_noise_weights_are_clipped() -> None:
+    batch = drawn(objective_of("epsilon", weighting="high-noise", snr_gamma=5.0))
+    snr = compute_snr(DDPMScheduler(**COSINE), batch.timesteps)
+    torch.testing.assert_close(batch.weights, (1 / snr).clamp(max=5.0), rtol=2e-3, atol=1e-6)
+    assert batch.weights[-1] == 5.0
+
+
+def test_input_perturbation_moves_the_input_alone() -> None:
+    """The input's noise has variance 1 + gamma^2; the target stays the noise of variance 1."""
+    objective = objective_of("epsilon", input_perturbation=0.5)
+    batch = objective.draw(torch.zeros(256, 1, 8, 8), timesteps=torch.full((256,), 500))
+    assert batch.noise.var().item() == pytest.approx(1.0, abs=0.05)
+    assert batch.input_noise.var().item() == pytest.approx(1.25, abs=0.06)
+    expected = (batch.sigma.view(-1, 1, 1, 1) * batch.input_noise - batch.noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.loss(lambda x, t: x, batch), expected)
+
+
+def test_labels_are_dropped_at_the_given_rate() -> None:
+    objective = objective_of("epsilon", label_dropout=0.25, null_label=10)
+    labels = torch.arange(4000) % 10
+    batch = objective.draw(torch.zeros(4000, 1, 1, 1), class_labels=labels)
+    dropped = batch.conditions["class_labels"] == 10
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(batch.conditions["class_labels"][~dropped], labels[~dropped])
+
+
+def test_variational_bound_of_a_perfect_prediction_is_zero() -> None:
+    """Equal means, and the variance output -1, which means the posterior variance: KL 0 for every t > 0."""
+    objective = objective_of("epsilon", variance="learned_range")
+    batch = drawn(objective)
+
+    def oracle(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([batch.noise, -torch.ones_like(x)], dim=1)
+
+    bound = objective.compute(oracle, batch).terms["vb"]
+    torch.testing.assert_close(bound[1:], torch.zeros(5), rtol=0, atol=1e-4)
+    assert bound[0] > 0.1
+
+
+def test_variational_bound_trains_the_variance_alone() -> None:
+    objective = objective_of("epsilon", variance="learned_range")
+    batch = drawn(objective)
+    mean, variance = torch.zeros(2, *batch.x0.shape).requires_grad_().unbind()
+    bound = objective.compute(lambda x, t: torch.cat([mean, variance], dim=1), batch).terms["vb"].sum()
+    gradients = torch.autograd.grad(bound, [mean, variance], allow_unused=True)
+    assert gradients[0] is None or not gradients[0].any()
+    assert gradients[1] is not None
+    assert gradients[1].abs().sum() > 0
+
+
+def test_gaussian_data_has_the_known_loss() -> None:
+    """x0 ~ N(0, s^2): the best epsilon is sigma x_t / (alpha^2 s^2 + sigma^2), its error alpha^2 s^2 of that."""
+    objective, s = objective_of("epsilon"), 0.5
+    x0 = s * torch.randn(400, 1, 16, 16)
+    batch = objective.draw(x0, timesteps=torch.full((400,), 600))
+    alpha, sigma = batch.alpha[0].item(), batch.sigma[0].item()
+    total = alpha**2 * s**2 + sigma**2
+    loss = objective.loss(lambda x, t: sigma * x / total, batch).mean().item()
+    assert loss == pytest.approx(alpha**2 * s**2 / total, rel=0.02)
+    assert not math.isclose(loss, 1.0, rel_tol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "velocity"}, "prediction_type='velocity'"),
+        ({"prediction_type": "flow"}, "prediction_type='flow'"),
+        ({"variance": "learned"}, "variance='learned'"),
+        ({"weighting": "snr"}, "weighting='snr'"),
+        ({"snr_gamma": 0.0}, "snr_gamma=0.0"),
+        ({"label_dropout": 1.5}, "label_dropout=1.5"),
+        ({"label_dropout": 0.1}, "needs null_label"),
+        ({"input_perturbation": -1.0}, "input_perturbation=-1.0"),
+    ],
+)
+def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DenoisingObjective(DDPMScheduler(), **options)
+
+
+def test_wrong_number_of_channels_is_named() -> None:
+    objective = objective_of("epsilon", variance="learned_range")
+    with pytest.raises(UserError, match="returned 2 channels, expected 4"):
+        objective.loss(Affine(), drawn(objective))
