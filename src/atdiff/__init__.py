@@ -1,10 +1,16 @@
 """Adversarial training for diffusion and flow models that must be good in few steps."""
 
-from atdiff.adversary import Adversary
-from atdiff.errors import UserError
-from atdiff.models.mlp import MLP2DModel
-from atdiff.noise import NoiseSchedule
-from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, ObjectiveOutput
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atdiff.adversary import Adversary
+    from atdiff.errors import UserError
+    from atdiff.models.mlp import MLP2DModel
+    from atdiff.noise import NoiseSchedule
+    from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, ObjectiveOutput
 
 __all__ = [
     "Adversary",
@@ -15,3 +21,20 @@ __all__ = [
     "ObjectiveOutput",
     "UserError",
 ]
+
+_HOMES = {
+    "Adversary": "adversary",
+    "DenoisingBatch": "objectives.denoising",
+    "DenoisingObjective": "objectives.denoising",
+    "MLP2DModel": "models.mlp",
+    "NoiseSchedule": "noise",
+    "ObjectiveOutput": "objectives.denoising",
+    "UserError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)

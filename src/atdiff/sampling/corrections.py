@@ -70,9 +70,7 @@ def to_noise(
     return (x_t - c_skip * x_t - c_out * prediction) / sigma
 
 
-def from_noise(
-    noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
+def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
     """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`.
 
     With ``x0_hat = (x_t - sigma noise) / alpha``:
@@ -120,9 +118,7 @@ class EpsilonScaling:
 
     def __init__(self, scale: float = 1.0, slope: float = 0.0) -> None:
         if not (math.isfinite(scale) and scale > 0):
-            raise UserError(
-                f"epsilon scale={scale} must be above 0; use 1.0 for none, 1.005 to 1.02 as usual."
-            )
+            raise UserError(f"epsilon scale={scale} must be above 0; use 1.0 for none, 1.005 to 1.02 as usual.")
         if not math.isfinite(slope):
             raise UserError(f"epsilon slope={slope} must be finite; use 0.0 for a constant scale.")
         self.scale, self.slope = scale, slope

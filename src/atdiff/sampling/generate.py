@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
+from atdiff.files import written_aside
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule
 from atdiff.sampling.corrections import Correction
@@ -173,11 +172,7 @@ def iter_generate(
             generators = image_generators(seed, indices)
             x = randn_tensor((len(indices), *shape), generator=generators, device=device, dtype=dtype)
             x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-            kwargs = (
-                {}
-                if class_labels is None
-                else {"class_labels": class_labels[start : indices.stop].to(device)}
-            )
+            kwargs = {} if class_labels is None else {"class_labels": class_labels[start : indices.stop].to(device)}
             for x in denoise_steps(  # noqa: B007, B020  (the last x is the picture)
                 model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
             ):
@@ -193,9 +188,7 @@ def _check_request(
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"shape={tuple(shape)} must be (channels, height, width), each 1 or more.")
     if class_labels is not None and class_labels.shape != (num,):
-        raise UserError(
-            f"class_labels of shape {tuple(class_labels.shape)} must hold one label a picture, ({num},)."
-        )
+        raise UserError(f"class_labels of shape {tuple(class_labels.shape)} must hold one label a picture, ({num},).")
     classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
     if class_labels is None and classes:
         raise UserError(f"the network is conditional on {classes} classes; give class_labels, one a picture.")
@@ -248,22 +241,14 @@ def save_images(images: Tensor, path: str | Path) -> Path:
     path = Path(path)
     writers = {".png": _write_grid, ".npz": _write_array, "": _write_folder}
     if path.suffix not in writers:
-        raise UserError(
-            f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs."
-        )
+        raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
     if path.exists():
         raise UserError(f"{path} exists already; choose another path or remove it.")
     if path.suffix != ".npz" and images.shape[1] not in (1, 3):
         raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
-    pixels = ((images.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        partial = aside / f"partial{path.suffix}"
+    pixels = to_uint8(images.detach().cpu())
+    with written_aside(path) as partial:
         writers[path.suffix](pixels, partial)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(aside)
     return path
 
 

@@ -320,8 +320,7 @@ def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:
         raise UserError(f"sampler {sampler!r} is unknown; did you mean {' or '.join(near)}?")
     if sampler not in fitting:
         raise UserError(
-            f"sampler {sampler!r} does not fit a network trained on a {kind} schedule; "
-            f"use {' or '.join(fitting)}."
+            f"sampler {sampler!r} does not fit a network trained on a {kind} schedule; use {' or '.join(fitting)}."
         )
     return _BUILDERS[sampler][kind]
 
@@ -329,9 +328,7 @@ def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:
 def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401
     first, train_steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
     if first == 0 and train_steps > 1:
-        raise UserError(
-            f"steps={steps} of {sampler} would visit timestep 0 alone; use 2 or more, or dpmsolver++."
-        )
+        raise UserError(f"steps={steps} of {sampler} would visit timestep 0 alone; use 2 or more, or dpmsolver++.")
     if first >= train_steps:
         raise UserError(
             f"steps={steps} with steps_offset={scheduler.config.steps_offset} would start at timestep "

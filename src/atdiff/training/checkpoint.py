@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atdiff.files import written_aside
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "load_checkpoint", "passes_of", "save_checkpoint"]
 
 _KEPT = 2
 
@@ -33,6 +33,11 @@ def save_checkpoint(
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint of a training folder, if it has one."""
     return max(folder.glob("pass-*"), default=None)
+
+
+def passes_of(checkpoint: Path) -> int:
+    """Return how many passes were behind when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("pass-"))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

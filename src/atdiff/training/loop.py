@@ -25,7 +25,7 @@ from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.runs import load_denoiser, open_run, save_pipeline
 from atdiff.sampling.generate import generate, save_images
 from atdiff.timesteps import make_timestep_sampler
-from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
 from atdiff.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from atdiff.training.ema import EMA
 from atdiff.training.progress import training_progress
@@ -108,6 +108,12 @@ class Trainer:
         )
         resumed = open_run(out, self.config) if self.accelerator.is_main_process else True
         self.accelerator.wait_for_everyone()
+        checkpoint = latest_checkpoint(out / "checkpoints") if resumed else None
+        self.finished = (
+            checkpoint is not None and passes_of(checkpoint) >= settings.passes and (out / "pipeline").is_dir()
+        )
+        if self.finished:
+            return
         device = self.accelerator.device
         self.network.to(device)
         self.ema = EMA(self.network, settings.ema_decay)
@@ -125,14 +131,13 @@ class Trainer:
         self.model = self.accelerator.prepare(model)
         if settings.tracker:
             self.accelerator.init_trackers("atdiff")
-        checkpoint = latest_checkpoint(out / "checkpoints") if resumed else None
         if checkpoint is not None:
             self._restore(checkpoint)
 
     def run(self, *, progress: bool = True) -> None:
-        """Train to the last pass and write the pipeline."""
+        """Train to the last pass and write the pipeline; nothing where that was done before."""
         settings, started_at = self.config.training, self.passes_done
-        if started_at >= settings.passes and (self.out / "pipeline").is_dir():
+        if self.finished:
             return
         self.model.train()
         self.started, self.first_pass = time.perf_counter(), started_at

@@ -1,0 +1,221 @@
+"""The commands as a user types them: study, evaluate, sample, import-adm, recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, UNet2DModel
+from PIL import Image
+
+from atdiff.cli import main
+from atdiff.evaluation import evaluate
+from atdiff.recipe import bundled_recipes, load_recipe, resolve
+
+DATA = Path(__file__).parent / "data"
+RECIPE: dict[str, Any] = {
+    "about": "a study small enough for a test",
+    "model": {"name": "mlp", "args": {"width": 32, "num_blocks": 1}},
+    "training": {"passes": 20, "batch_size": 32, "log_every": 5, "ema_decay": 0.9},
+    "finetune": {"training": {"passes": 10}},
+    "arms": {
+        "plain": {},
+        "at": {"adversary": {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"}},
+    },
+    "study": {"arms": ["plain", "at"], "seeds": [0, 1], "samplers": ["ddim", "iddpm"], "steps": [3, 5], "num": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Run the study once, as the user would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    root = tmp_path_factory.mktemp("study")
+    (root / "tiny.yaml").write_text(json.dumps(RECIPE))
+    assert main(["study", str(root / "tiny.yaml"), "--out", str(root / "out"), "--jobs", "2"]) == 0
+    return root / "tiny.yaml", root / "out"
+
+
+def test_a_study_leaves_table_pictures_and_report(finished: tuple[Path, Path]) -> None:
+    _, out = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["cells"]) == 2 * 2 * 2 * 2
+    assert {cell["arm"] for cell in summary["cells"]} == {"plain", "at"}
+    assert all(cell["metrics"]["fd"] > 0 for cell in summary["cells"])
+    for key in ("weights", "sampler", "steps", "num", "sample_seed", "extractor", "reference", "dtype", "versions"):
+        assert all(key in cell for cell in summary["cells"])
+    page = (out / "report.html").read_text()
+    assert "tiny" in page
+    assert "atdiff study" in page
+    with Image.open(out / "samples.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_arms_differ_in_nothing_but_the_arm(finished: tuple[Path, Path]) -> None:
+    """Equal passes, batches, base and noise: the configurations of two arms differ where the recipe says so."""
+    _, out = finished
+    plain, at = (yaml.safe_load((out / "seed-1" / arm / "config.yaml").read_text()) for arm in ("plain", "at"))
+    assert at.pop("adversary") != plain.pop("adversary")
+    assert plain == at
+    assert plain["training"]["init"].endswith("seed-1/base")
+    cells = json.loads((out / "summary.json").read_text())["cells"]
+    assert {(cell["seed"], cell["sample_seed"]) for cell in cells} == {(0, 1), (1, 2)}
+
+
+def test_a_finished_study_is_found_finished(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+    cells = json.loads((out / "summary.json").read_text())["cells"]
+    assert main(["study", str(recipe), "--out", str(out), "--jobs", "2"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads((out / "summary.json").read_text())["cells"] == cells
+
+
+def test_a_folder_with_another_study_is_left_alone(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = finished
+    assert main(["study", str(recipe), "--out", str(out), "--optimizer.lr", "0.1"]) == 2
+    assert "holds another study" in capsys.readouterr().err
+
+
+def test_evaluate_goes_on_cell_by_cell(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int]] = []
+    generate = evaluate.generate
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((options["sampler"], options["steps"]))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
+    _, out = finished
+    words = ["evaluate", str(out / "seed-0" / "at"), "--samplers", "ddim,iddpm", "--steps", "3,5", "--num", "40",
+             "--seeds", "1", "--out", str(tmp_path / "cells.json")]  # fmt: skip
+    assert main(words) == 130
+    assert len(json.loads((tmp_path / "cells.json").read_text())) == 3
+    monkeypatch.setattr(evaluate, "generate", generate)
+    assert main(words) == 0
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    assert made == [("ddim", 3), ("ddim", 5), ("iddpm", 3)]
+    # The same cells as in the study, whatever process made them.
+    expected = json.loads((out / "seed-0" / "at" / "cells.json").read_text())
+    assert [c["metrics"]["fd"] for c in cells] == pytest.approx([c["metrics"]["fd"] for c in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pictures.png", "pictures.npz", "pictures"])
+def test_sample_writes_what_the_path_says_and_never_over_it(
+    finished: tuple[Path, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = finished
+    words = ["sample", str(out / "seed-0" / "at"), "--sampler", "dpmsolver++", "--steps", "4", "--num", "6",
+             "--out", str(tmp_path / name)]  # fmt: skip
+    assert main(words) == 0
+    if name == "pictures":
+        assert len(list((tmp_path / name).glob("*.png"))) == 6
+    elif name == "pictures.npz":
+        assert np.load(tmp_path / name)["arr_0"].shape == (6, 8, 8, 1)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "RUN", "--sampler", "dimm", "--out", "x.png"], "did you mean ddim"),
+        (["sample", "RUN", "--sampler", "flow-euler", "--out", "x.png"], "does not fit"),
+        (["sample", "RUN", "--steps", "0", "--out", "x.png"], "steps=0"),
+        (["sample", "RUN", "--steps", "2000", "--out", "x.png"], "steps=2000"),
+        (["sample", "RUN", "--num", "0", "--out", "x.png"], "num=0"),
+        (["sample", "RUN", "--class-label", "3", "--out", "x.png"], "not class-conditional"),
+        (["sample", "RUN", "--epsilon-scale", "0", "--out", "x.png"], "scale"),
+        (["sample", "RUN", "--out", "x.jpeg"], "suffix"),
+        (["sample", ".", "--out", "x.png"], "neither a training folder"),
+        (["evaluate", "RUN", "--steps", "five", "--out", "x.json"], "--steps 'five'"),
+        (["evaluate", "RUN", "--metrics", "fud", "--out", "x.json"], "fud"),
+        (["evaluate", "RUN", "--samplers", "ddpm", "--out", "x.json"], "'ddpm' is unknown"),
+        (["evaluate", "RUN", "--extractor", "vgg", "--out", "x.json"], "vgg"),
+        (["import-adm", "nothing.pt", "--out", "x"], "nothing.pt"),
+        (["frobnicate"], "invalid choice"),
+        (["recipes", "--all"], "unrecognised arguments --all"),
+        (["quickstart", "--jobs", "0", "--out", "x"], "--jobs 0"),
+    ],
+)
+def test_mistakes_are_one_sentence_exit_2_and_nothing_written(
+    words: list[str],
+    message: str,
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = str(finished[1] / "seed-0" / "at")
+    assert main([run if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("atdiff: ")
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(tmp_path: Path) -> None:
+    golden = np.load(DATA / "guided_unet.npz")
+    out = tmp_path / "adm"
+    assert main(["import-adm", str(DATA / "guided_unet.npz"), "--out", str(out)]) == 0
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert type(pipeline.unet) is UNet2DModel
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    with torch.no_grad():
+        found = pipeline.unet(torch.from_numpy(golden["x"]), torch.from_numpy(golden["t"])).sample
+    torch.testing.assert_close(found, torch.from_numpy(golden["out"]), rtol=1e-5, atol=1e-5)
+    assert main(["sample", str(out), "--sampler", "dpmsolver++", "--steps", "2", "--num", "1",
+                 "--out", str(tmp_path / "one.png")]) == 0  # fmt: skip
+
+
+def test_bundled_recipes_resolve_in_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in bundled_recipes():
+        assert name in printed
+        recipe = load_recipe(name)
+        assert recipe.about
+        assert recipe.cost
+        base = resolve(recipe)
+        assert base.training.passes > 0
+        for arm in recipe.arms:
+            config = resolve(recipe, arm)
+            # Equal compute: whole batches, and as many passes and images as the baseline.
+            plain = resolve(recipe, recipe.study.arms[0])
+            assert config.training.passes == plain.training.passes
+            assert config.training.batch_size == plain.training.batch_size
+            assert config.training.passes % config.adversary.passes == 0
+
+
+def test_help_and_mistakes_answer_without_loading_torch(tmp_path: Path) -> None:
+    """The command line imports nothing heavy until a command needs it."""
+    code = "import sys; from atdiff.cli import main; main(['recipes', '--x']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_a_worker_that_fails_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {**RECIPE, "optimizer": {"lr": 1e30}}
+    (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
+    started = time.monotonic()
+    assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 2
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "out" / "summary.json").exists()
