@@ -104,7 +104,7 @@ def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:
 def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
     """Write a ``DDPMPipeline`` that plain diffusers opens; the folder appears once it is complete."""
     with written_aside(folder) as aside:
-        pipeline: Any = DDPMPipeline(unet=model, scheduler=scheduler)  # type: ignore[arg-type]
+        pipeline: Any = DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(aside)
 
 

@@ -1,0 +1,42 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atdiff import UserError
+from atdiff.files import write_bytes, write_json, written_aside
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    write_json(path, [1])
+
+    def fail() -> None:
+        with written_aside(path) as partial:
+            partial.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "[\n 1\n]\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with written_aside(tmp_path / "run") as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_bytes(tmp_path / "file" / "below", b"x")
+    with pytest.raises(UserError, match="is a folder"):
+        write_bytes(tmp_path, b"x")
