@@ -40,7 +40,7 @@ from atdiff.sampling import (
 from atdiff.sampling.schedulers import even_timesteps, logsnr_timesteps
 
 DATA = Path(__file__).parent / "data"
-VP_SAMPLERS = ("iddpm", "ddim", "dpmsolver++", "sasolver", "unipc", "heun")
+VP_SAMPLERS = ("iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "linear": {"beta_schedule": "linear"},

@@ -243,6 +243,7 @@ def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
         (["quickstart", "--training.batch_size", "0"], "training.batch_size=0"),
         (["quickstart", "--model.args.depth", "3"], "cannot be built"),
         (["quickstart", "--scheduler.name", "Foo"], "no scheduler of diffusers"),
+        (["quickstart", "--training.tracker", "abacus"], "training.tracker='abacus' is not installed"),
         (["quickstart", "--data.name", "MISSING"], "MISSING"),
         (["quickstart", "--data.name", "EMPTY"], "EMPTY"),
         (["quickstart", "--data.name", "BROKEN"], "broken.png"),

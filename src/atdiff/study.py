@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
+import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from atdiff.errors import UserError
 from atdiff.evaluation.comparison import compare, conclusions
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, versions
-from atdiff.files import write_bytes, write_json
+from atdiff.evaluation.metrics import FEW_SAMPLES
+from atdiff.files import write_bytes, write_json, write_text
 from atdiff.recipe import Recipe, resolve
 from atdiff.report.page import write_report
 from atdiff.report.samples import sample_sheets
-from atdiff.report.tables import comparison_table
+from atdiff.report.tables import comparison_table, markdown_table
 from atdiff.training.config import TrainConfig
 from atdiff.training.loop import Trainer, train
 
@@ -51,8 +55,8 @@ def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], 
     """Run, or go on with, the comparison that a recipe describes; return the report's path.
 
     Every seed trains its own base model; every arm goes on from that base with the same number of passes and the
-    same order of data, and is judged on the same initial noise. Writes ``summary.json``, ``samples.png`` and
-    ``report.html`` beside the runs.
+    same order of data, and is judged on the same initial noise. Writes ``summary.json``, ``table.md``,
+    ``samples.png`` and ``report.html`` beside the runs.
 
     Args:
         recipe: with at least one arm.
@@ -83,7 +87,13 @@ def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], 
     write_bytes(out / "samples.png", next(iter(sheets.values())))
     write_report(summary, out / "report.html", samples=sheets)
     rows = compare(summary["cells"], baseline=summary["baseline"], metric=summary["metric"])
+    write_text(out / "table.md", markdown_table(rows))
     console.print(comparison_table(rows, summary["metric"]))
+    if recipe.study.num < FEW_SAMPLES:
+        console.print(
+            f"- Frechet distances of {recipe.study.num} samples are biased upwards, alike for all arms: compare "
+            f"them only with each other; {FEW_SAMPLES} or more make figures to publish."
+        )
     for sentence in conclusions(rows):
         console.print(f"- {sentence}")
     console.print(f"\n{out / 'report.html'}\n{out / 'samples.png'}\n{out / 'summary.json'}", soft_wrap=True)
@@ -130,8 +140,20 @@ def _open(out: Path, recipe: Recipe, overrides: list[str]) -> None:
     write_json(file, wanted)
 
 
-def _use_threads(threads: int) -> None:
+def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    # Ctrl-C reaches the whole group; the parent ends its workers, and they end with it if it is killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    # The study says it once, for all cells.
+    warnings.filterwarnings("ignore", message="the Frechet distance of")
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_stage(stage: _Stage) -> None:
@@ -155,7 +177,7 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
     )
     total = sum(stage.work for stage in stages)
     with (
-        ProcessPoolExecutor(workers, context, initializer=_use_threads, initargs=(threads,)) as pool,
+        ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool,
         Progress(*columns, console=console) as progress,
     ):
         bar = progress.add_task("studying", total=total)
@@ -178,6 +200,8 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
                 progress.update(bar, completed=passes, description=label)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 

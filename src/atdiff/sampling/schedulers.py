@@ -217,9 +217,9 @@ def _iddpm(training_scheduler: Any) -> Any:  # noqa: ANN401
     return _exact(DDPMScheduler(**options, variance_type=variance_type, timestep_spacing="linspace"))
 
 
-def _ddim(training_scheduler: Any) -> Any:  # noqa: ANN401
+def _ddim(spacing: str, training_scheduler: Any) -> Any:  # noqa: ANN401
     options = _options(ClippedDDIMScheduler, training_scheduler)
-    return _exact(ClippedDDIMScheduler(**options, timestep_spacing="leading"))
+    return _exact(ClippedDDIMScheduler(**options, timestep_spacing=spacing))
 
 
 def _exact(scheduler: Any) -> Any:  # noqa: ANN401
@@ -246,7 +246,8 @@ def _solver(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
 
 _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "iddpm": {"vp": _iddpm},
-    "ddim": {"vp": _ddim},
+    "ddim": {"vp": partial(_ddim, "leading")},
+    "ddim-trailing": {"vp": partial(_ddim, "trailing")},
     "dpmsolver++": {
         "vp": partial(_solver, LogSNRDPMSolverScheduler),
         "edm": partial(_plain, EDMDPMSolverMultistepScheduler),
@@ -270,18 +271,19 @@ def make_scheduler(
     Its timesteps are set, and a pipeline that sets them again gets the same, so that
     ``pipe.scheduler = make_scheduler(...)`` samples as :func:`atdiff.sampling.generate` does.
 
-    ================ ========= ======================================================= ===============
-    sampler          schedule  steps                                                   evaluations
-    ================ ========= ======================================================= ===============
-    ``iddpm``        vp        ancestral, from T - 1 to 0, both visited ("linspace")    steps
-    ``ddim``         vp        eta 0, multiples of T // steps ("leading")              steps
-    ``dpmsolver++``  vp, edm   2M, even in logSNR (Karras' spacing for edm)            steps
-    ``sasolver``     vp        order 2, stochastic, even in t                          steps
-    ``unipc``        vp        order 2, even in logSNR                                 steps
-    ``heun``         vp        even in logSNR                                          2 steps - 1
-    ``flow-euler``   flow      even in t, then shifted                                 steps
-    ``edm-euler``    edm       Karras' spacing                                         steps
-    ================ ========= ======================================================= ===============
+    ================== ========= ======================================================= ===============
+    sampler            schedule  steps                                                   evaluations
+    ================== ========= ======================================================= ===============
+    ``iddpm``          vp        ancestral, from T - 1 to 0, both visited ("linspace")    steps
+    ``ddim``           vp        eta 0, multiples of T // steps ("leading")              steps
+    ``ddim-trailing``  vp        eta 0, from T - 1 on ("trailing")                       steps
+    ``dpmsolver++``    vp, edm   2M, even in logSNR (Karras' spacing for edm)            steps
+    ``sasolver``       vp        order 2, stochastic, even in t                          steps
+    ``unipc``          vp        order 2, even in logSNR                                 steps
+    ``heun``           vp        even in logSNR                                          2 steps - 1
+    ``flow-euler``     flow      even in t, then shifted                                 steps
+    ``edm-euler``      edm       Karras' spacing                                         steps
+    ================== ========= ======================================================= ===============
 
     The training scheduler's ``clip_sample`` holds for every vp sampler: where it is true, ``x0_hat`` is
     clipped at each step. Its ``variance_type`` holds for ``iddpm``, the only sampler that uses a learned

@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from atdiff.adversary import Adversary
@@ -58,6 +59,12 @@ class Trainer:
                 raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
         if not 0 <= settings.ema_decay < 1:
             raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
+        trackers = [str(tracker.value) for tracker in get_available_trackers()]
+        if settings.tracker is not None and settings.tracker not in trackers:
+            raise UserError(
+                f"training.tracker={settings.tracker!r} is not installed; expected one of {', '.join(trackers)}; "
+                "`pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+            )
         self.scheduler = build_scheduler(config)
         self.objective, self.adversary = (
             build_objective(config, self.scheduler, None),
