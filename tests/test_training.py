@@ -199,6 +199,12 @@ def test_ddim_equals_a_hand_written_loop(recipe: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_tracker_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
+    out = run(recipe, tmp_path / "run", None, "--training.tracker", "tensorboard")
+    (events,) = (out / "atdiff").glob("events.out.tfevents.*")
+    assert b"passes_per_second" in events.read_bytes()
+
+
 def test_every_image_comes_once_an_epoch() -> None:
     seen = torch.cat([batch_indices(7, batch, 10, 25) for batch in range(5)])
     assert torch.equal(seen[:25].sort().values, torch.arange(25))

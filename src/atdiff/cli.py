@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import shlex
 import sys
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="atdiff", description="Adversarial training for few-step diffusion and flow models.")
+    parser.add_argument("--version", action="version", version=f"atdiff {importlib.metadata.version('atdiff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     quick = commands.add_parser("quickstart", help="the main job on real digits, in a few minutes on a CPU")

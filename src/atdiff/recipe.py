@@ -24,7 +24,7 @@ class StudyConfig:
     """How the arms of a recipe are compared.
 
     Attributes:
-        arms: names of the recipe's arms, the baseline first.
+        arms: names of the recipe's arms, the baseline first; none for all of them.
         seeds: one base model, and one model an arm, is trained for each.
         samplers: samplers by name.
         steps: numbers of steps of each sampler.
@@ -33,7 +33,7 @@ class StudyConfig:
         metrics: which metrics.
     """
 
-    arms: list[str] = field(default_factory=lambda: ["plain"])
+    arms: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samplers: list[str] = field(default_factory=lambda: ["ddim"])
     steps: list[int] = field(default_factory=lambda: [5, 10, 20])
@@ -86,21 +86,22 @@ def load_recipe(name: str) -> Recipe:
     extra = {key: content.pop(key, None) for key in ("about", "cost", "finetune", "arms", "study")}
     study = StudyConfig()
     _check_keys({"study": extra["study"] or {}}, {"study": study})
-    recipe = Recipe(
+    arms = {arm: overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
+    study = dataclasses.replace(study, **{"arms": list(arms), **(extra["study"] or {})})
+    for arm in study.arms:
+        if arm not in arms:
+            raise UserError(
+                f"recipe {path} compares arm {arm!r}, which it does not define; {nearest(arm, list(arms) or ['none'])}"
+            )
+    return Recipe(
         name=path.stem,
         about=" ".join(str(extra["about"] or "").split()),
         cost=str(extra["cost"] or ""),
         config=content,
         finetune=extra["finetune"] or {},
-        arms={arm: overrides or {} for arm, overrides in (extra["arms"] or {}).items()},
-        study=dataclasses.replace(study, **(extra["study"] or {})),
+        arms=arms,
+        study=study,
     )
-    for arm in recipe.study.arms if recipe.arms else []:
-        if arm not in recipe.arms:
-            raise UserError(
-                f"recipe {path} compares arm {arm!r}, which it does not define; {nearest(arm, list(recipe.arms))}"
-            )
-    return recipe
 
 
 def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None) -> TrainConfig:

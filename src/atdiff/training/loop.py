@@ -62,8 +62,8 @@ class Trainer:
         trackers = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker is not None and settings.tracker not in trackers:
             raise UserError(
-                f"training.tracker={settings.tracker!r} is not installed; expected one of {', '.join(trackers)}; "
-                "`pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+                f"training.tracker={settings.tracker!r} is not installed; installed are: "
+                f"{', '.join(trackers) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
             )
         self.scheduler = build_scheduler(config)
         self.objective, self.adversary = (
