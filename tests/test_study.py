@@ -88,6 +88,27 @@ def test_a_folder_with_another_study_is_left_alone(
     assert "holds another study" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samplers": ["ddmi"]}, "'ddmi' is unknown"),
+        ({"steps": [5, 2000]}, "steps=2000"),
+        ({"metrics": ["fdi"]}, "metric 'fdi' is unknown"),
+        ({"extractor": "vgg"}, "'vgg'"),
+        ({"num": 1}, "num=1"),
+        ({"arms": ["plain", "pgd"]}, "compares arm 'pgd'"),
+        ({"colour": "blue"}, "'study.colour' is unknown"),
+    ],
+)
+def test_a_study_that_cannot_end_does_not_begin(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(json.dumps({**RECIPE, "study": {**RECIPE["study"], **change}}))
+    assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_goes_on_cell_by_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,11 @@ def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
         (["quickstart", "--training.batch_size", "0"], "training.batch_size=0"),
         (["quickstart", "--model.args.depth", "3"], "cannot be built"),
         (["quickstart", "--scheduler.name", "Foo"], "no scheduler of diffusers"),
+        pytest.param(
+            ["quickstart", "--training.precision", "fp16"],
+            "fp16' needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 runs on a GPU"),
+        ),
         (["quickstart", "--training.tracker", "abacus"], "training.tracker='abacus' is not installed"),
         (["quickstart", "--data.name", "MISSING"], "MISSING"),
         (["quickstart", "--data.name", "EMPTY"], "EMPTY"),

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from atdiff.errors import UserError
 from atdiff.evaluation.comparison import compare, conclusions
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, versions
+from atdiff.evaluation.features import make_extractor
 from atdiff.evaluation.metrics import FEW_SAMPLES
 from atdiff.files import write_bytes, write_json, write_text
 from atdiff.recipe import Recipe, resolve
@@ -28,7 +29,7 @@ from atdiff.report.page import write_report
 from atdiff.report.samples import sample_sheets
 from atdiff.report.tables import comparison_table, markdown_table
 from atdiff.training.config import TrainConfig
-from atdiff.training.loop import Trainer, train
+from atdiff.training.loop import Trainer, build_adversary, build_objective, build_scheduler, train
 
 __all__ = ["run_study"]
 
@@ -69,9 +70,7 @@ def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], 
         UserError: the recipe has no arms, or the folder holds something else.
     """
     stages = _plan(recipe, out, overrides)
-    for stage in stages[: 1 + len(recipe.study.arms)]:
-        if stage.arm == BASE:
-            Trainer(stage.config)  # Finds what is wrong with the settings before any compute is spent.
+    _check(stages[: 1 + len(recipe.study.arms)])
     _open(out, recipe, overrides)
     started = time.perf_counter()
     console = Console()
@@ -124,6 +123,19 @@ def _plan(recipe: Recipe, out: Path, overrides: list[str]) -> list[_Stage]:
             folder = out / f"seed-{seed}" / arm
             stages.append(_Stage(arm, seed, config, folder, None if arm == BASE else cells))
     return stages
+
+
+def _check(stages: list[_Stage]) -> None:
+    """Find what is wrong with the stages of one seed before any compute is spent."""
+    Trainer(stages[0].config)
+    for stage in stages[1:]:
+        scheduler = build_scheduler(stage.config)
+        build_objective(stage.config, scheduler, None)
+        build_adversary(stage.config)
+        assert stage.evaluation is not None
+        stage.evaluation.check(scheduler)
+    # Once, before the workers: a digits classifier that is not cached yet is trained here.
+    make_extractor(stages[-1].evaluation.extractor)  # type: ignore[union-attr]
 
 
 def _open(out: Path, recipe: Recipe, overrides: list[str]) -> None:

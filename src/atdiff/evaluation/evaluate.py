@@ -14,7 +14,7 @@ import torch
 from atdiff.data.sources import load_data
 from atdiff.errors import UserError
 from atdiff.evaluation.features import make_extractor
-from atdiff.evaluation.metrics import compute_metrics, reference
+from atdiff.evaluation.metrics import FEW_SAMPLES, METRICS, compute_metrics, reference
 from atdiff.files import write_json
 from atdiff.runs import Denoiser, load_denoiser
 from atdiff.sampling.corrections import EpsilonScaling
@@ -52,6 +52,21 @@ class EvaluationConfig:
     epsilon_scale: float = 1.0
     batch_size: int = 512
 
+    def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
+        """Find, before any compute, what cannot be evaluated for networks of this scheduler.
+
+        Raises:
+            UserError: an unknown metric, too few pictures, or a sampler or steps that do not fit.
+        """
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise UserError(f"metric {metric!r} is unknown; expected some of {', '.join(METRICS)}.")
+        if self.num < 2:
+            raise UserError(f"num={self.num} pictures are too few for metrics; use {FEW_SAMPLES} or more.")
+        for sampler in self.samplers:
+            for steps in self.steps:
+                make_scheduler(sampler, training_scheduler, steps)
+
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that a figure depends on."""
@@ -86,9 +101,7 @@ def evaluate_runs(
     names = list(runs)
     denoisers = [load_denoiser(run) for run in names]
     for denoiser in denoisers:
-        for sampler in config.samplers:
-            for steps in config.steps:
-                make_scheduler(sampler, denoiser.scheduler, steps)
+        config.check(denoiser.scheduler)
     done = {_key(cell) for cell in cells}
     extractor = make_extractor(config.extractor, weights=config.weights, device=device)
     references: dict[str, Any] = {}

@@ -59,6 +59,8 @@ class Trainer:
                 raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
         if not 0 <= settings.ema_decay < 1:
             raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
+        if settings.precision == "fp16" and not torch.cuda.is_available():
+            raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
         trackers = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker is not None and settings.tracker not in trackers:
             raise UserError(
