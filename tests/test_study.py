@@ -193,6 +193,17 @@ def test_mistakes_are_one_sentence_exit_2_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_samplers_default_to_what_fits(tmp_path: Path) -> None:
+    settings = {k: RECIPE[k] for k in ("model", "training")}
+    settings["scheduler"] = {"name": "FlowMatchEulerDiscreteScheduler", "args": {}}
+    (tmp_path / "flow.yaml").write_text(json.dumps(settings))
+    run, cells = str(tmp_path / "run"), tmp_path / "cells.json"
+    assert main(["train", str(tmp_path / "flow.yaml"), "--out", run]) == 0
+    assert main(["sample", run, "--steps", "2", "--num", "1", "--out", str(tmp_path / "one.png")]) == 0
+    assert main(["evaluate", run, "--steps", "2", "--num", "8", "--out", str(cells)]) == 0
+    assert [cell["sampler"] for cell in json.loads(cells.read_text())] == ["flow-euler"]
+
+
 def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(tmp_path: Path) -> None:
     golden = np.load(DATA / "guided_unet.npz")
     out = tmp_path / "adm"

@@ -68,7 +68,7 @@ def _parser() -> _Parser:
 
     sample = commands.add_parser("sample", help="pictures of a run")
     sample.add_argument("run", help="a training folder, a diffusers pipeline folder, or a hub id")
-    sample.add_argument("--sampler", default="ddim", help="default: %(default)s")
+    sample.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
     sample.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     sample.add_argument("--num", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -79,7 +79,7 @@ def _parser() -> _Parser:
 
     evaluate = commands.add_parser("evaluate", help="metrics of runs for every sampler and number of steps")
     evaluate.add_argument("runs", nargs="+", metavar="RUN")
-    evaluate.add_argument("--samplers", default="ddim", help="comma-separated; default: %(default)s")
+    evaluate.add_argument("--samplers", help="comma-separated; default: ddim, or Euler for flows and EDM")
     evaluate.add_argument("--steps", default="5,10,20", help="comma-separated; default: %(default)s")
     evaluate.add_argument("--num", type=int, default=2048, help="pictures a cell; default: %(default)s")
     evaluate.add_argument("--seeds", default="0", help="of the pictures, comma-separated; default: %(default)s")
@@ -156,6 +156,7 @@ def _sample(args: argparse.Namespace) -> None:
     from atdiff.runs import load_denoiser
     from atdiff.sampling.corrections import EpsilonScaling
     from atdiff.sampling.generate import generate, save_images
+    from atdiff.sampling.schedulers import default_sampler
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already; choose another --out.")
@@ -164,7 +165,7 @@ def _sample(args: argparse.Namespace) -> None:
     images = generate(
         denoiser.model,
         denoiser.scheduler,
-        sampler=args.sampler,
+        sampler=args.sampler or default_sampler(denoiser.scheduler),
         steps=args.steps,
         num=args.num,
         shape=denoiser.image_shape,
@@ -195,7 +196,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from atdiff.report.tables import cells_table
 
     config = EvaluationConfig(
-        samplers=_list(args.samplers, str, "--samplers"),
+        samplers=_list(args.samplers, str, "--samplers") if args.samplers is not None else None,
         steps=_list(args.steps, int, "--steps"),
         num=args.num,
         seeds=_list(args.seeds, int, "--seeds"),

@@ -19,7 +19,7 @@ from atdiff.files import write_json
 from atdiff.runs import Denoiser, load_denoiser
 from atdiff.sampling.corrections import EpsilonScaling
 from atdiff.sampling.generate import generate
-from atdiff.sampling.schedulers import make_scheduler
+from atdiff.sampling.schedulers import default_sampler, make_scheduler
 
 __all__ = ["EvaluationConfig", "evaluate_runs", "versions"]
 
@@ -29,7 +29,7 @@ class EvaluationConfig:
     """How pictures are made and judged.
 
     Attributes:
-        samplers: samplers by name.
+        samplers: samplers by name; None for the default sampler of each run.
         steps: numbers of steps.
         num: pictures a cell.
         seeds: of the pictures.
@@ -41,7 +41,7 @@ class EvaluationConfig:
         batch_size: pictures sampled at once.
     """
 
-    samplers: tuple[str, ...]
+    samplers: tuple[str, ...] | None
     steps: tuple[int, ...]
     num: int = 2048
     seeds: tuple[int, ...] = (0,)
@@ -63,9 +63,13 @@ class EvaluationConfig:
                 raise UserError(f"metric {metric!r} is unknown; expected some of {', '.join(METRICS)}.")
         if self.num < 2:
             raise UserError(f"num={self.num} pictures are too few for metrics; use {FEW_SAMPLES} or more.")
-        for sampler in self.samplers:
+        for sampler in self.samplers_for(training_scheduler):
             for steps in self.steps:
                 make_scheduler(sampler, training_scheduler, steps)
+
+    def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
+        """Return the samplers to evaluate a network of this scheduler with."""
+        return self.samplers or (default_sampler(training_scheduler),)
 
 
 def versions() -> dict[str, str]:
@@ -108,7 +112,7 @@ def evaluate_runs(
     grid = [
         (d, sampler, steps, seed)
         for d in denoisers
-        for sampler in config.samplers
+        for sampler in config.samplers_for(d.scheduler)
         for steps in config.steps
         for seed in config.seeds
     ]

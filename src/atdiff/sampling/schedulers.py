@@ -34,6 +34,7 @@ __all__ = [
     "LogSNRDPMSolverScheduler",
     "LogSNRHeunScheduler",
     "LogSNRUniPCScheduler",
+    "default_sampler",
     "even_timesteps",
     "logsnr_timesteps",
     "make_scheduler",
@@ -313,6 +314,11 @@ def make_scheduler(
     if schedule.kind == "vp":
         _check_timesteps(sampler, scheduler, steps)
     return scheduler
+
+
+def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
+    """Return the plain first-order sampler of a network's noise schedule: DDIM, or Euler for flows and EDM."""
+    return {"vp": "ddim", "flow": "flow-euler", "edm": "edm-euler"}[NoiseSchedule(training_scheduler).kind]
 
 
 def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:

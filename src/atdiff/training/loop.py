@@ -25,6 +25,7 @@ from atdiff.models.presets import build_model
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.runs import load_denoiser, open_run, save_pipeline
 from atdiff.sampling.generate import generate, save_images
+from atdiff.sampling.schedulers import default_sampler
 from atdiff.timesteps import make_timestep_sampler
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
 from atdiff.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
@@ -285,11 +286,10 @@ class Trainer:
         labels = None
         if self.config.data.class_conditional:
             labels = torch.arange(64) % (self._num_classes() or 1)
-        sampler = {"vp": "ddim", "flow": "flow-euler", "edm": "edm-euler"}[self.objective.schedule.kind]
         images = generate(
             self.ema.module,
             self.scheduler,
-            sampler=sampler,
+            sampler=default_sampler(self.scheduler),
             steps=20,
             num=64,
             shape=self.image_shape,
