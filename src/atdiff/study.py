@@ -76,8 +76,11 @@ def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], 
     console = Console()
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     _run_stages(stages, workers, console)
-    summary = _summarise(recipe, out, stages, command, time.perf_counter() - started)
-    write_json(out / "summary.json", summary)
+    file = out / "summary.json"
+    # A finished study that is started again keeps the time that it took.
+    seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else time.perf_counter() - started
+    summary = _summarise(recipe, out, stages, command, seconds)
+    write_json(file, summary)
     sheets = sample_sheets(
         {stage.arm: str(stage.folder) for stage in stages if stage.seed == recipe.study.seeds[0]},
         recipe.study.samplers,
