@@ -306,7 +306,7 @@ class Trainer:
 
 
 def _seed(entropy: np.random.SeedSequence) -> None:
-    seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
+    seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
     # torch.manual_seed formats a stack trace for every device that is not there, at 0.6 ms a call.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
