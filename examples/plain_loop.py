@@ -29,7 +29,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     objective = DenoisingObjective(scheduler, prediction_type="epsilon")
-    adversary = Adversary(step_size=2.0, passes=2, scale="high", direction=args.direction, order="staggered")
+    adversary = Adversary(step_size=3.0, passes=2, scale="high", direction=args.direction, method="pgd")
 
     done = 0
     while done < args.passes:
@@ -38,7 +38,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            done += 1
+            done += adversary.num_passes // adversary.updates_per_batch
         if done % 100 == 0:
             print(f"pass {done}: loss {loss.item():.4f}, |delta| {adversary.mean_norm().item():.3f}")
 

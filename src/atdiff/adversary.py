@@ -55,7 +55,8 @@ class Adversary:
     ``delta = 0``; each backward pass gives the gradient of the weights, which the caller's optimizer uses, and the
     direction in which delta then moves. One backward pass serves both. (`Wang et al.
     <https://arxiv.org/abs/2502.17099>`_, algorithm 1; `FreeLB <https://arxiv.org/abs/1909.11764>`_.) ``pgd`` spends
-    ``passes - 1`` passes on delta alone and one on the weights (`Madry et al. <https://arxiv.org/abs/1706.06083>`_).
+    ``passes - 1`` passes on delta alone and one on the weights (`Madry et al. <https://arxiv.org/abs/1706.06083>`_);
+    with a direction that needs no gradient those passes are forwards alone, and every update sees fresh samples.
 
     ``direction``:
 
