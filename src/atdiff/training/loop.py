@@ -62,17 +62,11 @@ class Trainer:
             raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
         if settings.precision == "fp16" and not torch.cuda.is_available():
             raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
-        trackers = [str(tracker.value) for tracker in get_available_trackers()]
-        if settings.tracker is not None and settings.tracker not in trackers:
-            raise UserError(
-                f"training.tracker={settings.tracker!r} is not installed; installed are: "
-                f"{', '.join(trackers) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
-            )
+        if settings.tracker is not None:
+            _check_tracker(settings.tracker)
         self.scheduler = build_scheduler(config)
-        self.objective, self.adversary = (
-            build_objective(config, self.scheduler, None),
-            build_adversary(config),
-        )
+        self.objective = build_objective(config, self.scheduler, None)
+        self.adversary = build_adversary(config)
         self.data = load_data(config.data.name, split=config.data.split, image_size=config.data.image_size)
         num_classes = self._num_classes()
         if num_classes is not None:
@@ -218,7 +212,7 @@ class Trainer:
             return
         if due(settings.checkpoint_every):
             self._save()
-        if settings.sample_every and due(settings.sample_every):
+        if due(settings.sample_every):
             self._sample()
 
     def _log(self, bar: Any) -> None:  # noqa: ANN401
@@ -303,6 +297,15 @@ class Trainer:
             save_pipeline(self.out / "pipeline", self.ema.module, self.scheduler)
             self._sample()
         self.accelerator.end_training()
+
+
+def _check_tracker(name: str) -> None:
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    if name not in installed:
+        raise UserError(
+            f"training.tracker={name!r} is not installed; installed are: {', '.join(installed) or 'none'}; "
+            "`pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+        )
 
 
 def _seed(entropy: np.random.SeedSequence) -> None:
