@@ -414,3 +414,34 @@ def test_scales_are_those_documented() -> None:
     assert [SCALES[name](alpha, sigma).item() for name in ("constant", "sigma", "high")] == pytest.approx(
         [1.0, 0.8, 0.32]
     )
+
+
+def test_noise_levels_perturb_their_samples_alone_and_just_as_without(net: Net, batch: DenoisingBatch) -> None:
+    # Cosine betas: the level of timestep t is t / 1000 but for the offset of 0.008.
+    objective = DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    everywhere = Adversary("l2", 1.0, 2, direction="residual", scale="sigma")
+    middle = Adversary("l2", 1.0, 2, direction="residual", scale="sigma", noise_levels=(0.35, 0.65))
+    for adversary in (everywhere, middle):
+        for _ in adversary.passes(objective, net, batch):
+            pass
+    assert everywhere.delta is not None
+    assert middle.delta is not None
+    inside = (batch.timesteps > 350) & (batch.timesteps < 650)
+    assert inside.sum() == 3
+    torch.testing.assert_close(middle.delta[inside], everywhere.delta[inside])
+    assert (middle.delta[~inside] == 0).all()
+    assert (everywhere.delta.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_adjacent_noise_levels_share_no_sample_and_leave_none_out() -> None:
+    alpha, sigma = torch.tensor([1.0, 0.5, 0.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 80.0])
+    low = Adversary(step_size=1.0, noise_levels=(0.0, 0.5)).scale(alpha, sigma)
+    high = Adversary(step_size=1.0, noise_levels=(0.5, 1.0)).scale(alpha, sigma)
+    assert low.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert high.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("levels", [(0.5, 0.5), (-0.1, 0.5), (0.2, 1.1), (0.9, 0.1)])
+def test_noise_levels_out_of_range_are_refused(levels: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match="noise_levels"):
+        Adversary(noise_levels=levels)

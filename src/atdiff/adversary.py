@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atdiff.errors import UserError
+from atdiff.noise import noise_level
 from atdiff.norms import NORMS, Norm, norm_of, project, steepest_step
 from atdiff.objectives.denoising import DenoisingBatch, ObjectiveOutput, Target
 
@@ -76,6 +77,8 @@ class Adversary:
         passes: forward-backward passes a batch; 1 is plain training.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only), or a
             function of ``(alpha_t, sigma_t)``, each ``(B,)``.
+        noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.noise.noise_level` lies in
+            ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
         method: ``free`` or ``pgd``.
         direction: see above.
         order: see above.
@@ -99,6 +102,7 @@ class Adversary:
         *,
         radius: float | None = None,
         scale: str | ScaleFunction = "constant",
+        noise_levels: tuple[float, float] | None = None,
         method: Method = "free",
         direction: Direction = "gradient",
         order: Order = "authors",
@@ -106,8 +110,9 @@ class Adversary:
     ) -> None:
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
+        self.noise_levels = noise_levels
         self._check(scale)
-        self.scale = scale if callable(scale) else SCALES[scale]
+        self._scale = scale if callable(scale) else SCALES[scale]
         self.batch: DenoisingBatch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
@@ -135,8 +140,23 @@ class Adversary:
             raise UserError(f"step_size={self.step_size} must not be negative; 0 repeats batches unperturbed.")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius={self.radius} must be above 0; None leaves delta unbounded.")
+        low, high = self.noise_levels or (0.0, 1.0)
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(
+                f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
+            )
         if self.method == "pgd" and self.order == "staggered":
             raise UserError("method='pgd' cannot have order='staggered'; use order='authors' or method='free'.")
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
+        scale = self._scale(alpha, sigma)
+        if self.noise_levels is None:
+            return scale
+        level, (low, high) = noise_level(alpha, sigma), self.noise_levels
+        # Level 1 is the end of the range, not beyond it.
+        inside = (level >= low) & ((level < high) | (high == 1.0))
+        return torch.where(inside, scale, 0.0)
 
     @property
     def updates_per_batch(self) -> int:

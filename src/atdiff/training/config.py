@@ -78,6 +78,7 @@ class AdversaryConfig:
     passes: int = 1
     radius: float | None = None
     scale: Literal["constant", "sigma", "high"] = "constant"
+    noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"
     order: Order = "authors"

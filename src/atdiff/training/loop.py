@@ -364,6 +364,7 @@ def build_adversary(config: TrainConfig) -> Adversary:
         settings.passes,
         radius=settings.radius,
         scale=settings.scale,
+        noise_levels=settings.noise_levels,
         method=settings.method,
         direction=settings.direction,
         order=settings.order,
