@@ -22,7 +22,7 @@ from atdiff.errors import UserError
 from atdiff.files import written_aside
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule
-from atdiff.sampling.corrections import Correction
+from atdiff.sampling.corrections import Correction, realign
 from atdiff.sampling.schedulers import make_scheduler
 
 __all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
@@ -73,30 +73,42 @@ def denoise_steps(
             :func:`iter_generate`.
         generators: one a picture, for stochastic schedulers.
         model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
-        correction: applied to each prediction; see :class:`atdiff.sampling.corrections.Correction`.
+        correction: see :class:`atdiff.sampling.corrections.Correction`.
 
     Yields:
         ``(B, C, H, W)``, in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
 
     Raises:
-        UserError: the network's channels fit neither the picture nor the scheduler's ``variance_type``.
+        UserError: the network's channels fit neither the picture nor the scheduler's ``variance_type``, or the
+            correction does not fit the noise schedule.
     """
     schedule = NoiseSchedule(scheduler)
+    correction = correction or Correction()
+    correction.check(schedule)
     names = {"vp": scheduler.config.get("prediction_type", "epsilon"), "flow": "flow", "edm": "edm"}
+    prediction_type = names[schedule.kind]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": generators} if accepts_generator else {}
-    for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+    for index, t in enumerate(scheduler.timesteps):
+        inputs = _scaled(scheduler, x, t)
+        x_t = x if schedule.kind == "edm" else inputs
         timesteps = t.to(x.device).expand(len(x))
-        output = predict(model, inputs, timesteps, model_kwargs)
+        seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
+        output = predict(model, inputs, seen, model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
-        if correction is not None:
-            x_t = x if schedule.kind == "edm" else inputs
-            prediction = correction(prediction, x_t, timesteps, schedule, names[schedule.kind])
+        prediction = correction(prediction, x_t, seen, schedule, prediction_type)
+        if seen is not timesteps:
+            prediction, moved = realign(prediction, x_t, seen, timesteps, schedule, prediction_type)
+            x = moved / _scaled(scheduler, torch.ones_like(x[:1]), t)
         if variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)
         x = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
         yield x
+
+
+def _scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
+    scaled: Tensor = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+    return scaled
 
 
 def _split_variance(output: Tensor, channels: int, scheduler: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
@@ -151,8 +163,8 @@ def iter_generate(
         seed: from 0 to 4293.
         batch_size: pictures at once.
         class_labels: ``(num,)``, for class-conditional networks.
-        correction: see :class:`atdiff.sampling.EpsilonScaling`.
-        device: where to run; default: where the model's parameters are.
+        correction: see :class:`atdiff.sampling.corrections.Correction`.
+        device: where to run, and the model is moved; default: where its parameters are.
         progress: show a progress bar.
 
     Raises:
@@ -162,6 +174,8 @@ def iter_generate(
     _check_request(model, num, shape, batch_size, class_labels)
     home, dtype = _home(model)
     device = torch.device(device) if device is not None else home
+    if isinstance(model, nn.Module):
+        model.to(device)
     evaluations = len(make_scheduler(sampler, training_scheduler, steps).timesteps)
     image_generators(seed, [num - 1])
     with _evaluating(model), Progress(disable=not progress) as bar:

@@ -1,0 +1,68 @@
+"""Choose the value of a correction by trying some on held-out noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from atdiff.errors import UserError
+from atdiff.sampling.corrections import GRIDS, Correction, make_correction
+
+__all__ = ["search_correction"]
+
+
+def search_correction(
+    family: str,
+    distance: Callable[[Correction | None], float],
+    *,
+    grid: Iterable[float] | None = None,
+    data_variance: float = 0.0,
+) -> tuple[float, dict[float, float]]:
+    """Return the value of the least distance, and the distance of each value tried.
+
+    A grid is tried, and for epsilon scaling then the two midpoints beside its best value. Of equal distances
+    the one that corrects less is taken. The noise that ``distance`` samples from must not be that of the
+    figures to report, or the correction is chosen to suit them.
+
+    Args:
+        family: ``epsilon-scaling`` (values are scales) or ``time-shift`` (windows in timesteps).
+        distance: samples with the correction (None for none) and returns how far the pictures are from data.
+            A ``FloatingPointError``, as of pictures that are not finite, and NaN count as infinitely far.
+        grid: values to try; those of :data:`atdiff.sampling.corrections.GRIDS` when None.
+        data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
+
+    Raises:
+        UserError: an unknown family, an empty grid or bad value in it, before any sampling; or no value with a
+            finite distance.
+    """
+    if family not in GRIDS:
+        raise UserError(f"correction {family!r} has no value to search for; use {' or '.join(GRIDS)}.")
+    values = sorted(set(GRIDS[family] if grid is None else grid))
+    if not values:
+        raise UserError(f"the grid of {family} is empty; give one value or more, or none for the usual ones.")
+    neutral = 1.0 if family == "epsilon-scaling" else 0.0
+    corrections = {value: make_correction(f"{family}:{value}", data_variance=data_variance) for value in values}
+    distances = {value: _measured(distance, correction) for value, correction in corrections.items()}
+
+    def best() -> float:
+        return min(distances, key=lambda value: (distances[value], abs(value - neutral)))
+
+    if family == "epsilon-scaling":
+        at = values.index(best())
+        for beside in values[max(at - 1, 0) : at] + values[at + 1 : at + 2]:
+            middle = round((values[at] + beside) / 2, 6)
+            distances[middle] = _measured(distance, make_correction(f"{family}:{middle}"))
+    if math.isinf(distances[best()]):
+        raise UserError(
+            f"no value of {family} from {values[0]:g} to {values[-1]:g} gave finite pictures; check the network's "
+            "weights, or search in another range."
+        )
+    return best(), distances
+
+
+def _measured(distance: Callable[[Correction | None], float], correction: Correction | None) -> float:
+    try:
+        found = float(distance(correction))
+    except FloatingPointError:
+        return math.inf
+    return math.inf if math.isnan(found) else found
