@@ -1,32 +1,37 @@
 from __future__ import annotations
 
-import os
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from atdiff.data import ImageData, load_data, to_uint8
 from atdiff.errors import UserError
-from atdiff.evaluation import features as features_module
-from atdiff.evaluation.features import RECIPE, cache_folder, extract, make_extractor
-from atdiff.evaluation.metrics import Reference, compute_metrics, reference
+from atdiff.evaluation import manifold
+from atdiff.evaluation.features import extract, make_extractor
+from atdiff.evaluation.manifold import manifold_metrics, neighbour_radii
+from atdiff.evaluation.metrics import Metrics, check_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Frechet distance of")
 
 
 class Pixels(FeatureExtractorBase):
     """Features are the first channel's pixels, so that a test chooses the features."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         return (input[:, 0].flatten(1).double(),)
@@ -41,7 +46,6 @@ class Pixels(FeatureExtractorBase):
 
 
 register_feature_extractor("test-pixels", Pixels)
-PIXELS = Pixels("test-pixels", ["pixels"])
 
 
 class Bytes(Dataset):
@@ -64,142 +68,38 @@ def random_bytes(count: int, dimensions: int, seed: int, high: int = 256) -> Ten
     return values.round().to(torch.uint8).reshape(count, 1, 1, dimensions)
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[FeatureExtractorBase, ImageData, Reference]:
-    extractor = make_extractor("digits-classifier")
-    data = load_data("digits")
-    return extractor, data, reference(data, extractor)
-
-
 def noisy(data: ImageData, scale: float, count: int = 600) -> Tensor:
     noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return data.x0(torch.arange(count)) + scale * noise
 
 
-def test_classifier_is_accurate_on_the_test_split() -> None:
-    test = load_data("digits", split="test")
-    found = extract(test.images, make_extractor("digits-classifier"))
-    assert found["64"].shape == (297, 64)
-    assert found["logits"].shape == (297, 10)
-    assert found["64"].dtype == torch.float64
-    assert (found["logits"].argmax(1) == test.labels).double().mean() > 0.96
+def measured(images: Tensor, real: Tensor | ImageData, metrics: Sequence[str], batch: int = 100) -> dict[str, float]:
+    """Return the metrics in the features of Pixels."""
+    data = real if isinstance(real, ImageData) else ImageData(real, None, "real")
+    return Metrics(data, metrics, extractor="test-pixels")(images.split(batch), num=len(images))
 
 
-def test_classifier_is_trained_once(digits: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = list(cache_folder().iterdir())
-    assert [f.suffix for f in files] == [".safetensors"], "one file, and nothing left aside"
-    monkeypatch.setattr(features_module, "_train", None)
-    again = make_extractor("digits-classifier")
-    x = load_data("digits", split="test").images
-    assert torch.equal(extract(x, again)["64"], extract(x, digits[0])["64"])
+@pytest.fixture(scope="module")
+def digits() -> tuple[Metrics, ImageData]:
+    data = load_data("digits")
+    return Metrics(data, ("fid", "kid", "isc", "prc")), data
 
 
-def test_training_is_deterministic_and_keyed_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPE, "epochs", 2)
-    states = []
-    for folder in ("a", "b"):
-        monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / folder))
-        torch.manual_seed(len(states))
-        before = torch.get_rng_state()
-        make_extractor("digits-classifier")
-        assert torch.equal(torch.get_rng_state(), before)
-        states.append(load_file(next((tmp_path / folder).iterdir())))
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    monkeypatch.setitem(RECIPE, "seed", 1)
-    make_extractor("digits-classifier")
-    assert len(list((tmp_path / "b").iterdir())) == 2
-
-
-def test_features_do_not_depend_on_the_batch_size(digits: tuple) -> None:
-    extractor, data, _ = digits
-    one, many = (extract(data.images[:50], extractor, batch_size=b)["64"] for b in (1, 50))
-    torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
-
-
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file" / "folder"))
-    monkeypatch.setattr(features_module, "_train", lambda *_: torch.nn.Linear(1, 1))
-    with pytest.raises(UserError, match=r"cannot be written .* ATDIFF_CACHE"):
-        make_extractor("digits-classifier")
-
-
-def test_weights_of_the_classifier_from_a_file(tmp_path: Path, digits: tuple) -> None:
-    cached = next(cache_folder().iterdir())
-    copy = tmp_path / "w.safetensors"
-    copy.write_bytes(cached.read_bytes())
-    x = load_data("digits", split="test").images
-    given = make_extractor("digits-classifier", weights=copy)
-    assert torch.equal(extract(x, given)["64"], extract(x, digits[0])["64"])
-    copy.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot be read as the weights of digits-classifier"):
-        make_extractor("digits-classifier", weights=copy)
-
-
-def test_unknown_extractor_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown feature extractor 'inception': did you mean 'inception-v3-compat'"):
-        make_extractor("inception")
-
-
-def test_inception_without_network_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", fail)
-    with pytest.raises(UserError) as caught:
-        make_extractor("inception-v3-compat")
-    assert "cannot be downloaded (<urlopen error no network>)" in str(caught.value)
-    assert "weights-inception-2015-12-05-6726825d.pth" in str(caught.value)
-
-
-def test_bad_inception_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.pth of inception-v3-compat do not exist"):
-        make_extractor("inception-v3-compat", weights=tmp_path / "absent.pth")
-    (tmp_path / "bad.pth").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"bad\.pth cannot be read as weights"):
-        make_extractor("inception-v3-compat", weights=tmp_path / "bad.pth")
-    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth does not hold the weights"):
-        make_extractor("inception-v3-compat", weights=tmp_path / "other.pth")
-
-
-def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save(Evil(), tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="cannot be read as weights"):
-        make_extractor("inception-v3-compat", weights=tmp_path / "evil.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_inception_from_a_local_file_takes_greyscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:  # random weights, since the real ones are not at hand
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        oracle = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(oracle.state_dict(), tmp_path / "w.pth")
-    extractor = make_extractor("inception-v3-compat", weights=tmp_path / "w.pth")
-    images = load_data("digits", split="test").images[:3]
-    expected = oracle(images.repeat(1, 3, 1, 1))[0].double()
-    data = ImageData(images, None, "digits")
-    found = reference(data, extractor)
-    torch.testing.assert_close(found.features, expected, rtol=1e-5, atol=1e-5)
-    assert found.distance_name == "FID"
+@pytest.fixture(scope="module")
+def quick() -> Metrics:
+    return Metrics(load_data("digits"))
 
 
 def test_frechet_distance_of_a_shift_and_of_a_scale_in_closed_form() -> None:
     images = random_bytes(500, 5, seed=0, high=101)
-    base = reference(ImageData(images, None, "base"), PIXELS)
     shift = torch.tensor([3, 0, 50, 7, 1], dtype=torch.uint8)
-    out = compute_metrics(images + shift, base, PIXELS, ("fid",))
-    assert out["fid"] == pytest.approx(float((shift.double() ** 2).sum()), rel=1e-9)
+    out = measured(images + shift, images, ("fid",))
+    assert out["fd"] == pytest.approx(float((shift.double() ** 2).sum()), rel=1e-9)
     # x -> 2x: covariances S and 4S commute, so the distance is |mu|^2 + tr(S + 4S - 2 * 2S) = |mu|^2 + tr S.
     values = images.reshape(500, 5).double()
     expected = float((values.mean(0) ** 2).sum() + values.var(0).sum())
-    out = compute_metrics(images * 2, base, PIXELS, ("fid",))
-    assert out["fid"] == pytest.approx(expected, rel=1e-9)
+    out = measured(images * 2, images, ("fid",))
+    assert out["fd"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_general_gaussians() -> None:
@@ -208,8 +108,8 @@ def test_frechet_distance_of_general_gaussians() -> None:
     covariances = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = sqrtm(covariances[0] @ covariances[1]).real
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    out = compute_metrics(a, reference(ImageData(b, None, "b"), PIXELS), PIXELS, ("fid",))
-    assert out["fid"] == pytest.approx(expected, rel=1e-8)
+    out = measured(a, b, ("fid",))
+    assert out["fd"] == pytest.approx(expected, rel=1e-8)
 
 
 def test_kid_of_few_images_is_the_unbiased_mmd() -> None:
@@ -218,7 +118,7 @@ def test_kid_of_few_images_is_the_unbiased_mmd() -> None:
     xx, yy, xy = ((p @ q.T / 6 + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     off_diagonal = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (60 * 59)
     expected = off_diagonal - 2 * xy.mean()
-    out = compute_metrics(a, reference(ImageData(b, None, "b"), PIXELS), PIXELS, ("kid",))
+    out = measured(a, b, ("kid",))
     assert out["kid"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -238,22 +138,22 @@ def test_manifold_metrics_against_their_definitions() -> None:
         "coverage": (cross.min(0) <= real5).mean(),
     }
     assert all(0 < value < 1.5 for value in expected.values()), "a case in which every figure says something"
-    out = compute_metrics(a, reference(ImageData(b, None, "b"), PIXELS), PIXELS, ("prc",))
+    out = measured(a, b, ("prc",))
     assert out == pytest.approx(expected, rel=1e-12)
 
 
-def test_blocks_of_rows_change_nothing(digits: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor, data, whole = digits
-    images = noisy(data, 0.3)
-    expected = compute_metrics(images, whole, extractor, ("prc",))
-    monkeypatch.setattr("atdiff.evaluation.metrics.ROWS", 97)
-    blocks = reference(data, extractor)
-    torch.testing.assert_close(blocks.radii, whole.radii, rtol=1e-6, atol=1e-9)
-    assert compute_metrics(images, blocks, extractor, ("prc",)) == pytest.approx(expected, abs=1e-12)
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fake, real = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (130, 170))
+    radii = neighbour_radii(real)
+    expected = manifold_metrics(fake, real, radii)
+    monkeypatch.setattr(manifold, "DISTANCES", 170 * 17)
+    torch.testing.assert_close(neighbour_radii(real), radii, rtol=1e-9, atol=1e-9)
+    assert manifold_metrics(fake, real, radii) == pytest.approx(expected, abs=1e-12)
 
 
-def test_agrees_with_torch_fidelity(digits: tuple) -> None:
-    extractor, data, ref = digits
+def test_agrees_with_torch_fidelity(digits: tuple[Metrics, ImageData]) -> None:
+    metrics, data = digits
     images = to_uint8(noisy(data, 0.3, 400))
     oracle = torch_fidelity.calculate_metrics(
         input1=Bytes(images),
@@ -270,9 +170,9 @@ def test_agrees_with_torch_fidelity(digits: tuple) -> None:
         verbose=False,
         save_cpu_ram=True,
     )
-    out = compute_metrics(images, ref, extractor, seed=7)
+    out = metrics([images], num=400, seed=7)
     expected = {
-        "fid": "frechet_inception_distance",
+        "fd": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
         "isc": "inception_score_mean",
         "precision": "precision",
@@ -280,106 +180,302 @@ def test_agrees_with_torch_fidelity(digits: tuple) -> None:
     }
     for ours, theirs in expected.items():
         assert out[ours] == pytest.approx(oracle[theirs], rel=1e-6), ours
-    assert set(out) == {*expected, "density", "coverage"}
+    assert list(out) == ["fd", "kid", "isc", "precision", "recall", "density", "coverage"]
 
 
-def test_precision_and_recall_equal_torch_fidelity_on_odd_sizes(digits: tuple) -> None:
-    extractor, data, ref = digits
+def test_precision_and_recall_equal_torch_fidelity_on_odd_sizes(quick: Metrics) -> None:
+    data, extractor = load_data("digits"), make_extractor("digits-classifier")
     images = to_uint8(noisy(data, 0.5, 333))
-    oracle = prc_features_to_metric(extract(images, extractor)["64"], ref.features, verbose=False)
-    out = compute_metrics(images, ref, extractor, ("prc",))
+    fake, real = (extract(x, extractor)["64"] for x in (images, data.images))
+    oracle = prc_features_to_metric(fake, real, verbose=False)
+    out = quick([images], num=333)
     assert (out["precision"], out["recall"]) == pytest.approx((oracle["precision"], oracle["recall"]), rel=1e-6)
 
 
-def test_identical_sets(digits: tuple) -> None:
-    extractor, data, ref = digits
-    out = compute_metrics(data.images, ref, extractor, ("fid", "prc"))
-    assert abs(out["fid"]) < 1e-9
+def test_figures_do_not_depend_on_the_batches(digits: tuple[Metrics, ImageData]) -> None:
+    metrics, data = digits
+    images = noisy(data, 0.3, 200)
+    whole = pytest.approx(metrics([images], num=200), rel=1e-9)
+    assert metrics(images.split(1), num=200) == whole
+    assert metrics(images.split(77), num=200) == whole
+    assert metrics((batch for batch in to_uint8(images).split(130)), num=200) == whole
+
+
+def test_batches_are_let_go(quick: Metrics) -> None:
+    alive: list[int] = []
+
+    held: WeakSet[Tensor] = WeakSet()
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(12):
+            images = torch.rand(64, 1, 8, 8)
+            held.add(images)
+            yield images
+            del images
+            alive.append(len(held))
+
+    quick(batches(), num=12 * 64)
+    assert max(alive) <= 3
+
+
+def test_identical_sets(quick: Metrics) -> None:
+    data = load_data("digits")
+    out = quick([data.images], num=len(data))
+    assert abs(out["fd"]) < 1e-9
     assert out["precision"] == out["recall"] == out["coverage"] == 1.0
 
 
-def test_noise_and_shuffled_pixels_cost(digits: tuple) -> None:
-    extractor, data, ref = digits
-    by_noise = [compute_metrics(noisy(data, s), ref, extractor, ("fid", "prc")) for s in (0.0, 0.2, 0.5, 1.0)]
-    distances = [out["fid"] for out in by_noise]
+def test_noise_and_shuffled_pixels_cost(quick: Metrics) -> None:
+    data = load_data("digits")
+    by_noise = [quick([noisy(data, s)], num=600) for s in (0.0, 0.2, 0.5, 1.0)]
+    distances = [out["fd"] for out in by_noise]
     assert distances == sorted(distances)
     assert distances[-1] > 20 * distances[0]
     assert by_noise[-1]["precision"] < 0.5 < by_noise[0]["precision"]
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     shuffled = data.images[:600].flatten(1)[:, order].reshape(600, 1, 8, 8)
-    assert compute_metrics(shuffled, ref, extractor, ("fid",))["fid"] > 20 * distances[0]
+    assert quick([shuffled], num=600)["fd"] > 20 * distances[0]
 
 
-def test_a_missing_class_costs_recall_and_coverage(digits: tuple) -> None:
-    extractor, data, ref = digits
-    whole = compute_metrics(data.images[:750], ref, extractor, ("prc",))
-    ones = compute_metrics(data.images[data.labels == 1], ref, extractor, ("prc",))
-    assert ones["precision"] == 1.0
-    assert ones["recall"] < 0.3 < whole["recall"]
-    assert ones["coverage"] < 0.3 < whole["coverage"]
+def test_a_missing_class_costs_recall_and_coverage(quick: Metrics) -> None:
+    data = load_data("digits")
+    assert data.labels is not None
+    whole = quick([data.images[:750]], num=750)
+    ones = data.images[data.labels == 1]
+    some = quick([ones], num=len(ones))
+    assert some["precision"] == 1.0
+    assert some["recall"] < 0.3 < whole["recall"]
+    assert some["coverage"] < 0.3 < whole["coverage"]
 
 
-def test_floats_give_the_figures_of_their_saved_pictures(digits: tuple, tmp_path: Path) -> None:
-    extractor, data, ref = digits
-    images = noisy(data, 0.3)
+def test_floats_give_the_figures_of_their_saved_pictures(quick: Metrics, tmp_path: Path) -> None:
+    images = noisy(load_data("digits"), 0.3, 100)
     np.savez(tmp_path / "samples.npz", arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy())
     saved = load_data(str(tmp_path / "samples.npz")).images
-    assert compute_metrics(images, ref, extractor, ("fid",)) == compute_metrics(saved, ref, extractor, ("fid",))
+    assert quick([images], num=100) == pytest.approx(quick([saved], num=100), rel=1e-9)
 
 
-def test_few_images_still_give_every_metric(digits: tuple) -> None:
-    extractor, data, ref = digits
-    out = compute_metrics(data.images[:3], ref, extractor)
-    assert all(np.isfinite(value) for value in out.values())
-    assert ref.distance_name == "FD (digits-classifier)"
+def test_few_images_still_give_every_metric(digits: tuple[Metrics, ImageData]) -> None:
+    metrics, data = digits
+    assert all(np.isfinite(value) for value in metrics([data.images[:3]], num=3).values())
 
 
-def test_metrics_leave_the_random_state_alone(digits: tuple) -> None:
-    extractor, data, ref = digits
+def test_metrics_leave_the_random_state_alone(digits: tuple[Metrics, ImageData]) -> None:
+    metrics, data = digits
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    compute_metrics(data.images[:100], ref, extractor)
+    metrics([data.images[:100]], num=100)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
+def test_reference_is_read_from_the_cache(quick: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_data("digits").images[:100]
+    expected = quick([images], num=100)
+    monkeypatch.setattr("atdiff.evaluation.reference.extract", None)
+    assert Metrics(load_data("digits"))([images], num=100) == expected
+
+
+def test_pixel_metrics_need_no_extractor_and_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atdiff.evaluation.metrics.make_extractor", None)
+    points = torch.rand(500, 2, 1, 1, generator=torch.Generator().manual_seed(0)) - 0.5
+    shift = torch.tensor([0.001, 0.0]).reshape(2, 1, 1)  # below one byte's step of 2 / 255
+    metrics = Metrics(ImageData(points, None, "points"), ("energy", "sliced_wasserstein"))
+    out = metrics((points + shift).split(30), num=500)
+    assert list(out) == ["energy", "sliced_wasserstein"]
+    assert out["sliced_wasserstein"] == pytest.approx(0.001 / 2**0.5, rel=0.1)
+    # 2 E|X - Y| - E|X - X'| - E|Y - Y'| of a small shift is about the second derivative of E|X - X' + s|.
+    assert 0 < out["energy"] < 1e-4
+    same = metrics([points], num=500)
+    assert same["sliced_wasserstein"] < 1e-7
+    assert same["energy"] == 0
+
+
+def test_pixel_metrics_of_bytes_are_in_units_of_x0() -> None:
+    black, white = (torch.full((10, 1, 2, 2), value, dtype=torch.uint8) for value in (0, 255))
+    out = measured(white, black, ("energy", "sliced_wasserstein"))
+    assert out["energy"] == pytest.approx(2 * 4.0)  # 2 |x - y|, of four values that are 2 apart
+    assert out["sliced_wasserstein"] == pytest.approx(2.0, rel=0.1)  # |x - y| / sqrt(D)
+
+
+def test_share_of_points_on_a_mode() -> None:
+    data = load_data("mixture-ring", split="test")
+    metrics = Metrics(data, ("on_mode",))
+    out = metrics(data.images.split(1000), num=len(data))
+    assert out["on_mode"] == pytest.approx(1 - np.exp(-4.5), abs=0.005)
+    assert metrics([torch.zeros(10, 2, 1, 1)], num=10)["on_mode"] == 0
+    with pytest.raises(UserError, match="on_mode needs data with known modes, such as mixture-ring, and not digits"):
+        Metrics(load_data("digits"), ("on_mode",))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model of a few thousand weights, with its tokenizer."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**common, "vocab_size": len(words), "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53},
+        vision_config={**common, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    images = load_data("digits").images[:70]
+    labels = load_data("digits").labels[:70]  # type: ignore[index]
+    prompts = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    inputs = processor(images=list(images.expand(-1, 3, -1, -1)), text=prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs)
+    cosines = output.image_embeds.double() @ output.text_embeds.double().T
+    options: dict[str, Any] = {"weights": {"clip-score": clip_folder}}
+    metrics = Metrics(load_data("digits"), ("clip_score",), prompts=prompts, **options)
+    expected = 100 * cosines[torch.arange(70), labels].mean().item()
+    assert abs(expected) > 1e-3
+    assert metrics(images.split(9), num=70, labels=labels)["clip_score"] == pytest.approx(max(expected, 0), abs=1e-4)
+    best = int(cosines.mean(0).argmax())
+    one = Metrics(load_data("digits"), ("clip_score",), prompts=[prompts[best]], **options)
+    for _ in range(2):  # nothing stays from one set of images to the next
+        found = one([images], num=70)["clip_score"]
+        assert found == pytest.approx(100 * cosines[:, best].mean().item(), abs=1e-4)
+    with pytest.raises(UserError, match="10 prompts need a class label for each of the 70 images"):
+        metrics([images], num=70)
+    few = Metrics(load_data("digits"), ("clip_score",), prompts=prompts[:5], **options)
+    with pytest.raises(UserError, match="class 9 has no prompt: expected one a class"):
+        few([images], num=70, labels=labels)
+
+
+def test_bad_clip_models(tmp_path: Path, clip_folder: Path) -> None:
+    def metrics(folder: Path) -> Metrics:
+        return Metrics(load_data("digits"), ("clip_score",), weights={"clip-score": folder}, prompts=["a"])
+
+    with pytest.raises(UserError, match=r"absent of clip-score do not exist: expected the path of a local folder"):
+        metrics(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"of clip_score cannot be loaded .*: save openai/clip-vit-large-patch14"):
+        metrics(tmp_path)
+    for file in clip_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not hold the weights of a CLIP model"):
+        metrics(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        metrics(tmp_path)
+
+
 @pytest.mark.filterwarnings("always:the Frechet distance of")
-def test_warns_under_2048_samples(digits: tuple, recwarn: pytest.WarningsRecorder) -> None:
-    extractor, data, ref = digits
+def test_warns_under_2048_samples(quick: Metrics, recwarn: pytest.WarningsRecorder) -> None:
+    data = load_data("digits")
     many = torch.cat([data.images, data.images])
-    compute_metrics(many[:2048], ref, extractor, ("fid",))
-    compute_metrics(many[:100], ref, extractor, ("isc", "prc"))
-    assert not recwarn.list
-    compute_metrics(many[:2047], ref, extractor, ("fid",))
+    quick([many[:2048]], num=2048)
+    Metrics(data, ("isc", "prc"))([many[:100]], num=100)
+    assert not [w for w in recwarn.list if "Frechet" in str(w.message)]
+    quick([many[:2047]], num=2047)
     assert "the Frechet distance of 2047 samples is biased upwards" in str(recwarn.pop(UserWarning).message)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x[:1], r"shape \(1, 1, 8, 8\): expected"),
         (lambda x: x[0], r"shape \(1, 8, 8\): expected"),
-        (lambda x: x.repeat(1, 3, 1, 1), r"shape \(100, 3, 8, 8\): expected"),
-        (lambda x: x.long(), "images are torch.int64: expected uint8"),
         (
-            lambda x: torch.where(torch.arange(100).reshape(-1, 1, 1, 1) < 4, torch.nan, x),
-            "4 of 100 images hold",
+            lambda x: x.repeat(1, 3, 1, 1),
+            r"shape \(50, 3, 8, 8\): expected \(B, C, H, W\) with .* \(1, 8, 8\) as in digits",
         ),
+        (lambda x: x.long(), "images are torch.int64: expected uint8"),
+        (to_uint8, "images are torch.float32, then torch.uint8: expected one type"),
+        (
+            lambda x: torch.where(torch.arange(50).reshape(-1, 1, 1, 1) < 4, torch.nan, x),
+            "4 of 50 images from number 50 on hold values that are not finite: the sampler diverged",
+        ),
+        (lambda x: x * torch.inf, "50 of 50 images from number 50 on hold"),
+        (lambda x: x[:49], "the batches held 99 images: expected num=100"),
+        (lambda x: torch.cat([x, x]), "the batches hold 150 images or more: expected num=100"),
     ],
 )
-def test_bad_images(digits: tuple, change: object, message: str) -> None:
-    extractor, data, ref = digits
+def test_bad_images(quick: Metrics, change: Any, message: str) -> None:
+    x0 = load_data("digits").x0(torch.arange(50))
     with pytest.raises(UserError, match=message):
-        compute_metrics(change(data.x0(torch.arange(100))), ref, extractor, ("fid",))  # type: ignore[operator]
+        quick([x0, change(x0)], num=100)
 
 
-def test_bad_metric_extractor_and_reference(digits: tuple) -> None:
-    extractor, data, ref = digits
-    with pytest.raises(UserError, match=r"unknown metric 'fd' among .*: did you mean 'fid'"):
-        compute_metrics(data.images, ref, extractor, ("fd",))
-    with pytest.raises(UserError, match="made with digits-classifier but the extractor is test-pixels"):
-        compute_metrics(data.images, ref, PIXELS)
-    with pytest.raises(UserError, match="expected at least 2 as a reference"):
-        reference(ImageData(data.images[:1], None, "one"), extractor)
+def test_too_few_images(quick: Metrics) -> None:
+    data = load_data("digits")
+    with pytest.raises(UserError, match="num=1 images are too few for metrics"):
+        quick([data.images[:1]], num=1)
+    with pytest.raises(UserError, match="one has 1 image: expected at least 2 as a reference"):
+        Metrics(ImageData(data.images[:1], None, "one"))
     big = ImageData(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), None, "big")
     with pytest.raises(UserError, match=r"given torch.uint8 images of shape \(4, 3, 32, 32\)"):
-        reference(big, extractor)
+        Metrics(big)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "message"),
+    [
+        (("fd",), {}, r"unknown metric 'fd' among .*: did you mean 'fid'"),
+        (("fd_dino",), {}, "did you mean 'fd_dinov2'"),
+        ((), {}, "no metric is named: expected some of fid, kid"),
+        (("fid",), {"extractor": "inception"}, "unknown feature extractor 'inception': did you mean 'inception-v3"),
+        (("fid",), {"extractor": "vgg16"}, "unknown feature extractor 'vgg16'"),
+        (("fid",), {"weights": {"inception": Path("x")}}, "weights are given for 'inception', which is no extractor"),
+        (("fid",), {"weights": {"clip-vit-b-32": Path("x")}}, "the weights x of clip-vit-b-32 do not exist"),
+        (("clip_score",), {}, "clip_score compares pictures with prompts: give one for all of them, or one a class"),
+    ],
+)
+def test_check_metrics(metrics: Sequence[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_metrics(metrics, **{"extractor": "digits-classifier", **options})
+
+
+def test_check_metrics_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_metrics(("clip_score", "fd_dinov2"), extractor="digits-classifier", prompts=["a"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"fd_dinov2 needs the package transformers: pip install 'atdiff\[clip\]'"):
+        check_metrics(("fid", "fd_dinov2"), extractor="digits-classifier")
+
+
+def test_frechet_distances_in_other_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each goes to its own network with its own weights, beside the extractor of ``fid``."""
+    made: list[tuple[str, Path | None]] = []
+
+    def make(name: str, *, weights: Path | None, layers: Sequence[str], **_: object) -> FeatureExtractorBase:
+        made.append((name, weights))
+        extractor = Pixels(name, ["pixels"])
+        extractor.forward = lambda x: (x[:, 0].flatten(1).double() * len(made),)  # type: ignore[method-assign]
+        extractor.features_list = list(layers)
+        return extractor
+
+    monkeypatch.setattr("atdiff.evaluation.metrics.make_extractor", make)
+    (tmp_path / "w").write_text("")
+    a, b = random_bytes(40, 6, seed=0), random_bytes(40, 6, seed=1)
+    metrics = Metrics(
+        ImageData(b, None, "b"),
+        ("clip_fid", "fid", "fd_dinov2", "sfid"),
+        extractor="test-pixels",
+        weights={"clip-vit-b-32": tmp_path / "w", "inception-v3-compat": tmp_path / "w"},
+    )
+    out = metrics([a], num=40)
+    assert list(out) == ["clip_fid", "fd", "fd_dinov2", "sfid"]
+    assert sorted(made, key=lambda pair: pair[0]) == [
+        ("clip-vit-b-32", tmp_path / "w"),
+        ("dinov2-vit-l-14", None),
+        ("inception-v3-spatial", tmp_path / "w"),
+        ("test-pixels", None),
+    ]
+    assert all(value > 0 for value in out.values())

@@ -1,12 +1,13 @@
-"""Feature extractors: torch-fidelity's Inception, and a small classifier of our own for 8x8 digits."""
+"""Feature extractors by name, and a small classifier of 8x8 digits."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 import os
-import pickle
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,37 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor
 
-from atdiff.data.sources import load_data
+from atdiff.data.sources import ImageData, load_data, to_uint8
 from atdiff.errors import UserError
+from atdiff.evaluation.clip_features import CLIP, URL_CLIP, ClipFeatures
+from atdiff.evaluation.dinov2 import DINOV2, URL_DINOV2, DinoV2Features
+from atdiff.evaluation.spatial import SPATIAL
+from atdiff.evaluation.weights import read_tensors
 from atdiff.files import written_aside
 
-__all__ = ["EXTRACTORS", "DigitsClassifier", "cache_folder", "extract", "feature_layers", "make_extractor"]
+__all__ = [
+    "EXTRACTORS",
+    "DigitsClassifier",
+    "as_bytes",
+    "cache_folder",
+    "check_extractor",
+    "device_of",
+    "extract",
+    "extractor_class",
+    "feature_layers",
+    "make_extractor",
+]
 
 DIGITS = "digits-classifier"
+LABELS = "label-classifier"
 INCEPTION = "inception-v3-compat"
-EXTRACTORS = (DIGITS, INCEPTION)
+EXTRACTORS = (DIGITS, LABELS, INCEPTION, SPATIAL, DINOV2, CLIP)
+OWN = (DIGITS, LABELS)  # they take greyscale images as they are
+
+URLS = {INCEPTION: URL_INCEPTION_V3, SPATIAL: URL_INCEPTION_V3, DINOV2: URL_DINOV2, CLIP: URL_CLIP}
+# In the place of torch-fidelity's, whose loading of local files unpickles programs, or is missing.
+SAFER: dict[str, type[FeatureExtractorBase]] = {DINOV2: DinoV2Features, CLIP: ClipFeatures}
 
 # Everything that the weights depend on besides the training images; the key of the cache is a hash of both.
 RECIPE: dict[str, Any] = {
@@ -44,46 +65,86 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_extractor(
-    name: str, *, weights: Path | None = None, device: torch.device | str = "cpu"
-) -> FeatureExtractorBase:
-    """Return a frozen extractor that gives the layers which :func:`feature_layers` names.
-
-    Args:
-        name: ``"digits-classifier"``, trained in seconds on first use and cached, or
-            ``"inception-v3-compat"``, the network of the published FID figures.
-        weights: a local file of weights; when None they are trained or downloaded.
-        device: where the network runs.
+def check_extractor(name: str) -> None:
+    """Find out whether there is such an extractor: one of :data:`EXTRACTORS`, or one registered with torch-fidelity.
 
     Raises:
-        UserError: unknown name, or weights that are missing, unreadable or cannot be downloaded.
+        UserError: there is none.
     """
-    if name not in EXTRACTORS:
+    registered = FEATURE_EXTRACTORS_REGISTRY.get(name)
+    if name not in EXTRACTORS and (registered is None or registered.__module__.startswith("torch_fidelity.")):
         nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown feature extractor {name!r}: did you mean {nearest!r}?")
+
+
+def extractor_class(name: str) -> type[FeatureExtractorBase]:
+    """Return the class of an extractor.
+
+    Raises:
+        UserError: as :func:`check_extractor`.
+    """
+    check_extractor(name)
+    if name == LABELS:
+        importlib.import_module("atdiff.evaluation.classifier")  # registers it
+    return SAFER.get(name) or FEATURE_EXTRACTORS_REGISTRY[name]
+
+
+def make_extractor(
+    name: str,
+    *,
+    weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    data: ImageData | None = None,
+    layers: Sequence[str] | None = None,
+) -> FeatureExtractorBase:
+    """Return a frozen extractor.
+
+    Args:
+        name: ``"digits-classifier"`` or ``"label-classifier"``, trained on first use and cached;
+            ``"inception-v3-compat"``, the network of the published FID figures; ``"inception-v3-spatial"``, the same
+            with the features of sFID; ``"dinov2-vit-l-14"``; ``"clip-vit-b-32"``; or any extractor that was registered
+            with torch-fidelity.
+        weights: a local file of weights; when None they are trained or downloaded.
+        device: where the network runs.
+        data: the labelled images that a ``"label-classifier"`` is trained on.
+        layers: which features it gives; None for the layers which :func:`feature_layers` names.
+
+    Raises:
+        UserError: unknown name, or weights that are missing, unreadable, of another network or cannot be downloaded.
+    """
+    network = extractor_class(name)
+    if weights is None and name == LABELS:
+        from atdiff.evaluation.classifier import label_classifier_weights  # imports this module
+
+        if data is None:
+            raise UserError(f"{name} is trained on labelled images: give them as data, or a local file as weights.")
+        weights = label_classifier_weights(data)
     if weights is not None:
         _check_weights(name, Path(weights))
-    layers = list(dict.fromkeys(feature_layers(FEATURE_EXTRACTORS_REGISTRY[name])))
+    path = None if weights is None else str(weights)
     try:
         # Networks are initialised before their weights are loaded; the caller's random state must not move.
         with torch.random.fork_rng(devices=[]):
-            extractor = create_feature_extractor(
+            extractor = network(
                 name,
-                layers,
-                cuda=False,
-                feature_extractor_weights_path=None if weights is None else str(weights),
+                list(dict.fromkeys(layers or feature_layers(network))),
+                feature_extractor_weights_path=path,
                 verbose=False,
             )
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} needs the package {error.name}: pip install 'atdiff[clip]'.") from error
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"the weights of {name} cannot be downloaded ({error}): fetch {URL_INCEPTION_V3} where there is "
-            "a network and give the path of that file as weights."
+            f"the weights of {name} cannot be downloaded ({error}): fetch {URLS.get(name)} where there is a network "
+            "and give the path of that file as weights."
         ) from error
-    except RuntimeError as error:
-        raise UserError(f"{weights} does not hold the weights of {name}: its tensors do not fit.") from error
-    return extractor.to(device)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{weights or 'the download'} does not hold the weights of {name}: its tensors do not fit."
+        ) from error
+    return extractor.requires_grad_(False).eval().to(device)
 
 
 def feature_layers(extractor: FeatureExtractorBase | type[FeatureExtractorBase]) -> tuple[str, str]:
@@ -101,14 +162,24 @@ def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int 
     Raises:
         UserError: images of a shape that the extractor does not take.
     """
-    if images.shape[1] == 1 and not isinstance(extractor, DigitsClassifier):
+    if images.shape[1] == 1 and extractor.get_name() not in OWN:
         images = images.expand(-1, 3, -1, -1)
-    device = next((p.device for p in extractor.parameters()), torch.device("cpu"))
+    device = device_of(extractor)
     batches = [
-        [features.double().cpu() for features in extractor(batch.to(device))] for batch in images.split(batch_size)
+        [features.cpu().double() for features in extractor(batch.to(device))] for batch in images.split(batch_size)
     ]
     columns = (torch.cat(column) for column in zip(*batches, strict=True))
     return dict(zip(extractor.get_requested_features_list(), columns, strict=True))
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Return images as uint8: as they are, or quantised from floats in [-1, 1] as a picture file does."""
+    return images if images.dtype == torch.uint8 else to_uint8(images)
+
+
+def device_of(extractor: FeatureExtractorBase) -> torch.device:
+    """Return the device that an extractor's weights are on."""
+    return next((p.device for p in extractor.parameters()), torch.device("cpu"))
 
 
 class DigitsClassifier(FeatureExtractorBase):
@@ -183,12 +254,9 @@ def cache_folder() -> Path:
 def _check_weights(name: str, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file.")
-    if name == INCEPTION:
-        try:
-            # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} cannot be read as weights: expected the file of {URL_INCEPTION_V3}") from error
+    if name in (INCEPTION, SPATIAL):
+        # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
+        read_tensors(path, f"the file of {URLS[name]}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

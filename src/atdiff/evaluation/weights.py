@@ -1,0 +1,68 @@
+"""Files of weights: read without running what they hold, and told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atdiff.errors import UserError
+
+__all__ = ["fingerprint", "quiet_transformers", "read_tensors"]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the loading bars and reports of transformers off the terminal."""
+    from transformers.utils import logging  # of the clip extra
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file or of one that ``torch.save`` wrote; nothing but tensors is unpickled.
+
+    Args:
+        path: the file.
+        expected: what belongs there, for the message.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"the weights {path} do not exist: expected {expected}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # an error follows
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as weights: expected {expected}.") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds no table of weights: expected {expected}.")
+    return tensors
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
