@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -14,7 +17,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from atdiff.data import ImageData, load_data, to_uint8
+from atdiff.data.sources import Crop
 from atdiff.errors import UserError
+
+MNIST = Path(__file__).parent / "data" / "mnist10k.npz"
 
 
 def save_image(path: Path, size: tuple[int, int] = (8, 6), mode: str = "RGB", seed: int = 0) -> np.ndarray:
@@ -132,6 +138,36 @@ def test_image_size_resizes_and_crops_the_centre(tmp_path: Path, size: tuple[int
         torch.testing.assert_close(found.int(), oracle(image).int(), rtol=0, atol=1)
 
 
+def halved(pixels: np.ndarray) -> Image.Image:
+    """Return the means of 2x2 pixels, which is a box filter."""
+    height, width, channels = pixels.shape
+    means = pixels.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
+    return Image.fromarray(np.floor(means + 0.5).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "resized", "corner"),
+    [((32, 16), 8, (16, 8), (4, 0)), ((24, 20), 8, (10, 8), (1, 0)), ((16, 40), 8, (8, 20), (0, 6))],
+)
+def test_crop_of_adm_halves_before_it_resizes(
+    tmp_path: Path, size: tuple[int, int], image_size: int, resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    pixels = save_image(tmp_path / "a.png", size)
+    expected = halved(pixels).resize(resized, Image.Resampling.BICUBIC)
+    expected = expected.crop((*corner, corner[0] + image_size, corner[1] + image_size))
+    found = load_data(str(tmp_path), image_size=image_size, crop="adm").images[0]
+    # Two grey levels: the box filter rounds after each of its two directions, and the bicubic one amplifies that.
+    torch.testing.assert_close(found.permute(1, 2, 0).int(), torch.from_numpy(np.array(expected)).int(), rtol=0, atol=2)
+
+
+def test_crops_agree_where_nothing_is_halved() -> None:
+    crops: tuple[Crop, ...] = ("bicubic", "adm")
+    first, second = (load_data("digits", split="test", image_size=12, crop=crop).images for crop in crops)
+    assert torch.equal(first, second)
+    first, second = (load_data("digits", split="test", image_size=3, crop=crop).images for crop in crops)
+    assert not torch.equal(first, second)
+
+
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not a picture")
@@ -213,6 +249,7 @@ def test_names_that_are_nothing(name: str, message: str) -> None:
         ({"split": "val"}, "split 'val' of digits does not exist: expected train, test or all"),
         ({"channels": 2}, "channels is 2"),
         ({"image_size": 0}, "image_size is 0"),
+        ({"crop": "centre"}, "crop is 'centre': expected one of bicubic, adm"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -239,6 +276,24 @@ def test_npz(tmp_path: Path, images: str, labels: str | None, channels: int | No
     data = load_data(str(tmp_path / "set.npz"))
     assert np.array_equal(data.images.numpy(), pixels.reshape(5, 6, 8, channels or 1).transpose(0, 3, 1, 2))
     assert (data.labels.tolist() if data.labels is not None else None) == (classes.tolist() if labels else None)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_are_resized_and_recoloured_like_files(tmp_path: Path, channels: int) -> None:
+    pixels = save_image(tmp_path / "files" / "a.png", (20, 12), mode="L" if channels == 1 else "RGB")
+    np.savez(tmp_path / "set.npz", images=pixels[None])
+    for options in ({"image_size": 8}, {"channels": 4 - channels}, {"image_size": 8, "channels": 4 - channels}, {}):
+        by_file = load_data(str(tmp_path / "files"), **options)
+        by_array = load_data(str(tmp_path / "set.npz"), **options)
+        assert torch.equal(by_file.images, by_array.images)
+
+
+def test_mnist_of_an_npz_file() -> None:
+    data = load_data(str(MNIST))
+    assert data.images.shape == (10_000, 1, 28, 28)
+    assert data.num_classes == 10
+    with np.load(MNIST) as archive:
+        assert np.array_equal(data.images[:, 0].numpy(), archive["images"])
 
 
 @pytest.mark.parametrize(
@@ -317,6 +372,31 @@ def test_parquet(tmp_path: Path, table: datasets.Dataset) -> None:
         load_data(str(file), split="test")
 
 
+@pytest.mark.parametrize(("file", "image", "shape"), [
+    ("plain_text/train-00000-of-00001.parquet", "img", (3, 32, 32)),
+    ("mnist/train-00000-of-00001.parquet", "image", (1, 28, 28)),
+])  # fmt: skip
+def test_layouts_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, image: str, shape: tuple[int, ...]
+) -> None:
+    """The files and columns of uoft-cs/cifar10 and ylecun/mnist, with and without the hub's column types."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, *shape[1:], shape[0]), dtype=np.uint8)
+    columns = {image: list(pixels if shape[0] == 3 else pixels[..., 0]), "label": [3, 0, 9, 3]}
+    features = datasets.Features({image: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    typed = datasets.Dataset.from_dict(columns, features=features)
+    table = typed.data.table
+    for name, written in (("typed", table), ("bare", table.replace_schema_metadata(None))):
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(written, path)
+        for source in (tmp_path / name, path):
+            data = load_data(str(source))
+            assert np.array_equal(data.images.numpy(), pixels.transpose(0, 3, 1, 2))
+            assert data.labels is not None
+            assert data.labels.tolist() == [3, 0, 9, 3]
+
+
 def test_parquet_that_is_none(tmp_path: Path, table: datasets.Dataset) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a parquet data set"):
@@ -350,3 +430,151 @@ def test_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "owner/faces is no local file or folder and cannot be had from the hub (no network)" in message
     assert "give the path of its folder" in message
     assert "\n" not in message
+
+
+def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write CIFAR-10's files, four images each, and return images (N, H, W, 3) and labels in their order."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), rng.permutation(24) % 10
+    for i in range(6):
+        rows = range(4 * i, 4 * i + 4)
+        # The file format by hand: the label, then 1,024 bytes of each colour, row by row.
+        content = b"".join(bytes([labels[j]]) + b"".join(images[j, :, :, c].tobytes() for c in range(3)) for j in rows)
+        (folder / (f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin")).write_bytes(content)
+    (folder / "batches.meta.txt").write_text("airplane\n")
+    return images, labels
+
+
+def test_cifar_of_binary_files(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-bin"
+    images, labels = write_cifar(folder)
+    for split, rows in (("train", slice(20)), ("test", slice(20, 24)), ("all", slice(24))):
+        data = load_data(str(folder), split=split)
+        assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), images[rows])
+        assert data.labels is not None
+        assert data.labels.tolist() == labels[rows].tolist()
+    assert load_data(str(folder), image_size=16, channels=1).images.shape == (20, 1, 16, 16)
+    with pytest.raises(UserError, match=r"split 'val' of CIFAR-10 .* does not exist: expected train, test or all"):
+        load_data(str(folder), split="val")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-5]), r"data_batch_3\.bin has 12287 bytes.* cut short"),
+        (lambda f: f.write_bytes(b""), r"data_batch_3\.bin has 0 bytes.* cut short"),
+        (lambda f: f.write_bytes(bytes(3073) + b"\x0a" + bytes(3072)), r"image 1 of \S*data_batch_3\.bin has label 10"),
+        (lambda f: f.unlink(), r"data_batch_3\.bin cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_damaged_cifar(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+    write_cifar(tmp_path / "cifar")
+    change(tmp_path / "cifar" / "data_batch_3.bin")
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path / "cifar"))
+
+
+class Bomb:
+    """An object whose unpickling is noticed."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize(("file", "message"), [
+    ("data_batch_1", "holds the python form of CIFAR-10, pickles"),
+    ("train_data_batch_1", "holds pickled ImageNet batches"),
+    ("val_data", "holds pickled ImageNet batches"),
+])  # fmt: skip
+def test_pickles_are_refused_unread(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path))
+
+
+def write_imagenet(folder: Path, side: int = 64, batches: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Write a downsampled ImageNet, two images a file, and return images (N, H, W, 3) and labels from 0."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(side)
+    count = 2 * batches + 2
+    images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    labels = rng.permutation(np.linspace(0, 999, count).astype(np.int64))
+    for i in range(batches + 1):
+        rows = slice(2 * i, 2 * i + 2)
+        planes = np.stack([images[rows, :, :, c].reshape(2, -1) for c in range(3)], axis=1).reshape(2, -1)
+        file = folder / (f"train_data_batch_{i + 1}.npz" if i < batches else "val_data.npz")
+        np.savez(file, data=planes, labels=labels[rows] + 1, mean=planes.mean(0))
+    return images, labels
+
+
+@pytest.mark.parametrize(("side", "batches"), [(64, 10), (32, 10), (16, 2)])
+def test_imagenet_of_npz_batches(tmp_path: Path, side: int, batches: int) -> None:
+    images, labels = write_imagenet(tmp_path, side, batches)
+    train, validation = slice(2 * batches), slice(2 * batches, None)
+    for split, rows in (("train", train), ("val", validation), ("test", validation), ("all", slice(None))):
+        data = load_data(str(tmp_path), split=split)
+        assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), images[rows])
+        assert data.labels is not None
+        assert data.labels.tolist() == labels[rows].tolist()
+    with pytest.raises(UserError, match=r"split 'dev' of ImageNet .* does not exist: expected train, val or all"):
+        load_data(str(tmp_path), split="dev")
+
+
+DATA, LABELS = np.zeros((2, 768), np.uint8), np.array([1, 1000])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "train_data_batch_2.npz is missing"),
+        (b"nonsense", "train_data_batch_2.npz cannot be read as an .npz file"),
+        ({"data": DATA}, "train_data_batch_2.npz has no array 'labels'"),
+        ({"labels": LABELS}, "train_data_batch_2.npz has no array 'data'"),
+        ({"data": DATA, "labels": LABELS - 1}, "train_data_batch_2.npz go from 0 to 999: expected 1 to 1000"),
+        ({"data": DATA, "labels": LABELS + 1}, "train_data_batch_2.npz go from 2 to 1001: expected 1 to 1000"),
+        ({"data": DATA, "labels": LABELS / 2}, "labels of .*train_data_batch_2.npz are float64"),
+        (
+            {"data": DATA, "labels": LABELS[:1]},
+            "train_data_batch_2.npz are uint8 of shape .2, 768.: expected uint8 of 1",
+        ),
+        ({"data": DATA[:, 1:], "labels": LABELS}, "train_data_batch_2.npz are uint8 of shape .2, 767."),
+        ({"data": DATA.astype(float), "labels": LABELS}, "train_data_batch_2.npz are float64 of shape"),
+        (
+            {"data": DATA[:, :192], "labels": LABELS},
+            "train_data_batch_2.npz has 192 values an image but train_data_batch",
+        ),
+        ({"data": DATA, "labels": np.array([None, 3])}, "train_data_batch_2.npz cannot be read as an .npz file"),
+    ],
+)
+def test_damaged_imagenet(tmp_path: Path, arrays: dict[str, np.ndarray] | bytes | None, message: str) -> None:
+    write_imagenet(tmp_path, 16, 3)
+    file = tmp_path / "train_data_batch_2.npz"
+    if arrays is None:
+        file.unlink()
+    elif isinstance(arrays, bytes):
+        file.write_bytes(arrays)
+    else:
+        np.savez(file, **arrays)
+    with pytest.raises(UserError, match=message) as caught:
+        load_data(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_class_folders_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("val_data", "data_batch_1", "train_data_batch_1"):
+        save_image(tmp_path / name / "a.png")
+    assert load_data(str(tmp_path)).num_classes == 3
+
+
+def test_imagenet_cut_short_is_named(tmp_path: Path) -> None:
+    write_imagenet(tmp_path, 16, 3)
+    file = tmp_path / "train_data_batch_3.npz"
+    whole = bytearray(file.read_bytes())
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train_data_batch_3\.npz cannot be read as an \.npz file"):
+        load_data(str(tmp_path))
+    whole[200] ^= 0xFF  # a pixel, which the checksum of the archive tells
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"train_data_batch_3\.npz cannot be read as an \.npz file"):
+        load_data(str(tmp_path))

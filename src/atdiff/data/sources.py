@@ -1,4 +1,4 @@
-"""Images in memory: the embedded digits, a folder, an ``.npz`` or ``.parquet`` file, a hub data set."""
+"""Images in memory: the embedded digits, a folder, the files of well-known sets, a hub data set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from atdiff.data.cifar import holds_cifar, read_cifar
+from atdiff.data.imagenet import holds_imagenet, read_imagenet
+from atdiff.data.mixture import MIXTURES, draw_mixture
 from atdiff.errors import UserError
 
-__all__ = ["ImageData", "load_data", "to_uint8"]
+__all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
+
+Crop = Literal["bicubic", "adm"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 PROGRESS_FROM = 2_000  # images; fewer are read in about a second
@@ -30,10 +35,10 @@ DIGITS_TEST = 297  # of 1,797 images
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images held in memory, one byte a value.
+    """Images held in memory, one byte a value; points in the plane as floats.
 
     Attributes:
-        images: uint8, shape ``(N, C, H, W)``.
+        images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``.
         labels: int64 class indices, shape ``(N,)``, or None.
         name: what the images are, for reports.
     """
@@ -43,7 +48,7 @@ class ImageData:
     name: str
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.images.dtype in (torch.uint8, torch.float32), self.images.dtype
         assert self.images.ndim == 4, self.images.shape
         assert self.labels is None or self.labels.shape == self.images.shape[:1], self.labels.shape
 
@@ -57,7 +62,8 @@ class ImageData:
 
     def x0(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``, shape ``(B,)``, as float32 ``(B, C, H, W)`` in [-1, 1]."""
-        return self.images[indices].float() / 127.5 - 1.0
+        images = self.images[indices]
+        return images if images.is_floating_point() else images.float() / 127.5 - 1.0
 
 
 def to_uint8(x0: Tensor) -> Tensor:
@@ -74,6 +80,7 @@ def load_data(
     split: str = "train",
     image_size: int | None = None,
     channels: int | None = None,
+    crop: Crop = "bicubic",
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ImageData:
@@ -85,27 +92,42 @@ def load_data(
             - ``"digits"``: scikit-learn's 8x8 handwritten digits, 1,797 real images in 10 classes, of which
               1,500 are ``train`` and 297 ``test``
               (`Alpaydin and Kaynak, 1998 <https://archive.ics.uci.edu/dataset/80>`_);
+            - ``"mixture-ring"``, ``"mixture-grid"`` or ``"mixture-spiral"``: points in the plane drawn from a known
+              law (:data:`atdiff.data.mixture.MIXTURES`), 50,000 ``train`` and 10,000 ``test``, as float images of
+              two channels and one pixel;
+            - the folder ``cifar-10-batches-bin``, CIFAR-10 in its binary form (:func:`atdiff.data.cifar.read_cifar`);
+            - a folder of ``train_data_batch_*.npz`` and ``val_data.npz``, ImageNet downsampled to 64 pixels or fewer
+              (:func:`atdiff.data.imagenet.read_imagenet`);
             - a folder of images, whose subfolders, if there are any, are the classes in alphabetical order;
             - an ``.npz`` file with uint8 images ``arr_0`` or ``images``, ``(N, H, W)`` or ``(N, H, W, C)``,
               and, if it has them, labels ``arr_1`` or ``labels``, ``(N,)``;
             - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, read by ``datasets``.
-        split: ``train``, ``test`` or ``all``; for a hub data set any split that it has; for an image folder
-            the subfolder of that name, if there is one. What has no splits is read whole by ``train`` and
-            ``all``.
-        image_size: centre-crop to a square and resize to this many pixels (bicubic, antialiased).
+        split: ``train``, ``test`` (for ImageNet also ``val``) or ``all``; for a hub data set any split that it has;
+            for an image folder the subfolder of that name, if there is one. What has no splits is read whole by
+            ``train`` and ``all``.
+        image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
+        crop: how ``image_size`` is had: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it,
+            as in `guided-diffusion <https://github.com/openai/guided-diffusion>`_ and its reference statistics.
         image_column: column of the images (parquet and hub only); the first one that holds images when None.
-        label_column: column of the classes (parquet and hub only); the first class column, if any, when None.
+        label_column: column of the classes (parquet and hub only); when None the first class column, or else the whole
+            numbers of ``label`` or ``labels``, if there is one.
 
     Raises:
         UserError: nothing of that name, an empty folder, an unreadable image, images of mixed size without
             ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or
             column, or a data set that cannot be downloaded.
     """
-    _check_options(image_size, channels)
+    _check_options(image_size, channels, crop)
     path = Path(name).expanduser()
+    if name in MIXTURES:
+        return _mixture(name, split, image_size, channels)
     if name == "digits":
         items, labels = _digits(split)
+    elif path.is_dir() and holds_cifar(path):
+        items, labels = _with_labels(*read_cifar(path, split))
+    elif path.is_dir() and holds_imagenet(path):
+        items, labels = _with_labels(*read_imagenet(path, split))
     elif path.is_dir() and not any(path.rglob("*.parquet")):
         items, labels = _folder(path, split)
     elif path.is_file() and path.suffix == ".npz":
@@ -114,15 +136,17 @@ def load_data(
         items, labels = _table(name, path, split, image_column, label_column)
     else:
         raise _unknown(name, path)
-    images = _stack(items, image_size, channels)
+    images = _stack(items, image_size, channels, crop)
     return ImageData(images, labels, f"{name}[{split}]")
 
 
-def _check_options(image_size: int | None, channels: int | None) -> None:
+def _check_options(image_size: int | None, channels: int | None, crop: str) -> None:
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size is {image_size}: expected a number of pixels, 1 or more.")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (greyscale) or 3 (RGB).")
+    if crop not in _CROPS:
+        raise UserError(f"crop is {crop!r}: expected one of {', '.join(_CROPS)}.")
 
 
 def _is_hub_name(name: str) -> bool:
@@ -138,15 +162,20 @@ def _unknown(name: str, path: Path) -> UserError:
     if len(path.parts) > 1 or path.suffix:
         return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
     beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
-    nearest = difflib.get_close_matches(name, ["digits", *beside], n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, ["digits", *MIXTURES, *beside], n=1, cutoff=0.5)
     if nearest:
         return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
     return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
 
 
-# A source gives one item an image, its name for messages and where its pixels are, and the labels.
+# A source gives the labels and either one item an image, its name for messages and where its pixels are, or
+# all images at once as uint8 (N, C, H, W).
 Item = tuple[str, "np.ndarray | Path | io.BytesIO"]
-Source = tuple[list[Item], "Tensor | None"]
+Source = tuple["list[Item] | np.ndarray", "Tensor | None"]
+
+
+def _with_labels(images: np.ndarray, labels: np.ndarray) -> Source:
+    return images, torch.from_numpy(labels)
 
 
 def _digits(split: str) -> Source:
@@ -164,6 +193,13 @@ def _digits(split: str) -> Source:
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
     return items, torch.from_numpy(digits.target[chosen].astype(np.int64))
+
+
+def _mixture(name: str, split: str, image_size: int | None, channels: int | None) -> ImageData:
+    if image_size is not None or channels is not None:
+        raise UserError(f"{name} holds points, which have no other size: leave out image_size and channels.")
+    images, labels = draw_mixture(name, split)
+    return ImageData(images, labels, f"{name}[{split}]")
 
 
 def _folder(folder: Path, split: str) -> Source:
@@ -220,10 +256,8 @@ def _npz(path: Path, split: str) -> Source:
         )
     if images.size == 0:
         raise UserError(f"the images of {path} have shape {images.shape}: expected at least one.")
-    if images.ndim == 4 and images.shape[3] == 1:
-        images = images[..., 0]
-    items: list[Item] = [(f"image {i} of {path}", image) for i, image in enumerate(images)]
-    return items, None if labels is None else _checked_labels(labels, len(images), str(path))
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return images, None if labels is None else _checked_labels(labels, len(images), str(path))
 
 
 def _checked_labels(labels: Any, count: int, name: str) -> Tensor:  # noqa: ANN401  (whatever a file holds)
@@ -247,6 +281,8 @@ def _table(name: str, path: Path, split: str, image_column: str | None, label_co
     if len(table) == 0:
         raise UserError(f"{name} has no rows in split {split!r}: expected at least one image.")
     classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    # Files that other libraries wrote do not say which column is the classes.
+    classes += [c for c in ("label", "labels") if "int" in str(getattr(table.features.get(c), "dtype", ""))]
     label_column = _column(name, table.column_names, label_column, classes, "classes")
     encoded = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
     items: list[Item] = [
@@ -293,10 +329,16 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-def _stack(items: list[Item], image_size: int | None, channels: int | None) -> Tensor:
+def _stack(items: list[Item] | np.ndarray, image_size: int | None, channels: int | None, crop: Crop) -> Tensor:
     """Decode into one uint8 tensor ``(N, C, H, W)``, filled in place so that memory peaks at its size."""
+    if isinstance(items, np.ndarray):
+        has_size = image_size is None or items.shape[2:] == (image_size, image_size)
+        if has_size and channels in (None, items.shape[1]):
+            return torch.from_numpy(np.ascontiguousarray(items))
+        pictures = (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0) for planes in items)
+        items = [(f"image {i}", picture) for i, picture in enumerate(pictures)]
     out: np.ndarray | None = None
-    for i, (name, pixels) in enumerate(_decoded(items, image_size, channels)):
+    for i, (name, pixels) in enumerate(_decoded(items, image_size, channels, crop)):
         if out is None:
             out = np.empty((len(items), *pixels.shape), np.uint8)
         elif pixels.shape != out.shape[1:]:
@@ -315,7 +357,9 @@ def _describe(shape: tuple[int, ...]) -> str:
     return f"{width}x{height} pixels in {'RGB' if channels == 3 else 'greyscale'}"
 
 
-def _decoded(items: list[Item], image_size: int | None, channels: int | None) -> Iterator[tuple[str, np.ndarray]]:
+def _decoded(
+    items: list[Item], image_size: int | None, channels: int | None, crop: Crop
+) -> Iterator[tuple[str, np.ndarray]]:
     listed: Iterable[Item] = track(
         items,
         "reading images",
@@ -328,9 +372,25 @@ def _decoded(items: list[Item], image_size: int | None, channels: int | None) ->
         mode = {1: "L", 3: "RGB"}.get(channels or 0, "L" if image.mode in ("1", "L", "LA") else "RGB")
         image = image.convert(mode)
         if image_size is not None:
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+            image = _CROPS[crop](image, image_size)
         pixels = np.asarray(image)
         yield name, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _bicubic_crop(image: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def _adm_crop(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+_CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"bicubic": _bicubic_crop, "adm": _adm_crop}
 
 
 def _read(name: str, source: Path | io.BytesIO) -> Image.Image:
