@@ -15,11 +15,13 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
+from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text, written_aside
 from atdiff.training.config import TrainConfig
 
-__all__ = ["Denoiser", "load_denoiser", "open_run", "save_pipeline"]
+__all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,20 @@ def _quiet_diffusers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def run_config(run: str) -> dict[str, Any]:
+    """Return the settings of a training folder; nothing of a pipeline folder or a hub id."""
+    file = Path(run) / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+
 def load_denoiser(run: str) -> Denoiser:
     """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id.
 
     Raises:
         UserError: there is nothing of the kind, or the download failed.
     """
-    folder = Path(run)
-    config: dict[str, Any] = {}
-    if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+    folder, config = Path(run), run_config(run)
+    if config:
         if not (folder / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to go on.")
         folder = folder / "pipeline"
@@ -149,3 +155,34 @@ def load_denoiser(run: str) -> Denoiser:
     if network is None:
         raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
     return Denoiser(network.eval(), pipeline.scheduler, run, config)
+
+
+def reference_name(denoiser: Denoiser, name: str | None = None) -> str:
+    """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
+
+    Raises:
+        UserError: neither is known.
+    """
+    found = name or denoiser.config.get("data", {}).get("name")
+    if not found:
+        raise UserError(f"{denoiser.source} does not say which images it was trained on; name them with --data.")
+    return str(found)
+
+
+def reference_data(denoiser: Denoiser, name: str | None = None) -> ImageData:
+    """Load those images, cropped and resized as in training.
+
+    Raises:
+        UserError: they cannot be loaded, or are of another size than the network's.
+    """
+    settings = denoiser.config.get("data", {})
+    data = load_data(
+        reference_name(denoiser, name), split=settings.get("split", "train"), image_size=settings.get("image_size")
+    )
+    found = tuple(data.images.shape[1:])
+    if found != denoiser.image_shape:
+        raise UserError(
+            f"the images of {data.name} have shape {found} but those of {denoiser.source} {denoiser.image_shape}: "
+            "name images of its size with --data."
+        )
+    return data

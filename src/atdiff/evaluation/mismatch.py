@@ -1,0 +1,425 @@
+"""The law of a network's inputs while sampling against their law in training.
+
+In training a network sees ``x_t = alpha_t x0 + sigma_t noise`` of true images; while sampling it sees what its own
+earlier steps made. At every evaluation of a sampler two sets are compared: the sampler's ``x_t``, and truly noised
+images at the same ``(alpha_t, sigma_t)``. With ``x`` of the first set and ``y`` of the second, both of ``D`` pixels and
+in the units of the schedule's ``x_t``:
+
+- ``mean_bias``: ``||mean(x) - mean(y)||_2 / sqrt(D)``;
+- ``variance_ratio``, ``variance_bias``: the mean over pixels of ``var(x)``, over and minus that of ``var(y)``;
+- ``sliced_wasserstein``: distance of ``x`` and ``y`` over 256 projections;
+- ``frechet_pixels``: Frechet distance of Gaussian fits of ``x`` and ``y``; left out above 4,096 pixels;
+- ``noise_norm_ratio``, ``noise_norm_std_ratio``: mean and standard deviation of ``||noise_hat||_2`` at ``x`` over
+  those at ``y``, whatever the network predicts: the measure of exposure bias of `Ning et al.
+  <https://arxiv.org/abs/2308.15321>`_, section 3;
+- ``frechet_features``: Frechet distance of an extractor's features of ``x0_hat``, in 8 bits, at ``x`` and at ``y``.
+
+Finite sets of one law differ too. So each figure has a *floor*, of the suffix ``_floor``: the same figure of a second
+truly noised set in the place of ``x``. Only what is clear of the floor is mismatch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_fidelity import KEY_METRIC_FID, FeatureExtractorBase
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from atdiff.data.sources import ImageData, to_uint8
+from atdiff.errors import UserError
+from atdiff.evaluation.distances import sliced_wasserstein
+from atdiff.evaluation.evaluate import versions
+from atdiff.evaluation.features import extract, feature_layers, make_extractor
+from atdiff.files import write_bytes, write_json
+from atdiff.models.call import predict
+from atdiff.noise import NoiseSchedule, expand, noise_level
+from atdiff.report.mismatch import mismatch_curves
+from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
+from atdiff.sampling.corrections import Correction, make_correction, to_noise
+from atdiff.sampling.generate import generate, image_generators
+from atdiff.sampling.schedulers import default_sampler, make_scheduler
+
+__all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
+
+# The Frechet distance takes the eigenvalues of a D x D matrix: 0.35 s at D = 784, a minute at 4,096.
+FRECHET_PIXELS = 4_096
+MEASURED = "mismatch.json"
+
+Notify = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MismatchConfig:
+    """Which trajectories are compared with truly noised images, and how.
+
+    Attributes:
+        sampler: a sampler by name; None for the default sampler of each run.
+        steps: of the sampler.
+        num: pictures sampled, and truly noised images in each of the two sets.
+        seed: of the pictures, and of the images and the noise of the sets.
+        extractor: whose features of ``x0_hat`` are compared; None for no such figures.
+        weights: a local weights file of the extractor.
+        data: the data set of the true images; None for each run's own.
+        batch_size: pictures at once.
+        correction: of the sampler; see :func:`atdiff.sampling.corrections.make_correction`.
+    """
+
+    sampler: str | None
+    steps: int
+    num: int = 2048
+    seed: int = 0
+    extractor: str | None = "digits-classifier"
+    weights: Path | None = None
+    data: str | None = None
+    batch_size: int = 512
+    correction: str = "none"
+
+    def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
+        """Find, before any compute, what cannot be measured on networks of this scheduler.
+
+        Raises:
+            UserError: too few pictures, a seed or batch size out of range, or a sampler, steps or correction that do
+                not fit.
+        """
+        if self.num < 2:
+            raise UserError(f"num={self.num} pictures have no variance; use 2 or more, 2048 as a rule.")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be 1 or more.")
+        image_generators(self.seed, [self.num - 1])
+        make_scheduler(self.sampler_for(training_scheduler), training_scheduler, self.steps)
+        (make_correction(self.correction) or Correction()).check(NoiseSchedule(training_scheduler))
+
+    def sampler_for(self, training_scheduler: Any) -> str:  # noqa: ANN401
+        """Return the sampler for a network of this scheduler."""
+        return self.sampler or default_sampler(training_scheduler)
+
+
+@torch.no_grad()
+def measure_mismatch(
+    denoiser: Denoiser,
+    data: ImageData,
+    config: MismatchConfig,
+    extractor: FeatureExtractorBase | None = None,
+    device: torch.device | str = "cpu",
+    notify: Notify = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return one record for each evaluation of the network while sampling, and one for the final pictures.
+
+    A record holds ``t`` (the sampler's timestep; None for the final pictures), ``level`` (1 for noise, 0 for data; see
+    :func:`atdiff.noise.noise_level`), ``alpha``, ``sigma``, and the figures that the module describes. Those of the
+    final pictures, which are within [-1, 1], compare with the images themselves, and lack the predicted noise. Heun's
+    method evaluates twice at a timestep, first after its predictor.
+
+    The pictures are those of ``generate`` with the same sampler, steps and seed. True images are drawn from ``data``
+    with replacement, so that both sides are independent draws, and a class-conditional network samples the labels of
+    the images drawn. With a correction, the sampler's ``noise_hat`` and ``x0_hat`` are the corrected ones.
+
+    Args:
+        denoiser: the network and the scheduler of its training.
+        data: the true images.
+        config: what to measure; its ``extractor``, ``weights`` and ``data`` are the caller's to resolve.
+        extractor: for ``frechet_features``, else left out.
+        device: where the network is moved and run.
+        notify: called with the number of batches through the network done and in all.
+
+    Raises:
+        UserError: as ``config.check``, images of another shape than the network's, or labels that do not fit it.
+        FloatingPointError: the pictures are not finite.
+    """
+    config.check(denoiser.scheduler)
+    _check_data(denoiser, data)
+    if isinstance(denoiser.model, nn.Module):
+        denoiser.model.to(device)
+    counter, total = itertools.count(1), _batches(denoiser, config)
+
+    def probe(correction: Correction | None = None) -> _Probe:
+        return _Probe(correction, extractor is not None, lambda: notify(next(counter), total))
+
+    sets = [_TrueImages(denoiser, data, config, number, device) for number in (0, 1)]
+    sampling = probe(make_correction(config.correction))
+    pictures = generate(
+        denoiser.model,
+        denoiser.scheduler,
+        sampler=config.sampler_for(denoiser.scheduler),
+        steps=config.steps,
+        num=config.num,
+        shape=denoiser.image_shape,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        class_labels=sets[0].labels,
+        correction=sampling,
+        device=device,
+    )
+    schedule, timesteps = NoiseSchedule(denoiser.scheduler), _timesteps(denoiser, config)
+    records: list[dict[str, Any]] = []
+    for i, t in enumerate(timesteps):
+        seen = [_Seen.cat(sampling.seen[i :: len(timesteps)]), *(images.shown(t, probe()) for images in sets)]
+        alpha, sigma = schedule(t.reshape(1))
+        where = {"t": t.item(), "level": noise_level(alpha, sigma).item(), "alpha": alpha.item(), "sigma": sigma.item()}
+        records.append(where | _compare(*seen, extractor=extractor))
+    seen = [_Seen(x0, None, to_uint8(x0)) for x0 in (pictures, *(images.x0 for images in sets))]
+    records.append({"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0} | _compare(*seen, extractor=extractor))
+    return records
+
+
+def mismatch_of_runs(
+    runs: Sequence[str],
+    config: MismatchConfig,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    notify: Notify = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Measure every run that ``out/mismatch.json`` does not hold yet, write it after each, and draw them all.
+
+    Args:
+        runs: training folders, pipeline folders or hub ids.
+        config: what to measure.
+        out: a folder, made or gone on with, for ``mismatch.json`` and ``mismatch.png``.
+        device: where the networks run.
+        notify: called with the number of batches through a network done and in all.
+
+    Returns:
+        One entry a run, in the order of ``runs``: ``run``, the recipe of its figures, and ``records`` as
+        :func:`measure_mismatch` returns them. The file may hold others, of other runs or settings.
+
+    Raises:
+        UserError: a run cannot be loaded or measured, or ``out`` holds something else.
+    """
+    entries = {_key(entry): entry for entry in _read_entries(out)}
+    denoisers = [load_denoiser(run) for run in dict.fromkeys(runs)]
+    for denoiser in denoisers:
+        config.check(denoiser.scheduler)
+    recipes = [_recipe(denoiser, config) for denoiser in denoisers]
+    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if _key(recipe) not in entries]
+    for denoiser, _ in missing:
+        _check_data(denoiser, reference_data(denoiser, config.data))
+    counter, total = itertools.count(1), sum(_batches(denoiser, config) for denoiser, _ in missing)
+    for denoiser, recipe in missing:
+        data, extractor = reference_data(denoiser, config.data), None
+        if config.extractor is not None:
+            extractor = make_extractor(config.extractor, weights=config.weights, device=device, data=data)
+        records = measure_mismatch(denoiser, data, config, extractor, device, lambda *_: notify(next(counter), total))
+        entries[_key(recipe)] = {**recipe, "records": records}
+        write_json(out / MEASURED, list(entries.values()))
+    wanted = [entries[_key(recipe)] for recipe in recipes]
+    curves = mismatch_curves({entry["run"]: entry["records"] for entry in wanted}, file_format="png")
+    write_bytes(out / "mismatch.png", curves)
+    return wanted
+
+
+class _Seen(NamedTuple):
+    """Inputs of the network and what it makes of them, on the CPU."""
+
+    x: Tensor  # (N, C, H, W), in the schedule's coordinates
+    noise_norm: Tensor | None  # (N,), of noise_hat
+    clean: Tensor | None  # x0_hat, uint8, like x
+
+    @classmethod
+    def cat(cls, batches: Sequence[_Seen]) -> _Seen:
+        """Join batches of one timestep."""
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True)]
+        return cls(*columns)
+
+
+class _Probe(Correction):
+    """A correction that keeps what passes through it, and changes only what another one changes."""
+
+    def __init__(self, inner: Correction | None, keep_clean: bool, advance: Callable[[], None]) -> None:
+        self.inner, self.keep_clean, self.advance = inner or Correction(), keep_clean, advance
+        self.seen: list[_Seen] = []  # one a call
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        self.inner.check(schedule)
+
+    def shift(self, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return self.inner.shift(x_t, timesteps, schedule)
+
+    def __call__(
+        self, prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
+    ) -> Tensor:
+        prediction = self.inner(prediction, x_t, timesteps, schedule, prediction_type)
+        wide, wide_x, at = prediction.cpu().double(), x_t.cpu().double(), timesteps.cpu()
+        noise_norm = to_noise(wide, wide_x, at, schedule, prediction_type).flatten(1).norm(dim=1)
+        clean = to_uint8(_x0_hat(wide, wide_x, at, schedule, prediction_type)) if self.keep_clean else None
+        self.seen.append(_Seen(x_t.float().cpu(), noise_norm, clean))
+        self.advance()
+        return prediction
+
+
+def _x0_hat(
+    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
+) -> Tensor:
+    """Return the clean images that a prediction implies, also at ``alpha = 0``; arguments as in ``to_noise``."""
+    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
+    if prediction_type == "sample":
+        return prediction
+    if prediction_type == "v_prediction":
+        return alpha * x_t - sigma * prediction
+    if prediction_type == "flow":
+        return x_t - sigma * prediction
+    return (x_t - sigma * to_noise(prediction, x_t, timesteps, schedule, prediction_type)) / alpha
+
+
+class _TrueImages:
+    """Images drawn from the data, each with its own noise, which is the same at every timestep."""
+
+    def __init__(
+        self, denoiser: Denoiser, data: ImageData, config: MismatchConfig, number: int, device: torch.device | str
+    ) -> None:
+        rng = np.random.default_rng([config.seed, number])
+        indices = torch.from_numpy(rng.integers(len(data), size=config.num))
+        self.x0 = data.x0(indices)
+        self.noise = torch.from_numpy(rng.standard_normal(self.x0.shape, dtype=np.float32))
+        self.labels = data.labels[indices] if _classes(denoiser) and data.labels is not None else None
+        self.denoiser, self.batch_size, self.device = denoiser, config.batch_size, device
+
+    def shown(self, t: Tensor, probe: _Probe) -> _Seen:
+        """Show the images, noised to the timestep ``t``, to the network, and return what the probe keeps of it."""
+        scheduler = self.denoiser.scheduler
+        schedule = NoiseSchedule(scheduler)
+        prediction_type = scheduler.config.get("prediction_type", "epsilon") if schedule.kind == "vp" else schedule.kind
+        for start in range(0, len(self.x0), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            x0, noise = self.x0[batch].to(self.device), self.noise[batch].to(self.device)
+            timesteps = t.to(self.device).expand(len(x0))
+            x_t = schedule.add_noise(x0, noise, timesteps)
+            conditions = {} if self.labels is None else {"class_labels": self.labels[batch].to(self.device)}
+            output = predict(self.denoiser.model, _network_input(x_t, timesteps, schedule), timesteps, conditions)
+            # Channels beyond those of the images are a learned variance.
+            probe(output[:, : x0.shape[1]], x_t, timesteps, schedule, prediction_type)
+        return _Seen.cat(probe.seen)
+
+
+def _network_input(x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Return ``x_t``, for EDM times ``c_in`` of `its table 1 <https://arxiv.org/abs/2206.00364>`_."""
+    if schedule.kind != "edm":
+        return x_t
+    _, sigma = schedule(timesteps)
+    return x_t * expand((sigma.square() + schedule.sigma_data**2).rsqrt(), x_t)
+
+
+class _Law(NamedTuple):
+    """What distances are taken of, float64."""
+
+    x: Tensor  # (N, D)
+    noise_norm: Tensor | None  # (N,)
+    features: Tensor | None  # (N, F)
+
+    @classmethod
+    def of(cls, seen: _Seen, extractor: FeatureExtractorBase | None) -> _Law:
+        """Flatten the inputs and extract the features of the clean images."""
+        features = None
+        if extractor is not None and seen.clean is not None:
+            features = extract(seen.clean, extractor)[feature_layers(extractor)[0]]
+        return cls(seen.x.flatten(1).double(), seen.noise_norm, features)
+
+
+def _compare(sampled: _Seen, true: _Seen, again: _Seen, *, extractor: FeatureExtractorBase | None) -> dict[str, float]:
+    """Return the figures of the sampler's set, and as floors those of the second true set."""
+    sampled_law, true_law, again_law = (_Law.of(seen, extractor) for seen in (sampled, true, again))
+    floors = _distances(again_law, true_law)
+    return _distances(sampled_law, true_law) | {f"{name}_floor": value for name, value in floors.items()}
+
+
+def _distances(law: _Law, true: _Law) -> dict[str, float]:
+    bias = law.x.mean(dim=0) - true.x.mean(dim=0)
+    # A ratio of means, not a mean of ratios: a pixel that hardly varies in the data would outweigh all others.
+    variance, true_variance = law.x.var(dim=0).mean().item(), true.x.var(dim=0).mean().item()
+    out = {
+        "mean_bias": bias.square().mean().sqrt().item(),
+        "variance_ratio": variance / true_variance,
+        "variance_bias": variance - true_variance,
+        "sliced_wasserstein": sliced_wasserstein(law.x, true.x),
+    }
+    if law.x.shape[1] <= FRECHET_PIXELS:
+        out["frechet_pixels"] = _frechet(law.x, true.x)
+    if law.noise_norm is not None and true.noise_norm is not None:
+        out["noise_norm_ratio"] = (law.noise_norm.mean() / true.noise_norm.mean()).item()
+        out["noise_norm_std_ratio"] = (law.noise_norm.std() / true.noise_norm.std()).item()
+    if law.features is not None and true.features is not None:
+        out["frechet_features"] = _frechet(law.features, true.features)
+    return out
+
+
+def _frechet(a: Tensor, b: Tensor) -> float:
+    statistics = fid_features_to_statistics(a), fid_features_to_statistics(b)
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def _timesteps(denoiser: Denoiser, config: MismatchConfig) -> Tensor:
+    """Return the timestep of every evaluation of the network while sampling."""
+    timesteps: Tensor = make_scheduler(
+        config.sampler_for(denoiser.scheduler), denoiser.scheduler, config.steps
+    ).timesteps
+    return timesteps
+
+
+def _batches(denoiser: Denoiser, config: MismatchConfig) -> int:
+    """Return the number of batches through the network: those of the sampler and of two true sets."""
+    return 3 * len(_timesteps(denoiser, config)) * -(-config.num // config.batch_size)
+
+
+def _classes(denoiser: Denoiser) -> int:
+    """Return the number of class embeddings of the network, 0 where it is unconditional."""
+    return int(denoiser.model.config.get("num_class_embeds") or 0)
+
+
+def _check_data(denoiser: Denoiser, data: ImageData) -> None:
+    shape, classes = tuple(data.images.shape[1:]), _classes(denoiser)
+    if shape != tuple(denoiser.image_shape):
+        raise UserError(
+            f"{data.name} has images of shape {shape} but {denoiser.source} makes {tuple(denoiser.image_shape)}: name "
+            "the images that it was trained on."
+        )
+    if classes and (data.num_classes is None or data.num_classes > classes):
+        found = "no labels" if data.num_classes is None else f"{data.num_classes} classes"
+        raise UserError(
+            f"{data.name} has {found} but {denoiser.source} is conditional on {classes} classes: name the images that "
+            "it was trained on."
+        )
+
+
+def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
+    decay = denoiser.config.get("training", {}).get("ema_decay")
+    return {
+        "run": denoiser.source,
+        "sampler": config.sampler_for(denoiser.scheduler),
+        "steps": config.steps,
+        "correction": config.correction,
+        "sample_seed": config.seed,
+        "num": config.num,
+        "extractor": config.extractor,
+        "reference": reference_name(denoiser, config.data),
+        "weights": f"EMA {decay}" if decay is not None else "as published",
+        "dtype": "float32",
+        "versions": versions(),
+    }
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    return json.dumps([value for name, value in entry.items() if name not in ("versions", "records")])
+
+
+def _read_entries(out: Path) -> list[dict[str, Any]]:
+    file = out / MEASURED
+    if not file.exists():
+        # Hidden ones are what a killed process may leave of a file that it wrote aside.
+        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+            raise UserError(f"{out} is in use and holds no {MEASURED}; choose another --out.")
+        return []
+    try:
+        entries = json.loads(file.read_text())
+    except (OSError, ValueError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "records" in entry for entry in entries):
+        raise UserError(f"{file} exists and holds no measured mismatch; choose another --out.")
+    return entries
