@@ -1,9 +1,27 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
+
+from atdiff.cli import main
+
+RECIPE: dict[str, Any] = {
+    "about": "a study small enough for a test",
+    "model": {"name": "mlp", "args": {"width": 32, "num_blocks": 1}},
+    "training": {"passes": 20, "batch_size": 32, "log_every": 5, "ema_decay": 0.9},
+    "finetune": {"training": {"passes": 10}},
+    "arms": {
+        "plain": {},
+        "at": {"adversary": {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"}},
+    },
+    "study": {"arms": ["plain", "at"], "seeds": [0, 1], "samplers": ["ddim", "iddpm"], "steps": [3, 5], "num": 40},
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,3 +34,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["ATDIFF_CACHE"]
     else:
         os.environ["ATDIFF_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Path, Path]:
+    """Run the study once, as the user would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    root = tmp_path_factory.mktemp("study")
+    (root / "tiny.yaml").write_text(json.dumps(RECIPE))
+    assert main(["study", str(root / "tiny.yaml"), "--out", str(root / "out"), "--jobs", "2"]) == 0
+    return root / "tiny.yaml", root / "out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,20 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atdiff.errors import UserError
-from atdiff.evaluation.comparison import compare, conclusions, holm, percent, winners
+from atdiff.evaluation.comparison import (
+    Row,
+    compare,
+    compare_corrected,
+    conclusions,
+    corrected_conclusions,
+    correction_label,
+    corrections_of,
+    holm,
+    metric_label,
+    percent,
+    scores,
+    winners,
+)
 
 Cell = dict[str, Any]
 
@@ -207,7 +221,7 @@ def test_conclusions_name_gains_and_losses() -> None:
             ]
     said = conclusions(compare(cells))
     assert said == [
-        "3 seeds, 4 cells (sampler and steps): a difference counts where the 95% interval of the paired "
+        "3 seeds, 4 cells (sampler and steps): a difference counts where the 95% t interval of the paired "
         "change is clear of zero.",
         "at lowers FD against plain in 3 of 4 cells (ddim 5: −50%, ddim 10: −40%, ddim 20: −30%), raises it "
         "in 1 (ddim 50: +4.1%); none unclear. Holm's correction over its cells leaves 4 of 4.",
@@ -248,6 +262,9 @@ def test_percent(value: float, text: str) -> None:
         ({}, {"metric": "kid"}, "no cell holds the metric 'kid'"),
         ({}, {"metric": "beauty"}, "metric 'beauty' is not known"),
         ({}, {"confidence": 95}, "confidence is 95"),
+        ({}, {"interval": "bca"}, "interval 'bca' is unknown, expected t or bootstrap"),
+        ({}, {"correction": "time-shift:40"}, "no cell has the correction 'time-shift:40', expected one of 'none'"),
+        ({"correction": "time-shift:40", "num": 256}, {}, "evaluate all arms alike"),
         ({"seed": 0}, {}, "is given twice"),
         ({"num": 256}, {}, "evaluate all arms alike"),
         ({"sample_seed": 7}, {}, "evaluate all arms alike"),
@@ -264,3 +281,140 @@ def test_conclusions_need_the_baseline() -> None:
     rows = compare(cells_of({"plain": [10.0, 20.0], "at": [9.0, 18.0]}))
     with pytest.raises(UserError, match="no baseline"):
         conclusions(rows[1:])
+
+
+def bootstrap_by_hand(values: list[float], confidence: float) -> tuple[float, float]:
+    """The exact law of the mean of a resample, by listing all n^n of them."""
+    means = np.array([np.mean(resample) for resample in itertools.product(values, repeat=len(values))])
+    tail = (1 - confidence) / 2
+    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+def test_bootstrap_interval_is_that_of_all_resamples() -> None:
+    ratios = [0.7, 0.75, 0.9, 0.78, 1.1, 0.85]
+    base = [10.0, 12.0, 9.0, 20.0, 15.0, 11.0]
+    cells = cells_of({"plain": base, "at": list(np.multiply(ratios, base))})
+    row = compare(cells, interval="bootstrap", confidence=0.8)[1]
+    low, high = bootstrap_by_hand(list(np.log(ratios)), 0.8)
+    assert row.change_low == pytest.approx(100 * math.expm1(low), abs=0.7)  # 9,999 of 46,656 resamples
+    assert row.change_high == pytest.approx(100 * math.expm1(high), abs=0.7)
+    t_row = compare(cells, confidence=0.8)[1]
+    assert (row.interval, t_row.interval) == ("bootstrap", "t")
+    assert (row.change, row.p_value) == (t_row.change, t_row.p_value)
+    assert row.change_high - row.change_low < t_row.change_high - t_row.change_low
+    low, high = bootstrap_by_hand(base, 0.8)
+    assert compare(cells, interval="bootstrap", confidence=0.8)[0].half_width == pytest.approx(
+        (high - low) / 2, rel=0.05
+    )
+    assert compare(cells[::-1], baseline="plain", interval="bootstrap", confidence=0.8)[1] == row
+
+
+@pytest.mark.parametrize(("seeds", "warned"), [(3, True), (5, False)])
+def test_bootstrap_of_few_seeds_is_said_to_be_too_narrow(seeds: int, warned: bool) -> None:
+    values = {"plain": [10.0 + i for i in range(seeds)], "at": [9.0 + i * 1.1 for i in range(seeds)]}
+    said = conclusions(compare(cells_of(values), interval="bootstrap"))[0]
+    assert "95% bootstrap interval" in said
+    assert "paired t test" in said
+    assert ("fewer than 5 seeds are too narrow" in said) == warned
+    assert "bootstrap" not in conclusions(compare(cells_of(values)))[0]
+
+
+def test_bootstrap_of_one_seed_or_equal_ratios_or_a_diverged_one() -> None:
+    def row(base: list[float], arm: list[float]) -> Row:
+        return compare(cells_of({"plain": base, "at": arm}), interval="bootstrap")[1]
+
+    assert math.isnan(row([10.0], [5.0]).change_low)
+    assert (row([10.0, 20.0], [5.0, 10.0]).change_low, row([10.0, 20.0], [5.0, 10.0]).verdict) == (
+        pytest.approx(-50),
+        "better",
+    )
+    assert row([10.0, 20.0], [5.0, math.nan]).verdict == "unclear"
+
+
+@pytest.mark.parametrize(("metric", "best"), [("fd", 3.0), ("recall", 7.0)])
+def test_minimum_is_the_best_finite_seed(metric: str, best: float) -> None:
+    values = {"plain": [1.0, 1.0, 1.0, 1.0], "at": [5.0, 3.0, 7.0, math.nan]}
+    assert compare(cells_of(values, metric=metric), metric=metric)[1].minimum == best
+
+
+def corrected_cells() -> list[Cell]:
+    """One cell of two arms: plain 10, 20, 40; at 0.8 of it; with epsilon scaling 0.9 of both, less at's gain."""
+    base = np.array([10.0, 20.0, 40.0])
+    jitter = np.array([0.99, 1.0, 1.01])
+    cells = cells_of({"plain": list(base), "at": list(0.8 * base * jitter)})
+    for seed, value in enumerate((1.02, 1.0, 1.01)):
+        shared = {"correction": "epsilon-scaling:search", "correction_value": value}
+        cells.append(cell("plain", seed, 0.9 * base[seed] * jitter[2 - seed], **shared))
+        cells.append(cell("at", seed, 0.9 * base[seed] * jitter[seed] * (0.9, 1.0, 1.2)[seed], **shared))
+    return cells
+
+
+def test_a_correction_is_compared_with_the_same_and_with_none() -> None:
+    cells = corrected_cells()
+    assert corrections_of(cells[::-1]) == ["none", "epsilon-scaling:search"]
+    rows = {(one.row.correction, one.row.arm): one for one in compare_corrected(cells)}
+    assert list(rows) == [
+        ("none", "plain"), ("none", "at"), ("epsilon-scaling:search", "plain"), ("epsilon-scaling:search", "at")
+    ]  # fmt: skip
+    for correction in corrections_of(cells):
+        expected = compare(cells, correction=correction)
+        found = [one.row for one in rows.values() if one.row.correction == correction]
+        assert str(found) == str(expected)  # nan equals itself in print only
+    none, alone = rows["none", "at"], rows["epsilon-scaling:search", "plain"]
+    assert (none.uncorrected, none.values) == (none.row, ())
+    assert (alone.row.verdict, alone.uncorrected.verdict, alone.values) == ("baseline", "better", (1.0, 1.01, 1.02))
+    # Renaming the columns by hand gives the same comparison across corrections.
+    renamed = [c for c in cells if "correction" not in c and c["arm"] == "plain"]
+    renamed += [{**c, "correction": "none", "arm": f"{c['arm']}+"} for c in cells if "correction" in c]
+    for arm in ("plain", "at"):
+        by_hand = next(row for row in compare(renamed) if row.arm == f"{arm}+")
+        found = rows["epsilon-scaling:search", arm].uncorrected
+        assert (found.change, found.change_low, found.p_holm) == (by_hand.change, by_hand.change_low, by_hand.p_holm)
+
+
+def test_conclusions_say_what_holds_with_a_correction() -> None:
+    cells = corrected_cells()
+    label = "searched epsilon-scaling"
+    said = corrected_conclusions(compare_corrected(cells))
+    assert said == [
+        f"plain with {label} lowers FD against plain without in 1 of 1 cell (ddim 5: −10%), raises it in none; none "
+        "unclear. Holm's correction over its cells leaves 1 of 1.",
+        f"With {label} on both, at makes no clear difference to FD against plain in any of 1 cell (estimates +2.6% to "
+        "+2.6%).",
+        f"With {label} on both, no arm is clearly better than plain in any cell.",
+    ]
+    rows = compare(cells, correction="epsilon-scaling:search")
+    assert conclusions(rows)[1:] == said[1:]
+    assert (
+        scores(rows) == f"With {label} on both, cells of 1 where FD is clearly better / worse than plain's: at 0 / 0."
+    )
+    assert scores(compare(cells)) == "Cells of 1 where FD is clearly better / worse than plain's: at 1 / 0."
+    assert scores(compare(cells_of({"plain": [1.0], "at": [2.0]}))).startswith("One seed")
+
+
+def test_corrections_without_an_uncorrected_column() -> None:
+    cells = [c for c in corrected_cells() if "correction" in c]
+    assert corrections_of(cells) == ["epsilon-scaling:search"]
+    assert all(one.uncorrected.pairs == 0 for one in compare_corrected(cells))
+    assert corrected_conclusions(compare_corrected(cells))[0].startswith("With searched epsilon-scaling on both, at")
+
+
+@pytest.mark.parametrize(
+    ("correction", "label"),
+    [
+        ("none", "no correction"), ("epsilon-scaling:1.01", "epsilon-scaling 1.01"),
+        ("time-shift:search", "searched time-shift"), ("time-shift:40:300", "time-shift 40, 300"),
+    ],
+)  # fmt: skip
+def test_correction_label(correction: str, label: str) -> None:
+    assert correction_label(correction) == label
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("sliced_wasserstein", 0.5), ("energy", 0.5), ("clip_fid", 0.5), ("on_mode", 2), ("clip_score", 2)],
+)  # fmt: skip
+def test_good_directions_and_names_of_the_metrics(metric: str, better: float) -> None:
+    values = {"plain": [10.0, 20.0, 40.0], "at": [10.0 * better, 20.0 * better, 40.1 * better]}
+    assert compare(cells_of(values, metric=metric), metric=metric)[1].verdict == "better"
+    assert "_" not in metric_label(metric)

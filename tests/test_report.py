@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import io
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,14 +15,21 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 
 from atdiff.errors import UserError
 from atdiff.evaluation.comparison import Row, compare, conclusions, percent, winners
+from atdiff.models.mlp import MLP2DModel
 from atdiff.report import comparison_table, markdown_table, save_curves, write_report
+from atdiff.report import page as page_module
 from atdiff.report.plots import loss_curves, metric_curves
-from atdiff.report.tables import cells_table, mean_text
+from atdiff.report.samples import Grids, sample_grids, samples_picture
+from atdiff.report.tables import cells_table, correction_markdown, correction_table, mean_text
+from atdiff.runs import load_denoiser, save_pipeline
+from atdiff.sampling.generate import generate
 
 Summary = dict[str, Any]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -62,6 +68,59 @@ def fake_summary(arms: Sequence[str] = ("plain", *GAINS), seeds: int = 3) -> Sum
     }  # fmt: skip
 
 
+def picture(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), shade, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def fake_grids(arms: Sequence[str] = ("plain", *GAINS)) -> Grids:
+    """Three numbers of steps of ddim and two of iddpm; every grid another picture."""
+    places = [("ddim", 5), ("ddim", 10), ("ddim", 20), ("iddpm", 10), ("iddpm", 20)]
+    grids: Grids = {}
+    for number, (sampler, steps) in enumerate(places):
+        pictures = {arm: picture(16 * number + i) for i, arm in enumerate(arms)}
+        grids.setdefault(sampler, {})[steps] = pictures
+    return grids
+
+
+def with_corrections(summary: Summary) -> Summary:
+    """Every cell again with two corrections, which gain 10% and 5%; the searched value differs between seeds."""
+    cells = [{**cell, "correction": "none"} for cell in summary["cells"]]
+    for cell in summary["cells"]:
+        for correction, factor in (("epsilon-scaling:search", 0.9), ("time-shift:40", 0.95)):
+            more = {"correction_value": 1 + 0.01 * cell["seed"], "search_seed": 999} if factor == 0.9 else {}
+            metrics = cell["metrics"] | {"fd": factor * cell["metrics"]["fd"]}
+            cells.append({**cell, "correction": correction, "metrics": metrics, **more})
+    return summary | {"cells": cells}
+
+
+def with_measurements(summary: Summary, arms: Sequence[str] = ("plain", "at")) -> Summary:
+    """Records of mismatch, robustness and directions: at's mismatch is below plain's at two of three levels."""
+    recipe = {"sampler": "ddim", "steps": 10, "num": 64, "extractor": None, "norm": "l2", "versions": {"torch": "2"}}
+    attack = {key: value for key, value in recipe.items() if key != "sampler"}
+    distances = {"plain": (0.3, 0.4, 0.2, 0.1), "at": (0.2, 0.5, 0.1, 0.05)}
+    mismatch = {
+        arm: [
+            {"level": level, "noise_norm_ratio": 1 + value, "sliced_wasserstein": value,
+             "sliced_wasserstein_floor": 0.01}
+            for level, value in zip((0.9, 0.5, 0.1, 0.0), distances[arm], strict=True)
+        ]
+        for arm in arms
+    }  # fmt: skip
+    robustness = [{"level": x, "radius_sigma": [0.0, 0.5, 1.0], "loss": [1.0, 1.5, 3.0]} for x in (0.2, 0.8)]
+    directions = [
+        {"level": x, "direction": "gradient", "cosine": 0.5, "cosine_p10": 0.3, "cosine_p90": 0.6, "loss": 1.0,
+         "loss_after": 1.2}
+        for x in (0.2, 0.5, 0.8)
+    ]  # fmt: skip
+    return summary | {
+        "mismatch": {"by_run": mismatch, "recipe": recipe},
+        "robustness": {"by_run": dict.fromkeys(arms, robustness), "recipe": attack},
+        "directions": {"by_run": dict.fromkeys(arms, directions), "recipe": recipe},
+    }
+
+
 class Page(HTMLParser):
     """Tags with their balance, the text of table cells, and the addresses a browser would load."""
 
@@ -87,7 +146,7 @@ class Page(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.stack:
+        if "style" not in self.stack and "script" not in self.stack:
             self.text += data
         if "td" in self.stack or "th" in self.stack:
             self.cells[-1] += data
@@ -108,18 +167,17 @@ def rows(summary: Summary) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def source(summary: Summary, png: bytes, tmp_path_factory: pytest.TempPathFactory) -> str:
+def source(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(summary, path, {"DDIM, 5 steps": png})
+    write_report(summary, path, fake_grids())
     assert os.listdir(path.parent) == ["report.html"]
     return path.read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def quick(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the curves once, on the page of ``source``: they are most of the time of a page."""
+    monkeypatch.setattr(page_module, "metric_curves", lambda rows: f"<svg><!-- {rows[0].metric} --></svg>".encode())
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +193,11 @@ def test_page_is_balanced_html(source: str, page: Page) -> None:
 
 
 def test_page_loads_nothing(source: str, page: Page) -> None:
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"iframe", "object"} & {tag for tag, _ in page.tags}
     loads = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
-    assert len(loads) == 3
-    assert all(str(address).startswith("data:image/") for address in loads)
+    assert loads[0] == "data:,"  # an empty icon, or a browser asks for one
+    assert len(loads) == 1 + 2 + 1 + 5 * 5  # curves of two metrics, losses, grids
+    assert all(str(address).startswith("data:image/") for address in loads[1:])
     assert "url(" not in source
     assert "@import" not in source
 
@@ -146,7 +205,7 @@ def test_page_loads_nothing(source: str, page: Page) -> None:
 def test_every_picture_has_words(page: Page) -> None:
     alts = [attrs.get("alt") for tag, attrs in page.tags if tag == "img"]
     assert all(alts)
-    assert "Generated samples: DDIM, 5 steps" in alts
+    assert "Samples of at-residual: iddpm, 20 steps" in alts
 
 
 def test_table_shows_the_rows_and_nothing_else(page: Page, rows: list[Row]) -> None:
@@ -178,23 +237,173 @@ def test_page_tells_conclusions_and_recipe(page: Page, rows: list[Row]) -> None:
 def test_the_metric_of_the_summary_comes_first(summary: Summary, tmp_path: Path) -> None:
     write_report(summary | {"metric": "recall"}, tmp_path / "r.html")
     text = squeeze(Page((tmp_path / "r.html").read_text("utf-8")).text)
-    assert "recall by sampler and steps" in text
+    assert "Recall by sampler and steps" in text
     assert conclusions(compare(summary["cells"], metric="recall"))[1] in text
 
 
-def test_sample_pictures_are_embedded_unchanged(page: Page, png: bytes) -> None:
-    image = next(attrs for tag, attrs in page.tags if attrs.get("class") == "samples")
-    assert base64.b64decode(str(image["src"]).partition(",")[2]) == png
+def test_only_its_own_script_may_run(source: str, page: Page) -> None:
+    script = source.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert script.count("\n") < 60
+
+
+def test_without_a_script_all_grids_are_shown_in_order(page: Page) -> None:
+    sheets = [attrs for tag, attrs in page.tags if attrs.get("class") == "sheet"]
+    assert [(a["data-sampler"], a["data-steps"]) for a in sheets] == [
+        ("ddim", "5"), ("ddim", "10"), ("ddim", "20"), ("iddpm", "10"), ("iddpm", "20")
+    ]  # fmt: skip
+    assert not any("hidden" in attrs for attrs in sheets)
+    expected = [png for by_steps in fake_grids().values() for by_arm in by_steps.values() for png in by_arm.values()]
+    found = [str(attrs["src"]) for _, attrs in page.tags if attrs.get("class") == "samples"]
+    assert [base64.b64decode(address.partition(",")[2]) for address in found] == expected
+
+
+def test_without_samples_no_script(summary: Summary, tmp_path: Path) -> None:
+    write_report(summary, tmp_path / "r.html")
+    source = (tmp_path / "r.html").read_text("utf-8")
+    assert "<script" not in source
+    assert "script-src" not in source
+
+
+def test_corrections_have_their_columns(summary: Summary, tmp_path: Path) -> None:
+    few = [cell for cell in summary["cells"] if cell["sampler"] == "ddim" and cell["steps"] < 20]
+    corrected = with_corrections(summary | {"cells": few})
+    write_report(corrected, tmp_path / "r.html", interval="bootstrap")
+    page = Page((tmp_path / "r.html").read_text("utf-8"))
+    text = squeeze(page.text)
+    assert page.stack == []
+    for words in (
+        "Every arm is sampled with no correction, searched epsilon-scaling, time-shift 40.",
+        "with searched epsilon-scaling (b)", "b 1 to 1.02", "−10% against plain without",
+        "plain with time-shift 40 lowers FD against plain without in 2 of 2 cells",
+        "With searched epsilon-scaling on both, cells of 2 where FD is clearly better / worse than plain's: ip",
+        "95% bootstrap interval", "searched on sampling seed 999", "Curves with time-shift 40 on all arms",
+    ):  # fmt: skip
+        assert words in text, words
+    # The first column is that of no correction, as the table of the whole page.
+    for row in compare(corrected["cells"], interval="bootstrap"):
+        assert sum(mean_text(row) in squeeze(cell) for cell in page.cells) >= 2
+
+
+def test_correction_tables(summary: Summary) -> None:
+    cells = with_corrections(summary)["cells"]
+    text = correction_markdown(cells, baseline="plain", metric="fd")
+    lines = text.partition("\n\n")[0].splitlines()
+    assert lines[0] == "| sampler | steps | arm | without | with searched epsilon-scaling (b) | with time-shift 40 |"
+    assert {line.count("|") for line in lines} == {7}
+    assert len(lines) == 2 + 12 * 5
+    rows = compare(cells, correction="epsilon-scaling:search")
+    for row in rows:
+        line = next(x for x in lines if x.startswith(f"| {row.sampler} | {row.steps} | {row.arm} |"))
+        shown = line.split(" | ")[4]
+        assert shown.startswith(mean_text(row))
+        assert shown.endswith("(b 1 to 1.02)")
+        assert row.verdict == "baseline" or percent(row.change) in shown
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(correction_table(cells, baseline="plain", metric="fd"))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert all(mean_text(row).replace(" ", "") in printed for row in rows)
+    gone = [c for c in cells if (c["arm"], c["correction"], c["steps"]) != ("at", "time-shift:40", 5)]
+    assert correction_markdown(gone, baseline="plain", metric="fd").count("| - |") == 3
+
+
+def test_measurements_have_their_sections(summary: Summary, tmp_path: Path) -> None:
+    write_report(with_measurements(summary), tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text("utf-8"))
+    text = squeeze(page.text)
+    for words in (
+        "Mismatch between sampling and training", "Robustness", "Where the adversary's steps lead",
+        "at: the sliced Wasserstein distance of x_t is below plain's at 2 of 3 noise levels of the trajectory, "
+        "and 0.05 against 0.1 for the finished pictures.",
+        "ddim; 10 steps; 64 samples a seed; torch 2; norm l2.", "64 samples a seed; torch 2; norm l2; attack steps 10.",
+    ):  # fmt: skip
+        assert words in text, words
+    assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 1 + 3
+    bare = {name: {"by_run": {}, "recipe": {}} for name in ("mismatch", "robustness", "directions")}
+    write_report(summary | bare, tmp_path / "bare.html")
+    assert "Robustness" not in (tmp_path / "bare.html").read_text("utf-8")
+
+
+def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
+    summary = fake_summary()
+    for cell in summary["cells"]:
+        cell |= {"extractor": "vgg", "reference": "digits", "weights": "EMA 0.9", "versions": {"torch": "2.9"}}
+        cell["sample_seed"] = 1 + cell["seed"]
+        cell["metrics"]["energy"] = cell["metrics"]["fd"]
+    write_report(summary, tmp_path / "r.html")
+    text = squeeze(Page((tmp_path / "r.html").read_text("utf-8")).text)
+    recipe = (
+        "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples a seed; training seed 0, 1, 2; "
+        "sampling seed 1, 2, 3; {}; against digits; torch 2.9."
+    )
+    assert text.count(recipe.format("features of vgg")) == 3  # the table and curves of FD, the details of recall
+    assert text.count(recipe.format("pixels")) == 1
+
+
+def test_commands_may_be_several(summary: Summary, tmp_path: Path) -> None:
+    write_report(summary | {"command": ["atdiff study a", "atdiff compare a"]}, tmp_path / "r.html")
+    assert "<pre>atdiff study a\natdiff compare a</pre>" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def network(folder: Path, channels: int, size: int, seed: int) -> str:
+    torch.manual_seed(seed)
+    model = MLP2DModel(in_channels=channels, out_channels=channels, sample_size=size, width=8, num_blocks=1)
+    save_pipeline(folder, model, DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    return str(folder)
+
+
+def test_grids_hold_the_same_seeds_in_the_same_places(tmp_path: Path) -> None:
+    runs = {arm: network(tmp_path / arm, 1, 8, seed) for seed, arm in enumerate(("plain", "at"))}
+    grids = sample_grids(runs, ["ddim", "dpmsolver++"], [2, 3], seed=5)
+    assert [(s, n, a) for s, x in grids.items() for n, y in x.items() for a in y] == [
+        (s, n, a) for s in ("ddim", "dpmsolver++") for n in (2, 3) for a in ("plain", "at")
+    ]
+    for arm, run in runs.items():
+        denoiser = load_denoiser(run)
+        images = generate(
+            denoiser.model, denoiser.scheduler, sampler="dpmsolver++", steps=3, num=36, shape=(1, 8, 8), seed=5
+        )
+        image = np.asarray(Image.open(io.BytesIO(grids["dpmsolver++"][3][arm])))
+        assert image.shape == (6 * 9 + 1, 6 * 9 + 1)
+        for i in (0, 7, 35):
+            row, column = divmod(i, 6)
+            tile = image[1 + 9 * row : 9 + 9 * row, 1 + 9 * column : 9 + 9 * column]
+            assert np.abs(tile / 127.5 - 1 - images[i, 0].numpy()).max() <= 0.5 / 127.5 + 1e-6
+    sheet = Image.open(io.BytesIO(samples_picture(grids["ddim"])))
+    assert sheet.width > 300
+    assert sheet.height > 300
+
+
+def test_large_pictures_make_smaller_grids(tmp_path: Path) -> None:
+    run = network(tmp_path / "run", 3, 64, 0)
+    grids = sample_grids({f"arm{i}": run for i in range(10)}, ["ddim"], [2])
+    pictures = [png for by_arm in grids["ddim"].values() for png in by_arm.values()]
+    assert sum(map(len, pictures)) * 4 / 3 < 5e6  # of noise, which no PNG can shrink
+    assert Image.open(io.BytesIO(pictures[0])).size == (4 * 65 + 1, 4 * 65 + 1)
+
+
+def test_points_of_the_plane_are_drawn_and_other_channels_refused(tmp_path: Path) -> None:
+    grids = sample_grids({"plain": network(tmp_path / "plane", 2, 1, 0)}, ["ddim"], [2])
+    image = np.asarray(Image.open(io.BytesIO(grids["ddim"][2]["plain"])))
+    assert image.shape == (96, 96)
+    assert len(np.unique(image)) > 1
+    with pytest.raises(UserError, match="4 channels, expected 1 or 3"):
+        sample_grids({"plain": network(tmp_path / "latent", 4, 8, 0)}, ["ddim"], [2])
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     hostile = "<script>alert('$x_$')</script>"
     summary = fake_summary(("plain", hostile, '"><img src=http://x>'), seeds=2)
-    write_report(summary | {"title": hostile, "command": hostile}, tmp_path / "r.html", {hostile: b"\x89PNG"})
+    summary = with_corrections(summary) | {"title": hostile, "command": hostile}
+    write_report(summary, tmp_path / "r.html", {hostile: {5: {hostile: b"\x89PNG"}}})
     source = (tmp_path / "r.html").read_text("utf-8")
     page = Page(source)
     assert page.stack == []
-    assert "<script" not in source
+    assert source.count("<script") == 1  # the page's own
+    assert "alert" not in source.partition("<script>")[2].partition("</script>")[0]
     assert not any(attrs.get("src") == "http://x" for _, attrs in page.tags)
     assert hostile in page.cells
 
@@ -207,9 +416,12 @@ def test_a_bare_summary_of_one_seed_is_enough(tmp_path: Path) -> None:
     assert "nan" not in squeeze(page.text).lower().split()
 
 
-def test_same_summary_same_bytes(summary: Summary, source: str, png: bytes, tmp_path: Path) -> None:
-    write_report(copy.deepcopy(summary), tmp_path / "again.html", {"DDIM, 5 steps": png})
-    assert (tmp_path / "again.html").read_text("utf-8") == source
+def test_same_summary_same_bytes(summary: Summary, rows: list[Row], tmp_path: Path) -> None:
+    for name in ("first.html", "again.html"):
+        write_report(copy.deepcopy(summary), tmp_path / name, fake_grids())
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "first.html").read_bytes()
+    few = [row for row in rows if row.sampler == "ddim"]
+    assert metric_curves(few) == metric_curves(few)
 
 
 def test_nothing_is_written_on_a_mistake(summary: Summary, tmp_path: Path) -> None:
@@ -241,7 +453,7 @@ def test_terminal_table_fits_six_arms(width: int) -> None:
 
 
 def test_terminal_table_marks_only_winners(rows: list[Row]) -> None:
-    table, legend = render(rows, 120).split("± 95% interval", 1)
+    table, legend = render(rows, 120).split("± half of the", 1)
     assert table.count("★") == sum(arm is not None for arm in winners(rows).values())
     assert table.count("?") == sum(row.verdict == "unclear" for row in rows)
     assert "lowest mean" in squeeze(legend)
@@ -280,7 +492,7 @@ def test_markdown_table_is_rectangular_and_complete(rows: list[Row]) -> None:
         assert mean_text(row) in line
         assert row.verdict == "baseline" or percent(row.change_high) in line
     assert table.count("**") == 2 * table.count("★") == 2 * sum(a is not None for a in winners(rows).values())
-    assert legend.startswith("± 95%")
+    assert legend.startswith("± half of the 95% t interval of the mean; % paired change against plain; ?")
 
 
 def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
@@ -307,12 +519,13 @@ def test_mean_text(rows: list[Row], mean: float, half: float, text: str) -> None
 
 
 def test_curves_draw_the_rows_and_leave_matplotlib_alone(rows: list[Row], tmp_path: Path) -> None:
+    rows = [row for row in rows if row.sampler == "ddim"]
     with mpl.rc_context({"font.size": 7, "svg.hashsalt": "mine"}):
         before = dict(mpl.rcParams)
         save_curves(rows, tmp_path / "curves.png")
         assert dict(mpl.rcParams) == before
     image = Image.open(tmp_path / "curves.png")
-    assert image.width > 1000
+    assert image.width > 700
     colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3)}
     assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)} <= colours
     assert metric_curves(rows, file_format="svg").startswith(b"<?xml")
@@ -325,21 +538,3 @@ def test_loss_curves_are_optional(summary: Summary) -> None:
     assert loss_curves({}, ["plain"]) is None
     assert loss_curves({"plain": {"0": []}}, ["plain"]) is None
     assert loss_curves(summary["training"], ["plain", "at"], file_format="png") is not None
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_body_does_not_overflow_a_phone(source: str, tmp_path: Path) -> None:
-    probe = (
-        "<script>addEventListener('load',()=>{const d=frames[0].document.documentElement;"
-        "document.title=d.scrollWidth+' of '+d.clientWidth})</script>"
-    )
-    frame = '<iframe src="page.html" style="width:390px;height:800px;border:0" scrolling="no"></iframe>'
-    (tmp_path / "page.html").write_text(source, "utf-8")
-    (tmp_path / "frame.html").write_text(f"<title></title>{frame}{probe}", "utf-8")
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--dump-dom",
-        (tmp_path / "frame.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "<title>390 of 390</title>" in done.stdout

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from atdiff.cli import main
 from atdiff.evaluation import evaluate
 from atdiff.recipe import bundled_recipes, load_recipe, resolve
+from conftest import RECIPE
 
 DATA = Path(__file__).parent / "data"
-RECIPE: dict[str, Any] = {
-    "about": "a study small enough for a test",
-    "model": {"name": "mlp", "args": {"width": 32, "num_blocks": 1}},
-    "training": {"passes": 20, "batch_size": 32, "log_every": 5, "ema_decay": 0.9},
-    "finetune": {"training": {"passes": 10}},
-    "arms": {
-        "plain": {},
-        "at": {"adversary": {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"}},
-    },
-    "study": {"arms": ["plain", "at"], "seeds": [0, 1], "samplers": ["ddim", "iddpm"], "steps": [3, 5], "num": 40},
-}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Run the study once, as the user would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    root = tmp_path_factory.mktemp("study")
-    (root / "tiny.yaml").write_text(json.dumps(RECIPE))
-    assert main(["study", str(root / "tiny.yaml"), "--out", str(root / "out"), "--jobs", "2"]) == 0
-    return root / "tiny.yaml", root / "out"
 
 
 def test_a_study_leaves_table_pictures_and_report(finished: tuple[Path, Path]) -> None:
@@ -85,7 +65,7 @@ def test_a_folder_with_another_study_is_left_alone(
 ) -> None:
     recipe, out = finished
     assert main(["study", str(recipe), "--out", str(out), "--optimizer.lr", "0.1"]) == 2
-    assert "holds another study" in capsys.readouterr().err
+    assert "holds a run with another configuration (optimizer.lr is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -93,7 +73,7 @@ def test_a_folder_with_another_study_is_left_alone(
     [
         ({"samplers": ["ddmi"]}, "'ddmi' is unknown"),
         ({"steps": [5, 2000]}, "steps=2000"),
-        ({"metrics": ["fdi"]}, "metric 'fdi' is unknown"),
+        ({"metrics": ["fdi"]}, "fdi"),
         ({"extractor": "vgg"}, "'vgg'"),
         ({"num": 1}, "num=1"),
         ({"arms": ["plain", "pgd"]}, "compares arm 'pgd'"),
@@ -113,21 +93,21 @@ def test_evaluate_goes_on_cell_by_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, int]] = []
-    generate = evaluate.generate
+    generate = evaluate.iter_generate
 
-    def counted(*args: Any, **options: Any) -> torch.Tensor:
+    def counted(*args: Any, **options: Any) -> Iterator[torch.Tensor]:
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append((options["sampler"], options["steps"]))
         return generate(*args, **options)
 
-    monkeypatch.setattr(evaluate, "generate", counted)
+    monkeypatch.setattr(evaluate, "iter_generate", counted)
     _, out = finished
     words = ["evaluate", str(out / "seed-0" / "at"), "--samplers", "ddim,iddpm", "--steps", "3,5", "--num", "40",
              "--seeds", "1", "--out", str(tmp_path / "cells.json")]  # fmt: skip
     assert main(words) == 130
     assert len(json.loads((tmp_path / "cells.json").read_text())) == 3
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "iter_generate", generate)
     assert main(words) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert made == [("ddim", 3), ("ddim", 5), ("iddpm", 3)]
@@ -162,7 +142,7 @@ def test_sample_writes_what_the_path_says_and_never_over_it(
         (["sample", "RUN", "--steps", "2000", "--out", "x.png"], "steps=2000"),
         (["sample", "RUN", "--num", "0", "--out", "x.png"], "num=0"),
         (["sample", "RUN", "--class-label", "3", "--out", "x.png"], "not class-conditional"),
-        (["sample", "RUN", "--epsilon-scale", "0", "--out", "x.png"], "scale"),
+        (["sample", "RUN", "--correction", "epsilon-scaling:0", "--out", "x.png"], "scale"),
         (["sample", "RUN", "--out", "x.jpeg"], "suffix"),
         (["sample", ".", "--out", "x.png"], "neither a training folder"),
         (["evaluate", "RUN", "--steps", "five", "--out", "x.json"], "--steps 'five'"),

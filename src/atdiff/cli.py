@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and args.command not in ("train", "study"):
             raise UserError(f"unrecognised arguments {' '.join(rest)}; see `atdiff {args.command} --help`.")
         args.rest, args.line = rest, shlex.join(["atdiff", *words])
-        _COMMANDS[args.command](args)
+        _COMMANDS[args.command][2](args)
     except UserError as error:
         print(f"atdiff: {error}", file=sys.stderr)
         return 2
@@ -48,72 +48,139 @@ def _parser() -> _Parser:
     parser = _Parser(prog="atdiff", description="Adversarial training for few-step diffusion and flow models.")
     parser.add_argument("--version", action="version", version=f"atdiff {importlib.metadata.version('atdiff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    quick = commands.add_parser("quickstart", help="the main job on real digits, in a few minutes on a CPU")
-    quick.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    quick.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
-
-    study = commands.add_parser("study", help="base, arms at equal passes, table and report, from a recipe")
-    study.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
-    study.add_argument("--out", type=Path, required=True)
-    study.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
-
-    commands.add_parser("recipes", help="list the bundled recipes")
-
-    train = commands.add_parser("train", help="train, or resume, one run of a recipe")
-    train.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
-    train.add_argument("--arm", help="one of the recipe's arms; default: its base run")
-    train.add_argument("--out", type=Path, required=True)
-    train.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
-
-    sample = commands.add_parser("sample", help="pictures of a run")
-    sample.add_argument("run", help="a training folder, a diffusers pipeline folder, or a hub id")
-    sample.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
-    sample.add_argument("--steps", type=int, default=20, help="default: %(default)s")
-    sample.add_argument("--num", type=int, default=64, help="default: %(default)s")
-    sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    sample.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
-    sample.add_argument("--class-label", type=int, help="for class-conditional networks; default: all in turn")
-    sample.add_argument("--epsilon-scale", type=float, default=1.0, help="divides the predicted noise")
-    sample.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
-
-    evaluate = commands.add_parser("evaluate", help="metrics of runs for every sampler and number of steps")
-    evaluate.add_argument("runs", nargs="+", metavar="RUN")
-    evaluate.add_argument("--samplers", help="comma-separated; default: ddim, or Euler for flows and EDM")
-    evaluate.add_argument("--steps", default="5,10,20", help="comma-separated; default: %(default)s")
-    evaluate.add_argument("--num", type=int, default=2048, help="pictures a cell; default: %(default)s")
-    evaluate.add_argument("--seeds", default="0", help="of the pictures, comma-separated; default: %(default)s")
-    evaluate.add_argument("--metrics", default="fid,prc", help="of fid, kid, isc, prc; default: %(default)s")
-    evaluate.add_argument("--extractor", default="digits-classifier", help="or inception-v3-compat")
-    evaluate.add_argument("--weights", type=Path, help="a local weights file of the extractor")
-    evaluate.add_argument("--data", help="the reference images; default: what the run was trained on")
-    evaluate.add_argument("--epsilon-scale", type=float, default=1.0, help="divides the predicted noise")
-    evaluate.add_argument("--out", type=Path, required=True, help="a .json file, made or gone on with")
-
-    adm = commands.add_parser("import-adm", help="a guided-diffusion checkpoint as a diffusers pipeline")
-    adm.add_argument("file", type=Path, help="a .pt, .safetensors or .npz state dict")
-    adm.add_argument("--noise-schedule", choices=("linear", "cosine"), default="cosine")
-    adm.add_argument("--image-size", type=int, help="what the weights do not tell; default: the published one")
-    adm.add_argument("--num-heads", type=int, help="likewise")
-    adm.add_argument("--num-head-channels", type=int, help="likewise")
-    adm.add_argument("--new-attention-order", action=argparse.BooleanOptionalAction, help="likewise")
-    adm.add_argument("--out", type=Path, required=True, help="a new folder")
+    for name, (about, add_options, _) in _COMMANDS.items():
+        add_options(commands.add_parser(name, help=about))
     return parser
 
 
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
+    parser.add_argument("--arm", help="one of the recipe's arms; default: its base run")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a training folder, a diffusers pipeline folder, or a hub id")
+    parser.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
+    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--num", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--class-label", type=int, help="for class-conditional networks; default: all in turn")
+    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
+    parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    _add_evaluation(parser)
+    parser.add_argument("--seeds", default="0", help="of the pictures, comma-separated; default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="a .json file, made or gone on with")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="[ARM=]RUN", help="runs of several arms (and seeds), or the folder of a study"
+    )
+    _add_evaluation(parser)
+    parser.add_argument("--baseline", help="default: plain, or else the first arm")
+    parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
+    parser.add_argument("--unequal-passes", action="store_true", help="allow arms of different compute")
+    parser.add_argument("--mismatch", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--robustness", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier page")
+    parser.add_argument("--out", type=Path, required=True, help="an .html file")
+
+
+def _add_mismatch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
+    parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--num", type=int, default=2048, help="pictures; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
+    _add_features(parser)
+    parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
+
+
+def _add_robustness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--norm", default="l2", help="l2, linf or l1; default: %(default)s")
+    parser.add_argument("--radii", help="in units of sigma_t, comma-separated")
+    parser.add_argument("--levels", help="noise levels from 0 (data) to 1 (noise), comma-separated")
+    parser.add_argument("--target", default="equivariant", help="or invariant; default: %(default)s")
+    parser.add_argument("--num", type=int, default=256, help="images; default: %(default)s")
+    parser.add_argument("--pgd-steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--restarts", type=int, default=2, help="random ones; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--data", help="the images; default: what the run was trained on")
+    parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
+
+
+def _add_import_adm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a .pt, .safetensors or .npz state dict")
+    parser.add_argument("--noise-schedule", choices=("linear", "cosine"), default="cosine")
+    parser.add_argument("--image-size", type=int, help="what the weights do not tell; default: the published one")
+    parser.add_argument("--num-heads", type=int, help="likewise")
+    parser.add_argument("--num-head-channels", type=int, help="likewise")
+    parser.add_argument("--new-attention-order", action=argparse.BooleanOptionalAction, help="likewise")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--extractor", default="digits-classifier", help="or inception-v3-compat, label-classifier")
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="[NAME=]FILE", help="local weights of an extractor"
+    )
+    parser.add_argument("--data", help="the reference images; default: what the run was trained on")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add what says how runs are evaluated; its defaults are None where ``compare`` asks whether it was given."""
+    parser.add_argument("--samplers", help="comma-separated; default: ddim, or Euler for flows and EDM")
+    parser.add_argument("--steps", help="comma-separated; default: 5,10,20")
+    parser.add_argument("--num", type=int, help="pictures a cell; default: 2048")
+    parser.add_argument(
+        "--metrics",
+        help="of fid, sfid, kid, isc, prc, fd_dinov2, clip_fid, clip_score, sliced_wasserstein, energy, on_mode; "
+        "default: fid,prc",
+    )
+    parser.add_argument(
+        "--corrections",
+        help="none, epsilon-scaling:1.01, time-shift:40, or with :search for a value chosen on held-out noise",
+    )
+    parser.add_argument("--search-num", type=int, default=1024, help="pictures of a search; default: %(default)s")
+    parser.add_argument("--prompts", type=Path, help="for clip_score: a text file, one prompt, or a line a class")
+    _add_features(parser)
+
+
 def _quickstart(args: argparse.Namespace) -> None:
-    args.recipe = "quickstart"
+    args.recipe, args.interval = "quickstart", "t"
     _study(args)
 
 
 def _study(args: argparse.Namespace) -> None:
-    from atdiff.recipe import load_recipe
+    from atdiff.recipe import load_recipe, split_words
     from atdiff.study import run_study
 
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1.")
-    recipe = load_recipe(args.recipe)
-    run_study(recipe, args.out, command=args.line, overrides=args.rest, jobs=args.jobs)
+    overrides, study_words = split_words(args.rest)
+    recipe = load_recipe(args.recipe, study_words)
+    run_study(recipe, args.out, command=args.line, overrides=overrides, jobs=args.jobs, interval=args.interval)
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -154,13 +221,13 @@ def _sample(args: argparse.Namespace) -> None:
     import torch
 
     from atdiff.runs import load_denoiser
-    from atdiff.sampling.corrections import EpsilonScaling
+    from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import generate, save_images
     from atdiff.sampling.schedulers import default_sampler
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already; choose another --out.")
-    correction = EpsilonScaling(args.epsilon_scale) if args.epsilon_scale != 1.0 else None
+    correction = make_correction(args.correction)
     denoiser = load_denoiser(args.run)
     images = generate(
         denoiser.model,
@@ -190,28 +257,127 @@ def _list(text: str, kind: type, option: str) -> tuple:
     return values
 
 
+def _weights(words: Sequence[str], extractor: str) -> dict[str, Path]:
+    """Return weights files by extractor; a file without a name is that of the chosen extractor."""
+    parted = (word.rpartition("=") for word in words)
+    return {name or extractor: Path(path) for name, _, path in parted}
+
+
+def _prompts(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read ({error}): expected one prompt a line.") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> Any:  # noqa: ANN401  (EvaluationConfig)
+    from atdiff.evaluation.evaluate import EvaluationConfig
+
+    return EvaluationConfig(
+        samplers=_list(args.samplers, str, "--samplers") if args.samplers is not None else None,
+        steps=_list(args.steps or "5,10,20", int, "--steps"),
+        num=2048 if args.num is None else args.num,
+        seeds=seeds,
+        corrections=_list(args.corrections or "none", str, "--corrections"),
+        search_num=args.search_num,
+        extractor=args.extractor,
+        weights=_weights(args.weights, args.extractor),
+        metrics=_list(args.metrics or "fid,prc", str, "--metrics"),
+        prompts=_prompts(args.prompts),
+        data=args.data,
+    )
+
+
 def _evaluate(args: argparse.Namespace) -> None:
-    from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
+    from atdiff.evaluation.evaluate import evaluate_runs
     from atdiff.evaluation.progress import cell_progress
     from atdiff.report.tables import cells_table
 
-    config = EvaluationConfig(
-        samplers=_list(args.samplers, str, "--samplers") if args.samplers is not None else None,
-        steps=_list(args.steps, int, "--steps"),
-        num=args.num,
-        seeds=_list(args.seeds, int, "--seeds"),
-        extractor=args.extractor,
-        weights=args.weights,
-        metrics=_list(args.metrics, str, "--metrics"),
-        data=args.data,
-        epsilon_scale=args.epsilon_scale,
-    )
+    config = _evaluation(args, _list(args.seeds, int, "--seeds"))
     with cell_progress() as notify:
         cells = evaluate_runs(args.runs, config, args.out, device=_device(), notify=notify)
     from rich.console import Console
 
     Console().print(cells_table(cells))
     print(f"{len(cells)} cells in {args.out}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from atdiff.compare import compare_runs, find_runs
+    from atdiff.evaluation.progress import cell_progress
+
+    if args.out.suffix != ".html":
+        raise UserError(f"--out {args.out} must be the name of a page, ending in .html.")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists already; choose another --out, or say --overwrite.")
+    runs = find_runs(args.runs)
+    asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data))
+    studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
+    config = _evaluation(args, (0,)) if asked or not studied else None
+    with cell_progress() as notify:
+        compare_runs(
+            runs,
+            config,
+            args.out,
+            baseline=args.baseline,
+            interval=args.interval,
+            unequal_passes=args.unequal_passes,
+            mismatch=args.mismatch,
+            robustness=args.robustness,
+            command=args.line,
+            device=_device(),
+            notify=notify,
+        )
+
+
+def _mismatch(args: argparse.Namespace) -> None:
+    from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
+    from atdiff.evaluation.progress import cell_progress
+
+    config = MismatchConfig(
+        args.sampler,
+        args.steps,
+        num=args.num,
+        seed=args.seed,
+        extractor=args.extractor,
+        weights=_weights(args.weights, args.extractor).get(args.extractor),
+        data=args.data,
+        correction=args.correction,
+    )
+    with cell_progress("batches") as notify:
+        mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    print(f"{args.out / 'mismatch.png'}\n{args.out / 'mismatch.json'}")
+
+
+def _robustness(args: argparse.Namespace) -> None:
+    from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
+    from atdiff.evaluation.progress import cell_progress
+    from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
+
+    chosen: dict[str, Any] = {}
+    if args.radii is not None:
+        chosen["radii"] = _list(args.radii, float, "--radii")
+    if args.levels is not None:
+        chosen["levels"] = _list(args.levels, float, "--levels")
+    config = RobustnessConfig(
+        norm=args.norm,
+        num=args.num,
+        steps=args.pgd_steps,
+        restarts=args.restarts,
+        seed=args.seed,
+        data=args.data,
+        target=args.target,
+        **chosen,
+    )
+    directions = DirectionsConfig(num=args.num, seed=args.seed, data=args.data)
+    with cell_progress("levels") as notify:
+        robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    directions_of_runs(args.runs, directions, args.out, device=_device())
+    for name in ("robustness.png", "robustness.json", "directions.png", "directions.json"):
+        print(args.out / name)
 
 
 def _import_adm(args: argparse.Namespace) -> None:
@@ -238,12 +404,15 @@ def _import_adm(args: argparse.Namespace) -> None:
     print(f"{args.out} holds the pipeline.")
 
 
-_COMMANDS = {
-    "quickstart": _quickstart,
-    "study": _study,
-    "recipes": _recipes,
-    "train": _train,
-    "sample": _sample,
-    "evaluate": _evaluate,
-    "import-adm": _import_adm,
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
+    "quickstart": ("the main job on real digits, in a few minutes on a CPU", _add_quickstart, _quickstart),
+    "study": ("base, arms at equal passes, table and report, from a recipe", _add_study, _study),
+    "recipes": ("list the bundled recipes", lambda parser: None, _recipes),
+    "train": ("train, or resume, one run of a recipe", _add_train, _train),
+    "sample": ("pictures of a run", _add_sample, _sample),
+    "evaluate": ("metrics of runs for every sampler and number of steps", _add_evaluate, _evaluate),
+    "compare": ("arms side by side: intervals, curves, samples, one page", _add_compare, _compare),
+    "mismatch": ("the law of x_t in sampling against that in training", _add_mismatch, _mismatch),
+    "robustness": ("worst-case loss against radius, and where directions point", _add_robustness, _robustness),
+    "import-adm": ("a guided-diffusion checkpoint as a diffusers pipeline", _add_import_adm, _import_adm),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser
 from atdiff.errors import UserError
 from atdiff.training.config import TrainConfig
 
-__all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve"]
+__all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve", "split_words"]
 
 
 @dataclass
@@ -28,18 +29,30 @@ class StudyConfig:
         seeds: one base model, and one model an arm, is trained for each.
         samplers: samplers by name.
         steps: numbers of steps of each sampler.
-        num: pictures a cell (arm, seed, sampler, steps).
+        corrections: of the samplers; see :class:`atdiff.evaluation.evaluate.EvaluationConfig`.
+        num: pictures a cell (arm, seed, sampler, correction, steps).
+        search_num: pictures of the held-out noise that a correction's value is searched on.
         extractor: whose features the metrics use.
         metrics: which metrics.
+        weights: local files of weights by extractor, where they cannot be downloaded.
+        base: evaluate the base models too, as the arm ``base``, which has had no further passes.
+        mismatch: measure the mismatch of the first seed's arms, with the first sampler.
+        robustness: measure the worst-case loss and the directions of the first seed's arms.
     """
 
     arms: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samplers: list[str] = field(default_factory=lambda: ["ddim"])
     steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    corrections: list[str] = field(default_factory=lambda: ["none"])
     num: int = 2048
+    search_num: int = 1024
     extractor: str = "digits-classifier"
     metrics: list[str] = field(default_factory=lambda: ["fid", "prc"])
+    weights: dict[str, str] = field(default_factory=dict)
+    base: bool = False
+    mismatch: bool = True
+    robustness: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,12 @@ def nearest(word: str, valid: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}."
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     """Read a bundled recipe by name, or a YAML file.
+
+    Args:
+        name: of the recipe, or the path of a file.
+        study_words: command-line words that change its ``study``, from :func:`split_words`.
 
     Raises:
         UserError: there is no such recipe, it is not YAML, or it has an unknown key.
@@ -84,15 +101,8 @@ def load_recipe(name: str) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
     extra = {key: content.pop(key, None) for key in ("about", "cost", "finetune", "arms", "study")}
-    study = StudyConfig()
-    _check_keys({"study": extra["study"] or {}}, {"study": study})
     arms = {arm: overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
-    study = dataclasses.replace(study, **{"arms": list(arms), **(extra["study"] or {})})
-    for arm in study.arms:
-        if arm not in arms:
-            raise UserError(
-                f"recipe {path} compares arm {arm!r}, which it does not define; {nearest(arm, list(arms) or ['none'])}"
-            )
+    study = _study({"arms": list(arms), **(extra["study"] or {})}, study_words, arms)
     return Recipe(
         name=path.stem,
         about=" ".join(str(extra["about"] or "").split()),
@@ -130,6 +140,37 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
     return _typed(settings, overrides or [])
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part command-line words into those on the runs and those on the study (``--study.num 512``)."""
+    runs: list[str] = []
+    study: list[str] = []
+    into = runs
+    for word in words:
+        if word.startswith("--"):
+            into = study if word.startswith("--study.") else runs
+        into.append(word)
+    return runs, study
+
+
+def _study(settings: dict[str, Any], words: Sequence[str], arms: dict[str, Any]) -> StudyConfig:
+    _check_keys({"study": settings}, {"study": StudyConfig()})
+    for word in words:
+        if word.startswith("--"):
+            _check_override(word, {"study": StudyConfig()})
+    study: StudyConfig = _parsed({"study": StudyConfig}, {"study": settings}, words)["study"]
+    for name in ("arms", "seeds", "samplers", "steps", "corrections", "metrics"):
+        values = getattr(study, name)
+        if len(set(values)) != len(values) or (not values and name != "arms"):
+            raise UserError(f"study.{name}={values} must be a list without repetition, of at least one.")
+    for arm in study.arms:
+        if arm not in arms:
+            raise UserError(
+                f"the study compares arm {arm!r}, which the recipe does not define; "
+                f"{nearest(arm, list(arms) or ['none'])}"
+            )
+    return study
+
+
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -155,11 +196,11 @@ def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:
             _check_keys(value, valid[key], f"{prefix}{key}.")
 
 
-def _check_override(word: str) -> None:
-    node: Any = TrainConfig()
+def _check_override(word: str, known: Any = None) -> None:  # noqa: ANN401
+    node: Any = known or TrainConfig()
     parts = word[2:].split("=", 1)[0].split(".")
     for i, part in enumerate(parts):
-        if not dataclasses.is_dataclass(node):
+        if not dataclasses.is_dataclass(node) and node is not known:
             return  # Inside the free-form arguments of a constructor.
         children = _children(node)
         if part not in children:
@@ -169,15 +210,20 @@ def _check_override(word: str) -> None:
 
 
 def _typed(settings: dict[str, Any], overrides: list[str]) -> TrainConfig:
+    types = {item.name: item.default_factory for item in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**_parsed(types, settings, overrides))
+
+
+def _parsed(types: Mapping[str, Any], settings: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of ``types`` after the settings and the command-line words."""
     parser = ArgumentParser(exit_on_error=False)
-    for item in dataclasses.fields(TrainConfig):
-        assert callable(item.default_factory)
-        parser.add_argument(f"--{item.name}", type=item.default_factory, default=item.default_factory())
+    for name, kind in types.items():
+        parser.add_argument(f"--{name}", type=kind, default=kind())
     try:
         parser.set_defaults(parser.parse_object(settings))
-        parsed = parser.parse_args(overrides)
+        parsed = parser.parse_args(list(words))
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        return TrainConfig(**vars(instantiate(parsed)))
+        return vars(instantiate(parsed))
     except Exception as error:  # jsonargparse raises several kinds, all of them about the user's input
         reason = " ".join(str(error).replace("typing.", "").replace("<class '", "").replace("'>", "").split())
         raise UserError(f"the settings are not valid: {reason}") from None

@@ -9,8 +9,9 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atdiff.errors import UserError
-from atdiff.evaluation.comparison import compare, conclusions
-from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, versions
+from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
-from atdiff.evaluation.metrics import FEW_SAMPLES
-from atdiff.files import write_bytes, write_json, write_text
-from atdiff.recipe import Recipe, resolve
-from atdiff.report.page import write_report
-from atdiff.report.samples import sample_sheets
-from atdiff.report.tables import comparison_table, markdown_table
+from atdiff.files import write_json
+from atdiff.recipe import Recipe, StudyConfig, resolve
+from atdiff.runs import open_run
+from atdiff.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.training.config import TrainConfig
 from atdiff.training.loop import Trainer, build_adversary, build_objective, build_scheduler, train
 
@@ -52,12 +50,21 @@ class _Stage:
         return self.config.training.passes
 
 
-def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], jobs: int | None = None) -> Path:
+def run_study(
+    recipe: Recipe,
+    out: Path,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    jobs: int | None = None,
+    interval: str = "t",
+) -> Path:
     """Run, or go on with, the comparison that a recipe describes; return the report's path.
 
     Every seed trains its own base model; every arm goes on from that base with the same number of passes and the
     same order of data, and is judged on the same initial noise. Writes ``summary.json``, ``table.md``,
-    ``samples.png`` and ``report.html`` beside the runs.
+    ``samples.png`` and ``report.html`` beside the runs. In the folder of an earlier start, or of a study of fewer
+    arms, seeds or cells, only what is missing is done.
 
     Args:
         recipe: with at least one arm.
@@ -65,44 +72,49 @@ def run_study(recipe: Recipe, out: Path, *, command: str, overrides: list[str], 
         command: what the user typed, for the report.
         overrides: settings of every run, as command-line words.
         jobs: processes at once; default one a core without a GPU, else one.
+        interval: ``t`` or ``bootstrap``.
 
     Raises:
         UserError: the recipe has no arms, or the folder holds something else.
     """
     stages = _plan(recipe, out, overrides)
-    _check(stages[: 1 + len(recipe.study.arms)])
-    _open(out, recipe, overrides)
+    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    _open(out, recipe, overrides, stages)
     started = time.perf_counter()
     console = Console()
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     _run_stages(stages, workers, console)
-    file = out / "summary.json"
+    shown = {stage.arm: str(stage.folder) for stage in _judged(stages) if stage.seed == recipe.study.seeds[0]}
+    measured = _measurements(recipe.study, stages).of(shown, out, _device())
     # A finished study that is started again keeps the time that it took.
+    file = out / "summary.json"
     seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else time.perf_counter() - started
-    summary = _summarise(recipe, out, stages, command, seconds)
-    write_json(file, summary)
-    sheets = sample_sheets(
-        {stage.arm: str(stage.folder) for stage in stages if stage.seed == recipe.study.seeds[0]},
-        recipe.study.samplers,
-        recipe.study.steps,
-    )
-    write_bytes(out / "samples.png", next(iter(sheets.values())))
-    write_report(summary, out / "report.html", samples=sheets)
-    rows = compare(summary["cells"], baseline=summary["baseline"], metric=summary["metric"])
-    write_text(out / "table.md", markdown_table(rows))
-    console.print(comparison_table(rows, summary["metric"]))
-    if recipe.study.num < FEW_SAMPLES:
-        console.print(
-            f"- Frechet distances of {recipe.study.num} samples are biased upwards, alike for all arms: compare "
-            f"them only with each other; {FEW_SAMPLES} or more make figures to publish."
-        )
-    for sentence in conclusions(rows):
-        console.print(f"- {sentence}")
-    console.print(f"\n{out / 'report.html'}\n{out / 'samples.png'}\n{out / 'summary.json'}", soft_wrap=True)
+    summary = {**_summarise(recipe, stages, command, seconds), **measured}
+    publish(summary, shown, out / "report.html", interval=interval, device=_device(), console=console)
     return out / "report.html"
 
 
-def _plan(recipe: Recipe, out: Path, overrides: list[str]) -> list[_Stage]:
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _judged(stages: Sequence[_Stage]) -> list[_Stage]:
+    """Return the stages that are evaluated, the baseline's first."""
+    return sorted((stage for stage in stages if stage.evaluation), key=lambda stage: stage.arm == BASE)
+
+
+def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
+    evaluation = stages[-1].evaluation
+    assert evaluation is not None
+    # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
+    steps = sorted(study.steps)[min(1, len(study.steps) - 1)]
+    drawn = study.extractor if "fid" in study.metrics else None
+    return Measurements(
+        study.samplers[0], steps, study.num, evaluation.seeds[0], drawn, study.mismatch, study.robustness
+    )
+
+
+def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
     study = recipe.study
     if not recipe.arms:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
@@ -110,49 +122,52 @@ def _plan(recipe: Recipe, out: Path, overrides: list[str]) -> list[_Stage]:
         samplers=tuple(study.samplers),
         steps=tuple(study.steps),
         num=study.num,
-        seeds=(0,),
+        corrections=tuple(study.corrections),
+        search_num=study.search_num,
         extractor=study.extractor,
         metrics=tuple(study.metrics),
+        weights={name: Path(path) for name, path in study.weights.items()},
     )
     stages = []
     for seed in study.seeds:
+        # Other noise for every seed, the same for all of its arms.
+        cells = replace(evaluation, seeds=(1 + seed,))
         for arm in (BASE, *study.arms):
-            config = resolve(recipe, None if arm == BASE else arm, overrides)
+            config = resolve(recipe, None if arm == BASE else arm, list(overrides))
             config.training.seed = seed
             if arm != BASE:
                 config.training.init = str(out / f"seed-{seed}" / BASE)
-            # Other noise for every seed, the same for all of its arms.
-            cells = EvaluationConfig(**{**asdict(evaluation), "seeds": (1 + seed,)})
-            folder = out / f"seed-{seed}" / arm
-            stages.append(_Stage(arm, seed, config, folder, None if arm == BASE else cells))
+            judged = arm != BASE or study.base
+            stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
     return stages
 
 
-def _check(stages: list[_Stage]) -> None:
+def _check(stages: list[_Stage], study: StudyConfig) -> None:
     """Find what is wrong with the stages of one seed before any compute is spent."""
-    Trainer(stages[0].config)
+    trainer = Trainer(stages[0].config)
     for stage in stages[1:]:
         scheduler = build_scheduler(stage.config)
         build_objective(stage.config, scheduler, None)
         build_adversary(stage.config)
         assert stage.evaluation is not None
         stage.evaluation.check(scheduler)
-    # Once, before the workers: a digits classifier that is not cached yet is trained here.
-    make_extractor(stages[-1].evaluation.extractor)  # type: ignore[union-attr]
+    # Once, before the workers: a classifier that is not cached yet is trained here.
+    assert stages[-1].evaluation is not None
+    weights = stages[-1].evaluation.weights.get(study.extractor)
+    make_extractor(study.extractor, weights=weights, data=trainer.data)
 
 
-def _open(out: Path, recipe: Recipe, overrides: list[str]) -> None:
-    wanted = json.loads(json.dumps({"recipe": asdict(recipe), "overrides": overrides}))
+def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[_Stage]) -> None:
     file = out / "study.json"
     if file.is_file():
-        if json.loads(file.read_text()) != wanted:
-            raise UserError(f"{out} holds another study; choose another --out.")
+        for stage in stages:
+            if (stage.folder / "config.yaml").is_file():
+                open_run(stage.folder, stage.config)  # Refuses other settings.
         Console().print(f"resuming the study in {out}")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is in use and holds no study; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
 
 
 def _start_worker(threads: int) -> None:
@@ -174,13 +189,12 @@ def _follow_parent() -> None:
 def _run_stage(stage: _Stage) -> None:
     train(stage.config, stage.folder, progress=False)
     if stage.evaluation is not None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=device)
+        evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
 
 
 def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
     """Run each base before its arms, ``workers`` at once, and show how far they are."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     columns = (
         TextColumn("{task.description}"),
@@ -230,15 +244,15 @@ def _passes_done(stage: _Stage) -> int:
         return 0
 
 
-def _summarise(recipe: Recipe, out: Path, stages: list[_Stage], command: str, seconds: float) -> dict[str, Any]:
+def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: float) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     training: dict[str, dict[str, Any]] = {}
-    for stage in stages:
-        if stage.evaluation is not None:
-            found = json.loads((stage.folder / "cells.json").read_text())
-            cells.extend({"arm": stage.arm, "seed": stage.seed, **cell} for cell in found)
-        lines = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
-        training.setdefault(stage.arm, {})[str(stage.seed)] = [[line["pass"], line["loss"]] for line in lines]
+    for stage in _judged(stages):
+        assert stage.evaluation is not None
+        found = filter(stage.evaluation.covers, read_cells(stage.folder / "cells.json"))
+        cells.extend({"arm": stage.arm, "seed": stage.seed, **cell} for cell in found)
+        if stage.arm != BASE:
+            training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}
     study = recipe.study
     return {
@@ -247,13 +261,14 @@ def _summarise(recipe: Recipe, out: Path, stages: list[_Stage], command: str, se
         "command": command,
         "versions": versions(),
         "baseline": study.arms[0],
-        "metric": "fid" if study.extractor.startswith("inception") else "fd",
+        "metric": leading_metric(cells),
         "recipe": {
             "base": asdict(by_arm[BASE]),
             "arms": {arm: recipe.arms[arm] for arm in study.arms},
             "evaluation": {
                 "samplers": study.samplers,
                 "steps": study.steps,
+                "corrections": study.corrections,
                 "num": study.num,
                 "seeds": study.seeds,
                 "extractor": study.extractor,

@@ -7,11 +7,16 @@ For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of t
 that both have, and ``r_i = log(a_i / b_i)``:
 
 * ``change = exp(mean(r)) - 1``, the geometric mean of the ratios, in percent;
-* its interval ``exp(mean(r) +- t_{m-1} * std(r) / sqrt(m)) - 1``, Student's t, ``std`` with ``m - 1``;
-* ``p_value``: the two-sided paired t test of ``mean(r) = 0``.
+* its interval ``exp(mean(r) +- t_{m-1} * std(r) / sqrt(m)) - 1``, Student's t, ``std`` with ``m - 1``; or that of the
+  bootstrap: percentiles of ``mean(r)`` over 9,999 resamples of the seeds (B. Efron, R. Tibshirani, An Introduction to
+  the Bootstrap, 1993, section 13.3; by :func:`scipy.stats.bootstrap`);
+* ``p_value``: the two-sided paired t test of ``mean(r) = 0``, with either interval.
 
-The interval of an arm's mean is Student's t over all ``n`` seeds of that arm.  Holm's step-down correction
+The interval of an arm's mean is of the same kind, over all ``n`` seeds of that arm.  Holm's step-down correction
 (S. Holm, Scandinavian Journal of Statistics 6, 1979) is taken over the cells of one arm.
+
+A *correction* of the sampler (epsilon scaling, time shift) is another column of cells: an arm with it is compared with
+the baseline with the same one, and with the baseline without.
 """
 
 from __future__ import annotations
@@ -29,20 +34,41 @@ from atdiff.errors import UserError
 __all__ = [
     "HIGHER_IS_BETTER",
     "LOWER_IS_BETTER",
+    "CorrectedRow",
     "Row",
     "compare",
+    "compare_corrected",
     "conclusions",
+    "corrected_conclusions",
+    "correction_label",
+    "corrections_of",
     "holm",
+    "interval_label",
     "metric_label",
     "percent",
+    "scores",
     "winners",
 ]
 
-LOWER_IS_BETTER = frozenset({"fd", "fid", "sfid", "kid", "fd_dinov2", "mse"})
-HIGHER_IS_BETTER = frozenset({"precision", "recall", "coverage", "density", "isc", "accuracy"})
+LOWER_IS_BETTER = frozenset(
+    {"fd", "fid", "sfid", "kid", "fd_dinov2", "clip_fid", "sliced_wasserstein", "energy", "mse"}
+)
+HIGHER_IS_BETTER = frozenset({"precision", "recall", "coverage", "density", "isc", "accuracy", "clip_score", "on_mode"})
+LABELS = {
+    "fd": "FD", "fid": "FID", "sfid": "sFID", "kid": "KID", "fd_dinov2": "FD-DINOv2", "clip_fid": "CLIP-FID",
+    "sliced_wasserstein": "sliced Wasserstein distance", "energy": "energy distance", "mse": "MSE", "isc": "IS",
+    "clip_score": "CLIP score", "on_mode": "share on a mode",
+}  # fmt: skip
+NO_CORRECTION = "none"
+INTERVALS = ("t", "bootstrap")
+RESAMPLES = 9_999
+# Percentile intervals of m seeds are narrower than they should be by more than sqrt((m - 1) / m).
+FEW_SEEDS = 5
 
 Verdict = Literal["better", "worse", "unclear", "baseline"]
 Setting = tuple[str, int]  # sampler and number of steps
+Values = dict[Any, float]  # by seed
+Column = dict[tuple[str, Setting], Values]  # the cells of one correction, by arm
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,7 @@ class Row:
     pairs: int  # seeds shared with the baseline
     mean: float
     half_width: float
+    minimum: float  # the best seed: the maximum of a metric that should rise
     change: float
     change_low: float
     change_high: float
@@ -64,11 +91,39 @@ class Row:
     p_holm: float
     verdict: Verdict
     confidence: float
+    interval: str = "t"
+    correction: str = NO_CORRECTION
 
     @property
     def setting(self) -> Setting:
         """The sampler and the number of steps."""
         return self.sampler, self.steps
+
+
+@dataclass(frozen=True)
+class CorrectedRow:
+    """One arm with one correction in one cell.
+
+    Attributes:
+        row: against the baseline with the same correction.
+        uncorrected: the same figures against the baseline without correction; for the baseline itself with a
+            correction this is what the correction alone changes.
+        values: of the correction, as a search chose them, lowest first; none where nothing was searched.
+    """
+
+    row: Row
+    uncorrected: Row
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Design:
+    """What all the rows of a comparison share."""
+
+    metric: str
+    confidence: float
+    interval: str
+    correction: str
 
 
 def compare(
@@ -77,38 +132,80 @@ def compare(
     baseline: str = "plain",
     metric: str = "fd",
     confidence: float = 0.95,
+    interval: str = "t",
+    correction: str = NO_CORRECTION,
 ) -> list[Row]:
-    """Compare every arm with the baseline in every cell, paired over seeds.
+    """Compare every arm with the baseline in every cell of one correction, paired over seeds.
 
-    ``cells`` hold ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``; where they also hold ``num`` and
-    ``sample_seed``, these must agree between the arms of a seed.  The rows come arm by arm, the baseline
-    first.  ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that
-    side of zero.  One shared seed gives no interval, hence ``unclear``; so does a value that is not positive
-    and finite (a diverged arm), which is kept rather than dropped.  Raises ``UserError`` for an absent
-    baseline, a metric that no cell holds or whose good direction is unknown, a cell given twice, and arms
-    evaluated under different conditions.
+    ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that side of zero.  One
+    shared seed gives no interval, hence ``unclear``; so does a value that is not positive and finite (a diverged
+    arm), which is kept rather than dropped.
+
+    Args:
+        cells: with ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``, and ``correction`` where there is one;
+            where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed.
+        baseline: an arm.
+        metric: of the cells, and of :data:`LOWER_IS_BETTER` or :data:`HIGHER_IS_BETTER`.
+        confidence: of the intervals, between 0 and 1.
+        interval: ``t`` or ``bootstrap``.  Under 5 seeds bootstrap intervals are too narrow, which ``conclusions``
+            says; p-values are those of the paired t test with either.
+        correction: as the cells spell it; both the arms' and the baseline's.
+
+    Returns:
+        Rows arm by arm, the baseline first, then by sampler and steps.
+
+    Raises:
+        UserError: an absent baseline or correction, an unknown interval, a metric that no cell holds or whose good
+            direction is unknown, a cell given twice, or arms evaluated under different conditions.
     """
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
-    table = _tabulate(cells, metric)
-    arms = list(dict.fromkeys(arm for arm, _ in table))
-    if baseline not in arms:
-        raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
-    arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
-    samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
-    settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
-    rows: list[Row] = []
-    for arm in arms:
-        family = [
-            _row(arm, setting, metric, table[arm, setting], table.get((baseline, setting), {}), confidence)
-            if arm != baseline
-            else _baseline_row(arm, setting, metric, table[arm, setting], confidence)
-            for setting in settings
-            if (arm, setting) in table
-        ]
-        adjusted = holm([row.p_value for row in family])
-        rows += [replace(row, p_holm=p) for row, p in zip(family, adjusted, strict=True)]
-    return rows
+    _check_options(confidence, interval)
+    columns = _tabulate(cells, metric)
+    if correction not in columns:
+        known = ", ".join(map(repr, columns))
+        raise UserError(f"no cell has the correction {correction!r}, expected one of {known}: evaluate with it.")
+    table = columns[correction]
+    _check_baseline(baseline, table)
+    return _rows(table, table, baseline, _Design(metric, confidence, interval, correction))
+
+
+def compare_corrected(
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    baseline: str = "plain",
+    metric: str = "fd",
+    confidence: float = 0.95,
+    interval: str = "t",
+) -> list[CorrectedRow]:
+    """Compare every arm in every cell with every correction, against the baseline with the same one and without.
+
+    A search of the correction's value (``epsilon-scaling:search``) is one correction, whatever the value that it chose
+    for a cell, which the cell holds as ``correction_value``.
+
+    Args, order of the rows and errors: as :func:`compare`, correction by correction, none first.
+    """
+    _check_options(confidence, interval)
+    columns = _tabulate(cells, metric)
+    chosen: dict[tuple[str, str, Setting], set[float]] = {}
+    for cell in cells:
+        if cell.get("correction_value") is not None:
+            key = (_correction(cell), cell["arm"], (cell["sampler"], int(cell["steps"])))
+            chosen.setdefault(key, set()).add(float(cell["correction_value"]))
+    found = []
+    for correction, table in columns.items():
+        _check_baseline(baseline, table)
+        design = _Design(metric, confidence, interval, correction)
+        same = _rows(table, table, baseline, design)
+        other = _rows(table, columns.get(NO_CORRECTION, {}), baseline, design)
+        for row, uncorrected in zip(same, other, strict=True):
+            values = sorted(chosen.get((correction, row.arm, row.setting), ()))
+            found.append(CorrectedRow(row, uncorrected, tuple(values)))
+    return found
+
+
+def corrections_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The corrections of the cells as they spell them, without correction first; a cell that names none has none."""
+    found = dict.fromkeys(_correction(cell) for cell in cells)
+    return sorted(found, key=lambda name: name != NO_CORRECTION)
 
 
 def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
@@ -128,10 +225,42 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
         raise UserError("the rows hold no baseline: pass all the rows that compare() returned.")
     baseline = baselines[0].arm
     arms = list(dict.fromkeys(row.arm for row in rows if row.arm != baseline))
-    said = [_seeds_sentence(rows)]
-    said += [_arm_sentence([row for row in rows if row.arm == arm], baseline) for arm in arms]
+    prefix = _prefix(rows)
+    said = [prefix + _arm_sentence([row for row in rows if row.arm == arm], arm, baseline) for arm in arms]
     if arms and any(row.pairs > 1 for row in rows if row.arm != baseline):
-        said.append(_winners_sentence(rows, baseline))
+        sentence = _winners_sentence(rows, baseline)
+        said.append(prefix + sentence[0].lower() + sentence[1:] if prefix else sentence)
+    return [_seeds_sentence(rows), *said]
+
+
+def scores(rows: Sequence[Row]) -> str:
+    """In how many cells each arm is clearly better and worse than the baseline, in one sentence."""
+    judged = [row for row in rows if row.verdict != "baseline"]
+    if max((row.pairs for row in judged), default=0) < 2:
+        return "One seed gives no interval, so no difference is clear."
+    baseline = next(row.arm for row in rows if row.verdict == "baseline")
+    counts = []
+    for arm in dict.fromkeys(row.arm for row in judged):
+        verdicts = [row.verdict for row in judged if row.arm == arm]
+        counts.append(f"{arm} {verdicts.count('better')} / {verdicts.count('worse')}")
+    prefix, cells = _prefix(rows), len({row.setting for row in rows})
+    text = f"ells of {cells} where {metric_label(rows[0].metric)} is clearly better / worse than {baseline}'s: "
+    return f"{prefix}{'c' if prefix else 'C'}{text}{'; '.join(counts)}."
+
+
+def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
+    """What holds with each correction, in words: what it alone does to the baseline, then each arm with it on both."""
+    said = []
+    for correction in corrections_of([vars(one.row) for one in rows]):
+        mine = [one for one in rows if one.row.correction == correction]
+        if correction == NO_CORRECTION:
+            continue
+        baseline = mine[0].row.arm
+        alone = [one.uncorrected for one in mine if one.row.arm == baseline]
+        if any(row.pairs for row in alone):
+            subject = f"{baseline} with {correction_label(correction)}"
+            said.append(_arm_sentence(alone, subject, f"{baseline} without"))
+        said += conclusions([one.row for one in mine])[1:]
     return said
 
 
@@ -155,27 +284,57 @@ def percent(value: float) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """The name of a metric as printed: distances in capitals, ``isc`` as IS."""
-    return "IS" if metric == "isc" else metric.upper() if metric in LOWER_IS_BETTER else metric
+    """The name of a metric as printed."""
+    return LABELS.get(metric, metric)
+
+
+def correction_label(correction: str) -> str:
+    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
+    if correction == NO_CORRECTION:
+        return "no correction"
+    family, _, value = correction.partition(":")
+    return f"searched {family}" if value == "search" else f"{family} {value.replace(':', ', ')}".rstrip()
+
+
+def interval_label(row: Row) -> str:
+    """The kind of the intervals as printed: ``95% t interval``, ``95% bootstrap interval``."""
+    return f"{100 * row.confidence:g}% {row.interval} interval"
 
 
 def _sign(metric: str) -> int:
     return -1 if metric in HIGHER_IS_BETTER else 1
 
 
-def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, Setting], dict[Any, float]]:
-    """Values by arm and setting, then by seed."""
+def _correction(cell: Mapping[str, Any]) -> str:
+    return str(cell.get("correction", NO_CORRECTION))
+
+
+def _check_options(confidence: float, interval: str) -> None:
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
+    if interval not in INTERVALS:
+        raise UserError(f"interval {interval!r} is unknown, expected {' or '.join(INTERVALS)}.")
+
+
+def _check_baseline(baseline: str, table: Column) -> None:
+    arms = dict.fromkeys(arm for arm, _ in table)
+    if baseline not in arms:
+        raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
+
+
+def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Column]:
+    """Values by correction, none first, then by arm and setting, then by seed."""
     known = LOWER_IS_BETTER | HIGHER_IS_BETTER
     if metric not in known:
         raise UserError(f"metric {metric!r} is not known, expected one of {', '.join(sorted(known))}.")
-    table: dict[tuple[str, Setting], dict[Any, float]] = {}
+    columns: dict[str, Column] = {}
     conditions: dict[tuple[Setting, Any], tuple[Any, Any]] = {}
     for cell in cells:
         if metric not in cell["metrics"]:
             continue
-        setting, seed = (cell["sampler"], int(cell["steps"])), cell["seed"]
-        where = f"arm {cell['arm']!r}, seed {seed}, {setting[0]} {setting[1]}"
-        values = table.setdefault((cell["arm"], setting), {})
+        setting, seed, correction = (cell["sampler"], int(cell["steps"])), cell["seed"], _correction(cell)
+        where = f"arm {cell['arm']!r}, seed {seed}, {setting[0]} {setting[1]}, {correction_label(correction)}"
+        values = columns.setdefault(correction, {}).setdefault((cell["arm"], setting), {})
         if seed in values:
             raise UserError(f"{where} is given twice, expected one value a cell: drop one of the two.")
         condition = (cell.get("num"), cell.get("sample_seed"))
@@ -187,58 +346,97 @@ def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str
             )
         value = cell["metrics"][metric]
         values[seed] = math.nan if value is None else float(value)
-    if not table:
+    if not columns:
         raise UserError(f"no cell holds the metric {metric!r}: evaluate with it or name another one.")
-    return table
+    return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}
 
 
-def _t_summary(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
-    """Mean, half width of its t interval, and the two-sided p-value of a mean of zero."""
+def _rows(table: Column, references: Column, baseline: str, design: _Design) -> list[Row]:
+    """Rows of every arm of a table, against the baseline's values in ``references``, with Holm over each arm's."""
+    arms = list(dict.fromkeys(arm for arm, _ in table))
+    arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
+    samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
+    settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
+    rows: list[Row] = []
+    for arm in arms:
+        family = [
+            _baseline_row(arm, setting, table[arm, setting], design)
+            if arm == baseline and references is table
+            else _row(arm, setting, table[arm, setting], references.get((baseline, setting), {}), design)
+            for setting in settings
+            if (arm, setting) in table
+        ]
+        adjusted = holm([row.p_value for row in family])
+        rows += [replace(row, p_holm=p) for row, p in zip(family, adjusted, strict=True)]
+    return rows
+
+
+def _estimate(values: Sequence[float] | np.ndarray, design: _Design) -> tuple[float, float, float, float]:
+    """Mean, the ends of its interval, and the two-sided p-value of a t test of zero mean."""
+    values = np.sort(np.asarray(values, dtype=float))  # resamples do not depend on the order of the seeds
     if len(values) < 2:
-        return float(values.mean()) if len(values) else math.nan, math.nan, math.nan
+        return float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
     with np.errstate(invalid="ignore"):  # a diverged seed: infinite mean, unknown spread
         mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-    half_width = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
-    if error == 0:
-        return mean, half_width, float(mean == 0)
-    return mean, half_width, 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1))
+    if not math.isfinite(error):
+        return mean, math.nan, math.nan, math.nan
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1)) if error else float(mean == 0)
+    if design.interval == "bootstrap":
+        low, high = stats.bootstrap(
+            (values,), np.mean, n_resamples=RESAMPLES, confidence_level=design.confidence, method="percentile",
+            random_state=0,
+        ).confidence_interval  # fmt: skip
+        return mean, float(low), float(high), p_value
+    half_width = float(stats.t.ppf((1 + design.confidence) / 2, len(values) - 1)) * error
+    return mean, mean - half_width, mean + half_width, p_value
 
 
-def _row(
-    arm: str,
-    setting: Setting,
-    metric: str,
-    values: Mapping[Any, float],
-    base: Mapping[Any, float],
-    confidence: float,
-) -> Row:
-    mean, half_width, _ = _t_summary(np.array(list(values.values())), confidence)
+def _row(arm: str, setting: Setting, values: Values, base: Values, design: _Design) -> Row:
     seeds = [seed for seed in values if seed in base]
     pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
     usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
-    ratios = np.log(pairs[:, 0] / pairs[:, 1]) if usable else np.array([])
-    log_change, log_half, p_value = _t_summary(ratios, confidence)
+    *ends, p_value = _estimate(np.log(pairs[:, 0] / pairs[:, 1]) if usable else [], design)
     with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
-        change, low, high = 100 * np.expm1([log_change, log_change - log_half, log_change + log_half])
-    bounds = sorted((_sign(metric) * low, _sign(metric) * high))
+        change, low, high = (float(end) for end in 100 * np.expm1(ends))
+    bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))
     verdict: Verdict = "better" if bounds[1] < 0 else "worse" if bounds[0] > 0 else "unclear"
-    return Row(
-        arm, *setting, metric, len(values), len(seeds), mean, half_width,
-        float(change), float(low), float(high), p_value, math.nan, verdict, confidence,
-    )  # fmt: skip
+    alone = _baseline_row(arm, setting, values, design)
+    return replace(
+        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict
+    )
 
 
-def _baseline_row(arm: str, setting: Setting, metric: str, values: Mapping[Any, float], confidence: float) -> Row:
-    mean, half_width, _ = _t_summary(np.array(list(values.values())), confidence)
-    n = len(values)
+def _baseline_row(arm: str, setting: Setting, values: Values, design: _Design) -> Row:
+    mean, low, high, _ = _estimate(list(values.values()), design)
+    best = max if design.metric in HIGHER_IS_BETTER else min
     return Row(
-        arm, *setting, metric, n, n, mean, half_width,
-        0.0, 0.0, 0.0, math.nan, math.nan, "baseline", confidence,
-    )  # fmt: skip
+        arm,
+        *setting,
+        metric=design.metric,
+        n=len(values),
+        pairs=len(values),
+        mean=mean,
+        half_width=(high - low) / 2,
+        minimum=best((value for value in values.values() if math.isfinite(value)), default=math.nan),
+        change=0.0,
+        change_low=0.0,
+        change_high=0.0,
+        p_value=math.nan,
+        p_holm=math.nan,
+        verdict="baseline",
+        confidence=design.confidence,
+        interval=design.interval,
+        correction=design.correction,
+    )
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _prefix(rows: Sequence[Row]) -> str:
+    correction = rows[0].correction
+    return "" if correction == NO_CORRECTION else f"With {correction_label(correction)} on both, "
 
 
 def _seeds_sentence(rows: Sequence[Row]) -> str:
@@ -248,15 +446,17 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
     scope = f"{seeds} seed{'' if pairs[-1] == 1 else 's'}, {_count(cells, 'cell')} (sampler and steps)"
     if pairs[-1] < 2:
         return f"{scope}: one seed gives no interval, so every change below is a lead and not a result."
-    return (
-        f"{scope}: a difference counts where the {100 * rows[0].confidence:g}% interval of the paired change "
-        "is clear of zero."
-    )
+    said = f"{scope}: a difference counts where the {interval_label(rows[0])} of the paired change is clear of zero."
+    if rows[0].interval == "bootstrap":
+        said += " p-values, and so Holm's correction, are those of the paired t test."
+        if pairs[0] < FEW_SEEDS:
+            said += f" Bootstrap intervals of fewer than {FEW_SEEDS} seeds are too narrow: read them as leads."
+    return said
 
 
-def _arm_sentence(rows: Sequence[Row], baseline: str) -> str:
+def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
     """Gains first, then losses with the cells they are in, then what is open."""
-    arm, metric = rows[0].arm, rows[0].metric
+    metric = rows[0].metric
     changes = [row.change for row in rows if not math.isnan(row.change)]
     span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "no change known"
     if max(row.pairs for row in rows) < 2:

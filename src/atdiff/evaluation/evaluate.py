@@ -1,27 +1,32 @@
-"""Metrics of runs, cell by cell: run x sampler x steps x seed."""
+"""Metrics of runs, cell by cell: run x sampler x correction x steps x seed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from atdiff.data.sources import load_data
 from atdiff.errors import UserError
-from atdiff.evaluation.features import make_extractor
-from atdiff.evaluation.metrics import FEW_SAMPLES, METRICS, compute_metrics, reference
+from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.files import write_json
-from atdiff.runs import Denoiser, load_denoiser
-from atdiff.sampling.corrections import EpsilonScaling
-from atdiff.sampling.generate import generate
+from atdiff.noise import NoiseSchedule
+from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
+from atdiff.sampling.corrections import Correction, check_correction, make_correction
+from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
+from atdiff.sampling.search import search_correction
 
 __all__ = ["EvaluationConfig", "evaluate_runs", "versions"]
+
+SEARCH = ":search"
+ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
+# Metrics that a search may lower, the first of them that is asked for.
+SEARCHED = ("fid", "sliced_wasserstein", "energy", "kid", "fd_dinov2", "clip_fid", "sfid")
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,16 @@ class EvaluationConfig:
         steps: numbers of steps.
         num: pictures a cell.
         seeds: of the pictures.
-        extractor: whose features the metrics use.
-        weights: a local weights file of the extractor.
+        corrections: of the sampler: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``; with ``:search`` for the
+            value, the one of lowest distance on the pictures of ``search_seed`` is taken, for each run, sampler and
+            number of steps.
+        search_seed: of the held-out noise that a search looks at; none of ``seeds``.
+        search_num: pictures of a search.
+        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
+        weights: local files of weights by extractor.
         metrics: which metrics.
+        prompts: for ``clip_score``: one for all pictures, or one a class.
         data: the data set whose images are the reference; None for each run's own.
-        epsilon_scale: divides the predicted noise (epsilon scaling); 1 for none.
         batch_size: pictures sampled at once.
     """
 
@@ -45,37 +55,77 @@ class EvaluationConfig:
     steps: tuple[int, ...]
     num: int = 2048
     seeds: tuple[int, ...] = (0,)
+    corrections: tuple[str, ...] = ("none",)
+    search_seed: int = 4000
+    search_num: int = 1024
     extractor: str = "digits-classifier"
-    weights: Path | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)
     metrics: tuple[str, ...] = ("fid", "prc")
+    prompts: tuple[str, ...] | None = None
     data: str | None = None
-    epsilon_scale: float = 1.0
     batch_size: int = 512
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Find, before any compute, what cannot be evaluated for networks of this scheduler.
 
         Raises:
-            UserError: an unknown metric, too few pictures, or a sampler or steps that do not fit.
+            UserError: an unknown metric or correction, too few pictures, a sampler or steps that do not fit, or a
+                search on the noise that is evaluated.
         """
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise UserError(f"metric {metric!r} is unknown; expected some of {', '.join(METRICS)}.")
+        check_metrics(self.metrics, extractor=self.extractor, weights=self.weights, prompts=self.prompts)
         if self.num < 2:
             raise UserError(f"num={self.num} pictures are too few for metrics; use {FEW_SAMPLES} or more.")
+        for correction in self.corrections:
+            check_correction(correction, NoiseSchedule(training_scheduler))
+        if any(correction.endswith(SEARCH) for correction in self.corrections):
+            self._check_search()
         for sampler in self.samplers_for(training_scheduler):
             for steps in self.steps:
                 make_scheduler(sampler, training_scheduler, steps)
 
+    def _check_search(self) -> None:
+        if self.search_seed in self.seeds:
+            raise UserError(
+                f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be chosen on "
+                "noise that is not evaluated; use another."
+            )
+        if not 2 <= self.search_num <= 1_000_000:
+            raise UserError(f"search_num={self.search_num} must lie between 2 and 1,000,000.")
+        if not set(SEARCHED) & set(self.metrics):
+            raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
+
     def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
         """Return the samplers to evaluate a network of this scheduler with."""
         return self.samplers or (default_sampler(training_scheduler),)
+
+    def covers(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell is one of those that this configuration asks of its run."""
+        return (
+            (self.samplers is None or cell["sampler"] in self.samplers)
+            and cell["steps"] in self.steps
+            and cell.get("correction", "none") in self.corrections
+            and cell["sample_seed"] in self.seeds
+            and cell["num"] == self.num
+            and cell["extractor"] == self.extractor
+            and tuple(cell.get("asked", ASKED)) == self.metrics
+        )
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that a figure depends on."""
     names = ("atdiff", "torch", "diffusers", "torch-fidelity", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a cell lies in the grid."""
+
+    denoiser: Denoiser
+    sampler: str
+    correction: str
+    steps: int
+    seed: int
 
 
 def evaluate_runs(
@@ -96,100 +146,144 @@ def evaluate_runs(
         notify: called with the number of cells done and in all.
 
     Returns:
-        All cells: run, sampler, steps, seed, metrics, and the recipe of the figure.
+        All cells: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
 
     Raises:
         UserError: a run cannot be loaded, a sampler does not fit, or ``out`` is another kind of file.
     """
-    cells = _read_cells(out)
-    names = list(runs)
-    denoisers = [load_denoiser(run) for run in names]
+    cells = read_cells(out)
+    denoisers = [load_denoiser(run) for run in runs]
     for denoiser in denoisers:
         config.check(denoiser.scheduler)
+        reference_name(denoiser, config.data)
     done = {_key(cell) for cell in cells}
-    extractor = make_extractor(config.extractor, weights=config.weights, device=device)
-    references: dict[str, Any] = {}
+    judges: dict[str, _Judge] = {}
     grid = [
-        (d, sampler, steps, seed)
+        _Place(d, sampler, correction, steps, seed)
         for d in denoisers
         for sampler in config.samplers_for(d.scheduler)
+        for correction in config.corrections
         for steps in config.steps
         for seed in config.seeds
     ]
-    for i, (denoiser, sampler, steps, seed) in enumerate(grid):
-        data = config.data or denoiser.config.get("data", {}).get("name") or ""
-        if not data:
-            raise UserError(f"{denoiser.source} does not say which images it was trained on; name them with --data.")
-        cell = _empty_cell(denoiser, config, sampler, steps, seed, data)
+    for i, place in enumerate(grid):
+        cell = _empty_cell(place, config)
         if _key(cell) not in done:
-            if data not in references:
-                settings = denoiser.config.get("data", {})
-                images = load_data(data, split=settings.get("split", "train"), image_size=settings.get("image_size"))
-                references[data] = reference(images, extractor)
-            pictures = _pictures(denoiser, config, sampler, steps, seed, device)
-            found = compute_metrics(pictures, references[data], extractor, metrics=config.metrics)
-            cell["metrics"] = _named(found, config.extractor)
-            cells.append(cell)
+            name = cell["reference"]
+            if name not in judges:
+                judges[name] = _Judge(place.denoiser, config, device, cells)
+            cells.append(judges[name].judged(cell, place))
             write_json(out, cells)
         notify(i + 1, len(grid))
     return cells
 
 
-def _pictures(
-    denoiser: Denoiser,
-    config: EvaluationConfig,
-    sampler: str,
-    steps: int,
-    seed: int,
-    device: torch.device | str,
-) -> torch.Tensor:
-    return generate(
-        denoiser.model,
-        denoiser.scheduler,
-        sampler=sampler,
-        steps=steps,
-        num=config.num,
-        shape=denoiser.image_shape,
-        seed=seed,
-        batch_size=config.batch_size,
-        class_labels=denoiser.class_labels(config.num),
-        correction=EpsilonScaling(config.epsilon_scale) if config.epsilon_scale != 1.0 else None,
-        device=device,
-    )
+class _Judge:
+    """Makes and measures the pictures of cells that share their reference images."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: EvaluationConfig,
+        device: torch.device | str,
+        cells: list[dict[str, Any]],
+    ) -> None:
+        self.config, self.device = config, device
+        data = reference_data(denoiser, config.data)
+        options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": device}
+        self.metrics = Metrics(data, config.metrics, prompts=config.prompts, **options)
+        self.distance: Metrics | None = None
+        if any(correction.endswith(SEARCH) for correction in config.corrections):
+            self.distance = Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
+        # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
+        self.found = {
+            _search_key(cell): (cell["correction_value"], cell["correction_search"])
+            for cell in cells
+            if "correction_value" in cell
+        }
+
+    def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
+        """Return the cell with its metrics, and with what a search found."""
+        correction, found = self._correction(cell, place)
+        batches = self._pictures(place, self.config.num, place.seed, correction)
+        labels = place.denoiser.class_labels(self.config.num)
+        metrics = self.metrics(batches, num=self.config.num, labels=labels, seed=0)
+        return {**cell, **found, "metrics": metrics}
+
+    def _correction(self, cell: dict[str, Any], place: _Place) -> tuple[Correction | None, dict[str, Any]]:
+        if not place.correction.endswith(SEARCH):
+            return make_correction(place.correction), {}
+        family, key = place.correction.removesuffix(SEARCH), _search_key(cell)
+        if key not in self.found:
+            self.found[key] = search_correction(family, lambda correction: self._distance(place, correction))
+        value, distances = self.found[key]
+        found = {
+            "correction_value": value,
+            "correction_search": {str(tried): distance for tried, distance in distances.items()},
+        }
+        return make_correction(f"{family}:{value}"), found
+
+    def _distance(self, place: _Place, correction: Correction | None) -> float:
+        assert self.distance is not None
+        num = self.config.search_num
+        batches = self._pictures(place, num, self.config.search_seed, correction)
+        labels = place.denoiser.class_labels(num)
+        (distance,) = self.distance(batches, num=num, labels=labels, seed=0).values()
+        return distance
+
+    def _pictures(self, place: _Place, num: int, seed: int, correction: Correction | None) -> Iterable[torch.Tensor]:
+        return iter_generate(
+            place.denoiser.model,
+            place.denoiser.scheduler,
+            sampler=place.sampler,
+            steps=place.steps,
+            num=num,
+            shape=place.denoiser.image_shape,
+            seed=seed,
+            batch_size=self.config.batch_size,
+            class_labels=place.denoiser.class_labels(num),
+            correction=correction,
+            device=self.device,
+        )
 
 
-def _named(metrics: dict[str, float], extractor: str) -> dict[str, float]:
-    """Call the Frechet distance FID in Inception features alone."""
-    if extractor.startswith("inception"):
-        return metrics
-    return {"fd" if name == "fid" else name: value for name, value in metrics.items()}
-
-
-def _empty_cell(
-    denoiser: Denoiser, config: EvaluationConfig, sampler: str, steps: int, seed: int, data: str
-) -> dict[str, Any]:
-    decay = denoiser.config.get("training", {}).get("ema_decay")
-    return {
-        "run": denoiser.source,
-        "sampler": sampler,
-        "steps": steps,
-        "sample_seed": seed,
+def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
+    decay = place.denoiser.config.get("training", {}).get("ema_decay")
+    cell = {
+        "run": place.denoiser.source,
+        "sampler": place.sampler,
+        "correction": place.correction,
+        "steps": place.steps,
+        "nfe": len(make_scheduler(place.sampler, place.denoiser.scheduler, place.steps).timesteps),
+        "sample_seed": place.seed,
         "num": config.num,
-        "epsilon_scale": config.epsilon_scale,
         "extractor": config.extractor,
-        "reference": data,
+        "reference": reference_name(place.denoiser, config.data),
+        "asked": list(config.metrics),
         "weights": f"EMA {decay}" if decay is not None else "as published",
         "dtype": "float32",
         "versions": versions(),
     }
+    if place.correction.endswith(SEARCH):
+        cell |= {"search_seed": config.search_seed, "search_num": config.search_num}
+    return cell
 
 
-def _key(cell: dict[str, Any]) -> str:
-    names = ("run", "sampler", "steps", "sample_seed", "num", "epsilon_scale", "extractor", "reference")
-    return json.dumps([cell.get(name) for name in names])
+def _key(cell: Mapping[str, Any]) -> str:
+    names = ("run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "search_seed", "search_num")
+    return json.dumps([cell.get("correction", "none"), cell.get("asked", ASKED), *(cell.get(name) for name in names)])
 
 
-def _read_cells(out: Path) -> list[dict[str, Any]]:
+def _search_key(cell: Mapping[str, Any]) -> str:
+    return _key({**cell, "sample_seed": None, "num": None})
+
+
+def read_cells(out: Path) -> list[dict[str, Any]]:
+    """Return the cells of an evaluation's file; none where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not out.exists():
         return []
     try:

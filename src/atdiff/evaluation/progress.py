@@ -11,13 +11,13 @@ __all__ = ["cell_progress"]
 
 
 @contextlib.contextmanager
-def cell_progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes the number of cells done and in all, and shows both as a bar."""
+def cell_progress(what: str = "cells") -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes the number of cells (or ``what``) done and in all, and shows both as a bar."""
     columns = (
         TextColumn("evaluating"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("cells, left"),
+        TextColumn(f"{what}, left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:

@@ -1,8 +1,9 @@
-"""The page of a study: one self-contained HTML file that needs neither scripts nor a network."""
+"""The page of a comparison: one self-contained HTML file that needs no network, and shows all without its script."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,77 +18,186 @@ from atdiff.evaluation.comparison import (
     LOWER_IS_BETTER,
     Row,
     compare,
+    compare_corrected,
     conclusions,
+    corrected_conclusions,
+    correction_label,
+    corrections_of,
+    interval_label,
     metric_label,
     percent,
+    scores,
     winners,
 )
 from atdiff.files import write_bytes
+from atdiff.report.mismatch import DISTANCES, mismatch_curves
 from atdiff.report.plots import loss_curves, metric_curves
-from atdiff.report.tables import grid, interval_text, mean_text
+from atdiff.report.robustness import direction_curves, robustness_curves
+from atdiff.report.tables import (
+    best_text,
+    correction_grid,
+    correction_heads,
+    grid,
+    interval_text,
+    mean_text,
+    values_text,
+)
 
 __all__ = ["write_report"]
 
+MEASURED = {"mismatch": mismatch_curves, "robustness": robustness_curves, "directions": direction_curves}
+# What the features of a metric are where they are not those of the cells' extractor.
+FEATURES = {
+    "sfid": "Inception's spatial features",
+    "fd_dinov2": "features of DINOv2 ViT-L/14",
+    "clip_fid": "features of CLIP ViT-B/32",
+    "clip_score": "a CLIP model of images and prompts",
+    "sliced_wasserstein": "pixels",
+    "energy": "pixels",
+    "on_mode": "points",
+}
+RECIPE = {
+    "weights": "{} weights",
+    "dtype": "{}",
+    "sampler": "{}",
+    "steps": "{} steps",
+    "correction": "{}",
+    "search_seed": "searched on sampling seed {}",
+    "num": "{} samples a seed",
+    "seed": "training seed {}",
+    "sample_seed": "sampling seed {}",
+    "extractor": "features of {}",
+    "reference": "against {}",
+}
 
-def write_report(summary: Mapping[str, Any], path: Path | str, samples: Mapping[str, bytes] | None = None) -> None:
-    """Write the page of a study to ``path``, aside and renamed.
 
-    ``summary`` holds ``cells`` (see :func:`atdiff.evaluation.comparison.compare`) and, as far as known,
-    ``title``, ``about``, ``command``, ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads the
-    page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds`` and
-    ``training``.  ``samples`` maps captions to PNG bytes.
-    Raises ``UserError`` as ``compare`` does, and where ``path`` is a folder.
+def write_report(
+    summary: Mapping[str, Any],
+    path: Path | str,
+    samples: Mapping[str, Mapping[int, Mapping[str, bytes]]] | None = None,
+    *,
+    interval: str = "t",
+) -> None:
+    """Write the page of a comparison to ``path``, aside and renamed.
+
+    Args:
+        summary: holds ``cells`` (see :func:`atdiff.evaluation.comparison.compare`) and, as far as known, ``title``,
+            ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
+            the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
+            ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness`` and
+            ``directions``, each with ``by_run`` (records by arm, as those modules measure them) and ``recipe``.
+        path: of the HTML file.
+        samples: PNGs by sampler, number of steps and arm; see :func:`atdiff.report.samples.sample_grids`.
+        interval: ``t`` or ``bootstrap``.
+
+    Raises:
+        UserError: as ``compare`` does, and where ``path`` is a folder.
     """
-    cells, baseline = summary["cells"], summary.get("baseline", "plain")
-    metrics = _metrics(cells, summary.get("metric", "fd"))
-    first, *others = [_section(compare(cells, baseline=baseline, metric=name)) for name in metrics]
-    losses = loss_curves(summary.get("training") or {}, first["arms"])
-    recipe = summary.get("recipe", {})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, mean=mean_text, interval=interval_text, p=_p_text)
+    environment.filters.update(
+        percent=percent, mean=mean_text, best=best_text, interval=interval_text, p=_p_text, values=values_text,
+        digest=_digest, sentence=lambda text: text[:1].upper() + text[1:],
+    )  # fmt: skip
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
-    page = environment.from_string(source).render(
-        title=summary.get("title", "Comparison of training arms"),
-        about=summary.get("about", ""),
-        compared=_compared(summary, first["rows"]),
-        conclusions=conclusions(first["rows"]),
-        main=first,
-        others=others,
-        other_conclusions={section["label"]: conclusions(section["rows"])[1:] for section in others},
-        curves=_data_uri(metric_curves(first["rows"]), "svg+xml"),
-        losses=losses and _data_uri(losses, "svg+xml"),
-        samples={caption: _data_uri(png, "png") for caption, png in (samples or {}).items()},
-        evaluation=_flat(recipe.get("evaluation", {})),
-        base=_yaml(recipe["base"]) if recipe.get("base") else "",
-        arms={arm: _flat(overrides) for arm, overrides in recipe.get("arms", {}).items()},
-        versions=_flat(summary.get("versions", {})),
-        command=summary.get("command", ""),
-        wall=_duration(summary["wall_seconds"]) if summary.get("wall_seconds") else "",
-    )
+    page = environment.from_string(source).render(_contents(summary, samples or {}, interval))
     write_bytes(Path(path), page.encode())
 
 
-def _metrics(cells: Sequence[Mapping[str, Any]], first: str) -> list[str]:
-    """The first metric, then the others of the cells whose good direction is known."""
-    names = dict.fromkeys(name for cell in cells for name in cell["metrics"])
+def _contents(
+    summary: Mapping[str, Any], samples: Mapping[str, Mapping[int, Mapping[str, bytes]]], interval: str
+) -> dict[str, Any]:
+    """What the template shows, by its names."""
+    cells, baseline = summary["cells"], summary.get("baseline", "plain")
+    corrections = corrections_of(cells)
+    options = {"baseline": baseline, "interval": interval, "correction": corrections[0]}
+    metrics = _metrics(cells, summary.get("metric", "fd"), corrections[0])
+    first, *others = [_section(cells, compare(cells, metric=name, **options)) for name in metrics]
+    corrected = _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None
+    losses = loss_curves(summary.get("training") or {}, first["arms"])
+    recipe = summary.get("recipe", {})
+    command = summary.get("command", "")
+    return {
+        "title": summary.get("title", "Comparison of training arms"),
+        "about": summary.get("about", ""),
+        "compared": _compared(summary, first["rows"]),
+        "main": first,
+        "others": others,
+        "corrected": corrected,
+        "losses": losses and _data_uri(losses, "svg+xml"),
+        "samples": {
+            sampler: {
+                steps: {arm: _data_uri(png, "png") for arm, png in by_arm.items()} for steps, by_arm in by_steps.items()
+            }
+            for sampler, by_steps in samples.items()
+        },
+        "samples_recipe": _recipe_text([{key: cell.get(key) for key in ("weights", "dtype")} for cell in cells]),
+        "evaluation": _flat(recipe.get("evaluation", {})),
+        "base": _yaml(recipe["base"]) if recipe.get("base") else "",
+        "arms": {arm: _flat(overrides) for arm, overrides in recipe.get("arms", {}).items()},
+        "versions": _flat(summary.get("versions", {})),
+        "commands": [command] if isinstance(command, str) and command else command,
+        "wall": _duration(summary["wall_seconds"]) if summary.get("wall_seconds") else "",
+        **{name: _measured(summary.get(name), draw) for name, draw in MEASURED.items()},
+        "mismatch_said": _mismatch_said((summary.get("mismatch") or {}).get("by_run", {}), baseline),
+    }
+
+
+def _metrics(cells: Sequence[Mapping[str, Any]], first: str, correction: str) -> list[str]:
+    """The first metric, then the others of the correction's cells whose good direction is known."""
+    mine = [cell for cell in cells if cell.get("correction", "none") == correction]
+    names = dict.fromkeys(name for cell in mine for name in cell["metrics"])
     return [first, *(name for name in names if name != first and name in LOWER_IS_BETTER | HIGHER_IS_BETTER)]
 
 
-def _section(rows: list[Row]) -> dict[str, Any]:
-    """What the template needs of one metric."""
+def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, Any]:
+    """What the template needs of one metric and one correction."""
     arms, lines = grid(rows)
     groups: dict[str, list[tuple[int, list[Row | None]]]] = {}
-    for (sampler, steps), cells in lines:
-        groups.setdefault(sampler, []).append((steps, cells))
+    for (sampler, steps), found in lines:
+        groups.setdefault(sampler, []).append((steps, found))
+    metric, correction = rows[0].metric, rows[0].correction
+    mine = [cell for cell in cells if cell.get("correction", "none") == correction and metric in cell["metrics"]]
     return {
-        "label": metric_label(rows[0].metric),
-        "higher": rows[0].metric in HIGHER_IS_BETTER,
-        "level": f"{100 * rows[0].confidence:g}%",
+        "label": metric_label(metric),
+        "higher": metric in HIGHER_IS_BETTER,
+        "interval": interval_label(rows[0]),
         "rows": rows,
         "arms": arms,
         "groups": groups,
         "winners": winners(rows),
         "baseline": rows[0].arm,
+        "conclusions": conclusions(rows),
+        "scores": scores(rows),
+        "curves": _data_uri(metric_curves(rows), "svg+xml"),
+        "correction": correction_label(correction),
+        "recipe": _recipe_text(mine, metric),
+    }
+
+
+def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, interval: str) -> dict[str, Any]:
+    """What the template needs of a metric without and with corrections."""
+    found = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
+    corrections, lines = correction_grid(found)
+    groups: dict[str, dict[int, list[Any]]] = {}
+    for (sampler, steps), arm, line in lines:
+        groups.setdefault(sampler, {}).setdefault(steps, []).append((arm, line))
+    curves = {
+        correction_label(correction): _data_uri(
+            metric_curves([one.row for one in found if one.row.correction == correction]), "svg+xml"
+        )
+        for correction in corrections[1:]
+    }
+    return {
+        "heads": correction_heads(corrections),
+        "groups": groups,
+        "conclusions": corrected_conclusions(found),
+        "scores": [
+            scores([one.row for one in found if one.row.correction == correction]) for correction in corrections[1:]
+        ],
+        "curves": curves,
+        "searched": any(one.values for one in found),
+        "uncorrected": corrections[0] == "none",
+        "recipe": _recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
 
 
@@ -109,11 +219,76 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     nums = {cell["num"] for cell in summary["cells"] if cell.get("num")}
     if len(nums) == 1:
         sentences.append(f"Every figure of a seed comes from {nums.pop():,} generated samples.")
+    corrections = corrections_of(summary["cells"])
+    if len(corrections) > 1:
+        sentences.append(f"Every arm is sampled with {', '.join(map(correction_label, corrections))}.")
     return sentences
+
+
+def _measured(part: Mapping[str, Any] | None, draw: Any) -> dict[str, str] | None:  # noqa: ANN401
+    if not part or not any(part["by_run"].values()):
+        return None
+    recipe = dict(part.get("recipe", {}))
+    if "sampler" not in recipe and "steps" in recipe:
+        recipe["attack steps"] = recipe.pop("steps")
+    known = {*RECIPE, "versions"}
+    further = [f"{key} {value}" for key, value in _flat(recipe).items() if key.partition(".")[0] not in known]
+    return {
+        "curves": _data_uri(draw(part["by_run"], file_format="svg"), "svg+xml"),
+        "recipe": "; ".join(filter(None, [_recipe_text([recipe]), *further])),
+    }
+
+
+def _mismatch_said(by_run: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str) -> list[str]:
+    """How often the mismatch of an arm lies below the baseline's along the trajectory, in words."""
+    said: list[str] = []
+    name = next((name for name in ("sliced_wasserstein", "frechet_pixels") if _values(by_run, baseline, name)), None)
+    if name is None:
+        return said
+    base = _values(by_run, baseline, name)
+    for arm in by_run:
+        mine = _values(by_run, arm, name)
+        levels = [level for level in mine if level in base and 0 < level < 1]
+        if arm == baseline or not levels:
+            continue
+        lower = sum(mine[level] < base[level] for level in levels)
+        text = f"{arm}: the {DISTANCES[name]} is below {baseline}'s at {lower} of {len(levels)} noise levels"
+        if 0 in mine and 0 in base:
+            text += f" of the trajectory, and {mine[0]:.3g} against {base[0]:.3g} for the finished pictures"
+        said.append(text + ".")
+    return said
+
+
+def _values(by_run: Mapping[str, Sequence[Mapping[str, Any]]], arm: str, name: str) -> dict[float, float]:
+    return {round(record["level"], 4): record[name] for record in by_run.get(arm, ()) if name in record}
+
+
+def _recipe_text(cells: Sequence[Mapping[str, Any]], metric: str = "") -> str:
+    """The recipe of figures in one line: what their cells share, and all values of what differs."""
+    texts = []
+    for key, form in RECIPE.items():
+        values = list(dict.fromkeys(cell[key] for cell in cells if cell.get(key) is not None))
+        if key == "extractor" and metric in FEATURES:
+            texts.append(FEATURES[metric])
+        elif values:
+            shown = map(correction_label, values) if key == "correction" else map(_number, values)
+            texts.append(form.format(", ".join(shown)))
+    versions = dict.fromkeys(tuple(_flat(cell.get("versions", {})).items()) for cell in cells)
+    texts += [", ".join(f"{name} {version}" for name, version in one) for one in versions if one]
+    return "; ".join(texts)
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _data_uri(content: bytes, subtype: str) -> str:
     return f"data:image/{subtype};base64,{base64.b64encode(content).decode()}"
+
+
+def _digest(script: str) -> str:
+    """The source expression that lets this script alone run (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -3,57 +3,129 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision.utils import make_grid
 
-from atdiff.runs import load_denoiser
+from atdiff.data.mixture import density_picture
+from atdiff.data.sources import to_uint8
+from atdiff.errors import UserError
+from atdiff.report.plots import RC
+from atdiff.runs import Denoiser, load_denoiser
 from atdiff.sampling.generate import generate
 
-__all__ = ["sample_sheets"]
+__all__ = ["Grids", "sample_grids", "samples_picture"]
+
+Grids = dict[str, dict[int, dict[str, bytes]]]
+
+MOST_BYTES = 2_200_000  # of all pixels, so that a page with them in base64, and its curves, stays under 5 MB
+COLUMNS = 6  # pictures along the side of a grid, at most
+POINTS = 1_000  # of the plane, where the data are points
 
 
-def sample_sheets(
-    runs: Mapping[str, str], samplers: Sequence[str], steps: Sequence[int], *, num: int = 36, columns: int = 6
-) -> dict[str, bytes]:
-    """Draw one sheet a sampler: a row for each number of steps, a column for each arm, the same noise for all.
+def sample_grids(
+    runs: Mapping[str, str],
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    *,
+    seed: int = 0,
+    columns: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Grids:
+    """Draw one square grid a sampler, number of steps and arm, with the same noise in the same places of all.
 
     Args:
         runs: arm to run.
-        samplers: samplers by name; one sheet each.
+        samplers: samplers by name.
         steps: numbers of steps.
-        num: pictures an arm.
-        columns: pictures in a row of an arm's grid.
+        seed: of the pictures; see :func:`atdiff.sampling.generate.iter_generate`.
+        columns: pictures along the side of a grid; default at most 6, and as many as keep all grids together under
+            5 MB in a page. Runs on points of the plane are drawn as one picture of 1,000 points instead.
+        device: where to sample.
 
     Returns:
-        Caption to PNG.
+        PNGs by sampler, steps and arm, a pixel of the picture a pixel of the image.
+
+    Raises:
+        UserError: a run cannot be loaded, or its images have neither 1 nor 3 channels.
     """
     denoisers = {arm: load_denoiser(run) for arm, run in runs.items()}
-    sheets = {}
-    for sampler in samplers:
-        figure = Figure(figsize=(1.9 * len(denoisers), 2.0 * len(steps)), layout="constrained", dpi=110)
-        axes = figure.subplots(len(steps), len(denoisers), squeeze=False)
-        for i, count in enumerate(steps):
-            for j, (arm, denoiser) in enumerate(denoisers.items()):
-                images = generate(
-                    denoiser.model,
-                    denoiser.scheduler,
-                    sampler=sampler,
-                    steps=count,
-                    num=num,
-                    shape=denoiser.image_shape,
-                )
-                grid = make_grid((images + 1) / 2, nrow=columns, padding=1, pad_value=1.0)
-                axis = axes[i][j]
-                axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
-                if i == 0:
-                    axis.set_title(arm, fontsize=11)
-                if j == 0:
-                    axis.set_ylabel(f"{count} steps", fontsize=11)
+    for denoiser in denoisers.values():
+        channels = denoiser.image_shape[0]
+        if channels not in (1, 3) and not _is_plane(denoiser):
+            raise UserError(
+                f"{denoiser.source} makes images of {channels} channels, expected 1 or 3 to show them: evaluate it "
+                "with `atdiff evaluate`, which draws none."
+            )
+        denoiser.model.to(device)
+    grids = len(denoisers) * len(samplers) * len(steps)
+    return {
+        sampler: {
+            count: {
+                arm: _grid(denoiser, sampler, count, seed, columns or _columns(denoiser, grids), device)
+                for arm, denoiser in denoisers.items()
+            }
+            for count in steps
+        }
+        for sampler in samplers
+    }
+
+
+def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
+    """Put the grids of one sampler on one PNG: a row for each number of steps, a column for each arm."""
+    arms = list(dict.fromkeys(arm for by_arm in grids.values() for arm in by_arm))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(1.9 * len(arms), 2.0 * len(grids)), layout="constrained", dpi=110)
+        panels = figure.subplots(len(grids), len(arms), squeeze=False)
+        for row, (steps, by_arm) in enumerate(grids.items()):
+            for column, arm in enumerate(arms):
+                axes = panels[row, column]
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+                if arm in by_arm:
+                    image = Image.open(io.BytesIO(by_arm[arm])).convert("RGB")
+                    axes.imshow(np.asarray(image), interpolation="nearest")
+                if row == 0:
+                    axes.set_title(arm, fontsize=11)
+                if column == 0:
+                    axes.set_ylabel(f"{steps} steps", fontsize=11)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        sheets[f"{sampler}: every arm from the same noise"] = buffer.getvalue()
-    return sheets
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _is_plane(denoiser: Denoiser) -> bool:
+    return tuple(denoiser.image_shape) == (2, 1, 1)
+
+
+def _columns(denoiser: Denoiser, grids: int) -> int:
+    room = MOST_BYTES / (grids * math.prod(denoiser.image_shape))
+    return min(max(math.isqrt(int(room)), 2), COLUMNS)
+
+
+def _grid(denoiser: Denoiser, sampler: str, steps: int, seed: int, columns: int, device: torch.device | str) -> bytes:
+    num = POINTS if _is_plane(denoiser) else columns * columns
+    images = generate(
+        denoiser.model,
+        denoiser.scheduler,
+        sampler=sampler,
+        steps=steps,
+        num=num,
+        shape=denoiser.image_shape,
+        seed=seed,
+        class_labels=denoiser.class_labels(num),
+        device=device,
+    )
+    if _is_plane(denoiser):
+        images, columns = density_picture(images)[None], 1
+    pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if images.shape[1] == 1 else pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -10,11 +10,39 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from atdiff.evaluation.comparison import HIGHER_IS_BETTER, Row, metric_label, percent, winners
+from atdiff.evaluation.comparison import (
+    HIGHER_IS_BETTER,
+    CorrectedRow,
+    Row,
+    compare_corrected,
+    correction_label,
+    corrections_of,
+    interval_label,
+    metric_label,
+    percent,
+    winners,
+)
 
-__all__ = ["Grid", "cells_table", "comparison_table", "grid", "interval_text", "markdown_table", "mean_text"]
+__all__ = [
+    "CorrectionLine",
+    "Grid",
+    "best_text",
+    "cells_table",
+    "comparison_table",
+    "correction_grid",
+    "correction_heads",
+    "correction_markdown",
+    "correction_table",
+    "grid",
+    "interval_text",
+    "markdown_table",
+    "mean_text",
+    "values_text",
+]
 
 Grid = list[tuple[tuple[str, int], list[Row | None]]]
+CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one a correction
+SYMBOLS = {"epsilon-scaling": "b", "time-shift": "w"}
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
 
@@ -32,6 +60,11 @@ def mean_text(row: Row) -> str:
     digits = _digits(row.mean)
     text = f"{row.mean:.{digits}f}"
     return text if math.isnan(row.half_width) else f"{text} ± {row.half_width:.{digits}f}"
+
+
+def best_text(row: Row) -> str:
+    """The best seed's figure, to the decimals of the mean."""
+    return _number(row.minimum) if math.isnan(row.mean) else f"{row.minimum:.{_digits(row.mean)}f}"
 
 
 def interval_text(row: Row) -> str:
@@ -76,6 +109,72 @@ def markdown_table(rows: Sequence[Row]) -> str:
     rule = ["---", "---:"] + ["---:"] * len(arms)
     table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
     return f"{table}\n\n{_legend(rows)}\n"
+
+
+def correction_grid(rows: Sequence[CorrectedRow]) -> tuple[list[str], list[CorrectionLine]]:
+    """The corrections, and for each sampler, steps and arm one row a correction (None where the cell is missing)."""
+    corrections = corrections_of([vars(one.row) for one in rows])
+    by_key = {(one.row.setting, one.row.arm, one.row.correction): one for one in rows}
+    arms, lines = grid([one.row for one in rows])
+    return corrections, [
+        (setting, arm, [by_key.get((setting, arm, correction)) for correction in corrections])
+        for setting, _ in lines
+        for arm in arms
+    ]
+
+
+def correction_heads(corrections: Sequence[str]) -> list[str]:
+    """The heads of the columns: ``without``, ``with searched epsilon-scaling (b)``, ``with time-shift 40``."""
+    heads = []
+    for correction in corrections:
+        family, _, value = correction.partition(":")
+        symbol = f" ({SYMBOLS[family]})" if value == "search" and family in SYMBOLS else ""
+        heads.append("without" if correction == "none" else f"with {correction_label(correction)}{symbol}")
+    return heads
+
+
+def values_text(one: CorrectedRow) -> str:
+    """What a search chose on the seeds, ``b 1.01 to 1.03``; empty where nothing was searched."""
+    if not one.values:
+        return ""
+    symbol = SYMBOLS.get(one.row.correction.partition(":")[0], "")
+    low, high = one.values[0], one.values[-1]
+    return f"{symbol} {low:g}".lstrip() + ("" if low == high else f" to {high:g}")
+
+
+def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
+    """A markdown table of a line for each sampler, steps and arm, and a column for each correction.
+
+    Arguments and errors: those of :func:`atdiff.evaluation.comparison.compare_corrected`.
+    """
+    rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
+    corrections, lines = correction_grid(rows)
+    head = ["sampler", "steps", "arm", *correction_heads(corrections)]
+    body = [
+        [sampler, str(steps), arm.replace("|", "\\|"), *map(_correction_cell, found)]
+        for (sampler, steps), arm, found in lines
+    ]
+    rule = ["---", "---:", "---"] + ["---:"] * len(corrections)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return f"{table}\n\n{_correction_legend(rows)}\n"
+
+
+def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> Table:
+    """The rich table of :func:`correction_markdown`, without the intervals of the changes."""
+    rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
+    corrections, lines = correction_grid(rows)
+    title = f"{metric_label(metric)} without and with correction, mean over seeds"
+    table = Table(title=title, caption=_correction_legend(rows), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+                  pad_edge=False, show_edge=False)  # fmt: skip
+    for name in ("sampler", "arm"):
+        table.add_column(name, overflow="fold")
+    for name in correction_heads(corrections):
+        table.add_column(name, justify="right", overflow="fold")
+    for number, ((sampler, steps), arm, found) in enumerate(lines):
+        last = number + 1 == len(lines) or lines[number + 1][0] != (sampler, steps)
+        texts = [_corrected_cell(one) for one in found]
+        table.add_row(f"{sampler} {steps}", Text(arm), *texts, end_section=last)
+    return table
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
@@ -125,11 +224,43 @@ def _markdown_cell(row: Row | None, winner: str | None) -> str:
     return f"{text} ?" if row.verdict == "unclear" else text
 
 
+def _correction_cell(one: CorrectedRow | None) -> str:
+    if one is None:
+        return "-"
+    text = _markdown_cell(one.row, None)
+    values = values_text(one)
+    return f"{text} ({values})" if values else text
+
+
+def _corrected_cell(one: CorrectedRow | None) -> Text:
+    if one is None:
+        return Text("-", style="dim")
+    text = Text(mean_text(one.row).replace(" ", ""))
+    if one.row.verdict != "baseline":
+        mark = " ?" if one.row.verdict == "unclear" else ""
+        text.append(f" {percent(one.row.change)}{mark}", style=STYLES[one.row.verdict])
+    values = values_text(one)
+    return text.append(f" ({values})", style="dim") if values else text
+
+
+def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
+    row = rows[0].row
+    text = (
+        f"± half of the {interval_label(row)} of the mean; % paired change against {row.arm} with the same correction; "
+        f"? its interval does not clear zero"
+    )
+    if any(one.values for one in rows):
+        text += "; b, w: scale and window that the search chose on held-out noise, lowest to highest over the seeds"
+    return text
+
+
 def _legend(rows: Sequence[Row]) -> str:
-    level = f"{100 * rows[0].confidence:g}%"
+    level = interval_label(rows[0])
     best = "highest" if rows[0].metric in HIGHER_IS_BETTER else "lowest"
     baseline = next((row.arm for row in rows if row.verdict == "baseline"), "the baseline")
+    correction = rows[0].correction
+    with_correction = "" if correction == "none" else f", {correction_label(correction)} on both"
     return (
-        f"± {level} interval of the mean; % paired change against {baseline}; ? its {level} interval does "
+        f"± half of the {level} of the mean; % paired change against {baseline}{with_correction}; ? its {level} does "
         f"not clear zero; ★ {best} mean among the arms that clear it"
     )

@@ -1,0 +1,103 @@
+"""Write the page of a finished study, digits-v.md and its pictures: `python docs/results/write.py runs/digits-v`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from atdiff.evaluation.comparison import (
+    Row,
+    compare,
+    compare_corrected,
+    conclusions,
+    corrected_conclusions,
+    corrections_of,
+)
+from atdiff.files import write_bytes, write_text
+from atdiff.report import save_curves
+from atdiff.report.mismatch import mismatch_curves
+from atdiff.report.robustness import direction_curves, robustness_curves
+from atdiff.report.tables import correction_markdown, markdown_table
+
+HERE = Path(__file__).parent
+PICTURES = {
+    "mismatch": (mismatch_curves, "Mismatch along the trajectory: the law of the sampler's inputs against training's"),
+    "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and what a step along it does"),
+    "robustness": (robustness_curves, "Worst-case loss against the radius of the perturbation"),
+}
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        summary = json.loads((folder / "summary.json").read_text())
+        write_text(HERE / f"{folder.name}.md", page(folder.name, summary))
+        print(HERE / f"{folder.name}.md")
+
+
+def page(name: str, summary: dict[str, Any]) -> str:
+    cells, options = summary["cells"], {"baseline": summary["baseline"], "metric": summary["metric"]}
+    corrections = corrections_of(cells)
+    rows = compare(cells, correction=corrections[0], **options)
+    save_curves(rows, HERE / f"{name}.png")
+    parts = [
+        f"# {name}",
+        f"`{summary['command']}`",
+        summary.get("about", ""),
+        recipe(summary),
+        f"![{options['metric']} and its change by sampling steps]({name}.png)",
+        markdown_table(rows),
+        listed(conclusions(rows)),
+    ]
+    if len(corrections) > 1:
+        corrected = compare_corrected(cells, **options)
+        said = listed(corrected_conclusions(corrected))
+        parts += ["## Without and with correction", correction_markdown(cells, **options), said]
+    parts += [quality(cells, summary["baseline"])]
+    parts += [picture(name, part, summary[part]) for part in PICTURES if part in summary]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def recipe(summary: dict[str, Any]) -> str:
+    evaluation, passes, versions = summary["recipe"]["evaluation"], summary["passes"], summary["versions"]
+    return (
+        f"Base {passes['base']:,} passes, arms {passes['arm']:,} at batch "
+        f"{summary['recipe']['base']['training']['batch_size']}; weights {evaluation['weights']}; "
+        f"{evaluation['num']:,} samples a cell and seed, seeds {', '.join(map(str, evaluation['seeds']))}; features of "
+        f"{evaluation['extractor']}, reference {evaluation['reference']}; {evaluation['dtype']}; torch "
+        f"{versions['torch']}, diffusers {versions['diffusers']}; 2 CPU cores."
+    )
+
+
+def quality(cells: list[dict[str, Any]], baseline: str) -> str:
+    """Precision and recall of every arm, the mean over seeds, samplers and steps."""
+    lines = []
+    for metric in ("precision", "recall", "coverage"):
+        if any(metric in cell["metrics"] for cell in cells):
+            rows = compare(cells, baseline=baseline, metric=metric, correction=corrections_of(cells)[0])
+            lines.append(f"{metric.capitalize()}, mean of all cells: " + ", ".join(means(rows)) + ".")
+    return "\n\n".join(lines)
+
+
+def means(rows: list[Row]) -> list[str]:
+    by_arm: dict[str, list[float]] = {}
+    for row in rows:
+        by_arm.setdefault(row.arm, []).append(row.mean)
+    return [f"{arm} {sum(values) / len(values):.3f}" for arm, values in by_arm.items()]
+
+
+def picture(name: str, part: str, measured: dict[str, Any]) -> str:
+    draw, caption = PICTURES[part]
+    write_bytes(HERE / f"{name}-{part}.png", draw(measured["by_run"], file_format="png"))
+    told = {key: value for key, value in measured["recipe"].items() if isinstance(value, str | int | float)}
+    of = ", ".join(f"{key} {value}" for key, value in told.items())
+    return f"## {part.capitalize()}\n\n![{caption}]({name}-{part}.png)\n\n{caption}. {of}."
+
+
+def listed(sentences: list[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+if __name__ == "__main__":
+    main()

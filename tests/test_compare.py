@@ -1,0 +1,147 @@
+"""`atdiff compare`: runs of several arms and seeds, or a whole study, on one page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atdiff.cli import main
+from atdiff.compare import find_runs
+from atdiff.evaluation import evaluate
+
+
+def runs(study: Path) -> list[str]:
+    return [str(study / f"seed-{seed}" / arm) for seed in (0, 1) for arm in ("plain", "at")]
+
+
+def test_a_study_is_compared_by_the_figures_that_it_left(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("nothing is left to sample")
+
+    monkeypatch.setattr(evaluate, "iter_generate", never)
+    page = tmp_path / "report.html"
+    assert main(["compare", str(finished[1]), "--no-mismatch", "--out", str(page)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    expected = json.loads((finished[1] / "summary.json").read_text())
+    found = {(c["arm"], c["seed"], c["sampler"], c["steps"]): c["metrics"]["fd"] for c in summary["cells"]}
+    assert found == {(c["arm"], c["seed"], c["sampler"], c["steps"]): c["metrics"]["fd"] for c in expected["cells"]}
+    assert "atdiff compare" in page.read_text()
+
+
+def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    generate = evaluate.iter_generate
+
+    def counted(*args: object, **options: object) -> object:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(options["steps"])
+        return generate(*args, **options)
+
+    words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "2,4", "--num", "40", "--no-mismatch",
+             "--out", str(tmp_path / "page.html")]  # fmt: skip
+    monkeypatch.setattr(evaluate, "iter_generate", counted)
+    assert main(words) == 130
+    assert not (tmp_path / "page.html").exists()
+    assert len(json.loads((tmp_path / "page.cells.json").read_text())) == 3
+    monkeypatch.setattr(evaluate, "iter_generate", generate)
+    assert main(words) == 0
+    summary = json.loads((tmp_path / "page.summary.json").read_text())
+    places = [(c["arm"], c["seed"], c["steps"]) for c in summary["cells"]]
+    assert sorted(places) == sorted((arm, seed, n) for arm in ("plain", "at") for seed in (0, 1) for n in (2, 4))
+    # The paired change on the page is that of the cells, by hand.
+    fd = {place: c["metrics"]["fd"] for place, c in zip(places, summary["cells"], strict=True)}
+    ratios = [np.log(fd["at", seed, 4] / fd["plain", seed, 4]) for seed in (0, 1)]
+    change = 100 * np.expm1(np.mean(ratios))
+    row = next(
+        line for line in (tmp_path / "page.table.md").read_text().splitlines() if line.startswith("| ddim | 4 |")
+    )
+    assert f"{abs(change):.0f}" in row or f"{abs(change):.1f}" in row
+
+
+def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "3", "--num", "40", "--no-mismatch",
+             "--corrections", "none,epsilon-scaling:search,time-shift:40", "--search-num", "30",
+             "--out", str(tmp_path / "page.html")]  # fmt: skip
+    assert main(words) == 0
+    cells = json.loads((tmp_path / "page.cells.json").read_text())
+    assert len(cells) == 4 * 3
+    searched = [cell for cell in cells if cell["correction"] == "epsilon-scaling:search"]
+    for cell in searched:
+        tried = cell["correction_search"]
+        assert cell["search_seed"] != cell["sample_seed"]
+        assert tried[str(cell["correction_value"])] == min(tried.values())
+        assert len(tried) > 5
+    assert "epsilon-scaling" in (tmp_path / "page.table.md").read_text()
+    # The chosen value, asked for by name, gives the same figure.
+    run, value = searched[0]["run"], searched[0]["correction_value"]
+    again = ["evaluate", run, "--samplers", "ddim", "--steps", "3", "--num", "40", "--corrections",
+             f"epsilon-scaling:{value}", "--out", str(tmp_path / "again.json")]  # fmt: skip
+    assert main(again) == 0
+    (cell,) = json.loads((tmp_path / "again.json").read_text())
+    assert cell["metrics"] == pytest.approx(searched[0]["metrics"], rel=1e-9)
+
+
+def test_mismatch_and_robustness_are_on_the_page_where_they_are_asked_for(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ["compare", str(finished[1]), "--robustness", "--out", str(tmp_path / "report.html")]
+    assert main(words) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for part in ("mismatch", "robustness", "directions"):
+        assert set(summary[part]["by_run"]) == {"plain", "at"}
+        assert all(summary[part]["by_run"].values())
+
+
+def test_arms_are_called_after_their_folders_less_the_seed(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for arm in ("plain", "at"):
+            shutil.copytree(finished[1] / f"seed-{seed}" / arm, tmp_path / f"{arm}-seed{seed}")
+    found = find_runs([str(path) for path in sorted(tmp_path.iterdir())] + [f"other={tmp_path / 'at-seed0'}"])
+    assert {(one.arm, one.seed) for one in found} == {
+        ("plain", 0), ("plain", 1), ("at", 0), ("at", 1), ("other", 0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["STUDY", "--baseline", "repeat", "--out", "x.html"], "repeat"),
+        (["STUDY/seed-0/at", "--out", "x.html"], "two arms"),
+        (["STUDY/seed-0/at", "STUDY/seed-0/base", "--out", "x.html"], "equal compute"),
+        (["at=STUDY/seed-0/at", "at=STUDY/seed-0/plain", "--out", "x.html"], "both arm 'at'"),
+        (["STUDY", "--out", "x.pdf"], ".html"),
+        (["STUDY", "--out", "there.html"], "exists already"),
+        (["STUDY", "--corrections", "epsilon-scalin:1.1", "--out", "x.html"], "epsilon-scalin"),
+        (
+            ["STUDY", "--corrections", "epsilon-scaling:search", "--metrics", "prc", "--out", "x.html"],
+            "needs a distance",
+        ),
+        (["STUDY", "--num", "40", "--metrics", "clip_score", "--out", "x.html"], "prompts"),
+    ],
+)
+def test_mistakes_cost_nothing(
+    words: list[str],
+    message: str,
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.html").write_text("mine")
+    assert main(["compare", *(word.replace("STUDY", str(finished[1])) for word in words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("atdiff: ")
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["there.html"]
+    assert Path("there.html").read_text() == "mine"
