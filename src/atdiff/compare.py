@@ -103,7 +103,7 @@ def compare_runs(
         baseline: an arm; default ``plain`` where there is one, else the first.
         interval: ``t`` or ``bootstrap``.
         unequal_passes: allow arms of different compute.
-        mismatch: measure the mismatch of the first seed's runs.
+        mismatch: measure the mismatch of every arm.
         robustness: measure the worst-case loss and the directions of the first seed's runs.
         command: what the user typed, for the page.
         device: where the networks run.
@@ -120,9 +120,9 @@ def compare_runs(
         _check_compute(runs)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
-    first_seed = min(one.seed for one in runs)
-    shown = {one.arm: one.run for one in runs if one.seed == first_seed}
-    shown = {arm: shown[arm] for arm in sorted(shown, key=lambda arm: arm != baseline)}
+    of_arm: dict[str, list[str]] = {arm: [] for arm in (baseline, *arms)}
+    for one in sorted(runs, key=lambda one: one.seed):
+        of_arm[one.arm].append(one.run)
     measured = Measurements(
         sampler=cells[0]["sampler"],
         steps=cells[0]["steps"],
@@ -131,7 +131,7 @@ def compare_runs(
         extractor=cells[0]["extractor"],
         mismatch=mismatch,
         robustness=robustness,
-    ).of(shown, report.with_suffix(""), device)
+    ).of(of_arm, report.with_suffix(""), device)
     summary = {
         "title": f"{', '.join(arms)}: compared at equal compute" if not unequal_passes else ", ".join(arms),
         "command": command,
@@ -143,7 +143,7 @@ def compare_runs(
         "training": _training(runs),
         **measured,
     }
-    publish(summary, shown, report, interval=interval, device=device)
+    publish(summary, {arm: found[0] for arm, found in of_arm.items()}, report, interval=interval, device=device)
     return summary
 
 

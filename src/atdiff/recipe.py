@@ -36,7 +36,7 @@ class StudyConfig:
         metrics: which metrics.
         weights: local files of weights by extractor, where they cannot be downloaded.
         base: evaluate the base models too, as the arm ``base``, which has had no further passes.
-        mismatch: measure the mismatch of the first seed's arms, with the first sampler.
+        mismatch: measure the mismatch of every arm, with the first sampler at the second number of steps.
         robustness: measure the worst-case loss and the directions of the first seed's arms.
     """
 

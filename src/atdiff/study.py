@@ -84,8 +84,11 @@ def run_study(
     console = Console()
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     _run_stages(stages, workers, console)
-    shown = {stage.arm: str(stage.folder) for stage in _judged(stages) if stage.seed == recipe.study.seeds[0]}
-    measured = _measurements(recipe.study, stages).of(shown, out, _device())
+    runs: dict[str, list[str]] = {}
+    for stage in _judged(stages):
+        runs.setdefault(stage.arm, []).append(str(stage.folder))
+    measured = _measurements(recipe.study, stages).of(runs, out, _device())
+    shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
     # A finished study that is started again keeps the time that it took.
     file = out / "summary.json"
     seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else time.perf_counter() - started

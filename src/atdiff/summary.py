@@ -20,8 +20,11 @@ from atdiff.evaluation.comparison import (
     corrected_conclusions,
     corrections_of,
 )
+from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
 from atdiff.evaluation.metrics import FEW_SAMPLES
 from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
+from atdiff.evaluation.progress import cell_progress
+from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.files import write_bytes, write_json, write_text
 from atdiff.report.page import write_report
 from atdiff.report.samples import sample_grids, samples_picture
@@ -34,7 +37,7 @@ MISMATCH_NUM = 2_048
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured of the first seed's runs besides their cells.
+    """What is measured of the runs besides their cells: the mismatch on all seeds, the robustness on the first.
 
     Attributes:
         sampler: along whose trajectory the mismatch is measured.
@@ -54,33 +57,52 @@ class Measurements:
     mismatch: bool = True
     robustness: bool = False
 
-    def of(self, runs: Mapping[str, str], out: Path, device: str) -> dict[str, Any]:
-        """Measure runs by arm into folders in ``out``; return entries for the summary."""
+    def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
+        """Measure runs by arm (one a seed) into folders in ``out``; return entries for the summary."""
         found: dict[str, Any] = {}
         if self.mismatch:
             config = MismatchConfig(
                 self.sampler, self.steps, num=min(self.num, MISMATCH_NUM), seed=self.seed, extractor=self.extractor
             )
-            entries = mismatch_of_runs(list(runs.values()), config, out / "mismatch", device=device)
+            names = [run for of_arm in runs.values() for run in of_arm]
+            with cell_progress("batches of the mismatch") as notify:
+                entries = mismatch_of_runs(names, config, out / "mismatch", device=device, notify=notify)
             found["mismatch"] = _by_arm(runs, entries)
         if self.robustness:
-            found |= self._robustness(runs, out, device)
+            found |= self._robustness({arm: of_arm[:1] for arm, of_arm in runs.items()}, out / "robustness", device)
         return found
 
-    def _robustness(self, runs: Mapping[str, str], out: Path, device: str) -> dict[str, Any]:
-        from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
-        from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
-
-        names, folder = list(runs.values()), out / "robustness"
-        worst = robustness_of_runs(names, RobustnessConfig(seed=self.seed), folder, device=device)
-        directions = directions_of_runs(names, DirectionsConfig(seed=self.seed), folder, device=device)
+    def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
+        names = [run for (run,) in runs.values()]
+        with cell_progress("levels of the robustness") as notify:
+            worst = robustness_of_runs(names, RobustnessConfig(seed=self.seed), folder, device=device, notify=notify)
+        with cell_progress("levels of the directions") as notify:
+            directions = directions_of_runs(
+                names, DirectionsConfig(seed=self.seed), folder, device=device, notify=notify
+            )
         return {"robustness": _by_arm(runs, worst), "directions": _by_arm(runs, directions)}
 
 
-def _by_arm(runs: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the records of each arm, the mean over its runs, and what all of them share."""
     records = {entry["run"]: entry["records"] for entry in entries}
     recipe = {key: value for key, value in entries[0].items() if key not in ("run", "records")}
-    return {"by_run": {arm: records[run] for arm, run in runs.items()}, "recipe": recipe}
+    seeds = len(next(iter(runs.values())))
+    by_run = {arm: _mean([records[run] for run in of_arm]) for arm, of_arm in runs.items()}
+    return {"by_run": by_run, "recipe": {**recipe, "training seeds": seeds}}
+
+
+def _mean(of_seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the mean of records at the same places."""
+    if len(of_seeds) == 1:
+        return [dict(record) for record in of_seeds[0]]
+    return [
+        {
+            key: sum(record[key] for record in same) / len(same) if isinstance(value, float) else value
+            for key, value in same[0].items()
+        }
+        for same in zip(*of_seeds, strict=True)
+    ]
 
 
 def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:

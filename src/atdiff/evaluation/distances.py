@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, projections: int 
     a, b = a.double().cpu(), b.double().cpu()
     total = 0.0
     for theta in directions.split(PROJECTIONS_AT_ONCE, dim=1):
-        gaps = (a @ theta).sort(dim=0).values[rows_a] - (b @ theta).sort(dim=0).values[rows_b]
+        gaps = _sorted(a @ theta)[rows_a] - _sorted(b @ theta)[rows_b]
         total += (weights @ gaps.square()).sum().item()
     return (total / projections) ** 0.5
 
@@ -66,6 +67,11 @@ def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
     _check(a, b)
     a, b = (_subset(points, seed).double().cpu() for points in (a, b))
     return max(2 * _mean_distance(a, b) - _mean_distance(a, a) - _mean_distance(b, b), 0.0)
+
+
+def _sorted(columns: Tensor) -> Tensor:
+    # numpy sorts floats with the processor's vector instructions, several times faster than torch.
+    return torch.from_numpy(np.sort(columns.numpy(), axis=0))
 
 
 def _check(a: Tensor, b: Tensor) -> None:

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
 from atdiff.files import written_aside
@@ -244,7 +245,8 @@ def _finished(x: Tensor, start: int, run: str) -> Tensor:
 def save_images(images: Tensor, path: str | Path) -> Path:
     """Save pictures in [-1, 1], ``(N, C, H, W)``, as what the path's suffix says, and return the path.
 
-    - ``.png``: one grid, tiny pictures enlarged by whole factors to 64 pixels;
+    - ``.png``: one grid, tiny pictures enlarged by whole factors to 64 pixels; points in the plane,
+      ``(N, 2, 1, 1)``, all in one picture of their density;
     - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, as guided-diffusion's evaluator reads it;
     - none: a folder of ``000000.png``, ``000001.png``, ...
 
@@ -258,6 +260,8 @@ def save_images(images: Tensor, path: str | Path) -> Path:
         raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
     if path.exists():
         raise UserError(f"{path} exists already; choose another path or remove it.")
+    if path.suffix == ".png" and images.shape[1:] == (2, 1, 1):
+        images = density_picture(images)[None]
     if path.suffix != ".npz" and images.shape[1] not in (1, 3):
         raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
     pixels = to_uint8(images.detach().cpu())
