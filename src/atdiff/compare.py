@@ -129,6 +129,7 @@ def compare_runs(
         num=cells[0]["num"],
         seed=cells[0]["sample_seed"],
         extractor=cells[0]["extractor"],
+        weights=config.weights.get(config.extractor) if config else None,
         mismatch=mismatch,
         robustness=robustness,
     ).of(of_arm, report.with_suffix(""), device)

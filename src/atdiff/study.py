@@ -113,7 +113,14 @@ def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
     steps = sorted(study.steps)[min(1, len(study.steps) - 1)]
     drawn = study.extractor if "fid" in study.metrics else None
     return Measurements(
-        study.samplers[0], steps, study.num, evaluation.seeds[0], drawn, study.mismatch, study.robustness
+        sampler=study.samplers[0],
+        steps=steps,
+        num=study.num,
+        seed=evaluation.seeds[0],
+        extractor=drawn,
+        weights=evaluation.weights.get(study.extractor),
+        mismatch=study.mismatch,
+        robustness=study.robustness,
     )
 
 
@@ -252,8 +259,11 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
     training: dict[str, dict[str, Any]] = {}
     for stage in _judged(stages):
         assert stage.evaluation is not None
-        found = filter(stage.evaluation.covers, read_cells(stage.folder / "cells.json"))
-        cells.extend({"arm": stage.arm, "seed": stage.seed, **cell} for cell in found)
+        cells += [
+            {"arm": stage.arm, "seed": stage.seed, **cell}
+            for cell in read_cells(stage.folder / "cells.json")
+            if cell["run"] == str(stage.folder) and stage.evaluation.covers(cell)
+        ]
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}

@@ -45,6 +45,7 @@ class Measurements:
         num: pictures, at most 2,048.
         seed: of the pictures.
         extractor: for distances in features; None for none.
+        weights: a local file of its weights.
         mismatch: whether to measure it.
         robustness: whether to measure the worst-case loss and the directions.
     """
@@ -54,6 +55,7 @@ class Measurements:
     num: int
     seed: int
     extractor: str | None
+    weights: Path | None = None
     mismatch: bool = True
     robustness: bool = False
 
@@ -62,7 +64,12 @@ class Measurements:
         found: dict[str, Any] = {}
         if self.mismatch:
             config = MismatchConfig(
-                self.sampler, self.steps, num=min(self.num, MISMATCH_NUM), seed=self.seed, extractor=self.extractor
+                self.sampler,
+                self.steps,
+                num=min(self.num, MISMATCH_NUM),
+                seed=self.seed,
+                extractor=self.extractor,
+                weights=self.weights,
             )
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:

@@ -21,8 +21,7 @@ truly noised set in the place of ``x``. Only what is clear of the floor is misma
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.errors import UserError
 from atdiff.evaluation.distances import sliced_wasserstein
+from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.evaluation.features import extract, feature_layers, make_extractor
 from atdiff.files import write_bytes, write_json
@@ -194,12 +194,12 @@ def mismatch_of_runs(
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
-    entries = {_key(entry): entry for entry in _read_entries(out)}
+    entries = {entry_key(entry): entry for entry in read_entries(out / MEASURED)}
     denoisers = [load_denoiser(run) for run in dict.fromkeys(runs)]
     for denoiser in denoisers:
         config.check(denoiser.scheduler)
     recipes = [_recipe(denoiser, config) for denoiser in denoisers]
-    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if _key(recipe) not in entries]
+    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if entry_key(recipe) not in entries]
     for denoiser, _ in missing:
         _check_data(denoiser, reference_data(denoiser, config.data))
     counter, total = itertools.count(1), sum(_batches(denoiser, config) for denoiser, _ in missing)
@@ -208,9 +208,9 @@ def mismatch_of_runs(
         if config.extractor is not None:
             extractor = make_extractor(config.extractor, weights=config.weights, device=device, data=data)
         records = measure_mismatch(denoiser, data, config, extractor, device, lambda *_: notify(next(counter), total))
-        entries[_key(recipe)] = {**recipe, "records": records}
+        entries[entry_key(recipe)] = {**recipe, "records": records}
         write_json(out / MEASURED, list(entries.values()))
-    wanted = [entries[_key(recipe)] for recipe in recipes]
+    wanted = [entries[entry_key(recipe)] for recipe in recipes]
     curves = mismatch_curves({entry["run"]: entry["records"] for entry in wanted}, file_format="png")
     write_bytes(out / "mismatch.png", curves)
     return wanted
@@ -403,23 +403,3 @@ def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
         "dtype": "float32",
         "versions": versions(),
     }
-
-
-def _key(entry: Mapping[str, Any]) -> str:
-    return json.dumps([value for name, value in entry.items() if name not in ("versions", "records")])
-
-
-def _read_entries(out: Path) -> list[dict[str, Any]]:
-    file = out / MEASURED
-    if not file.exists():
-        # Hidden ones are what a killed process may leave of a file that it wrote aside.
-        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-            raise UserError(f"{out} is in use and holds no {MEASURED}; choose another --out.")
-        return []
-    try:
-        entries = json.loads(file.read_text())
-    except (OSError, ValueError):
-        entries = None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "records" in entry for entry in entries):
-        raise UserError(f"{file} exists and holds no measured mismatch; choose another --out.")
-    return entries

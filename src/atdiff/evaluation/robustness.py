@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atdiff.adversary import Objective
 from atdiff.errors import UserError
+from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.files import write_bytes, write_json
 from atdiff.noise import NoiseSchedule, expand, noise_level
@@ -437,10 +438,10 @@ def probe_runs(
         UserError: a run cannot be loaded or measured, or ``file`` holds something else.
     """
     config.check()
-    entries = {_key(entry): entry for entry in _read_entries(file)}
+    entries = {entry_key(entry): entry for entry in read_entries(file)}
     denoisers = [load_denoiser(run) for run in dict.fromkeys(runs)]
     recipes = [_recipe(denoiser, config) for denoiser in denoisers]
-    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if _key(recipe) not in entries]
+    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if entry_key(recipe) not in entries]
     # Whatever is wrong with the objective or the data of the last run is found before the first is measured.
     inputs = [(objective_of(denoiser), *draw_images(denoiser, config)) for denoiser, _ in missing]
     for i, ((denoiser, recipe), (objective, x0, conditions)) in enumerate(zip(missing, inputs, strict=True)):
@@ -450,9 +451,9 @@ def probe_runs(
             notify(before * total + done, len(missing) * total)
 
         records = measure(objective, model, x0, config, conditions=conditions, device=device, notify=advance)
-        entries[_key(recipe)] = {**recipe, "records": records}
+        entries[entry_key(recipe)] = {**recipe, "records": records}
         write_json(file, list(entries.values()))
-    return [entries[_key(recipe)] for recipe in recipes]
+    return [entries[entry_key(recipe)] for recipe in recipes]
 
 
 def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
@@ -469,21 +470,3 @@ def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
         "dtype": "float32",
         "versions": versions(),
     }
-
-
-def _key(entry: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in entry.items() if name not in ("versions", "records")})
-
-
-def _read_entries(file: Path) -> list[dict[str, Any]]:
-    if file.parent.exists() and not file.parent.is_dir():
-        raise UserError(f"{file.parent} is a file, expected a folder; choose another --out.")
-    if not file.exists():
-        return []
-    try:
-        entries = json.loads(file.read_text())
-    except (OSError, ValueError):
-        entries = None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "records" in entry for entry in entries):
-        raise UserError(f"{file} exists and holds nothing measured by atdiff; choose another --out.")
-    return entries

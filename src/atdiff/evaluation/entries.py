@@ -1,0 +1,43 @@
+"""Measurements of runs in a JSON file: one entry a run, each with the recipe of its figures and its records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atdiff.errors import UserError
+
+__all__ = ["entry_key", "read_entries"]
+
+FILES = ("mismatch.json", "robustness.json", "directions.json")
+
+
+def entry_key(entry: Mapping[str, Any]) -> str:
+    """Return what tells an entry from others: its run and its recipe, whatever the versions of the libraries."""
+    return json.dumps({name: value for name, value in entry.items() if name not in ("versions", "records")})
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """Return the entries of a file; none where there is no file yet.
+
+    Raises:
+        UserError: the file holds something else, or its folder is in use and holds no measurements.
+    """
+    if not file.exists():
+        folder = file.parent
+        # Hidden ones are what a killed process may leave of a file that it wrote aside.
+        used = folder.exists() and (
+            not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
+        )
+        if used and not any((folder / name).is_file() for name in FILES):
+            raise UserError(f"{folder} is in use and holds none of {', '.join(FILES)}; choose another --out.")
+        return []
+    try:
+        entries = json.loads(file.read_text())
+    except (OSError, ValueError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "records" in entry for entry in entries):
+        raise UserError(f"{file} exists and holds no measurements; choose another --out.")
+    return entries
