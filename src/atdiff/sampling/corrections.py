@@ -328,7 +328,7 @@ CORRECTIONS = ("none", "epsilon-scaling", "time-shift")
 
 GRIDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "epsilon-scaling": (0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06),
+        "epsilon-scaling": (0.92, 0.94, 0.96, 0.98, 1.0, 1.01, 1.02, 1.04, 1.06),
         "time-shift": (0.0, 20.0, 40.0, 80.0, 160.0, 320.0),
     }
 )

@@ -1,0 +1,122 @@
+"""`atdiff evaluate`: interrupted at any moment, and given what it cannot use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atdiff.cli import main
+from atdiff.evaluation import evaluate
+from atdiff.files import write_json
+
+
+class Interrupter:
+    """Stops the evaluation at its n-th moment: around every batch of pictures and around every write."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.generate = 0, evaluate.iter_generate
+        monkeypatch.setattr(evaluate, "iter_generate", self.pictures)
+        monkeypatch.setattr(evaluate, "write_json", self.write)
+
+    def moment(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def pictures(self, *args: Any, **options: Any) -> Iterator[torch.Tensor]:
+        self.moment()
+        for batch in self.generate(*args, **{**options, "batch_size": 16}):
+            yield batch
+            self.moment()
+
+    def write(self, path: Path, content: Any) -> None:
+        self.moment()
+        write_json(path, content)
+        self.moment()
+
+
+def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(name: str) -> list[str]:
+        return ["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2,3", "--num", "32", "--metrics", "fid",
+                "--corrections", "none,epsilon-scaling:1.02", "--out", str(tmp_path / name)]  # fmt: skip
+
+    assert main(words("whole.json")) == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert len(whole) == 4
+    interrupter = Interrupter(monkeypatch)
+    interruptions = 0
+    # Every start gets one moment further than the one before, so that each kind of moment is met.
+    for moment in range(1, 100):
+        interrupter.left = moment
+        if main(words("cells.json")) == 0:
+            break
+        interruptions += 1
+        if (tmp_path / "cells.json").exists():
+            cells = json.loads((tmp_path / "cells.json").read_text())
+            assert cells == whole[: len(cells)]
+    assert interruptions >= 5
+    assert json.loads((tmp_path / "cells.json").read_text()) == whole
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num", "1"], "num=1"),
+        (["--data", "large"], "(1, 16, 16)"),
+        (["--data", "one"], "at least 2"),
+        (["--data", "nowhere/at/all"], "nowhere"),
+        (["--samplers", "flow-euler"], "does not fit"),
+        (["--extractor", "inception-v3-compat", "--weights", "missing.pth"], "missing.pth"),
+        (["--extractor", "inception-v3-compat", "--weights", "torn.pth"], "torn.pth"),
+        (["--weights", "clip=torn.pth"], "clip"),
+        (["--metrics", "clip_score"], "prompts"),
+        (["--metrics", "on_mode"], "known modes"),
+        (["--corrections", "epsilon-scaling:-1"], "above 0"),
+        (["--out", "notes.json"], "holds no evaluation"),
+    ],
+)
+def test_what_it_cannot_use_is_one_sentence_and_spoils_nothing(
+    words: list[str],
+    message: str,
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, size, count in (("large", 16, 3), ("one", 8, 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((size, size), i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 and then nothing")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    out = [] if "--out" in words else ["--out", "cells.json"]
+    assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", *words, *out]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("atdiff: ")
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, num: int, shape: tuple[int, ...], **options: Any) -> Iterator[torch.Tensor]:
+        yield torch.full((num, *shape), torch.nan)
+
+    monkeypatch.setattr(evaluate, "iter_generate", broken)
+    out = tmp_path / "cells.json"
+    assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not out.exists()
