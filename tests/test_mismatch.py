@@ -337,7 +337,7 @@ def test_interrupted_measurement_goes_on(runs: list[str], tmp_path: Path, monkey
         ({"seed": -1}, "seed=-1"),
         ({"correction": "epsilon"}, "unknown"),
         ({"correction": "epsilon-scaling:search"}, "search"),
-        ({"correction": "time-shift:5000"}, "window"),
+        ({"correction": "time-shift:-5"}, "window"),
         ({"data": None}, "does not say which images"),
         ({"extractor": "digit-classifier"}, "extractor"),
     ],
