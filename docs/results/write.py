@@ -1,4 +1,8 @@
-"""Write the page of a finished study, digits-v.md and its pictures: `python docs/results/write.py runs/digits-v`."""
+"""Write the page of a comparison and its pictures beside this file.
+
+python docs/results/write.py runs/digits-v                          # a study: digits-v.md
+python docs/results/write.py runs/corrected/quickstart.summary.json  # of atdiff compare: corrected-quickstart.md
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,11 @@ PICTURES = {
 
 
 def main() -> None:
-    for folder in map(Path, sys.argv[1:]):
-        summary = json.loads((folder / "summary.json").read_text())
-        write_text(HERE / f"{folder.name}.md", page(folder.name, summary))
-        print(HERE / f"{folder.name}.md")
+    for path in map(Path, sys.argv[1:]):
+        name = path.name if path.is_dir() else f"{path.parent.name}-{path.name.removesuffix('.summary.json')}"
+        summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
+        write_text(HERE / f"{name}.md", page(name, summary))
+        print(HERE / f"{name}.md")
 
 
 def page(name: str, summary: dict[str, Any]) -> str:
@@ -60,14 +65,29 @@ def page(name: str, summary: dict[str, Any]) -> str:
 
 
 def recipe(summary: dict[str, Any]) -> str:
-    evaluation, passes, versions = summary["recipe"]["evaluation"], summary["passes"], summary["versions"]
-    return (
-        f"Base {passes['base']:,} passes, arms {passes['arm']:,} at batch "
-        f"{summary['recipe']['base']['training']['batch_size']}; weights {evaluation['weights']}; "
-        f"{evaluation['num']:,} samples a cell and seed, seeds {', '.join(map(str, evaluation['seeds']))}; features of "
-        f"{evaluation['extractor']}, reference {evaluation['reference']}; {evaluation['dtype']}; torch "
-        f"{versions['torch']}, diffusers {versions['diffusers']}; 2 CPU cores."
-    )
+    evaluation, versions, cells = summary["recipe"]["evaluation"], summary["versions"], summary["cells"]
+    said = []
+    if "passes" in summary:
+        batch = summary["recipe"]["base"]["training"]["batch_size"]
+        said.append(f"base {summary['passes']['base']:,} passes, arms {summary['passes']['arm']:,} at batch {batch}")
+    seeds = ", ".join(dict.fromkeys(str(cell["seed"]) for cell in cells))
+    sampling = ", ".join(dict.fromkeys(str(cell["sample_seed"]) for cell in cells))
+    said += [
+        f"weights {evaluation['weights']}",
+        f"{cells[0]['num']:,} samples a cell and seed",
+        f"training seeds {seeds}, sampling seeds {sampling}",
+    ]
+    if searched := next((cell for cell in cells if "search_seed" in cell), None):
+        said.append(f"searches on {searched['search_num']:,} samples of sampling seed {searched['search_seed']}")
+    said += [
+        f"features of {cells[0]['extractor']}" if "fd" in cells[0]["metrics"] else "no features",
+        f"reference {evaluation['reference']}",
+        evaluation["dtype"],
+        f"torch {versions['torch']}, diffusers {versions['diffusers']}",
+        "2 CPU cores",
+    ]
+    text = "; ".join(said) + "."
+    return text[0].upper() + text[1:]
 
 
 def quality(cells: list[dict[str, Any]], baseline: str) -> str:
