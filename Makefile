@@ -31,6 +31,7 @@ format: install
 
 bench: install
 	$(BIN)/python bench/pass_cost.py
+	$(BIN)/python bench/evaluation_cost.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
