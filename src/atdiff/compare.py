@@ -42,7 +42,7 @@ def find_runs(words: Sequence[str]) -> list[ArmRun]:
             end of the name.
 
     Raises:
-        UserError: a study is not finished, or two runs have the same arm and seed.
+        UserError: two runs have the same arm and seed.
     """
     found: list[ArmRun] = []
     for word in words:
@@ -128,7 +128,7 @@ def compare_runs(
         steps=cells[0]["steps"],
         num=cells[0]["num"],
         seed=cells[0]["sample_seed"],
-        extractor=cells[0]["extractor"],
+        extractor=cells[0]["extractor"] if {"fd", "fid"} & cells[0]["metrics"].keys() else None,
         weights=config.weights.get(config.extractor) if config else None,
         mismatch=mismatch,
         robustness=robustness,

@@ -41,6 +41,12 @@ class Denoiser:
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
+    @property
+    def weights_name(self) -> str:
+        """Which weights these are, for the recipe of a figure."""
+        decay = self.config.get("training", {}).get("ema_decay")
+        return f"EMA {decay}" if decay is not None else "as published"
+
     def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
         """Return labels for ``num`` pictures, all classes in turn or ``label`` for each; None if unconditional.
 

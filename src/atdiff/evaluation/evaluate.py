@@ -248,7 +248,6 @@ class _Judge:
 
 
 def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
-    decay = place.denoiser.config.get("training", {}).get("ema_decay")
     cell = {
         "run": place.denoiser.source,
         "sampler": place.sampler,
@@ -260,7 +259,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "extractor": config.extractor,
         "reference": reference_name(place.denoiser, config.data),
         "asked": list(config.metrics),
-        "weights": f"EMA {decay}" if decay is not None else "as published",
+        "weights": place.denoiser.weights_name,
         "dtype": "float32",
         "versions": versions(),
     }

@@ -389,7 +389,6 @@ def _check_data(denoiser: Denoiser, data: ImageData) -> None:
 
 
 def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
-    decay = denoiser.config.get("training", {}).get("ema_decay")
     return {
         "run": denoiser.source,
         "sampler": config.sampler_for(denoiser.scheduler),
@@ -399,7 +398,7 @@ def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
         "num": config.num,
         "extractor": config.extractor,
         "reference": reference_name(denoiser, config.data),
-        "weights": f"EMA {decay}" if decay is not None else "as published",
+        "weights": denoiser.weights_name,
         "dtype": "float32",
         "versions": versions(),
     }

@@ -458,7 +458,6 @@ def probe_runs(
 
 def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
-    decay = denoiser.config.get("training", {}).get("ema_decay")
     for name in ("data", "batch_size"):
         del settings[name]
     return {
@@ -466,7 +465,7 @@ def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
         "sample_seed": settings.pop("seed"),
         **settings,
         "reference": reference_name(denoiser, config.data),
-        "weights": f"EMA {decay}" if decay is not None else "as published",
+        "weights": denoiser.weights_name,
         "dtype": "float32",
         "versions": versions(),
     }
