@@ -15,11 +15,12 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from atdiff.data import ImageData
 from atdiff.errors import UserError
+from atdiff.evaluation.classifier_features import ClassifierFeatures
 from atdiff.files import written_aside
 
 __all__ = ["LABEL_CLASSIFIER", "LabelClassifier", "label_classifier_weights"]
@@ -72,7 +73,7 @@ def label_classifier_weights(data: ImageData) -> Path:
     return path
 
 
-class LabelClassifier(FeatureExtractorBase):
+class LabelClassifier(ClassifierFeatures):
     """A convolutional classifier of uint8 images of one size, as a torch-fidelity extractor ``label-classifier``.
 
     Features: ``"64"``, the penultimate layer, and ``"logits"``, of the classes, in float32. It has no batch norm,
@@ -114,21 +115,7 @@ class LabelClassifier(FeatureExtractorBase):
                 f"{LABEL_CLASSIFIER} was given {input.dtype} images of shape {tuple(input.shape)}: expected uint8 of "
                 f"shape (N, {', '.join(map(str, self.image_shape))}), as its training images."
             )
-        features = self.network[:-1](_normalise(input))
-        found = {"64": features}
-        if "logits" in self.features_list:
-            found["logits"] = self.network[-1](features)
-        return tuple(found[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """The features on offer."""
-        return "64", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The logits for the Inception score, else the penultimate layer."""
-        return "logits" if metric == "isc" else "64"
+        return self.features_of(_normalise(input))
 
     @staticmethod
     def can_be_compiled() -> bool:

@@ -22,6 +22,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from atdiff.data.sources import ImageData, load_data, to_uint8
 from atdiff.errors import UserError
+from atdiff.evaluation.classifier_features import ClassifierFeatures
 from atdiff.evaluation.clip_features import CLIP, URL_CLIP, ClipFeatures
 from atdiff.evaluation.dinov2 import DINOV2, URL_DINOV2, DinoV2Features
 from atdiff.evaluation.spatial import SPATIAL
@@ -182,7 +183,7 @@ def device_of(extractor: FeatureExtractorBase) -> torch.device:
     return next((p.device for p in extractor.parameters()), torch.device("cpu"))
 
 
-class DigitsClassifier(FeatureExtractorBase):
+class DigitsClassifier(ClassifierFeatures):
     """A convolutional classifier of 8x8 digits, as a torch-fidelity extractor named ``digits-classifier``.
 
     Features: ``"64"``, the penultimate layer, and ``"logits"``, of the ten classes. It runs in float64: the
@@ -215,21 +216,7 @@ class DigitsClassifier(FeatureExtractorBase):
                 f"{DIGITS} was given {input.dtype} images of shape {tuple(input.shape)}: expected uint8 of "
                 f"shape (N, 1, 8, 8), and {INCEPTION!r} for other images."
             )
-        features = self.network[:-1](_normalise(input))
-        found = {"64": features}
-        if "logits" in self.features_list:
-            found["logits"] = self.network[-1](features)
-        return tuple(found[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """The features on offer."""
-        return "64", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The logits for the Inception score, else the penultimate layer."""
-        return "logits" if metric == "isc" else "64"
+        return self.features_of(_normalise(input))
 
     @staticmethod
     def can_be_compiled() -> bool:
