@@ -10,25 +10,37 @@ if TYPE_CHECKING:
     from atdiff.errors import UserError
     from atdiff.models.mlp import MLP2DModel
     from atdiff.noise import NoiseSchedule
-    from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, ObjectiveOutput
+    from atdiff.objectives.batch import Batch, ObjectiveOutput
+    from atdiff.objectives.consistency import ConsistencyObjective
+    from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
+    from atdiff.objectives.teacher import Teacher
+    from atdiff.training.ema import EMA
 
 __all__ = [
+    "EMA",
     "Adversary",
+    "Batch",
+    "ConsistencyObjective",
     "DenoisingBatch",
     "DenoisingObjective",
     "MLP2DModel",
     "NoiseSchedule",
     "ObjectiveOutput",
+    "Teacher",
     "UserError",
 ]
 
 _HOMES = {
+    "EMA": "training.ema",
     "Adversary": "adversary",
+    "Batch": "objectives.batch",
+    "ConsistencyObjective": "objectives.consistency",
     "DenoisingBatch": "objectives.denoising",
     "DenoisingObjective": "objectives.denoising",
     "MLP2DModel": "models.mlp",
     "NoiseSchedule": "noise",
-    "ObjectiveOutput": "objectives.denoising",
+    "ObjectiveOutput": "objectives.batch",
+    "Teacher": "objectives.teacher",
     "UserError": "errors",
 }
 

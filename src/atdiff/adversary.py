@@ -12,7 +12,8 @@ from torch import Tensor
 from atdiff.errors import UserError
 from atdiff.noise import noise_level
 from atdiff.norms import NORMS, Norm, norm_of, project, steepest_step
-from atdiff.objectives.denoising import DenoisingBatch, ObjectiveOutput, Target
+from atdiff.objectives.batch import Batch, ObjectiveOutput
+from atdiff.objectives.denoising import DenoisingBatch, Target
 
 __all__ = ["Adversary", "Objective"]
 
@@ -25,19 +26,24 @@ SCALES: dict[str, ScaleFunction] = {
     "constant": lambda alpha, sigma: torch.ones_like(sigma),
     "sigma": lambda alpha, sigma: sigma,
     "high": lambda alpha, sigma: sigma * (1.0 - alpha),
+    "middle": lambda alpha, sigma: sigma * alpha,
 }
 
 
 class Objective(Protocol):
     """What an adversary asks of an objective."""
 
-    def draw(self, x0: Tensor, **fixed: Tensor) -> DenoisingBatch:
+    @property
+    def batch_type(self) -> type[Batch]:
+        """What :meth:`draw` returns."""
+
+    def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (of batch_type, as in what follows)
         """Draw what is random about a batch."""
 
     def compute(
         self,
         model: Callable[..., Any],
-        batch: DenoisingBatch,
+        batch: Any,  # noqa: ANN401
         delta: Tensor | None = None,
         *,
         target: Target = "equivariant",
@@ -45,7 +51,7 @@ class Objective(Protocol):
     ) -> ObjectiveOutput:
         """Run the network once at the perturbed input."""
 
-    def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
+    def update(self, batch: Any, output: ObjectiveOutput) -> None:  # noqa: ANN401
         """Learn from the losses of a pass."""
 
 
@@ -75,8 +81,9 @@ class Adversary:
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``. 0 repeats the batch unperturbed.
         radius: bound of the norm of delta, times the same scale; None for no bound but ``(passes - 1) * step_size``.
         passes: forward-backward passes a batch; 1 is plain training.
-        scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only), or a
-            function of ``(alpha_t, sigma_t)``, each ``(B,)``.
+        scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only),
+            ``middle`` (``sigma_t alpha_t``, which vanishes at pure noise), or a function of ``(alpha_t, sigma_t)``,
+            each ``(B,)``.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
         method: ``free`` or ``pgd``.
@@ -113,13 +120,13 @@ class Adversary:
         self.noise_levels = noise_levels
         self._check(scale)
         self._scale = scale if callable(scale) else SCALES[scale]
-        self.batch: DenoisingBatch | None = None
+        self.batch: Batch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
         self.nonfinite: Tensor = torch.zeros((), dtype=torch.long)
         # Staggered parts that wait for their next pass, newest first: sizes of the parts, their
         # samples and their deltas, by micro-batch.
-        self._waiting: dict[int, tuple[list[int], DenoisingBatch, Tensor]] = {}
+        self._waiting: dict[int, tuple[list[int], Batch, Tensor]] = {}
 
     def _check(self, scale: str | ScaleFunction) -> None:
         choices: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -172,7 +179,7 @@ class Adversary:
         self,
         objective: Objective,
         model: Callable[..., Any],
-        x0: Tensor | DenoisingBatch,
+        x0: Tensor | Batch,
         *,
         accumulate: int = 1,
         **fixed: Tensor,
@@ -202,9 +209,7 @@ class Adversary:
         else:
             yield from self._staggered(objective, model, batch, accumulate)
 
-    def _authors(
-        self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]
-    ) -> Iterator[Tensor]:
+    def _authors(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
         deltas = [torch.zeros_like(part.x0) for part in parts]
         share = len(parts) / sum(map(len, parts))
         for k in range(self.num_passes):
@@ -217,7 +222,7 @@ class Adversary:
                     deltas[i] = self._moved(part, output)
 
     def _staggered(
-        self, objective: Objective, model: Callable[..., Any], batch: DenoisingBatch, accumulate: int
+        self, objective: Objective, model: Callable[..., Any], batch: Batch, accumulate: int
     ) -> Iterator[Tensor]:
         for fresh in batch.chunk(self.num_passes):
             for i, part in enumerate(fresh.chunk(accumulate)):
@@ -232,7 +237,7 @@ class Adversary:
                 rows = sum(kept)
                 self._waiting[i] = (kept, joined.narrow(0, rows), moved[:rows])
 
-    def _join(self, i: int, fresh: DenoisingBatch) -> tuple[list[int], DenoisingBatch, Tensor]:
+    def _join(self, i: int, fresh: Batch) -> tuple[list[int], Batch, Tensor]:
         """Put a fresh part before those that wait for their next pass."""
         delta = torch.zeros_like(fresh.x0)
         if i not in self._waiting:
@@ -240,7 +245,7 @@ class Adversary:
         sizes, waiting, moved = self._waiting[i]
         return [len(fresh), *sizes], type(fresh).cat([fresh, waiting]), torch.cat([delta, moved])
 
-    def _pgd(self, objective: Objective, model: Callable[..., Any], parts: list[DenoisingBatch]) -> Iterator[Tensor]:
+    def _pgd(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
         share = len(parts) / sum(map(len, parts))
         for part in parts:
             delta = torch.zeros_like(part.x0)
@@ -263,7 +268,7 @@ class Adversary:
         self,
         objective: Objective,
         model: Callable[..., Any],
-        batch: DenoisingBatch,
+        batch: Batch,
         delta: Tensor,
         track: bool,
     ) -> ObjectiveOutput:
@@ -279,7 +284,7 @@ class Adversary:
         return self.output
 
     @torch.no_grad()
-    def _moved(self, batch: DenoisingBatch, output: ObjectiveOutput, gradient: Tensor | None = None) -> Tensor:
+    def _moved(self, batch: Batch, output: ObjectiveOutput, gradient: Tensor | None = None) -> Tensor:
         """Return delta after one step and the projection; samples without a finite direction stay."""
         assert self.delta is not None
         delta = self.delta.detach()
@@ -319,10 +324,12 @@ class Adversary:
         }
         return {"nonfinite": self.nonfinite, "waiting": waiting}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Go on from a saved state, with its samples on ``device``."""
+    def load_state_dict(
+        self, state: dict[str, Any], device: torch.device | str = "cpu", batch_type: type[Batch] = DenoisingBatch
+    ) -> None:
+        """Go on from a saved state, with its samples on ``device``; ``batch_type`` is that of the objective."""
         self.nonfinite = state["nonfinite"].to(device)
         self._waiting = {
-            i: (entry["sizes"], DenoisingBatch(**entry["batch"]).to(device), entry["delta"].to(device))
+            i: (entry["sizes"], batch_type(**entry["batch"]).to(device), entry["delta"].to(device))
             for i, entry in state["waiting"].items()
         }

@@ -222,28 +222,25 @@ def _sample(args: argparse.Namespace) -> None:
 
     from atdiff.runs import load_denoiser
     from atdiff.sampling.corrections import make_correction
-    from atdiff.sampling.generate import generate, save_images
+    from atdiff.sampling.generate import save_images
     from atdiff.sampling.schedulers import default_sampler
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already; choose another --out.")
     correction = make_correction(args.correction)
     denoiser = load_denoiser(args.run)
-    images = generate(
-        denoiser.model,
-        denoiser.scheduler,
+    batches = denoiser.pictures(
         sampler=args.sampler or default_sampler(denoiser.scheduler),
         steps=args.steps,
         num=args.num,
-        shape=denoiser.image_shape,
         seed=args.seed,
         batch_size=args.batch_size,
-        class_labels=denoiser.class_labels(args.num, args.class_label),
+        label=args.class_label,
         correction=correction,
         device=torch.device(_device()),
         progress=True,
     )
-    save_images(images, args.out)
+    save_images(torch.cat(list(batches)), args.out)
     print(f"{args.num} pictures in {args.out}")
 
 

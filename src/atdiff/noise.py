@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from diffusers import CMStochasticIterativeScheduler
 from torch import Tensor
 
 from atdiff.errors import UserError
@@ -62,7 +63,8 @@ class NoiseSchedule:
     - ``flow``: real numbers in ``(0, num_train_timesteps]``; ``sigma_t = t / num_train_timesteps``,
       ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the
       scheduler moves which timesteps are visited, never this map.
-    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1)
+    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A
+      thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
 
     Args:
         scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
@@ -76,6 +78,7 @@ class NoiseSchedule:
         self.kind: Kind = _kind_of(scheduler)
         config = scheduler.config
         self.num_train_timesteps = int(config.num_train_timesteps)
+        self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self._alphas_cumprod: Tensor | None = None
         if self.kind == "vp":
@@ -87,10 +90,22 @@ class NoiseSchedule:
             sigma = timesteps.float() / self.num_train_timesteps
             return 1.0 - sigma, sigma
         if self.kind == "edm":
-            sigma = (4.0 * timesteps.float()).exp()
+            sigma = (timesteps.float() / self.time_factor).exp()
             return torch.ones_like(sigma), sigma
         acp = self.alphas_cumprod(timesteps)
         return acp.sqrt().float(), (1.0 - acp).sqrt().float()
+
+    def timesteps_at(self, ratio: Tensor) -> Tensor:
+        """Return the timesteps, ``(B,)``, whose ``sigma_t / alpha_t`` is (nearest to) ``ratio``, ``(B,)``."""
+        if self.kind == "flow":
+            return (self.num_train_timesteps * ratio / (1.0 + ratio)).float()
+        if self.kind == "edm":
+            return self.time_factor * ratio.log().float()
+        steps = torch.arange(self.num_train_timesteps, device=ratio.device)
+        acp = self.alphas_cumprod(steps)
+        # Nearest in log(sigma / alpha), where the middle between neighbours is the mean of their logarithms.
+        log = (0.5 * ((1.0 - acp) / acp.clamp_min(torch.finfo(acp.dtype).tiny)).log()).contiguous()
+        return torch.searchsorted((log[1:] + log[:-1]) / 2, ratio.double().log())
 
     def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
         """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 where a timestep is -1."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    LCMScheduler,
+)
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -19,6 +26,9 @@ import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text, written_aside
+from atdiff.sampling.corrections import Correction
+from atdiff.sampling.generate import iter_generate
+from atdiff.sampling.schedulers import make_scheduler
 from atdiff.training.config import TrainConfig
 
 __all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
@@ -26,12 +36,21 @@ __all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A trained network with the scheduler that it was trained under."""
+    """A trained network with the scheduler that it was trained under.
+
+    Attributes:
+        model: the network.
+        scheduler: of its training.
+        source: the run, as the user named it.
+        config: the settings of a training folder; empty for others.
+        prompts: one a class, where they are known; of no consequence to the pictures of this class.
+    """
 
     model: Any
     scheduler: Any
     source: str
     config: dict[str, Any]
+    prompts: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -46,6 +65,26 @@ class Denoiser:
         """Which weights these are, for the recipe of a figure."""
         decay = self.config.get("training", {}).get("ema_decay")
         return f"EMA {decay}" if decay is not None else "as published"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a figure depends on besides sampler, steps, seed and weights."""
+        return {}
+
+    def evaluations(self, sampler: str, steps: int) -> int:
+        """Return how often a picture takes the network.
+
+        Raises:
+            UserError: the sampler or the number of steps does not fit the network.
+        """
+        return len(make_scheduler(sampler, self.scheduler, steps).timesteps)
+
+    def check_corrections(self, corrections: Sequence[str]) -> None:
+        """Find out whether this run can be sampled with corrections at all; every network of pixels can.
+
+        Raises:
+            UserError: it cannot, and one of ``corrections`` is not ``none``.
+        """
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
         """Return labels for ``num`` pictures, all classes in turn or ``label`` for each; None if unconditional.
@@ -66,6 +105,53 @@ class Denoiser:
             raise UserError(f"class label {label} is not one of {self.source}'s 0 to {classes - 1}.")
         return torch.full((num,), label)
 
+    def pictures(
+        self,
+        *,
+        sampler: str,
+        steps: int,
+        num: int,
+        seed: int,
+        batch_size: int = 256,
+        label: int | None = None,
+        correction: Correction | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[Tensor]:
+        """Return batches of pictures in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+
+        Picture ``i`` depends on ``seed``, ``i`` and its class alone.
+
+        Args:
+            sampler: one of :data:`atdiff.sampling.SAMPLERS`.
+            steps: of the sampler.
+            num: pictures.
+            seed: see :func:`atdiff.sampling.generate.image_generators`.
+            batch_size: pictures at once.
+            label: the class of all pictures; None for all classes in turn.
+            correction: of the sampler.
+            device: where to run, and the network is moved; default: where it is.
+            progress: show a progress bar.
+
+        Raises:
+            UserError: an option is out of range or does not fit the network.
+            FloatingPointError: the pictures are not finite.
+        """
+        return iter_generate(
+            self.model,
+            self.scheduler,
+            sampler=sampler,
+            steps=steps,
+            num=num,
+            shape=self.image_shape,
+            seed=seed,
+            batch_size=batch_size,
+            class_labels=self.class_labels(max(num, 0), label),
+            correction=correction,
+            device=device,
+            progress=progress,
+        )
+
 
 def open_run(out: Path, config: TrainConfig) -> bool:
     """Make a training folder, or find that it holds this very run.
@@ -79,7 +165,8 @@ def open_run(out: Path, config: TrainConfig) -> bool:
     settings = json.loads(json.dumps(asdict(config)))
     file = out / "config.yaml"
     if file.is_file():
-        stored = yaml.safe_load(file.read_text())
+        # What a setting was before it could be set is its default.
+        stored = _completed(yaml.safe_load(file.read_text()), json.loads(json.dumps(asdict(TrainConfig()))))
         longer = settings["training"]["passes"] > stored["training"]["passes"]
         if longer:  # More passes of the same run are no other run.
             stored["training"]["passes"] = settings["training"]["passes"]
@@ -99,6 +186,12 @@ def open_run(out: Path, config: TrainConfig) -> bool:
     return False
 
 
+def _completed(stored: Any, defaults: Any) -> Any:  # noqa: ANN401
+    if not isinstance(stored, dict) or not isinstance(defaults, dict):
+        return stored
+    return {**defaults, **{key: _completed(value, defaults.get(key)) for key, value in stored.items()}}
+
+
 def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:  # noqa: ANN401
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in {**stored, **wanted}:
@@ -110,9 +203,10 @@ def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:
 
 
 def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write a ``DDPMPipeline`` that plain diffusers opens; the folder appears once it is complete."""
+    """Write a pipeline that plain diffusers opens; the folder appears once it is complete."""
+    kind: Any = ConsistencyModelPipeline if isinstance(scheduler, CMStochasticIterativeScheduler) else DDPMPipeline
     with written_aside(folder) as aside:
-        pipeline: Any = DDPMPipeline(unet=model, scheduler=scheduler)
+        pipeline = kind(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(aside)
 
 
@@ -135,32 +229,79 @@ def run_config(run: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
-def load_denoiser(run: str) -> Denoiser:
+def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
     """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id.
 
+    Args:
+        run: which of them.
+        text_to_image: take pipelines with a text encoder, an autoencoder and a U-Net too, as a
+            :class:`atdiff.latent.generate.TextToImage`.
+
     Raises:
-        UserError: there is nothing of the kind, or the download failed.
+        UserError: there is nothing of the kind, the download failed, or it is a text-to-image pipeline and those are
+            not taken.
     """
-    folder, config = Path(run), run_config(run)
+    config = run_config(run)
+    pipeline = _lora_pipeline(run, config) if (config.get("lora") or {}).get("rank") else _pipeline(run, config)
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if network is None:
+        raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
+    network.eval()
+    if not all(getattr(pipeline, part, None) is not None for part in ("unet", "vae", "text_encoder")):
+        return Denoiser(network, pipeline.scheduler, run, config)
+    if not text_to_image:
+        raise UserError(
+            f"{run} is a text-to-image pipeline ({type(pipeline).__name__}), whose network works on latents: this "
+            "needs a network of pixels; `atdiff sample`, `evaluate` and `compare` take both."
+        )
+    from atdiff.latent.generate import text_to_image_run  # imports this module
+
+    return text_to_image_run(pipeline, run, config)
+
+
+def _pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any diffusers pipeline)
+    folder = Path(run)
     if config:
-        if not (folder / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to go on.")
+        _check_finished(run, "pipeline/model_index.json")
         folder = folder / "pipeline"
     elif folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
+    loader: Any = DiffusionPipeline
     try:
         with _quiet_diffusers():
-            pipeline: Any = DiffusionPipeline.from_pretrained(str(folder) if folder.exists() else run)
+            # A checker would blacken pictures; pipelines that have none ignore this.
+            return loader.from_pretrained(str(folder) if folder.exists() else run, safety_checker=None)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{run!r} could not be loaded as a folder or downloaded as a hub id ({reason}); give the path of a "
             "training folder or of a saved diffusers pipeline."
         ) from None
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if network is None:
-        raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
-    return Denoiser(network.eval(), pipeline.scheduler, run, config)
+
+
+def _check_finished(run: str, file: str) -> None:
+    if not (Path(run) / file).is_file():
+        raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to go on.")
+
+
+def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Return the pipeline that a LoRA was trained from, with the LoRA on it and the scheduler of its training."""
+    _check_finished(run, "lora/pytorch_lora_weights.safetensors")
+    base, folder = config["training"]["init"], Path(run) / "lora"
+    try:
+        pipeline = _pipeline(base, run_config(base))
+    except UserError as error:
+        raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
+    try:
+        with _quiet_diffusers():
+            pipeline.load_lora_weights(folder)
+            pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    except Exception as error:  # of peft, safetensors and the loaders
+        reason = " ".join(str(error).split())[:300]
+        if importlib.util.find_spec("peft") is None:
+            raise UserError(f"{run} holds a LoRA, which needs the package peft: pip install 'atdiff[lcm]'.") from None
+        raise UserError(f"the LoRA {folder} does not load on the pipeline {base!r} ({reason}).") from None
+    return pipeline
 
 
 def reference_name(denoiser: Denoiser, name: str | None = None) -> str:

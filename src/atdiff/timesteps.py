@@ -86,17 +86,17 @@ class LogitNormalTimesteps(_Stateless):
 
 
 class LogNormalTimesteps(_Stateless):
-    """``log(sigma) = mean + std * normal`` for an ``edm`` schedule, returned as ``t = log(sigma) / 4``.
+    """``log(sigma) = mean + std * normal`` for an ``edm`` schedule, returned as its timesteps.
 
     (`Karras et al. 2022 <https://arxiv.org/abs/2206.00364>`_, table 1.)
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> None:
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.time_factor = mean, std, schedule.time_factor
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return ``log(sigma) / 4`` and weights of one, each ``(batch_size,)``."""
-        timesteps = (self.mean + self.std * torch.randn(batch_size, device=device)) / 4.0
+        """Return timesteps and weights of one, each ``(batch_size,)``."""
+        timesteps = (self.mean + self.std * torch.randn(batch_size, device=device)) * self.time_factor
         return timesteps, torch.ones(batch_size, device=device)
 
 

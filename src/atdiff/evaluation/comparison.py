@@ -53,11 +53,13 @@ __all__ = [
 LOWER_IS_BETTER = frozenset(
     {"fd", "fid", "sfid", "kid", "fd_dinov2", "clip_fid", "sliced_wasserstein", "energy", "mse"}
 )
-HIGHER_IS_BETTER = frozenset({"precision", "recall", "coverage", "density", "isc", "accuracy", "clip_score", "on_mode"})
+HIGHER_IS_BETTER = frozenset(
+    {"precision", "recall", "coverage", "density", "isc", "accuracy", "clip_score", "label_accuracy", "on_mode"}
+)
 LABELS = {
     "fd": "FD", "fid": "FID", "sfid": "sFID", "kid": "KID", "fd_dinov2": "FD-DINOv2", "clip_fid": "CLIP-FID",
     "sliced_wasserstein": "sliced Wasserstein distance", "energy": "energy distance", "mse": "MSE", "isc": "IS",
-    "clip_score": "CLIP score", "on_mode": "share on a mode",
+    "clip_score": "CLIP score", "label_accuracy": "label accuracy", "on_mode": "share on a mode",
 }  # fmt: skip
 NO_CORRECTION = "none"
 INTERVALS = ("t", "bootstrap")

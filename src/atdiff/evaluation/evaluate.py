@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from atdiff.errors import UserError
 from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.files import write_json
+from atdiff.latent.generate import prompts_name
 from atdiff.noise import NoiseSchedule
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
-from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.sampling.search import search_correction
 
@@ -46,7 +46,8 @@ class EvaluationConfig:
         extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
         weights: local files of weights by extractor.
         metrics: which metrics.
-        prompts: for ``clip_score``: one for all pictures, or one a class.
+        prompts: one for all pictures, or one a class: what text-to-image runs are asked for, in the place of the
+            captions of their training, and what ``clip_score`` compares pictures with.
         data: the data set whose images are the reference; None for each run's own.
         batch_size: pictures sampled at once.
     """
@@ -83,6 +84,23 @@ class EvaluationConfig:
             for steps in self.steps:
                 make_scheduler(sampler, training_scheduler, steps)
 
+    def asked_of(self, denoiser: Denoiser) -> Denoiser:
+        """Return the run as it is evaluated: with these prompts, where there are any.
+
+        Raises:
+            UserError: what cannot be evaluated for this run, found before any compute.
+        """
+        asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
+        replace(self, prompts=asked.prompts or None).check(asked.scheduler)
+        asked.check_corrections(self.corrections)
+        if asked.class_labels(1) is None and "label_accuracy" in self.metrics:
+            raise UserError(
+                f"label_accuracy compares pictures with the classes that they were asked for and {asked.source} is not "
+                "class-conditional: leave label_accuracy out."
+            )
+        reference_name(asked, self.data)
+        return asked
+
     def _check_search(self) -> None:
         if self.search_seed in self.seeds:
             raise UserError(
@@ -108,6 +126,7 @@ class EvaluationConfig:
             and cell["num"] == self.num
             and cell["extractor"] == self.extractor
             and tuple(cell.get("asked", ASKED)) == self.metrics
+            and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
         )
 
 
@@ -149,15 +168,12 @@ def evaluate_runs(
         All cells: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
 
     Raises:
-        UserError: a run cannot be loaded, a sampler does not fit, or ``out`` is another kind of file.
+        UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
     """
     cells = read_cells(out)
-    denoisers = [load_denoiser(run) for run in runs]
-    for denoiser in denoisers:
-        config.check(denoiser.scheduler)
-        reference_name(denoiser, config.data)
+    denoisers = [config.asked_of(load_denoiser(run)) for run in runs]
     done = {_key(cell) for cell in cells}
-    judges: dict[str, _Judge] = {}
+    judges: dict[tuple[str, tuple[str, ...]], _Judge] = {}
     grid = [
         _Place(d, sampler, correction, steps, seed)
         for d in denoisers
@@ -169,17 +185,17 @@ def evaluate_runs(
     for i, place in enumerate(grid):
         cell = _empty_cell(place, config)
         if _key(cell) not in done:
-            name = cell["reference"]
-            if name not in judges:
-                judges[name] = _Judge(place.denoiser, config, device, cells)
-            cells.append(judges[name].judged(cell, place))
+            what = cell["reference"], place.denoiser.prompts
+            if what not in judges:
+                judges[what] = _Judge(place.denoiser, config, device, cells)
+            cells.append(judges[what].judged(cell, place))
             write_json(out, cells)
         notify(i + 1, len(grid))
     return cells
 
 
 class _Judge:
-    """Makes and measures the pictures of cells that share their reference images."""
+    """Makes and measures the pictures of cells that share their reference images and prompts."""
 
     def __init__(
         self,
@@ -191,7 +207,7 @@ class _Judge:
         self.config, self.device = config, device
         data = reference_data(denoiser, config.data)
         options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": device}
-        self.metrics = Metrics(data, config.metrics, prompts=config.prompts, **options)
+        self.metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
         self.distance: Metrics | None = None
         if any(correction.endswith(SEARCH) for correction in config.corrections):
             self.distance = Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
@@ -232,16 +248,12 @@ class _Judge:
         return distance
 
     def _pictures(self, place: _Place, num: int, seed: int, correction: Correction | None) -> Iterable[torch.Tensor]:
-        return iter_generate(
-            place.denoiser.model,
-            place.denoiser.scheduler,
+        return place.denoiser.pictures(
             sampler=place.sampler,
             steps=place.steps,
             num=num,
-            shape=place.denoiser.image_shape,
             seed=seed,
             batch_size=self.config.batch_size,
-            class_labels=place.denoiser.class_labels(num),
             correction=correction,
             device=self.device,
         )
@@ -253,7 +265,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "sampler": place.sampler,
         "correction": place.correction,
         "steps": place.steps,
-        "nfe": len(make_scheduler(place.sampler, place.denoiser.scheduler, place.steps).timesteps),
+        "nfe": place.denoiser.evaluations(place.sampler, place.steps),
         "sample_seed": place.seed,
         "num": config.num,
         "extractor": config.extractor,
@@ -262,6 +274,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "weights": place.denoiser.weights_name,
         "dtype": "float32",
         "versions": versions(),
+        **place.denoiser.recipe,
     }
     if place.correction.endswith(SEARCH):
         cell |= {"search_seed": config.search_seed, "search_num": config.search_num}
@@ -269,7 +282,10 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
 
 
 def _key(cell: Mapping[str, Any]) -> str:
-    names = ("run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "search_seed", "search_num")
+    names = (
+        "run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "guidance_scale", "prompts",
+        "search_seed", "search_num",
+    )  # fmt: skip
     return json.dumps([cell.get("correction", "none"), cell.get("asked", ASKED), *(cell.get(name) for name in names)])
 
 

@@ -26,6 +26,7 @@ from atdiff.evaluation.distances import energy_distance, sliced_wasserstein
 from atdiff.evaluation.features import (
     EXTRACTORS,
     INCEPTION,
+    LABELS,
     as_bytes,
     check_extractor,
     device_of,
@@ -45,8 +46,9 @@ IN_EXTRACTOR = ("fid", "kid", "isc", "prc")
 # Frechet distances in the features of other networks, and which of their layers.
 ELSEWHERE = {"sfid": (SPATIAL, "spatial"), "fd_dinov2": (DINOV2, "dinov2"), "clip_fid": (CLIP, "clip")}
 POINTWISE = ("sliced_wasserstein", "energy", "on_mode")
-METRICS = (*IN_EXTRACTOR, *ELSEWHERE, "clip_score", *POINTWISE)
+METRICS = (*IN_EXTRACTOR, *ELSEWHERE, "clip_score", "label_accuracy", *POINTWISE)
 FRECHET = {"fid", *ELSEWHERE}
+WHOLE = {"kid", "isc", "prc"}  # metrics that need the features of all images at once
 FEW_SAMPLES = 2_048
 BATCH = 64  # images through a network at once, whatever comes, so that figures do not depend on what comes
 KID_SUBSET = 1_000
@@ -105,6 +107,9 @@ class Metrics:
     - ``prc``: ``precision``, ``recall``, ``density`` and ``coverage``, see
       :func:`atdiff.evaluation.manifold.manifold_metrics`;
     - ``clip_score``: see :class:`atdiff.evaluation.clip_score.ClipScore`;
+    - ``label_accuracy``: share of images that a ``label-classifier`` of the real ones
+      (:class:`atdiff.evaluation.classifier.LabelClassifier`) reads as the class that they were asked for, the
+      GAN-test of `Shmelkov et al., 2018 <https://arxiv.org/abs/1807.09499>`_;
     - ``sliced_wasserstein``, ``energy``: of the pixels in [-1, 1], see :mod:`atdiff.evaluation.distances`;
     - ``on_mode``: share of points within 3 standard deviations of a mode, of data with known modes.
 
@@ -141,6 +146,11 @@ class Metrics:
         check_metrics(metrics, extractor=extractor, weights=weights, prompts=prompts)
         if len(data) < 2:
             raise UserError(f"{data.name} has {len(data)} image: expected at least 2 as a reference.")
+        if "label_accuracy" in metrics and data.labels is None:
+            raise UserError(
+                f"label_accuracy asks a classifier of the real images' classes and {data.name} has no labels: name "
+                "labelled images of the same classes, or leave label_accuracy out."
+            )
         self.data, self.names = data, tuple(dict.fromkeys(metrics))
         self.prompts = list(prompts or ())
         self._judges = list(self._make_judges(extractor, weights or {}, device))
@@ -165,12 +175,13 @@ class Metrics:
         Args:
             batches: images of any numbers, ``(B, C, H, W)``, floats in [-1, 1] or uint8.
             num: how many images they hold in all.
-            labels: classes of the images, shape ``(num,)``, for ``clip_score`` with one prompt a class.
+            labels: classes that the images were asked for, shape ``(num,)``, for ``label_accuracy``, and for
+                ``clip_score`` with one prompt a class.
             seed: of KID's subsets, the order of the score's splits, and the random projections.
 
         Raises:
             UserError: fewer than two images, another number than ``num``, images of another shape than the real ones,
-                of another type or not finite, or labels that are missing or have no prompt.
+                of another type or not finite, or labels that are missing, have no prompt or are no class of the data.
         """
         self._check(num, labels)
         tallies = [judge.start(num) for judge in self._judges]
@@ -193,6 +204,19 @@ class Metrics:
                 raise UserError(f"{len(self.prompts)} prompts need a class label for each of the {num} images.")
             if int(labels.max()) >= len(self.prompts):
                 raise UserError(f"class {int(labels.max())} has no prompt: expected one a class, not {self.prompts}.")
+        if "label_accuracy" in self.names:
+            classes = self.data.num_classes
+            assert classes is not None
+            if labels is None or len(labels) != num:
+                raise UserError(
+                    f"label_accuracy needs the class that each of the {num} images was asked for: give labels, or leave it "
+                    "out for an unconditional network."
+                )
+            if int(labels.max()) >= classes:
+                raise UserError(
+                    f"images were asked for as class {int(labels.max())} and {self.data.name} has the classes 0 to "
+                    f"{classes - 1}: for label_accuracy the classes, or prompts, must be those of the data in their order."
+                )
         if num < FEW_SAMPLES and FRECHET & set(self.names):
             warnings.warn(
                 f"the Frechet distance of {num} samples is biased upwards: compare it only at equal "
@@ -234,6 +258,8 @@ def _sources(metrics: Sequence[str], extractor: str) -> dict[str, tuple[str, str
         # One pass of Inception gives both its spatial and its pooled features.
         network = SPATIAL if extractor == INCEPTION and "sfid" in metrics else extractor
         sources |= {metric: (network, score_layer if metric == "isc" else distance_layer) for metric in own}
+    if "label_accuracy" in metrics:
+        sources["label_accuracy"] = (LABELS, "logits")
     return sources
 
 
@@ -280,7 +306,7 @@ class _FeatureJudge:
         whole = {layers[metric] for metric in layers if metric in ("kid", "prc")}
         references = {
             layer: load_reference(data, extractor, layer, with_features=layer in whole)
-            for layer in {layer: None for metric, layer in layers.items() if metric != "isc"}
+            for layer in {layer: None for metric, layer in layers.items() if metric not in ("isc", "label_accuracy")}
         }
         return cls(extractor, layers, references, {"fid": fid, **{metric: metric for metric in ELSEWHERE}})
 
@@ -292,9 +318,9 @@ class _FeatureTally:
     """Sums of the features, and all of them where a metric needs that."""
 
     def __init__(self, judge: _FeatureJudge, num: int) -> None:
-        self.judge = judge
+        self.judge, self.num, self.right = judge, num, 0
         self.moments = {layer: Moments() for metric, layer in judge.layers.items() if metric in FRECHET}
-        self.rows = {layer: Rows(num) for metric, layer in judge.layers.items() if metric not in FRECHET}
+        self.rows = {layer: Rows(num) for metric, layer in judge.layers.items() if metric in WHOLE}
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
         features = extract(as_bytes(images), self.judge.extractor, batch_size=BATCH)
@@ -302,6 +328,10 @@ class _FeatureTally:
             moments.add(features[layer])
         for layer, rows in self.rows.items():
             rows.add(features[layer])
+        if "label_accuracy" in self.judge.layers:
+            assert labels is not None
+            read = features[self.judge.layers["label_accuracy"]].argmax(dim=1)
+            self.right += int((read == labels.cpu()).sum())
 
     def result(self, seed: int) -> dict[str, dict[str, float]]:
         return {metric: self._figures(metric, layer, seed) for metric, layer in self.judge.layers.items()}
@@ -309,6 +339,8 @@ class _FeatureTally:
     def _figures(self, metric: str, layer: str, seed: int) -> dict[str, float]:
         if metric in FRECHET:
             return {self.judge.names[metric]: frechet_distance(self.moments[layer], self.judge.references[layer])}
+        if metric == "label_accuracy":
+            return {metric: self.right / self.num}
         fake = self.rows[layer].rows
         if metric == "isc":
             score = isc_features_to_metric(fake, splits=min(ISC_SPLITS, len(fake)), rng_seed=seed)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["predict"]
 
+ADDED = ("text_embeds", "time_ids")
+
 
 def predict(
     model: Callable[..., Any], x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None
@@ -18,8 +20,15 @@ def predict(
     The model may be a diffusers network (an output with ``.sample``), return a tuple whose first entry is the
     prediction, or return the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference.
     """
-    output = model(x_t, timesteps, **(conditions or {}))
+    output = model(x_t, timesteps, **_arguments(conditions or {}))
     if isinstance(output, Tensor):
         return output
     prediction: Tensor = output.sample if hasattr(output, "sample") else output[0]
     return prediction
+
+
+def _arguments(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Gather what the U-Net of SDXL takes inside of ``added_cond_kwargs``."""
+    added = {name: conditions[name] for name in ADDED if name in conditions}
+    others = {name: value for name, value in conditions.items() if name not in ADDED}
+    return {**others, "added_cond_kwargs": added} if added else others

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,84 +12,28 @@ from torch import Tensor
 from atdiff.errors import UserError
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule, expand
+from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.variational import variational_bound
+from atdiff.prediction import edm_preconditioning, to_x0
 from atdiff.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
 
-__all__ = ["DenoisingBatch", "DenoisingObjective", "ObjectiveOutput"]
+__all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
 Target = Literal["equivariant", "invariant"]
 Variance = Literal["fixed", "learned_range"]
 Weighting = Literal["none", "min-snr", "high-noise"]
 
-_TENSORS = ("x0", "noise", "input_noise", "timesteps", "weights", "alpha", "sigma")
 
-
-@dataclass(frozen=True)
-class DenoisingBatch:
-    """Everything random about one batch, drawn once and used by all of its passes.
-
-    ``x0``, ``noise`` and ``input_noise`` are ``(B, ...)``, the rest ``(B,)``; ``conditions`` are further arguments
-    of the network, such as ``class_labels``, with samples along their first axis. ``input_noise`` differs from
-    ``noise`` under input perturbation alone.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    input_noise: Tensor
-    timesteps: Tensor
-    weights: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    conditions: dict[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self.x0.shape[0]
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> DenoisingBatch:
-        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
-        conditions = {name: function(value) for name, value in self.conditions.items()}
-        return DenoisingBatch(**tensors, conditions=conditions)
-
-    def narrow(self, start: int, length: int) -> DenoisingBatch:
-        """Return ``length`` samples from ``start`` on."""
-        return self._map(lambda tensor: tensor.narrow(0, start, length))
-
-    def to(self, device: torch.device | str) -> DenoisingBatch:
-        """Return the batch on another device."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def chunk(self, parts: int) -> list[DenoisingBatch]:
-        """Split into at most ``parts`` batches of nearly equal size."""
-        sizes = [len(chunk) for chunk in self.timesteps.chunk(parts)]
-        return [self.narrow(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-
-    @classmethod
-    def cat(cls, batches: list[DenoisingBatch]) -> DenoisingBatch:
-        """Join batches that have the same conditions."""
-        tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in _TENSORS}
-        names = batches[0].conditions
-        conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in names}
-        return cls(**tensors, conditions=conditions)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tensors by name, to be saved."""
-        return {name: getattr(self, name) for name in (*_TENSORS, "conditions")}
-
-
-class ObjectiveOutput(NamedTuple):
-    """Per-sample results of one forward pass.
+@dataclass(frozen=True, kw_only=True)
+class DenoisingBatch(Batch):
+    """What :meth:`DenoisingObjective.draw` returns.
 
     Attributes:
-        loss: ``(B,)``, weighted; its mean is what is trained on.
-        terms: each unweighted term, ``(B,)``, such as ``mse`` and ``vb``.
-        residual: the predicted minus the true noise at the network's input, up to a positive factor per sample;
-            ``(B, ...)``, detached.
+        input_noise: builds the input; differs from ``noise`` under input perturbation alone.
     """
 
-    loss: Tensor
-    terms: dict[str, Tensor]
-    residual: Tensor
+    input_noise: Tensor
 
 
 class DenoisingObjective:
@@ -119,6 +63,8 @@ class DenoisingObjective:
         UserError: a value is out of its range, or two contradict each other.
     """
 
+    batch_type = DenoisingBatch
+
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
@@ -133,7 +79,7 @@ class DenoisingObjective:
         input_perturbation: float = 0.0,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
-        self.prediction_type = _resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         self.variance, self.weighting, self.snr_gamma = variance, weighting, snr_gamma
         self.label_dropout, self.null_label = label_dropout, null_label
         self.input_perturbation = input_perturbation
@@ -196,7 +142,16 @@ class DenoisingObjective:
             labels = conditions["class_labels"]
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
             conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
-        return DenoisingBatch(x0, noise, input_noise, timesteps, weights, alpha, sigma, conditions)
+        return DenoisingBatch(
+            x0=x0,
+            noise=noise,
+            input_noise=input_noise,
+            timesteps=timesteps,
+            weights=weights,
+            alpha=alpha,
+            sigma=sigma,
+            conditions=conditions,
+        )
 
     def loss(self, model: Callable[..., Any], batch: DenoisingBatch, delta: Tensor | None = None) -> Tensor:
         """Return the weighted loss of each sample, ``(B,)``, at ``x_t + delta`` with the equivariant target."""
@@ -237,7 +192,7 @@ class DenoisingObjective:
             error = prediction - self._target(batch.x0, noise, alpha, sigma)
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
-            x0_hat = self._x0_hat(prediction, x_t, alpha, sigma).detach()
+            x0_hat = to_x0(prediction, x_t, alpha, sigma, self.prediction_type).detach()
             bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
             terms["vb"] = bound * (self.schedule.num_train_timesteps / 1000.0)
         loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
@@ -252,6 +207,14 @@ class DenoisingObjective:
         total = torch.stack([term.detach() for term in output.terms.values()]).sum(dim=0)
         self.timestep_sampler.update(batch.timesteps, total)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the timestep sampler."""
+        return self.timestep_sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.timestep_sampler.load_state_dict(state)
+
     def _target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return noise
@@ -260,13 +223,6 @@ class DenoisingObjective:
         if self.prediction_type == "v_prediction":
             return alpha * noise - sigma * x0
         return noise - x0
-
-    def _x0_hat(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        if self.prediction_type == "sample":
-            return prediction
-        if self.prediction_type == "v_prediction":
-            return alpha * x_t - sigma * prediction
-        return (x_t - sigma * prediction) / alpha
 
     def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         expected = 2 * channels if self.variance == "learned_range" else channels
@@ -283,9 +239,7 @@ class DenoisingObjective:
     def _preconditioning(self, sigma: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor | float]:
         if self.prediction_type != "edm":
             return None, 0.0, 1.0
-        sigma_data = self.schedule.sigma_data
-        total = sigma.square() + sigma_data**2
-        return total.rsqrt(), sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
+        return edm_preconditioning(sigma, self.schedule.sigma_data)
 
     def _snr_weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
         if self.weighting == "none":
@@ -305,11 +259,16 @@ class DenoisingObjective:
         return capped * sigma.square()
 
 
-def _resolve_prediction_type(
+def resolve_prediction_type(
     schedule: NoiseSchedule,
     scheduler: Any,  # noqa: ANN401
     prediction_type: str | None,
 ) -> str:
+    """Return what a network of this scheduler predicts: ``prediction_type``, or what the scheduler says.
+
+    Raises:
+        UserError: it does not fit the scheduler.
+    """
     valid = {
         "edm": ("edm",),
         "flow": ("flow",),

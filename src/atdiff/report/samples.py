@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,6 @@ from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
 from atdiff.report.plots import RC
 from atdiff.runs import Denoiser, load_denoiser
-from atdiff.sampling.generate import generate
 
 __all__ = ["Grids", "sample_grids", "samples_picture"]
 
@@ -36,6 +36,7 @@ def sample_grids(
     *,
     seed: int = 0,
     columns: int | None = None,
+    prompts: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grids:
     """Draw one square grid a sampler, number of steps and arm, with the same noise in the same places of all.
@@ -47,15 +48,18 @@ def sample_grids(
         seed: of the pictures; see :func:`atdiff.sampling.generate.iter_generate`.
         columns: pictures along the side of a grid; default at most 6, and as many as keep all grids together under
             5 MB in a page. Runs on points of the plane are drawn as one picture of 1,000 points instead.
+        prompts: for text-to-image runs, in the place of the captions of their training.
         device: where to sample.
 
     Returns:
         PNGs by sampler, steps and arm, a pixel of the picture a pixel of the image.
 
     Raises:
-        UserError: a run cannot be loaded, or its images have neither 1 nor 3 channels.
+        UserError: a run cannot be loaded, its images have neither 1 nor 3 channels, or it needs prompts.
     """
     denoisers = {arm: load_denoiser(run) for arm, run in runs.items()}
+    if prompts is not None:
+        denoisers = {arm: replace(denoiser, prompts=tuple(prompts)) for arm, denoiser in denoisers.items()}
     for denoiser in denoisers.values():
         channels = denoiser.image_shape[0]
         if channels not in (1, 3) and not _is_plane(denoiser):
@@ -63,7 +67,6 @@ def sample_grids(
                 f"{denoiser.source} makes images of {channels} channels, expected 1 or 3 to show them: evaluate it "
                 "with `atdiff evaluate`, which draws none."
             )
-        denoiser.model.to(device)
     grids = len(denoisers) * len(samplers) * len(steps)
     return {
         sampler: {
@@ -111,17 +114,7 @@ def _columns(denoiser: Denoiser, grids: int) -> int:
 
 def _grid(denoiser: Denoiser, sampler: str, steps: int, seed: int, columns: int, device: torch.device | str) -> bytes:
     num = POINTS if _is_plane(denoiser) else columns * columns
-    images = generate(
-        denoiser.model,
-        denoiser.scheduler,
-        sampler=sampler,
-        steps=steps,
-        num=num,
-        shape=denoiser.image_shape,
-        seed=seed,
-        class_labels=denoiser.class_labels(num),
-        device=device,
-    )
+    images = torch.cat(list(denoiser.pictures(sampler=sampler, steps=steps, num=num, seed=seed, device=device)))
     if _is_plane(denoiser):
         images, columns = density_picture(images)[None], 1
     pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()

@@ -95,7 +95,7 @@ def denoise_steps(
         x_t = x if schedule.kind == "edm" else inputs
         timesteps = t.to(x.device).expand(len(x))
         seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
-        output = predict(model, inputs, seen, model_kwargs)
+        output = predict(model, inputs, seen * getattr(scheduler, "time_scale", 1), model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
         prediction = correction(prediction, x_t, seen, schedule, prediction_type)
         if seen is not timesteps:

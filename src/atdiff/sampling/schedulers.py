@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
@@ -193,6 +195,7 @@ _COPIED = (
     "set_alpha_to_one", "steps_offset",  # ddim
     "shift", "shift_terminal",  # flow
     "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho",  # edm
+    "original_inference_steps", "timestep_scaling", "s_noise", "clip_denoised",  # consistency models
 )  # fmt: skip
 
 
@@ -258,6 +261,8 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
     "flow-euler": {"flow": partial(_plain, EvenFlowMatchEulerScheduler)},
     "edm-euler": {"edm": partial(_plain, EDMEulerScheduler)},
+    "lcm": {"vp": partial(_plain, LCMScheduler)},
+    "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
 }
 SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
 
@@ -284,6 +289,8 @@ def make_scheduler(
     ``heun``           vp        even in logSNR                                          2 steps - 1
     ``flow-euler``     flow      even in t, then shifted                                 steps
     ``edm-euler``      edm       Karras' spacing                                         steps
+    ``lcm``            vp        of a consistency model: even on its grid, new noise      steps
+    ``consistency``    edm       of a consistency model: even on its grid, new noise      steps
     ================== ========= ======================================================= ===============
 
     The training scheduler's ``clip_sample`` holds for every vp sampler: where it is true, ``x0_hat`` is
@@ -304,20 +311,26 @@ def make_scheduler(
     train_steps = schedule.num_train_timesteps
     if not 1 <= steps <= train_steps:
         raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={train_steps}.")
-    if schedule.kind == "edm" and training_scheduler.config.prediction_type != "epsilon":
+    predicts = training_scheduler.config.get("prediction_type", "epsilon")
+    if schedule.kind == "edm" and predicts != "epsilon":
         raise UserError(
-            f"prediction_type={training_scheduler.config.prediction_type!r} is not supported for EDM "
+            f"prediction_type={predicts!r} is not supported for EDM "
             "networks; use 'epsilon', diffusers' name for EDM preconditioning."
         )
     scheduler = build(training_scheduler)
+    _check_grid(sampler, scheduler, steps)
     scheduler.set_timesteps(steps)
+    # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
+    scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.kind == "vp":
         _check_timesteps(sampler, scheduler, steps)
     return scheduler
 
 
 def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
-    """Return the plain first-order sampler of a network's noise schedule: DDIM, or Euler for flows and EDM."""
+    """Return the plain sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
+    if isinstance(training_scheduler, LCMScheduler | CMStochasticIterativeScheduler):
+        return "lcm" if isinstance(training_scheduler, LCMScheduler) else "consistency"
     return {"vp": "ddim", "flow": "flow-euler", "edm": "edm-euler"}[NoiseSchedule(training_scheduler).kind]
 
 
@@ -331,6 +344,12 @@ def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:
             f"sampler {sampler!r} does not fit a network trained on a {kind} schedule; use {' or '.join(fitting)}."
         )
     return _BUILDERS[sampler][kind]
+
+
+def _check_grid(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401
+    grid = scheduler.config.get("original_inference_steps", steps)
+    if steps > grid:
+        raise UserError(f"steps={steps} of {sampler} exceed the {grid} intervals of the network's grid; use fewer.")
 
 
 def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401

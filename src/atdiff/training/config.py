@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 from atdiff.adversary import Direction, Method, Order
 from atdiff.norms import Norm
+from atdiff.objectives.consistency import Distance, Site
 from atdiff.objectives.denoising import PredictionType, Target, Variance, Weighting
+from atdiff.objectives.pairs import PairName
+from atdiff.objectives.teacher import Solver
 
 __all__ = [
     "AdversaryConfig",
+    "ConsistencyConfig",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -31,6 +36,9 @@ class DataConfig:
         image_size: crop and resize to this many pixels; null expects images of one size.
         flip: mirror half of the images left to right.
         class_conditional: give the labels to the network.
+        captions: one a class, which makes text-to-image data of labelled images.
+        caption_column: of a table; default the first that holds text.
+        limit: read only so many images; null for all. Text-to-image data only.
     """
 
     name: str = "digits"
@@ -38,14 +46,40 @@ class DataConfig:
     image_size: int | None = None
     flip: bool = False
     class_conditional: bool = False
+    captions: list[str] | None = None
+    caption_column: str | None = None
+    limit: int | None = None
 
 
 @dataclass
 class ModelConfig:
-    """Which network: ``mlp``, ``unet`` (``UNet2DModel``) or ``adm``, and its constructor's arguments."""
+    """Which network, and its constructor's arguments.
 
-    name: Literal["mlp", "unet", "adm"] = "mlp"
+    Attributes:
+        name: ``mlp``, ``unet`` (``UNet2DModel``) or ``adm``, of pixels; ``pipeline``, the U-Net of the Stable Diffusion
+            pipeline that ``training.init`` names, on its latents; ``tiny-sd``, a small one made from the data.
+        args: of the constructor.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+    """
+
+    name: Literal["mlp", "unet", "adm", "pipeline", "tiny-sd"] = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters of a pipeline's U-Net, trained instead of its weights.
+
+    Attributes:
+        rank: of the adapters; 0 trains all weights.
+        alpha: their scale times the rank; default the rank.
+        targets: names of layers; null for those of LCM-LoRA.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: list[str] | None = None
 
 
 @dataclass
@@ -70,6 +104,39 @@ class ObjectiveConfig:
 
 
 @dataclass
+class ConsistencyConfig:
+    """Consistency distillation and training; see :class:`atdiff.ConsistencyObjective`.
+
+    Attributes:
+        mode: ``none`` trains a denoiser; ``distillation`` from a teacher; ``training`` without one.
+        teacher: a run, pipeline folder or hub id; default ``training.init``.
+        solver: of the teacher's step.
+        site: which input the adversary perturbs.
+        pairs: which timesteps are compared.
+        intervals: of the grid of timesteps, which is also the sampler's.
+        distance: between the two values.
+        huber_c: of the distance; null for the usual one.
+        target_decay: of the moving average that is the target; 0 for the network itself, without gradient.
+        guidance: range of the teacher's classifier-free guidance scale, on latents.
+        embed_guidance: tell the network the scale; LoRA trains without.
+        sample_guidance: scale when sampling.
+    """
+
+    mode: Literal["none", "distillation", "training"] = "none"
+    teacher: str | None = None
+    solver: Solver = "ddim"
+    site: Site = "student"
+    pairs: PairName = "even"
+    intervals: int = 50
+    distance: Distance = "pseudo-huber"
+    huber_c: float | None = None
+    target_decay: float = 0.95
+    guidance: tuple[float, float] = (3.0, 15.0)
+    embed_guidance: bool = True
+    sample_guidance: float = 7.5
+
+
+@dataclass
 class AdversaryConfig:
     """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training."""
 
@@ -77,7 +144,7 @@ class AdversaryConfig:
     step_size: float = 0.0
     passes: int = 1
     radius: float | None = None
-    scale: Literal["constant", "sigma", "high"] = "constant"
+    scale: Literal["constant", "sigma", "high", "middle"] = "constant"
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"
@@ -138,6 +205,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -27,8 +27,11 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(network).eval().requires_grad_(False)
-        self._average = list(self.module.parameters())
-        self._weights = list(network.parameters())
+        # What is frozen, under adapters, stays equal by itself.
+        pairs = zip(self.module.parameters(), network.parameters(), strict=True)
+        trained = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._average = [average for average, _ in trained]
+        self._weights = [weight for _, weight in trained]
         self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))
         self._update = get_ema_multi_avg_fn(decay)
 

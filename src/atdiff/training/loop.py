@@ -10,29 +10,47 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import Tensor, nn
+from torch import Tensor
 
-from atdiff.adversary import Adversary
-from atdiff.data.sources import load_data
+from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text
 from atdiff.models.presets import build_model
+from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
-from atdiff.runs import load_denoiser, open_run, save_pipeline
+from atdiff.runs import open_run, save_pipeline
 from atdiff.sampling.generate import generate, save_images
 from atdiff.sampling.schedulers import default_sampler
-from atdiff.timesteps import make_timestep_sampler
+from atdiff.training.build import (
+    build_adversary,
+    build_objective,
+    build_scheduler,
+    build_teacher,
+    load_initial_weights,
+)
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
-from atdiff.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from atdiff.training.config import OptimizerConfig, TrainConfig
 from atdiff.training.ema import EMA
 from atdiff.training.progress import training_progress
 
-__all__ = ["Trainer", "train"]
+__all__ = ["Trainer", "make_trainer", "train"]
+
+
+def make_trainer(config: TrainConfig) -> Trainer:
+    """Return the trainer of a run: of pixels, or of a pipeline's latents.
+
+    Raises:
+        UserError: for settings, data or weights that do not fit.
+    """
+    if config.model.name not in ("pipeline", "tiny-sd"):
+        return Trainer(config)
+    from atdiff.latent.trainer import LatentTrainer  # transformers takes seconds to import
+
+    return LatentTrainer(config)
 
 
 def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Path:
@@ -43,7 +61,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Path:
     Raises:
         UserError: before anything is computed or written, for settings, data, weights or a folder that do not fit.
     """
-    trainer = Trainer(config)
+    trainer = make_trainer(config)
     trainer.open(out)
     trainer.run(progress=progress)
     return out
@@ -52,37 +70,45 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Path:
 class Trainer:
     """All that one run holds. Building it checks the settings and writes nothing."""
 
+    published = "pipeline"  # the folder that a finished run leaves
+
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        settings = config.training
-        for name in ("passes", "batch_size", "accumulate", "log_every", "checkpoint_every"):
-            if getattr(settings, name) < 1:
-                raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
-        if not 0 <= settings.ema_decay < 1:
-            raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
-        if settings.precision == "fp16" and not torch.cuda.is_available():
-            raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
-        if settings.tracker is not None:
-            _check_tracker(settings.tracker)
-        self.scheduler = build_scheduler(config)
-        self.objective = build_objective(config, self.scheduler, None)
+        _check_training(config)
         self.adversary = build_adversary(config)
-        self.data = load_data(config.data.name, split=config.data.split, image_size=config.data.image_size)
+        torch.manual_seed(config.training.seed)
+        self._prepare()
+        self.passes_done = self.batches_done = 0
+
+    def _prepare(self) -> None:
+        """Build scheduler, data, network and objective, what may be wrong with the settings first."""
+        config = self.config
+        if config.lora.rank:
+            raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
+        self.scheduler: Any = build_scheduler(config)
+        build_objective(config, self.scheduler)
+        teacher = build_teacher(config)
+        self.data: Any = load_data(config.data.name, split=config.data.split, image_size=config.data.image_size)
         num_classes = self._num_classes()
-        if num_classes is not None:
-            self.objective = build_objective(config, self.scheduler, num_classes)
-        torch.manual_seed(settings.seed)
+        self.objective: DenoisingObjective | ConsistencyObjective = build_objective(
+            config, self.scheduler, num_classes, teacher
+        )
         dropout = config.objective.label_dropout > 0
-        self.network = build_model(
+        self.network: Any = build_model(
             config.model.name,
             config.model.args,
             image_shape=self.image_shape,
             learned_variance=config.objective.variance == "learned_range",
             num_class_embeds=None if num_classes is None else num_classes + int(dropout),
         )
-        if settings.init is not None:
-            _load_initial_weights(self.network, settings.init)
-        self.passes_done = self.batches_done = 0
+        if config.training.init is not None:
+            load_initial_weights(self.network, config.training.init)
+
+    @property
+    def images(self) -> ImageData:
+        """The images, as a reference for metrics."""
+        images: ImageData = self.data
+        return images
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -114,17 +140,18 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         checkpoint = latest_checkpoint(out / "checkpoints") if resumed else None
         self.finished = (
-            checkpoint is not None and passes_of(checkpoint) >= settings.passes and (out / "pipeline").is_dir()
+            checkpoint is not None and passes_of(checkpoint) >= settings.passes and (out / self.published).is_dir()
         )
         if self.finished:
             return
         device = self.accelerator.device
         self.network.to(device)
         self.ema = EMA(self.network, settings.ema_decay)
+        self._place_objective(device)
         optimizer = self.config.optimizer
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
-                self.network.parameters(),
+                [parameter for parameter in self.network.parameters() if parameter.requires_grad],
                 lr=optimizer.lr,
                 betas=optimizer.betas,
                 weight_decay=optimizer.weight_decay,
@@ -137,6 +164,19 @@ class Trainer:
             self.accelerator.init_trackers("atdiff")
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _place_objective(self, device: torch.device) -> None:
+        """Give a consistency objective its target network, and put its teacher on the device."""
+        self.target: EMA | None = None
+        objective, decay = self.objective, self.config.consistency.target_decay
+        if not isinstance(objective, ConsistencyObjective):
+            return
+        objective.autocast = self.accelerator.autocast
+        if decay > 0:
+            self.target = EMA(self.network, decay)
+            objective.target = self.target.module
+        if objective.teacher is not None and isinstance(objective.teacher.model, torch.nn.Module):
+            objective.teacher.model.to(device)
 
     def run(self, *, progress: bool = True) -> None:
         """Train to the last pass and write the pipeline; nothing where that was done before."""
@@ -163,7 +203,7 @@ class Trainer:
         _seed(np.random.SeedSequence([settings.seed, rank, self.batches_done]))
         x0, conditions = self._load(self.batches_done)
         cost = self.adversary.num_passes // self.adversary.updates_per_batch
-        self._set_learning_rate()
+        self._set_progress()
         for loss in self.adversary.passes(self.objective, self.model, x0, accumulate=settings.accumulate, **conditions):
             if self.passes_done >= settings.passes:
                 break  # The last batch has more passes than are left.
@@ -176,16 +216,21 @@ class Trainer:
             self.last_loss = loss.detach()
             if self.accelerator.sync_gradients:
                 self.ema.update()
+                if self.target is not None:
+                    self.target.update()
                 self.passes_done += cost
-                self._set_learning_rate()
+                self._set_progress()
                 yield
+
+    def _indices(self, batch: int) -> Tensor:
+        """Return which samples of the data this process takes for a batch."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.config.training.batch_size * world
+        return batch_indices(self.config.training.seed, batch, size, len(self.data))[rank::world]
 
     def _load(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images in [-1, 1] and the conditions of a batch, on the device."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.config.training.batch_size * world
-        indices = batch_indices(self.config.training.seed, batch, size, len(self.data.images))[rank::world]
-        device = self.accelerator.device
+        indices, device = self._indices(batch), self.accelerator.device
         x0 = self.data.x0(indices).to(device, non_blocking=True)
         if self.config.data.flip:
             mirrored = torch.rand(len(x0), device=device) < 0.5
@@ -195,8 +240,12 @@ class Trainer:
         assert self.data.labels is not None
         return x0, {"class_labels": self.data.labels[indices].to(device)}
 
-    def _set_learning_rate(self) -> None:
-        factor = learning_rate_factor(self.config.optimizer, self.passes_done, self.config.training.passes)
+    def _set_progress(self) -> None:
+        """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""
+        total = self.config.training.passes
+        if isinstance(self.objective, ConsistencyObjective):
+            self.objective.progress = self.passes_done / total
+        factor = learning_rate_factor(self.config.optimizer, self.passes_done, total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
 
@@ -221,7 +270,7 @@ class Trainer:
         seconds = time.perf_counter() - self.started
         values = {
             "pass": self.passes_done,
-            "epoch": round(self.batches_done * self.config.training.batch_size / len(self.data.images), 4),
+            "epoch": round(self.batches_done * self.config.training.batch_size / len(self.data), 4),
             "loss": self.last_loss.item(),
             **{name: term.detach().mean().item() for name, term in output.terms.items()},
             "delta_norm": self.adversary.mean_norm().item(),
@@ -247,20 +296,24 @@ class Trainer:
             "batches": self.batches_done,
             "optimizer": self.optimizer.state_dict(),
             "adversary": self.adversary.state_dict(),
-            "timestep_sampler": self.objective.timestep_sampler.state_dict(),
+            "objective": self.objective.state_dict(),
         }
+        if self.target is not None:
+            state["target"] = self._weights(self.target.module)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        weights, ema = self.network.state_dict(), self.ema.module.state_dict()
+        weights, ema = self._weights(self.network), self._weights(self.ema.module)
         save_checkpoint(self.out / "checkpoints", self.passes_done, weights, ema, state)
 
     def _restore(self, checkpoint: Path) -> None:
         weights, ema, state = load_checkpoint(checkpoint)
-        self.network.load_state_dict(weights)
-        self.ema.module.load_state_dict(ema)
+        self._load_weights(self.network, weights)
+        self._load_weights(self.ema.module, ema)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(state["adversary"], self.accelerator.device)
-        self.objective.timestep_sampler.load_state_dict(state["timestep_sampler"])
+        self.adversary.load_state_dict(state["adversary"], self.accelerator.device, self.objective.batch_type)
+        self.objective.load_state_dict(state["objective"])
+        if self.target is not None:
+            self._load_weights(self.target.module, state["target"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.passes_done, self.batches_done = state["passes"], state["batches"]
@@ -271,12 +324,15 @@ class Trainer:
             write_text(metrics, "".join(f"{line}\n" for line in kept))
 
     def _sample(self) -> None:
-        """Write a grid of pictures of the average, at most 64."""
+        """Write a grid of pictures of the average."""
         folder = self.out / "samples"
         path = folder / f"pass-{self.passes_done:09d}.png"
         if path.exists():
             return
         folder.mkdir(exist_ok=True)
+        self._draw_samples(path)
+
+    def _draw_samples(self, path: Path) -> None:
         labels = None
         if self.config.data.class_conditional:
             labels = torch.arange(64) % (self._num_classes() or 1)
@@ -284,7 +340,7 @@ class Trainer:
             self.ema.module,
             self.scheduler,
             sampler=default_sampler(self.scheduler),
-            steps=20,
+            steps=4 if isinstance(self.objective, ConsistencyObjective) else 20,
             num=64,
             shape=self.image_shape,
             class_labels=labels,
@@ -294,9 +350,33 @@ class Trainer:
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
-            save_pipeline(self.out / "pipeline", self.ema.module, self.scheduler)
+            self._publish()
             self._sample()
         self.accelerator.end_training()
+
+    def _publish(self) -> None:
+        save_pipeline(self.out / self.published, self.ema.module, self.scheduler)
+
+    def _weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)
+        """Return what a checkpoint holds of a network."""
+        weights: dict[str, Tensor] = network.state_dict()
+        return weights
+
+    def _load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
+        network.load_state_dict(weights)
+
+
+def _check_training(config: TrainConfig) -> None:
+    settings = config.training
+    for name in ("passes", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
+    if not 0 <= settings.ema_decay < 1:
+        raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
+    if settings.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    if settings.tracker is not None:
+        _check_tracker(settings.tracker)
 
 
 def _check_tracker(name: str) -> None:
@@ -314,76 +394,6 @@ def _seed(entropy: np.random.SeedSequence) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
-
-
-def build_scheduler(config: TrainConfig) -> Any:  # noqa: ANN401
-    """Build the diffusers scheduler of a run, with the objective's prediction and variance types.
-
-    Raises:
-        UserError: diffusers has no such scheduler, or its arguments do not fit.
-    """
-    settings: SchedulerConfig = config.scheduler
-    factory = getattr(diffusers, settings.name, None)
-    if factory is None or not settings.name.endswith("Scheduler"):
-        raise UserError(f"scheduler.name={settings.name!r} is no scheduler of diffusers; try 'DDPMScheduler'.")
-    args = dict(settings.args)
-    if config.objective.prediction_type in ("epsilon", "sample", "v_prediction"):
-        args["prediction_type"] = config.objective.prediction_type
-    if config.objective.variance == "learned_range":
-        args["variance_type"] = "learned_range"
-    try:
-        return factory(**args)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"scheduler {settings.name} cannot be built from {args}: {error}") from None
-
-
-def build_objective(config: TrainConfig, scheduler: Any, num_classes: int | None) -> DenoisingObjective:  # noqa: ANN401
-    """Build the objective of a run; the null label of label dropout comes after the classes."""
-    settings = config.objective
-    objective = DenoisingObjective(
-        scheduler,
-        settings.prediction_type,
-        variance=settings.variance,
-        weighting=settings.weighting,
-        snr_gamma=settings.snr_gamma,
-        label_dropout=settings.label_dropout if num_classes is not None else 0.0,
-        null_label=num_classes,
-        input_perturbation=settings.input_perturbation,
-    )
-    if not (objective.schedule.kind == "edm" and settings.timestep_sampler == "uniform"):
-        objective.timestep_sampler = make_timestep_sampler(settings.timestep_sampler, objective.schedule)
-    return objective
-
-
-def build_adversary(config: TrainConfig) -> Adversary:
-    """Build the adversary of a run."""
-    settings = config.adversary
-    return Adversary(
-        settings.norm,
-        settings.step_size,
-        settings.passes,
-        radius=settings.radius,
-        scale=settings.scale,
-        noise_levels=settings.noise_levels,
-        method=settings.method,
-        direction=settings.direction,
-        order=settings.order,
-        target=settings.target,
-    )
-
-
-def _load_initial_weights(network: nn.Module, init: str) -> None:
-    weights = load_denoiser(init).model.state_dict()
-    own = network.state_dict()
-    for name in {**own, **weights}:
-        if name not in weights or name not in own or own[name].shape != weights[name].shape:
-            theirs = tuple(weights[name].shape) if name in weights else "nothing"
-            ours = tuple(own[name].shape) if name in own else "nothing"
-            raise UserError(
-                f"training.init={init!r} does not fit the network: {name} is {theirs} there and {ours} here; give "
-                "the model settings that it was trained with."
-            )
-    network.load_state_dict(weights)
 
 
 def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int) -> float:

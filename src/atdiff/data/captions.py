@@ -1,0 +1,560 @@
+"""Images with captions, pair by pair: image folders, parquet and hub data sets, webdataset, labelled data."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from atdiff.data.cifar import holds_cifar
+from atdiff.data.imagenet import holds_imagenet
+from atdiff.data.mixture import MIXTURES
+from atdiff.data.sources import (
+    _CROPS,
+    IMAGE_SUFFIXES,
+    Crop,
+    Item,
+    _check_options,
+    _check_whole,
+    _column,
+    _describe,
+    _folder,
+    _holds_images,
+    _is_hub_name,
+    _is_visible_image,
+    _load_table,
+    _read,
+    _unknown,
+    load_data,
+)
+from atdiff.errors import UserError
+
+__all__ = ["CaptionedImages", "load_captioned"]
+
+TEXT_COLUMNS = ("text", "caption", "TEXT", "captions")  # the first of them that a data set has
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+class _Pictures(Protocol):
+    """Where the pictures of a source are, in order; iterated anew each time."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def stamp(self) -> str:
+        """Return what is different once a picture is."""
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedImages:
+    """Pairs of an image and its caption, in a fixed order; images are decoded while iterating, each time anew.
+
+    Iterating yields the image, uint8 ``(C, H, W)``, and the caption, and raises ``UserError`` at an unreadable image
+    and, without ``image_size``, at one of another size than the first.
+
+    Attributes:
+        name: what the pairs are, for reports.
+        captions: of all pairs, in order, none of them empty.
+        pictures: where the images are.
+        image_size: of the square that images are cropped and resized to; as they are when None.
+        channels: 1 or 3.
+        crop: how ``image_size`` is had.
+    """
+
+    name: str
+    captions: list[str]
+    pictures: _Pictures
+    image_size: int | None
+    channels: int
+    crop: Crop
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
+        first: tuple[str, tuple[int, ...]] | None = None
+        for (name, source), caption in zip(self.pictures, self.captions, strict=True):
+            pixels = source if isinstance(source, np.ndarray) else self._decode(name, source)
+            first = first or (name, pixels.shape)
+            if pixels.shape != first[1]:
+                raise UserError(
+                    f"{first[0]} is {_describe(first[1])} but {name} is {_describe(pixels.shape)}: make them equal "
+                    "with image_size."
+                )
+            yield torch.from_numpy(pixels), caption
+
+    def fingerprint(self) -> str:
+        """Return a hash of 16 hexadecimal digits that another image, caption, size or crop changes.
+
+        Files are told apart by name, size and time of change, not read; hub data sets by what ``datasets`` calls their
+        fingerprint; images in memory by their bytes.
+        """
+        parts = (self.image_size, self.channels, self.crop, self.captions, self.pictures.stamp())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _decode(self, name: str, source: Path | io.BytesIO) -> np.ndarray:
+        image = _read(name, source).convert("L" if self.channels == 1 else "RGB")
+        if self.image_size is not None:
+            image = _CROPS[self.crop](image, self.image_size)
+        pixels = np.array(image)
+        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+Pairs = tuple[_Pictures, list[str]]
+
+
+def load_captioned(
+    name: str,
+    *,
+    split: str = "train",
+    image_size: int | None,
+    channels: int = 3,
+    captions: Sequence[str] | None = None,
+    caption_column: str | None = None,
+    limit: int | None = None,
+    crop: Crop = "bicubic",
+) -> CaptionedImages:
+    """Find the pairs of a data set and read their captions, but not yet their images.
+
+    Args:
+        name: one of
+
+            - a folder of images with a ``metadata.jsonl`` or ``metadata.csv`` of ``file_name`` and caption, one pair a
+              row (`imagefolder <https://huggingface.co/docs/datasets/image_dataset>`_), or with a ``.txt`` beside each
+              image;
+            - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, with a column of images and one
+              of captions;
+            - a ``.tar`` file, or a folder of them, as `webdataset <https://github.com/webdataset/webdataset>`_ has
+              them: ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``;
+            - whatever :func:`atdiff.data.load_data` reads with labels, with one caption a class in ``captions``. All
+              but a folder of class folders is held in memory, as there.
+        split: as in :func:`atdiff.data.load_data`; for a folder the subfolder of that name, if there is one.
+        image_size: centre-crop to a square and resize to this many pixels.
+        channels: 1 or 3, greyscale or RGB.
+        captions: one a class, in the order of the labels, for data that have labels alone.
+        caption_column: column (of a table) or field (of JSON) of the captions; when None the first of ``text``,
+            ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
+        limit: take only that many pairs, the first ones.
+        crop: ``"bicubic"`` or ``"adm"``, as in :func:`atdiff.data.load_data`.
+
+    Raises:
+        UserError: nothing of that name, no captions, an image without one, an empty one, ``captions`` that do not fit
+            the classes or are given for data with captions of their own, an unknown split or column, a limit below 1,
+            or a damaged file.
+    """
+    _check_options(image_size, channels, crop)
+    _check_arguments(captions, caption_column, limit)
+    own = _own_captions(name, split, caption_column, limit, given=captions is not None)
+    if own is not None:
+        pictures, texts = own
+    elif captions is None:
+        raise _no_captions(name)
+    else:
+        pictures, labels = _labelled(name, split, limit, image_size, channels, crop)
+        texts = _class_captions(name, captions, labels)[:limit]
+    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
+    return CaptionedImages(title, texts, pictures, image_size, channels, crop)
+
+
+def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: expected a number of pairs, 1 or more.")
+    if captions is None:
+        return
+    if caption_column is not None:
+        raise UserError(
+            f"captions and caption_column ({caption_column!r}) are both given: keep captions for data with labels "
+            "alone, caption_column for data with captions."
+        )
+    if isinstance(captions, str):
+        raise UserError(f"captions is the text {captions!r}: expected a list with one caption a class.")
+    if not captions:
+        raise UserError("captions is an empty list: give one a class, in the order of the labels.")
+
+
+def _is_plain_folder(path: Path) -> bool:
+    return path.is_dir() and not holds_cifar(path) and not holds_imagenet(path)
+
+
+def _own_captions(name: str, split: str, asked: str | None, limit: int | None, *, given: bool) -> Pairs | None:
+    """Return the pairs of data with captions of their own, for which none must be ``given``, and None for the rest."""
+    path = Path(name).expanduser()
+    folder = _is_plain_folder(path)
+    if path.suffix == ".tar" or (folder and any(path.rglob("*.tar"))):
+        _check_not_given(name, ".txt or .json members", given)
+        return _shards(path, split, asked, limit)
+    if folder and not any(path.rglob("*.parquet")):
+        return _captioned_folder(_split_folder(path, split), asked, limit, given=given)
+    if folder or (path.is_file() and path.suffix == ".parquet") or _is_hub_name(name):
+        return _captioned_table(name, path, split, asked, limit, given=given)
+    return None
+
+
+def _check_not_given(name: str, where: str, given: bool) -> None:
+    if given:
+        raise UserError(
+            f"{name} has captions of its own ({where}): leave out captions, which are for data with labels alone."
+        )
+
+
+def _no_captions(name: str) -> UserError:
+    path = Path(name).expanduser()
+    if _is_plain_folder(path):
+        return UserError(
+            f"{name} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
+            "image, or, if its subfolders are classes, give captions, one a class."
+        )
+    if name == "digits" or name in MIXTURES or path.is_dir() or (path.is_file() and path.suffix == ".npz"):
+        return UserError(f"{name} has no captions of its own: give captions, one a class in the order of the labels.")
+    return _unknown(name, path)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    if (folder / split).is_dir():
+        return folder / split
+    if split == "all" and (folder / "train").is_dir():
+        raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
+    _check_whole(str(folder), split)
+    return folder
+
+
+def _texts(name: str, cells: Iterable[tuple[str, Any]]) -> list[str]:
+    """Return the captions of (name of an image, what its caption was read as)."""
+    texts: list[str] = []
+    missing: list[str] = []
+    for image, cell in cells:
+        value = (cell[0] if cell else None) if isinstance(cell, list) else cell
+        if value is None:
+            missing.append(image)
+        elif not isinstance(value, str):
+            raise UserError(f"the caption of {image} is {value!r}: expected text.")
+        elif not value.strip():
+            raise UserError(f"the caption of {image} is empty: write one.")
+        else:
+            texts.append(value.strip())
+    if missing:
+        raise _uncaptioned(name, missing, len(missing) + len(texts))
+    if not texts:
+        raise UserError(f"{name} holds no images with captions: expected at least one pair.")
+    return texts
+
+
+def _uncaptioned(name: str, missing: Sequence[str], count: int) -> UserError:
+    return UserError(
+        f"{len(missing)} of the {count} images of {name} have no caption, the first of them {missing[0]}: write one "
+        "for each, or remove them."
+    )
+
+
+def _text_column(name: str, columns: Sequence[str], asked: str | None) -> str:
+    if asked is not None and asked not in columns:
+        raise UserError(f"{name} has no column {asked!r} of captions: expected one of {list(columns)}.")
+    found = [asked] if asked is not None else [c for c in TEXT_COLUMNS if c in columns]
+    if not found:
+        raise UserError(
+            f"{name} has no captions among {list(columns)}, where one of {list(TEXT_COLUMNS)} was expected: name them "
+            "as caption_column (or give captions, one a class, for data with labels alone)."
+        )
+    return found[0]
+
+
+def _utf8(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text ({error}): save it as UTF-8.") from error
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read as JSON ({error}): correct or remove it.") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} holds {fields!r}: expected a JSON object with a field of the caption.")
+    return fields
+
+
+# Labelled data, with one caption a class.
+
+
+@dataclass(frozen=True, eq=False)
+class _InMemory:
+    images: np.ndarray  # (N, C, H, W), of the size and channels asked for
+
+    def __iter__(self) -> Iterator[Item]:
+        return ((f"image {i}", image) for i, image in enumerate(self.images))
+
+    def stamp(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+
+
+def _labelled(
+    name: str, split: str, limit: int | None, image_size: int | None, channels: int, crop: Crop
+) -> tuple[_Pictures, Tensor | None]:
+    """Return the pictures, up to the limit, and all labels."""
+    path = Path(name).expanduser()
+    if name in MIXTURES:
+        raise UserError(f"{name} holds points, which no caption describes: choose a data set of images.")
+    if _is_plain_folder(path) and not any(path.rglob("*.parquet")):
+        items, labels = _folder(path, split)
+        return _Files(path, [file for _, file in items[:limit] if isinstance(file, Path)]), labels
+    data = load_data(name, split=split, image_size=image_size, channels=channels, crop=crop)
+    return _InMemory(data.images[:limit].numpy()), data.labels
+
+
+def _class_captions(name: str, captions: Sequence[str], labels: Tensor | None) -> list[str]:
+    if labels is None:
+        raise UserError(f"{name} has no classes that captions could describe: choose data with labels or captions.")
+    classes = int(labels.max()) + 1
+    if len(captions) != classes:
+        raise UserError(
+            f"{len(captions)} captions are given but {name} has {classes} classes: give one a class, in the order of "
+            "the labels."
+        )
+    texts = _texts(
+        "captions", ((f"class {i}", "" if caption is None else caption) for i, caption in enumerate(captions))
+    )
+    return [texts[label] for label in labels.tolist()]
+
+
+# Image folders.
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    folder: Path
+    files: list[Path]
+
+    def __iter__(self) -> Iterator[Item]:
+        return ((str(file), file) for file in self.files)
+
+    def stamp(self) -> str:
+        return repr([_file_stamp(file, self.folder) for file in self.files])
+
+
+def _file_stamp(file: Path, folder: Path) -> tuple[str, int, int]:
+    """Return name, size and time of change; the folder may move."""
+    status = file.stat()
+    return os.path.relpath(file, folder), status.st_size, status.st_mtime_ns
+
+
+def _captioned_folder(folder: Path, asked: str | None, limit: int | None, *, given: bool) -> Pairs | None:
+    files = sorted(file for file in folder.rglob("*") if _is_visible_image(file, folder))
+    if not files:
+        raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
+    metadata = sorted(file for name in METADATA for file in folder.rglob(name))
+    if metadata:
+        _check_not_given(str(folder), metadata[0].name, given)
+        return _by_metadata(folder, files, metadata, asked, limit)
+    texts = [file.with_suffix(".txt") for file in files]
+    if asked is not None:
+        raise UserError(
+            f"{folder} has no metadata.jsonl or metadata.csv with a column {asked!r}: leave out caption_column."
+        )
+    if not any(text.is_file() for text in texts):
+        return None
+    _check_not_given(str(folder), ".txt files beside the images", given)
+    cells = (
+        (str(file), _utf8(text.read_bytes(), str(text)) if text.is_file() else None)
+        for file, text in zip(files[:limit], texts, strict=False)
+    )
+    return _Files(folder, files[:limit]), _texts(str(folder), cells)
+
+
+def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: str | None, limit: int | None) -> Pairs:
+    if len({file.suffix for file in metadata}) > 1:
+        raise UserError(f"{folder} holds metadata both as .jsonl and as .csv: keep one of them.")
+    rows = [(file, row) for file in metadata for row in _rows(file)]
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    column = _text_column(str(metadata[0]), columns, asked)
+    files = []
+    for file, row in rows:
+        listed = row.get("file_name")
+        if not isinstance(listed, str) or not (file.parent / listed).is_file():
+            raise UserError(
+                f"{file} has a row of which file_name is {listed!r}: expected an image's path relative to "
+                f"{file.parent}."
+            )
+        files.append(file.parent / listed)
+    unlisted = sorted(set(images) - set(files))
+    if unlisted:
+        raise _uncaptioned(str(folder), [str(image) for image in unlisted], len(images))
+    cells = ((str(file), row.get(column)) for file, (_, row) in zip(files[:limit], rows, strict=False))
+    return _Files(folder, files[:limit]), _texts(str(folder), cells)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    text = _utf8(file.read_bytes(), str(file))
+    if file.suffix == ".jsonl":
+        # Not splitlines(), which also cuts at separators that a caption may hold.
+        lines = enumerate(text.split("\n"), 1)
+        return [_json_object(line, f"line {i} of {file}") for i, line in lines if line.strip()]
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file} cannot be read as comma-separated values ({error}): write it anew.") from error
+    for i, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f"row {i} of {file} has more values than columns: quote captions that hold a comma.")
+    return rows
+
+
+# Parquet files and hub data sets.
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    name: str
+    column: str
+    rows: Any  # a datasets.Dataset of that column, not decoded
+
+    def __iter__(self) -> Iterator[Item]:
+        for i, row in enumerate(self.rows):
+            cell, item = row[self.column], f"row {i} of {self.name}"
+            if not cell or not (cell["bytes"] or cell["path"]):
+                raise UserError(f"{item} has no image in column {self.column!r}: remove it.")
+            yield item, io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
+
+    def stamp(self) -> str:
+        return self.rows._fingerprint  # of the files, their times of change and what was done to them since
+
+
+def _captioned_table(
+    name: str, path: Path, split: str, asked: str | None, limit: int | None, *, given: bool
+) -> Pairs | None:
+    import datasets  # takes a second, and only this source needs it
+
+    table = _load_table(name, path, split)
+    columns = table.column_names
+    if given and not set(TEXT_COLUMNS) & set(columns):
+        return None
+    found = [column for column, feature in table.features.items() if _holds_images(feature)]
+    images = _column(name, columns, None, found, "images")
+    if images is None:
+        raise UserError(f"{name} has no image column among {columns}: expected one that holds encoded images.")
+    texts = _text_column(name, columns, asked)
+    _check_not_given(name, f"column {texts!r}", given)
+    if limit is not None:
+        table = table.select(range(min(limit, len(table))))
+    cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][:]))
+    encoded = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
+    return _Table(name, images, encoded), _texts(name, cells)
+
+
+# Webdataset shards. Plain tarfile instead of the loader of datasets, which infers the members of all samples from the
+# first five, copies every shard into its cache, and takes a shard that is damaged within for a shorter one.
+
+
+class _Member(NamedTuple):
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Shards:
+    members: list[_Member]
+
+    def __iter__(self) -> Iterator[Item]:
+        for shard, members in itertools.groupby(self.members, key=lambda member: member.shard):
+            with shard.open("rb") as file:
+                for member in members:
+                    file.seek(member.offset)
+                    yield f"{member.name} of {shard}", io.BytesIO(file.read(member.size))
+
+    def stamp(self) -> str:
+        shards = dict.fromkeys(member.shard for member in self.members)
+        return repr([_file_stamp(shard, shard.parent) for shard in shards])
+
+
+def _shards(path: Path, split: str, asked: str | None, limit: int | None) -> Pairs:
+    if path.is_dir():
+        folder = _split_folder(path, split)
+        shards = sorted(file for file in folder.rglob("*.tar") if file.is_file())
+    else:
+        _check_whole(str(path), split)
+        shards = [path]
+    pairs: list[tuple[_Member, Any]] = []
+    console = Console(stderr=True)
+    for shard in track(shards, "reading captions", console=console, transient=True, disable=len(shards) < 2):
+        pairs += _shard_pairs(shard, asked)
+        if limit is not None and len(pairs) >= limit:
+            break
+    cells = ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit])
+    return _Shards([member for member, _ in pairs[:limit]]), _texts(str(path), cells)
+
+
+def _shard_pairs(shard: Path, asked: str | None) -> list[tuple[_Member, Any]]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            images, captions = _index(tar, shard)
+            pairs = [
+                (_Member(shard, image.name, image.offset_data, image.size), _member_caption(tar, captions, key, asked))
+                for key, image in images.items()
+            ]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"{shard} cannot be read as an uncompressed .tar file ({error}): make or download it again."
+        ) from error
+    return pairs
+
+
+def _index(tar: tarfile.TarFile, shard: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, tarfile.TarInfo]]:
+    """Return the images by key, and the ``.txt`` and ``.json`` by key with that suffix.
+
+    As webdataset has it, the key is a member's path up to the first dot of its name.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    captions: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        path = PurePosixPath(member.name)
+        stem, dot, suffix = path.name.partition(".")
+        key, suffix = str(path.parent / stem), dot + suffix.lower()
+        if not member.isreg() or not stem:
+            continue
+        if suffix in IMAGE_SUFFIXES:
+            if key in images:
+                raise UserError(f"{shard} holds two images of the key {key}: keep one.")
+            images[key] = member
+        elif suffix in (".txt", ".json"):
+            captions[key + suffix] = member
+    _check_end(tar, shard)
+    return images, captions
+
+
+def _check_end(tar: tarfile.TarFile, shard: Path) -> None:
+    """Refuse what tarfile takes for the end: a header that it cannot read."""
+    with shard.open("rb") as file:
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+
+
+def _member_caption(tar: tarfile.TarFile, captions: dict[str, tarfile.TarInfo], key: str, asked: str | None) -> Any:  # noqa: ANN401  (whatever the JSON holds)
+    member = captions.get(f"{key}.txt") if asked is None else None
+    member = member or captions.get(f"{key}.json")
+    if member is None:
+        return None
+    opened = tar.extractfile(member)
+    assert opened is not None, member
+    where = f"{member.name} of {tar.name!s}"
+    text = _utf8(opened.read(), where)
+    if member.name.lower().endswith(".txt"):
+        return text
+    fields = _json_object(text, where)
+    return fields[_text_column(where, list(fields), asked)]

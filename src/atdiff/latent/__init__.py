@@ -1,0 +1,1 @@
+"""Text-to-image pipelines: their data, their networks and their pictures."""

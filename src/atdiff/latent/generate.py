@@ -1,0 +1,195 @@
+"""Pictures of text-to-image pipelines, one prompt a class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.runs import Denoiser
+from atdiff.sampling.corrections import Correction
+from atdiff.sampling.generate import _check_request, _finished, image_generators
+from atdiff.sampling.schedulers import make_scheduler
+
+__all__ = ["TextToImage", "prompts_name", "text_to_image_run"]
+
+GUIDANCE_SCALE = 7.5  # diffusers' default for Stable Diffusion
+PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
+# What `encode_prompt` returns: two tensors, or four with SDXL.
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImage(Denoiser):
+    """A run whose pipeline makes pictures from prompts: Stable Diffusion, SDXL, or one with the same parts.
+
+    The classes of its pictures are its prompts. `model` is the U-Net, which works on latents.
+
+    Attributes:
+        pipeline: of diffusers, with ``text_encoder``, ``unet`` and ``vae``.
+        guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
+            diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
+            <https://arxiv.org/abs/2210.03142>`_).
+    """
+
+    pipeline: Any
+    guidance_scale: float
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures in pixels."""
+        _, height, width = super().image_shape
+        scale = self.pipeline.vae_scale_factor
+        return self.pipeline.vae.config.in_channels, height * scale, width * scale
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The guidance scale, and which prompts."""
+        return {"guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step takes the network twice, with the prompt and without."""
+        return self.guidance_scale > 1 and self.model.config.time_cond_proj_dim is None
+
+    def evaluations(self, sampler: str, steps: int) -> int:
+        """Return how often a picture takes the network; see :meth:`atdiff.runs.Denoiser.evaluations`."""
+        return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
+
+    def check_corrections(self, corrections: Sequence[str]) -> None:
+        """Refuse all corrections: the pipeline makes its steps itself.
+
+        Raises:
+            UserError: one of ``corrections`` is not ``none``.
+        """
+        if asked := [correction for correction in corrections if correction != "none"]:
+            raise UserError(
+                f"the correction {asked[0]} cannot be applied to {self.source}: a text-to-image pipeline makes its "
+                "steps itself; leave it out."
+            )
+
+    def class_labels(self, num: int, label: int | None = None) -> Tensor:
+        """Return the index of the prompt of each of ``num`` pictures, all in turn or ``label`` for each.
+
+        Raises:
+            UserError: no prompts are known, or there is no such prompt.
+        """
+        if not self.prompts:
+            raise UserError(
+                f"{self.source} is a text-to-image pipeline that comes without prompts: give --prompts, a text file of "
+                "one prompt a line."
+            )
+        if label is None:
+            return torch.arange(num) % len(self.prompts)
+        if not 0 <= label < len(self.prompts):
+            raise UserError(f"class label {label} is not one of {self.source}'s prompts, 0 to {len(self.prompts) - 1}.")
+        return torch.full((num,), label)
+
+    def pictures(
+        self,
+        *,
+        sampler: str,
+        steps: int,
+        num: int,
+        seed: int,
+        batch_size: int = 256,
+        label: int | None = None,
+        correction: Correction | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[Tensor]:
+        """Return batches of pictures as :meth:`atdiff.runs.Denoiser.pictures` does, drawn by the pipeline itself.
+
+        Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
+
+        Raises:
+            UserError: an option is out of range or does not fit the network, no prompts are known, or a correction is
+                given.
+            FloatingPointError: the pictures are not finite.
+        """
+        self.check_corrections([] if correction is None else [type(correction).__name__])
+        labels = self.class_labels(max(num, 0), label)
+        _check_request(self.model, num, self.image_shape, batch_size, labels)
+        image_generators(seed, [num - 1])
+        self.evaluations(sampler, steps)
+        if device is not None:
+            self.pipeline.to(device)
+        return self._drawn(sampler, steps, labels, seed, batch_size, progress)
+
+    def _drawn(
+        self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
+    ) -> Iterator[Tensor]:
+        num, (_, height, width) = len(labels), self.image_shape
+        most = min(batch_size, max(1, PIXELS // (height * width)))
+        self.pipeline.set_progress_bar_config(disable=True)
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task(f"{sampler}, {steps} steps", total=num)
+            for start in range(0, num, most):
+                indices = range(start, min(start + most, num))
+                # A fresh one each time: schedulers remember their last steps.
+                self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
+                images = self.pipeline(
+                    **self._embedded(labels[start : indices.stop]),
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=self.guidance_scale,
+                    generator=image_generators(seed, indices),
+                    output_type="pt",
+                ).images
+                yield _finished(images.float() * 2 - 1, start, f"{sampler} at {steps} steps")
+                bar.advance(task, len(indices))
+
+    @torch.no_grad()
+    def _embedded(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
+        used, places = labels.unique(return_inverse=True)
+        found = self.pipeline.encode_prompt(
+            prompt=[self.prompts[int(label)] for label in used],
+            device=self.model.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=self.is_guided,
+        )
+        places = places.to(self.model.device)
+        return {name: table[places] for name, table in zip(EMBEDDINGS, found, strict=False) if table is not None}
+
+
+def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> TextToImage:  # noqa: ANN401
+    """Return the run of a loaded text-to-image pipeline.
+
+    Args:
+        pipeline: of diffusers, with ``text_encoder``, ``unet`` and ``vae``.
+        source: the run, as the user named it.
+        config: the settings of its training folder, which may tell the prompts (``data.captions``) and the guidance
+            scale (``consistency.sample_guidance``, or ``sampling.guidance_scale``); empty for others.
+    """
+    captions = config.get("data", {}).get("captions") or ()
+    return TextToImage(
+        pipeline.unet,
+        pipeline.scheduler,
+        source,
+        config,
+        tuple(captions),
+        pipeline=pipeline,
+        guidance_scale=_guidance_scale(config),
+    )
+
+
+def prompts_name(prompts: Sequence[str]) -> str:
+    """Return how many prompts these are, and a short hash of them, for the recipe of a figure."""
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    return f"{len(prompts)} (sha256 {digest[:12]})"
+
+
+def _guidance_scale(config: Mapping[str, Any]) -> float:
+    trained = (config.get("consistency") or {}).get("sample_guidance")
+    if trained is not None:
+        return float(trained)
+    return float((config.get("sampling") or {}).get("guidance_scale", GUIDANCE_SCALE))

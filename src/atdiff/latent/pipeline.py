@@ -1,0 +1,331 @@
+"""Stable Diffusion pipelines as a trainer sees them: images to latents, prompts to conditions, teacher to student."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from atdiff.errors import UserError
+from atdiff.evaluation.weights import quiet_transformers
+from atdiff.files import written_aside
+from atdiff.runs import _quiet_diffusers
+
+__all__ = [
+    "LatentPipeline",
+    "guidance_embedding",
+    "load_latent_pipeline",
+    "make_student",
+    "save_student",
+    "unet_kwargs",
+]
+
+SDXL = "StableDiffusionXLPipeline"
+# The parts that turn a prompt into conditions, by class of pipeline.
+TEXT_PARTS = {
+    "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
+    SDXL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+}
+ADDED = ("text_embeds", "time_ids")  # conditions that a U-Net takes inside of added_cond_kwargs
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPipeline:
+    """A text-to-image pipeline with its autoencoder and text encoders.
+
+    Attributes:
+        pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` of diffusers.
+        source: the folder or hub id that it was loaded from, for messages.
+    """
+
+    pipeline: Any
+    source: str
+
+    @property
+    def unet(self) -> Any:  # noqa: ANN401  (a UNet2DConditionModel; its attributes are made by diffusers)
+        """The denoiser of latents."""
+        return self.pipeline.unet
+
+    @property
+    def scheduler(self) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """The scheduler that the U-Net was trained under."""
+        return self.pipeline.scheduler
+
+    @property
+    def vae(self) -> Any:  # noqa: ANN401  (an AutoencoderKL)
+        """The autoencoder."""
+        return self.pipeline.vae
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        """The one text encoder, or the two of SDXL."""
+        names = TEXT_PARTS[type(self.pipeline).__name__]
+        return tuple(getattr(self.pipeline, name) for name in names if name.startswith("text_encoder"))
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net is conditioned on a pooled prompt and the picture's size too."""
+        return type(self.pipeline).__name__ == SDXL
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        height, width = _pair(self.unet.config.sample_size)
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of the pictures that have latents of that shape."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pictures."""
+        return int(self.vae.config.in_channels)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: ``epsilon``, ``v_prediction`` or ``sample``."""
+        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+
+    def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
+        """Find out whether pictures of shape ``(C, H, W)`` have latents of the U-Net's shape.
+
+        Raises:
+            UserError: their size or their channels do not fit; it says which do.
+        """
+        expected = (self.image_channels, self.image_size, self.image_size)
+        if tuple(shape) != expected:
+            found = "x".join(map(str, shape))
+            raise UserError(
+                f"{name} is {found} (channels, height, width): {self.source} takes {'x'.join(map(str, expected))}, so "
+                f"read the images with image_size {self.image_size} and channels {self.image_channels}."
+            )
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the U-Net is fed.
+
+        Args:
+            images: uint8, shape ``(B, C, H, W)``.
+            generator: where the noise of the posterior comes from; torch's own when None.
+
+        Returns:
+            float32, shape ``(B, 4, h, w)``, of about unit variance, on the autoencoder's device.
+
+        Raises:
+            UserError: the pictures are of another size or other channels than the pipeline's.
+        """
+        assert images.dtype == torch.uint8, images.dtype
+        self.check_image(images.shape[1:])
+        pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1.0
+        mean, scale = self._latent_scale()
+        latents: Tensor = (self.vae.encode(pixels).latent_dist.sample(generator) - mean) * scale
+        return latents.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pictures of scaled latents ``(B, 4, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        mean, scale = self._latent_scale()
+        unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
+        pictures: Tensor = self.vae.decode(unscaled).sample
+        return pictures.float().clamp(-1.0, 1.0)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the pipeline itself conditions the U-Net on.
+
+        Returns:
+            float32 on the text encoder's device: ``encoder_hidden_states``, shape ``(B, L, D)``; for SDXL also
+            ``text_embeds``, ``(B, P)``, and ``time_ids``, ``(B, 6)``: original size, corner of the crop and target
+            size, for an uncropped picture of the pipeline's size.
+        """
+        return self._encode_prompts(list(prompts), negative=False)
+
+    def encode_null(self) -> dict[str, Tensor]:
+        """Return the conditions of no prompt, each with one row: what the pipeline's guidance points away from.
+
+        For SD that is the empty prompt. SDXL was published with ``force_zeros_for_empty_prompt``: there it is zeros.
+        """
+        return self._encode_prompts([""], negative=True)
+
+    @torch.no_grad()
+    def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
+        encoded = self.pipeline.encode_prompt(
+            prompt=prompts,
+            device=self.text_encoders[0].device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=negative,
+        )
+        # SD gives (states, negative states), SDXL the pooled pair after them.
+        chosen = encoded[int(negative) :: 2]
+        conditions = {"encoder_hidden_states": chosen[0].float()}
+        if self.is_sdxl:
+            size = [self.image_size, self.image_size]
+            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=chosen[0].device)
+            conditions |= {"text_embeds": chosen[1].float(), "time_ids": time_ids.repeat(len(prompts), 1)}
+        return conditions
+
+    def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and factor with which the pipeline of that class unscales latents."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not self.is_sdxl or mean is None or std is None:
+            return 0.0, config.scaling_factor
+        columns = torch.tensor([mean, std], dtype=self.vae.dtype, device=self.vae.device).view(2, 1, -1, 1, 1)
+        return columns[0], config.scaling_factor / columns[1]
+
+
+def load_latent_pipeline(source: str, *, dtype: torch.dtype = torch.float32) -> LatentPipeline:
+    """Load a Stable Diffusion (1.x, 2.x) or SDXL text-to-image pipeline, without its safety checker.
+
+    Args:
+        source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
+        dtype: of the U-Net's weights. Autoencoder and text encoders stay float32: they run once a picture, and the
+            one of SDXL overflows in float16.
+
+    Raises:
+        UserError: there is nothing of the kind, the download failed, a text encoder is missing, or it is a pipeline
+            of another class.
+    """
+    location = _location(source)
+    try:
+        import transformers  # noqa: F401  (of the lcm extra; diffusers would fail late and at length)
+    except ImportError as error:
+        raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
+    try:
+        with _quiet_diffusers(), quiet_transformers():
+            _check_index(source, location, dict(DiffusionPipeline.load_config(location)))
+            options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+            pipeline: Any = DiffusionPipeline.from_pretrained(location, **options)
+            pipeline.to(torch.float32)
+            pipeline.unet.to(dtype)
+    except UserError:
+        raise
+    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
+            "where there is a network and give the path of its folder."
+        ) from error
+    latent = LatentPipeline(pipeline, source)
+    height, width = _pair(latent.unet.config.sample_size)
+    latents, expected = (latent.unet.config.in_channels, height, width), (latent.vae.config.latent_channels, height)
+    if latents != (*expected, height):
+        raise UserError(
+            f"the U-Net of {source} takes latents {latents} (channels, height, width): expected the autoencoder's "
+            f"{expected[0]} channels, and squares; inpainting and other variants cannot be trained."
+        )
+    return latent
+
+
+def _location(source: str) -> str:
+    """Return the folder of a pipeline, or the hub id as it is."""
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        return source
+    if (folder / "config.yaml").is_file():
+        folder = folder / "pipeline"
+        if not folder.exists():
+            raise UserError(
+                f"{source} has no finished pipeline yet; run its `atdiff train` command again to go on, or, if it "
+                "trained LoRA weights, give the pipeline that it started from."
+            )
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{source} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
+    return str(folder)
+
+
+def _check_index(source: str, location: str, index: Mapping[str, Any]) -> None:
+    """Find out from ``model_index.json`` alone whether a pipeline is of use, before gigabytes are loaded."""
+    kind = index.get("_class_name")
+    if kind not in TEXT_PARTS:
+        raise UserError(f"{source} is a {kind}: expected a {' or a '.join(TEXT_PARTS)}, such as SD 1.5 or SDXL.")
+    for part in TEXT_PARTS[kind]:
+        absent = Path(location).is_dir() and not (Path(location) / part).is_dir()
+        if absent or index.get(part, [None])[0] is None:
+            raise UserError(f"{source} has no {part}: expected a whole {kind}, saved with its text encoders.")
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments of a ``UNet2DConditionModel`` for a flat table of conditions.
+
+    Args:
+        conditions: tensors with the samples along axis 0. ``text_embeds`` and ``time_ids`` go into
+            ``added_cond_kwargs``; all others (``encoder_hidden_states``, ``timestep_cond``, ``class_labels``) stay.
+    """
+    kwargs: dict[str, Any] = {key: value for key, value in conditions.items() if key not in ADDED}
+    added = {key: conditions[key] for key in ADDED if key in conditions}
+    return {**kwargs, "added_cond_kwargs": added} if added else kwargs
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Return the sinusoidal embedding of guidance strengths, as diffusers' ``get_guidance_scale_embedding``.
+
+    Source: Meng et al., On Distillation of Guided Diffusion Models (https://arxiv.org/abs/2210.03142).
+
+    Args:
+        w: guidance scale minus one, shape ``(B,)``: 0 is no guidance.
+        dim: length of an embedding, 4 or more.
+
+    Returns:
+        float32, shape ``(B, dim)``.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=w.device) * (-math.log(10_000.0) / (half - 1))
+    angles = (w.float() * 1000.0)[:, None] * exponents.exp()
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (UNet2DConditionModel)
+    """Return a trainable float32 copy of a teacher that takes the guidance strength as an input too.
+
+    The added projection of the guidance embedding starts at zero, as in the paper, so that the student starts as the
+    teacher's own function whatever the guidance. (diffusers' training script leaves it at its random initial values.)
+
+    Source: Luo et al., Latent Consistency Models (https://arxiv.org/abs/2310.04378).
+
+    Args:
+        unet: the teacher; it is left as it is.
+        guidance_dim: length of the guidance embedding; None for a student without one. A teacher that has one keeps
+            its own, weights included.
+    """
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
+        dim = unet.config.time_cond_proj_dim or guidance_dim
+        student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=dim)
+    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+    added = ["time_embedding.cond_proj.weight"] if dim and not unet.config.time_cond_proj_dim else []
+    assert missing == added, missing
+    assert not unexpected, unexpected
+    if added:
+        nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.to(unet.device)
+
+
+def save_student(folder: Path, latent: LatentPipeline, unet: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
+    """Write the whole pipeline with another U-Net and scheduler; plain diffusers opens it.
+
+    Args:
+        folder: where to; it appears, or replaces an older one, once it is complete.
+        latent: the teacher's pipeline, for all other parts; it is left as it is.
+        unet: the student, or its average.
+        scheduler: the one to sample with, such as an ``LCMScheduler``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    pipeline = copy.copy(latent.pipeline)
+    pipeline.register_modules(unet=unet, scheduler=scheduler)
+    with written_aside(folder) as partial, quiet_transformers():
+        pipeline.save_pretrained(partial)

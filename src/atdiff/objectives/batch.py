@@ -1,0 +1,90 @@
+"""What an objective draws once for a batch, and what it returns for each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "ObjectiveOutput"]
+
+B = TypeVar("B", bound="Batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Everything random about one batch, drawn once and used by all of its passes.
+
+    Attributes:
+        x0: clean samples, ``(B, ...)``.
+        noise: like ``x0``.
+        timesteps: ``(B,)``.
+        weights: of the samples' losses, ``(B,)``.
+        alpha: of the input that is perturbed, ``(B,)``.
+        sigma: of the input that is perturbed, ``(B,)``.
+        conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.x0.shape[0]
+
+    @classmethod
+    def _tensors(cls) -> list[str]:
+        return [item.name for item in fields(cls) if item.name != "conditions"]
+
+    def _map(self: B, function: Callable[[Tensor], Tensor]) -> B:
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in self._tensors()}
+        return type(self)(**tensors, conditions={name: function(value) for name, value in self.conditions.items()})
+
+    def narrow(self: B, start: int, length: int) -> B:
+        """Return ``length`` samples from ``start`` on."""
+        return self._map(lambda tensor: tensor.narrow(0, start, length))
+
+    def to(self: B, device: torch.device | str) -> B:
+        """Return the batch on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def chunk(self: B, parts: int) -> list[B]:
+        """Split into at most ``parts`` batches of nearly equal size."""
+        sizes = [len(chunk) for chunk in self.timesteps.chunk(parts)]
+        return [self.narrow(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+    @classmethod
+    def cat(cls: type[B], batches: list[B]) -> B:
+        """Join batches that have the same conditions."""
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(batch, name) for batch in batches]) for name in cls._tensors()
+        }
+        names = batches[0].conditions
+        conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in names}
+        return cls(**tensors, conditions=conditions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by name, to be saved."""
+        return {name: getattr(self, name) for name in (*self._tensors(), "conditions")}
+
+
+class ObjectiveOutput(NamedTuple):
+    """Per-sample results of one forward pass.
+
+    Attributes:
+        loss: ``(B,)``, weighted; its mean is what is trained on.
+        terms: each unweighted term, ``(B,)``, such as ``mse`` and ``vb``.
+        residual: the predicted minus the true noise at the perturbed input, up to a positive factor per sample;
+            ``(B, ...)``, detached.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    residual: Tensor

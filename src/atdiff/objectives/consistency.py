@@ -1,0 +1,336 @@
+"""Consistency models: distillation and training, at clean and at perturbed inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from atdiff.errors import UserError
+from atdiff.models.call import predict
+from atdiff.noise import NoiseSchedule, expand
+from atdiff.objectives.batch import Batch, ObjectiveOutput
+from atdiff.objectives.denoising import PredictionType, Target, resolve_prediction_type
+from atdiff.objectives.pairs import PairName, PairSampler, make_pairs
+from atdiff.objectives.teacher import Teacher
+from atdiff.prediction import edm_preconditioning, to_x0
+
+__all__ = ["ConsistencyBatch", "ConsistencyObjective", "Distance", "Site"]
+
+Site = Literal["student", "teacher"]
+Distance = Literal["pseudo-huber", "huber", "l2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyBatch(Batch):
+    """What :meth:`ConsistencyObjective.draw` returns.
+
+    Attributes:
+        next_timesteps: ``s``, the less noisy neighbours of ``timesteps``, ``(B,)``.
+        x_t: ``(B, ...)``.
+        x_s: the estimate at ``next_timesteps``, ``(B, ...)``.
+    """
+
+    next_timesteps: Tensor
+    x_t: Tensor
+    x_s: Tensor
+
+
+class ConsistencyObjective:
+    """``f(x_t, t)`` learns to be ``f(x_s, s)``, its own value a step nearer to the data.
+
+    With a teacher, ``x_s`` is one step of its sampler from ``x_t``: distillation. (`Consistency models
+    <https://arxiv.org/abs/2303.01469>`_, algorithm 2.) Without one, ``x_s`` has the same ``x0`` and noise as ``x_t``:
+    training, from scratch (`iCT <https://arxiv.org/abs/2310.14189>`_, ``pairs="ict"``) or from a diffusion model's
+    weights (`ECT <https://arxiv.org/abs/2406.14548>`_, ``pairs="ect"``).
+
+    ``f(x, t) = c_skip x + c_out x0_hat`` is the identity at the end of the trajectory. For ``vp`` the factors are those
+    of ``LCMScheduler``, for ``edm`` those of ``CMStochasticIterativeScheduler``, which sample from the network.
+
+    An adversary may perturb two places, by ``site``:
+
+    - ``student``: the input of ``f(x_t, t)``. The target is that of the clean ``x_t`` (``invariant``: neighbours
+      share an end point), or that of the moved one (``equivariant``: one more step of the teacher).
+    - ``teacher``: the estimate ``x_s``, so that delta's gradient goes through the target network, whose weights get
+      none. The student's input stays (``invariant``), or moves by ``sigma_t / sigma_s`` times as much, as a change of
+      the noise would move it (``equivariant``).
+
+    Args:
+        scheduler: a diffusers scheduler of the DDPM family, or one of EDM.
+        prediction_type: of the network; default what the scheduler says.
+        teacher: for distillation; see :class:`atdiff.objectives.teacher.Teacher`.
+        target: the network of the target, such as ``EMA(model, 0.95).module``; None for the model itself, without
+            gradient.
+        site: which place is perturbed.
+        pairs: which timesteps are compared: ``even``, ``ict``, ``ect``, or a sampler of one's own.
+        intervals: of the grid of ``even``, and of ``ict`` at its end.
+        distance: ``pseudo-huber`` of the whole sample, ``sqrt(|d|^2 + c^2) - c`` (iCT, eq. 10); ``huber``, the mean
+            of the same over the values (LCM); ``l2``, the mean square.
+        huber_c: default ``0.00054 sqrt(D)`` for ``D`` values a sample (iCT), and 0.001 for ``huber`` (LCM).
+
+    Attributes:
+        progress: share of the training that is behind, from 0 to 1, for the curricula of ``ict`` and ``ect``.
+        autocast: makes the context of mixed precision in which target and teacher run.
+
+    Raises:
+        UserError: a value is unknown or out of range, or teacher and scheduler contradict each other.
+    """
+
+    batch_type = ConsistencyBatch
+
+    def __init__(
+        self,
+        scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
+        prediction_type: PredictionType | None = None,
+        *,
+        teacher: Teacher | None = None,
+        target: nn.Module | None = None,
+        site: Site = "student",
+        pairs: PairName | PairSampler = "even",
+        intervals: int = 50,
+        distance: Distance = "pseudo-huber",
+        huber_c: float | None = None,
+    ) -> None:
+        self.schedule = NoiseSchedule(scheduler)
+        if self.schedule.kind == "flow":
+            raise UserError(
+                f"{type(scheduler).__name__} is a flow, expected a DDPM-family or EDM scheduler: consistency models "
+                "are sampled by LCMScheduler or CMStochasticIterativeScheduler."
+            )
+        self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, get_args(Distance))):
+            if value not in valid:
+                raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
+        if huber_c is not None and not huber_c > 0:
+            raise UserError(f"huber_c={huber_c} must be above 0; None for the usual one.")
+        self.teacher, self.target, self.site = teacher, target, site
+        self.distance, self.huber_c = distance, huber_c
+        if isinstance(pairs, str):
+            pairs = make_pairs(pairs, scheduler, self.schedule, intervals=intervals)
+        self.pairs: PairSampler = pairs
+        self.progress = 0.0
+        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
+        self.sigma_min = float(scheduler.config.get("sigma_min", 0.0))
+        if teacher is not None:
+            self._check_teacher(teacher)
+
+    def _check_teacher(self, teacher: Teacher) -> None:
+        ours, theirs = self.schedule, teacher.schedule
+        same = ours.kind == theirs.kind and ours.sigma_data == theirs.sigma_data
+        if same and ours.kind == "vp":
+            steps = torch.arange(min(ours.num_train_timesteps, theirs.num_train_timesteps))
+            same = ours.num_train_timesteps == theirs.num_train_timesteps and torch.allclose(
+                ours.alphas_cumprod(steps), theirs.alphas_cumprod(steps)
+            )
+        if not same:
+            raise UserError(
+                f"the teacher's noise schedule ({theirs.kind}, {theirs.num_train_timesteps} timesteps) is not the "
+                f"student's ({ours.kind}, {ours.num_train_timesteps}); give both the same betas, or sigma_data."
+            )
+
+    def draw(
+        self,
+        x0: Tensor,
+        *,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        next_timesteps: Tensor | None = None,
+        weights: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> ConsistencyBatch:
+        """Draw what is random about a batch, and let the teacher do its step; what is passed in is kept as it is.
+
+        Args:
+            x0: clean samples, ``(B, ...)``.
+            noise: standard normal, like ``x0``.
+            timesteps: ``(B,)``; together with ``next_timesteps``.
+            next_timesteps: ``(B,)``, of less noise.
+            weights: of the losses, ``(B,)``.
+            conditions: further arguments of the network, such as ``class_labels``.
+        """
+        if timesteps is None or next_timesteps is None:
+            timesteps, next_timesteps, drawn = self.pairs.sample(len(x0), x0.device, self.progress)
+            weights = drawn if weights is None else weights
+        elif weights is None:
+            weights = torch.ones(len(x0), device=x0.device)
+        conditions = self._completed(x0, conditions)
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = self.schedule.add_noise(x0, noise, timesteps)
+        alpha, sigma = self.schedule(timesteps if self.site == "student" else next_timesteps)
+        batch = ConsistencyBatch(
+            x0=x0,
+            noise=noise,
+            timesteps=timesteps,
+            next_timesteps=next_timesteps,
+            weights=weights,
+            alpha=alpha,
+            sigma=sigma,
+            x_t=x_t,
+            x_s=x_t,
+            conditions=conditions,
+        )
+        with torch.no_grad(), self.autocast():
+            return self.replaced(batch, x_s=self.neighbour(batch, x_t))
+
+    def _completed(self, x0: Tensor, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditions with those that the objective itself draws: none."""
+        return conditions
+
+    @staticmethod
+    def replaced(batch: ConsistencyBatch, **tensors: Tensor) -> ConsistencyBatch:
+        """Return the batch with other tensors."""
+        return type(batch)(**{**batch.state_dict(), **tensors})
+
+    def neighbour(self, batch: ConsistencyBatch, x_t: Tensor) -> Tensor:
+        """Return the estimate at ``s`` of the trajectory through ``x_t``, ``(B, ...)``."""
+        if self.teacher is None:
+            _, sigma = self.schedule(batch.timesteps)
+            # The noise that makes x_t of x0, which is the drawn one where x_t is not perturbed.
+            noise = batch.noise + (x_t - batch.x_t) / expand(sigma, x_t)
+            return self.schedule.add_noise(batch.x0, noise, batch.next_timesteps)
+        return self.teacher.step(
+            x_t, self.schedule(batch.timesteps), self.schedule(batch.next_timesteps), batch.conditions
+        )
+
+    def loss(self, model: Callable[..., Any], batch: ConsistencyBatch, delta: Tensor | None = None) -> Tensor:
+        """Return the weighted loss of each sample, ``(B,)``, perturbed at the site with the equivariant target."""
+        return self.compute(model, batch, delta).loss
+
+    def compute(
+        self,
+        model: Callable[..., Any],
+        batch: ConsistencyBatch,
+        delta: Tensor | None = None,
+        *,
+        target: Target = "equivariant",
+        detach_target: bool = True,
+    ) -> ObjectiveOutput:
+        """Run model and target once and return loss, term and residual of each sample.
+
+        Args:
+            model: the network that learns; see :func:`atdiff.models.call.predict`.
+            batch: what :meth:`draw` returned.
+            delta: the perturbation at the site, ``(B, ...)``; None for none.
+            target: whether the other side follows delta; see the class.
+            detach_target: keep delta's gradient out of the side that follows.
+        """
+        x_t, x_s = batch.x_t, batch.x_s
+        if delta is not None:
+            x_t, x_s = self._perturbed(batch, delta, target, detach_target)
+        with _replayed_dropout(model) as replay:
+            f_t = self.consistency(model, x_t, batch.timesteps, batch.conditions)
+            replay()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x_s.requires_grad), self.autocast():
+                f_s = self.consistency(self._frozen(model), x_s, batch.next_timesteps, batch.conditions)
+        distance = self._distance(f_t - f_s)
+        # noise_hat - noise is a positive multiple of x0 - x0_hat, and f is the x0_hat at the perturbed place.
+        residual = (batch.x0 - (f_t if self.site == "student" else f_s)).detach()
+        return ObjectiveOutput(batch.weights * distance, {"consistency": distance}, residual)
+
+    def _perturbed(
+        self, batch: ConsistencyBatch, delta: Tensor, target: Target, detach_target: bool
+    ) -> tuple[Tensor, Tensor]:
+        follower = delta.detach() if detach_target else delta
+        if self.site == "student":
+            x_s = batch.x_s
+            if target == "equivariant":
+                with torch.set_grad_enabled(torch.is_grad_enabled() and follower.requires_grad):
+                    x_s = self.neighbour(batch, batch.x_t + follower)
+            return batch.x_t + delta, x_s
+        x_t = batch.x_t
+        if target == "equivariant":
+            _, sigma_t = self.schedule(batch.timesteps)
+            x_t = x_t + follower * expand(sigma_t / batch.sigma, x_t)
+        return x_t, batch.x_s + delta
+
+    def _frozen(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the network of the target as a function that leaves no gradient in any weight."""
+        if self.target is not None:
+            if isinstance(model, nn.Module) and self.target.training != model.training:
+                self.target.train(model.training)  # dropout in both or in neither
+            return self.target.requires_grad_(False)
+        if not isinstance(model, nn.Module) or not torch.is_grad_enabled():
+            return model
+        network = getattr(model, "module", model)
+        network = getattr(network, "_orig_mod", network)
+        weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        return lambda *args, **kwargs: functional_call(network, weights, args, kwargs)
+
+    def consistency(
+        self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return ``f(x, t)``, ``(B, ...)``, in float32."""
+        alpha, sigma = (expand(value, x) for value in self.schedule(timesteps))
+        c_skip, c_out = (expand(value, x) for value in self.boundary(timesteps))
+        if self.prediction_type == "edm":
+            c_in, _, _ = edm_preconditioning(sigma, self.schedule.sigma_data)
+            return c_skip * x + c_out * self._predict(model, x * c_in, timesteps, conditions)
+        prediction = self._predict(model, x, timesteps, conditions)
+        return c_skip * x + c_out * to_x0(prediction, x, alpha, sigma, self.prediction_type)
+
+    def _predict(
+        self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        output = predict(model, x, timesteps, conditions)
+        if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
+            raise UserError(f"the network returned {output.shape[1]} channels for samples of {x.shape[1]}.")
+        return output[:, : x.shape[1]].float()  # less a learned variance
+
+    def boundary(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``c_skip`` and ``c_out`` of timesteps ``(B,)``, each ``(B,)``: 1 and 0 at the end of the trajectory.
+
+        ``c_out`` multiplies ``x0_hat``, and for ``edm`` the raw output of the network.
+        """
+        if self.schedule.kind == "edm":
+            _, sigma = self.schedule(timesteps)
+            data, above = self.schedule.sigma_data, sigma - self.sigma_min
+            total = (sigma.square() + data**2).rsqrt()
+            return data**2 / (above.square() + data**2), data * above * total
+        scaled = timesteps.float() * self.timestep_scaling
+        total = scaled.square() + 0.25  # sigma_data is 0.5 in LCMScheduler
+        return 0.25 / total, scaled * total.rsqrt()
+
+    def _distance(self, difference: Tensor) -> Tensor:
+        flat = difference.flatten(1)
+        if self.distance == "l2":
+            return flat.square().mean(dim=1)
+        if self.distance == "huber":
+            c = self.huber_c or 0.001
+            return ((flat.square() + c**2).sqrt() - c).mean(dim=1)
+        c = self.huber_c or 0.00054 * flat.shape[1] ** 0.5
+        return (flat.square().sum(dim=1) + c**2).sqrt() - c
+
+    def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
+        """Learn nothing from the losses of a pass."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: ``target`` and ``progress`` are the caller's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore an empty state."""
+
+
+@contextlib.contextmanager
+def _replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]:
+    """Yield a function that sets the random state back: both networks then drop the same units (iCT, section 3.2)."""
+    drops = isinstance(model, nn.Module) and any(
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()
+    )
+    if not drops:
+        yield lambda: None
+        return
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def replay() -> None:
+        torch.set_rng_state(states[0])
+        if states[1]:
+            torch.cuda.set_rng_state_all(states[1])
+
+    yield replay

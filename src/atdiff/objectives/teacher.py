@@ -1,0 +1,105 @@
+"""The teacher of a consistency distillation: a diffusion model and one step of its sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.models.call import predict
+from atdiff.noise import NoiseSchedule, expand
+from atdiff.objectives.denoising import PredictionType, resolve_prediction_type
+from atdiff.prediction import edm_preconditioning, to_x0
+
+__all__ = ["Solver", "Teacher"]
+
+Solver = Literal["ddim", "heun"]
+
+
+class Teacher:
+    """A frozen diffusion model that steps from one noise level to a lower one.
+
+    ``ddim`` costs one evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
+    (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1), in ``x / alpha`` against ``sigma / alpha``. Where the
+    scheduler clips samples, so does the step: ``x0_hat`` is clipped and the noise follows from it.
+
+    Args:
+        model: its network; see :func:`atdiff.models.call.predict`. A network with ``2C`` output channels has a learned
+            variance, which is not used.
+        scheduler: the diffusers scheduler of its training.
+        prediction_type: default what the scheduler says.
+        solver: ``ddim`` or ``heun``.
+
+    Raises:
+        UserError: an unknown solver, or a scheduler or prediction type that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
+        prediction_type: PredictionType | None = None,
+        *,
+        solver: Solver = "ddim",
+    ) -> None:
+        if solver not in get_args(Solver):
+            raise UserError(f"solver={solver!r} is unknown; use one of {', '.join(get_args(Solver))}.")
+        self.model = model
+        if isinstance(model, torch.nn.Module):
+            model.eval().requires_grad_(False)
+        self.schedule, self.solver = NoiseSchedule(scheduler), solver
+        if self.schedule.kind == "flow":
+            raise UserError(f"{type(scheduler).__name__} is a flow: a teacher must be a DDPM-family or EDM model.")
+        self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        clips = scheduler.config.get("clip_sample")
+        self.clip: float | None = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
+
+    def step(
+        self,
+        x_t: Tensor,
+        levels: tuple[Tensor, Tensor],
+        next_levels: tuple[Tensor, Tensor],
+        conditions: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return the solver's estimate at the next levels, ``(B, ...)``.
+
+        Args:
+            x_t: ``(B, ...)``.
+            levels: ``alpha_t`` and ``sigma_t``, each ``(B,)``.
+            next_levels: ``alpha_s`` and ``sigma_s``, each ``(B,)``.
+            conditions: further arguments of the network.
+        """
+        alpha, sigma = (expand(value, x_t) for value in next_levels)
+        x0_hat, noise_hat = self.predict(x_t, levels, conditions)
+        x_s = alpha * x0_hat + sigma * noise_hat
+        if self.solver == "ddim":
+            return x_s
+        _, noise_there = self.predict(x_s, next_levels, conditions)
+        alpha_t, sigma_t = (expand(value, x_t) for value in levels)
+        mean = (noise_hat + noise_there) / 2
+        return alpha / alpha_t * x_t + (sigma - alpha * sigma_t / alpha_t) * mean
+
+    def predict(
+        self, x_t: Tensor, levels: tuple[Tensor, Tensor], conditions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``x0_hat`` and ``noise_hat``, each ``(B, ...)``; arguments as of :meth:`step`."""
+        alpha, sigma = (expand(value, x_t) for value in levels)
+        timesteps = self.schedule.timesteps_at(levels[1].double() / levels[0].double())
+        c_in: Tensor | float = 1.0
+        if self.prediction_type == "edm":
+            c_in, c_skip, c_out = edm_preconditioning(sigma, self.schedule.sigma_data)
+        output = predict(self.model, x_t * c_in, timesteps, conditions)[:, : x_t.shape[1]].float()
+        if self.prediction_type == "edm":
+            x0_hat = c_skip * x_t + c_out * output
+        else:
+            x0_hat = to_x0(output, x_t, alpha, sigma, self.prediction_type)
+        if self.prediction_type == "v_prediction" and self.clip is None:
+            return x0_hat, alpha * output + sigma * x_t
+        if self.prediction_type == "epsilon" and self.clip is None:
+            return x0_hat, output
+        if self.clip is not None:
+            x0_hat = x0_hat.clamp(-self.clip, self.clip)
+        return x0_hat, (x_t - alpha * x0_hat) / sigma

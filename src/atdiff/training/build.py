@@ -1,0 +1,188 @@
+"""The parts of a training run, from its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+from diffusers import LCMScheduler
+from torch import nn
+
+from atdiff.adversary import Adversary
+from atdiff.errors import UserError
+from atdiff.noise import NoiseSchedule
+from atdiff.objectives.consistency import ConsistencyObjective
+from atdiff.objectives.denoising import DenoisingObjective
+from atdiff.objectives.teacher import Teacher
+from atdiff.runs import load_denoiser
+from atdiff.timesteps import make_timestep_sampler
+from atdiff.training.config import ObjectiveConfig, SchedulerConfig, TrainConfig
+
+__all__ = [
+    "build_adversary",
+    "build_objective",
+    "build_scheduler",
+    "build_teacher",
+    "consistency_options",
+    "lcm_scheduler",
+    "load_initial_weights",
+]
+
+
+def build_scheduler(config: TrainConfig) -> Any:  # noqa: ANN401
+    """Build the diffusers scheduler of a run, with the objective's prediction and variance types.
+
+    A consistency model of the DDPM family gets the ``LCMScheduler`` of the same betas, whose grid is the objective's.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or its arguments do not fit.
+    """
+    settings: SchedulerConfig = config.scheduler
+    factory = getattr(diffusers, settings.name, None)
+    if factory is None or not settings.name.endswith("Scheduler"):
+        raise UserError(f"scheduler.name={settings.name!r} is no scheduler of diffusers; try 'DDPMScheduler'.")
+    args = dict(settings.args)
+    if config.objective.prediction_type in ("epsilon", "sample", "v_prediction"):
+        args["prediction_type"] = config.objective.prediction_type
+    if config.objective.variance == "learned_range":
+        args["variance_type"] = "learned_range"
+    try:
+        scheduler = factory(**args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"scheduler {settings.name} cannot be built from {args}: {error}") from None
+    if config.consistency.mode == "none" or NoiseSchedule(scheduler).kind != "vp":
+        return scheduler
+    return lcm_scheduler(scheduler, config.consistency.intervals)
+
+
+def lcm_scheduler(scheduler: Any, intervals: int) -> LCMScheduler:  # noqa: ANN401
+    """Return the ``LCMScheduler`` of a DDPM-family scheduler's betas, with a grid of ``intervals``.
+
+    Raises:
+        UserError: more intervals than timesteps.
+    """
+    steps = scheduler.config.num_train_timesteps
+    if not 1 <= intervals <= steps:
+        raise UserError(f"consistency.intervals={intervals} must lie between 1 and the scheduler's {steps} timesteps.")
+    made: Any = LCMScheduler.from_config(scheduler.config, original_inference_steps=intervals)
+    return made
+
+
+def build_objective(
+    config: TrainConfig,
+    scheduler: Any,  # noqa: ANN401
+    num_classes: int | None = None,
+    teacher: Teacher | None = None,
+) -> DenoisingObjective | ConsistencyObjective:
+    """Build the objective of a run; the null label of label dropout comes after the classes."""
+    settings = config.objective
+    if config.consistency.mode != "none":
+        return _consistency_objective(config, scheduler, teacher)
+    objective = DenoisingObjective(
+        scheduler,
+        settings.prediction_type,
+        variance=settings.variance,
+        weighting=settings.weighting,
+        snr_gamma=settings.snr_gamma,
+        label_dropout=settings.label_dropout if num_classes is not None else 0.0,
+        null_label=num_classes,
+        input_perturbation=settings.input_perturbation,
+    )
+    if not (objective.schedule.kind == "edm" and settings.timestep_sampler == "uniform"):
+        objective.timestep_sampler = make_timestep_sampler(settings.timestep_sampler, objective.schedule)
+    return objective
+
+
+def _consistency_objective(
+    config: TrainConfig,
+    scheduler: Any,  # noqa: ANN401
+    teacher: Teacher | None,
+) -> ConsistencyObjective:
+    return ConsistencyObjective(
+        scheduler, config.objective.prediction_type, teacher=teacher, **consistency_options(config)
+    )
+
+
+def consistency_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that every consistency objective of these settings has.
+
+    Raises:
+        UserError: settings of denoisers are among them, or a target's decay out of range.
+    """
+    settings = config.consistency
+    if not 0 <= settings.target_decay < 1:
+        raise UserError(
+            f"consistency.target_decay={settings.target_decay} must lie in [0, 1); 0 makes the network its own target."
+        )
+    for name in ("weighting", "label_dropout", "input_perturbation"):
+        if getattr(config.objective, name) != getattr(ObjectiveConfig(), name):
+            raise UserError(f"objective.{name} is for denoisers: leave it out with consistency.mode={settings.mode!r}.")
+    names = ("site", "pairs", "intervals", "distance", "huber_c")
+    return {name: getattr(settings, name) for name in names}
+
+
+def build_teacher(config: TrainConfig) -> Teacher | None:
+    """Load the teacher of a distillation: ``consistency.teacher``, or what training starts from.
+
+    Raises:
+        UserError: none is named, it cannot be loaded, or it is no diffusion model of pixels.
+    """
+    settings = config.consistency
+    if settings.mode != "distillation":
+        return None
+    source = settings.teacher or config.training.init
+    if source is None:
+        raise UserError(
+            "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
+            "--training.init (or --consistency.teacher)."
+        )
+    denoiser = load_denoiser(source)
+    if isinstance(denoiser.scheduler, LCMScheduler):
+        raise UserError(f"the teacher {source} is a consistency model itself: give a diffusion model.")
+    asked = config.objective.prediction_type
+    theirs = denoiser.scheduler.config.get("prediction_type", asked)
+    if asked not in (None, "edm", theirs):
+        raise UserError(
+            f"the teacher {source} predicts {theirs!r} but objective.prediction_type is {asked!r}: the student starts "
+            "from its weights, so set it to the teacher's."
+        )
+    return Teacher(denoiser.model, denoiser.scheduler, solver=settings.solver)
+
+
+def build_adversary(config: TrainConfig) -> Adversary:
+    """Build the adversary of a run."""
+    settings = config.adversary
+    return Adversary(
+        settings.norm,
+        settings.step_size,
+        settings.passes,
+        radius=settings.radius,
+        scale=settings.scale,
+        noise_levels=settings.noise_levels,
+        method=settings.method,
+        direction=settings.direction,
+        order=settings.order,
+        target=settings.target,
+    )
+
+
+def load_initial_weights(network: nn.Module, init: str) -> None:
+    """Start a network from the (EMA) weights of a run, pipeline folder or hub id, less a variance it does not learn.
+
+    Raises:
+        UserError: they do not fit the network.
+    """
+    weights = load_denoiser(init).model.state_dict()
+    own = network.state_dict()
+    for name in ("conv_out.weight", "conv_out.bias"):
+        if name in own and name in weights and len(weights[name]) == 2 * len(own[name]):
+            weights[name] = weights[name][: len(own[name])]
+    for name in {**own, **weights}:
+        if name not in weights or name not in own or own[name].shape != weights[name].shape:
+            theirs = tuple(weights[name].shape) if name in weights else "nothing"
+            ours = tuple(own[name].shape) if name in own else "nothing"
+            raise UserError(
+                f"training.init={init!r} does not fit the network: {name} is {theirs} there and {ours} here; give "
+                "the model settings that it was trained with."
+            )
+    network.load_state_dict(weights)

@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atdiff.data import load_data
+from atdiff.data.captions import CaptionedImages, load_captioned
+from atdiff.errors import UserError
+
+NAMES = ("b.png", "a.png", "c.png")
+CAPTIONS = ["a cat, black", "ein Hündchen", 'a "bird"\u2028on a tree']
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def pixels_of(seed: int, size: tuple[int, int] = (8, 6)) -> np.ndarray:
+    """Return a random picture of (width, height), (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def save_image(path: Path, seed: int = 0, size: tuple[int, int] = (8, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(pixels_of(seed, size)))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def samples(seeds: range, json_field: str | None = None) -> list[tuple[str, bytes]]:
+    """Return members of one image and one caption a seed."""
+    members = []
+    for seed in seeds:
+        text = f"picture {seed}"
+        caption = ("txt", text.encode()) if json_field is None else ("json", json.dumps({json_field: text}).encode())
+        members += [(f"{seed:04}.png", png(pixels_of(seed))), (f"{seed:04}.{caption[0]}", caption[1])]
+    return members
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]], **features: Any) -> None:
+    kinds = datasets.Dataset.from_dict(columns).features
+    datasets.Dataset.from_dict(columns, features=datasets.Features({**kinds, **features})).to_parquet(str(path))
+
+
+def image_cells(seeds: range) -> list[dict[str, Any]]:
+    return [{"bytes": png(pixels_of(seed)), "path": None} for seed in seeds]
+
+
+def check_pairs(data: CaptionedImages, seeds: list[int], captions: list[str]) -> None:
+    """Compare with the pictures of the seeds, twice, since data are iterated again and again."""
+    assert len(data) == len(captions)
+    assert data.captions == captions
+    for _ in range(2):
+        pairs = list(data)
+        assert [caption for _, caption in pairs] == captions
+        assert all(image.dtype == torch.uint8 and image.is_contiguous() for image, _ in pairs)
+        expected = np.stack([pixels_of(seed) for seed in seeds])
+        assert np.array_equal(torch.stack([image for image, _ in pairs]).permute(0, 2, 3, 1).numpy(), expected)
+
+
+def metadata_folder(folder: Path, kind: str) -> None:
+    for seed, name in enumerate(NAMES):
+        save_image(folder / name, seed)
+    rows = list(zip(NAMES, CAPTIONS, strict=True))
+    if kind == "jsonl":
+        lines = [json.dumps({"file_name": n, "text": c}, ensure_ascii=False) for n, c in rows]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        quoted = [f'{n},"{c}"' if '"' not in c else f'{n},"{c.replace(chr(34), chr(34) * 2)}"' for n, c in rows]
+        (folder / "metadata.csv").write_text("file_name,text\n" + "\n".join(quoted) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_gives_the_pairs_of_imagefolder(tmp_path: Path, kind: str) -> None:
+    metadata_folder(tmp_path / "set", kind)
+    data = load_captioned(str(tmp_path / "set"), image_size=None)
+    oracle = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "set"), split="train", cache_dir=str(tmp_path)
+    )
+    assert data.captions == list(oracle["text"])
+    assert all(np.array_equal(x.permute(1, 2, 0), o["image"]) for (x, _), o in zip(data, oracle, strict=True))
+    check_pairs(data, [0, 1, 2], CAPTIONS)
+
+
+def test_metadata_of_a_split_in_subfolders_with_a_column_of_lists(tmp_path: Path) -> None:
+    save_image(tmp_path / "test" / "x" / "1.png", 4)
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "x/1.png", "text": "no", "alt": ["yes", "also"]}')
+    data = load_captioned(str(tmp_path), split="test", image_size=None, caption_column="alt")
+    check_pairs(data, [4], ["yes"])
+    assert data.name == f"{tmp_path}[test]"
+
+
+def test_one_image_may_have_several_rows(tmp_path: Path) -> None:
+    save_image(tmp_path / "1.png", 4)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n1.png,one\n1.png,two\n")
+    check_pairs(load_captioned(str(tmp_path), image_size=None), [4, 4], ["one", "two"])
+
+
+def test_text_files_beside_images_in_the_order_of_load_data(tmp_path: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        save_image(tmp_path / name, seed)
+        (tmp_path / name).with_suffix(".txt").write_text(f" {name}\n")
+    (tmp_path / "readme.txt").write_text("of no image")
+    data = load_captioned(str(tmp_path), image_size=None)
+    check_pairs(data, [1, 0, 2], ["a.png", "b.png", "c.png"])
+    assert torch.equal(torch.stack([image for image, _ in data]), load_data(str(tmp_path)).images)
+    limited = load_captioned(str(tmp_path), image_size=None, limit=2)
+    check_pairs(limited, [1, 0], ["a.png", "b.png"])
+    assert limited.name == f"{tmp_path}[train][:2]"
+    assert len(load_captioned(str(tmp_path), image_size=None, limit=7)) == 3
+
+
+def test_captions_of_the_digits() -> None:
+    data = load_captioned("digits", image_size=16, channels=1, captions=DIGITS, limit=50)
+    oracle = load_data("digits", image_size=16)
+    assert oracle.labels is not None
+    assert data.captions == [DIGITS[label] for label in oracle.labels[:50]]
+    assert torch.equal(torch.stack([image for image, _ in data]), oracle.images[:50])
+    assert next(iter(load_captioned("digits", image_size=None, captions=DIGITS)))[0].shape == (3, 8, 8)
+
+
+def test_captions_of_class_folders_are_read_lazily(tmp_path: Path) -> None:
+    for seed, name in enumerate(("cat/2.png", "cat/1.png", "dog/1.png", "dog/2.png")):
+        save_image(tmp_path / name, seed)
+    (tmp_path / "dog" / "2.png").write_bytes(b"damaged")
+    data = load_captioned(str(tmp_path), image_size=None, captions=["a cat", "a dog"])
+    assert data.captions == ["a cat", "a cat", "a dog", "a dog"]
+    pairs = iter(data)
+    assert np.array_equal(next(pairs)[0].permute(1, 2, 0), pixels_of(1))
+    assert [caption for _, caption in (next(pairs), next(pairs))] == ["a cat", "a dog"]
+    with pytest.raises(UserError, match=r"2\.png cannot be read as an image"):
+        next(pairs)
+    check_pairs(load_captioned(str(tmp_path), image_size=None, captions=["a cat", "a dog"], limit=1), [1], ["a cat"])
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "TEXT", "captions"])
+def test_parquet(tmp_path: Path, column: str) -> None:
+    columns = {"picture": image_cells(range(3)), column: ["one", " two", "three"], "url": ["x", "y", "z"]}
+    write_parquet(tmp_path / "a.parquet", columns, picture=datasets.Image())
+    check_pairs(load_captioned(str(tmp_path / "a.parquet"), image_size=None), [0, 1, 2], ["one", "two", "three"])
+    data = load_captioned(str(tmp_path), image_size=None, caption_column="url", limit=2)
+    check_pairs(data, [0, 1], ["x", "y"])
+
+
+def test_parquet_of_another_library_with_lists_of_captions(tmp_path: Path) -> None:
+    columns = {"image": image_cells(range(2)), "captions": [["first", "second"], ["third"]]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    check_pairs(load_captioned(str(tmp_path), image_size=None), [0, 1], ["first", "third"])
+
+
+def test_parquet_with_classes_takes_captions(tmp_path: Path) -> None:
+    columns = {"image": image_cells(range(3)), "label": [1, 0, 1]}
+    write_parquet(tmp_path / "a.parquet", columns, image=datasets.Image())
+    data = load_captioned(str(tmp_path), image_size=None, captions=["nought", "one"])
+    check_pairs(data, [0, 1, 2], ["one", "nought", "one"])
+
+
+@pytest.mark.parametrize("field", [None, "caption"])
+def test_webdataset_shards_in_order(tmp_path: Path, field: str | None) -> None:
+    write_tar(tmp_path / "00001.tar", samples(range(3, 5), field))
+    write_tar(tmp_path / "00000.tar", samples(range(3), field))
+    expected = [f"picture {i}" for i in range(5)]
+    check_pairs(load_captioned(str(tmp_path), image_size=None), list(range(5)), expected)
+    check_pairs(load_captioned(str(tmp_path / "00001.tar"), image_size=None), [3, 4], expected[3:])
+    check_pairs(load_captioned(str(tmp_path), image_size=None, limit=4), [0, 1, 2, 3], expected[:4])
+
+
+def test_webdataset_gives_the_pairs_of_datasets(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "0.tar", samples(range(4)))
+    oracle = datasets.load_dataset(
+        "webdataset", data_files=str(tmp_path / "set" / "0.tar"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    data = load_captioned(str(tmp_path / "set"), image_size=None)
+    assert data.captions == list(oracle["txt"])
+    assert all(np.array_equal(x.permute(1, 2, 0), o["png"]) for (x, _), o in zip(data, oracle, strict=True))
+
+
+def test_webdataset_members_as_img2dataset_writes_them(tmp_path: Path) -> None:
+    fields = json.dumps({"url": "u", "alt": ["from JSON"]}).encode()
+    members = [
+        ("./x/1.PNG", png(pixels_of(1))),
+        ("./x/1.json", fields),
+        ("./x/1.txt", b"from text\n"),
+        ("./x/1.seg.png", b"a mask, which is of another field"),
+        ("./x/2.json", b"of no image"),
+        ("./x/.hidden.png", b""),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    check_pairs(load_captioned(str(tmp_path / "a.tar"), image_size=None), [1], ["from text"])
+    data = load_captioned(str(tmp_path / "a.tar"), image_size=None, caption_column="alt")
+    check_pairs(data, [1], ["from JSON"])
+
+
+@pytest.mark.parametrize(("channels", "crop"), [(1, "bicubic"), (3, "adm")])
+def test_size_channels_and_crop_are_those_of_load_data(tmp_path: Path, channels: int, crop: Any) -> None:
+    members = []
+    for seed, size in enumerate([(24, 8), (9, 20)]):
+        save_image(tmp_path / "set" / f"{seed}.png", seed, size)
+        members += [(f"{seed}.png", png(pixels_of(seed, size))), (f"{seed}.txt", b"text")]
+    write_tar(tmp_path / "a.tar", members)
+    data = load_captioned(str(tmp_path / "a.tar"), image_size=4, channels=channels, crop=crop)
+    oracle = load_data(str(tmp_path / "set"), image_size=4, channels=channels, crop=crop)
+    assert torch.equal(torch.stack([image for image, _ in data]), oracle.images)
+
+
+def test_fingerprint_of_files(tmp_path: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        save_image(tmp_path / "set" / name, seed)
+        (tmp_path / "set" / name).with_suffix(".txt").write_text(name)
+
+    def fingerprint(folder: str = "set", **options: Any) -> str:
+        return load_captioned(str(tmp_path / folder), **{"image_size": 4, **options}).fingerprint()
+
+    first = fingerprint()
+    assert len(first) == 16
+    assert fingerprint() == first
+    assert len({first, fingerprint(image_size=5), fingerprint(channels=1), fingerprint(limit=2)}) == 4
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert fingerprint("moved") == first
+    (tmp_path / "moved" / "a.txt").write_text("another")
+    second = fingerprint("moved")
+    os.utime(tmp_path / "moved" / "a.png", ns=(1, 1))
+    assert len({first, second, fingerprint("moved")}) == 3
+
+
+def test_fingerprint_of_tables_shards_and_labelled_data(tmp_path: Path) -> None:
+    def table(seeds: range) -> str:
+        write_parquet(tmp_path / "a.parquet", {"image": image_cells(seeds), "text": ["a", "b"]}, image=datasets.Image())
+        return load_captioned(str(tmp_path / "a.parquet"), image_size=None).fingerprint()
+
+    def shard(seeds: range) -> str:
+        write_tar(tmp_path / "a.tar", [(n, c) if n.endswith("png") else (n, b"text") for n, c in samples(seeds)])
+        return load_captioned(str(tmp_path / "a.tar"), image_size=None).fingerprint()
+
+    def array(seed: int) -> str:
+        images = np.random.default_rng(seed).integers(0, 256, (2, 4, 4), dtype=np.uint8)
+        np.savez(tmp_path / "a.npz", images=images, labels=[0, 1])
+        return load_captioned(str(tmp_path / "a.npz"), image_size=None, captions=["a", "b"]).fingerprint()
+
+    assert table(range(2)) != table(range(2, 4))
+    assert shard(range(2)) != shard(range(2, 4))
+    assert array(0) != array(1)
+    assert array(1) == array(1)
+    again = [load_captioned(str(tmp_path / "a.parquet"), image_size=None).fingerprint() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"captions": []}, "captions is an empty list"),
+        ({"captions": "a digit"}, "captions is the text 'a digit': expected a list"),
+        ({"captions": DIGITS[:9]}, "9 captions are given but digits has 10 classes"),
+        ({"captions": [*DIGITS[:9], " "]}, "the caption of class 9 is empty"),
+        ({"captions": [*DIGITS[:9], None]}, "the caption of class 9 is empty"),
+        ({"captions": [*DIGITS[:9], 9]}, "the caption of class 9 is 9: expected text"),
+        ({"captions": DIGITS, "limit": 0}, "limit is 0: expected a number of pairs, 1 or more"),
+        ({"captions": DIGITS, "caption_column": "text"}, r"captions and caption_column \('text'\) are both given"),
+        ({"captions": DIGITS, "image_size": 0}, "image_size is 0"),
+        ({"captions": DIGITS, "channels": 2}, "channels is 2"),
+        ({"captions": DIGITS, "crop": "none"}, "crop is 'none'"),
+        ({}, "digits has no captions of its own: give captions, one a class"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_captioned("digits", **{"image_size": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digit", "unknown data set 'digit': did you mean 'digits'"),
+        ("nowhere/set.npz", "nowhere/set.npz does not exist"),
+        ("mixture-ring", "mixture-ring holds points"),
+    ],
+)
+def test_wrong_names(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_captioned(name, image_size=None, captions=DIGITS)
+
+
+def test_a_name_of_nothing_is_said_without_captions_too() -> None:
+    with pytest.raises(UserError, match="unknown data set 'digit'"):
+        load_captioned("digit", image_size=None)
+
+
+def one_image(folder: Path) -> None:
+    save_image(folder / "a.png")
+
+
+def two_images(folder: Path) -> None:
+    save_image(folder / "a.png")
+    save_image(folder / "b.png", size=(4, 4))
+
+
+def with_file(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        two_images(folder)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return prepare
+
+
+def both_metadata(folder: Path) -> None:
+    metadata_folder(folder, "csv")
+    metadata_folder(folder, "jsonl")
+
+
+ROW = '{"file_name": "a.png", "text": "one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (lambda folder: None, {}, "holds no images"),
+        (one_image, {}, "holds images without captions: add a metadata.jsonl"),
+        (one_image, {"split": "test"}, "has no split 'test'"),
+        (lambda folder: save_image(folder / "train" / "a.png"), {"split": "all"}, "is kept in splits"),
+        (one_image, {"captions": ["a cat"]}, "has no classes that captions could describe"),
+        (one_image, {"caption_column": "alt"}, "has no metadata.jsonl or metadata.csv with a column 'alt'"),
+        (with_file("a.txt", "a"), {}, r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png"),
+        (with_file("a.txt", "a"), {"captions": ["a"]}, r"has captions of its own \(\.txt files beside the images\)"),
+        (with_file("a.txt", " \n"), {}, r"the caption of \S+a\.png is empty"),
+        (with_file("a.txt", b"\xff\xfe"), {}, r"a\.txt is not UTF-8 text"),
+        (
+            with_file("metadata.jsonl", ROW),
+            {},
+            r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png",
+        ),
+        (with_file("metadata.jsonl", ROW), {"captions": ["a"]}, r"has captions of its own \(metadata\.jsonl\)"),
+        (
+            with_file("metadata.jsonl", ROW),
+            {"caption_column": "alt"},
+            r"has no column 'alt' of captions: expected one of",
+        ),
+        (with_file("metadata.jsonl", ROW + "{"), {}, r"line 2 of \S+ cannot be read as JSON"),
+        (with_file("metadata.jsonl", "[]"), {}, r"line 1 of \S+ holds \[\]: expected a JSON object"),
+        (with_file("metadata.jsonl", '{"text": "one"}'), {}, "has a row of which file_name is None"),
+        (with_file("metadata.jsonl", '{"file_name": "c.png", "text": "one"}'), {}, "of which file_name is 'c.png'"),
+        (with_file("metadata.jsonl", '{"file_name": "a.png"}'), {}, r"has no captions among \['file_name'\]"),
+        (with_file("metadata.csv", "file_name,text\na.png,a cat, black\nb.png,b\n"), {}, "row 1 .* more values than"),
+        (with_file("metadata.csv", 'file_name,text\na.png,"a\n'), {}, "cannot be read as comma-separated values"),
+        (with_file("metadata.csv", "file_name,text\na.png,one\nb.png\n"), {}, r"1 of the 2 images .* \S+b\.png"),
+        (both_metadata, {}, "holds metadata both as .jsonl and as .csv"),
+    ],
+)
+def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options: dict[str, Any], message: str) -> None:
+    prepare(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_captioned(str(tmp_path), **{"image_size": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"url": ["a", "b"]}, {}, r"has no captions among \['image', 'url'\]"),
+        ({"text": ["a", "b"]}, {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
+        ({"text": ["a", None]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
+        ({"text": [["a"], []]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
+        ({"text": ["a", ""]}, {}, "the caption of row 1 of .* is empty"),
+        ({"text": [1, 2]}, {}, "the caption of row 0 of .* is 1: expected text"),
+        ({"text": ["a", "b"]}, {"captions": ["a"]}, r"has captions of its own \(column 'text'\)"),
+        ({"url": ["a", "b"]}, {"captions": ["a"]}, "has no classes that captions could describe"),
+        ({"text": ["a", "b"]}, {"split": "test"}, "has no split 'test'"),
+    ],
+)
+def test_wrong_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    write_parquet(tmp_path / "a.parquet", {"image": image_cells(range(2)), **columns}, image=datasets.Image())
+    with pytest.raises(UserError, match=message):
+        load_captioned(str(tmp_path / "a.parquet"), **{"image_size": None, **options})
+
+
+def test_tables_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
+    with pytest.raises(UserError, match=r"has no image column among \['text'\]"):
+        load_captioned(str(tmp_path / "a.parquet"), image_size=None)
+    write_parquet(tmp_path / "b.parquet", {"image": [*image_cells(range(1)), None], "text": ["a", "b"]})
+    with pytest.raises(UserError, match=r"row 1 of \S+ has no image in column 'image'"):
+        list(load_captioned(str(tmp_path / "b.parquet"), image_size=None))
+
+
+GOOD = samples(range(2))
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "message"),
+    [
+        ([], {}, r"a\.tar holds no images with captions"),
+        (GOOD[:3], {}, r"1 of the 2 images of \S+ have no caption, the first of them 0001\.png of \S+a\.tar"),
+        (GOOD[:1], {}, r"1 of the 1 images of \S+ have no caption"),
+        ([*GOOD[:1], ("0000.txt", b" ")], {}, r"the caption of 0000\.png of \S+a\.tar is empty"),
+        ([*GOOD[:1], ("0000.txt", b"\xff")], {}, r"0000\.txt of \S+a\.tar is not UTF-8"),
+        ([*GOOD[:1], ("0000.json", b"{")], {}, r"0000\.json of \S+a\.tar cannot be read as JSON"),
+        ([*GOOD[:1], ("0000.json", b"{}")], {}, r"0000\.json of \S+a\.tar has no captions among \[\]"),
+        (samples(range(1), "text"), {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
+        ([*GOOD, ("0000.jpg", b"")], {}, "holds two images of the key 0000"),
+        (GOOD, {"captions": ["a"]}, r"has captions of its own \(\.txt or \.json members\)"),
+        (GOOD, {"split": "test"}, "has no split 'test'"),
+    ],
+)
+def test_wrong_shards(tmp_path: Path, members: list[tuple[str, bytes]], options: dict[str, Any], message: str) -> None:
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=message):
+        load_captioned(str(tmp_path / "a.tar"), **{"image_size": None, **options})
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:700], lambda c: c[:1024] + b"x" * 512 + c[1536:], lambda c: b"x" * 999]
+)
+def test_damaged_shards(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    write_tar(tmp_path / "a.tar", samples(range(3)))
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(damage(content))
+    with pytest.raises(UserError, match=r"a\.tar cannot be read as an uncompressed \.tar file"):
+        load_captioned(str(tmp_path / "a.tar"), image_size=None)
+
+
+def test_a_shard_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read as an uncompressed \.tar file"):
+        load_captioned("nowhere/gone.tar", image_size=None)
+
+
+def test_a_damaged_image_and_mixed_sizes_name_the_member(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.png", b"damaged"), ("1.txt", b"text")])
+    with pytest.raises(UserError, match=r"1\.png of \S+a\.tar cannot be read as an image"):
+        list(load_captioned(str(tmp_path / "a.tar"), image_size=None))
+    members = [(f"{i}.png", png(pixels_of(i, size))) for i, size in enumerate([(8, 6), (4, 4)])]
+    write_tar(tmp_path / "b.tar", [*members, ("0.txt", b"text"), ("1.txt", b"text")])
+    with pytest.raises(UserError, match=r"0\.png of \S+ is 8x6 pixels in RGB but 1\.png of \S+ is 4x4 .* image_size"):
+        list(load_captioned(str(tmp_path / "b.tar"), image_size=None))

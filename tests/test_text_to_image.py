@@ -1,0 +1,459 @@
+"""Text-to-image runs: their pictures are those of the plain diffusers pipeline, and are evaluated like any others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from atdiff.cli import main
+from atdiff.data import load_data, to_uint8
+from atdiff.errors import UserError
+from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
+from atdiff.evaluation.metrics import Metrics
+from atdiff.latent.generate import TextToImage
+from atdiff.report.samples import sample_grids
+from atdiff.runs import load_denoiser
+from atdiff.sampling import image_generators, make_scheduler
+from atdiff.sampling.corrections import EpsilonScaling
+
+pytestmark = pytest.mark.filterwarnings("ignore:the Frechet distance of")
+
+SIZE = 16
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = tuple(f"a {word}" for word in WORDS)
+OPTIONS: dict[str, Any] = {"sampler": "ddim", "steps": 3, "num": 5, "seed": 2}
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of CLIP with the letters alone as its vocabulary."""
+    folder.mkdir()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=12)
+
+
+def text_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=54, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, projection_dim=16, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+    )  # fmt: skip
+
+
+def autoencoder(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=channels, out_channels=channels, latent_channels=4, norm_num_groups=4, block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def unet(**options: Any) -> UNet2DConditionModel:
+    kinds: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        **{"cross_attention_dim": 16, **kinds, **options},
+    )  # fmt: skip
+
+
+def sd_scheduler() -> DDIMScheduler:
+    """That of Stable Diffusion 1.5."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
+def stable_diffusion(folder: Path, *, channels: int = 1, **options: Any) -> Path:
+    """Save a tiny Stable Diffusion pipeline with random weights."""
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "vae": autoencoder(channels),
+        "text_encoder": CLIPTextModel(text_config()),
+        "tokenizer": tokenizer(folder.parent / f"{folder.name}-tokenizer"),
+        "unet": unet(**options),
+        "scheduler": sd_scheduler(),
+    }
+    # Random weights hardly listen to a prompt; these do.
+    torch.nn.init.normal_(parts["text_encoder"].text_model.embeddings.token_embedding.weight, std=3.0)
+    StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def sdxl(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words: Any = tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    networks = {
+        "vae": autoencoder(3),
+        "text_encoder": CLIPTextModel(text_config()),
+        "text_encoder_2": CLIPTextModelWithProjection(text_config()),
+        "unet": unet(
+            cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=16 + 6 * 4,
+        ),
+    }  # fmt: skip
+    StableDiffusionXLPipeline(
+        **networks, tokenizer=words, tokenizer_2=words, scheduler=sd_scheduler(), add_watermarker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def training_folder(folder: Path, **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    defaults = {"data": {"name": "digits", "image_size": SIZE, "captions": list(CAPTIONS)}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**defaults, **settings}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stable_diffusion(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def trained(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training folder of digits, one caption a class."""
+    folder = training_folder(tmp_path_factory.mktemp("trained") / "run", consistency={"sample_guidance": 3.0})
+    shutil.copytree(pipeline, folder / "pipeline")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Digits of the size of the pipeline's pictures, in a file with labels."""
+    data = load_data("digits", image_size=SIZE)
+    assert data.labels is not None
+    np.savez(tmp_path / "photos.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
+    return tmp_path / "photos.npz"
+
+
+def loaded(run: Path, **changes: Any) -> TextToImage:
+    denoiser = load_denoiser(str(run))
+    assert isinstance(denoiser, TextToImage)
+    return replace(denoiser, **changes)
+
+
+def drawn(denoiser: TextToImage, **options: Any) -> Tensor:
+    return torch.cat(list(denoiser.pictures(**{**OPTIONS, **options})))
+
+
+def by_diffusers(folder: Path, sampler: str, steps: int, seed: int, prompts: list[str], guidance: float) -> Tensor:
+    """Let a plain pipeline draw from strings, one picture at a time."""
+    loader: Any = DiffusionPipeline
+    pipe = loader.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    training, images = pipe.scheduler, []
+    for i, prompt in enumerate(prompts):
+        pipe.scheduler = make_scheduler(sampler, training, steps)
+        images.append(
+            pipe(
+                prompt, num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+                generator=image_generators(seed, [i]),
+            ).images
+        )  # fmt: skip
+    return torch.cat(images) * 2 - 1
+
+
+def test_label_accuracy_is_the_share_read_as_asked() -> None:
+    data = load_data("digits", image_size=SIZE)
+    assert data.labels is not None
+    metrics = Metrics(data, ("label_accuracy", "fid"), extractor="label-classifier")
+    images, labels = data.images[:200], data.labels[:200].clone()
+    # The classifier reads its training images without a mistake, so that what was asked for decides.
+    assert metrics(images.split(64), num=200, labels=labels)["label_accuracy"] == 1.0
+    labels[::4] = (labels[::4] + 1) % 10
+    out = metrics(images.split(33), num=200, labels=labels)
+    assert out["label_accuracy"] == 150 / 200
+    assert list(out) == ["label_accuracy", "fd"]
+    # It needs no features of any extractor besides.
+    alone = Metrics(data, ("label_accuracy",), extractor="inception-v3-compat")
+    assert alone([data.x0(torch.arange(200))], num=200, labels=labels) == {"label_accuracy": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "label_accuracy needs the class that each of the 4 images was asked for: give labels"),
+        (torch.zeros(3, dtype=torch.int64), "label_accuracy needs the class that each of the 4 images"),
+        (torch.tensor([0, 1, 2, 11]), "asked for as class 11 and digits has the classes 0 to 9"),
+    ],
+)
+def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None, message: str) -> None:
+    metrics = Metrics(load_data("digits"), ("label_accuracy",))
+    with pytest.raises(UserError, match=message):
+        metrics([torch.zeros(4, 1, 8, 8)], num=4, labels=labels)
+
+
+def test_label_accuracy_needs_labelled_data() -> None:
+    data = replace(load_data("digits"), labels=None)
+    with pytest.raises(UserError, match=r"digits has no labels: name labelled images .* or leave label_accuracy out"):
+        Metrics(data, ("label_accuracy",))
+
+
+def test_an_unconditional_network_has_no_label_accuracy(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    config = EvaluationConfig(("ddim",), (2,), num=8, metrics=("label_accuracy",))
+    with pytest.raises(UserError, match="is not class-conditional: leave label_accuracy out"):
+        evaluate_runs([str(finished[1] / "seed-0" / "at")], config, tmp_path / "cells.json")
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 4.0), ("ddim", 1.0), ("iddpm", 2.0), ("heun", 1.5)])
+def test_pictures_are_those_of_the_plain_pipeline(pipeline: Path, sampler: str, guidance: float) -> None:
+    prompts = ("a one", "the two", "three")
+    denoiser = loaded(pipeline, prompts=prompts, guidance_scale=guidance)
+    expected = by_diffusers(pipeline, sampler, 3, 2, [prompts[i % 3] for i in range(5)], guidance)
+    out = drawn(denoiser, sampler=sampler)
+    assert out.shape == (5, 1, SIZE, SIZE)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert (out[0] - out[3]).abs().max() > 0.01  # of one prompt, by their own noise
+
+
+def test_pictures_of_sdxl_are_those_of_the_plain_pipeline(tmp_path: Path) -> None:
+    folder = sdxl(tmp_path / "sdxl")
+    denoiser = loaded(folder, prompts=("a one", "the two"))
+    assert denoiser.image_shape == (3, SIZE, SIZE)
+    expected = by_diffusers(folder, "ddim", 3, 2, ["a one", "the two", "a one"], 7.5)
+    torch.testing.assert_close(drawn(denoiser, num=3), expected, rtol=0, atol=1e-4)
+
+
+def test_embedded_guidance_is_that_of_the_plain_pipeline(tmp_path: Path) -> None:
+    folder = stable_diffusion(tmp_path / "embedded", time_cond_proj_dim=8)
+    prompts = ("a one", "the two")
+    out = [drawn(loaded(folder, prompts=prompts, guidance_scale=scale), num=2) for scale in (3.0, 9.0)]
+    torch.testing.assert_close(out[0], by_diffusers(folder, "ddim", 3, 2, list(prompts), 3.0), rtol=0, atol=1e-4)
+    assert (out[0] - out[1]).abs().max() > 1e-3
+    assert loaded(folder).evaluations("ddim", 3) == 3  # it is shown to the network, which runs once a step
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_batch_size_does_not_matter(pipeline: Path, batch_size: int) -> None:
+    denoiser = loaded(pipeline, prompts=CAPTIONS)
+    batches = list(denoiser.pictures(**OPTIONS, batch_size=batch_size))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    torch.testing.assert_close(torch.cat(batches), drawn(denoiser, num=7)[:5], rtol=0, atol=1e-5)
+
+
+def test_large_pictures_are_drawn_in_small_batches(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atdiff.latent.generate.PIXELS", 2 * SIZE * SIZE)
+    batches = list(loaded(pipeline, prompts=CAPTIONS).pictures(**OPTIONS))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+def test_a_label_is_one_prompt_for_all(pipeline: Path) -> None:
+    denoiser = loaded(pipeline, prompts=CAPTIONS)
+    assert torch.equal(denoiser.class_labels(12), torch.arange(12) % 10)
+    one = drawn(loaded(pipeline, prompts=(CAPTIONS[3],)))
+    torch.testing.assert_close(drawn(denoiser, label=3), one, rtol=0, atol=1e-5)
+    assert (drawn(denoiser, label=4) - one).abs().max() > 1e-3
+
+
+def test_guidance_and_prompts_come_from_the_training_folder(trained: Path, pipeline: Path, tmp_path: Path) -> None:
+    assert loaded(trained).guidance_scale == 3.0
+    assert loaded(trained).prompts == CAPTIONS
+    assert loaded(trained).evaluations("ddim", 3) == 6  # with the prompt and without
+    assert (loaded(pipeline).guidance_scale, loaded(pipeline).prompts) == (7.5, ())
+    other = training_folder(tmp_path / "other", sampling={"guidance_scale": 2.0}, consistency=None, data={"name": "x"})
+    shutil.copytree(pipeline, other / "pipeline")
+    assert (loaded(other).guidance_scale, loaded(other).prompts) == (2.0, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"prompts": ()}, {}, "comes without prompts: give --prompts"),
+        ({}, {"label": 10}, "class label 10 is not one of .* prompts, 0 to 9"),
+        ({}, {"correction": EpsilonScaling(1.01)}, "the correction EpsilonScaling cannot be applied"),
+        ({}, {"num": 0}, "num=0"),
+        ({}, {"num": -1}, "num=-1"),
+        ({}, {"batch_size": 0}, "batch_size=0"),
+        ({}, {"seed": 5000}, "seed=5000"),
+        ({}, {"sampler": "flow-euler"}, "does not fit"),
+        ({}, {"steps": 0}, "steps=0"),
+    ],
+)
+def test_what_pictures_cannot_be_drawn_is_said_at_once(
+    pipeline: Path, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loaded(pipeline, **{"prompts": CAPTIONS, **changes}).pictures(**{**OPTIONS, **options})
+
+
+def test_pictures_that_are_not_finite_are_said(pipeline: Path) -> None:
+    denoiser = loaded(pipeline, prompts=CAPTIONS)
+    torch.nn.init.constant_(denoiser.pipeline.vae.decoder.conv_out.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match="5 pictures of ddim at 3 steps are not finite"):
+        drawn(denoiser)
+
+
+def test_networks_of_pixels_alone_can_be_asked_for(pipeline: Path) -> None:
+    with pytest.raises(UserError, match=r"is a text-to-image pipeline \(StableDiffusionPipeline\)"):
+        load_denoiser(str(pipeline), text_to_image=False)
+
+
+def test_evaluate_and_sample_a_training_folder(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cells.json"
+    words = ["evaluate", str(trained), "--steps", "2", "--num", "40", "--metrics", "fid,label_accuracy",
+             "--extractor", "label-classifier", "--out", str(out)]  # fmt: skip
+    assert main(words) == 0
+    (cell,) = json.loads(out.read_text())
+    assert {"nfe": 4, "guidance_scale": 3.0, "sampler": "ddim", "reference": "digits"}.items() <= cell.items()
+    # The same by hand: plain pictures, asked for in turn, and what the classifier makes of them.
+    images = by_diffusers(trained / "pipeline", "ddim", 2, 0, [CAPTIONS[i % 10] for i in range(40)], 3.0)
+    metrics = Metrics(load_data("digits", image_size=SIZE), ("fid", "label_accuracy"), extractor="label-classifier")
+    expected = metrics([images], num=40, labels=torch.arange(40) % 10)
+    assert cell["metrics"] == pytest.approx(expected, rel=1e-2)
+    assert main(["sample", str(trained), "--steps", "2", "--num", "3", "--out", str(tmp_path / "three.npz")]) == 0
+    pixels = torch.from_numpy(np.load(tmp_path / "three.npz")["arr_0"])[..., 0].int()
+    assert (pixels - to_uint8(images[:3, 0]).int()).abs().max() <= 1
+
+
+def test_evaluate_a_pipeline_with_prompts_of_the_user(pipeline: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cells.json"
+    words = ["evaluate", str(pipeline), "--steps", "2", "--num", "20", "--metrics", "fid,label_accuracy",
+             "--extractor", "label-classifier", "--data", str(photos), "--out", str(out)]  # fmt: skip
+    counts = []
+    for name, captions in (("a", CAPTIONS), ("b", CAPTIONS[::-1]), ("a", CAPTIONS)):
+        (tmp_path / name).write_text("\n".join(captions))
+        assert main([*words, "--prompts", str(tmp_path / name)]) == 0
+        counts.append(len(json.loads(out.read_text())))
+    assert counts == [1, 2, 2]  # other prompts are other cells
+    first, second = json.loads(out.read_text())
+    assert first["guidance_scale"] == 7.5
+    assert first["prompts"].startswith("10 (sha256 ")
+    assert first["prompts"] != second["prompts"]
+    assert first["metrics"]["fd"] != second["metrics"]["fd"]
+    config = EvaluationConfig(None, (2,), num=20, extractor="label-classifier", metrics=("fid", "label_accuracy"))
+    covered = [replace(config, prompts=prompts).covers(first) for prompts in (CAPTIONS, CAPTIONS[::-1], None)]
+    assert covered == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "comes without prompts: give --prompts"),
+        (["--prompts", "prompts.txt", "--corrections", "none,epsilon-scaling:1.01"], "epsilon-scaling:1.01 cannot be"),
+        (["--prompts", "prompts.txt", "--metrics", "label_accuracy"], "asked for as class 10"),
+        (["--prompts", "missing.txt"], "missing.txt cannot be read"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(
+    words: list[str],
+    message: str,
+    pipeline: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join([*CAPTIONS, "a tree"]))
+    shared = ["--steps", "2", "--num", "20", "--data", str(photos), "--extractor", "label-classifier"]
+    assert main(["evaluate", str(pipeline), *shared, "--out", "cells.json", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not Path("cells.json").exists()
+
+
+def test_clip_score_takes_the_prompts_of_the_run(trained: Path, pipeline: Path) -> None:
+    config = EvaluationConfig(("ddim",), (2,), metrics=("clip_score",))
+    assert config.asked_of(loaded(trained)).prompts == CAPTIONS
+    assert replace(config, prompts=("a dog",)).asked_of(loaded(trained)).prompts == ("a dog",)
+    with pytest.raises(UserError, match="clip_score compares pictures with prompts"):
+        config.asked_of(loaded(pipeline))
+
+
+def test_grids_are_drawn_by_the_pipeline(trained: Path, pipeline: Path) -> None:
+    grids = sample_grids({"plain": str(trained)}, ["ddim"], [2], seed=1, columns=2)
+    expected = to_uint8(by_diffusers(trained / "pipeline", "ddim", 2, 1, list(CAPTIONS[:4]), 3.0)).int()
+    png = np.asarray(Image.open(_stream(grids["ddim"][2]["plain"]))).astype(int)
+    for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
+        assert np.abs(png[top : top + SIZE, left : left + SIZE] - expected[i, 0].numpy()).max() <= 1
+    with pytest.raises(UserError, match="comes without prompts"):
+        sample_grids({"plain": str(pipeline)}, ["ddim"], [2])
+    assert sample_grids({"plain": str(pipeline)}, ["ddim"], [2], columns=2, prompts=["a one"])
+
+
+def _stream(content: bytes) -> Any:
+    import io
+
+    return io.BytesIO(content)
+
+
+def lora_folder(folder: Path, base: str) -> Path:
+    """A training folder with a LoRA of random weights that change the network."""
+    network = unet()
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(network)
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers)
+    LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        folder / "lora" / "scheduler"
+    )
+    return training_folder(folder, training={"init": base}, lora={"rank": 2}, consistency={"sample_guidance": 1.5})
+
+
+def test_a_lora_is_put_on_the_pipeline_that_it_was_trained_from(pipeline: Path, tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path / "run", str(pipeline))
+    denoiser = loaded(folder)
+    assert isinstance(denoiser.scheduler, LCMScheduler)
+    assert (denoiser.guidance_scale, denoiser.prompts) == (1.5, CAPTIONS)
+    plain: Any = StableDiffusionPipeline.from_pretrained(pipeline)
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
+    before = plain.unet(x, 300, states).sample
+    plain.load_lora_weights(folder / "lora")
+    expected = plain.unet(x, 300, states).sample
+    torch.testing.assert_close(denoiser.model(x, 300, states).sample, expected)
+    assert (expected - before).abs().max() > 1e-3
+
+
+def test_what_is_wrong_with_a_lora_is_said(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lora_folder(tmp_path / "run", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"holds a LoRA of the pipeline '.*gone', which training.init names: "):
+        load_denoiser(str(folder))
+    training_folder(folder, training={"init": str(pipeline)}, lora={"rank": 2})
+    weights = folder / "lora" / "pytorch_lora_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    with pytest.raises(UserError, match=r"the LoRA .* does not load on the pipeline"):
+        load_denoiser(str(folder))
+    weights.unlink()
+    with pytest.raises(UserError, match="has no finished pipeline yet"):
+        load_denoiser(str(folder))
+    weights.write_bytes(content)
+
+    def missing(*args: Any, **options: Any) -> None:
+        raise ValueError("PEFT backend is required for this method.")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", missing)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package peft: pip install 'atdiff\[lcm\]'"):
+        load_denoiser(str(folder))
