@@ -209,13 +209,13 @@ class Metrics:
             assert classes is not None
             if labels is None or len(labels) != num:
                 raise UserError(
-                    f"label_accuracy needs the class that each of the {num} images was asked for: give labels, or leave it "
-                    "out for an unconditional network."
+                    f"label_accuracy needs the class that each of the {num} images was asked for: give labels, or "
+                    "leave it out for an unconditional network."
                 )
             if int(labels.max()) >= classes:
                 raise UserError(
                     f"images were asked for as class {int(labels.max())} and {self.data.name} has the classes 0 to "
-                    f"{classes - 1}: for label_accuracy the classes, or prompts, must be those of the data in their order."
+                    f"{classes - 1}: for label_accuracy classes, or prompts, must be those of the data in their order."
                 )
         if num < FEW_SAMPLES and FRECHET & set(self.names):
             warnings.warn(

@@ -131,7 +131,7 @@ def _check_prompts(images: ImageData, prompts: Sequence[str]) -> None:
         if not plain:
             raise UserError(f"prompt {i} is empty, which stands for no prompt at all: describe class {i}.")
         if plain in seen:
-            raise UserError(f"the prompt {prompt!r} is given twice (case and spaces do not count): expected one a class.")
+            raise UserError(f"the prompt {prompt!r} is given twice (but for case and spaces): expected one a class.")
         seen.add(plain)
 
 
@@ -176,7 +176,7 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         tokenizer = _tokenizer(prompts, folder / "tokenizer")
         text_encoder = _text_encoder(tokenizer)
         unet = _unet(images, args)
-        vae = _autoencoder(images, args)
+        vae: Any = _autoencoder(images, args)
         _train(vae, images, args["updates"])
         vae.register_to_config(scaling_factor=1.0 / _latent_std(vae, images))
     scheduler = DDIMScheduler(
@@ -188,7 +188,7 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         steps_offset=1,
         prediction_type=args["prediction_type"],
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -233,7 +233,11 @@ def _merges(prompts: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     unbounded = sum(map(len, map(str.encode, prompts))) + 2 * len(characters)  # more than there can be merges
     trainer = trainers.BpeTrainer(
-        vocab_size=unbounded, min_frequency=0, show_progress=False, initial_alphabet=characters, end_of_word_suffix="</w>"
+        vocab_size=unbounded,
+        min_frequency=0,
+        show_progress=False,
+        initial_alphabet=characters,
+        end_of_word_suffix="</w>",
     )
     learner.train_from_iterator(prompts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
@@ -287,7 +291,7 @@ def _autoencoder(images: ImageData, args: dict[str, Any]) -> AutoencoderKL:
     )
 
 
-def _train(vae: AutoencoderKL, images: ImageData, updates: int) -> None:
+def _train(vae: Any, images: ImageData, updates: int) -> None:  # noqa: ANN401  (attributes of diffusers)
     """Train for the squared error of the pixels and a small weight on the divergence from the normal law."""
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=RECIPE["weight_decay"])
     # The schedule divides by its number of warm-up steps, which is none of a single one.
@@ -314,7 +318,7 @@ def _train(vae: AutoencoderKL, images: ImageData, updates: int) -> None:
 
 
 @torch.no_grad()
-def _latent_std(vae: AutoencoderKL, images: ImageData) -> float:
+def _latent_std(vae: Any, images: ImageData) -> float:  # noqa: ANN401
     """Return the standard deviation of all values of the latents of all images, drawn as training draws them."""
     batches = torch.arange(len(images)).split(RECIPE["batch"])
     latents = torch.cat([vae.encode(images.x0(batch)).latent_dist.sample() for batch in batches])
