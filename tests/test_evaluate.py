@@ -22,7 +22,7 @@ class Interrupter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.generate = 0, evaluate.iter_generate
-        monkeypatch.setattr(evaluate, "iter_generate", self.pictures)
+        monkeypatch.setattr("atdiff.runs.iter_generate", self.pictures)
         monkeypatch.setattr(evaluate, "write_json", self.write)
 
     def moment(self) -> None:
@@ -115,7 +115,7 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     def broken(*args: Any, num: int, shape: tuple[int, ...], **options: Any) -> Iterator[torch.Tensor]:
         yield torch.full((num, *shape), torch.nan)
 
-    monkeypatch.setattr(evaluate, "iter_generate", broken)
+    monkeypatch.setattr("atdiff.runs.iter_generate", broken)
     out = tmp_path / "cells.json"
     assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
     assert "not finite" in capsys.readouterr().err
