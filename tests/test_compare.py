@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import atdiff.runs
 from atdiff.cli import main
 from atdiff.compare import find_runs
 from atdiff.evaluation import evaluate
@@ -24,7 +25,7 @@ def test_a_study_is_compared_by_the_figures_that_it_left(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("nothing is left to sample")
 
-    monkeypatch.setattr("atdiff.runs.iter_generate", never)
+    monkeypatch.setattr(evaluate, "_Judge", never)
     page = tmp_path / "report.html"
     assert main(["compare", str(finished[1]), "--no-mismatch", "--out", str(page)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -38,7 +39,7 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    generate = evaluate.iter_generate
+    generate = atdiff.runs.iter_generate
 
     def counted(*args: object, **options: object) -> object:
         if len(made) == 3:
@@ -48,11 +49,11 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
 
     words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "2,4", "--num", "40", "--no-mismatch",
              "--out", str(tmp_path / "page.html")]  # fmt: skip
-    monkeypatch.setattr("atdiff.runs.iter_generate", counted)
+    monkeypatch.setattr(atdiff.runs, "iter_generate", counted)
     assert main(words) == 130
     assert not (tmp_path / "page.html").exists()
     assert len(json.loads((tmp_path / "page.cells.json").read_text())) == 3
-    monkeypatch.setattr("atdiff.runs.iter_generate", generate)
+    monkeypatch.setattr(atdiff.runs, "iter_generate", generate)
     assert main(words) == 0
     summary = json.loads((tmp_path / "page.summary.json").read_text())
     places = [(c["arm"], c["seed"], c["steps"]) for c in summary["cells"]]

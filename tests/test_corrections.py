@@ -179,7 +179,7 @@ def test_slope_that_reaches_zero_is_refused() -> None:
 
 
 MEAN, STD = 0.3, 0.5
-WITH_TIMESTEPS = tuple(name for name in SAMPLERS if name != "edm-euler")
+WITH_TIMESTEPS = tuple(name for name in SAMPLERS if name not in ("edm-euler", "consistency"))
 
 
 def _training(sampler: str, prediction_type: str = "epsilon", **options: object) -> SchedulerMixin:
@@ -419,7 +419,8 @@ def _std(sampler: str, correction: Correction) -> float:
     return x.std().item()
 
 
-@pytest.mark.parametrize("sampler", WITH_TIMESTEPS)
+# That of consistency models draws new noise at every step, so that the variance says nothing of the steps before.
+@pytest.mark.parametrize("sampler", [name for name in WITH_TIMESTEPS if name != "lcm"])
 def test_every_sampler_takes_shifted_steps(sampler: str) -> None:
     """Steps of first order leave too little variance, and time shift sees that; the others were near it before."""
     plain, shifted = (_std(sampler, TimeShift(window, data_variance=STD**2)) for window in (0, 40))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import atdiff.runs
 from atdiff.cli import main
 from atdiff.evaluation import evaluate
 from atdiff.files import write_json
@@ -21,8 +22,8 @@ class Interrupter:
     """Stops the evaluation at its n-th moment: around every batch of pictures and around every write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left, self.generate = 0, evaluate.iter_generate
-        monkeypatch.setattr("atdiff.runs.iter_generate", self.pictures)
+        self.left, self.generate = 0, atdiff.runs.iter_generate
+        monkeypatch.setattr(atdiff.runs, "iter_generate", self.pictures)
         monkeypatch.setattr(evaluate, "write_json", self.write)
 
     def moment(self) -> None:
@@ -115,7 +116,7 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     def broken(*args: Any, num: int, shape: tuple[int, ...], **options: Any) -> Iterator[torch.Tensor]:
         yield torch.full((num, *shape), torch.nan)
 
-    monkeypatch.setattr("atdiff.runs.iter_generate", broken)
+    monkeypatch.setattr(atdiff.runs, "iter_generate", broken)
     out = tmp_path / "cells.json"
     assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
     assert "not finite" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -536,9 +537,11 @@ def test_bad_samplers_are_refused(sampler: str, training: SchedulerMixin, steps:
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("iddpm", "ddim")])
 def test_one_step_where_it_makes_sense(sampler: str) -> None:
-    training = {"flow-euler": FlowMatchEulerDiscreteScheduler(), "edm-euler": EDMEulerScheduler()}.get(
-        sampler, _training_scheduler()
-    )
+    training = {
+        "flow-euler": FlowMatchEulerDiscreteScheduler(),
+        "edm-euler": EDMEulerScheduler(),
+        "consistency": CMStochasticIterativeScheduler(),
+    }.get(sampler, _training_scheduler())
     schedule = NoiseSchedule(training)
     prediction_type = "epsilon" if schedule.kind == "vp" else schedule.kind
     images = generate(

@@ -101,7 +101,7 @@ def stable_diffusion(folder: Path, *, channels: int = 1, **options: Any) -> Path
         "scheduler": sd_scheduler(),
     }
     # Random weights hardly listen to a prompt; these do.
-    torch.nn.init.normal_(parts["text_encoder"].text_model.embeddings.token_embedding.weight, std=3.0)
+    torch.nn.init.normal_(parts["text_encoder"].get_input_embeddings().weight, std=3.0)
     StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(folder)
@@ -203,7 +203,7 @@ def test_label_accuracy_is_the_share_read_as_asked() -> None:
     [
         (None, "label_accuracy needs the class that each of the 4 images was asked for: give labels"),
         (torch.zeros(3, dtype=torch.int64), "label_accuracy needs the class that each of the 4 images"),
-        (torch.tensor([0, 1, 2, 11]), "asked for as class 11 and digits has the classes 0 to 9"),
+        (torch.tensor([0, 1, 2, 11]), "asked for as class 11 and digits.train. has the classes 0 to 9"),
     ],
 )
 def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None, message: str) -> None:
@@ -214,7 +214,9 @@ def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None
 
 def test_label_accuracy_needs_labelled_data() -> None:
     data = replace(load_data("digits"), labels=None)
-    with pytest.raises(UserError, match=r"digits has no labels: name labelled images .* or leave label_accuracy out"):
+    with pytest.raises(
+        UserError, match=r"digits.train. has no labels: name labelled images .* or leave label_accuracy out"
+    ):
         Metrics(data, ("label_accuracy",))
 
 

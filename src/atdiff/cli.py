@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,7 +81,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--class-label", type=int, help="for class-conditional networks; default: all in turn")
+    parser.add_argument("--class-label", type=int, help="or number of a prompt, from 0; default: all in turn")
+    parser.add_argument(
+        "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
+    )
     parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
     parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
 
@@ -208,7 +213,8 @@ def _train(args: argparse.Namespace) -> None:
     from atdiff.training.loop import train
 
     train(config, args.out)
-    print(f"{args.out / 'pipeline'} holds the trained pipeline.")
+    folder, what = ("lora", "LoRA weights") if config.lora.rank else ("pipeline", "pipeline")
+    print(f"{args.out / folder} holds the trained {what}.")
 
 
 def _device() -> str:
@@ -220,6 +226,7 @@ def _device() -> str:
 def _sample(args: argparse.Namespace) -> None:
     import torch
 
+    from atdiff.latent.generate import TextToImage
     from atdiff.runs import load_denoiser
     from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import save_images
@@ -227,8 +234,13 @@ def _sample(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise UserError(f"{args.out} exists already; choose another --out.")
-    correction = make_correction(args.correction)
-    denoiser = load_denoiser(args.run)
+    correction, prompts = make_correction(args.correction), _prompts(args.prompts)
+    with _quiet_loading():
+        denoiser = load_denoiser(args.run)
+    if prompts is not None:
+        if not isinstance(denoiser, TextToImage):
+            raise UserError(f"{args.run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
+        denoiser = replace(denoiser, prompts=prompts)
     batches = denoiser.pictures(
         sampler=args.sampler or default_sampler(denoiser.scheduler),
         steps=args.steps,
@@ -242,6 +254,15 @@ def _sample(args: argparse.Namespace) -> None:
     )
     save_images(torch.cat(list(batches)), args.out)
     print(f"{args.num} pictures in {args.out}")
+
+
+def _quiet_loading() -> contextlib.AbstractContextManager[None]:
+    """Keep the loading bars of transformers off the terminal, where it is installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return contextlib.nullcontext()
+    from atdiff.evaluation.weights import quiet_transformers
+
+    return quiet_transformers()
 
 
 def _list(text: str, kind: type, option: str) -> tuple:
@@ -267,7 +288,10 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read ({error}): expected one prompt a line.") from None
-    return tuple(line.strip() for line in lines if line.strip())
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"--prompts {path} is empty: expected one prompt a line.")
+    return prompts
 
 
 def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> Any:  # noqa: ANN401  (EvaluationConfig)

@@ -166,7 +166,7 @@ def open_run(out: Path, config: TrainConfig) -> bool:
     file = out / "config.yaml"
     if file.is_file():
         # What a setting was before it could be set is its default.
-        stored = _completed(yaml.safe_load(file.read_text()), json.loads(json.dumps(asdict(TrainConfig()))))
+        stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
         longer = settings["training"]["passes"] > stored["training"]["passes"]
         if longer:  # More passes of the same run are no other run.
             stored["training"]["passes"] = settings["training"]["passes"]
@@ -186,10 +186,9 @@ def open_run(out: Path, config: TrainConfig) -> bool:
     return False
 
 
-def _completed(stored: Any, defaults: Any) -> Any:  # noqa: ANN401
-    if not isinstance(stored, dict) or not isinstance(defaults, dict):
-        return stored
-    return {**defaults, **{key: _completed(value, defaults.get(key)) for key, value in stored.items()}}
+def _completed(stored: dict[str, Any], defaults: TrainConfig) -> dict[str, Any]:
+    sections = json.loads(json.dumps(asdict(defaults)))
+    return {**stored, **{name: {**section, **stored.get(name, {})} for name, section in sections.items()}}
 
 
 def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:  # noqa: ANN401

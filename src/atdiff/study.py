@@ -63,7 +63,8 @@ def run_study(
     """Run, or go on with, the comparison that a recipe describes; return the report's path.
 
     Every seed trains its own base model; every arm goes on from that base with the same number of passes and the
-    same order of data, and is judged on the same initial noise. Writes ``summary.json``, ``table.md``,
+    same order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms
+    start from ``training.init``. Writes ``summary.json``, ``table.md``,
     ``samples.png`` and ``report.html`` beside the runs. In the folder of an earlier start, or of a study of fewer
     arms, seeds or cells, only what is missing is done.
 
@@ -143,10 +144,10 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
     for seed in study.seeds:
         # Other noise for every seed, the same for all of its arms.
         cells = replace(evaluation, seeds=(1 + seed,))
-        for arm in (BASE, *study.arms):
+        for arm in (*([BASE] if recipe.finetune else []), *study.arms):
             config = resolve(recipe, None if arm == BASE else arm, list(overrides))
             config.training.seed = seed
-            if arm != BASE:
+            if arm != BASE and recipe.finetune:
                 config.training.init = str(out / f"seed-{seed}" / BASE)
             judged = arm != BASE or study.base
             stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
@@ -221,9 +222,8 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
         Progress(*columns, console=console) as progress,
     ):
         bar = progress.add_task("studying", total=total)
-        pending: dict[Future[None], _Stage] = {
-            pool.submit(_run_stage, stage): stage for stage in stages if stage.arm == BASE
-        }
+        first = [stage for stage in stages if stage.arm == BASE] or stages
+        pending: dict[Future[None], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
         finished = 0
         try:
             while pending:
@@ -268,6 +268,7 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}
+    base = by_arm.get(BASE)
     study = recipe.study
     return {
         "title": f"{recipe.name}: adversarial training at equal compute",
@@ -277,7 +278,7 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         "baseline": study.arms[0],
         "metric": leading_metric(cells),
         "recipe": {
-            "base": asdict(by_arm[BASE]),
+            "base": asdict(base or by_arm[study.arms[0]]),
             "arms": {arm: recipe.arms[arm] for arm in study.arms},
             "evaluation": {
                 "samplers": study.samplers,
@@ -286,12 +287,12 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
                 "num": study.num,
                 "seeds": study.seeds,
                 "extractor": study.extractor,
-                "reference": f"{by_arm[BASE].data.name} ({by_arm[BASE].data.split} split)",
+                "reference": "{name} ({split} split)".format(**asdict(by_arm[study.arms[0]].data)),
                 "weights": f"EMA {by_arm[study.arms[0]].training.ema_decay}",
                 "dtype": "float32",
             },
         },
-        "passes": {"base": by_arm[BASE].training.passes, "arm": by_arm[study.arms[0]].training.passes},
+        "passes": {"base": base.training.passes if base else 0, "arm": by_arm[study.arms[0]].training.passes},
         "wall_seconds": round(seconds, 1),
         "cells": cells,
         "training": training,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import _check_request, _finished, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 
-__all__ = ["TextToImage", "prompts_name", "text_to_image_run"]
+__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
+
+PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
 GUIDANCE_SCALE = 7.5  # diffusers' default for Stable Diffusion
 PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
@@ -167,10 +170,14 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     Args:
         pipeline: of diffusers, with ``text_encoder``, ``unet`` and ``vae``.
         source: the run, as the user named it.
-        config: the settings of its training folder, which may tell the prompts (``data.captions``) and the guidance
-            scale (``consistency.sample_guidance``, or ``sampling.guidance_scale``); empty for others.
+        config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are
+            those of the folder's ``prompts.txt``) and the guidance scale (``consistency.sample_guidance``, or
+            ``sampling.guidance_scale``); empty for others.
     """
     captions = config.get("data", {}).get("captions") or ()
+    file = Path(source) / PROMPTS_FILE
+    if config and not captions and file.is_file():
+        captions = file.read_text(encoding="utf-8").splitlines()
     return TextToImage(
         pipeline.unet,
         pipeline.scheduler,

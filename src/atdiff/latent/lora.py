@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import LCMScheduler
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -143,7 +144,12 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
             f"the LoRA weights in {folder} cannot be put onto {latent.source} ({reason}): give the pipeline that they "
             "were trained on."
         ) from error
-    latent.pipeline.register_modules(scheduler=LCMScheduler.from_pretrained(folder / "scheduler"))
+    latent.pipeline.register_modules(scheduler=_scheduler(folder / "scheduler"))
+
+
+def _scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)
 
 
 def _require_peft() -> None:

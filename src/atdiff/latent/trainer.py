@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.data.captions import load_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
+from atdiff.files import write_text
 from atdiff.latent.cache import LatentData, latent_data
-from atdiff.latent.generate import text_to_image_run
+from atdiff.latent.generate import PROMPTS_FILE, text_to_image_run
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
 from atdiff.sampling.generate import save_images
 from atdiff.sampling.schedulers import default_sampler
-from atdiff.training.build import build_objective, consistency_options, lcm_scheduler
-from atdiff.training.config import TrainConfig
+from atdiff.training.build import build_objective, consistency_options, consistency_scheduler
+from atdiff.training.config import SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer
 
 __all__ = ["LatentTrainer"]
@@ -53,10 +55,12 @@ class LatentTrainer(Trainer):
         scheduler = self.latent.scheduler
         self._check_prediction_type(config.objective.prediction_type)
         self.distils = config.consistency.mode == "distillation"
-        self.scheduler = lcm_scheduler(scheduler, config.consistency.intervals) if self.distils else scheduler
+        self.scheduler = consistency_scheduler(scheduler, config.consistency.intervals) if self.distils else scheduler
         embeds = config.consistency.embed_guidance and not config.lora.rank
-        self.guidance_dim = GUIDANCE_DIM if embeds else None
+        # A pipeline that was distilled before keeps its own embedding.
+        self.guidance_dim = self.latent.unet.config.time_cond_proj_dim or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
+        self.network = self._network()
         self.captioned = load_captioned(
             config.data.name,
             split=config.data.split,
@@ -66,17 +70,44 @@ class LatentTrainer(Trainer):
             caption_column=config.data.caption_column,
             limit=config.data.limit,
         )
-        self.network = self._network()
 
     def _check(self, config: TrainConfig) -> None:
+        """Find the mistakes that the settings alone show, before anything is loaded."""
         if config.consistency.mode == "training":
             raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
         if config.model.name == "pipeline" and config.training.init is None:
             raise UserError(
                 "model.name='pipeline' trains the U-Net of a pipeline: name its folder or hub id as --training.init."
             )
+        if config.training.init is None and config.lora.rank:
+            raise UserError(
+                "lora.rank adapts a pipeline that is kept apart from the run: name its folder or hub id as "
+                "--training.init."
+            )
         if config.data.class_conditional:
             raise UserError("data.class_conditional is for networks of pixels: a pipeline is told captions.")
+        if config.data.flip:
+            raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
+        if config.scheduler != SchedulerConfig():
+            raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
+        if config.objective.variance != "fixed":
+            raise UserError(
+                f"objective.variance={config.objective.variance!r} is for networks of pixels: the U-Net of a pipeline "
+                "predicts no variance; leave it out."
+            )
+        if config.consistency.mode == "distillation":
+            self._check_distillation(config)
+
+    @staticmethod
+    def _check_distillation(config: TrainConfig) -> None:
+        settings = config.consistency
+        if settings.teacher is None and config.training.init is None:
+            raise UserError(
+                "consistency.mode='distillation' needs a teacher, and the U-Net of model.name='tiny-sd' is untrained: "
+                "give a trained pipeline as --training.init (or --consistency.teacher)."
+            )
+        # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
+        LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))
 
     def _source(self) -> str:
         """Return the pipeline to start from; a tiny one is made of the data."""
@@ -125,10 +156,25 @@ class LatentTrainer(Trainer):
     def _teacher(self) -> LatentPipeline:
         source = self.config.consistency.teacher
         teacher = self.latent if source is None else load_latent_pipeline(source)
+        if isinstance(teacher.scheduler, LCMScheduler) or teacher.unet.config.time_cond_proj_dim:
+            raise UserError(
+                f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
+                "as --consistency.teacher."
+            )
         if teacher.latent_shape != self.latent.latent_shape:
             raise UserError(
                 f"the teacher {source} has latents {teacher.latent_shape} and {self.latent.source} "
                 f"{self.latent.latent_shape}: give one of the same size and channels."
+            )
+        if teacher.prediction_type != self.latent.prediction_type:
+            raise UserError(
+                f"the teacher {source} predicts {teacher.prediction_type!r} and {self.latent.source} "
+                f"{self.latent.prediction_type!r}: give one of the same prediction type."
+            )
+        if teacher is not self.latent and not _same_conditions(teacher, self.latent):
+            raise UserError(
+                f"the teacher {source} makes other embeddings of a prompt than {self.latent.source}: captions are "
+                "encoded once for both, so give one with the same text encoders."
             )
         return teacher
 
@@ -143,12 +189,18 @@ class LatentTrainer(Trainer):
         return network
 
     def open(self, out: Path) -> None:
-        """Take the folder as every trainer does, and encode the images and captions that the cache does not have."""
+        """Take the folder as every trainer does, and encode the images and captions that the cache does not have.
+
+        The first captions are written to ``prompts.txt``, which samples of the run are drawn of.
+        """
         super().open(out)
         if self.finished:
             return
         with self.accelerator.main_process_first():
             self.data = latent_data(self.captioned, self.latent, device=self.accelerator.device)
+        if self.accelerator.is_main_process and not self.config.data.captions:
+            lines = (" ".join(caption.split()) for caption in self.data.captions[:SHOWN])
+            write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
 
     def _load(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices, device = self._indices(batch), self.accelerator.device
@@ -190,3 +242,11 @@ class LatentTrainer(Trainer):
     def _publish(self) -> None:
         save = save_lora if self.config.lora.rank else save_student
         save(self.out / self.published, self.latent, self.ema.module, self.scheduler)
+
+
+def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:
+    first, second = (pipeline.encode_prompts(["a photo of a cat"]) for pipeline in (one, other))
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.allclose(first[name], second[name], rtol=1e-2, atol=1e-2)
+        for name in first
+    )

@@ -26,6 +26,9 @@ Site = Literal["student", "teacher"]
 Distance = Literal["pseudo-huber", "huber", "l2"]
 
 
+LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stable Diffusion, 5e-5 on cosine betas
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyBatch(Batch):
     """What :meth:`ConsistencyObjective.draw` returns.
@@ -117,8 +120,21 @@ class ConsistencyObjective:
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
         self.sigma_min = float(scheduler.config.get("sigma_min", 0.0))
+        self._check_start()
         if teacher is not None:
             self._check_teacher(teacher)
+
+    def _check_start(self) -> None:
+        if self.schedule.kind != "vp" or self.prediction_type != "epsilon":
+            return
+        last = torch.tensor([self.schedule.num_train_timesteps - 1])
+        alpha, _ = self.schedule(last)
+        if alpha < LEAST_ALPHA:
+            raise UserError(
+                "prediction_type='epsilon' cannot make one-step pictures on this schedule: at its last timestep alpha "
+                f"is {float(alpha):.1e}, and the error of x0_hat is the network's divided by that; use 'v_prediction', "
+                "or betas such as Stable Diffusion's (scaled_linear)."
+            )
 
     def _check_teacher(self, teacher: Teacher) -> None:
         ours, theirs = self.schedule, teacher.schedule

@@ -90,12 +90,13 @@ def denoise_steps(
     prediction_type = names[schedule.kind]
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": generators} if accepts_generator else {}
+    scale = getattr(scheduler, "time_scale", 1)
     for index, t in enumerate(scheduler.timesteps):
         inputs = _scaled(scheduler, x, t)
         x_t = x if schedule.kind == "edm" else inputs
         timesteps = t.to(x.device).expand(len(x))
         seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
-        output = predict(model, inputs, seen * getattr(scheduler, "time_scale", 1), model_kwargs)
+        output = predict(model, inputs, seen * scale if scale != 1 else seen, model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
         prediction = correction(prediction, x_t, seen, schedule, prediction_type)
         if seen is not timesteps:

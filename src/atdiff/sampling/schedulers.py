@@ -309,7 +309,7 @@ def make_scheduler(
     schedule = NoiseSchedule(training_scheduler)
     build = _builder(sampler, schedule.kind)
     train_steps = schedule.num_train_timesteps
-    if not 1 <= steps <= train_steps:
+    if not 1 <= steps <= train_steps and not (steps > 1 and schedule.kind == "edm" and sampler != "consistency"):
         raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={train_steps}.")
     predicts = training_scheduler.config.get("prediction_type", "epsilon")
     if schedule.kind == "edm" and predicts != "epsilon":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import LCMScheduler
+from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 from torch import nn
 
 from atdiff.adversary import Adversary
@@ -24,7 +24,7 @@ __all__ = [
     "build_scheduler",
     "build_teacher",
     "consistency_options",
-    "lcm_scheduler",
+    "consistency_scheduler",
     "load_initial_weights",
 ]
 
@@ -50,22 +50,31 @@ def build_scheduler(config: TrainConfig) -> Any:  # noqa: ANN401
         scheduler = factory(**args)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"scheduler {settings.name} cannot be built from {args}: {error}") from None
-    if config.consistency.mode == "none" or NoiseSchedule(scheduler).kind != "vp":
+    if config.consistency.mode == "none":
         return scheduler
-    return lcm_scheduler(scheduler, config.consistency.intervals)
+    return consistency_scheduler(scheduler, config.consistency.intervals)
 
 
-def lcm_scheduler(scheduler: Any, intervals: int) -> LCMScheduler:  # noqa: ANN401
-    """Return the ``LCMScheduler`` of a DDPM-family scheduler's betas, with a grid of ``intervals``.
+def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN401
+    """Return what samples a consistency model of this scheduler's noise, on a grid of ``intervals``.
+
+    That is an ``LCMScheduler`` with the betas of the DDPM family, or a ``CMStochasticIterativeScheduler``.
 
     Raises:
-        UserError: more intervals than timesteps.
+        UserError: more intervals than timesteps, or another scheduler.
     """
-    steps = scheduler.config.num_train_timesteps
+    kind, config = NoiseSchedule(scheduler).kind, scheduler.config
+    if isinstance(scheduler, CMStochasticIterativeScheduler) and intervals >= 1:
+        return CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=intervals + 1)
+    if kind != "vp":
+        raise UserError(
+            f"a consistency model cannot be trained with {type(scheduler).__name__}: use a scheduler of the DDPM "
+            "family, or for EDM networks CMStochasticIterativeScheduler, for their denoiser too."
+        )
+    steps = config.num_train_timesteps
     if not 1 <= intervals <= steps:
         raise UserError(f"consistency.intervals={intervals} must lie between 1 and the scheduler's {steps} timesteps.")
-    made: Any = LCMScheduler.from_config(scheduler.config, original_inference_steps=intervals)
-    return made
+    return LCMScheduler.from_config(config, original_inference_steps=intervals)
 
 
 def build_objective(

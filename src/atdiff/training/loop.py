@@ -336,11 +336,15 @@ class Trainer:
         labels = None
         if self.config.data.class_conditional:
             labels = torch.arange(64) % (self._num_classes() or 1)
+        few = isinstance(self.objective, ConsistencyObjective)
+        sampler = default_sampler(self.scheduler)
+        if sampler == "consistency" and not few:
+            sampler = "edm-euler"
         images = generate(
             self.ema.module,
             self.scheduler,
-            sampler=default_sampler(self.scheduler),
-            steps=4 if isinstance(self.objective, ConsistencyObjective) else 20,
+            sampler=sampler,
+            steps=4 if few else 20,
             num=64,
             shape=self.image_shape,
             class_labels=labels,
