@@ -31,6 +31,8 @@ format: install
 
 bench: install
 	$(BIN)/python bench/pass_cost.py
+	$(BIN)/python bench/consistency_cost.py
+	$(BIN)/python bench/latent_memory.py
 	$(BIN)/python bench/evaluation_cost.py
 
 clean:

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from atdiff import Adversary, DenoisingObjective, MLP2DModel
+from atdiff import Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel
 from atdiff.evaluation.evaluate import versions
 from atdiff.training.ema import EMA
 
@@ -57,10 +58,17 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 }
 
 
-def passes(model: torch.nn.Module, adversary: Adversary, batch_size: int, device: str) -> Iterator[None]:
+def passes(
+    model: torch.nn.Module,
+    adversary: Adversary,
+    batch_size: int,
+    device: str,
+    objective: DenoisingObjective | ConsistencyObjective | None = None,
+    target: EMA | None = None,
+) -> Iterator[None]:
     """Run one pass at each next()."""
     model.to(device)
-    objective = DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    objective = objective or DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ema = EMA(model, 0.999)
     x0 = torch.rand(batch_size, 1, 8, 8, device=device) * 2 - 1
@@ -70,6 +78,8 @@ def passes(model: torch.nn.Module, adversary: Adversary, batch_size: int, device
             optimizer.step()
             optimizer.zero_grad()
             ema.update()
+            if target is not None:
+                target.update()
             yield
 
 
@@ -99,41 +109,54 @@ def ratios(plain: Iterator[None], arm: Iterator[None], pairs: int, count: int) -
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--passes", type=int, default=20, help="passes a block")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    return parser.parse_args()
+
+
+def report(args: argparse.Namespace, name: str, what: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table and write it as JSON, named after the kind of device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
-    table = Table("model", "arm", "arm / plain, median", "range", title=f"cost of one pass on {name}")
-    rows = []
-    for (label, (build, batch_size)), (arm, options) in track(
-        list(itertools.product(MODELS.items(), ARMS.items())), description="timing"
-    ):
-        plain = passes(build(), Adversary(passes=1), batch_size, device)
-        adversarial = passes(build(), Adversary(**options), batch_size, device)
-        found = ratios(plain, adversarial, args.pairs, args.passes)
-        row = {"model": label, "arm": arm, "median": statistics.median(found), "min": min(found), "max": max(found)}
-        rows.append(row)
-        table.add_row(label, arm, f"{row['median']:.3f}", f"{row['min']:.3f} to {row['max']:.3f}")
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
+    table = Table("model", "arm", "median", "range", title=f"{what}, on {where}")
+    for row in rows:
+        table.add_row(row["model"], row["arm"], f"{row['median']:.3f}", f"{row['min']:.3f} to {row['max']:.3f}")
     Console().print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "what": "seconds of a pass of the arm over seconds of a plain pass, paired",
-        "device": name,
+        "what": what,
+        "device": where,
         "machine": platform.machine(),
         "versions": versions(),
         "pairs": args.pairs,
         "passes_per_block": args.passes,
         "rows": rows,
     }
-    path = args.out / f"pass_cost_{device}.json"
+    path = args.out / f"{name}_{device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+
+
+def row(model: str, arm: str, found: list[float]) -> dict[str, Any]:
+    return {"model": model, "arm": arm, "median": statistics.median(found), "min": min(found), "max": max(found)}
+
+
+def main() -> None:
+    args = arguments(str(__doc__).splitlines()[0])
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for (label, (build, batch_size)), (arm, options) in track(
+        list(itertools.product(MODELS.items(), ARMS.items())), description="timing"
+    ):
+        plain = passes(build(), Adversary(passes=1), batch_size, device)
+        adversarial = passes(build(), Adversary(**options), batch_size, device)
+        rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, args.passes)))
+    report(args, "pass_cost", "seconds of a pass of the arm over seconds of a plain pass, paired", rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    UNet2DModel,
 )
 from torch import Tensor, nn
 
@@ -430,3 +431,25 @@ def test_a_network_of_other_channels_is_refused() -> None:
     objective, _, batch = case("student")
     with pytest.raises(UserError, match="3 channels for samples of 1"):
         objective.loss(lambda x, t: x.expand(-1, 3, -1, -1), batch)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    found = []
+    for checkpointing in (False, True):
+        objective, _, batch = case("teacher")
+        torch.manual_seed(0)
+        network = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        ).train()  # fmt: skip
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        delta = (0.1 * torch.ones_like(batch.x0)).requires_grad_()
+        # The model is its own target: delta's gradient goes through it, and leaves none in the weights.
+        objective.compute(network, batch, delta, target="invariant").loss.mean().backward()
+        assert delta.grad is not None
+        found.append([delta.grad, *gradients(network)])
+        assert any(getattr(module, "gradient_checkpointing", False) for module in network.modules()) == checkpointing
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)

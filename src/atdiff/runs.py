@@ -211,15 +211,22 @@ def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # no
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Keep the loading bar, and the remark that a network is no ``UNet2DModel``, off the terminal."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keep loading bars, and the remark that a network is no ``UNet2DModel``, off the terminal."""
+    loggers = [logging]
+    if importlib.util.find_spec("transformers"):
+        from transformers.utils import logging as of_transformers
+
+        loggers.append(of_transformers)
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            logger.enable_progress_bar()
 
 
 def run_config(run: str) -> dict[str, Any]:

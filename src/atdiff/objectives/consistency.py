@@ -276,7 +276,12 @@ class ConsistencyObjective:
         network = getattr(model, "module", model)
         network = getattr(network, "_orig_mod", network)
         weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
-        return lambda *args, **kwargs: functional_call(network, weights, args, kwargs)
+
+        def frozen(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with _without_checkpointing(network):
+                return functional_call(network, weights, args, kwargs)
+
+        return frozen
 
     def consistency(
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
@@ -350,3 +355,16 @@ def _replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]
             torch.cuda.set_rng_state_all(states[1])
 
     yield replay
+
+
+@contextlib.contextmanager
+def _without_checkpointing(network: nn.Module) -> Iterator[None]:
+    """Keep activations: computed again in the backward pass, they would be those of weights that take a gradient."""
+    modules = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

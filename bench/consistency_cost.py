@@ -1,0 +1,57 @@
+"""The cost of one adversarial pass of consistency distillation over one plain pass of it, timed in turn in one run.
+
+python bench/consistency_cost.py [--pairs 15] [--passes 20] [--threads 1] [--out bench/results]
+
+As pass_cost.py; a pass has a teacher's step (once a batch), the student's forward and backward, and the target's
+forward, which has a backward for delta where the teacher's estimate is perturbed along a gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, LCMScheduler
+from rich.progress import track
+
+from atdiff import EMA, Adversary, ConsistencyObjective, Teacher
+from atdiff.objectives.consistency import Site
+from pass_cost import MODELS, arguments, passes, ratios, report, row
+
+STAGGERED: dict[str, Any] = {"step_size": 1.0, "passes": 2, "scale": "middle", "order": "staggered"}
+ARMS: dict[str, dict[str, Any]] = {
+    "student, gradient, invariant": {"site": "student", "target": "invariant"},
+    "student, gradient, equivariant": {"site": "student", "target": "equivariant"},
+    "student, residual, invariant": {"site": "student", "target": "invariant", "direction": "residual"},
+    "teacher, gradient, invariant": {"site": "teacher", "target": "invariant"},
+    "teacher, residual, invariant": {"site": "teacher", "target": "invariant", "direction": "residual"},
+}
+
+
+def distillation(label: str, device: str, site: Site = "student", **options: Any) -> Iterator[None]:  # noqa: ANN401
+    build, batch_size = MODELS[label]
+    model, teacher = build().to(device), build().to(device)
+    betas = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    target = EMA(model, 0.95)
+    objective = ConsistencyObjective(
+        LCMScheduler(**betas), teacher=Teacher(teacher, DDPMScheduler(**betas)), target=target.module, site=site
+    )
+    adversary = Adversary(**{**STAGGERED, **options}) if options else Adversary(passes=1)
+    return passes(model, adversary, batch_size, device, objective, target)
+
+
+def main() -> None:
+    args = arguments(str(__doc__).splitlines()[0])
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for label, (arm, options) in track(list(itertools.product(MODELS, ARMS.items())), description="timing"):
+        plain, adversarial = distillation(label, device), distillation(label, device, **options)
+        rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, args.passes)))
+    report(args, "consistency_cost", "seconds of a pass of the arm over seconds of a plain CD pass, paired", rows)
+
+
+if __name__ == "__main__":
+    main()
