@@ -25,6 +25,7 @@ from atdiff.objectives.pairs import EasyPairs, EvenPairs, ImprovedPairs, Levels
 from atdiff.prediction import edm_preconditioning
 
 MEAN, STD = 0.3, 0.4  # of the Gaussian data
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 LONG = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100_000}
 
 
@@ -122,16 +123,16 @@ def test_the_consistency_function_of_gaussians_is_a_fixed_point_of_training(kind
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_the_teachers_step_is_ddims(prediction_type: str, clip: bool) -> None:
-    options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type, "clip_sample": clip}
+    options = {**LINEAR, "prediction_type": prediction_type, "clip_sample": clip}
     scheduler = DDIMScheduler(**options, timestep_spacing="trailing", set_alpha_to_one=False)
     scheduler.set_timesteps(40)
     torch.manual_seed(0)
     network = MLP2DModel(width=32, num_blocks=1)
     objective = ConsistencyObjective(
-        lcm(prediction_type=prediction_type), teacher=Teacher(network, DDPMScheduler(**options)), intervals=40
+        lcm(**LINEAR, prediction_type=prediction_type), teacher=Teacher(network, DDPMScheduler(**options)), intervals=40
     )
     x0 = torch.rand(16, 1, 8, 8) * 2 - 1
-    for t in scheduler.timesteps[1:-1].tolist():  # at t = T an epsilon network's x0_hat is its error times 20,000
+    for t in scheduler.timesteps[:-1].tolist():
         steps = torch.full((16,), t)
         batch = objective.draw(x0, timesteps=steps, next_timesteps=steps - 25)
         with torch.no_grad():
@@ -140,7 +141,7 @@ def test_the_teachers_step_is_ddims(prediction_type: str, clip: bool) -> None:
 
 
 def test_the_teachers_heun_step_is_diffusers() -> None:
-    options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
+    options = {**LINEAR, "prediction_type": "epsilon"}
     scheduler = HeunDiscreteScheduler(**options)
     scheduler.set_timesteps(timesteps=[700, 600, 500])
     torch.manual_seed(0)
@@ -159,7 +160,9 @@ def test_the_teachers_heun_step_is_diffusers() -> None:
     torch.testing.assert_close(found, x * alpha_s, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler", [lcm(), lcm(prediction_type="epsilon"), CMStochasticIterativeScheduler()])
+@pytest.mark.parametrize(
+    "scheduler", [lcm(), lcm(**LINEAR, prediction_type="epsilon"), CMStochasticIterativeScheduler()]
+)
 def test_the_end_of_the_trajectory_is_where_it_is(scheduler: Any) -> None:
     objective = ConsistencyObjective(scheduler)
     end = torch.zeros(4) if objective.schedule.kind == "vp" else torch.full((4,), 250 * math.log(0.002))
@@ -415,6 +418,7 @@ def test_timesteps_are_found_by_their_noise() -> None:
         (lambda: ConsistencyObjective(lcm(), pairs="odd"), "pairs='odd'"),
         (lambda: ConsistencyObjective(lcm(), intervals=1001), "intervals=1001"),
         (lambda: ConsistencyObjective(lcm(), intervals=0), "intervals=0"),
+        (lambda: ConsistencyObjective(lcm(prediction_type="epsilon")), "cannot make one-step pictures"),
         (lambda: Teacher(lambda x, t: x, DDPMScheduler(), solver="euler"), "solver='euler'"),
         (lambda: Teacher(lambda x, t: x, FlowMatchEulerDiscreteScheduler()), "is a flow"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, DDPMScheduler())), "noise schedule"),

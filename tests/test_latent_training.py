@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atdiff.cli import main
@@ -29,7 +29,7 @@ from atdiff.runs import load_denoiser
 from atdiff.training.checkpoint import latest_checkpoint
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 
-CAPTIONS = ["a cat", "the dog on 2", "a cat", "a red\n\u2028car"]
+CAPTIONS = ["a cat", "a red\n\u2028car", "a cat", "the dog on 2"]
 INTERVALS = 50
 AT = {"passes": 2, "step_size": 4.0, "scale": "middle", "target": "invariant", "order": "staggered"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -218,7 +218,7 @@ def recipe(photos: Path, sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
         "model": {"name": "pipeline"},
         "consistency": {"mode": "distillation", "distance": "huber", "target_decay": 0.9},
         "optimizer": {"lr": 1e-3},
-        "training": {"init": str(sd_folder), "passes": 4, "batch_size": 2, "ema_decay": 0.5, "log_every": 1},
+        "training": {"init": str(sd_folder), "passes": 2, "batch_size": 2, "ema_decay": 0.5, "log_every": 1},
         "arms": ARMS,
     }
     file = tmp_path_factory.mktemp("recipe") / "lcm.yaml"
@@ -289,14 +289,14 @@ def _pictures(pipeline: Any, guidance: float, prompt: str = CAPTIONS[0]) -> Tens
     return pictures
 
 
-@pytest.mark.parametrize("arm", ["gradient", "lora"])
+@pytest.mark.parametrize(("arm", "half", "all_passes"), [("gradient", "2", "4"), ("lora", "1", "2")])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    train: Train, lora: Path, tmp_path: Path, arm: str
+    train: Train, lora: Path, tmp_path: Path, arm: str, half: str, all_passes: str
 ) -> None:
-    whole = lora if arm == "lora" else train(tmp_path / "whole", arm)
-    halves = train(tmp_path / "halves", arm, "--training.passes", "2")
+    whole = lora if arm == "lora" else train(tmp_path / "whole", arm, "--training.passes", all_passes)
+    halves = train(tmp_path / "halves", arm, "--training.passes", half)
     assert _differ(saved(halves), saved(whole))
-    train(halves, arm)
+    train(halves, arm, "--training.passes", all_passes)
     for name in ("model", "ema"):
         assert _differ(saved(halves, name), saved(whole, name)) == []
     published = "lora/pytorch_lora_weights.safetensors"
@@ -308,7 +308,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 def test_a_student_opens_in_plain_diffusers(full: Path, sd_folder: Path) -> None:
     pipeline = _open(full / "pipeline")
-    assert isinstance(pipeline.scheduler, LCMScheduler)
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.scheduler.config.original_inference_steps == INTERVALS
     assert pipeline.unet.config.time_cond_proj_dim == 256
     assert _differ(pipeline.unet.state_dict(), saved(full, "ema")) == []
@@ -344,8 +344,8 @@ def test_the_target_is_the_moving_average_of_the_student(full: Path, sd_folder: 
     teacher: Any = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
     name = "conv_in.weight"
     target = average = teacher.state_dict()[name]
-    for i in range(1, 5):
-        (folder,) = (full / "checkpoints").glob(f"*{i}")
+    for i in (1, 2):
+        folder = full / "checkpoints" / f"pass-{i:09d}"
         weight = load_file(folder / "model.safetensors")[name]
         target, average = 0.9 * target + 0.1 * weight, 0.5 * average + 0.5 * weight
         state = torch.load(folder / "state.pt", weights_only=True)
@@ -359,19 +359,24 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, full: P
     assert [line["loss"] for line in metrics(other)] == pytest.approx([line["loss"] for line in metrics(full)], 1e-4)
 
 
-@pytest.mark.parametrize("arm", ["residual", "lora-gradient"])
-def test_the_teachers_estimate_is_perturbed(train: Train, full: Path, tmp_path: Path, arm: str) -> None:
-    lines = metrics(train(tmp_path / "run", arm))
-    norms = [line["delta_norm"] for line in lines]
-    assert norms[0] == 0.0  # the first part of a staggered batch has no earlier pass
-    assert min(norms[1:]) > 0.05
+def _check_perturbed(lines: list[dict[str, Any]]) -> None:
+    # A step of 4 alpha sigma, and alpha sigma is at most a half, at the grid's least noise 0.03.
+    assert all(0.1 < line["delta_norm"] <= 2.0001 for line in lines)
     assert all(line["nonfinite_deltas"] == 0 for line in lines)
     assert all(line["loss"] > 0 for line in lines)
 
 
+def test_the_teachers_estimate_is_perturbed_along_the_residual(train: Train, tmp_path: Path) -> None:
+    lines = metrics(train(tmp_path / "run", "residual", "--training.passes", "4"))
+    assert [line["pass"] for line in lines] == [2, 4]
+    _check_perturbed(lines)
+
+
 def test_adapters_with_checkpointing_and_their_own_target_train_alike(train: Train, tmp_path: Path) -> None:
-    plain, other = (train(tmp_path / arm, arm) for arm in ("lora-gradient", "lora-gradient-checkpointing"))
-    assert [line["loss"] for line in metrics(other)] == pytest.approx([line["loss"] for line in metrics(plain)], 1e-4)
+    plain, other = (metrics(train(tmp_path / arm, arm)) for arm in ("lora-gradient", "lora-gradient-checkpointing"))
+    _check_perturbed(plain)
+    for name in ("loss", "delta_norm"):
+        assert [line[name] for line in other] == pytest.approx([line[name] for line in plain], 1e-4)
 
 
 def test_sdxl_is_distilled(train: Train, sdxl_folder: Path, tmp_path: Path) -> None:
@@ -414,9 +419,9 @@ def test_a_student_is_trained_further_with_its_own_embedding(recipe: Path, full:
 def test_samples_are_of_the_first_captions_unless_others_are_given(
     full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (full / "prompts.txt").read_text().splitlines() == ["a cat", "the dog on 2"]
-    assert load_denoiser(str(full)).prompts == ("a cat", "the dog on 2")
-    (tmp_path / "prompts").write_text("the dog on 2\n\n")
+    assert (full / "prompts.txt").read_text().splitlines() == ["a cat", "a red car"]
+    assert load_denoiser(str(full)).prompts == ("a cat", "a red car")
+    (tmp_path / "prompts").write_text("a red car\n\n")
     words = ["sample", str(full), "--steps", "4", "--num", "2"]
     assert main([*words, "--out", str(tmp_path / "own.npz")]) == 0
     assert main([*words, "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / "given.npz")]) == 0
@@ -441,19 +446,16 @@ def test_prompts_are_for_text_to_image_alone(tmp_path: Path, capsys: pytest.Capt
 def test_the_terminal_shows_progress_and_results_alone(
     train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shown = []
+    shown: list[str] = []
     for arm, folder, what in (("full", "pipeline", "pipeline"), ("lora", "lora", "LoRA weights")):
         out = train(tmp_path / arm, arm, "--training.passes", "1")
         words = ["--steps", "2", "--num", "1", "--out", str(tmp_path / f"{arm}.png")]
         assert main(["sample", str(out), *words]) == 0
         text = capfd.readouterr()
-        shown += [text.out, text.err]
-        assert text.out.splitlines()[-2:] == [
-            f"{out / folder} holds the trained {what}.",
-            f"1 pictures in {tmp_path / arm}.png",
-        ]
-    for noise in ("Loading", "Writing", "shards", "weights:", "Warning", "No LoRA keys"):
-        assert noise not in "".join(shown).replace("LoRA weights.", "")
+        results = {f"{out / folder} holds the trained {what}.", f"1 pictures in {tmp_path / arm}.png"}
+        assert results <= set(text.out.splitlines())
+        shown += [*(line for line in text.out.splitlines() if line not in results), *text.err.splitlines()]
+    assert [line for line in shown if line.strip() and not line.startswith(("training ", "lcm, 2 steps "))] == []
 
 
 # ---- bad input
@@ -465,11 +467,11 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     root = tmp_path_factory.mktemp("others")
     tiny_sd(root / "larger", unet={"sample_size": 16})
     v_folder(root / "v", sd_folder)
-    tokens = root / "tokens"
-    shutil.copytree(sd_folder, tokens)
-    vocabulary = json.loads((tokens / "tokenizer" / "vocab.json").read_text())
-    vocabulary["p"], vocabulary["q"] = vocabulary["q"], vocabulary["p"]
-    (tokens / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    shutil.copytree(sd_folder, root / "encoder")
+    file = root / "encoder" / "text_encoder" / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: w + 0.1 * torch.randn(w.shape, generator=generator) for name, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
     (root / "bare").mkdir()
     Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(root / "bare" / "0.png")
     return {path.name: str(path) for path in root.iterdir()}
@@ -482,6 +484,7 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--consistency.teacher {larger}", "the teacher {larger} has latents (4, 16, 16) and {sd} (4, 8, 8)"),
         ("--consistency.teacher {v}", "the teacher {v} predicts 'v_prediction' and {sd} 'epsilon'"),
         ("--consistency.teacher {sdxl}", "the teacher {sdxl} makes other embeddings of a prompt than {sd}"),
+        ("--consistency.teacher {encoder}", "the teacher {encoder} makes other embeddings of a prompt than {sd}"),
         ("--consistency.teacher {full}", "the teacher {full} is a distilled pipeline itself"),
         ("--training.init {full}", "the teacher {full} is a distilled pipeline itself"),
         ("--consistency.teacher {bare}", "{bare} is neither a training folder (config.yaml) nor a pipeline"),
@@ -527,11 +530,3 @@ def test_mistakes_are_one_sentence_before_anything_is_written(
     assert message.format(**names) in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_teacher_that_reads_words_otherwise_is_refused(
-    recipe: Path, others: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--out", str(tmp_path / "run"), "--consistency.teacher", others["tokens"]]
-    assert main(["train", str(recipe), *words]) == 2
-    assert "makes other embeddings of a prompt" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from atdiff.latent.generate import PROMPTS_FILE, text_to_image_run
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
+from atdiff.runs import _quiet_diffusers
 from atdiff.sampling.generate import save_images
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_objective, consistency_options, consistency_scheduler
@@ -55,7 +56,9 @@ class LatentTrainer(Trainer):
         scheduler = self.latent.scheduler
         self._check_prediction_type(config.objective.prediction_type)
         self.distils = config.consistency.mode == "distillation"
-        self.scheduler = consistency_scheduler(scheduler, config.consistency.intervals) if self.distils else scheduler
+        with _quiet_diffusers():  # it remarks on options of the scheduler's own class
+            intervals = config.consistency.intervals
+            self.scheduler = consistency_scheduler(scheduler, intervals) if self.distils else scheduler
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
         self.guidance_dim = self.latent.unet.config.time_cond_proj_dim or (GUIDANCE_DIM if embeds else None)
