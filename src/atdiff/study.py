@@ -26,7 +26,6 @@ from atdiff.files import write_json
 from atdiff.recipe import Recipe, StudyConfig, resolve
 from atdiff.runs import open_run
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
-from atdiff.training.build import build_adversary, build_objective, build_scheduler
 from atdiff.training.config import TrainConfig
 from atdiff.training.loop import make_trainer, train
 
@@ -158,11 +157,8 @@ def _check(stages: list[_Stage], study: StudyConfig) -> None:
     """Find what is wrong with the stages of one seed before any compute is spent."""
     trainer = make_trainer(stages[0].config)
     for stage in stages[1:]:
-        scheduler = build_scheduler(stage.config)
-        build_objective(stage.config, scheduler)
-        build_adversary(stage.config)
         assert stage.evaluation is not None
-        stage.evaluation.check(scheduler)
+        stage.evaluation.check(trainer.check_arm(stage.config))
     # Once, before the workers: a classifier that is not cached yet is trained here.
     assert stages[-1].evaluation is not None
     weights = stages[-1].evaluation.weights.get(study.extractor)

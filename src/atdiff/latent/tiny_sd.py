@@ -17,6 +17,7 @@ from atdiff.data.sources import ImageData
 from atdiff.errors import UserError
 from atdiff.evaluation.features import cache_folder
 from atdiff.files import write_json, write_text, written_aside
+from atdiff.runs import _quiet_diffusers
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -198,7 +199,8 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+    with _quiet_diffusers():
+        pipeline.save_pretrained(folder)
 
 
 def _tokenizer(prompts: Sequence[str], folder: Path) -> CLIPTokenizer:

@@ -22,7 +22,7 @@ from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistenc
 from atdiff.runs import _quiet_diffusers
 from atdiff.sampling.generate import save_images
 from atdiff.sampling.schedulers import default_sampler
-from atdiff.training.build import build_objective, consistency_options, consistency_scheduler
+from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer
 
@@ -123,6 +123,17 @@ class LatentTrainer(Trainer):
         from atdiff.latent.tiny_sd import tiny_stable_diffusion
 
         return str(tiny_stable_diffusion(self.images, config.data.captions, **config.model.args))
+
+    def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler."""
+        build_adversary(config)
+        if config.consistency.mode != "distillation":
+            return self.latent.scheduler
+        with _quiet_diffusers():
+            scheduler = consistency_scheduler(self.latent.scheduler, config.consistency.intervals)
+        guidance = config.consistency.guidance
+        LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
+        return scheduler
 
     @property
     def images(self) -> ImageData:

@@ -119,7 +119,7 @@ class ConsistencyObjective:
         self.progress = 0.0
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
-        self.sigma_min = float(scheduler.config.get("sigma_min", 0.0))
+        self.sigma_min = float(scheduler.config.sigma_min) if self.schedule.kind == "edm" else 0.0
         self._check_start()
         if teacher is not None:
             self._check_teacher(teacher)
@@ -360,7 +360,7 @@ def _replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]
 @contextlib.contextmanager
 def _without_checkpointing(network: nn.Module) -> Iterator[None]:
     """Keep activations: computed again in the backward pass, they would be those of weights that take a gradient."""
-    modules = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    modules: list[Any] = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False
     try:

@@ -104,6 +104,17 @@ class Trainer:
         if config.training.init is not None:
             load_initial_weights(self.network, config.training.init)
 
+    def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler.
+
+        Raises:
+            UserError: something is.
+        """
+        scheduler = build_scheduler(config)
+        build_objective(config, scheduler)
+        build_adversary(config)
+        return scheduler
+
     @property
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""
