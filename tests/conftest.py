@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; too late once a product has been computed.
+
 from accelerate.state import AcceleratorState
 
 from atdiff.cli import main
