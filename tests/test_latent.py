@@ -24,8 +24,8 @@ from atdiff.latent.pipeline import (
     load_latent_pipeline,
     make_student,
     save_student,
-    unet_kwargs,
 )
+from atdiff.models.call import unet_kwargs
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 
 PROMPTS = ["a cat", "the dog on 2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -238,8 +237,7 @@ def _sample(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists already; choose another --out.")
     correction, prompts = make_correction(args.correction), _prompts(args.prompts)
-    with _quiet_loading():
-        denoiser = load_denoiser(args.run)
+    denoiser = load_denoiser(args.run)
     if prompts is not None:
         if not isinstance(denoiser, TextToImage):
             raise UserError(f"{args.run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
@@ -257,15 +255,6 @@ def _sample(args: argparse.Namespace) -> None:
     )
     save_images(torch.cat(list(batches)), args.out)
     print(f"{args.num} pictures in {args.out}")
-
-
-def _quiet_loading() -> contextlib.AbstractContextManager[None]:
-    """Keep the loading bars of transformers off the terminal, where it is installed."""
-    if importlib.util.find_spec("transformers") is None:
-        return contextlib.nullcontext()
-    from atdiff.evaluation.weights import quiet_transformers
-
-    return quiet_transformers()
 
 
 def _list(text: str, kind: type, option: str) -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,13 @@ from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
 )
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text, written_aside
+from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
@@ -209,26 +208,6 @@ def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # no
         pipeline.save_pretrained(aside)
 
 
-@contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Keep loading bars, and the remark that a network is no ``UNet2DModel``, off the terminal."""
-    loggers = [logging]
-    if importlib.util.find_spec("transformers"):
-        from transformers.utils import logging as of_transformers
-
-        loggers.append(of_transformers)
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)
-            logger.enable_progress_bar()
-
-
 def run_config(run: str) -> dict[str, Any]:
     """Return the settings of a training folder; nothing of a pipeline folder or a hub id."""
     file = Path(run) / "config.yaml"
@@ -274,7 +253,7 @@ def _pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any di
         raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
     loader: Any = DiffusionPipeline
     try:
-        with _quiet_diffusers():
+        with quiet_libraries():
             # A checker would blacken pictures; pipelines that have none ignore this.
             return loader.from_pretrained(str(folder) if folder.exists() else run, safety_checker=None)
     except Exception as error:
@@ -299,7 +278,7 @@ def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
     try:
-        with _quiet_diffusers():
+        with quiet_libraries():
             pipeline.load_lora_weights(folder)
             pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     except Exception as error:  # of peft, safetensors and the loaders

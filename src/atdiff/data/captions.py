@@ -38,6 +38,7 @@ from atdiff.data.sources import (
     _is_visible_image,
     _load_table,
     _read,
+    _split_folder,
     _unknown,
     load_data,
 )
@@ -220,15 +221,6 @@ def _no_captions(name: str) -> UserError:
     if name == "digits" or name in MIXTURES or path.is_dir() or (path.is_file() and path.suffix == ".npz"):
         return UserError(f"{name} has no captions of its own: give captions, one a class in the order of the labels.")
     return _unknown(name, path)
-
-
-def _split_folder(folder: Path, split: str) -> Path:
-    if (folder / split).is_dir():
-        return folder / split
-    if split == "all" and (folder / "train").is_dir():
-        raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
-    _check_whole(str(folder), split)
-    return folder
 
 
 def _texts(name: str, cells: Iterable[tuple[str, Any]]) -> list[str]:

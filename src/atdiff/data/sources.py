@@ -202,13 +202,17 @@ def _mixture(name: str, split: str, image_size: int | None, channels: int | None
     return ImageData(images, labels, f"{name}[{split}]")
 
 
-def _folder(folder: Path, split: str) -> Source:
+def _split_folder(folder: Path, split: str) -> Path:
     if (folder / split).is_dir():
-        folder = folder / split
-    elif split == "all" and (folder / "train").is_dir():
+        return folder / split
+    if split == "all" and (folder / "train").is_dir():
         raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
-    else:
-        _check_whole(str(folder), split)
+    _check_whole(str(folder), split)
+    return folder
+
+
+def _folder(folder: Path, split: str) -> Source:
+    folder = _split_folder(folder, split)
     files = sorted(file for file in folder.rglob("*") if _is_visible_image(file, folder))
     if not files:
         raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiff.errors import UserError
-from atdiff.evaluation.weights import quiet_transformers
+from atdiff.quiet import quiet_libraries
 
 __all__ = ["CLIP_SCORE", "ClipScore"]
 
@@ -92,7 +92,7 @@ def _load(weights: Path | None) -> tuple[_Embeddings, Any]:
     options: dict[str, Any] = {"local_files_only": weights is not None}
     network: Any = CLIPModel
     try:
-        with quiet_transformers():
+        with quiet_libraries():
             model, notes = network.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
             processor = CLIPProcessor.from_pretrained(source, **options)
     except Exception as error:  # the loader and its network stack raise many unrelated types

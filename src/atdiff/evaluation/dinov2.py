@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from atdiff.evaluation.weights import quiet_transformers, read_tensors
+from atdiff.evaluation.weights import read_tensors
+from atdiff.quiet import quiet_libraries
 
 __all__ = ["DINOV2", "URL_DINOV2", "DinoV2Features"]
 
@@ -86,7 +87,7 @@ class _ClassToken(nn.Module):
         )
         # The names inside the network change with the release of transformers; its loader knows those of the hub.
         load: Any = Dinov2Model.from_pretrained
-        with quiet_transformers():
+        with quiet_libraries():
             self.network, notes = load(None, config=config, state_dict=_renamed(tensors), output_loading_info=True)
         if any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
             raise RuntimeError(f"not the tensors of DINOv2: {notes}")

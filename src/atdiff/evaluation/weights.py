@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,22 +15,7 @@ from torch import Tensor
 
 from atdiff.errors import UserError
 
-__all__ = ["fingerprint", "quiet_transformers", "read_tensors"]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep the loading bars and reports of transformers off the terminal."""
-    from transformers.utils import logging  # of the clip extra
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+__all__ = ["fingerprint", "read_tensors"]
 
 
 def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:

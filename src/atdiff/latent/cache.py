@@ -23,7 +23,7 @@ from atdiff.evaluation.features import cache_folder
 from atdiff.evaluation.weights import fingerprint
 from atdiff.files import write_json, written_aside
 from atdiff.latent.pipeline import LatentPipeline
-from atdiff.runs import _quiet_diffusers
+from atdiff.quiet import quiet_libraries
 
 __all__ = ["LatentData", "latent_data"]
 
@@ -119,7 +119,7 @@ def latent_data(
             return data
         warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=2)
     try:
-        with written_aside(folder) as partial, _on(device, latent), _quiet_diffusers():
+        with written_aside(folder) as partial, _on(device, latent), quiet_libraries():
             partial.mkdir()
             captions = _write_latents(partial, source, latent, batch_size, seed, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from atdiff.errors import UserError
 from atdiff.files import written_aside
 from atdiff.latent.pipeline import LatentPipeline
-from atdiff.runs import _quiet_diffusers
+from atdiff.quiet import quiet_libraries
 
 __all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
 
@@ -136,7 +136,7 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
         raise UserError(f"{folder} holds no LoRA weights: expected {WEIGHTS} and scheduler/ in it.")
     _require_peft()
     try:
-        with _quiet_diffusers():  # it remarks that the text encoders have no adapters
+        with quiet_libraries():  # it remarks that the text encoders have no adapters
             latent.pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -14,9 +14,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from atdiff.errors import UserError
-from atdiff.evaluation.weights import quiet_transformers
 from atdiff.files import written_aside
-from atdiff.runs import _quiet_diffusers
+from atdiff.quiet import quiet_libraries
 
 __all__ = [
     "LatentPipeline",
@@ -24,7 +23,6 @@ __all__ = [
     "load_latent_pipeline",
     "make_student",
     "save_student",
-    "unet_kwargs",
 ]
 
 SDXL = "StableDiffusionXLPipeline"
@@ -33,7 +31,6 @@ TEXT_PARTS = {
     "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
     SDXL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
 }
-ADDED = ("text_embeds", "time_ids")  # conditions that a U-Net takes inside of added_cond_kwargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +197,7 @@ def load_latent_pipeline(source: str, *, dtype: torch.dtype = torch.float32) -> 
     except ImportError as error:
         raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
     try:
-        with _quiet_diffusers(), quiet_transformers():
+        with quiet_libraries():
             _check_index(source, location, dict(DiffusionPipeline.load_config(location)))
             options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
             pipeline: Any = DiffusionPipeline.from_pretrained(location, **options)
@@ -256,18 +253,6 @@ def _check_index(source: str, location: str, index: Mapping[str, Any]) -> None:
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
-
-
-def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keyword arguments of a ``UNet2DConditionModel`` for a flat table of conditions.
-
-    Args:
-        conditions: tensors with the samples along axis 0. ``text_embeds`` and ``time_ids`` go into
-            ``added_cond_kwargs``; all others (``encoder_hidden_states``, ``timestep_cond``, ``class_labels``) stay.
-    """
-    kwargs: dict[str, Any] = {key: value for key, value in conditions.items() if key not in ADDED}
-    added = {key: conditions[key] for key in ADDED if key in conditions}
-    return {**kwargs, "added_cond_kwargs": added} if added else kwargs
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -327,5 +312,5 @@ def save_student(folder: Path, latent: LatentPipeline, unet: nn.Module, schedule
     """
     pipeline = copy.copy(latent.pipeline)
     pipeline.register_modules(unet=unet, scheduler=scheduler)
-    with written_aside(folder) as partial, quiet_transformers():
+    with written_aside(folder) as partial, quiet_libraries():
         pipeline.save_pretrained(partial)

@@ -17,7 +17,7 @@ from atdiff.data.sources import ImageData
 from atdiff.errors import UserError
 from atdiff.evaluation.features import cache_folder
 from atdiff.files import write_json, write_text, written_aside
-from atdiff.runs import _quiet_diffusers
+from atdiff.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -199,7 +199,7 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with _quiet_diffusers():
+    with quiet_libraries():
         pipeline.save_pretrained(folder)
 
 

@@ -19,7 +19,7 @@ from atdiff.latent.generate import PROMPTS_FILE, text_to_image_run
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
-from atdiff.runs import _quiet_diffusers
+from atdiff.quiet import quiet_libraries
 from atdiff.sampling.generate import save_images
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
@@ -56,7 +56,7 @@ class LatentTrainer(Trainer):
         scheduler = self.latent.scheduler
         self._check_prediction_type(config.objective.prediction_type)
         self.distils = config.consistency.mode == "distillation"
-        with _quiet_diffusers():  # it remarks on options of the scheduler's own class
+        with quiet_libraries():  # it remarks on options of the scheduler's own class
             intervals = config.consistency.intervals
             self.scheduler = consistency_scheduler(scheduler, intervals) if self.distils else scheduler
         embeds = config.consistency.embed_guidance and not config.lora.rank
@@ -129,7 +129,7 @@ class LatentTrainer(Trainer):
         build_adversary(config)
         if config.consistency.mode != "distillation":
             return self.latent.scheduler
-        with _quiet_diffusers():
+        with quiet_libraries():
             scheduler = consistency_scheduler(self.latent.scheduler, config.consistency.intervals)
         guidance = config.consistency.guidance
         LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))

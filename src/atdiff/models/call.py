@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["predict"]
+__all__ = ["predict", "unet_kwargs"]
 
 ADDED = ("text_embeds", "time_ids")
 
@@ -20,15 +20,18 @@ def predict(
     The model may be a diffusers network (an output with ``.sample``), return a tuple whose first entry is the
     prediction, or return the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference.
     """
-    output = model(x_t, timesteps, **_arguments(conditions or {}))
+    output = model(x_t, timesteps, **unet_kwargs(conditions or {}))
     if isinstance(output, Tensor):
         return output
     prediction: Tensor = output.sample if hasattr(output, "sample") else output[0]
     return prediction
 
 
-def _arguments(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Gather what the U-Net of SDXL takes inside of ``added_cond_kwargs``."""
+def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments of a network for a flat table of conditions, each with the samples along axis 0.
+
+    ``text_embeds`` and ``time_ids``, which the U-Net of SDXL takes, go inside of ``added_cond_kwargs``.
+    """
     added = {name: conditions[name] for name in ADDED if name in conditions}
     others = {name: value for name, value in conditions.items() if name not in ADDED}
     return {**others, "added_cond_kwargs": added} if added else others

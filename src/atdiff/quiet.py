@@ -1,0 +1,34 @@
+"""Loading without the bars and remarks of the libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.utils import logging as of_diffusers
+
+__all__ = ["quiet_libraries"]
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep loading bars and remarks (such as that a network is no ``UNet2DModel``) of diffusers and, where it is
+    installed, transformers off the terminal.
+    """
+    loggers: list[Any] = [of_diffusers]
+    if importlib.util.find_spec("transformers"):
+        from transformers.utils import logging as of_transformers
+
+        loggers.append(of_transformers)
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            logger.enable_progress_bar()
