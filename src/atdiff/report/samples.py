@@ -97,7 +97,7 @@ def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
                 if row == 0:
                     axes.set_title(arm, fontsize=11)
                 if column == 0:
-                    axes.set_ylabel(f"{steps} step{'s' * (steps > 1)}", fontsize=11)
+                    axes.set_ylabel(f"{steps} step{'s' * (steps != 1)}", fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()

@@ -93,7 +93,7 @@ def comparison_table(rows: Sequence[Row], metric_name: str | None = None) -> Tab
     for number, (setting, cells) in enumerate(lines):
         last = number + 1 == len(lines) or lines[number + 1][0][0] != setting[0]
         texts = [_cell(row, best[setting]) for row in cells]
-        table.add_row(f"{setting[0]}\n{setting[1]} steps", *texts, end_section=last)
+        table.add_row(f"{setting[0]}\n{setting[1]} step{'s' * (setting[1] != 1)}", *texts, end_section=last)
     return table
 
 
