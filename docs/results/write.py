@@ -91,12 +91,12 @@ def recipe(summary: dict[str, Any]) -> str:
 
 
 def quality(cells: list[dict[str, Any]], baseline: str) -> str:
-    """Precision and recall of every arm, the mean over seeds, samplers and steps."""
+    """Precision, recall and the like of every arm, the mean over seeds, samplers and steps."""
     lines = []
-    for metric in ("precision", "recall", "coverage"):
+    for metric in ("precision", "recall", "coverage", "label_accuracy"):
         if any(metric in cell["metrics"] for cell in cells):
             rows = compare(cells, baseline=baseline, metric=metric, correction=corrections_of(cells)[0])
-            lines.append(f"{metric.capitalize()}, mean of all cells: " + ", ".join(means(rows)) + ".")
+            lines.append(f"{metric.replace('_', ' ').capitalize()}, mean of all cells: " + ", ".join(means(rows)) + ".")
     return "\n\n".join(lines)
 
 
