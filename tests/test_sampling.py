@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -357,15 +358,16 @@ def test_learned_variance_networks_work_with_every_sampler(sampler: str, channel
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
 def test_a_picture_does_not_depend_on_the_batch_size(sampler: str, unet: UNet2DModel) -> None:
     options = {"sampler": sampler, "steps": 5, "num": 8, "shape": (1, 8, 8), "seed": 7}
+    unet = copy.deepcopy(unet).double()  # products of other sizes round differently, and heun starts at 157
     together = generate(unet, _training_scheduler(), batch_size=8, **options)
     assert together.shape == (8, 1, 8, 8)
     assert together.dtype == torch.float32
     assert (together[0] - together[1]).abs().max() > 0.1
     for batch_size in (1, 3):
         batched = generate(unet, _training_scheduler(), batch_size=batch_size, **options)
-        torch.testing.assert_close(batched, together, rtol=0, atol=2e-5)
+        torch.testing.assert_close(batched, together, rtol=0, atol=1e-6)
     first_batch = next(iter_generate(unet, _training_scheduler(), batch_size=3, **options))
-    torch.testing.assert_close(first_batch, together[:3], rtol=0, atol=2e-5)
+    torch.testing.assert_close(first_batch, together[:3], rtol=0, atol=1e-6)
 
 
 def _pipeline_images(pipe: DiffusionPipeline, scheduler: SchedulerMixin, steps: int, **options: object) -> Tensor:
