@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from rich.progress import track
 
 from atdiff import EMA, Adversary, ConsistencyObjective, Teacher
 from atdiff.objectives.consistency import Site
-from pass_cost import MODELS, arguments, passes, ratios, report, row
+from pass_cost import MODELS, arguments, passes, ratios, report, row, seconds
 
 STAGGERED: dict[str, Any] = {"step_size": 1.0, "passes": 2, "scale": "middle", "order": "staggered"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -33,15 +34,15 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def distillation(label: str, device: str, site: Site = "student", **options: Any) -> Iterator[None]:  # noqa: ANN401
-    build, batch_size = MODELS[label]
-    model, teacher = build().to(device), build().to(device)
+    spec = MODELS[label]
+    model, teacher = spec.build().to(device), spec.build().to(device)
     betas = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     target = EMA(model, 0.95)
     objective = ConsistencyObjective(
         LCMScheduler(**betas), teacher=Teacher(teacher, DDPMScheduler(**betas)), target=target.module, site=site
     )
     adversary = Adversary(**{**STAGGERED, **options}) if options else Adversary(passes=1)
-    return passes(model, adversary, batch_size, device, objective, target)
+    return passes(spec, model, adversary, device, objective, target)
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for label, (arm, options) in track(list(itertools.product(MODELS, ARMS.items())), description="timing"):
-        plain, adversarial = distillation(label, device), distillation(label, device, **options)
+        plain = partial(seconds, distillation(label, device))
+        adversarial = partial(seconds, distillation(label, device, **options))
         rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, args.passes)))
     report(args, "consistency_cost", "seconds of a pass of the arm over seconds of a plain CD pass, paired", rows)
 

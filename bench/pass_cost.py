@@ -16,11 +16,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -52,16 +54,71 @@ def unet() -> UNet2DModel:
     )
 
 
-MODELS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
-    "digits MLP, batch 128": (MLP2DModel, 128),
-    "small U-Net, batch 64": (unet, 64),
+def adm_unet(channels: int = 64) -> UNet2DModel:
+    """A network for 32x32 like ADM: attention at 16x16 and 8x8, 64 channels a head."""
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(channels, 2 * channels, 2 * channels),
+        attention_head_dim=64,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def dit() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        num_layers=4,
+        sample_size=16,
+        num_embeds_ada_norm=10,
+    )
+
+
+def latent_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 1.x's network with small widths."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        cross_attention_dim=64,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to time, and what it is fed with."""
+
+    build: Callable[[], torch.nn.Module]
+    shape: tuple[int, ...]
+    conditions: Callable[[int], dict[str, torch.Tensor]] = lambda batch: {}
+    block: int | None = None
+    """Passes a block, where those of the command would take long."""
+
+
+MODELS: dict[str, Model] = {
+    "digits MLP, batch 128": Model(MLP2DModel, (128, 1, 8, 8)),
+    "small U-Net, batch 64": Model(unet, (64, 1, 8, 8)),
+}
+LARGER: dict[str, Model] = {
+    "ADM-like U-Net, batch 8": Model(adm_unet, (8, 3, 32, 32), block=2),
+    "DiT, batch 32": Model(dit, (32, 4, 16, 16), lambda batch: {"class_labels": torch.arange(batch) % 10}, block=5),
+    "latent U-Net, batch 16": Model(
+        latent_unet, (16, 4, 16, 16), lambda batch: {"encoder_hidden_states": torch.randn(batch, 77, 64)}, block=5
+    ),
 }
 
 
 def passes(
+    spec: Model,
     model: torch.nn.Module,
     adversary: Adversary,
-    batch_size: int,
     device: str,
     objective: DenoisingObjective | ConsistencyObjective | None = None,
     target: EMA | None = None,
@@ -71,9 +128,10 @@ def passes(
     objective = objective or DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ema = EMA(model, 0.999)
-    x0 = torch.rand(batch_size, 1, 8, 8, device=device) * 2 - 1
+    x0 = torch.rand(spec.shape, device=device) * 2 - 1
+    conditions = {name: value.to(device) for name, value in spec.conditions(len(x0)).items()}
     while True:
-        for loss in adversary.passes(objective, model, x0):
+        for loss in adversary.passes(objective, model, x0, **conditions):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -94,17 +152,18 @@ def seconds(steps: Iterator[None], count: int) -> float:
     return time.perf_counter() - start
 
 
-def ratios(plain: Iterator[None], arm: Iterator[None], pairs: int, count: int) -> list[float]:
-    for steps in (plain, arm):
-        seconds(steps, count)  # warm-up
+def ratios(plain: Callable[[int], float], arm: Callable[[int], float], pairs: int, count: int) -> list[float]:
+    """Return the seconds of ``count`` passes of an arm over those of a plain one, for every pair of blocks."""
+    for timed in (plain, arm):
+        timed(count)  # warm-up
     found = []
     for pair in range(pairs):
         if pair % 2:
-            above = seconds(arm, count)
-            below = seconds(plain, count)
+            above = arm(count)
+            below = plain(count)
         else:
-            below = seconds(plain, count)
-            above = seconds(arm, count)
+            below = plain(count)
+            above = arm(count)
         found.append(above / below)
     return found
 
@@ -119,24 +178,31 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def report(args: argparse.Namespace, name: str, what: str, rows: list[dict[str, Any]]) -> None:
-    """Print the table and write it as JSON, named after the kind of device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"
-    table = Table("model", "arm", "median", "range", title=f"{what}, on {where}")
+    """Print the table and write it as JSON."""
+    table = Table("model", "arm", "median", "range", title=f"{what}, on {where(args)}")
     for row in rows:
         table.add_row(row["model"], row["arm"], f"{row['median']:.3f}", f"{row['min']:.3f} to {row['max']:.3f}")
     Console().print(table)
+    write_json(args, name, what, rows)
+
+
+def where(args: argparse.Namespace) -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads"
+
+
+def write_json(args: argparse.Namespace, name: str, what: str, rows: list[dict[str, Any]]) -> None:
+    """Write figures with what they were measured on, named after the kind of device."""
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
         "what": what,
-        "device": where,
+        "device": where(args),
         "machine": platform.machine(),
         "versions": versions(),
         "pairs": args.pairs,
         "passes_per_block": args.passes,
         "rows": rows,
     }
-    path = args.out / f"{name}_{device}.json"
+    path = args.out / f"{name}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
@@ -150,12 +216,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for (label, (build, batch_size)), (arm, options) in track(
-        list(itertools.product(MODELS.items(), ARMS.items())), description="timing"
-    ):
-        plain = passes(build(), Adversary(passes=1), batch_size, device)
-        adversarial = passes(build(), Adversary(**options), batch_size, device)
-        rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, args.passes)))
+    models = {**MODELS, **LARGER}
+    for (label, spec), (arm, options) in track(list(itertools.product(models.items(), ARMS.items())), "timing"):
+        plain, adversarial = (
+            partial(seconds, passes(spec, spec.build(), Adversary(**settings), device))
+            for settings in ({"passes": 1}, options)
+        )
+        rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, spec.block or args.passes)))
     report(args, "pass_cost", "seconds of a pass of the arm over seconds of a plain pass, paired", rows)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from atdiff.allocator import keep_freed_memory
 from atdiff.errors import UserError
 
 __all__ = ["main"]
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when MKL first computes. Without it two threads round some small matrix products anew each time, and a
     # resumed run is no longer the undisturbed one; no slower where measured.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    keep_freed_memory()
     try:
         args, rest = _parser().parse_known_args(words)
         if rest and args.command not in ("train", "study"):

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from atdiff.allocator import keep_freed_memory
 from atdiff.errors import UserError
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
@@ -180,6 +181,7 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()
     # Ctrl-C reaches the whole group; the parent ends its workers, and they end with it if it is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()

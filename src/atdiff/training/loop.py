@@ -35,7 +35,7 @@ from atdiff.training.build import (
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
 from atdiff.training.config import OptimizerConfig, TrainConfig
 from atdiff.training.ema import EMA
-from atdiff.training.progress import training_progress
+from atdiff.training.progress import TrainingBar, training_progress
 
 __all__ = ["Trainer", "make_trainer", "train"]
 
@@ -79,6 +79,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         self._prepare()
         self.passes_done = self.batches_done = 0
+        self._bar = TrainingBar(None, None)
 
     def _prepare(self) -> None:
         """Build scheduler, data, network and objective, what may be wrong with the settings first."""
@@ -194,17 +195,21 @@ class Trainer:
         settings, started_at = self.config.training, self.passes_done
         if self.finished:
             return
-        self.model.train()
-        self.started, self.first_pass = time.perf_counter(), started_at
         show = progress and self.accelerator.is_main_process
-        with training_progress(settings.passes, started_at, show) as bar:
-            while self.passes_done < settings.passes:
-                before = self.passes_done
-                for _ in self._train_batch():
-                    bar.update(self.passes_done)
-                self.batches_done += 1
-                self._periodic(before, bar)
+        with training_progress(settings.passes, started_at, show) as self._bar:
+            for _ in self.passes():
+                self._bar.update(self.passes_done)
         self._finish()
+
+    def passes(self) -> Iterator[None]:
+        """Train to the last pass, with logs, checkpoints and samples on the way; yield after every weight update."""
+        self.model.train()
+        self.started, self.first_pass = time.perf_counter(), self.passes_done
+        while self.passes_done < self.config.training.passes:
+            before = self.passes_done
+            yield from self._train_batch()
+            self.batches_done += 1
+            self._periodic(before)
 
     def _train_batch(self) -> Iterator[None]:
         """Run the passes of one batch; yield after every weight update."""
@@ -249,7 +254,7 @@ class Trainer:
         if not self.config.data.class_conditional:
             return x0, {}
         assert self.data.labels is not None
-        return x0, {"class_labels": self.data.labels[indices].to(device)}
+        return x0, {"class_labels": self.data.labels[indices].to(device, non_blocking=True)}
 
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""
@@ -260,14 +265,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
 
-    def _periodic(self, before: int, bar: Any) -> None:  # noqa: ANN401
+    def _periodic(self, before: int) -> None:
         settings, now = self.config.training, self.passes_done
 
         def due(every: int) -> bool:
             return every > 0 and (now // every > before // every or now >= settings.passes)
 
         if due(settings.log_every):
-            self._log(bar)
+            self._log()
         if not self.accelerator.is_main_process:
             return
         if due(settings.checkpoint_every):
@@ -275,7 +280,7 @@ class Trainer:
         if due(settings.sample_every):
             self._sample()
 
-    def _log(self, bar: Any) -> None:  # noqa: ANN401
+    def _log(self) -> None:
         output = self.adversary.output
         assert output is not None
         seconds = time.perf_counter() - self.started
@@ -298,7 +303,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
-            bar.describe(values)
+            self._bar.describe(values)
         self.accelerator.log(values, step=self.passes_done)
 
     def _save(self) -> None:
@@ -423,10 +428,10 @@ def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int) -> 
 
 def batch_indices(seed: int, batch: int, batch_size: int, num_images: int) -> Tensor:
     """Return the images of a batch: consecutive places in a row of epochs, each shuffled by ``(seed, epoch)``."""
-    places = torch.arange(batch * batch_size, (batch + 1) * batch_size)
-    first, last = int(places[0]) // num_images, int(places[-1]) // num_images
+    start = batch * batch_size
+    first, last = start // num_images, (start + batch_size - 1) // num_images
     shuffled = torch.cat([_epoch_order(seed, epoch, num_images) for epoch in range(first, last + 1)])
-    return shuffled[places - first * num_images]
+    return shuffled.narrow(0, start - first * num_images, batch_size)
 
 
 @lru_cache(maxsize=4)
