@@ -37,7 +37,7 @@ class CountReads(TorchDispatchMode):
         super().__init__()
         self.reads: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0]
         if name in READS:
             self.reads[name] += 1

@@ -1,0 +1,128 @@
+"""How time and memory of training grow with batch, image, passes a batch and data, with the exponents fitted.
+
+python bench/growth.py [--threads 2] [--passes 6] [--out bench/results]
+
+Every point is a trainer in a process of its own, with staggered free AT on random pictures held in memory as the
+trainer holds real ones. Seconds are the least of three blocks; memory is what the process takes beyond its imports.
+An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from atdiff.data import ImageData
+from atdiff.recipe import load_recipe, resolve
+from atdiff.training.loop import Trainer
+from pass_cost import seconds, where, write_json
+from training_speed import peak_mib
+
+ARCHITECTURE = {
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "add_attention": False,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a pass is given."""
+
+    batch: int = 32
+    pixels: int = 256
+    passes: int = 2
+    images: int = 2048
+
+
+SERIES: dict[str, list[Point]] = {
+    "batch": [Point(batch=n) for n in (16, 32, 64, 128)],
+    "pixels": [Point(pixels=n) for n in (64, 256, 1024, 4096)],
+    "passes": [Point(passes=n, batch=64) for n in (1, 2, 4, 8)],
+    "images": [Point(images=n) for n in (1_000, 10_000, 100_000, 1_000_000)],
+}
+
+
+class MemoryTrainer(Trainer):
+    """A trainer of random pictures."""
+
+    point: Point
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        side = int(self.point.pixels**0.5)
+        images = torch.randint(256, (self.point.images, 3, side, side), dtype=torch.uint8)
+        self.data = ImageData(images, None, "random")
+        self.network = type(self.network)(sample_size=side, in_channels=3, out_channels=3, **ARCHITECTURE)
+
+
+def measured(point: Point, threads: int, count: int) -> dict[str, Any]:
+    """Train for a moment; return seconds a pass and MiB."""
+    torch.set_num_threads(threads)
+    imported = 0.0 if torch.cuda.is_available() else peak_mib()
+    MemoryTrainer.point = point
+    settings = [
+        *("--training.passes", "1000000", "--training.log_every", "100", "--training.checkpoint_every", "1000000"),
+        *("--training.batch_size", str(point.batch), "--model.name", "unet"),
+        *("--adversary.passes", str(point.passes), "--adversary.step_size", "2", "--adversary.order", "staggered"),
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        recipe = Path(temporary) / "growth.yaml"
+        recipe.write_text("model: {name: mlp}\n")
+        config = resolve(load_recipe(str(recipe)), None, settings)
+        config.model.args = ARCHITECTURE
+        trainer = MemoryTrainer(config)
+        trainer.open(Path(temporary) / "run")
+        steps = trainer.passes()
+        seconds(steps, max(count, 2 * point.passes))
+        least = min(seconds(steps, count) for _ in range(3)) / count
+    return {"seconds": least, "mib": peak_mib() - imported}
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--passes", type=int, default=6, help="passes a block")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
+    args.pairs = 3
+    table = Table("against", "at", "seconds a pass", "MiB", title=f"growth of training, on {where(args)}")
+    rows = []
+    for name, points in track(SERIES.items(), "measuring"):
+        found = []
+        for point in points:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found.append(pool.submit(measured, point, args.threads, args.passes).result())
+        sizes = [getattr(point, name) for point in points]
+        slopes = {key: exponent(sizes, [one[key] for one in found]) for key in ("seconds", "mib")}
+        rows.append({"against": name, "sizes": sizes, "found": found, "exponents": slopes, "rest": asdict(points[0])})
+        for size, one in zip(sizes, found, strict=True):
+            table.add_row(name, f"{size:,}", f"{one['seconds']:.4f}", f"{one['mib']:,.0f}")
+        table.add_row("", "exponent", f"{slopes['seconds']:.2f}", f"{slopes['mib']:.2f}", end_section=True)
+    Console().print(table)
+    write_json(args, "growth", "seconds of a training pass and memory of its process", rows)
+
+
+if __name__ == "__main__":
+    main()
