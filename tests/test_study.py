@@ -17,6 +17,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 import atdiff.runs
 from atdiff.cli import main
@@ -294,3 +295,16 @@ def test_measurements_leave_figures_and_a_picture(
     assert [entry["run"] for entry in entries] == runs
     assert main([command, *runs, "--out", str(Path(__file__).parent), *options]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+
+
+def test_runs_of_a_study_are_those_of_separate_commands(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, out = finished
+    for arm in ("plain", "at"):
+        words = ["--training.seed", "1", "--training.init", str(out / "seed-1" / "base")]
+        assert main(["train", str(recipe), "--arm", arm, "--out", str(tmp_path / arm), *words]) == 0
+        file = Path("pipeline") / "unet" / "diffusion_pytorch_model.safetensors"
+        alone, together = load_file(tmp_path / arm / file), load_file(out / "seed-1" / arm / file)
+        assert alone.keys() == together.keys()
+        # To rounding: the number of threads may differ.
+        for name, value in alone.items():
+            torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)

@@ -90,6 +90,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
     )
     parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
+    _add_inference(parser)
     parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
 
 
@@ -157,6 +158,13 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="the reference images; default: what the run was trained on")
 
 
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", default="no", help="of the network: no (float32), bf16 or fp16; default: %(default)s"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many pictures")
+
+
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add what says how runs are evaluated; its defaults are None where ``compare`` asks whether it was given."""
     parser.add_argument("--samplers", help="comma-separated; default: ddim, or Euler for flows and EDM")
@@ -174,6 +182,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search-num", type=int, default=1024, help="pictures of a search; default: %(default)s")
     parser.add_argument("--prompts", type=Path, help="for clip_score: a text file, one prompt, or a line a class")
     _add_features(parser)
+    _add_inference(parser)
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -244,6 +253,7 @@ def _sample(args: argparse.Namespace) -> None:
         if not isinstance(denoiser, TextToImage):
             raise UserError(f"{args.run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
         denoiser = replace(denoiser, prompts=prompts)
+    denoiser = denoiser.prepared(precision=args.precision, compile=args.compile, device=_device())
     batches = denoiser.pictures(
         sampler=args.sampler or default_sampler(denoiser.scheduler),
         steps=args.steps,
@@ -255,7 +265,7 @@ def _sample(args: argparse.Namespace) -> None:
         device=torch.device(_device()),
         progress=True,
     )
-    save_images(torch.cat(list(batches)), args.out)
+    save_images(batches, args.out)
     print(f"{args.num} pictures in {args.out}")
 
 
@@ -303,6 +313,8 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> Any:  # noq
         metrics=_list(args.metrics or "fid,prc", str, "--metrics"),
         prompts=_prompts(args.prompts),
         data=args.data,
+        precision=args.precision,
+        compile=args.compile,
     )
 
 
@@ -329,7 +341,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists already; choose another --out, or say --overwrite.")
     runs = find_runs(args.runs)
-    asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data))
+    asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
+    asked = asked or args.precision != "no"
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     config = _evaluation(args, (0,)) if asked or not studied else None
     with cell_progress() as notify:

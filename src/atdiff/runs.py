@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from diffusers import (
     LCMScheduler,
 )
 from torch import Tensor, nn
+from typing_extensions import Self
 
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text, written_aside
+from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
@@ -43,6 +45,7 @@ class Denoiser:
         source: the run, as the user named it.
         config: the settings of a training folder; empty for others.
         prompts: one a class, where they are known; of no consequence to the pictures of this class.
+        precision: in which the network runs; see :meth:`prepared`.
     """
 
     model: Any
@@ -50,6 +53,7 @@ class Denoiser:
     source: str
     config: dict[str, Any]
     prompts: tuple[str, ...] = ()
+    precision: str = "no"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,6 +68,19 @@ class Denoiser:
         """Which weights these are, for the recipe of a figure."""
         decay = self.config.get("training", {}).get("ema_decay")
         return f"EMA {decay}" if decay is not None else "as published"
+
+    @property
+    def dtype_name(self) -> str:
+        """The precision, for the recipe of a figure."""
+        return DTYPES[self.precision]
+
+    def prepared(self, *, precision: str = "no", compile: bool = False, device: torch.device | str = "cpu") -> Self:
+        """Return the run with its network set up to draw in another precision, or compiled; once a network.
+
+        Args and errors: see :func:`atdiff.models.inference.prepare_inference`.
+        """
+        prepare_inference(self.model, precision=precision, compile=compile, device=device)
+        return replace(self, precision=precision)
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from atdiff.errors import UserError
 from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.files import write_json
 from atdiff.latent.generate import prompts_name
+from atdiff.models.inference import DTYPES
 from atdiff.noise import NoiseSchedule
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
@@ -50,6 +51,8 @@ class EvaluationConfig:
             captions of their training, and what ``clip_score`` compares pictures with.
         data: the data set whose images are the reference; None for each run's own.
         batch_size: pictures sampled at once.
+        precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
+        compile: whether they are compiled; to rounding, it does not change a figure.
     """
 
     samplers: tuple[str, ...] | None
@@ -65,6 +68,8 @@ class EvaluationConfig:
     prompts: tuple[str, ...] | None = None
     data: str | None = None
     batch_size: int = 512
+    precision: str = "no"
+    compile: bool = False
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Find, before any compute, what cannot be evaluated for networks of this scheduler.
@@ -126,6 +131,7 @@ class EvaluationConfig:
             and cell["num"] == self.num
             and cell["extractor"] == self.extractor
             and tuple(cell.get("asked", ASKED)) == self.metrics
+            and cell.get("dtype", DTYPES["no"]) == DTYPES[self.precision]
             and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
         )
 
@@ -171,7 +177,8 @@ def evaluate_runs(
         UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
     """
     cells = read_cells(out)
-    denoisers = [config.asked_of(load_denoiser(run)) for run in runs]
+    how: dict[str, Any] = {"precision": config.precision, "compile": config.compile, "device": device}
+    denoisers = [config.asked_of(load_denoiser(run)).prepared(**how) for run in runs]
     done = {_key(cell) for cell in cells}
     judges: dict[tuple[str, tuple[str, ...]], _Judge] = {}
     grid = [
@@ -272,7 +279,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "reference": reference_name(place.denoiser, config.data),
         "asked": list(config.metrics),
         "weights": place.denoiser.weights_name,
-        "dtype": "float32",
+        "dtype": place.denoiser.dtype_name,
         "versions": versions(),
         **place.denoiser.recipe,
     }
@@ -286,7 +293,8 @@ def _key(cell: Mapping[str, Any]) -> str:
         "run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "guidance_scale", "prompts",
         "search_seed", "search_num",
     )  # fmt: skip
-    return json.dumps([cell.get("correction", "none"), cell.get("asked", ASKED), *(cell.get(name) for name in names)])
+    settled = cell.get("correction", "none"), cell.get("asked", ASKED), cell.get("dtype", DTYPES["no"])
+    return json.dumps([*settled, *(cell.get(name) for name in names)])
 
 
 def _search_key(cell: Mapping[str, Any]) -> str:

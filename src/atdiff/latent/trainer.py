@@ -249,7 +249,7 @@ class LatentTrainer(Trainer):
             seed=0,
             device=self.accelerator.device,
         )
-        save_images(torch.cat(list(images)), path)
+        save_images(images, path)
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
 

@@ -178,16 +178,23 @@ def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metri
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of evaluated cells (``run``, ``sampler``, ``steps``, ``sample_seed``, ``metrics``)."""
+    """A rich table of evaluated cells (``run``, ``sampler``, ``steps``, ``sample_seed``, ``metrics``).
+
+    Corrections and precisions are shown where cells differ in them.
+    """
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    usual = {"correction": "none", "dtype": "float32"}
+    varied = [name for name in usual if len({cell.get(name, usual[name]) for cell in cells}) > 1]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("run", overflow="fold")
-    table.add_column("sampler")
+    for name in ("sampler", *varied):
+        table.add_column(name)
     for name in ("steps", "seed", *map(metric_label, metrics)):
         table.add_column(name, justify="right")
     for cell in cells:
         values = [_number(cell["metrics"][name]) if name in cell["metrics"] else "-" for name in metrics]
-        table.add_row(Text(str(cell["run"])), cell["sampler"], str(cell["steps"]), str(cell["sample_seed"]), *values)
+        how = [cell["sampler"], *(cell.get(name, usual[name]) for name in varied)]
+        table.add_row(Text(str(cell["run"])), *how, str(cell["steps"]), str(cell["sample_seed"]), *values)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -243,13 +244,18 @@ def _finished(x: Tensor, start: int, run: str) -> Tensor:
     return images.clamp(-1.0, 1.0)
 
 
-def save_images(images: Tensor, path: str | Path) -> Path:
+def save_images(images: Tensor | Iterable[Tensor], path: str | Path) -> Path:
     """Save pictures in [-1, 1], ``(N, C, H, W)``, as what the path's suffix says, and return the path.
 
     - ``.png``: one grid, tiny pictures enlarged by whole factors to 64 pixels; points in the plane,
       ``(N, 2, 1, 1)``, all in one picture of their density;
     - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, as guided-diffusion's evaluator reads it;
-    - none: a folder of ``000000.png``, ``000001.png``, ...
+    - none: a folder of ``000000.png``, ``000001.png``, ..., where each batch is written while the next is drawn.
+
+    Args:
+        images: all pictures, or their batches, such as those of :func:`iter_generate`; for a folder, no more than two
+            batches are held at a time.
+        path: where to.
 
     Raises:
         UserError: the path exists, has another suffix, or channels are neither 1 nor 3 where a PNG is asked
@@ -261,30 +267,47 @@ def save_images(images: Tensor, path: str | Path) -> Path:
         raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
     if path.exists():
         raise UserError(f"{path} exists already; choose another path or remove it.")
-    if path.suffix == ".png" and images.shape[1:] == (2, 1, 1):
-        images = density_picture(images)[None]
-    if path.suffix != ".npz" and images.shape[1] not in (1, 3):
-        raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
-    pixels = to_uint8(images.detach().cpu())
+    batches = [images] if isinstance(images, Tensor) else images
     with written_aside(path) as partial:
-        writers[path.suffix](pixels, partial)
+        writers[path.suffix](batches, partial)
     return path
 
 
-def _write_grid(pixels: Tensor, path: Path) -> None:
+def _write_grid(batches: Iterable[Tensor], path: Path) -> None:
+    images = torch.cat(list(batches))
+    pixels = _pixels(density_picture(images)[None] if images.shape[1:] == (2, 1, 1) else images)
     factor = max(1, 64 // max(pixels.shape[2:]))
     enlarged = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     columns = int(np.ceil(len(pixels) ** 0.5))
     _write_picture(make_grid(enlarged, nrow=columns, padding=2, pad_value=255), path)
 
 
-def _write_array(pixels: Tensor, path: Path) -> None:
+def _write_array(batches: Iterable[Tensor], path: Path) -> None:
+    pixels = torch.cat([to_uint8(batch.detach().cpu()) for batch in batches])
     np.savez(path, arr_0=pixels.permute(0, 2, 3, 1).numpy())
 
 
-def _write_folder(pixels: Tensor, path: Path) -> None:
+def _write_folder(batches: Iterable[Tensor], path: Path) -> None:
     path.mkdir()
-    for index, picture in enumerate(pixels):
+    start, written = 0, None
+    with ThreadPoolExecutor(1) as writer:  # PIL lets other threads run while it compresses.
+        for batch in batches:
+            if written is not None:
+                written.result()
+            written = writer.submit(_write_pictures, _pixels(batch), path, start)
+            start += len(batch)
+        if written is not None:
+            written.result()
+
+
+def _pixels(images: Tensor) -> Tensor:
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
+    return to_uint8(images.detach().cpu())
+
+
+def _write_pictures(pixels: Tensor, path: Path, start: int) -> None:
+    for index, picture in enumerate(pixels, start):
         _write_picture(picture, path / f"{index:06d}.png")
 
 
