@@ -30,8 +30,14 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
+	$(BIN)/python bench/training_speed.py
+	$(BIN)/python bench/training_speed.py --channels 128 --pairs 5 --passes 1
 	$(BIN)/python bench/pass_cost.py
+	$(BIN)/python bench/optimizer_cost.py
 	$(BIN)/python bench/consistency_cost.py
+	$(BIN)/python bench/sampling_speed.py
+	$(BIN)/python bench/many_runs.py
+	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/latent_memory.py
 	$(BIN)/python bench/evaluation_cost.py
 
