@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -304,6 +307,38 @@ def test_staggered_state_goes_on(net: Net, objective: DenoisingObjective, accumu
     ):
         assert torch.equal(one, other)
         assert torch.equal(first.delta, resumed.delta)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("direction", ["gradient", "residual"])
+@pytest.mark.parametrize("order", ["authors", "staggered"])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_the_rest_of_a_batch_is_what_was_left_of_it(
+    net: Net, objective: DenoisingObjective, order: str, direction: str, accumulate: int, cut: int
+) -> None:
+    def passes(losses: Iterator[Tensor], adversary: Adversary, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for loss in itertools.islice(losses, None if count is None else count * accumulate):
+            loss.backward()
+            found.append((loss.detach(), adversary.delta.detach()))
+        adversary.settle()
+        return found
+
+    batches = [objective.draw(torch.randn(12, 1, 4, 4)) for _ in range(2)]
+    whole, first, resumed = (Adversary("l2", 0.5, 3, order=order, direction=direction) for _ in range(3))
+    for adversary in (whole, first):
+        passes(adversary.passes(objective, net, batches[0], accumulate=accumulate), adversary)
+        assert not adversary.within_batch
+    expected = passes(whole.passes(objective, net, batches[1], accumulate=accumulate), whole)
+    found = passes(first.passes(objective, net, batches[1], accumulate=accumulate), first, cut)
+    assert first.within_batch
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    found += passes(resumed.rest(objective, net, accumulate=accumulate), resumed)
+    assert not resumed.within_batch
+    assert list(resumed.rest(objective, net)) == []
+    for (loss, delta), (other_loss, other_delta) in zip(expected, found, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert torch.equal(delta, other_delta)
 
 
 def test_one_pass_is_plain_training(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -127,6 +128,10 @@ class Adversary:
         # Staggered parts that wait for their next pass, newest first: sizes of the parts, their
         # samples and their deltas, by micro-batch.
         self._waiting: dict[int, tuple[list[int], Batch, Tensor]] = {}
+        # What is left to do about the last pass; and where in a batch its passes are: the batch, the next pass, and
+        # the deltas of the micro-batches in the authors' order. None between two batches.
+        self._after: Callable[[], None] | None = None
+        self._position: tuple[Batch, int, list[Tensor]] | None = None
 
     def _check(self, scale: str | ScaleFunction) -> None:
         choices: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -202,40 +207,95 @@ class Adversary:
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
         batch = objective.draw(x0, **fixed) if isinstance(x0, Tensor) else x0
+        self._after = self._position = None
         if self.method == "pgd":
             yield from self._pgd(objective, model, batch.chunk(accumulate))
         elif self.order == "authors":
-            yield from self._authors(objective, model, batch.chunk(accumulate))
+            yield from self._authors(objective, model, batch, accumulate)
         else:
             yield from self._staggered(objective, model, batch, accumulate)
 
-    def _authors(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
-        deltas = [torch.zeros_like(part.x0) for part in parts]
-        share = len(parts) / sum(map(len, parts))
-        for k in range(self.num_passes):
+    def rest(self, objective: Objective, model: Callable[..., Any], *, accumulate: int = 1) -> Iterator[Tensor]:
+        """Yield the losses that are left of a batch whose passes were cut short, or none; see :meth:`passes`.
+
+        After :meth:`load_state_dict`, of a state that was saved within a batch, it goes on where that one was.
+        """
+        if self._position is None:
+            return
+        batch, start, deltas = self._position
+        if self.order == "authors":
+            yield from self._authors(objective, model, batch, accumulate, start, deltas)
+        else:
+            yield from self._staggered(objective, model, batch, accumulate, start)
+
+    @property
+    def within_batch(self) -> bool:
+        """Whether passes of the present batch are left, once :meth:`settle` has been called."""
+        return self._position is not None
+
+    def settle(self) -> None:
+        """Move delta now, after the backward pass of the last loss, and not when the next loss is asked for.
+
+        So what :meth:`state_dict` returns is the whole state between two passes.
+
+        Raises:
+            RuntimeError: before the backward pass.
+        """
+        if self._after is not None:
+            after, self._after = self._after, None
+            after()
+
+    def _authors(
+        self,
+        objective: Objective,
+        model: Callable[..., Any],
+        batch: Batch,
+        accumulate: int,
+        start: int = 0,
+        deltas: list[Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        parts = batch.chunk(accumulate)
+        deltas = deltas or [torch.zeros_like(part.x0) for part in parts]
+        share = len(parts) / len(batch)
+
+        def move(k: int, i: int, output: ObjectiveOutput) -> None:
             last = k == self.num_passes - 1
+            objective.update(parts[i], output)
+            if not last:
+                deltas[i] = self._moved(parts[i], output)
+            if i == len(parts) - 1:
+                self._position = None if last else (batch, k + 1, deltas)
+
+        for k in range(start, self.num_passes):
             for i, part in enumerate(parts):
-                output = self._forward(objective, model, part, deltas[i], track=not last)
+                output = self._forward(objective, model, part, deltas[i], track=k < self.num_passes - 1)
+                self._after = partial(move, k, i, output)
                 yield output.loss.mean() * (len(part) * share)
-                objective.update(part, output)
-                if not last:
-                    deltas[i] = self._moved(part, output)
+                self.settle()
 
     def _staggered(
-        self, objective: Objective, model: Callable[..., Any], batch: Batch, accumulate: int
+        self, objective: Objective, model: Callable[..., Any], batch: Batch, accumulate: int, start: int = 0
     ) -> Iterator[Tensor]:
-        for fresh in batch.chunk(self.num_passes):
-            for i, part in enumerate(fresh.chunk(accumulate)):
-                sizes, joined, delta = self._join(i, part)
-                output = self._forward(objective, model, joined, delta, track=self.num_passes > 1)
-                yield output.loss.mean()
-                objective.update(joined, output)
-                if self.num_passes == 1:
-                    continue
+        chunks = batch.chunk(self.num_passes)
+
+        def move(k: int, i: int, last: bool, sizes: list[int], joined: Batch, output: ObjectiveOutput) -> None:
+            objective.update(joined, output)
+            if self.num_passes > 1:
                 moved = self._moved(joined, output)
                 kept = sizes[: self.num_passes - 1]
                 rows = sum(kept)
                 self._waiting[i] = (kept, joined.narrow(0, rows), moved[:rows])
+            if last:
+                self._position = None if k == len(chunks) - 1 else (batch, k + 1, [])
+
+        for k in range(start, len(chunks)):
+            parts = chunks[k].chunk(accumulate)
+            for i, part in enumerate(parts):
+                sizes, joined, delta = self._join(i, part)
+                output = self._forward(objective, model, joined, delta, track=self.num_passes > 1)
+                self._after = partial(move, k, i, i == len(parts) - 1, sizes, joined, output)
+                yield output.loss.mean()
+                self.settle()
 
     def _join(self, i: int, fresh: Batch) -> tuple[list[int], Batch, Tensor]:
         """Put a fresh part before those that wait for their next pass."""
@@ -261,8 +321,9 @@ class Adversary:
                         (gradient,) = torch.autograd.grad(output.loss.sum(), self.delta)
                 delta = self._moved(part, output, gradient)
             output = self._forward(objective, model, part, delta, track=False)
+            self._after = partial(objective.update, part, output)
             yield output.loss.mean() * (len(part) * share)
-            objective.update(part, output)
+            self.settle()
 
     def _forward(
         self,
@@ -317,12 +378,19 @@ class Adversary:
         return norms.sum() / (norms > 0).sum().clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples that wait for their next pass (``staggered``) and the count of lost directions."""
+        """Return the state between two passes: what waits, the place within a batch, the count of lost directions.
+
+        Call :meth:`settle` before, unless all losses of the batch have been taken.
+        """
         waiting = {
             i: {"sizes": sizes, "batch": batch.state_dict(), "delta": delta}
             for i, (sizes, batch, delta) in self._waiting.items()
         }
-        return {"nonfinite": self.nonfinite, "waiting": waiting}
+        position = None
+        if self._position is not None:
+            batch, start, deltas = self._position
+            position = {"batch": batch.state_dict(), "next": start, "deltas": list(deltas)}
+        return {"nonfinite": self.nonfinite, "waiting": waiting, "position": position}
 
     def load_state_dict(
         self, state: dict[str, Any], device: torch.device | str = "cpu", batch_type: type[Batch] = DenoisingBatch
@@ -333,3 +401,7 @@ class Adversary:
             i: (entry["sizes"], batch_type(**entry["batch"]).to(device), entry["delta"].to(device))
             for i, entry in state["waiting"].items()
         }
+        position, self._after, self._position = state["position"], None, None
+        if position is not None:
+            deltas = [delta.to(device) for delta in position["deltas"]]
+            self._position = (batch_type(**position["batch"]).to(device), position["next"], deltas)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.allocator import keep_freed_memory
-from atdiff.errors import UserError
+from atdiff.errors import RunError, UserError
 
 __all__ = ["main"]
 
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 when done, 2 after a user's mistake (one sentence on stderr), else raise."""
+    """Run one command; return 0 when done, 2 after a user's mistake, 1 where the disk failed (a sentence each)."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Read when MKL first computes. Without it two threads round some small matrix products anew each time, and a
     # resumed run is no longer the undisturbed one; no slower where measured.
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"atdiff: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"atdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("atdiff: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

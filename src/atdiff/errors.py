@@ -1,6 +1,8 @@
-"""The one exception of a user's mistake."""
+"""What ends a command with a sentence and not with a traceback."""
 
-__all__ = ["UserError"]
+from __future__ import annotations
+
+__all__ = ["RunError", "UserError"]
 
 
 class UserError(ValueError):
@@ -9,3 +11,7 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with code 2. A broken invariant of atdiff
     itself is an ``assert`` instead.
     """
+
+
+class RunError(RuntimeError):
+    """What went wrong outside of atdiff while it worked, such as a full disk: one sentence; exit code 1."""

@@ -17,8 +17,12 @@ __all__ = ["write_bytes", "write_json", "write_text", "written_aside"]
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a folder at, which takes the place of ``path`` once the block is through.
+
+    Args:
+        path: of the file or folder.
+        flush: whether all of it is on the disk before it takes its place, so that it outlasts a loss of power.
 
     Raises:
         UserError: the folder of ``path`` cannot be written.
@@ -32,11 +36,31 @@ def written_aside(path: Path) -> Iterator[Path]:
         # The same name, so that writers which look at the suffix see the right one.
         partial = aside / path.name
         yield partial
+        if flush:
+            _flush(partial)
         if partial.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
+        if flush:
+            _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    for inner in path.iterdir() if path.is_dir() else ():
+        _flush(inner)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -47,7 +71,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected the name of a file.")
-    with written_aside(path) as partial:
+    with written_aside(path, flush=True) as partial:
         partial.write_bytes(content)
 
 

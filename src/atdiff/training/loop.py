@@ -336,7 +336,7 @@ class Trainer:
         metrics = self.out / "metrics.jsonl"
         if metrics.is_file() and self.accelerator.is_main_process:
             lines = metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["pass"] <= self.passes_done]
+            kept = [line for line in lines if _pass_of(line) <= self.passes_done]
             write_text(metrics, "".join(f"{line}\n" for line in kept))
 
     def _sample(self) -> None:
@@ -384,6 +384,14 @@ class Trainer:
 
     def _load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
         network.load_state_dict(weights)
+
+
+def _pass_of(line: str) -> float:
+    """Return the pass of a line of the log; infinity for one that a killed process has not finished."""
+    try:
+        return float(json.loads(line)["pass"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _check_training(config: TrainConfig) -> None:

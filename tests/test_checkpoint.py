@@ -1,0 +1,140 @@
+"""Checkpoints: whole or recognised as broken, the newest and the best kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from atdiff.cli import main
+from atdiff.errors import RunError
+from atdiff.training import checkpoint
+from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint, save_checkpoint
+
+FILES = ("model.safetensors", "ema.safetensors", "state.pt", "manifest.json")
+
+
+def weights(value: float) -> dict[str, Tensor]:
+    return {"weight": torch.full((300,), value)}
+
+
+def save(folder: Path, passes: int, **options: Any) -> None:
+    save_checkpoint(folder, passes, weights(passes), weights(-passes), {"passes": passes}, **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert sorted(path.name for path in found.iterdir()) == sorted(FILES)
+    model, ema, state = load_checkpoint(found)
+    assert torch.equal(model["weight"], weights(3)["weight"])
+    assert torch.equal(ema["weight"], weights(-3)["weight"])
+    assert state == {"passes": 3}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(tmp_path: Path, file: str, damage: str) -> None:
+    save(tmp_path, 3)
+    save(tmp_path, 6)
+    path = tmp_path / "pass-000000006" / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes(
+            content[:middle] + (b"" if damage == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        )
+    if file == "manifest.json" and damage == "flipped":
+        path.write_bytes(content.replace(b'"files"', b'"filed"'))
+    with pytest.warns(UserWarning, match=r"pass-000000006 is left out: .*the one before it is used"):
+        found = latest_checkpoint(tmp_path)
+    assert found == tmp_path / "pass-000000003"
+    assert checkpoint_problem(found) is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for passes, loss in enumerate([3.0, 1.0, 2.0, math.nan, 4.0, 5.0], 1):
+        save(tmp_path, passes, loss=loss)
+    assert names(tmp_path) == ["pass-000000002", "pass-000000005", "pass-000000006"]
+
+
+def test_without_losses_the_newest_are_kept(tmp_path: Path) -> None:
+    for passes in range(1, 6):
+        save(tmp_path, passes, keep=3)
+    assert names(tmp_path) == ["pass-000000003", "pass-000000004", "pass-000000005"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, value: float, place: str) -> None:
+    save(tmp_path, 3)
+    bad = {place: weights(value)}
+    with pytest.raises(RunError, match=r"not finite at pass 6 \(weight\).*pass-000000003"):
+        save_checkpoint(tmp_path, 6, bad.get("model", weights(1)), bad.get("ema", weights(1)), {})
+    assert names(tmp_path) == ["pass-000000003"]
+
+
+@pytest.mark.parametrize("operation", ["save_file", "torch.save", "write_json", "os.replace"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    save(tmp_path, 3)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(
+        f"atdiff.files.{operation}" if operation == "os.replace" else f"{checkpoint.__name__}.{operation}", full
+    )
+    with pytest.raises(RunError, match=r"pass 6 could not be written .*No space left on device.*pass-000000003"):
+        save(tmp_path, 6)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["pass-000000003"]
+    assert checkpoint_problem(tmp_path / "pass-000000003") is None
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / ".pass-000000003.abc").mkdir()
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["pass-000000003"]
+
+
+def test_the_manifest_names_every_file(tmp_path: Path) -> None:
+    save(tmp_path, 3, loss=0.5)
+    manifest = json.loads((tmp_path / "pass-000000003" / "manifest.json").read_text())
+    assert manifest["passes"] == 3
+    assert manifest["loss"] == 0.5
+    assert sorted([*manifest["files"], "manifest.json"]) == sorted(FILES)
+
+
+def test_the_command_says_a_failed_disk_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {name: mlp, args: {width: 16, num_blocks: 1}}\ntraining: {passes: 2, batch_size: 8}\n")
+    monkeypatch.setattr(f"{checkpoint.__name__}.save_file", full)
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+    assert "the checkpoint of pass 2 could not be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"pass": 1, "lo')  # of a process that was killed
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
