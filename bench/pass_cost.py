@@ -1,10 +1,11 @@
 """The cost of one adversarial pass over one plain pass, timed in turn in one run.
 
-python bench/pass_cost.py [--pairs 15] [--passes 20] [--threads 1] [--out bench/results]
+python bench/pass_cost.py [--pairs 15] [--passes 20] [--threads 1] [--precision bf16] [--compile] [--out bench/results]
 
 Every pair times a block of plain passes and a block of an arm's passes, one after the other and in alternating
 order, so that a machine whose speed drifts moves both. A pass is what the training loop does for one weight update:
-forward, backward, fused AdamW, EMA. The staggered arms are timed at full batches.
+forward, backward, fused AdamW, EMA. The staggered arms are timed at full batches; an update of pgd counts as the three
+passes that it takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.table import Table
 
 from atdiff import Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel
 from atdiff.evaluation.evaluate import versions
+from atdiff.models.inference import prepare_inference
 from atdiff.training.ema import EMA
 
 ARMS = {
@@ -37,6 +39,7 @@ ARMS = {
     "at, staggered": {"step_size": 2.0, "passes": 2, "scale": "sigma", "order": "staggered"},
     "at-residual, staggered": {
         "step_size": 2.0, "passes": 2, "scale": "sigma", "order": "staggered", "direction": "residual"},
+    "pgd": {"step_size": 2.0, "passes": 3, "scale": "sigma", "method": "pgd"},
 }  # fmt: skip
 
 
@@ -122,12 +125,15 @@ def passes(
     device: str,
     objective: DenoisingObjective | ConsistencyObjective | None = None,
     target: EMA | None = None,
+    precision: str = "no",
+    compile: bool = False,
 ) -> Iterator[None]:
-    """Run one pass at each next()."""
+    """Run one weight update at each next()."""
     model.to(device)
     objective = objective or DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ema = EMA(model, 0.999)
+    prepare_inference(model, precision=precision, compile=compile, device=device)  # Its backward pass follows.
     x0 = torch.rand(spec.shape, device=device) * 2 - 1
     conditions = {name: value.to(device) for name, value in spec.conditions(len(x0)).items()}
     while True:
@@ -168,13 +174,18 @@ def ratios(plain: Callable[[int], float], arm: Callable[[int], float], pairs: in
     return found
 
 
-def arguments(description: str) -> argparse.Namespace:
+def parsed(description: str) -> argparse.ArgumentParser:
+    """Return the options that scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--passes", type=int, default=20, help="passes a block")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    return parser.parse_args()
+    return parser
+
+
+def arguments(description: str) -> argparse.Namespace:
+    return parsed(description).parse_args()
 
 
 def report(args: argparse.Namespace, name: str, what: str, rows: list[dict[str, Any]]) -> None:
@@ -212,18 +223,25 @@ def row(model: str, arm: str, found: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = arguments(str(__doc__).splitlines()[0])
+    parser = parsed(str(__doc__).splitlines()[0])
+    parser.add_argument("--precision", default="no", help="no, bf16 or fp16")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = {"precision": args.precision, "compile": args.compile}
     rows = []
     models = {**MODELS, **LARGER}
     for (label, spec), (arm, options) in track(list(itertools.product(models.items(), ARMS.items())), "timing"):
+        adversary = Adversary(**options)
         plain, adversarial = (
-            partial(seconds, passes(spec, spec.build(), Adversary(**settings), device))
-            for settings in ({"passes": 1}, options)
+            partial(seconds, passes(spec, spec.build(), one, device, **how)) for one in (Adversary(passes=1), adversary)
         )
-        rows.append(row(label, arm, ratios(plain, adversarial, args.pairs, spec.block or args.passes)))
-    report(args, "pass_cost", "seconds of a pass of the arm over seconds of a plain pass, paired", rows)
+        cost = adversary.num_passes // adversary.updates_per_batch
+        found = ratios(plain, adversarial, args.pairs, spec.block or args.passes)
+        rows.append(row(label, arm, [ratio / cost for ratio in found]))
+    name = "_".join(["pass_cost", *([args.precision] if args.precision != "no" else []), *["compiled"] * args.compile])
+    report(args, name, "seconds of a pass of the arm over seconds of a plain pass, paired", rows)
 
 
 if __name__ == "__main__":
