@@ -33,6 +33,7 @@ bench: install
 	$(BIN)/python bench/training_speed.py
 	$(BIN)/python bench/training_speed.py --channels 128 --pairs 5 --passes 1
 	$(BIN)/python bench/pass_cost.py
+	$(BIN)/python bench/pass_cost.py --precision bf16
 	$(BIN)/python bench/optimizer_cost.py
 	$(BIN)/python bench/consistency_cost.py
 	$(BIN)/python bench/sampling_speed.py

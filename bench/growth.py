@@ -1,15 +1,14 @@
 """How time and memory of training grow with batch, image, passes a batch and data, with the exponents fitted.
 
-python bench/growth.py [--threads 2] [--passes 6] [--out bench/results]
+python bench/growth.py [--threads 2] [--passes 6] [--pairs 3] [--out bench/results]
 
 Every point is a trainer in a process of its own, with staggered free AT on random pictures held in memory as the
-trainer holds real ones. Seconds are the least of three blocks; memory is what the process takes beyond its imports.
+trainer holds real ones. Seconds are the least of ``pairs`` blocks; memory is what the process takes beyond its imports.
 An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not grow.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,7 @@ from rich.table import Table
 from atdiff.data import ImageData
 from atdiff.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
-from pass_cost import seconds, where, write_json
+from pass_cost import parsed, seconds, where, write_json
 from training_speed import peak_mib
 
 ARCHITECTURE = {
@@ -69,7 +68,7 @@ class MemoryTrainer(Trainer):
         self.network = type(self.network)(sample_size=side, in_channels=3, out_channels=3, **ARCHITECTURE)
 
 
-def measured(point: Point, threads: int, count: int) -> dict[str, Any]:
+def measured(point: Point, threads: int, count: int, blocks: int) -> dict[str, Any]:
     """Train for a moment; return seconds a pass and MiB."""
     torch.set_num_threads(threads)
     imported = 0.0 if torch.cuda.is_available() else peak_mib()
@@ -88,7 +87,7 @@ def measured(point: Point, threads: int, count: int) -> dict[str, Any]:
         trainer.open(Path(temporary) / "run")
         steps = trainer.passes()
         seconds(steps, max(count, 2 * point.passes))
-        least = min(seconds(steps, count) for _ in range(3)) / count
+        least = min(seconds(steps, count) for _ in range(blocks)) / count
     return {"seconds": least, "mib": peak_mib() - imported}
 
 
@@ -96,24 +95,15 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=6, help="passes a block")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parsed()
-    args.pairs = 3
+    args = parsed(str(__doc__).splitlines()[0], pairs=3, passes=6, threads=2).parse_args()
     table = Table("against", "at", "seconds a pass", "MiB", title=f"growth of training, on {where(args)}")
     rows = []
     for name, points in track(SERIES.items(), "measuring"):
         found = []
         for point in points:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found.append(pool.submit(measured, point, args.threads, args.passes).result())
+                found.append(pool.submit(measured, point, args.threads, args.passes, args.pairs).result())
         sizes = [getattr(point, name) for point in points]
         slopes = {key: exponent(sizes, [one[key] for one in found]) for key in ("seconds", "mib")}
         rows.append({"against": name, "sizes": sizes, "found": found, "exponents": slopes, "rest": asdict(points[0])})

@@ -9,7 +9,6 @@ backward and AdamW of all of them against a loop over the 12, on all threads.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import track
@@ -29,7 +27,7 @@ from atdiff import MLP2DModel
 from atdiff.recipe import load_recipe, resolve
 from atdiff.study import _start_worker
 from atdiff.training.loop import train
-from pass_cost import ratios, report, row
+from pass_cost import parsed, ratios, report, row, timed
 
 ARMS = ("plain", "random", "at", "at-residual")
 SEEDS = (0, 1, 2)
@@ -88,26 +86,11 @@ def stacked(pairs: int) -> list[float]:
         joint.step()
         joint.zero_grad()
 
-    def timed(work: Any, count: int) -> float:  # noqa: ANN401
-        start = time.perf_counter()
-        for _ in range(count):
-            work()
-        return time.perf_counter() - start
-
-    return ratios(lambda count: timed(together, count), lambda count: timed(single, count), pairs, 10)
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=300, help="of each run")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    return parser.parse_args()
+    return ratios(timed(together), timed(single), pairs, 10)
 
 
 def main() -> None:
-    args = parsed()
-    args.threads = CORES
+    args = parsed(str(__doc__).splitlines()[0], pairs=3, passes=300, threads=CORES).parse_args()
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for pair in track(range(args.pairs), "training"):

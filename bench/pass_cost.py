@@ -174,13 +174,26 @@ def ratios(plain: Callable[[int], float], arm: Callable[[int], float], pairs: in
     return found
 
 
-def parsed(description: str) -> argparse.ArgumentParser:
-    """Return the options that scripts share."""
+def timed(work: Callable[[], object]) -> Callable[[int], float]:
+    """Return the timer of a function, as :func:`ratios` takes it."""
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def parsed(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """Return the options that scripts share, with defaults of a script's own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--passes", type=int, default=20, help="passes a block")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.set_defaults(**defaults)
     return parser
 
 

@@ -9,10 +9,6 @@ given as the root mean square over that of the pictures.
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from atdiff.sampling.generate import generate, image_generators
-from pass_cost import adm_unet, ratios, report, row
+from pass_cost import adm_unet, parsed, ratios, report, row, timed
 
 ARMS: dict[str, dict[str, bool]] = {
     "float32": {},
@@ -31,29 +27,11 @@ ARMS: dict[str, dict[str, bool]] = {
 }
 
 
-def timed(work: Callable[[], Any]) -> Callable[[int], float]:
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            work()
-        return time.perf_counter() - start
-
-    return seconds
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+def main() -> None:
+    parser = parsed(str(__doc__).splitlines()[0], pairs=7, passes=1, threads=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parsed()
-    args.passes = 1
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ from atdiff.training.config import (
 )
 from atdiff.training.loop import Trainer
 from baseline import baseline_passes, write_pictures
-from pass_cost import adm_unet, ratios, row, seconds, write_json
+from pass_cost import adm_unet, parsed, ratios, row, seconds, write_json
 
 PICTURES = 2048
 SIZE = 32
@@ -178,19 +178,11 @@ def measured(args: argparse.Namespace, folder: Path, out: Path, arm: str) -> dic
     return result
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--passes", type=int, default=4, help="passes a block")
-    parser.add_argument("--threads", type=int, default=2)
+def main() -> None:
+    parser = parsed(str(__doc__).splitlines()[0], pairs=7, passes=4, threads=2)
     parser.add_argument("--channels", type=int, default=64, help="of the first level; the others have twice as many")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parsed()
+    args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_pictures(Path(temporary) / "pictures", PICTURES, SIZE)

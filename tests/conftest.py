@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; too late once a product has been computed.
 
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
 
 from atdiff.cli import main
 
@@ -47,3 +48,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Pat
     (root / "tiny.yaml").write_text(json.dumps(RECIPE))
     assert main(["study", str(root / "tiny.yaml"), "--out", str(root / "out"), "--jobs", "2"]) == 0
     return root / "tiny.yaml", root / "out"
+
+
+def small_unet(*channels: int, out_channels: int = 1, **options: Any) -> UNet2DModel:
+    """A U-Net for 8x8 without attention, two levels of these channels."""
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=out_channels,
+        layers_per_block=1,
+        block_out_channels=channels,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+        **options,
+    )

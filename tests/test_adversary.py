@@ -11,12 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from atdiff import Adversary, DenoisingBatch, DenoisingObjective, UserError
 from atdiff.adversary import SCALES
 from atdiff.norms import norm_of
+from conftest import small_unet
 
 
 class Net(nn.Module):
@@ -371,17 +372,7 @@ def test_it_trains_under_compile(net: Net, objective: DenoisingObjective, batch:
 def test_it_trains_under_accelerate(objective: DenoisingObjective, precision: str, order: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    )
+    unet = small_unet(8, 8)
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     model, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=2e-3))
     adversary = Adversary("l2", 0.5, 2, scale="sigma", order=order)

@@ -17,22 +17,13 @@ from atdiff.cli import main
 from atdiff.errors import UserError
 from atdiff.models.inference import prepare_inference
 from atdiff.sampling import save_images
+from conftest import small_unet
 
 
 @pytest.fixture
 def network() -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    ).eval()
+    return small_unet(8, 16).eval()
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from atdiff.sampling import (
     save_images,
 )
 from atdiff.sampling.schedulers import even_timesteps, logsnr_timesteps
+from conftest import small_unet
 
 DATA = Path(__file__).parent / "data"
 VP_SAMPLERS = ("iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun")
@@ -74,18 +75,7 @@ def unet() -> UNet2DModel:
 
 def _unet(out_channels: int = 1, **options: object) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out_channels,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        **options,
-    )
+    return small_unet(8, 16, out_channels=out_channels, **options)
 
 
 def _training_scheduler(schedule: str = "cosine", **options: object) -> DDPMScheduler:

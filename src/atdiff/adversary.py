@@ -210,10 +210,9 @@ class Adversary:
         self._after = self._position = None
         if self.method == "pgd":
             yield from self._pgd(objective, model, batch.chunk(accumulate))
-        elif self.order == "authors":
-            yield from self._authors(objective, model, batch, accumulate)
         else:
-            yield from self._staggered(objective, model, batch, accumulate)
+            self._position = (batch, 0, [])
+            yield from self.rest(objective, model, accumulate=accumulate)
 
     def rest(self, objective: Objective, model: Callable[..., Any], *, accumulate: int = 1) -> Iterator[Tensor]:
         """Yield the losses that are left of a batch whose passes were cut short, or none; see :meth:`passes`.
@@ -251,8 +250,8 @@ class Adversary:
         model: Callable[..., Any],
         batch: Batch,
         accumulate: int,
-        start: int = 0,
-        deltas: list[Tensor] | None = None,
+        start: int,
+        deltas: list[Tensor],
     ) -> Iterator[Tensor]:
         parts = batch.chunk(accumulate)
         deltas = deltas or [torch.zeros_like(part.x0) for part in parts]
@@ -274,7 +273,7 @@ class Adversary:
                 self.settle()
 
     def _staggered(
-        self, objective: Objective, model: Callable[..., Any], batch: Batch, accumulate: int, start: int = 0
+        self, objective: Objective, model: Callable[..., Any], batch: Batch, accumulate: int, start: int
     ) -> Iterator[Tensor]:
         chunks = batch.chunk(self.num_passes)
 

@@ -345,7 +345,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists already; choose another --out, or say --overwrite.")
     runs = find_runs(args.runs)
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
-    asked = asked or args.precision != "no"
+    asked |= args.precision != "no"
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     config = _evaluation(args, (0,)) if asked or not studied else None
     with cell_progress() as notify:
