@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atdiff import MLP2DModel, UserError
+from atdiff import MLP2DModel
 from atdiff.cli import main
+from atdiff.errors import RunError
 from atdiff.recipe import load_recipe, resolve
 from atdiff.runs import load_denoiser
 from atdiff.sampling.generate import generate, image_generators
@@ -307,5 +308,5 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"lower optimizer\.lr"):
+    with pytest.raises(RunError, match=r"lower optimizer\.lr"):
         run(recipe, tmp_path / "run", None, "--optimizer.lr", "1e30", "--training.passes", "30")

@@ -8,15 +8,18 @@ import importlib.util
 import os
 import shlex
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.allocator import keep_freed_memory
-from atdiff.errors import RunError, UserError
+from atdiff.errors import RunError, Stopped, UserError
 
 __all__ = ["main"]
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 # The heavy imports wait until a command needs them, so that --help and mistakes answer at once.
 
@@ -27,7 +30,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 when done, 2 after a user's mistake, 1 where the disk failed (a sentence each)."""
+    """Run one command, and return its exit code.
+
+    0 when done; 2 after a user's mistake; 1 where the disk failed or losses were not finite; 75 where a run was asked
+    to stop and has saved what it had; 130 after Ctrl-C elsewhere. A sentence says why.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     # Read when MKL first computes. Without it two threads round some small matrix products anew each time, and a
     # resumed run is no longer the undisturbed one; no slower where measured.
@@ -38,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and args.command not in ("train", "study"):
             raise UserError(f"unrecognised arguments {' '.join(rest)}; see `atdiff {args.command} --help`.")
         args.rest, args.line = rest, shlex.join(["atdiff", *words])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.command not in ("train", "sample", "evaluate"):
+            raise UserError(
+                f"`atdiff {args.command}` works in one process: start it without a launcher; train, sample and "
+                "evaluate take many."
+            )
         _COMMANDS[args.command][2](args)
     except UserError as error:
         print(f"atdiff: {error}", file=sys.stderr)
@@ -45,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"atdiff: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"atdiff: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("atdiff: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
@@ -79,6 +94,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arm", help="one of the recipe's arms; default: its base run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--max-time", metavar="TIME", help="save and exit with code 75 after 90 (seconds), 45m, 1h30m, 2d or HH:MM:SS"
+    )
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -219,30 +237,35 @@ def _recipes(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from atdiff.recipe import load_recipe, resolve
+    from atdiff.training.interrupt import StopRequest, parse_duration
 
+    # From here on: loading counts too.
+    stop = StopRequest(None if args.max_time is None else parse_duration(args.max_time), signals=True)
     config = resolve(load_recipe(args.recipe), args.arm, args.rest)
     if args.dry_run:
         import yaml
 
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
+    from atdiff.processes import is_main
     from atdiff.training.loop import train
 
-    train(config, args.out)
+    train(config, args.out, stop=stop)
+    if not is_main():
+        return
     folder, what = ("lora", "LoRA weights") if config.lora.rank else ("pipeline", "pipeline")
     print(f"{args.out / folder} holds the trained {what}.")
 
 
-def _device() -> str:
-    import torch
+def _device() -> Any:  # noqa: ANN401  (a torch.device; torch is not imported yet)
+    from atdiff.processes import device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device()
 
 
 def _sample(args: argparse.Namespace) -> None:
-    import torch
-
     from atdiff.latent.generate import TextToImage
+    from atdiff.processes import is_main
     from atdiff.runs import load_denoiser
     from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import save_images
@@ -265,11 +288,14 @@ def _sample(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         label=args.class_label,
         correction=correction,
-        device=torch.device(_device()),
-        progress=True,
+        device=_device(),
+        progress=is_main(),
     )
-    save_images(batches, args.out)
-    print(f"{args.num} pictures in {args.out}")
+    if is_main():
+        save_images(batches, args.out)
+        print(f"{args.num} pictures in {args.out}")
+    else:
+        deque(batches, maxlen=0)
 
 
 def _list(text: str, kind: type, option: str) -> tuple:
@@ -324,11 +350,14 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> Any:  # noq
 def _evaluate(args: argparse.Namespace) -> None:
     from atdiff.evaluation.evaluate import evaluate_runs
     from atdiff.evaluation.progress import cell_progress
+    from atdiff.processes import is_main
     from atdiff.report.tables import cells_table
 
     config = _evaluation(args, _list(args.seeds, int, "--seeds"))
-    with cell_progress() as notify:
+    with cell_progress(show=is_main()) as notify:
         cells = evaluate_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    if not is_main():
+        return
     from rich.console import Console
 
     Console().print(cells_table(cells))

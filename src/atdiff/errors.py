@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RunError", "UserError"]
+__all__ = ["RunError", "Stopped", "UserError"]
 
 
 class UserError(ValueError):
@@ -14,4 +14,11 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What went wrong outside of atdiff while it worked, such as a full disk: one sentence; exit code 1."""
+    """What went wrong while a run worked, such as a full disk or a loss that is not finite: exit code 1."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved what it had: one sentence; exit code 75.
+
+    That is ``EX_TEMPFAIL`` of sysexits.h: the same command again goes on.
+    """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from atdiff.errors import UserError
+from atdiff.training.checks import check_config
 from atdiff.training.config import TrainConfig
 
 __all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve", "split_words"]
@@ -123,7 +125,8 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
         overrides: command-line words such as ``["--training.passes", "500"]``.
 
     Raises:
-        UserError: an unknown arm or key, or a value of the wrong type.
+        UserError: an unknown arm or key, a value of the wrong type or out of range, or settings that contradict each
+            other.
     """
     settings = copy.deepcopy(recipe.config)
     if arm is not None:
@@ -137,7 +140,9 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
     for word in overrides or []:
         if word.startswith("--"):
             _check_override(word)
-    return _typed(settings, overrides or [])
+    config = _typed(settings, overrides or [])
+    check_config(config)
+    return config
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -225,5 +230,20 @@ def _parsed(types: Mapping[str, Any], settings: dict[str, Any], words: Sequence[
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         return vars(instantiate(parsed))
     except Exception as error:  # jsonargparse raises several kinds, all of them about the user's input
-        reason = " ".join(str(error).replace("typing.", "").replace("<class '", "").replace("'>", "").split())
-        raise UserError(f"the settings are not valid: {reason}") from None
+        raise UserError(_sentence(" ".join(str(error).split()))) from None
+
+
+def _sentence(reason: str) -> str:
+    """Say in our words what jsonargparse says of a value."""
+    reason = reason.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    key, value = re.search(r'key "([\w.]+)"', reason), re.search(r"(?:Got|Given) value: (.*)$", reason)
+    if key is None or value is None:
+        return f"the settings are not valid: {reason}"
+    literal, subtypes = re.search(r"Literal\[(.*?)\]", reason), re.search(r"Subtypes: \[(.*?)\] Errors", reason)
+    if literal is not None:
+        valid = re.findall(r"'([^']*)'", literal[1])
+        return f"{key[1]}={value[1]!r} is unknown; {nearest(value[1], valid)}"
+    single = re.search(r"Expected an? ([\w\[\], .]*?)(?: with \d+ elements)?(?:\.|$)", reason)
+    expected = subtypes[1] if subtypes is not None else single[1] if single is not None else "another type"
+    expected = re.sub(r", NoneType\b", ", or null", expected)
+    return f"{key[1]}={value[1]} must be of the type {expected}."

@@ -127,12 +127,12 @@ def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def training_curves(folder: Path) -> list[list[float]]:
-    """Return ``[pass, loss]`` of every line that a training folder logged; none where it has no log."""
+    """Return ``[pass, loss]`` of every finite loss that a training folder logged; none where it has no log."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [[line["pass"], line["loss"]] for line in lines]
+    return [[line["pass"], line["loss"]] for line in lines if line["loss"] is not None]
 
 
 def publish(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from atdiff.files import write_json
 from atdiff.latent.generate import prompts_name
 from atdiff.models.inference import DTYPES
 from atdiff.noise import NoiseSchedule
+from atdiff.processes import from_main, is_main
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
@@ -196,7 +198,8 @@ def evaluate_runs(
             if what not in judges:
                 judges[what] = _Judge(place.denoiser, config, device, cells)
             cells.append(judges[what].judged(cell, place))
-            write_json(out, cells)
+            if is_main():
+                write_json(out, cells)
         notify(i + 1, len(grid))
     return cells
 
@@ -212,12 +215,11 @@ class _Judge:
         cells: list[dict[str, Any]],
     ) -> None:
         self.config, self.device = config, device
-        data = reference_data(denoiser, config.data)
-        options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": device}
-        self.metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
+        # Every process draws, and the main one measures.
+        self.metrics: Metrics | None = None
         self.distance: Metrics | None = None
-        if any(correction.endswith(SEARCH) for correction in config.corrections):
-            self.distance = Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
+        if is_main():
+            self._prepare(denoiser)
         # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
         self.found = {
             _search_key(cell): (cell["correction_value"], cell["correction_search"])
@@ -225,12 +227,18 @@ class _Judge:
             if "correction_value" in cell
         }
 
+    def _prepare(self, denoiser: Denoiser) -> None:
+        config = self.config
+        data = reference_data(denoiser, config.data)
+        options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": self.device}
+        self.metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
+        if any(correction.endswith(SEARCH) for correction in config.corrections):
+            self.distance = Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
+
     def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
         """Return the cell with its metrics, and with what a search found."""
         correction, found = self._correction(cell, place)
-        batches = self._pictures(place, self.config.num, place.seed, correction)
-        labels = place.denoiser.class_labels(self.config.num)
-        metrics = self.metrics(batches, num=self.config.num, labels=labels, seed=0)
+        metrics = self._measured(self.metrics, place, self.config.num, place.seed, correction)
         return {**cell, **found, "metrics": metrics}
 
     def _correction(self, cell: dict[str, Any], place: _Place) -> tuple[Correction | None, dict[str, Any]]:
@@ -247,15 +255,14 @@ class _Judge:
         return make_correction(f"{family}:{value}"), found
 
     def _distance(self, place: _Place, correction: Correction | None) -> float:
-        assert self.distance is not None
-        num = self.config.search_num
-        batches = self._pictures(place, num, self.config.search_seed, correction)
-        labels = place.denoiser.class_labels(num)
-        (distance,) = self.distance(batches, num=num, labels=labels, seed=0).values()
+        num, seed = self.config.search_num, self.config.search_seed
+        (distance,) = self._measured(self.distance, place, num, seed, correction).values()
         return distance
 
-    def _pictures(self, place: _Place, num: int, seed: int, correction: Correction | None) -> Iterable[torch.Tensor]:
-        return place.denoiser.pictures(
+    def _measured(
+        self, metrics: Metrics | None, place: _Place, num: int, seed: int, correction: Correction | None
+    ) -> dict[str, float]:
+        batches = place.denoiser.pictures(
             sampler=place.sampler,
             steps=place.steps,
             num=num,
@@ -264,6 +271,12 @@ class _Judge:
             correction=correction,
             device=self.device,
         )
+        found: dict[str, float] = {}
+        if metrics is None:
+            deque(batches, maxlen=0)
+        else:
+            found = metrics(batches, num=num, labels=place.denoiser.class_labels(num), seed=0)
+        return from_main(found)
 
 
 def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from atdiff.errors import UserError
+from atdiff.processes import draw_in_turn, num_processes
 from atdiff.runs import Denoiser
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import _check_request, _finished, image_generators
@@ -134,12 +135,12 @@ class TextToImage(Denoiser):
         self.pipeline.set_progress_bar_config(disable=True)
         with Progress(disable=not progress) as bar:
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
-            for start in range(0, num, most):
-                indices = range(start, min(start + most, num))
+
+            def draw(indices: range) -> Tensor:
                 # A fresh one each time: schedulers remember their last steps.
                 self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
                 images = self.pipeline(
-                    **self._embedded(labels[start : indices.stop]),
+                    **self._embedded(labels[indices.start : indices.stop]),
                     height=height,
                     width=width,
                     num_inference_steps=steps,
@@ -147,8 +148,10 @@ class TextToImage(Denoiser):
                     generator=image_generators(seed, indices),
                     output_type="pt",
                 ).images
-                yield _finished(images.float() * 2 - 1, start, f"{sampler} at {steps} steps")
-                bar.advance(task, len(indices))
+                bar.advance(task, len(indices) * num_processes())
+                return _finished(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
+
+            yield from draw_in_turn(num, most, draw)
 
     @torch.no_grad()
     def _embedded(self, labels: Tensor) -> dict[str, Tensor]:

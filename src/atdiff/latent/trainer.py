@@ -20,7 +20,6 @@ from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_s
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
 from atdiff.quiet import quiet_libraries
-from atdiff.sampling.generate import save_images
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SchedulerConfig, TrainConfig
@@ -236,22 +235,23 @@ class LatentTrainer(Trainer):
         else:
             super()._load_weights(network, weights)
 
-    def _draw_samples(self, path: Path) -> None:
+    def _draw_samples(self) -> Tensor:
         pipeline = copy.copy(self.latent.pipeline)
         pipeline.register_modules(unet=self.ema.module, scheduler=self.scheduler)
         settings: dict[str, Any] = {"consistency": {"sample_guidance": self.config.consistency.sample_guidance}}
         settings["data"] = {"captions": self.config.data.captions or self.data.captions[:SHOWN]}
         run = text_to_image_run(pipeline, str(self.out), settings)
-        images = run.pictures(
+        drawn = run.pictures(
             sampler=default_sampler(self.scheduler),
             steps=4 if self.distils else 20,
             num=SHOWN,
             seed=0,
             device=self.accelerator.device,
         )
-        save_images(images, path)
+        images = torch.cat(list(drawn))
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
+        return images
 
     def _publish(self) -> None:
         save = save_lora if self.config.lora.rank else save_student

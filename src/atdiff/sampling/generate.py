@@ -24,6 +24,7 @@ from atdiff.errors import UserError
 from atdiff.files import written_aside
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule
+from atdiff.processes import draw_in_turn, num_processes
 from atdiff.sampling.corrections import Correction, realign
 from atdiff.sampling.schedulers import make_scheduler
 
@@ -153,8 +154,9 @@ def iter_generate(
 ) -> Iterator[Tensor]:
     """Yield pictures batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-    Picture ``i`` depends on ``seed`` and ``i`` alone (:func:`image_generators`). A model that is a module
-    runs in evaluation mode, and is put back after.
+    Picture ``i`` depends on ``seed`` and ``i`` alone (:func:`image_generators`), also where many processes share the
+    work (:func:`atdiff.processes.draw_in_turn`). A model that is a module runs in evaluation mode, and is put back
+    after.
 
     Args:
         model: see :func:`denoise_steps`.
@@ -183,18 +185,21 @@ def iter_generate(
     image_generators(seed, [num - 1])
     with _evaluating(model), Progress(disable=not progress) as bar:
         task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
-        for start in range(0, num, batch_size):
-            indices = range(start, min(start + batch_size, num))
+
+        def draw(indices: range) -> Tensor:
             scheduler = make_scheduler(sampler, training_scheduler, steps)
             generators = image_generators(seed, indices)
             x = randn_tensor((len(indices), *shape), generator=generators, device=device, dtype=dtype)
             x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-            kwargs = {} if class_labels is None else {"class_labels": class_labels[start : indices.stop].to(device)}
+            labels = None if class_labels is None else class_labels[indices.start : indices.stop].to(device)
+            kwargs = {} if labels is None else {"class_labels": labels}
             for x in denoise_steps(  # noqa: B007, B020  (the last x is the picture)
                 model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
             ):
-                bar.advance(task, len(indices))
-            yield _finished(x, start, f"{sampler} at {steps} steps")
+                bar.advance(task, len(indices) * num_processes())
+            return _finished(x, indices.start, f"{sampler} at {steps} steps")
+
+        yield from draw_in_turn(num, batch_size, draw)
 
 
 def _check_request(

@@ -180,6 +180,8 @@ class TrainingConfig:
         log_every: passes between lines of ``metrics.jsonl``.
         sample_every: passes between grids of samples; 0 for none but the last.
         checkpoint_every: passes between checkpoints; the last one is always written.
+        keep_checkpoints: how many of the newest are kept; the one of the lowest mean loss is kept beside them.
+        max_skipped: steps that may be skipped because a gradient is not finite; at one more the run ends.
         tracker: a tracker of Accelerate, such as ``tensorboard`` or ``wandb``, beside ``metrics.jsonl``.
     """
 
@@ -194,6 +196,8 @@ class TrainingConfig:
     log_every: int = 100
     sample_every: int = 0
     checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_skipped: int = 20
     tracker: str | None = None
 
 

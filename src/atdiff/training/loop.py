@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from atdiff.data.sources import ImageData, load_data
-from atdiff.errors import UserError
-from atdiff.files import write_text
+from atdiff.errors import RunError, Stopped, UserError
 from atdiff.models.presets import build_model
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
+from atdiff.processes import from_main
 from atdiff.runs import open_run, save_pipeline
 from atdiff.sampling.generate import generate, save_images
 from atdiff.sampling.schedulers import default_sampler
@@ -33,11 +34,17 @@ from atdiff.training.build import (
     load_initial_weights,
 )
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
+from atdiff.training.checks import LATENT_MODELS, check_config, check_machine
 from atdiff.training.config import OptimizerConfig, TrainConfig
 from atdiff.training.ema import EMA
+from atdiff.training.finite import FiniteSteps
+from atdiff.training.interrupt import StopRequest
+from atdiff.training.log import MetricsLog
 from atdiff.training.progress import TrainingBar, training_progress
 
 __all__ = ["Trainer", "make_trainer", "train"]
+
+UPDATES_BETWEEN_AGREEMENTS = 10  # of many processes on whether to stop
 
 
 def make_trainer(config: TrainConfig) -> Trainer:
@@ -46,24 +53,32 @@ def make_trainer(config: TrainConfig) -> Trainer:
     Raises:
         UserError: for settings, data or weights that do not fit.
     """
-    if config.model.name not in ("pipeline", "tiny-sd"):
+    if config.model.name not in LATENT_MODELS:
         return Trainer(config)
     from atdiff.latent.trainer import LatentTrainer  # transformers takes seconds to import
 
     return LatentTrainer(config)
 
 
-def train(config: TrainConfig, out: Path, *, progress: bool = True) -> Path:
+def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRequest | None = None) -> Path:
     """Train, or resume, the run that ``config`` describes in the folder ``out``; return ``out``.
 
     Writes ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``samples/`` and ``pipeline/``.
 
+    Args:
+        config: of the run.
+        out: a new folder, or that of an earlier start of the same run.
+        progress: show a progress bar.
+        stop: when to save and stop before the last pass.
+
     Raises:
         UserError: before anything is computed or written, for settings, data, weights or a folder that do not fit.
+        RunError: the disk failed, or too many steps were not finite; the last good checkpoint is left as it was.
+        Stopped: ``stop`` asked for it.
     """
     trainer = make_trainer(config)
     trainer.open(out)
-    trainer.run(progress=progress)
+    trainer.run(progress=progress, stop=stop)
     return out
 
 
@@ -74,18 +89,19 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        _check_training(config)
+        check_config(config)
+        check_machine(config)
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
         self._prepare()
         self.passes_done = self.batches_done = 0
+        self._saved_at = -1  # passes behind at the newest checkpoint
+        self._finite = FiniteSteps()
         self._bar = TrainingBar(None, None)
 
     def _prepare(self) -> None:
         """Build scheduler, data, network and objective, what may be wrong with the settings first."""
         config = self.config
-        if config.lora.rank:
-            raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
         self.scheduler: Any = build_scheduler(config)
         build_objective(config, self.scheduler)
         teacher = build_teacher(config)
@@ -141,16 +157,15 @@ class Trainer:
     def open(self, out: Path) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
         settings = self.config.training
-        self.out = out
+        self.out, self._log_file = out, MetricsLog(out / "metrics.jsonl")
         self.accelerator = Accelerator(
             mixed_precision=settings.precision,
             gradient_accumulation_steps=settings.accumulate,
             log_with=settings.tracker,
             project_dir=str(out),
         )
-        resumed = open_run(out, self.config) if self.accelerator.is_main_process else True
-        self.accelerator.wait_for_everyone()
-        checkpoint = latest_checkpoint(out / "checkpoints") if resumed else None
+        _check_parallelism(self.accelerator.distributed_type)
+        checkpoint = self._take_folder()
         self.finished = (
             checkpoint is not None and passes_of(checkpoint) >= settings.passes and (out / self.published).is_dir()
         )
@@ -167,7 +182,7 @@ class Trainer:
                 lr=optimizer.lr,
                 betas=optimizer.betas,
                 weight_decay=optimizer.weight_decay,
-                fused=device.type in ("cpu", "cuda"),
+                fused=True,  # skips steps on the device: see FiniteSteps
             )
         )
         model: Any = torch.compile(self.network) if settings.compile else self.network
@@ -176,6 +191,20 @@ class Trainer:
             self.accelerator.init_trackers("atdiff")
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _take_folder(self) -> Path | None:
+        """Open the folder in one process, and return in all of them the checkpoint to go on from, or raise in all."""
+        found: Path | UserError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                resumed = open_run(self.out, self.config)
+                found = latest_checkpoint(self.out / "checkpoints") if resumed else None
+            except UserError as error:
+                found = error
+        found = from_main(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def _place_objective(self, device: torch.device) -> None:
         """Give a consistency objective its target network, and put its teacher on the device."""
@@ -190,53 +219,125 @@ class Trainer:
         if objective.teacher is not None and isinstance(objective.teacher.model, torch.nn.Module):
             objective.teacher.model.to(device)
 
-    def run(self, *, progress: bool = True) -> None:
-        """Train to the last pass and write the pipeline; nothing where that was done before."""
+    def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
+        """Train to the last pass and write the pipeline; nothing where that was done before.
+
+        Raises:
+            RunError: the disk failed, or too many steps were not finite.
+            Stopped: ``stop`` asked for it; everything is saved.
+        """
         settings, started_at = self.config.training, self.passes_done
         if self.finished:
             return
+        stop = stop or StopRequest()
         show = progress and self.accelerator.is_main_process
-        with training_progress(settings.passes, started_at, show) as self._bar:
-            for _ in self.passes():
-                self._bar.update(self.passes_done)
-        self._finish()
+        with self._disk_errors():
+            with stop, training_progress(settings.passes, started_at, show) as self._bar:
+                for updates, _ in enumerate(self.passes(), 1):
+                    self._bar.update(self.passes_done)
+                    reason = self._reason_to_stop(stop, updates)
+                    if reason and self.passes_done < settings.passes:
+                        self._stop(reason)
+            self._finish()
+
+    def _reason_to_stop(self, stop: StopRequest, updates: int) -> str | None:
+        """Return why to stop, the same in every process; now and then where that takes a message."""
+        reason = stop.reason
+        if self.accelerator.num_processes == 1:
+            return reason
+        if updates % UPDATES_BETWEEN_AGREEMENTS:
+            return None
+        asked: Any = self.accelerator.reduce(torch.tensor(float(reason is not None), device=self.accelerator.device))
+        return (reason or "another process was asked to stop") if asked.item() else None
+
+    def _stop(self, reason: str) -> NoReturn:
+        self._save()
+        self.accelerator.end_training()
+        raise Stopped(
+            f"{reason}: pass {self.passes_done} of {self.config.training.passes} is saved in {self.out}, and the same "
+            "command goes on from there."
+        )
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Say in a sentence what the disk did not do."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            raise RunError(
+                f"training ended at pass {self.passes_done} ({what}); {self._last_good()}: free space, or make the "
+                "folder writable, and give the same command again."
+            ) from error
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {latest_checkpoint(self.out / 'checkpoints') or 'none yet'}"
 
     def passes(self) -> Iterator[None]:
         """Train to the last pass, with logs, checkpoints and samples on the way; yield after every weight update."""
         self.model.train()
         self.started, self.first_pass = time.perf_counter(), self.passes_done
+        # Of the passes since the last checkpoint.
+        self._loss_sum, self._loss_count = torch.zeros((), device=self.accelerator.device), 0
         while self.passes_done < self.config.training.passes:
-            before = self.passes_done
             yield from self._train_batch()
-            self.batches_done += 1
-            self._periodic(before)
 
     def _train_batch(self) -> Iterator[None]:
-        """Run the passes of one batch; yield after every weight update."""
-        settings = self.config.training
-        rank = self.accelerator.process_index
-        # A function of (seed, rank, batch) alone, so that a resumed run draws what an undisturbed one would.
-        _seed(np.random.SeedSequence([settings.seed, rank, self.batches_done]))
-        x0, conditions = self._load(self.batches_done)
+        """Run the passes of one batch, or those that are left of it; yield after every weight update."""
         cost = self.adversary.num_passes // self.adversary.updates_per_batch
-        self._set_progress()
-        for loss in self.adversary.passes(self.objective, self.model, x0, accumulate=settings.accumulate, **conditions):
-            if self.passes_done >= settings.passes:
-                break  # The last batch has more passes than are left.
+        for loss in self._losses():
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.optimizer.grad_clip:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip)
+                self.adversary.settle()
+                self._note(loss)
+                if self.accelerator.sync_gradients:
+                    self._skip_unless_finite(self.passes_done + cost)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.last_loss = loss.detach()
-            if self.accelerator.sync_gradients:
-                self.ema.update()
-                if self.target is not None:
-                    self.target.update()
-                self.passes_done += cost
-                self._set_progress()
-                yield
+            if not self.accelerator.sync_gradients:
+                continue
+            self.ema.update()
+            if self.target is not None:
+                self.target.update()
+            self.passes_done += cost
+            self.batches_done += not self.adversary.within_batch
+            self._set_progress()
+            self._periodic(self.passes_done - cost)
+            yield
+            if self.passes_done >= self.config.training.passes:
+                return  # The last batch may have more passes than were left.
+
+    def _losses(self) -> Iterator[Tensor]:
+        settings = self.config.training
+        self._set_progress()
+        if self.adversary.within_batch:  # resumed there
+            return self.adversary.rest(self.objective, self.model, accumulate=settings.accumulate)
+        # A function of (seed, rank, batch) alone, so that a resumed run draws what an undisturbed one would.
+        rank = self.accelerator.process_index
+        _seed(np.random.SeedSequence([settings.seed, rank, self.batches_done]))
+        x0, conditions = self._load(self.batches_done)
+        return self.adversary.passes(self.objective, self.model, x0, accumulate=settings.accumulate, **conditions)
+
+    def _note(self, loss: Tensor) -> None:
+        """Keep what is told of a pass, unread: reading would wait for the device."""
+        batch, output = self.adversary.batch, self.adversary.output
+        assert batch is not None
+        assert output is not None
+        self._finite.note(output, batch.timesteps)
+        self.last_loss = loss.detach()
+        self._loss_sum += self.last_loss
+        self._loss_count += 1
+
+    def _skip_unless_finite(self, passes: int) -> None:
+        """Clip the gradient, and have the optimizer skip its step if it is not finite."""
+        clip = self.config.optimizer.grad_clip
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), clip) if clip else None
+        if self.accelerator.scaler is not None:  # which skips steps itself
+            self._finite.judge(passes, None)
+            return
+        if norm is None:
+            norm = get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+        self.optimizer.optimizer.found_inf = self._finite.judge(passes, norm)
 
     def _indices(self, batch: int) -> Tensor:
         """Return which samples of the data this process takes for a batch."""
@@ -273,82 +374,126 @@ class Trainer:
 
         if due(settings.log_every):
             self._log()
-        if not self.accelerator.is_main_process:
-            return
         if due(settings.checkpoint_every):
             self._save()
         if due(settings.sample_every):
             self._sample()
 
     def _log(self) -> None:
+        self._check_finite()
         output = self.adversary.output
         assert output is not None
         seconds = time.perf_counter() - self.started
-        values = {
-            "pass": self.passes_done,
-            "epoch": round(self.batches_done * self.config.training.batch_size / len(self.data), 4),
+        seen = self.batches_done * self.config.training.batch_size * self.accelerator.num_processes
+        measured = {
             "loss": self.last_loss.item(),
             **{name: term.detach().mean().item() for name, term in output.terms.items()},
             "delta_norm": self.adversary.mean_norm().item(),
+        }
+        values = {
+            "pass": self.passes_done,
+            "epoch": round(seen / len(self.data), 4),
+            **{name: value if math.isfinite(value) else None for name, value in measured.items()},
             "nonfinite_deltas": int(self.adversary.nonfinite),
+            "skipped_steps": self._finite.skipped,
             "lr": self.optimizer.param_groups[0]["lr"],
             "passes_per_second": round((self.passes_done - self.first_pass) / max(seconds, 1e-9), 2),
         }
-        if not math.isfinite(values["loss"]):
-            checkpoint = latest_checkpoint(self.out / "checkpoints")
-            raise UserError(
-                f"the loss is {values['loss']} at pass {self.passes_done}; lower optimizer.lr or the adversary's "
-                f"step_size; the last good checkpoint is {checkpoint or 'none yet'}."
-            )
         if self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self._log_file.append(values)
             self._bar.describe(values)
-        self.accelerator.log(values, step=self.passes_done)
+        known = {name: value for name, value in values.items() if value is not None}
+        self.accelerator.log(known, step=self.passes_done)
+
+    def _check_finite(self) -> None:
+        """Count the steps that were skipped; end the run where they are too many, or all that was left of it."""
+        nothing_else, limit = self._finite.collect(), self.config.training.max_skipped
+        if self._finite.skipped > limit or (nothing_else and self.passes_done >= self.config.training.passes):
+            raise RunError(
+                f"{self._finite.newest}; {self._finite.skipped} steps were skipped for it, and training.max_skipped is "
+                f"{limit}: lower optimizer.lr or the adversary's step_size; {self._last_good()}."
+            )
 
     def _save(self) -> None:
+        """Write a checkpoint, of the main process's weights and the state of every process."""
+        if self._saved_at == self.passes_done:
+            return
+        self._check_finite()
+        # What differs from process to process. The gathering goes through pickle, between these processes alone.
+        mine = {
+            "adversary": self.adversary.state_dict(),
+            "objective": self.objective.state_dict(),
+            "rng": self._random_states(),
+        }
+        ranks = gather_object([mine])
+        if self.accelerator.is_main_process:
+            self._write_checkpoint(ranks)
+        self._saved_at = self.passes_done
+        self._loss_sum.zero_()
+        self._loss_count = 0
+
+    def _write_checkpoint(self, ranks: list[dict[str, Any]]) -> None:
         state = {
             "passes": self.passes_done,
             "batches": self.batches_done,
             "optimizer": self.optimizer.state_dict(),
-            "adversary": self.adversary.state_dict(),
-            "objective": self.objective.state_dict(),
+            "finite": self._finite.state_dict(),
+            "ranks": ranks,
         }
         if self.target is not None:
             state["target"] = self._weights(self.target.module)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         weights, ema = self._weights(self.network), self._weights(self.ema.module)
-        save_checkpoint(self.out / "checkpoints", self.passes_done, weights, ema, state)
+        # Not finite where a single loss was not: such passes are never the best.
+        loss = self._loss_sum.item() / max(self._loss_count, 1)
+        keep = self.config.training.keep_checkpoints
+        save_checkpoint(self.out / "checkpoints", self.passes_done, weights, ema, state, loss=loss, keep=keep)
+
+    def _random_states(self) -> list[Tensor]:
+        device = self.accelerator.device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def _restore(self, checkpoint: Path) -> None:
         weights, ema, state = load_checkpoint(checkpoint)
+        processes = len(state["ranks"])
+        if processes != self.accelerator.num_processes:
+            raise UserError(
+                f"{self.out} was trained by {processes} process(es), and now there are "
+                f"{self.accelerator.num_processes}: resume it with as many, or choose another --out."
+            )
+        mine = state["ranks"][self.accelerator.process_index]
         self._load_weights(self.network, weights)
         self._load_weights(self.ema.module, ema)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(state["adversary"], self.accelerator.device, self.objective.batch_type)
-        self.objective.load_state_dict(state["objective"])
+        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device, self.objective.batch_type)
+        self.objective.load_state_dict(mine["objective"])
+        self._finite.load_state_dict(state["finite"])
         if self.target is not None:
             self._load_weights(self.target.module, state["target"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
+            set_state(value)
         self.passes_done, self.batches_done = state["passes"], state["batches"]
-        metrics = self.out / "metrics.jsonl"
-        if metrics.is_file() and self.accelerator.is_main_process:
-            lines = metrics.read_text().splitlines()
-            kept = [line for line in lines if _pass_of(line) <= self.passes_done]
-            write_text(metrics, "".join(f"{line}\n" for line in kept))
+        self._saved_at = self.passes_done
+        if self.accelerator.is_main_process:
+            self._log_file.cut(self.passes_done)
 
     def _sample(self) -> None:
-        """Write a grid of pictures of the average."""
-        folder = self.out / "samples"
-        path = folder / f"pass-{self.passes_done:09d}.png"
-        if path.exists():
+        """Write a grid of pictures of the average; every process takes part."""
+        path = self.out / "samples" / f"pass-{self.passes_done:09d}.png"
+        if from_main(path.exists()):
             return
-        folder.mkdir(exist_ok=True)
-        self._draw_samples(path)
+        device = self.accelerator.device
+        # Training goes on as if nothing had been drawn.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            images = self._draw_samples()
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            save_images(images, path)
 
-    def _draw_samples(self, path: Path) -> None:
+    def _draw_samples(self) -> Tensor:
         labels = None
         if self.config.data.class_conditional:
             labels = torch.arange(64) % (self._num_classes() or 1)
@@ -356,7 +501,7 @@ class Trainer:
         sampler = default_sampler(self.scheduler)
         if sampler == "consistency" and not few:
             sampler = "edm-euler"
-        images = generate(
+        return generate(
             self.ema.module,
             self.scheduler,
             sampler=sampler,
@@ -366,12 +511,12 @@ class Trainer:
             class_labels=labels,
             device=self.accelerator.device,
         )
-        save_images(images, path)
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
             self._publish()
-            self._sample()
+        self._sample()
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _publish(self) -> None:
@@ -386,33 +531,12 @@ class Trainer:
         network.load_state_dict(weights)
 
 
-def _pass_of(line: str) -> float:
-    """Return the pass of a line of the log; infinity for one that a killed process has not finished."""
-    try:
-        return float(json.loads(line)["pass"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _check_training(config: TrainConfig) -> None:
-    settings = config.training
-    for name in ("passes", "batch_size", "accumulate", "log_every", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
-    if not 0 <= settings.ema_decay < 1:
-        raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
-    if settings.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
-    if settings.tracker is not None:
-        _check_tracker(settings.tracker)
-
-
-def _check_tracker(name: str) -> None:
-    installed = [str(tracker.value) for tracker in get_available_trackers()]
-    if name not in installed:
+def _check_parallelism(kind: DistributedType) -> None:
+    """Refuse what splits the weights, which the averages and checkpoints here hold whole."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"training.tracker={name!r} is not installed; installed are: {', '.join(installed) or 'none'}; "
-            "`pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+            f"{kind.value} splits the weights over processes, and runs are trained with whole ones: launch without it; "
+            "lora.rank, model.gradient_checkpointing, training.accumulate and training.precision=bf16 save memory."
         )
 
 

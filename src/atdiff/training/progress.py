@@ -25,10 +25,12 @@ class TrainingBar:
     def describe(self, values: dict[str, Any]) -> None:
         """Show passes a second, loss and delta norm."""
         if self._progress is not None and self._task is not None:
-            text = (
-                f"{values['passes_per_second']:.1f} passes/s  loss {values['loss']:.4f}  "
-                f"|delta| {values['delta_norm']:.3f}"
-            )
+            loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+            text = f"{values['passes_per_second']:.1f} passes/s  loss {loss}"
+            if values["delta_norm"] is not None:
+                text += f"  |delta| {values['delta_norm']:.3f}"
+            if values["skipped_steps"]:
+                text += f"  {values['skipped_steps']} steps skipped"
             self._progress.update(self._task, figures=text)
 
 

@@ -1,0 +1,114 @@
+"""Settings that are out of range or contradict each other, found before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.tracking import get_available_trackers
+
+from atdiff.errors import UserError
+from atdiff.training.config import TrainConfig
+
+__all__ = ["LATENT_MODELS", "check_config", "check_machine"]
+
+LATENT_MODELS = ("pipeline", "tiny-sd")
+
+
+def check_config(config: TrainConfig) -> None:
+    """Find what the settings alone show to be wrong.
+
+    Raises:
+        UserError: one sentence, with the value, what was expected and the fix.
+    """
+    _check_training(config)
+    _check_optimizer(config)
+    _check_batch(config)
+    _check_adversary(config)
+    if config.model.name not in LATENT_MODELS:
+        _check_pixels(config)
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Find what this machine cannot do of the settings.
+
+    Raises:
+        UserError: fp16 without a GPU, or a tracker that is not installed.
+    """
+    settings = config.training
+    if settings.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    if settings.tracker is not None:
+        installed = [str(tracker.value) for tracker in get_available_trackers()]
+        if settings.tracker not in installed:
+            raise UserError(
+                f"training.tracker={settings.tracker!r} is not installed; installed are: "
+                f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+            )
+
+
+def _check_training(config: TrainConfig) -> None:
+    settings = config.training
+    for name in ("passes", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
+    for name in ("sample_every", "max_skipped", "seed"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"training.{name}={getattr(settings, name)} must not be negative.")
+    if not 0 <= settings.ema_decay < 1:
+        raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    settings, passes = config.optimizer, config.training.passes
+    if not settings.lr >= 0:
+        raise UserError(f"optimizer.lr={settings.lr} must not be negative; 1e-4 is usual.")
+    if not all(0 <= beta < 1 for beta in settings.betas):
+        raise UserError(f"optimizer.betas={list(settings.betas)} must lie in [0, 1); [0.9, 0.999] is usual.")
+    if not settings.weight_decay >= 0:
+        raise UserError(f"optimizer.weight_decay={settings.weight_decay} must not be negative; 0 or 0.01 is usual.")
+    if settings.grad_clip is not None and not settings.grad_clip > 0:
+        raise UserError(f"optimizer.grad_clip={settings.grad_clip} must be above 0; null clips nothing.")
+    if not 0 <= settings.warmup_passes <= passes:
+        raise UserError(
+            f"optimizer.warmup_passes={settings.warmup_passes} must lie between 0 and training.passes={passes}: the "
+            "learning rate would never be reached."
+        )
+
+
+def _check_batch(config: TrainConfig) -> None:
+    """Make sure that a batch has as many parts as passes and micro-batches are counted on."""
+    size, accumulate, passes = config.training.batch_size, config.training.accumulate, config.adversary.passes
+    staggered = config.adversary.order == "staggered" and passes > 1
+    share = passes if staggered else 1
+    parts = _chunks(size, share)
+    if len(parts) != share or any(len(_chunks(part, accumulate)) != accumulate for part in parts):
+        by = f"training.accumulate={accumulate}" + (f" x adversary.passes={passes}" if staggered else "")
+        multiple = accumulate * share
+        raise UserError(
+            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple of {multiple}, such as "
+            f"{max(1, round(size / multiple)) * multiple}."
+        )
+
+
+def _chunks(size: int, parts: int) -> list[int]:
+    """Return the sizes of the parts that ``Tensor.chunk`` makes."""
+    each = -(-size // parts)
+    return [min(each, size - start) for start in range(0, size, each)]
+
+
+def _check_adversary(config: TrainConfig) -> None:
+    settings = config.adversary
+    if settings.passes == 1 and settings.step_size > 0:
+        raise UserError(
+            f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
+            "use adversary.passes=2 or more."
+        )
+
+
+def _check_pixels(config: TrainConfig) -> None:
+    if config.lora.rank:
+        raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
+    if config.objective.label_dropout > 0 and not config.data.class_conditional:
+        raise UserError(
+            f"objective.label_dropout={config.objective.label_dropout} drops labels that the network is not given; set "
+            "data.class_conditional, or leave it out."
+        )

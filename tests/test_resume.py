@@ -1,0 +1,158 @@
+"""A run that is stopped and gone on with is the run that nobody stopped, bit for bit on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from atdiff.errors import Stopped, UserError
+from atdiff.recipe import load_recipe, resolve
+from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.interrupt import StopRequest
+from atdiff.training.loop import train
+
+DROPOUT = {
+    "layers_per_block": 1,
+    "block_out_channels": [4, 4],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "add_attention": False,
+    "dropout": 0.3,
+}
+STAGGERED = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
+AUTHORS = {"passes": 3, "step_size": 0.5}
+ECT = {"mode": "training", "pairs": "ect", "target_decay": 0.5}
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "authors": {"adversary": AUTHORS},
+    "authors-accumulated": {"adversary": AUTHORS, "training": {"accumulate": 2}},
+    "random": {"adversary": {**AUTHORS, "direction": "random"}},
+    "staggered": {"adversary": STAGGERED, "training": {"batch_size": 18}},
+    "staggered-accumulated": {"adversary": STAGGERED, "training": {"batch_size": 18, "accumulate": 2}},
+    "pgd": {"adversary": {**AUTHORS, "method": "pgd"}},
+    "second-moment": {"adversary": AUTHORS, "objective": {"timestep_sampler": "loss-second-moment"}},
+    "schedule": {"optimizer": {"warmup_passes": 4, "decay": "cosine"}, "data": {"flip": True}},
+    "dropout": {"adversary": AUTHORS},
+    "consistency": {
+        "consistency": ECT,
+        "adversary": {**AUTHORS, "direction": "residual"},
+        "objective": {"prediction_type": "v_prediction"},
+    },
+}
+PASSES = 11  # not a multiple of three: the last batch is cut short
+
+
+class StopAt(StopRequest):
+    """Asks to stop after so many updates."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__()
+        self.left = updates
+
+    @property
+    def reason(self) -> str | None:
+        self.left -= 1
+        return None if self.left else "the test asked for it"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(folder: Path, arm: str, *overrides: str, stop: StopRequest | None = None) -> Path:
+    recipe = folder.parent / "small.yaml"
+    mlp, unet = {"name": "mlp", "args": {"width": 16, "num_blocks": 1}}, {"name": "unet", "args": DROPOUT}
+    small = {
+        "model": unet if arm == "dropout" else mlp,
+        "training": {"passes": PASSES, "batch_size": 16, "ema_decay": 0.9, "log_every": 2, "checkpoint_every": 4},
+    }
+    recipe.write_text(json.dumps({**small, "arms": ARMS}))
+    return train(resolve(load_recipe(str(recipe)), arm, list(overrides)), folder, progress=False, stop=stop)
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Return all that training is made of: weights, EMA, state, and the log without its timings."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    weights, ema, state = load_checkpoint(newest)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["passes_per_second"]
+    return {"name": newest.name, "weights": weights, "ema": ema, "state": state, "log": lines}
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{where}.{i}")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_stop_after_any_update_changes_nothing(tmp_path: Path, arm: str) -> None:
+    """Stopped after every single update in turn, in the middle of a batch's passes too."""
+    whole = everything(run(tmp_path / "whole", arm))
+    updates = -(-PASSES // 3) if arm == "pgd" else PASSES
+    for _ in range(updates - 1):
+        with pytest.raises(Stopped, match=f"the test asked for it: pass .* of {PASSES} is saved in .*stopped"):
+            run(tmp_path / "stopped", arm, stop=StopAt(1))
+    run(tmp_path / "stopped", arm, stop=StopAt(1))  # asked at the last pass, a run simply ends
+    assert_same(whole, everything(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("arm", ["authors", "staggered", "random"])
+def test_a_longer_run_goes_on_within_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
+    longer = run(tmp_path / "longer", arm, "--training.passes", "17")
+    run(tmp_path / "grown", arm)
+    grown = run(tmp_path / "grown", arm, "--training.passes", "17")
+    one, other = everything(longer), everything(grown)
+    # The shorter run logged its last pass; the rest is the same.
+    other["log"] = [line for line in other["log"] if line["pass"] != PASSES]
+    assert_same(one, other)
+
+
+def test_data_go_on_past_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """1,797 digits in batches of 700: the sixth batch lies in the third epoch."""
+    big = ["--training.batch_size", "700"]
+    whole = run(tmp_path / "whole", "plain", *big)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", "plain", *big, stop=StopAt(5))
+    assert_same(everything(whole), everything(run(tmp_path / "stopped", "plain", *big)))
+    assert everything(whole)["log"][-1]["epoch"] > 3
+
+
+def test_pictures_on_the_way_do_not_touch_training(tmp_path: Path) -> None:
+    without = everything(run(tmp_path / "without", "dropout"))
+    with_pictures = everything(run(tmp_path / "with", "dropout", "--training.sample_every", "2"))
+    assert len(list((tmp_path / "with" / "samples").glob("*.png"))) == 6
+    assert_same(without["weights"], with_pictures["weights"])
+
+
+def test_a_run_of_more_processes_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", "plain", stop=StopAt(3))
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    state = torch.load(newest / "state.pt", weights_only=True)
+    state["ranks"] *= 2
+    torch.save(state, newest / "state.pt")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["state.pt"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"was trained by 2 process\(es\), and now there are 1"):
+        run(tmp_path / "run", "plain")
