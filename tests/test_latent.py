@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
+from atdiff.data.images import UnreadableImages
 from atdiff.errors import UserError
 from atdiff.latent.cache import LatentData, latent_data
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora, load_lora_state, lora_state, save_lora
@@ -315,6 +316,7 @@ class Pairs:
     """A stand-in for captioned images."""
 
     name = "pairs"
+    unreadable = UnreadableImages()
 
     def __init__(self, images: Tensor, captions: list[str], broken_at: int | None = None) -> None:
         self.images, self.captions, self.broken_at, self.reads = images, captions, broken_at, 0

@@ -131,7 +131,7 @@ def run(recipe: Path, cache: None) -> Path:
 
 def test_the_command_trains_in_two_processes(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
+        "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
     assert len(list((run / "samples").glob("*.png"))) == 2
     assert not list(run.rglob(".*"))
 

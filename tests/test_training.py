@@ -98,7 +98,7 @@ def test_every_arm_trains_and_its_pipeline_opens(recipe: Path, tmp_path: Path, a
     adversarial = "adversary" in ARMS[arm] and arm != "repeat"
     assert any(line["delta_norm"] > 0 for line in logged) == adversarial
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
+        "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
     assert isinstance(DiffusionPipeline.from_pretrained(out / "pipeline"), DDPMPipeline)
     assert len(list((out / "samples").glob("*.png"))) == 1
 

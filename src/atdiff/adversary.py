@@ -152,11 +152,6 @@ class Adversary:
             raise UserError(f"step_size={self.step_size} must not be negative; 0 repeats batches unperturbed.")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius={self.radius} must be above 0; None leaves delta unbounded.")
-        if self.radius is not None and self.radius < self.step_size:
-            raise UserError(
-                f"radius={self.radius} is below step_size={self.step_size}, so that no step would be taken whole; use "
-                f"a radius of {self.step_size} or more, or a smaller step."
-            )
         low, high = self.noise_levels or (0.0, 1.0)
         if not 0.0 <= low < high <= 1.0:
             raise UserError(

@@ -169,8 +169,13 @@ class Denoiser:
         )
 
 
-def open_run(out: Path, config: TrainConfig) -> bool:
+def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:
     """Make a training folder, or find that it holds this very run.
+
+    Args:
+        out: the folder.
+        config: of the run.
+        look_only: find out, and write nothing.
 
     Returns:
         True where an earlier start of the same run is to be resumed.
@@ -192,13 +197,14 @@ def open_run(out: Path, config: TrainConfig) -> bool:
                 f"{out} holds a run with another configuration ({changed}); choose another --out, or repeat the "
                 "settings of that run to resume it."
             )
-        if longer:
+        if longer and not look_only:
             write_text(file, yaml.safe_dump(settings, sort_keys=False))
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(file, yaml.safe_dump(settings, sort_keys=False))
+    if not look_only:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(settings, sort_keys=False))
     return False
 
 
@@ -326,7 +332,10 @@ def reference_data(denoiser: Denoiser, name: str | None = None) -> ImageData:
     """
     settings = denoiser.config.get("data", {})
     data = load_data(
-        reference_name(denoiser, name), split=settings.get("split", "train"), image_size=settings.get("image_size")
+        reference_name(denoiser, name),
+        split=settings.get("split", "train"),
+        image_size=settings.get("image_size"),
+        unreadable=settings.get("unreadable", "refuse"),
     )
     found = tuple(data.images.shape[1:])
     if found != denoiser.image_shape:

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from atdiff.data.cifar import holds_cifar
 from atdiff.data.imagenet import holds_imagenet
+from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, UnreadableImages, read_image
 from atdiff.data.mixture import MIXTURES
 from atdiff.data.sources import (
-    _CROPS,
     IMAGE_SUFFIXES,
-    Crop,
     Item,
     _check_options,
     _check_whole,
@@ -37,7 +36,6 @@ from atdiff.data.sources import (
     _is_hub_name,
     _is_visible_image,
     _load_table,
-    _read,
     _split_folder,
     _unknown,
     load_data,
@@ -63,8 +61,9 @@ class _Pictures(Protocol):
 class CaptionedImages:
     """Pairs of an image and its caption, in a fixed order; images are decoded while iterating, each time anew.
 
-    Iterating yields the image, uint8 ``(C, H, W)``, and the caption, and raises ``UserError`` at an unreadable image
-    and, without ``image_size``, at one of another size than the first.
+    Iterating yields the image, uint8 ``(C, H, W)``, and the caption. It passes over unreadable images, lists them in
+    ``unreadable`` and at the end refuses them or warns; without ``image_size`` it raises ``UserError`` at an image of
+    another size than the first.
 
     Attributes:
         name: what the pairs are, for reports.
@@ -73,6 +72,7 @@ class CaptionedImages:
         image_size: of the square that images are cropped and resized to; as they are when None.
         channels: 1 or 3.
         crop: how ``image_size`` is had.
+        unreadable: what becomes of unreadable images, and which they were the last time.
     """
 
     name: str
@@ -81,14 +81,20 @@ class CaptionedImages:
     image_size: int | None
     channels: int
     crop: Crop
+    unreadable: UnreadableImages = field(default_factory=UnreadableImages)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __iter__(self) -> Iterator[tuple[Tensor, str]]:
         first: tuple[str, tuple[int, ...]] | None = None
+        self.unreadable.found.clear()
         for (name, source), caption in zip(self.pictures, self.captions, strict=True):
-            pixels = source if isinstance(source, np.ndarray) else self._decode(name, source)
+            try:
+                pixels = source if isinstance(source, np.ndarray) else self._decode(source)
+            except UnreadableError as error:
+                self.unreadable.add(name, error)
+                continue
             first = first or (name, pixels.shape)
             if pixels.shape != first[1]:
                 raise UserError(
@@ -96,6 +102,7 @@ class CaptionedImages:
                     "with image_size."
                 )
             yield torch.from_numpy(pixels), caption
+        self.unreadable.settle(self.name, len(self))
 
     def fingerprint(self) -> str:
         """Return a hash of 16 hexadecimal digits that another image, caption, size or crop changes.
@@ -106,10 +113,10 @@ class CaptionedImages:
         parts = (self.image_size, self.channels, self.crop, self.captions, self.pictures.stamp())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def _decode(self, name: str, source: Path | io.BytesIO) -> np.ndarray:
-        image = _read(name, source).convert("L" if self.channels == 1 else "RGB")
+    def _decode(self, source: Path | io.BytesIO) -> np.ndarray:
+        image = read_image(source).convert("L" if self.channels == 1 else "RGB")
         if self.image_size is not None:
-            image = _CROPS[self.crop](image, self.image_size)
+            image = CROPS[self.crop](image, self.image_size)
         pixels = np.array(image)
         return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -127,6 +134,7 @@ def load_captioned(
     caption_column: str | None = None,
     limit: int | None = None,
     crop: Crop = "bicubic",
+    unreadable: Unreadable = "refuse",
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, but not yet their images.
 
@@ -150,6 +158,7 @@ def load_captioned(
             ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
         limit: take only that many pairs, the first ones.
         crop: ``"bicubic"`` or ``"adm"``, as in :func:`atdiff.data.load_data`.
+        unreadable: likewise.
 
     Raises:
         UserError: nothing of that name, no captions, an image without one, an empty one, ``captions`` that do not fit
@@ -164,10 +173,10 @@ def load_captioned(
     elif captions is None:
         raise _no_captions(name)
     else:
-        pictures, labels = _labelled(name, split, limit, image_size, channels, crop)
+        pictures, labels = _labelled(name, split, limit, image_size, channels, crop, unreadable)
         texts = _class_captions(name, captions, labels)[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
-    return CaptionedImages(title, texts, pictures, image_size, channels, crop)
+    return CaptionedImages(title, texts, pictures, image_size, channels, crop, UnreadableImages(unreadable))
 
 
 def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:
@@ -295,7 +304,13 @@ class _InMemory:
 
 
 def _labelled(
-    name: str, split: str, limit: int | None, image_size: int | None, channels: int, crop: Crop
+    name: str,
+    split: str,
+    limit: int | None,
+    image_size: int | None,
+    channels: int,
+    crop: Crop,
+    unreadable: Unreadable,
 ) -> tuple[_Pictures, Tensor | None]:
     """Return the pictures, up to the limit, and all labels."""
     path = Path(name).expanduser()
@@ -304,7 +319,8 @@ def _labelled(
     if _is_plain_folder(path) and not any(path.rglob("*.parquet")):
         items, labels = _folder(path, split)
         return _Files(path, [file for _, file in items[:limit] if isinstance(file, Path)]), labels
-    data = load_data(name, split=split, image_size=image_size, channels=channels, crop=crop)
+    options: dict[str, Any] = {"image_size": image_size, "channels": channels, "crop": crop, "unreadable": unreadable}
+    data = load_data(name, split=split, **options)
     return _InMemory(data.images[:limit].numpy()), data.labels
 
 

@@ -7,26 +7,25 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from atdiff.data.cifar import holds_cifar, read_cifar
 from atdiff.data.imagenet import holds_imagenet, read_imagenet
+from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, UnreadableImages, read_image
 from atdiff.data.mixture import MIXTURES, draw_mixture
 from atdiff.errors import UserError
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
-
-Crop = Literal["bicubic", "adm"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 PROGRESS_FROM = 2_000  # images; fewer are read in about a second
@@ -41,11 +40,13 @@ class ImageData:
         images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``.
         labels: int64 class indices, shape ``(N,)``, or None.
         name: what the images are, for reports.
+        skipped: name and reason of each image that could not be read and was left out.
     """
 
     images: Tensor
     labels: Tensor | None
     name: str
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.images.dtype in (torch.uint8, torch.float32), self.images.dtype
@@ -83,8 +84,12 @@ def load_data(
     crop: Crop = "bicubic",
     image_column: str | None = None,
     label_column: str | None = None,
+    unreadable: Unreadable = "refuse",
 ) -> ImageData:
-    """Read a whole data set into memory.
+    """Read a whole data set into memory, with 8 bits a value.
+
+    Greyscale images are taken as such, palettes and transparency are turned into RGB (greyscale and transparency into
+    greyscale) without the transparency, 16 bits are scaled to 8, and the orientation that a camera noted is applied.
 
     Args:
         name: one of
@@ -112,9 +117,10 @@ def load_data(
         image_column: column of the images (parquet and hub only); the first one that holds images when None.
         label_column: column of the classes (parquet and hub only); when None the first class column, or else the whole
             numbers of ``label`` or ``labels``, if there is one.
+        unreadable: whether to ``refuse`` data with images that cannot be read, or ``skip`` those.
 
     Raises:
-        UserError: nothing of that name, an empty folder, an unreadable image, images of mixed size without
+        UserError: nothing of that name, an empty folder, unreadable images, images of mixed size without
             ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or
             column, or a data set that cannot be downloaded.
     """
@@ -136,8 +142,12 @@ def load_data(
         items, labels = _table(name, path, split, image_column, label_column)
     else:
         raise _unknown(name, path)
-    images = _stack(items, image_size, channels, crop)
-    return ImageData(images, labels, f"{name}[{split}]")
+    bad = UnreadableImages(unreadable)
+    images, kept = _stack(items, image_size, channels, crop, bad)
+    bad.settle(name, len(items))
+    if labels is not None and bad.found:
+        labels = labels[kept]
+    return ImageData(images, labels, f"{name}[{split}]", tuple(bad.found))
 
 
 def _check_options(image_size: int | None, channels: int | None, crop: str) -> None:
@@ -145,8 +155,8 @@ def _check_options(image_size: int | None, channels: int | None, crop: str) -> N
         raise UserError(f"image_size is {image_size}: expected a number of pixels, 1 or more.")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (greyscale) or 3 (RGB).")
-    if crop not in _CROPS:
-        raise UserError(f"crop is {crop!r}: expected one of {', '.join(_CROPS)}.")
+    if crop not in CROPS:
+        raise UserError(f"crop is {crop!r}: expected one of {', '.join(CROPS)}.")
 
 
 def _is_hub_name(name: str) -> bool:
@@ -232,7 +242,7 @@ def _folder(folder: Path, split: str) -> Source:
 
 def _is_visible_image(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file()
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and (file.is_file() or file.is_symlink())
 
 
 def _check_whole(name: str, split: str) -> None:
@@ -333,27 +343,34 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-def _stack(items: list[Item] | np.ndarray, image_size: int | None, channels: int | None, crop: Crop) -> Tensor:
-    """Decode into one uint8 tensor ``(N, C, H, W)``, filled in place so that memory peaks at its size."""
+def _stack(
+    items: list[Item] | np.ndarray, image_size: int | None, channels: int | None, crop: Crop, bad: UnreadableImages
+) -> tuple[Tensor, list[int]]:
+    """Decode into one uint8 tensor ``(N, C, H, W)``, filled in place so that memory peaks at its size.
+
+    The second value is the place of each of its images among the items.
+    """
     if isinstance(items, np.ndarray):
         has_size = image_size is None or items.shape[2:] == (image_size, image_size)
         if has_size and channels in (None, items.shape[1]):
-            return torch.from_numpy(np.ascontiguousarray(items))
+            return torch.from_numpy(np.ascontiguousarray(items)), list(range(len(items)))
         pictures = (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0) for planes in items)
         items = [(f"image {i}", picture) for i, picture in enumerate(pictures)]
     out: np.ndarray | None = None
-    for i, (name, pixels) in enumerate(_decoded(items, image_size, channels, crop)):
+    kept: list[int] = []
+    for i, pixels in _decoded(items, image_size, channels, crop, bad):
         if out is None:
             out = np.empty((len(items), *pixels.shape), np.uint8)
         elif pixels.shape != out.shape[1:]:
             first, this = _describe(out.shape[1:]), _describe(pixels.shape)
             raise UserError(
-                f"{items[0][0]} is {first} but {name} is {this}: "
+                f"{items[kept[0]][0]} is {first} but {items[i][0]} is {this}: "
                 "make them equal with image_size (and channels where colours differ)."
             )
-        out[i] = pixels
-    assert out is not None
-    return torch.from_numpy(out)
+        out[len(kept)] = pixels
+        kept.append(i)
+    found = np.empty((0, 1, 1, 1), np.uint8) if out is None else out[: len(kept)]
+    return torch.from_numpy(found), kept
 
 
 def _describe(shape: tuple[int, ...]) -> str:
@@ -362,8 +379,8 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 
 def _decoded(
-    items: list[Item], image_size: int | None, channels: int | None, crop: Crop
-) -> Iterator[tuple[str, np.ndarray]]:
+    items: list[Item], image_size: int | None, channels: int | None, crop: Crop, bad: UnreadableImages
+) -> Iterator[tuple[int, np.ndarray]]:
     listed: Iterable[Item] = track(
         items,
         "reading images",
@@ -371,40 +388,15 @@ def _decoded(
         transient=True,
         disable=len(items) < PROGRESS_FROM,
     )
-    for name, source in listed:
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read(name, source)
+    for i, (name, source) in enumerate(listed):
+        try:
+            image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
+        except UnreadableError as error:
+            bad.add(name, error)
+            continue
         mode = {1: "L", 3: "RGB"}.get(channels or 0, "L" if image.mode in ("1", "L", "LA") else "RGB")
         image = image.convert(mode)
         if image_size is not None:
-            image = _CROPS[crop](image, image_size)
+            image = CROPS[crop](image, image_size)
         pixels = np.asarray(image)
-        yield name, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _bicubic_crop(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-
-
-def _adm_crop(image: Image.Image, size: int) -> Image.Image:
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-_CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"bicubic": _bicubic_crop, "adm": _adm_crop}
-
-
-def _read(name: str, source: Path | io.BytesIO) -> Image.Image:
-    try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
-        raise UserError(f"{name} cannot be read as an image{reason}: replace or remove it.") from error
-    if image.mode.startswith(("I", "F")):
-        raise UserError(f"{name} has pixels of more than 8 bits (mode {image.mode}): convert it to 8 bits first.")
-    return image
+        yield i, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

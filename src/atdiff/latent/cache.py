@@ -27,7 +27,7 @@ from atdiff.quiet import quiet_libraries
 
 __all__ = ["LatentData", "latent_data"]
 
-FORMAT = 1  # of the folder, and of how images become float16 latents; older ones are made anew
+FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
 MANIFEST = "manifest.json"
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class LatentData:
         caption_ids: index into ``captions`` of each image, int64, shape ``(N,)``.
         table: each kind of condition by name, with a row a caption.
         null: the conditions of no prompt, with one row.
+        skipped: name and reason of each image that could not be read and was left out.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LatentData:
     caption_ids: np.ndarray
     table: Mapping[str, np.ndarray]
     null: Mapping[str, np.ndarray]
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -116,6 +118,8 @@ def latent_data(
     if folder.exists():
         data = _open(folder, source.name)
         if data is not None:
+            source.unreadable.found[:] = data.skipped
+            source.unreadable.settle(source.name, len(source))
             return data
         warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=2)
     try:
@@ -124,7 +128,7 @@ def latent_data(
             captions = _write_latents(partial, source, latent, batch_size, seed, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            write_json(partial / MANIFEST, {"images": len(source), "key": parts, "sizes": sizes})
+            write_json(partial / MANIFEST, {"key": parts, "sizes": sizes, "skipped": source.unreadable.found})
     except UserError as error:
         if "cannot be written" not in str(error):
             raise
@@ -163,13 +167,14 @@ def _open(folder: Path, name: str) -> LatentData | None:
         }
         captions = json.loads((folder / "captions.json").read_text())
         latents, caption_ids = arrays["latents"], arrays["caption_ids"]
-        if found != manifest["sizes"] or not len(latents) == len(caption_ids) == manifest["images"]:
+        skipped = tuple((name, reason) for name, reason in manifest["skipped"])
+        if found != manifest["sizes"] or len(latents) != len(caption_ids):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     table = {key.removeprefix("caption-"): rows for key, rows in arrays.items() if key.startswith("caption-")}
     null = {key.removeprefix("null-"): rows for key, rows in arrays.items() if key.startswith("null-")}
-    return LatentData(name, latents, captions, caption_ids, table, null)
+    return LatentData(name, latents, captions, caption_ids, table, null, skipped)
 
 
 @contextlib.contextmanager
@@ -204,11 +209,23 @@ def _write_latents(
         encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
         latents[done : done + len(pairs)] = _half(encoded, f"the latents of {source.name}")
         done += len(pairs)
-    assert done == len(source), (done, len(source))
     latents.flush()
-    np.save(folder / "caption_ids.npy", caption_ids)
+    if done < len(source):
+        _shorten(folder / "latents.npy", done)
+    np.save(folder / "caption_ids.npy", caption_ids[:done])
     write_json(folder / "captions.json", list(ids))
     return list(ids)
+
+
+def _shorten(file: Path, rows: int) -> None:
+    """Drop the rows that were meant for images which could not be read."""
+    whole, shorter = np.load(file, mmap_mode="r"), file.with_suffix(".short")
+    kept = np.lib.format.open_memmap(shorter, mode="w+", dtype=whole.dtype, shape=(rows, *whole.shape[1:]))
+    for start in range(0, rows, 1024):
+        kept[start : start + 1024] = whole[start : min(start + 1024, rows)]
+    kept.flush()
+    del whole, kept  # Windows replaces no file that is mapped.
+    shorter.replace(file)
 
 
 def _write_conditions(

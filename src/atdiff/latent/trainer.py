@@ -71,6 +71,7 @@ class LatentTrainer(Trainer):
             captions=config.data.captions,
             caption_column=config.data.caption_column,
             limit=config.data.limit,
+            unreadable=config.data.unreadable,
         )
 
     def _check(self, config: TrainConfig) -> None:
@@ -139,7 +140,7 @@ class LatentTrainer(Trainer):
         """The images, as a reference for metrics."""
         data = self.config.data
         size = data.image_size or (self.latent.image_size if hasattr(self, "latent") else None)
-        return load_data(data.name, split=data.split, image_size=size)
+        return load_data(data.name, split=data.split, image_size=size, unreadable=data.unreadable)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -209,11 +210,14 @@ class LatentTrainer(Trainer):
         super().open(out)
         if self.finished:
             return
-        with self.accelerator.main_process_first():
-            self.data = latent_data(self.captioned, self.latent, device=self.accelerator.device)
         if self.accelerator.is_main_process and not self.config.data.captions:
             lines = (" ".join(caption.split()) for caption in self.data.captions[:SHOWN])
             write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
+
+    def _read_data(self) -> None:
+        if not hasattr(self, "data"):
+            with self.accelerator.main_process_first():
+                self.data = latent_data(self.captioned, self.latent, device=self.accelerator.device)
 
     def _load(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices, device = self._indices(batch), self.accelerator.device

@@ -102,6 +102,11 @@ def _check_adversary(config: TrainConfig) -> None:
             f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
             "use adversary.passes=2 or more."
         )
+    if settings.radius is not None and settings.radius < settings.step_size:
+        raise UserError(
+            f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so that no step is "
+            f"taken whole; use a radius of {settings.step_size} or more, or a smaller step."
+        )
 
 
 def _check_pixels(config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atdiff.adversary import Direction, Method, Order
+from atdiff.data.images import Unreadable
 from atdiff.norms import Norm
 from atdiff.objectives.consistency import Distance, Site
 from atdiff.objectives.denoising import PredictionType, Target, Variance, Weighting
@@ -39,6 +40,8 @@ class DataConfig:
         captions: one a class, which makes text-to-image data of labelled images.
         caption_column: of a table; default the first that holds text.
         limit: read only so many images; null for all. Text-to-image data only.
+        unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
+            ``skip`` leaves them out.
     """
 
     name: str = "digits"
@@ -49,6 +52,7 @@ class DataConfig:
     captions: list[str] | None = None
     caption_column: str | None = None
     limit: int | None = None
+    unreadable: Unreadable = "refuse"
 
 
 @dataclass

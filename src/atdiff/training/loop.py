@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch.nn.utils import get_total_norm
 
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
+from atdiff.files import write_json
 from atdiff.models.presets import build_model
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
@@ -105,7 +107,8 @@ class Trainer:
         self.scheduler: Any = build_scheduler(config)
         build_objective(config, self.scheduler)
         teacher = build_teacher(config)
-        self.data: Any = load_data(config.data.name, split=config.data.split, image_size=config.data.image_size)
+        data = config.data
+        self.data: Any = load_data(data.name, split=data.split, image_size=data.image_size, unreadable=data.unreadable)
         num_classes = self._num_classes()
         self.objective: DenoisingObjective | ConsistencyObjective = build_objective(
             config, self.scheduler, num_classes, teacher
@@ -165,12 +168,18 @@ class Trainer:
             project_dir=str(out),
         )
         _check_parallelism(self.accelerator.distributed_type)
+        self._take_folder(look_only=True)
+        if not (out / self.published).is_dir():
+            self._read_data()  # What is wrong with it is found before anything is written.
         checkpoint = self._take_folder()
         self.finished = (
             checkpoint is not None and passes_of(checkpoint) >= settings.passes and (out / self.published).is_dir()
         )
         if self.finished:
             return
+        self._read_data()
+        if self.accelerator.is_main_process:
+            self._store_data()
         device = self.accelerator.device
         self.network.to(device)
         self.ema = EMA(self.network, settings.ema_decay)
@@ -192,13 +201,31 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
 
-    def _take_folder(self) -> Path | None:
+    def _read_data(self) -> None:
+        """Read what is too large to read before the folder is known to be good; nothing of images."""
+
+    def _store_data(self) -> None:
+        """Write which data these are, or find that the run had other ones."""
+        file = self.out / "data.json"
+        skipped = [list(one) for one in self.data.skipped]
+        found = {"name": self.data.name, "images": len(self.data), "skipped": skipped}
+        stored = json.loads(file.read_text()) if file.is_file() else found
+        if (stored["images"], len(stored["skipped"])) != (found["images"], len(skipped)):
+            raise UserError(
+                f"{self.out} was trained on {stored['images']} images of {stored['name']}, and now there are "
+                f"{found['images']}: put the data back as they were, or choose another --out."
+            )
+        if not file.is_file():
+            write_json(file, found)
+
+    def _take_folder(self, *, look_only: bool = False) -> Path | None:
         """Open the folder in one process, and return in all of them the checkpoint to go on from, or raise in all."""
         found: Path | UserError | None = None
         if self.accelerator.is_main_process:
             try:
-                resumed = open_run(self.out, self.config)
-                found = latest_checkpoint(self.out / "checkpoints") if resumed else None
+                resumed = open_run(self.out, self.config, look_only=look_only)
+                if resumed and not look_only:
+                    found = latest_checkpoint(self.out / "checkpoints")
             except UserError as error:
                 found = error
         found = from_main(found)
@@ -231,6 +258,9 @@ class Trainer:
             return
         stop = stop or StopRequest()
         show = progress and self.accelerator.is_main_process
+        if show:
+            left_out = f", {len(self.data.skipped):,} unreadable ones left out" if self.data.skipped else ""
+            print(f"{len(self.data):,} images of {self.data.name}{left_out}")
         with self._disk_errors():
             with stop, training_progress(settings.passes, started_at, show) as self._bar:
                 for updates, _ in enumerate(self.passes(), 1):
