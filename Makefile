@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test lint format bench kill-test fuzz soak clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,9 @@ bench: install
 	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/latent_memory.py
 	$(BIN)/python bench/evaluation_cost.py
+
+kill-test: install
+	$(BIN)/python tests/kills.py --kills 100
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -90,15 +90,16 @@ def result(folder: Path) -> Any:
     return load_checkpoint(newest), [line.partition('"passes_per_second"')[0] for line in log]
 
 
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two nested results are equal, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+def difference(one: Any, other: Any, where: str = "") -> str:
+    """Return where two nested results first differ by a bit; empty where they do not."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        pairs = [(key, one[key], other[key]) for key in one]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = [(index, *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+        return "" if equal else f"{where}: {one} and not {other}"
+    return next(filter(None, (difference(mine, theirs, f"{where}/{key}") for key, mine, theirs in pairs)), "")
 
 
 class Killer:
@@ -155,8 +156,9 @@ class Killer:
             self._lose(f"{folder}: the command failed after a kill")
             return
         self._check_start(folder, whole, whole)
-        if not same(result(folder), self.expected):
-            self._lose(f"{folder}: ended unlike the undisturbed run")
+        unlike = difference(result(folder), self.expected)
+        if unlike:
+            self._lose(f"{folder}: ended unlike the undisturbed run at {unlike}")
 
     def at_random(self, kills: int, seed: int) -> None:
         """Send SIGKILL at random moments, three to each run."""

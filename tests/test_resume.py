@@ -115,6 +115,19 @@ def test_a_stop_after_any_update_changes_nothing(tmp_path: Path, arm: str) -> No
     assert_same(whole, everything(tmp_path / "stopped"))
 
 
+def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
+    class KilledAt(StopRequest):
+        reason = property(lambda self: {}["killed"])
+
+    every = ["--training.log_every", "1"]
+    whole = everything(run(tmp_path / "whole", "plain", *every))
+    with pytest.raises(KeyError, match="killed"):
+        run(tmp_path / "killed", "plain", *every, stop=KilledAt())
+    assert latest_checkpoint(tmp_path / "killed" / "checkpoints") is None
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text().count("\n") == 1
+    assert_same(whole, everything(run(tmp_path / "killed", "plain", *every)))
+
+
 @pytest.mark.parametrize("arm", ["authors", "staggered", "random"])
 def test_a_longer_run_goes_on_within_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
     longer = run(tmp_path / "longer", arm, "--training.passes", "17")

@@ -200,6 +200,8 @@ class Trainer:
             self.accelerator.init_trackers("atdiff")
         if checkpoint is not None:
             self._restore(checkpoint)
+        if self.accelerator.is_main_process:
+            self._log_file.cut(self.passes_done)  # What came after the checkpoint, or before the first, is done again.
 
     def _read_data(self) -> None:
         """Read what is too large to read before the folder is known to be good; nothing of images."""
@@ -507,8 +509,6 @@ class Trainer:
             set_state(value)
         self.passes_done, self.batches_done = state["passes"], state["batches"]
         self._saved_at = self.passes_done
-        if self.accelerator.is_main_process:
-            self._log_file.cut(self.passes_done)
 
     def _sample(self) -> None:
         """Write a grid of pictures of the average; every process takes part."""
