@@ -1,7 +1,7 @@
 """Kills a short training again and again, and counts what was lost: ``python tests/kills.py --kills 100``.
 
-Each child is the same command on the same folder. SIGKILL comes at a random moment (``--kills``), or the process ends
-before the first, second, ... file operation of its fourth save, until that save has no more (``--operations``). A
+Each child is the same command on the same folder. SIGKILL comes at a random moment (``--kills``), and before the first,
+second, ... file operation of opening the folder, of the fourth save, and of the end, until there are no more. A
 loss is a run that does not go on from the newest complete checkpoint, that goes on from more than one save back, or
 that ends with other weights, averages, optimizer state or log than a run that nobody killed.
 """
@@ -34,6 +34,7 @@ from atdiff.training.loop import Trainer
 
 CHECKPOINT_EVERY = 2
 SAVE = 4  # whose operations are gone through: it removes an older checkpoint too
+STAGES = {"open": 1, "_write_checkpoint": SAVE, "_publish": 1}  # methods of the trainer, and which of their calls
 AUDITED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.chmod", "shutil.rmtree"}
 
 
@@ -70,11 +71,11 @@ def child(folder: Path, passes: int, prepare: Callable[[], None] | None = None) 
         return number
     try:
         torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
         trainer = Trainer(settings(passes))
         trainer.open(folder / "run")
         (folder / "start.txt").write_text(str(passes if trainer.finished else trainer.passes_done))
-        if prepare is not None:
-            prepare()
         trainer.run(progress=False)
     except BaseException:
         traceback.print_exc()
@@ -177,34 +178,34 @@ class Killer:
                 self._finish(folder)
                 folder, before = self._folder(), 0
 
-    def at_operations(self) -> int:
-        """End the process before each file operation of a save in turn; return how many there were."""
-        for number in range(1, 1000):
+    def at_operations(self, stage: str, stride: int) -> int:
+        """End the process before every ``stride``-th file operation of a stage in turn; return how many kills."""
+        safe = {"open": 0, "_write_checkpoint": (SAVE - 1) * CHECKPOINT_EVERY, "_publish": self.passes}[stage]
+        for kills, number in enumerate(range(1, 1000, stride)):
             folder = self._folder()
-            code = self._wait(child(folder, self.passes, partial(_end_before, number)))
+            code = self._wait(child(folder, self.passes, partial(_end_before, stage, number)))
             if code == 0:
-                return number - 1
+                return kills
             assert code == -signal.SIGKILL, code
             self.counts.kills += 1
-            saved = self._newest(folder)
-            if saved < (SAVE - 1) * CHECKPOINT_EVERY:
-                self._lose(f"{folder}: operation {number} destroyed the checkpoint before")
+            if self._newest(folder) < safe:
+                self._lose(f"{folder}: operation {number} of {stage} destroyed a checkpoint")
             self._finish(folder)
-        raise AssertionError("a save has no end")
+        raise AssertionError(f"{stage} has no end")
 
 
-def _end_before(number: int) -> None:
-    """End this process before the ``number``-th file operation of its fourth save."""
-    state = {"saves": 0, "left": number, "inside": False}
+def _end_before(stage: str, number: int) -> None:
+    """End this process before the ``number``-th file operation of a stage."""
+    state = {"calls": 0, "left": number, "inside": False}
 
     def operation() -> None:
-        if state["inside"] and state["saves"] == SAVE:
+        if state["inside"] and state["calls"] == STAGES[stage]:
             state["left"] -= 1
             if state["left"] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in AUDITED:
+        if event in AUDITED and not (event == "open" and _reads(arguments)):
             operation()
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,17 +220,23 @@ def _end_before(number: int) -> None:
     torch.save = counted(torch.save)
     os.fsync = counted(os.fsync)
     os.replace = counted(os.replace)
-    write = Trainer._write_checkpoint
+    method = getattr(Trainer, stage)
 
     def within(self: Trainer, *args: Any) -> None:
-        state["saves"] += 1
+        state["calls"] += 1
         state["inside"] = True
-        write(self, *args)
+        method(self, *args)
         operation()
         state["inside"] = False
 
-    Trainer._write_checkpoint = within  # type: ignore[method-assign]
+    setattr(Trainer, stage, within)
     sys.addaudithook(heard)
+
+
+def _reads(arguments: tuple[Any, ...]) -> bool:
+    """Tell whether a file is only read: being killed there is like being killed after the operation before."""
+    flags = arguments[2]
+    return not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
 def main() -> NoReturn:
@@ -238,13 +245,18 @@ def main() -> NoReturn:
     parser.add_argument("--kills", type=int, default=100, help="at random moments; default: %(default)s")
     parser.add_argument("--passes", type=int, default=60, help="of each run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
+    parser.add_argument("--stride", type=int, default=1, help="of the file operations; default: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         killer = Killer(Path(folder), args.passes)
         killer.at_random(args.kills, args.seed)
-        operations = killer.at_operations()
+        operations = {stage: killer.at_operations(stage, args.stride) for stage in STAGES}
     counts = killer.counts
-    print(f"an undisturbed run takes {killer.seconds:.1f} s; a save has {operations} file operations")
+    opening, saving_, publishing = operations.values()
+    print(
+        f"an undisturbed run takes {killer.seconds:.1f} s; killed before file operations: {opening} of opening the folder, {saving_} "
+        f"of a save, {publishing} of the end"
+    )
     print(f"kills {counts.kills}, resumes {counts.resumes}, losses {len(counts.losses)}")
     print(*counts.losses, sep="\n", end="")
     sys.exit(1 if counts.losses else 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from atdiff.errors import UserError
 
-__all__ = ["write_bytes", "write_json", "write_text", "written_aside"]
+__all__ = ["remove_leftovers", "write_bytes", "write_json", "write_text", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -45,6 +45,12 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process had begun to write of ``path``, whose name may hold a ``*``."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left)
 
 
 def _flush(path: Path) -> None:

@@ -24,7 +24,7 @@ from typing_extensions import Self
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
-from atdiff.files import write_text, written_aside
+from atdiff.files import remove_leftovers, write_text, written_aside
 from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
@@ -185,6 +185,9 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     """
     settings = json.loads(json.dumps(asdict(config)))
     file = out / "config.yaml"
+    if not look_only:
+        for name in ("config.yaml", "data.json", "metrics.jsonl", "pipeline", "lora", "samples/pass-*"):
+            remove_leftovers(out / name)
     if file.is_file():
         # What a setting was before it could be set is its default.
         stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
@@ -200,7 +203,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         if longer and not look_only:
             write_text(file, yaml.safe_dump(settings, sort_keys=False))
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not one.name.startswith(f".{file.name}.") for one in out.iterdir())):
         raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
     if not look_only:
         out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atdiff.errors import RunError
-from atdiff.files import write_json, written_aside
+from atdiff.files import remove_leftovers, write_json, written_aside
 
 __all__ = ["checkpoint_problem", "latest_checkpoint", "load_checkpoint", "passes_of", "save_checkpoint"]
 
@@ -56,8 +56,7 @@ def save_checkpoint(
                 f"optimizer.lr; the last good checkpoint is {latest_checkpoint(folder) or 'none yet'}."
             )
     try:
-        for left in folder.glob(".pass-*"):  # of a process that was killed
-            shutil.rmtree(left)
+        remove_leftovers(folder / "pass-*")
         with written_aside(folder / f"pass-{passes:09d}", flush=True) as aside:
             aside.mkdir()
             save_file({name: value.contiguous() for name, value in weights.items()}, aside / "model.safetensors")
