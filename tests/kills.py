@@ -252,11 +252,9 @@ def main() -> NoReturn:
         killer.at_random(args.kills, args.seed)
         operations = {stage: killer.at_operations(stage, args.stride) for stage in STAGES}
     counts = killer.counts
-    opening, saving_, publishing = operations.values()
-    print(
-        f"an undisturbed run takes {killer.seconds:.1f} s; killed before file operations: {opening} of opening the folder, {saving_} "
-        f"of a save, {publishing} of the end"
-    )
+    names = ("of opening the folder", "of a save", "of the end")
+    before = ", ".join(f"{count} {name}" for count, name in zip(operations.values(), names, strict=True))
+    print(f"an undisturbed run takes {killer.seconds:.1f} s; killed before file operations: {before}")
     print(f"kills {counts.kills}, resumes {counts.resumes}, losses {len(counts.losses)}")
     print(*counts.losses, sep="\n", end="")
     sys.exit(1 if counts.losses else 0)
