@@ -56,6 +56,17 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "no-clip": {"adversary": AUTHORS, "grad_clip": None},
 }
+# Weights split over the processes, which one process cannot do: it trains with whole ones.
+SHARDED = (
+    "plain-accumulated",
+    "authors",
+    "authors-full",
+    "staggered-accumulated",
+    "pgd-residual",
+    "consistency",
+    "no-clip",
+)
+ARMS |= {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 
 
 class JointTrainer(Trainer):
@@ -84,6 +95,7 @@ def train(arm: str, out: Path) -> None:
                 passes=PASSES,
                 batch_size=JOINT // world,
                 accumulate=settings.get("accumulate", 1),
+                shard=settings.get("shard", False) and world > 1,
                 ema_decay=0.9,
                 log_every=2,
                 checkpoint_every=3,
@@ -111,12 +123,17 @@ def train(arm: str, out: Path) -> None:
         for _ in trainer.passes():
             pass
     result = {
-        "weights": trainer.network.state_dict(),
-        "ema": trainer.ema.module.state_dict(),
-        "target": trainer.target.module.state_dict() if trainer.target else {},
+        "weights": whole(trainer, trainer.network),
+        "ema": whole(trainer, trainer.ema.module),
+        "target": whole(trainer, trainer.target.module) if trainer.target else {},
         "seen": seen,
     }
     torch.save(result, out / f"{arm}-{trainer.accelerator.process_index}.pt")
+
+
+def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
+    """Return all weights of a network, in every process."""
+    return (trainer.sharding.whole(network) if trainer.sharding else network).state_dict()
 
 
 def main(out: Path) -> None:

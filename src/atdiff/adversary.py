@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
@@ -148,8 +149,10 @@ class Adversary:
                 raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
         if isinstance(self.num_passes, bool) or not isinstance(self.num_passes, int) or self.num_passes < 1:
             raise UserError(f"passes={self.num_passes!r} must be an integer of at least 1; 1 is plain training.")
-        if not self.step_size >= 0:
-            raise UserError(f"step_size={self.step_size} must not be negative; 0 repeats batches unperturbed.")
+        if not 0 <= self.step_size < math.inf:
+            raise UserError(
+                f"step_size={self.step_size} must not be negative or infinite; 0 repeats batches unperturbed."
+            )
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius={self.radius} must be above 0; None leaves delta unbounded.")
         low, high = self.noise_levels or (0.0, 1.0)

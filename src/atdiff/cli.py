@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.resources
 import importlib.util
 import os
 import shlex
@@ -75,6 +76,10 @@ def _parser() -> _Parser:
     for name, (about, add_options, _) in _COMMANDS.items():
         add_options(commands.add_parser(name, help=about))
     return parser
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +228,10 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
+    if args.schema:
+        schema = importlib.resources.files("atdiff") / "recipes" / "recipe.schema.json"
+        print(schema.read_text(), end="")
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -467,7 +476,7 @@ def _import_adm(args: argparse.Namespace) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "quickstart": ("the main job on real digits, in a few minutes on a CPU", _add_quickstart, _quickstart),
     "study": ("base, arms at equal passes, table and report, from a recipe", _add_study, _study),
-    "recipes": ("list the bundled recipes", lambda parser: None, _recipes),
+    "recipes": ("list the bundled recipes", _add_recipes, _recipes),
     "train": ("train, or resume, one run of a recipe", _add_train, _train),
     "sample": ("pictures of a run", _add_sample, _sample),
     "evaluate": ("metrics of runs for every sampler and number of steps", _add_evaluate, _evaluate),

@@ -103,7 +103,11 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
     extra = {key: content.pop(key, None) for key in ("about", "cost", "finetune", "arms", "study")}
-    arms = {arm: overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
+    for key in ("finetune", "arms", "study"):
+        _check_mapping(key, extra[key])
+    for arm, overrides in (extra["arms"] or {}).items():
+        _check_mapping(f"arms.{arm}", overrides)
+    arms = {str(arm): overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
     study = _study({"arms": list(arms), **(extra["study"] or {})}, study_words, arms)
     return Recipe(
         name=path.stem,
@@ -190,14 +194,21 @@ def _children(node: Any) -> dict[str, Any]:  # noqa: ANN401
     return {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
 
 
+def _check_mapping(key: str, value: Any) -> None:  # noqa: ANN401
+    """Make sure that what a YAML file holds under ``key`` is a mapping, or nothing."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"key '{key}' must hold further keys, got {value!r}.")
+
+
 def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:  # noqa: ANN401
     valid = _children(known)
     for key, value in settings.items():
         if key not in valid:
             raise UserError(f"key '{prefix}{key}' is unknown; {nearest(str(key), list(valid))}")
         if dataclasses.is_dataclass(valid[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"key '{prefix}{key}' must hold further keys, got {value!r}.")
+            if value is None:
+                raise UserError(f"key '{prefix}{key}' must hold further keys, got null.")
+            _check_mapping(f"{prefix}{key}", value)
             _check_keys(value, valid[key], f"{prefix}{key}.")
 
 

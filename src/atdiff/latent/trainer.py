@@ -241,7 +241,7 @@ class LatentTrainer(Trainer):
 
     def _draw_samples(self) -> Tensor:
         pipeline = copy.copy(self.latent.pipeline)
-        pipeline.register_modules(unet=self.ema.module, scheduler=self.scheduler)
+        pipeline.register_modules(unet=self._average(), scheduler=self.scheduler)
         settings: dict[str, Any] = {"consistency": {"sample_guidance": self.config.consistency.sample_guidance}}
         settings["data"] = {"captions": self.config.data.captions or self.data.captions[:SHOWN]}
         run = text_to_image_run(pipeline, str(self.out), settings)
@@ -257,9 +257,9 @@ class LatentTrainer(Trainer):
             part.to("cpu")
         return images
 
-    def _publish(self) -> None:
+    def _publish(self, average: Any) -> None:  # noqa: ANN401
         save = save_lora if self.config.lora.rank else save_student
-        save(self.out / self.published, self.latent, self.ema.module, self.scheduler)
+        save(self.out / self.published, self.latent, average, self.scheduler)
 
 
 def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate.tracking import get_available_trackers
 
 from atdiff.errors import UserError
+from atdiff.processes import num_processes
 from atdiff.training.config import TrainConfig
 
 __all__ = ["LATENT_MODELS", "check_config", "check_machine"]
@@ -36,6 +39,11 @@ def check_machine(config: TrainConfig) -> None:
     settings = config.training
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    if settings.shard and num_processes() == 1:
+        raise UserError(
+            "training.shard=true splits the weights over processes, and there is one: start many with `accelerate "
+            "launch --multi_gpu`, or leave it out."
+        )
     if settings.tracker is not None:
         installed = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker not in installed:
@@ -53,18 +61,24 @@ def _check_training(config: TrainConfig) -> None:
     for name in ("sample_every", "max_skipped", "seed"):
         if getattr(settings, name) < 0:
             raise UserError(f"training.{name}={getattr(settings, name)} must not be negative.")
+    if settings.shard and settings.precision == "fp16":
+        raise UserError("training.shard cannot have training.precision='fp16'; use 'bf16'.")
+    if settings.shard and config.lora.rank:
+        raise UserError("training.shard is for whole networks: leave it out with lora.rank, whose adapters are small.")
     if not 0 <= settings.ema_decay < 1:
         raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
 
 
 def _check_optimizer(config: TrainConfig) -> None:
     settings, passes = config.optimizer, config.training.passes
-    if not settings.lr >= 0:
-        raise UserError(f"optimizer.lr={settings.lr} must not be negative; 1e-4 is usual.")
+    if not 0 <= settings.lr < math.inf:
+        raise UserError(f"optimizer.lr={settings.lr} must be finite and not negative; 1e-4 is usual.")
     if not all(0 <= beta < 1 for beta in settings.betas):
         raise UserError(f"optimizer.betas={list(settings.betas)} must lie in [0, 1); [0.9, 0.999] is usual.")
-    if not settings.weight_decay >= 0:
-        raise UserError(f"optimizer.weight_decay={settings.weight_decay} must not be negative; 0 or 0.01 is usual.")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise UserError(
+            f"optimizer.weight_decay={settings.weight_decay} must be finite and not negative; 0 or 0.01 is usual."
+        )
     if settings.grad_clip is not None and not settings.grad_clip > 0:
         raise UserError(f"optimizer.grad_clip={settings.grad_clip} must be above 0; null clips nothing.")
     if not 0 <= settings.warmup_passes <= passes:

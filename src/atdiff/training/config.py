@@ -88,7 +88,12 @@ class LoraConfig:
 
 @dataclass
 class SchedulerConfig:
-    """The forward process: the class name of a diffusers scheduler and its arguments."""
+    """The forward process.
+
+    Attributes:
+        name: class name of a diffusers scheduler.
+        args: of its constructor.
+    """
 
     name: str = "DDPMScheduler"
     args: dict[str, Any] = field(default_factory=lambda: {"beta_schedule": "squaredcos_cap_v2"})
@@ -96,7 +101,18 @@ class SchedulerConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What is learned; see :class:`atdiff.DenoisingObjective`. The timestep sampler is given by name."""
+    """What is learned; see :class:`atdiff.DenoisingObjective`.
+
+    Attributes:
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``; null for what the scheduler
+            says.
+        variance: ``learned_range`` learns it beside the mean.
+        timestep_sampler: from which timesteps are drawn.
+        weighting: of the loss by the signal-to-noise ratio.
+        snr_gamma: of either weighting.
+        label_dropout: share of labels replaced by the null label, for classifier-free guidance.
+        input_perturbation: gamma of DDPM-IP; 0 for none.
+    """
 
     prediction_type: PredictionType | None = None
     variance: Variance = "fixed"
@@ -142,7 +158,20 @@ class ConsistencyConfig:
 
 @dataclass
 class AdversaryConfig:
-    """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training."""
+    """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training.
+
+    Attributes:
+        norm: of a sample's perturbation.
+        step_size: norm of one step, times the scale.
+        passes: forward-backward passes a batch.
+        radius: bound of the perturbation's norm, times the scale; null for none.
+        scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``.
+        noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
+        method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch.
+        direction: of the steps.
+        order: which passes of a batch update the weights together.
+        target: ``equivariant`` moves the network's target with the perturbation.
+    """
 
     norm: Norm = "l2"
     step_size: float = 0.0
@@ -158,7 +187,16 @@ class AdversaryConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning rate, whose warm-up and decay are counted in passes."""
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: the learning rate, after the warm-up and before the decay.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup_passes: over which the learning rate rises from 0.
+        decay: of the learning rate until the last pass.
+        grad_clip: norm that gradients are clipped to; null for none.
+    """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -179,6 +217,8 @@ class TrainingConfig:
         ema_decay: of the exponential moving average, stepped at every weight update.
         precision: ``no`` (float32), ``bf16`` or ``fp16``.
         compile: run the network through ``torch.compile``.
+        shard: split weights, gradients, optimizer state and averages over the processes (FSDP), for networks that are
+            too large for one GPU.
         seed: of the weights, the order of the data and every draw.
         init: a run, pipeline folder or hub id whose (EMA) weights training starts from.
         log_every: passes between lines of ``metrics.jsonl``.
@@ -195,6 +235,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
+    shard: bool = False
     seed: int = 0
     init: str | None = None
     log_every: int = 100
@@ -207,7 +248,19 @@ class TrainingConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run."""
+    """One training run.
+
+    Attributes:
+        data: which images are learned.
+        model: which network.
+        scheduler: the forward process.
+        objective: what is learned.
+        consistency: consistency distillation and training.
+        lora: low-rank adapters of a pipeline.
+        adversary: who perturbs the input.
+        optimizer: AdamW and its learning rate.
+        training: how long, how fast, and what is written meanwhile.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import compress
 
 import torch
 from torch import nn
@@ -27,13 +28,16 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(network).eval().requires_grad_(False)
-        # What is frozen, under adapters, stays equal by itself.
-        pairs = zip(self.module.parameters(), network.parameters(), strict=True)
-        trained = [(average, weight) for average, weight in pairs if weight.requires_grad]
-        self._average = [average for average, _ in trained]
-        self._weights = [weight for _, weight in trained]
-        self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))
+        self._trained = [weight.requires_grad for weight in network.parameters()]
         self._update = get_ema_multi_avg_fn(decay)
+        self.follow(network)
+
+    def follow(self, network: nn.Module) -> None:
+        """Average the weights of ``network`` from now on: the same one, whose parameters have become other objects."""
+        # What is frozen, under adapters, stays equal by itself.
+        self._average = list(compress(self.module.parameters(), self._trained))
+        self._weights = list(compress(network.parameters(), self._trained))
+        self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:

@@ -88,6 +88,7 @@ class Trainer:
     """All that one run holds. Building it checks the settings and writes nothing."""
 
     published = "pipeline"  # the folder that a finished run leaves
+    sharding: Any  # splits the weights over processes, where asked to
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -182,8 +183,10 @@ class Trainer:
             self._store_data()
         device = self.accelerator.device
         self.network.to(device)
-        self.ema = EMA(self.network, settings.ema_decay)
+        self.ema, self.sharding = EMA(self.network, settings.ema_decay), None
         self._place_objective(device)
+        if settings.shard:
+            self._shard(device)
         optimizer = self.config.optimizer
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -195,7 +198,8 @@ class Trainer:
             )
         )
         model: Any = torch.compile(self.network) if settings.compile else self.network
-        self.model = self.accelerator.prepare(model)
+        # Split weights exchange their gradients themselves.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=settings.shard)
         if settings.tracker:
             self.accelerator.init_trackers("atdiff")
         if checkpoint is not None:
@@ -247,6 +251,21 @@ class Trainer:
             objective.target = self.target.module
         if objective.teacher is not None and isinstance(objective.teacher.model, torch.nn.Module):
             objective.teacher.model.to(device)
+
+    def _shard(self, device: torch.device) -> None:
+        """Split the weights, the averages and so the optimizer's state over the processes."""
+        from atdiff.training.sharding import Sharding  # takes a second to import
+
+        self.sharding = Sharding(self.network, device)
+        self.sharding.split(self.network)
+        for average in (self.ema, self.target):
+            if average is not None:
+                self.sharding.split(average.module)
+                average.follow(self.network)
+
+    def _average(self) -> Any:  # noqa: ANN401  (any diffusers model)
+        """Return the average, whole; every process takes part."""
+        return self.sharding.whole(self.ema.module) if self.sharding else self.ema.module
 
     def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
         """Train to the last pass and write the pipeline; nothing where that was done before.
@@ -369,6 +388,8 @@ class Trainer:
             return
         if norm is None:
             norm = get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+        if self.sharding and hasattr(norm, "full_tensor"):  # of the part that each process has
+            norm = norm.full_tensor()
         self.optimizer.optimizer.found_inf = self._finite.judge(passes, norm)
 
     def _indices(self, batch: int) -> Tensor:
@@ -457,26 +478,33 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "rng": self._random_states(),
         }
-        ranks = gather_object([mine])
+        state = {**self._state(), "ranks": gather_object([mine])}
+        weights, ema = self._weights(self.network), self._weights(self.ema.module)
         if self.accelerator.is_main_process:
-            self._write_checkpoint(ranks)
+            self._write_checkpoint(weights, ema, state)
         self._saved_at = self.passes_done
         self._loss_sum.zero_()
         self._loss_count = 0
 
-    def _write_checkpoint(self, ranks: list[dict[str, Any]]) -> None:
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside weights and what differs between processes; all of them take part."""
         state = {
             "passes": self.passes_done,
             "batches": self.batches_done,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": (
+                self.sharding.optimizer(self.network, self.optimizer.optimizer)
+                if self.sharding
+                else self.optimizer.state_dict()
+            ),
             "finite": self._finite.state_dict(),
-            "ranks": ranks,
         }
         if self.target is not None:
             state["target"] = self._weights(self.target.module)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        weights, ema = self._weights(self.network), self._weights(self.ema.module)
+        return state
+
+    def _write_checkpoint(self, weights: dict[str, Tensor], ema: dict[str, Tensor], state: dict[str, Any]) -> None:
         # Not finite where a single loss was not: such passes are never the best.
         loss = self._loss_sum.item() / max(self._loss_count, 1)
         keep = self.config.training.keep_checkpoints
@@ -497,7 +525,10 @@ class Trainer:
         mine = state["ranks"][self.accelerator.process_index]
         self._load_weights(self.network, weights)
         self._load_weights(self.ema.module, ema)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharding:
+            self.sharding.load_optimizer(self.network, self.optimizer.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.adversary.load_state_dict(mine["adversary"], self.accelerator.device, self.objective.batch_type)
         self.objective.load_state_dict(mine["objective"])
         self._finite.load_state_dict(state["finite"])
@@ -532,7 +563,7 @@ class Trainer:
         if sampler == "consistency" and not few:
             sampler = "edm-euler"
         return generate(
-            self.ema.module,
+            self._average(),
             self.scheduler,
             sampler=sampler,
             steps=4 if few else 20,
@@ -543,30 +574,36 @@ class Trainer:
         )
 
     def _finish(self) -> None:
+        average = self._average()
         if self.accelerator.is_main_process:
-            self._publish()
+            self._publish(average)
         self._sample()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def _publish(self) -> None:
-        save_pipeline(self.out / self.published, self.ema.module, self.scheduler)
+    def _publish(self, average: Any) -> None:  # noqa: ANN401  (any diffusers model)
+        save_pipeline(self.out / self.published, average, self.scheduler)
 
     def _weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)
         """Return what a checkpoint holds of a network."""
+        if self.sharding:
+            return self.sharding.weights(network)
         weights: dict[str, Tensor] = network.state_dict()
         return weights
 
     def _load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
-        network.load_state_dict(weights)
+        if self.sharding:
+            self.sharding.load_weights(network, weights)
+        else:
+            network.load_state_dict(weights)
 
 
 def _check_parallelism(kind: DistributedType) -> None:
     """Refuse what splits the weights, which the averages and checkpoints here hold whole."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"{kind.value} splits the weights over processes, and runs are trained with whole ones: launch without it; "
-            "lora.rank, model.gradient_checkpointing, training.accumulate and training.precision=bf16 save memory."
+            f"{kind.value} of the launcher is not used: launch with --multi_gpu alone, and set training.shard=true to "
+            "split the weights over the processes."
         )
 
 
