@@ -22,6 +22,9 @@ from atdiff.training.config import TrainConfig
 __all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve", "split_words"]
 
 
+OWN_KEYS = ("about", "cost", "finetune", "arms", "study")  # of a recipe, beside the settings of its base run
+
+
 @dataclass
 class StudyConfig:
     """How the arms of a recipe are compared.
@@ -99,14 +102,20 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
-    extra = {key: content.pop(key, None) for key in ("about", "cost", "finetune", "arms", "study")}
+    known = {**_children(TrainConfig()), **dict.fromkeys(OWN_KEYS)}
+    _check_keys(content, known)
+    extra = {key: content.pop(key, None) for key in OWN_KEYS}
     for key in ("finetune", "arms", "study"):
         _check_mapping(key, extra[key])
-    for arm, overrides in (extra["arms"] or {}).items():
-        _check_mapping(f"arms.{arm}", overrides)
+    for key, layer in (
+        ("finetune", extra["finetune"]),
+        *((f"arms.{arm}", of) for arm, of in (extra["arms"] or {}).items()),
+    ):
+        _check_mapping(key, layer)
+        _check_keys(layer or {}, TrainConfig(), f"{key}.")
     arms = {str(arm): overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
     study = _study({"arms": list(arms), **(extra["study"] or {})}, study_words, arms)
     return Recipe(
@@ -253,7 +262,8 @@ def _sentence(reason: str) -> str:
     literal, subtypes = re.search(r"Literal\[(.*?)\]", reason), re.search(r"Subtypes: \[(.*?)\] Errors", reason)
     if literal is not None:
         valid = re.findall(r"'([^']*)'", literal[1])
-        return f"{key[1]}={value[1]!r} is unknown; {nearest(value[1], valid)}"
+        shown = value[1] if value[1][:1] in ("[", "{") else repr(value[1])
+        return f"{key[1]}={shown} is unknown; {nearest(value[1], valid)}"
     single = re.search(r"Expected an? ([\w\[\], .]*?)(?: with \d+ elements)?(?:\.|$)", reason)
     expected = subtypes[1] if subtypes is not None else single[1] if single is not None else "another type"
     expected = re.sub(r", NoneType\b", ", or null", expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -160,19 +161,7 @@ def build_teacher(config: TrainConfig) -> Teacher | None:
 
 def build_adversary(config: TrainConfig) -> Adversary:
     """Build the adversary of a run."""
-    settings = config.adversary
-    return Adversary(
-        settings.norm,
-        settings.step_size,
-        settings.passes,
-        radius=settings.radius,
-        scale=settings.scale,
-        noise_levels=settings.noise_levels,
-        method=settings.method,
-        direction=settings.direction,
-        order=settings.order,
-        target=settings.target,
-    )
+    return Adversary(**asdict(config.adversary))
 
 
 def load_initial_weights(network: nn.Module, init: str) -> None:

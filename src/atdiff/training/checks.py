@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import torch
 from accelerate.tracking import get_available_trackers
 
+from atdiff.adversary import Adversary
 from atdiff.errors import UserError
 from atdiff.processes import num_processes
 from atdiff.training.config import TrainConfig
@@ -111,6 +113,7 @@ def _chunks(size: int, parts: int) -> list[int]:
 
 def _check_adversary(config: TrainConfig) -> None:
     settings = config.adversary
+    Adversary(**asdict(settings))
     if settings.passes == 1 and settings.step_size > 0:
         raise UserError(
             f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
