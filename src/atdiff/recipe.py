@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -150,9 +151,7 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
         for layer in (recipe.finetune, recipe.arms[arm]):
             _merge(settings, copy.deepcopy(layer))
     _check_keys(settings, TrainConfig())
-    for word in overrides or []:
-        if word.startswith("--"):
-            _check_override(word)
+    _check_overrides(overrides or [], TrainConfig())
     config = _typed(settings, overrides or [])
     check_config(config)
     return config
@@ -172,9 +171,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _study(settings: dict[str, Any], words: Sequence[str], arms: dict[str, Any]) -> StudyConfig:
     _check_keys({"study": settings}, {"study": StudyConfig()})
-    for word in words:
-        if word.startswith("--"):
-            _check_override(word, {"study": StudyConfig()})
+    _check_overrides(words, {"study": StudyConfig()})
     study: StudyConfig = _parsed({"study": StudyConfig}, {"study": settings}, words)["study"]
     for name in ("arms", "seeds", "samplers", "steps", "corrections", "metrics"):
         values = getattr(study, name)
@@ -219,11 +216,31 @@ def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:
                 raise UserError(f"key '{prefix}{key}' must hold further keys, got null.")
             _check_mapping(f"{prefix}{key}", value)
             _check_keys(value, valid[key], f"{prefix}{key}.")
+        elif dataclasses.is_dataclass(known):
+            _check_choice(f"{prefix}{key}", value, known, key)
 
 
-def _check_override(word: str, known: Any = None) -> None:  # noqa: ANN401
-    node: Any = known or TrainConfig()
-    parts = word[2:].split("=", 1)[0].split(".")
+def _check_choice(key: str, value: Any, section: Any, name: str) -> None:  # noqa: ANN401
+    """Make sure that a key that takes one of a few words is given one; other types are left to jsonargparse."""
+    kind = get_type_hints(type(section))[name]
+    valid = [choice for one in (kind, *get_args(kind)) if get_origin(one) is Literal for choice in get_args(one)]
+    may_be_null = type(None) in get_args(kind) and value in (None, "null")
+    if valid and value not in valid and not may_be_null:
+        quote = "; YAML reads no and yes as booleans, so quote them" if isinstance(value, bool) else ""
+        raise UserError(f"{key}={value!r} is unknown{quote}; {nearest(str(value), valid)}")
+
+
+def _check_overrides(words: Sequence[str], known: Any) -> None:  # noqa: ANN401
+    """Find keys and choices that do not exist among ``--key value`` and ``--key=value``."""
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word.startswith("--"):
+            key, given, value = word[2:].partition("=")
+            _check_override(key, value if given else None if following.startswith("--") else following, known)
+
+
+def _check_override(key: str, value: str | None, known: Any) -> None:  # noqa: ANN401
+    node: Any = known
+    parts = key.split(".")
     for i, part in enumerate(parts):
         if not dataclasses.is_dataclass(node) and node is not known:
             return  # Inside the free-form arguments of a constructor.
@@ -231,7 +248,9 @@ def _check_override(word: str, known: Any = None) -> None:  # noqa: ANN401
         if part not in children:
             wrong = ".".join(parts[: i + 1])
             raise UserError(f"option '--{wrong}' is unknown; {nearest(part, list(children))}")
-        node = children[part]
+        section, node = node, children[part]
+    if value is not None and dataclasses.is_dataclass(section):
+        _check_choice(key, value, section, parts[-1])
 
 
 def _typed(settings: dict[str, Any], overrides: list[str]) -> TrainConfig:
@@ -259,11 +278,7 @@ def _sentence(reason: str) -> str:
     key, value = re.search(r'key "([\w.]+)"', reason), re.search(r"(?:Got|Given) value: (.*)$", reason)
     if key is None or value is None:
         return f"the settings are not valid: {reason}"
-    literal, subtypes = re.search(r"Literal\[(.*?)\]", reason), re.search(r"Subtypes: \[(.*?)\] Errors", reason)
-    if literal is not None:
-        valid = re.findall(r"'([^']*)'", literal[1])
-        shown = value[1] if value[1][:1] in ("[", "{") else repr(value[1])
-        return f"{key[1]}={shown} is unknown; {nearest(value[1], valid)}"
+    subtypes = re.search(r"Subtypes: \[(.*?)\] Errors", reason)
     single = re.search(r"Expected an? ([\w\[\], .]*?)(?: with \d+ elements)?(?:\.|$)", reason)
     expected = subtypes[1] if subtypes is not None else single[1] if single is not None else "another type"
     expected = re.sub(r", NoneType\b", ", or null", expected)
