@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint format bench kill-test fuzz soak clean
+.PHONY: install quickstart test lint format bench kill-test fuzz soak test-oldest lock clean
 
 install: $(VENV)/.installed
 
-# torch and torchvision are asked for together, so that pip resolves a pair that fits.
-$(VENV)/.installed: pyproject.toml
+# The versions that the tests were run with. torch and torchvision are asked for together, so that pip resolves a pair
+# that fits.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements/tested.txt
+$(VENV)/.installed: pyproject.toml requirements/tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch torchvision
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) torch torchvision
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 quickstart: install
@@ -24,6 +26,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if curl --fail --silent --max-time 10 --output /dev/null https://pypi.org/pypi/pip/24.0/json; \
+	then $(BIN)/pip-audit --local --skip-editable --progress-spinner off; \
+	else echo "No registry answers: the dependencies are not audited."; fi
 
 format: install
 	$(BIN)/ruff format .
@@ -44,6 +49,25 @@ bench: install
 
 kill-test: install
 	$(BIN)/python tests/kills.py --kills 100
+
+fuzz: install
+	$(BIN)/python tests/fuzz.py --cases 1000
+
+soak: install
+	$(BIN)/python tests/soak.py --minutes 30
+
+# The oldest versions that pyproject.toml allows, in an environment of their own; needs uv.
+test-oldest:
+	uv venv --quiet --allow-existing --python 3.11 .venv-oldest
+	uv pip install --quiet --python .venv-oldest/bin/python --requirement requirements/oldest.txt
+	uv pip install --quiet --python .venv-oldest/bin/python --no-deps --editable .
+	.venv-oldest/bin/python -m pytest
+
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --quiet \
+		--custom-compile-command "make lock" --output-file requirements/tested.txt
+	uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python-version 3.11 --no-annotate --quiet \
+		--custom-compile-command "make lock" --output-file requirements/oldest.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

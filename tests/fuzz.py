@@ -393,6 +393,7 @@ def main() -> None:
     """Fuzz, and print the exit codes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--same", action="store_true", help="the same cases every time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     unknown = set(GOOD) - {
@@ -400,7 +401,7 @@ def main() -> None:
     }
     assert not unknown, unknown
     with tempfile.TemporaryDirectory() as folder:
-        codes = fuzz(Path(folder).resolve(), args.cases)
+        codes = fuzz(Path(folder).resolve(), args.cases, random=not args.same)
     print(f"{sum(codes.values())} commands, exit codes: {dict(sorted(codes.items()))}")
 
 
