@@ -87,6 +87,16 @@ def test_a_wrong_type_is_told_the_right_one(key: str, tmp_path: Path, capsys: py
     assert "must be of the type" in error or "is unknown; expected one of" in error
 
 
+@pytest.mark.parametrize("key", [*KEYS, *STUDY_KEYS])
+def test_null_is_for_keys_that_take_it(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section, name = key.split(".")
+    (tmp_path / "null.yaml").write_text(yaml.safe_dump({section: {name: None}}))
+    if type(None) in get_args({**KEYS, **STUDY_KEYS}[key]):
+        assert main(["train", "null.yaml", "--out", "out", "--dry-run"]) == 0
+    else:
+        assert f"{key}=null must be" in (error := mistake(capsys, "null.yaml")) or f"{key}=None is unknown" in error
+
+
 @pytest.mark.parametrize(("key", "choice"), [(key, choice) for key, choices in CHOICES.items() for choice in choices])
 def test_a_misspelt_choice_is_told_the_right_one(key: str, choice: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = choice + choice[-1]

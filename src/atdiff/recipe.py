@@ -217,15 +217,17 @@ def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:
             _check_mapping(f"{prefix}{key}", value)
             _check_keys(value, valid[key], f"{prefix}{key}.")
         elif dataclasses.is_dataclass(known):
-            _check_choice(f"{prefix}{key}", value, known, key)
+            _check_value(f"{prefix}{key}", value, known, key)
 
 
-def _check_choice(key: str, value: Any, section: Any, name: str) -> None:  # noqa: ANN401
-    """Make sure that a key that takes one of a few words is given one; other types are left to jsonargparse."""
+def _check_value(key: str, value: Any, section: Any, name: str) -> None:  # noqa: ANN401
+    """Find a word that is none of the few that a key takes, and a null that it does not; the rest is jsonargparse's."""
     kind = get_type_hints(type(section))[name]
     valid = [choice for one in (kind, *get_args(kind)) if get_origin(one) is Literal for choice in get_args(one)]
-    may_be_null = type(None) in get_args(kind) and value in (None, "null")
-    if valid and value not in valid and not may_be_null:
+    may_be_null = type(None) in get_args(kind)
+    if value is None and not may_be_null and not valid:
+        raise UserError(f"{key}=null must be of the type {getattr(kind, '__name__', kind)}.")
+    if valid and value not in valid and not (may_be_null and value in (None, "null")):
         quote = "; YAML reads no and yes as booleans, so quote them" if isinstance(value, bool) else ""
         raise UserError(f"{key}={value!r} is unknown{quote}; {nearest(str(value), valid)}")
 
@@ -250,7 +252,7 @@ def _check_override(key: str, value: str | None, known: Any) -> None:  # noqa: A
             raise UserError(f"option '--{wrong}' is unknown; {nearest(part, list(children))}")
         section, node = node, children[part]
     if value is not None and dataclasses.is_dataclass(section):
-        _check_choice(key, value, section, parts[-1])
+        _check_value(key, value, section, parts[-1])
 
 
 def _typed(settings: dict[str, Any], overrides: list[str]) -> TrainConfig:
