@@ -66,7 +66,8 @@ SHARDED = (
     "consistency",
     "no-clip",
 )
-ARMS |= {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
+CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs; 2.6 asks for streams there
+ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 
 
 class JointTrainer(Trainer):
