@@ -57,15 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no-clip": {"adversary": AUTHORS, "grad_clip": None},
 }
 # Weights split over the processes, which one process cannot do: it trains with whole ones.
-SHARDED = (
-    "plain-accumulated",
-    "authors",
-    "authors-full",
-    "staggered-accumulated",
-    "pgd-residual",
-    "consistency",
-    "no-clip",
-)
+SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "consistency", "no-clip")
 CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs; 2.6 asks for streams there
 ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = 60
+CASES = 40
 
 
 def test_made_up_commands_end_well() -> None:

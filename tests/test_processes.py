@@ -18,31 +18,10 @@ import torch
 from atdiff.cli import main
 from atdiff.runs import load_denoiser
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
+from launching import LIMIT, ended, launch
 from processes import ARMS, CAN_SHARD, PASSES
 
 TESTS = Path(__file__).parent
-LIMIT = 240  # seconds for a command of two processes, imports included
-
-
-def launch(*words: str) -> subprocess.Popen[str]:
-    """Start two processes by `accelerate launch`, each with one thread; without its CPU setting it asks for GPUs."""
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    # A group of its own, so that a test that fails leaves nothing running.
-    return subprocess.Popen(
-        [*command, *words], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a launch to end, and kill all of it if it does not."""
-    try:
-        _, error = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, error
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from itertools import compress
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["EMA"]
@@ -35,8 +36,8 @@ class EMA:
     def follow(self, network: nn.Module) -> None:
         """Average the weights of ``network`` from now on: the same one, whose parameters have become other objects."""
         # What is frozen, under adapters, stays equal by itself.
-        self._average = list(compress(self.module.parameters(), self._trained))
-        self._weights = list(compress(network.parameters(), self._trained))
+        self._average = [_own(weight) for weight in compress(self.module.parameters(), self._trained)]
+        self._weights = [_own(weight) for weight in compress(network.parameters(), self._trained)]
         self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
@@ -45,3 +46,9 @@ class EMA:
         self._update(self._average, self._weights, None)
         for average, buffer in self._copies:
             average.copy_(buffer)
+
+
+def _own(weight: nn.Parameter) -> Tensor:
+    """Return the part of a weight that this process has, where it is split over several."""
+    split: Any = weight.detach()
+    return split.to_local() if hasattr(split, "to_local") else weight
