@@ -48,7 +48,7 @@ bench: install
 	$(BIN)/python bench/evaluation_cost.py
 
 kill-test: install
-	$(BIN)/python tests/kills.py --kills 100
+	$(BIN)/python tests/kills.py --kills 100 --passes 30
 
 fuzz: install
 	$(BIN)/python tests/fuzz.py --cases 1000

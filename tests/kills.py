@@ -243,7 +243,7 @@ def main() -> NoReturn:
     """Kill, count, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="at random moments; default: %(default)s")
-    parser.add_argument("--passes", type=int, default=60, help="of each run; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=30, help="of each run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
     parser.add_argument("--stride", type=int, default=1, help="of the file operations; default: %(default)s")
     args = parser.parse_args()
