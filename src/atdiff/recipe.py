@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -220,9 +221,15 @@ def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:
             _check_value(f"{prefix}{key}", value, known, key)
 
 
+@cache
+def _types(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
 def _check_value(key: str, value: Any, section: Any, name: str) -> None:  # noqa: ANN401
     """Find a word that is none of the few that a key takes, and a null that it does not; the rest is jsonargparse's."""
-    kind = get_type_hints(type(section))[name]
+    section_type: Any = type(section)
+    kind = _types(section_type)[name]
     valid = [choice for one in (kind, *get_args(kind)) if get_origin(one) is Literal for choice in get_args(one)]
     may_be_null = type(None) in get_args(kind)
     if value is None and not may_be_null and not valid:
