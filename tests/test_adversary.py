@@ -125,6 +125,53 @@ def test_linear_network_has_the_known_worst_direction(objective: DenoisingObject
     torch.testing.assert_close(deltas[1], expected)
 
 
+@pytest.mark.parametrize(("direction", "passes"), [("random", 2), ("residual", 3), ("gradient", 3)])
+def test_equivariance_adds_what_the_prediction_does_not_follow(
+    net: Net, objective: DenoisingObjective, batch: DenoisingBatch, direction: Any, passes: int
+) -> None:
+    adversary = Adversary("l2", 0.7, passes, method="equivariance", direction=direction, scale="sigma", weight=0.3)
+    (loss,) = adversary.passes(objective, net, batch)
+    loss.backward()
+    found = gradients(net)
+    net.zero_grad()
+    clean, delta = adversary.delta.chunk(2)
+    assert not clean.any()
+    torch.testing.assert_close(norm_of(delta, "l2"), 0.7 * batch.sigma)
+    x_t = objective.schedule.add_noise(batch.x0, batch.noise, batch.timesteps)
+    before, after = net(x_t, batch.timesteps), net(x_t + delta, batch.timesteps)
+    missed = after - before - delta / batch.sigma.view(-1, 1, 1, 1)
+    expected = (before - batch.noise).square().mean() + 0.3 * missed.square().mean()
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    assert_same(found, gradients(net), rtol=1e-4, atol=1e-6)
+    assert adversary.updates_per_batch == 1
+
+
+def test_equivariance_asks_nothing_of_a_network_that_follows(
+    objective: DenoisingObjective, batch: DenoisingBatch
+) -> None:
+    table = objective.schedule(torch.arange(1000))[1]
+    adversary = Adversary("l2", 1.0, 2, method="equivariance", direction="random", weight=100.0)
+    (loss,) = adversary.passes(objective, lambda x, t: x / table[t].view(-1, 1, 1, 1), batch)
+    clean = objective.loss(lambda x, t: x / table[t].view(-1, 1, 1, 1), batch).mean()
+    torch.testing.assert_close(loss, clean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "gradient"}, "passes=2 is too few .* use passes=3"),
+        ({"direction": "random", "passes": 1}, "use passes=2"),
+        ({"direction": "random", "weight": -1.0}, "weight=-1.0"),
+        ({"direction": "random", "target": "invariant"}, "needs target='equivariant'"),
+        ({"direction": "random", "order": "staggered"}, "cannot have order='staggered'"),
+    ],
+)
+def test_equivariance_refuses_what_contradicts_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Adversary(**{"passes": 2, "method": "equivariance", **options})
+
+
 def test_full_gradient_raises_the_loss_and_random_hardly(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch
 ) -> None:

@@ -27,6 +27,7 @@ from atdiff.sampling.corrections import (
     Correction,
     CorrectionSpec,
     TimeShift,
+    WaveletCorrection,
     check_correction,
     make_correction,
     parse_correction,
@@ -183,7 +184,7 @@ WITH_TIMESTEPS = tuple(name for name in SAMPLERS if name not in ("edm-euler", "c
 
 
 def _training(sampler: str, prediction_type: str = "epsilon", **options: object) -> SchedulerMixin:
-    if sampler == "flow-euler":
+    if sampler.startswith("flow"):
         return FlowMatchEulerDiscreteScheduler()
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, **options)
 
@@ -240,7 +241,7 @@ def _nearest(x: np.ndarray, t: int, expected: np.ndarray, window: int, cutoff: f
 @pytest.mark.parametrize("window", [0, 1])
 def test_no_window_is_no_correction(sampler: str, window: int) -> None:
     training = _training(sampler)
-    network = _as("flow" if sampler == "flow-euler" else "epsilon", _wavy, NoiseSchedule(training))
+    network = _as("flow" if sampler.startswith("flow") else "epsilon", _wavy, NoiseSchedule(training))
     options = {"sampler": sampler, "steps": 7, "num": 3, "shape": (1, 8, 8)}
     plain = generate(network, training, **options)
     assert torch.equal(generate(network, training, correction=TimeShift(window), **options), plain)
@@ -408,7 +409,7 @@ def test_time_shift_through_heun_by_hand() -> None:
 
 def _std(sampler: str, correction: Correction) -> float:
     """Of 16 pictures of 32^2 pixels in 10 steps by the exact denoiser; STD for an exact sampler."""
-    training = _training(sampler) if sampler == "flow-euler" else _training(sampler, clip_sample=False)
+    training = _training(sampler) if sampler.startswith("flow") else _training(sampler, clip_sample=False)
     noising = NoiseSchedule(training)
     network = _as("flow" if noising.kind == "flow" else "epsilon", _exact(noising), noising)
     scheduler = make_scheduler(sampler, training, 10)
@@ -429,6 +430,83 @@ def test_every_sampler_takes_shifted_steps(sampler: str) -> None:
         assert plain < shifted < STD
     else:
         assert shifted == pytest.approx(plain, abs=0.03)
+
+
+def _haar(size: int) -> np.ndarray:
+    """The orthonormal one-level Haar transform of a line, low band first."""
+    rows = np.zeros((size, size))
+    for i in range(size // 2):
+        rows[i, 2 * i : 2 * i + 2] = rows[size // 2 + i, 2 * i] = 0.5**0.5
+        rows[size // 2 + i, 2 * i + 1] = -(0.5**0.5)
+    return rows
+
+
+def _dcw(x: np.ndarray, x0: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale the distance of x from x0 in the four bands of a Haar transform."""
+    haar = _haar(x.shape[-1])
+    bands = haar @ x @ haar.T
+    gain = np.full(x.shape[-2:], high)
+    half = x.shape[-1] // 2
+    gain[:half, :half] = low
+    return haar.T @ (bands + gain * (bands - haar @ x0 @ haar.T)) @ haar
+
+
+@pytest.mark.parametrize(("sampler", "kind"), [("ddim", "v_prediction"), ("flow-euler", "flow"), ("edm-euler", "edm")])
+def test_dcw_by_hand(sampler: str, kind: str) -> None:
+    """Each step of the exact denoiser, then the correction in a Haar transform of its own."""
+    training = _scheduler(kind)
+    if kind == "v_prediction":
+        training = _training("ddim", kind, clip_sample=False)
+    noising = NoiseSchedule(training)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        if kind != "edm":
+            return _as(kind, _exact(noising), noising)(x, t)
+        sigma = expand(noising(t)[1].double(), x)
+        x_t = x.double() * (sigma**2 + 0.25).sqrt()
+        return from_noise(_exact(noising)(x_t, t), x_t, t, noising, "edm").float()
+
+    scheduler = make_scheduler(sampler, training, 6)
+    start = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    start = start * getattr(scheduler, "init_noise_sigma", 1.0)
+    correction = make_correction("dcw:0.1:0.05")
+    found = list(denoise_steps(network, scheduler, start, correction=correction))
+    times = [float(t) for t in make_scheduler(sampler, training, 6).timesteps]
+    levels = [noising(torch.tensor([t])) for t in times]
+    ends = [*levels[1:], (torch.ones(1), torch.zeros(1))]
+    x = start.double().numpy()
+    for (alpha, sigma), (after, left), seen in zip(levels, ends, found, strict=True):
+        a, s, b, r = (float(value) for value in (alpha, sigma, after, left))
+        noise = s * (x - a * MEAN) / (a**2 * STD**2 + s**2)
+        x0 = (x - s * noise) / a if a > 0 else np.zeros_like(x)  # as _as has it
+        share = s / (80.0 if kind == "edm" else 1.0)
+        x = _dcw(b * x0 + r * noise, x0, 0.1 * share, 0.05 * (1 - share))
+        np.testing.assert_allclose(seen.numpy(), x, rtol=2e-3, atol=2e-3)
+
+
+def test_dcw_of_odd_sizes_and_of_nothing() -> None:
+    noising, t = NoiseSchedule(_scheduler("flow")), torch.full((2,), 400.0)
+    x, x0 = torch.randn(2, 2, 3, 5, 7)
+    even = torch.nn.functional.pad(x, (0, 1, 0, 1)), torch.nn.functional.pad(x0, (0, 1, 0, 1))
+    correction = WaveletCorrection(0.2, -0.1)
+    found = correction.after_step(x, x0, t, noising)
+    torch.testing.assert_close(found, correction.after_step(*even, t, noising)[..., :5, :7])
+    torch.testing.assert_close(correction.after_step(x0, x0, t, noising), x0)
+    assert make_correction("dcw:0") is None
+    assert make_correction("dcw:0:0") is None
+    with pytest.raises(UserError, match="dcw=nan"):
+        make_correction("dcw:nan")
+
+
+def test_dcw_leaves_heuns_inner_evaluations_alone() -> None:
+    """A step of second order has its end corrected once."""
+    training = _training("flow-heun")
+    network = _as("flow", _wavy, NoiseSchedule(training))
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = list(denoise_steps(network, make_scheduler("flow-heun", training, 3), x))
+    moved = list(denoise_steps(network, make_scheduler("flow-heun", training, 3), x, correction=WaveletCorrection(0.5)))
+    assert torch.equal(plain[0], moved[0])  # the trial step
+    assert not torch.equal(plain[1], moved[1])
 
 
 def test_heun_shifts_an_exact_model_by_the_estimation_error_alone() -> None:

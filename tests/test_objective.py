@@ -84,6 +84,42 @@ def test_flow_target_by_hand() -> None:
     torch.testing.assert_close(objective.loss(model, batch), expected)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_slowed_interpolation_by_hand(kind: str) -> None:
+    """MixFlow: the input of a noisier timestep, the timestep and the target of the own one."""
+    gamma = 0.4
+    objective, plain = objective_of(kind, slowed_interpolation=gamma), objective_of(kind)
+    told, x0 = drawn(plain).timesteps, torch.randn(6, 2, 4, 4)
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return 0.7 * x
+
+    shares = []
+    for _ in range(50):
+        batch = objective.draw(x0, timesteps=told)
+        sigma = batch.sigma.view(-1, 1, 1, 1)
+        if kind == "flow":
+            own = told / 1000
+            shares.append((batch.sigma - own) / (1 - own))
+            target = batch.noise - x0
+        else:
+            acp = torch.cos((torch.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2).square().double()
+            slowed = (acp[1:] / acp[0] - batch.alpha.double().square()[:, None]).abs().argmin(dim=1)
+            shares.append((slowed - told) / (999 - told))
+            scheduler = DDPMScheduler(**COSINE)
+            target = batch.noise if kind == "epsilon" else scheduler.get_velocity(x0, batch.noise, told)
+        x = batch.alpha.view(-1, 1, 1, 1) * x0 + sigma * batch.noise
+        expected = (0.7 * x - target).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(objective.loss(model, batch), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(t, told) for t in seen)
+    found = torch.stack(shares)[:, :4]  # near the end of the schedule a share is less than a timestep
+    assert found.min() >= -0.01
+    assert gamma - 0.05 < found.max() <= gamma + 0.01
+    assert abs(found.mean().item() - gamma / 2) < 0.03
+
+
 def test_edm_loss_equals_the_schedulers_preconditioning() -> None:
     """The weight 1 / c_out^2 of EDM times the squared error of D(x; sigma), with diffusers' own D."""
     scheduler, objective, model = EDMEulerScheduler(), objective_of("edm"), Affine()

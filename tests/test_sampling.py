@@ -247,6 +247,8 @@ def test_iddpm_on_gaussian_data(steps: int) -> None:
         ("dpmsolver++", _training_scheduler(clip_sample=False, prediction_type="sample")),
         ("unipc", _training_scheduler("linear", clip_sample=False, prediction_type="v_prediction")),
         ("heun", _training_scheduler(clip_sample=False, prediction_type="v_prediction")),
+        ("flow-heun", FlowMatchEulerDiscreteScheduler()),
+        ("flow-heun", FlowMatchEulerDiscreteScheduler(shift=2.0)),
         ("dpmsolver++", EDMEulerScheduler()),
     ],
 )
@@ -531,6 +533,7 @@ def test_bad_samplers_are_refused(sampler: str, training: SchedulerMixin, steps:
 def test_one_step_where_it_makes_sense(sampler: str) -> None:
     training = {
         "flow-euler": FlowMatchEulerDiscreteScheduler(),
+        "flow-heun": FlowMatchEulerDiscreteScheduler(),
         "edm-euler": EDMEulerScheduler(),
         "consistency": CMStochasticIterativeScheduler(),
     }.get(sampler, _training_scheduler())

@@ -46,6 +46,18 @@ def full_history(sampler: LossSecondMomentTimesteps) -> torch.Tensor:
     return losses
 
 
+def test_beta_has_its_law() -> None:
+    torch.manual_seed(0)
+    timesteps, weights = make_timestep_sampler("beta", FLOW).sample(20_000, CPU)
+    assert stats.kstest(timesteps.numpy() / 1000, "beta", args=(1, 2)).pvalue > 1e-3
+    assert timesteps.min() > 0
+    assert torch.equal(weights, torch.ones(20_000))
+    whole, _ = make_timestep_sampler("beta", VP).sample(20_000, CPU)
+    edges = stats.beta(1, 2).cdf(torch.linspace(0, 1, 21).numpy())
+    counts = torch.bincount(whole, minlength=20).numpy()
+    assert stats.chisquare(counts, 20_000 * (edges[1:] - edges[:-1])).pvalue > 1e-3
+
+
 def test_second_moment_follows_the_losses_and_stays_unbiased() -> None:
     torch.manual_seed(0)
     sampler = LossSecondMomentTimesteps(VP)

@@ -20,7 +20,7 @@ from atdiff.objectives.denoising import DenoisingBatch, Target
 __all__ = ["Adversary", "Objective"]
 
 Direction = Literal["gradient", "gradient_full", "residual", "random"]
-Method = Literal["free", "pgd"]
+Method = Literal["free", "pgd", "equivariance"]
 Order = Literal["authors", "staggered"]
 ScaleFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,6 +67,12 @@ class Adversary:
     ``passes - 1`` passes on delta alone and one on the weights (`Madry et al. <https://arxiv.org/abs/1706.06083>`_);
     with a direction that needs no gradient those passes are forwards alone, and every update sees fresh samples.
 
+    ``equivariance`` trains at the clean input and adds ``weight * || e(x_t + delta) - e(x_t) ||^2``, with e the error
+    of the network's prediction against the equivariant target: how far the prediction does not follow delta. Both
+    inputs share one forward and backward of twice the batch, counted as two passes; ``passes - 2`` more move delta
+    first (one is FGSM), and with ``passes=2`` it is one random step. (`Briglia et al.
+    <https://arxiv.org/abs/2505.21742>`_)
+
     ``direction``:
 
     - ``gradient``: of the loss with delta detached from the target (the authors').
@@ -88,10 +94,11 @@ class Adversary:
             each ``(B,)``.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
-        method: ``free`` or ``pgd``.
+        method: ``free``, ``pgd`` or ``equivariance``.
         direction: see above.
         order: see above.
         target: whether the network's target follows delta (``equivariant``) or not.
+        weight: of the regulariser of ``equivariance``.
 
     Attributes:
         batch: the samples of the pass last yielded.
@@ -116,10 +123,11 @@ class Adversary:
         direction: Direction = "gradient",
         order: Order = "authors",
         target: Target = "equivariant",
+        weight: float = 1.0,
     ) -> None:
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
-        self.noise_levels = noise_levels
+        self.noise_levels, self.weight = noise_levels, weight
         self._check(scale)
         self._scale = scale if callable(scale) else SCALES[scale]
         self.batch: Batch | None = None
@@ -160,8 +168,24 @@ class Adversary:
             raise UserError(
                 f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
             )
-        if self.method == "pgd" and self.order == "staggered":
-            raise UserError("method='pgd' cannot have order='staggered'; use order='authors' or method='free'.")
+        if self.method != "free" and self.order == "staggered":
+            raise UserError(
+                f"method={self.method!r} cannot have order='staggered'; use order='authors' or method='free'."
+            )
+        if self.method == "equivariance":
+            self._check_equivariance()
+
+    def _check_equivariance(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"weight={self.weight} must not be negative or infinite; 1 is usual.")
+        if self.target != "equivariant":
+            raise UserError("method='equivariance' needs target='equivariant', which it is about.")
+        needed = 2 if self.direction == "random" else 3
+        if self.num_passes < needed:
+            raise UserError(
+                f"passes={self.num_passes} is too few for method='equivariance' with direction={self.direction!r}: "
+                f"two are the clean and the perturbed input, and each more moves delta; use passes={needed}."
+            )
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
@@ -213,6 +237,8 @@ class Adversary:
         self._after = self._position = None
         if self.method == "pgd":
             yield from self._pgd(objective, model, batch.chunk(accumulate))
+        elif self.method == "equivariance":
+            yield from self._equivariance(objective, model, batch.chunk(accumulate))
         else:
             self._position = (batch, 0, [])
             yield from self.rest(objective, model, accumulate=accumulate)
@@ -310,21 +336,45 @@ class Adversary:
     def _pgd(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
         share = len(parts) / sum(map(len, parts))
         for part in parts:
-            delta = torch.zeros_like(part.x0)
-            for _ in range(self.num_passes - 1):
-                # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
-                with getattr(model, "no_sync", contextlib.nullcontext)():
-                    with torch.set_grad_enabled(self.needs_input_gradient):
-                        output = self._forward(objective, model, part, delta, track=True)
-                    assert self.delta is not None
-                    gradient = None
-                    if self.needs_input_gradient:
-                        # Of delta alone, so that no gradient is left in the weights.
-                        (gradient,) = torch.autograd.grad(output.loss.sum(), self.delta)
-                delta = self._moved(part, output, gradient)
+            delta = self._ascended(objective, model, part, self.num_passes - 1)
             output = self._forward(objective, model, part, delta, track=False)
             self._after = partial(objective.update, part, output)
             yield output.loss.mean() * (len(part) * share)
+            self.settle()
+
+    def _ascended(self, objective: Objective, model: Callable[..., Any], part: Batch, steps: int) -> Tensor:
+        """Return delta after some steps of its own, without any gradient of the weights."""
+        delta = torch.zeros_like(part.x0)
+        for _ in range(steps):
+            # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
+            with getattr(model, "no_sync", contextlib.nullcontext)():
+                with torch.set_grad_enabled(self.needs_input_gradient):
+                    output = self._forward(objective, model, part, delta, track=True)
+                assert self.delta is not None
+                gradient = None
+                if self.needs_input_gradient:
+                    # Of delta alone, so that no gradient is left in the weights.
+                    (gradient,) = torch.autograd.grad(output.loss.sum(), self.delta)
+            delta = self._moved(part, output, gradient)
+        return delta
+
+    def _equivariance(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
+        share = len(parts) / sum(map(len, parts))
+        for part in parts:
+            if self.direction == "random":
+                self.delta = torch.zeros_like(part.x0)
+                delta = self._moved(part, None)
+            else:
+                delta = self._ascended(objective, model, part, self.num_passes - 2)
+            both = type(part).cat([part, part])
+            output = self._forward(objective, model, both, torch.cat([torch.zeros_like(delta), delta]), track=False)
+            if output.error is None:
+                raise UserError("method='equivariance' is for denoisers; use another method for consistency models.")
+            clean, perturbed = output.error.chunk(2)
+            missed = (perturbed - clean).square().flatten(1).mean(dim=1)
+            loss = output.loss[: len(part)] + self.weight * part.weights * missed
+            self._after = partial(objective.update, both, output)
+            yield loss.mean() * (len(part) * share)
             self.settle()
 
     def _forward(
@@ -347,13 +397,17 @@ class Adversary:
         return self.output
 
     @torch.no_grad()
-    def _moved(self, batch: Batch, output: ObjectiveOutput, gradient: Tensor | None = None) -> Tensor:
-        """Return delta after one step and the projection; samples without a finite direction stay."""
+    def _moved(self, batch: Batch, output: ObjectiveOutput | None, gradient: Tensor | None = None) -> Tensor:
+        """Return delta after one step and the projection; samples without a finite direction stay.
+
+        The output is that of the pass; only the residual is read, and a random direction needs none.
+        """
         assert self.delta is not None
         delta = self.delta.detach()
         if self.step_size == 0:
             return delta
         if self.direction == "residual":
+            assert output is not None
             direction = output.residual
         elif self.direction == "random":
             direction = torch.randn_like(delta)

@@ -115,7 +115,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
     )
-    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
+    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_inference(parser)
     parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
 
@@ -147,7 +147,7 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num", type=int, default=2048, help="pictures; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01 or time-shift:40")
+    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_features(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
@@ -203,7 +203,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--corrections",
-        help="none, epsilon-scaling:1.01, time-shift:40, or with :search for a value chosen on held-out noise",
+        help="none, epsilon-scaling:1.01, time-shift:40, dcw:0.05, or :search for a value chosen on held-out noise",
     )
     parser.add_argument("--search-num", type=int, default=1024, help="pictures of a search; default: %(default)s")
     parser.add_argument("--prompts", type=Path, help="for clip_score: a text file, one prompt, or a line a class")

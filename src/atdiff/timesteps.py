@@ -12,6 +12,7 @@ from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule
 
 __all__ = [
+    "BetaTimesteps",
     "LogNormalTimesteps",
     "LogitNormalTimesteps",
     "LossSecondMomentTimesteps",
@@ -80,6 +81,25 @@ class LogitNormalTimesteps(_Stateless):
         """Return logit-normal timesteps and weights of one, each ``(batch_size,)``."""
         fraction = torch.sigmoid(self.mean + self.std * torch.randn(batch_size, device=device))
         timesteps = fraction * self.num_train_timesteps
+        if self.kind == "vp":
+            timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)
+        return timesteps, torch.ones(batch_size, device=device)
+
+
+class BetaTimesteps(_Stateless):
+    """``t / T`` of the law Beta(1, 2), whose density falls from 2 at data to 0 at noise; rounded down for ``vp``.
+
+    (`MixFlow <https://arxiv.org/abs/2512.19311>`_, where time runs the other way.) Weights are one, as in the paper.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return timesteps and weights of one, each ``(batch_size,)``."""
+        # A flow at 0 is data, without any noise.
+        fraction = (1.0 - torch.rand(batch_size, device=device).sqrt()).clamp_min(1e-6)
+        timesteps = self.num_train_timesteps * fraction
         if self.kind == "vp":
             timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)
         return timesteps, torch.ones(batch_size, device=device)
@@ -161,12 +181,13 @@ _SAMPLERS: dict[str, Any] = {
     "uniform": UniformTimesteps,
     "loss-second-moment": LossSecondMomentTimesteps,
     "logit-normal": LogitNormalTimesteps,
+    "beta": BetaTimesteps,
     "log-normal": LogNormalTimesteps,
 }
 
 
 def make_timestep_sampler(name: str, schedule: NoiseSchedule) -> TimestepSampler:
-    """Return the sampler of that name: ``uniform``, ``loss-second-moment``, ``logit-normal``, ``log-normal``.
+    """Return the sampler of that name: ``uniform``, ``loss-second-moment``, ``logit-normal``, ``beta``, ``log-normal``.
 
     Raises:
         UserError: the name is unknown, or the sampler does not fit the schedule.

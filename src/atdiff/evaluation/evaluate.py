@@ -41,9 +41,9 @@ class EvaluationConfig:
         steps: numbers of steps.
         num: pictures a cell.
         seeds: of the pictures.
-        corrections: of the sampler: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``; with ``:search`` for the
-            value, the one of lowest distance on the pictures of ``search_seed`` is taken, for each run, sampler and
-            number of steps.
+        corrections: of the sampler: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with
+            ``:search`` for the value, the one of lowest distance on the pictures of ``search_seed`` is taken, for each
+            run, sampler and number of steps.
         search_seed: of the held-out noise that a search looks at; none of ``seeds``.
         search_num: pictures of a search.
         extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.

@@ -43,7 +43,7 @@ from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
-from atdiff.sampling.corrections import Correction, make_correction, to_noise
+from atdiff.sampling.corrections import Correction, make_correction, to_clean, to_noise
 from atdiff.sampling.generate import generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 
@@ -235,6 +235,7 @@ class _Probe(Correction):
 
     def __init__(self, inner: Correction | None, keep_clean: bool, advance: Callable[[], None]) -> None:
         self.inner, self.keep_clean, self.advance = inner or Correction(), keep_clean, advance
+        self.moves_steps = self.inner.moves_steps
         self.seen: list[_Seen] = []  # one a call
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -249,24 +250,13 @@ class _Probe(Correction):
         prediction = self.inner(prediction, x_t, timesteps, schedule, prediction_type)
         wide, wide_x, at = prediction.cpu().double(), x_t.cpu().double(), timesteps.cpu()
         noise_norm = to_noise(wide, wide_x, at, schedule, prediction_type).flatten(1).norm(dim=1)
-        clean = to_uint8(_x0_hat(wide, wide_x, at, schedule, prediction_type)) if self.keep_clean else None
+        clean = to_uint8(to_clean(wide, wide_x, at, schedule, prediction_type)) if self.keep_clean else None
         self.seen.append(_Seen(x_t.float().cpu(), noise_norm, clean))
         self.advance()
         return prediction
 
-
-def _x0_hat(
-    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
-    """Return the clean images that a prediction implies, also at ``alpha = 0``; arguments as in ``to_noise``."""
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type == "sample":
-        return prediction
-    if prediction_type == "v_prediction":
-        return alpha * x_t - sigma * prediction
-    if prediction_type == "flow":
-        return x_t - sigma * prediction
-    return (x_t - sigma * to_noise(prediction, x_t, timesteps, schedule, prediction_type)) / alpha
+    def after_step(self, x: Tensor, x0_hat: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return self.inner.after_step(x, x0_hat, timesteps, schedule)
 
 
 class _TrueImages:

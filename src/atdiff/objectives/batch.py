@@ -83,8 +83,10 @@ class ObjectiveOutput(NamedTuple):
         terms: each unweighted term, ``(B,)``, such as ``mse`` and ``vb``.
         residual: the predicted minus the true noise at the perturbed input, up to a positive factor per sample;
             ``(B, ...)``, detached.
+        error: a denoiser's prediction minus its target, ``(B, ...)``, with its gradient; None of others.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     residual: Tensor
+    error: Tensor | None = None

@@ -58,6 +58,9 @@ class DenoisingObjective:
         null_label: the label of the unconditional case.
         input_perturbation: gamma of `DDPM-IP <https://arxiv.org/abs/2301.11706>`_: the input is built with
             ``noise + gamma * normal``, the target stays ``noise``.
+        slowed_interpolation: gamma of `MixFlow <https://arxiv.org/abs/2512.19311>`_: the input is that of a noisier
+            timestep, uniform in ``[t, t + gamma (T - t)]``, while the network is told t and its target is that of t.
+            The paper uses 0.4 to 0.8, and the timestep sampler ``beta``.
 
     Raises:
         UserError: a value is out of its range, or two contradict each other.
@@ -77,12 +80,13 @@ class DenoisingObjective:
         label_dropout: float = 0.0,
         null_label: int | None = None,
         input_perturbation: float = 0.0,
+        slowed_interpolation: float = 0.0,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         self.variance, self.weighting, self.snr_gamma = variance, weighting, snr_gamma
         self.label_dropout, self.null_label = label_dropout, null_label
-        self.input_perturbation = input_perturbation
+        self.input_perturbation, self.slowed_interpolation = input_perturbation, slowed_interpolation
         default = LogNormalTimesteps if self.schedule.kind == "edm" else UniformTimesteps
         self.timestep_sampler: TimestepSampler = timestep_sampler or default(self.schedule)
         self._check()
@@ -108,6 +112,15 @@ class DenoisingObjective:
             )
         if self.input_perturbation < 0:
             raise UserError(f"input_perturbation={self.input_perturbation} must not be negative; use 0.1 or 0.")
+        if not 0.0 <= self.slowed_interpolation <= 1.0:
+            raise UserError(
+                f"slowed_interpolation={self.slowed_interpolation} must lie in [0, 1]; 0.4 is usual, 0 is none."
+            )
+        if self.slowed_interpolation > 0 and (self.schedule.kind == "edm" or self.variance != "fixed"):
+            raise UserError(
+                f"slowed_interpolation={self.slowed_interpolation} needs a DDPM-family or flow scheduler and "
+                "variance='fixed'; leave it out."
+            )
 
     def draw(
         self,
@@ -138,6 +151,8 @@ class DenoisingObjective:
             input_noise = noise + self.input_perturbation * torch.randn_like(noise)
         alpha, sigma = self.schedule(timesteps)
         weights = weights * self._snr_weight(alpha, sigma)
+        if self.slowed_interpolation > 0:
+            alpha, sigma = self.schedule(self._slowed(timesteps))
         if self.label_dropout > 0 and "class_labels" in conditions:
             labels = conditions["class_labels"]
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
@@ -189,6 +204,8 @@ class DenoisingObjective:
             # In units of the raw network, that is with the weight 1 / c_out^2 of EDM, table 1.
             error = prediction - (batch.x0 - c_skip * x_t) / c_out
         else:
+            if self.slowed_interpolation > 0:  # the target is that of the timestep that the network is told
+                alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
             error = prediction - self._target(batch.x0, noise, alpha, sigma)
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
@@ -200,7 +217,7 @@ class DenoisingObjective:
         # predicted, since alpha x0_hat + sigma noise_hat = x_t.
         predicts_x0 = self.prediction_type in ("sample", "edm")
         residual = -error.detach() if predicts_x0 else error.detach()
-        return ObjectiveOutput(loss, terms, residual)
+        return ObjectiveOutput(loss, terms, residual, error)
 
     def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
         """Tell the timestep sampler the unweighted losses of a pass."""
@@ -214,6 +231,13 @@ class DenoisingObjective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.timestep_sampler.load_state_dict(state)
+
+    def _slowed(self, timesteps: Tensor) -> Tensor:
+        """Return noisier timesteps to take the input from, ``(B,)``."""
+        last = self.schedule.num_train_timesteps - (self.schedule.kind == "vp")
+        share = self.slowed_interpolation * torch.rand(len(timesteps), device=timesteps.device)
+        slowed = timesteps + share * (last - timesteps)
+        return slowed.round().long() if self.schedule.kind == "vp" else slowed
 
     def _target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":

@@ -42,7 +42,7 @@ __all__ = [
 
 Grid = list[tuple[tuple[str, int], list[Row | None]]]
 CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one a correction
-SYMBOLS = {"epsilon-scaling": "b", "time-shift": "w"}
+SYMBOLS = {"epsilon-scaling": "b", "time-shift": "w", "dcw": "s"}
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
 

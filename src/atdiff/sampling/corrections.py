@@ -1,4 +1,4 @@
-"""Training-free corrections of a sampler: of the network's prediction, or of the timestep it is given."""
+"""Training-free corrections of a sampler: of the network's prediction, its timestep, or where a step ends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule, expand
+from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = [
     "CORRECTIONS",
@@ -21,12 +23,14 @@ __all__ = [
     "CorrectionSpec",
     "EpsilonScaling",
     "TimeShift",
+    "WaveletCorrection",
     "check_correction",
     "from_noise",
     "make_correction",
     "parse_correction",
     "pixel_variance",
     "realign",
+    "to_clean",
     "to_noise",
 ]
 
@@ -35,8 +39,11 @@ class Correction:
     """What a sampler changes at each evaluation of the network; this one changes nothing.
 
     A subclass overrides what it needs: :meth:`shift` is asked before the network is evaluated (at all but the
-    first evaluation, whose ``x_T`` is exact), and the correction itself is called with what the network said.
+    first evaluation, whose ``x_T`` is exact), the correction itself is called with what the network said, and
+    :meth:`after_step` with where the step ended, if ``moves_steps`` is set.
     """
+
+    moves_steps = False
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Find, before any compute, what does not fit a noise schedule.
@@ -72,11 +79,17 @@ class Correction:
         """
         return prediction
 
+    def after_step(self, x: Tensor, x0_hat: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Return the corrected end of a step.
 
-def _edm_coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """``c_skip`` and ``c_out`` of `EDM <https://arxiv.org/abs/2206.00364>`_, table 1."""
-    total = sigma.square() + sigma_data**2
-    return sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
+        Args:
+            x: what the scheduler's step from ``timesteps`` led to, ``(B, C, H, W)``, in its own coordinates.
+            x0_hat: what the network's (corrected) prediction at ``timesteps`` implies, clipped where the scheduler
+                clips, ``(B, C, H, W)``.
+            timesteps: ``(B,)``, where the step began.
+            schedule: the forward process.
+        """
+        return x
 
 
 def to_noise(
@@ -102,7 +115,7 @@ def to_noise(
     if prediction_type == "flow":
         return x_t + alpha * prediction
     assert prediction_type == "edm", prediction_type
-    c_skip, c_out = _edm_coefficients(sigma, schedule.sigma_data)
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
     return (x_t - c_skip * x_t - c_out * prediction) / sigma
 
 
@@ -130,8 +143,22 @@ def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSch
     if prediction_type == "flow":
         return (noise - x_t) / alpha
     assert prediction_type == "edm", prediction_type
-    c_skip, c_out = _edm_coefficients(sigma, schedule.sigma_data)
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
     return (x_t - sigma * noise - c_skip * x_t) / c_out
+
+
+def to_clean(
+    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
+) -> Tensor:
+    """Return the ``x0_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
+
+    Not finite where ``alpha = 0`` and noise is predicted.
+    """
+    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
+    if prediction_type != "edm":
+        return to_x0(prediction, x_t, alpha, sigma, prediction_type)
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
+    return c_skip * x_t + c_out * prediction
 
 
 def realign(
@@ -312,6 +339,52 @@ class TimeShift(Correction):
         return torch.where(above & variance.isfinite(), nearest, timesteps)
 
 
+class WaveletCorrection(Correction):
+    """Move the end of each step away from ``x0_hat``, by frequency band: DCW.
+
+    A sampler's ``x_t`` is noisier than its timestep says. With the bands of a one-level Haar transform, ``low``
+    (means of 2 x 2 pixels) and ``high`` (the rest), the end ``x`` of a step from t becomes
+
+    ``x + low * s * L(x - x0_hat) + high * (1 - s) * H(x - x0_hat)``,
+
+    ``s`` the noise ``sigma_t`` over its largest: low frequencies early, high ones late. The last step, which ends at
+    ``x0_hat``, stays. (`DCW <https://arxiv.org/abs/2604.16044>`_, eq. 18 to 20; the authors search ``low`` first, then
+    ``high``.)
+
+    Args:
+        low: strength of the low band; 0 for none.
+        high: of the high band.
+
+    Raises:
+        UserError: a strength is not finite.
+    """
+
+    moves_steps = True
+
+    def __init__(self, low: float, high: float = 0.0) -> None:
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"dcw={low}:{high} must be finite; use 0 for none, 0.01 to 0.1 as usual.")
+        self.low, self.high = low, high
+
+    def __repr__(self) -> str:
+        return f"WaveletCorrection(low={self.low}, high={self.high})"
+
+    def after_step(self, x: Tensor, x0_hat: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Return ``x`` with both bands of its distance from ``x0_hat`` scaled; see :meth:`Correction.after_step`."""
+        _, sigma = schedule(timesteps)
+        share = expand(sigma / schedule.sigma_max, x).to(x.dtype)
+        difference = x - x0_hat
+        smooth = _low_band(difference)
+        return x + self.low * share * smooth + self.high * (1.0 - share) * (difference - smooth)
+
+
+def _low_band(x: Tensor) -> Tensor:
+    """The low band of a one-level Haar transform, ``(B, C, H, W)``: means of 2 x 2 pixels, zeros beyond an odd edge."""
+    height, width = x.shape[-2:]
+    means = F.avg_pool2d(F.pad(x, (0, width % 2, 0, height % 2)), 2)
+    return means.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
+
+
 def pixel_variance(images: Tensor) -> float:
     """Return the mean over pictures of each one's unbiased variance over its channels and pixels.
 
@@ -323,18 +396,19 @@ def pixel_variance(images: Tensor) -> float:
     return torch.cat(variances).mean().item() * scale**2
 
 
-CORRECTIONS = ("none", "epsilon-scaling", "time-shift")
+CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
 """Families of corrections."""
 
 GRIDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "epsilon-scaling": (0.92, 0.94, 0.96, 0.98, 1.0, 1.01, 1.02, 1.04, 1.06),
         "time-shift": (0.0, 20.0, 40.0, 80.0, 160.0, 320.0),
+        "dcw": (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1),
     }
 )
-"""The values of each family that a search tries: scales, and windows in timesteps."""
+"""The values of each family that a search tries: scales, windows in timesteps, and strengths of the low band."""
 
-_EXAMPLES = {"epsilon-scaling": "epsilon-scaling:1.01", "time-shift": "time-shift:40"}
+_EXAMPLES = {"epsilon-scaling": "epsilon-scaling:1.01", "time-shift": "time-shift:40", "dcw": "dcw:0.05"}
 
 
 @dataclass(frozen=True)
@@ -343,7 +417,8 @@ class CorrectionSpec:
 
     Attributes:
         family: one of :data:`CORRECTIONS`.
-        values: its numbers: scale and maybe slope, or window and maybe cutoff; none for ``none`` and searches.
+        values: its numbers: scale and maybe slope, window and maybe cutoff, or strengths of the low band and maybe the
+            high one; none for ``none`` and searches.
         search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
     """
 
@@ -353,7 +428,9 @@ class CorrectionSpec:
 
 
 def parse_correction(spec: str) -> CorrectionSpec:
-    """Read ``none``, ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]`` or ``FAMILY:search``.
+    """Read ``none``, ``FAMILY:search``, or a family and its numbers.
+
+    Those are ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]`` and ``dcw:LOW[:HIGH]``.
 
     Raises:
         UserError: an unknown family, or numbers that are missing or no numbers. Their range is not looked at.
@@ -404,6 +481,9 @@ def _build(family: str, values: tuple[float, ...], data_variance: float) -> Corr
         window, cutoff = values[0], values[1] if len(values) > 1 else None
         shift = TimeShift(window, cutoff, data_variance)
         return None if shift.window < 2 else shift
+    if family == "dcw":
+        wavelet = WaveletCorrection(*values)
+        return None if (wavelet.low, wavelet.high) == (0.0, 0.0) else wavelet
     return None
 
 

@@ -25,7 +25,7 @@ from atdiff.files import written_aside
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import draw_in_turn, num_processes
-from atdiff.sampling.corrections import Correction, realign
+from atdiff.sampling.corrections import Correction, realign, to_clean
 from atdiff.sampling.schedulers import make_scheduler
 
 __all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
@@ -106,8 +106,22 @@ def denoise_steps(
             x = moved / _scaled(scheduler, torch.ones_like(x[:1]), t)
         if variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)
-        x = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
+        end = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
+        # A solver of second order is between two evaluations where this is false.
+        if correction.moves_steps and getattr(scheduler, "state_in_first_order", True):
+            x0_hat = to_clean(prediction[:, : x.shape[1]], x_t, timesteps, schedule, prediction_type)
+            end = correction.after_step(end, _clipped(x0_hat, scheduler), timesteps, schedule)
+        x = end
         yield x
+
+
+def _clipped(x0_hat: Tensor, scheduler: Any) -> Tensor:  # noqa: ANN401
+    """Return ``x0_hat`` as the scheduler clips it, if it does."""
+    config = scheduler.config
+    if not (config.get("clip_sample") or config.get("thresholding")):
+        return x0_hat
+    largest = config.get("clip_sample_range", 1.0)
+    return x0_hat.clamp(-largest, largest)
 
 
 def _scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401

@@ -18,6 +18,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     SASolverScheduler,
@@ -189,6 +190,18 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)  # type: ignore[misc]
 
 
+class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
+    """Heun's method on the steps of :class:`EvenFlowMatchEulerScheduler`.
+
+    Each step but the last evaluates the network twice, so ``steps`` cost ``2 steps - 1`` evaluations.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps (each but the first twice); arguments as in diffusers."""
+        self.sigma_min = 1.0 / num_inference_steps
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+
+
 _COPIED = (
     "num_train_timesteps", "prediction_type",  # all
     "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",  # vp
@@ -260,6 +273,7 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "unipc": {"vp": partial(_solver, LogSNRUniPCScheduler)},
     "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
     "flow-euler": {"flow": partial(_plain, EvenFlowMatchEulerScheduler)},
+    "flow-heun": {"flow": partial(_plain, EvenFlowMatchHeunScheduler)},
     "edm-euler": {"edm": partial(_plain, EDMEulerScheduler)},
     "lcm": {"vp": partial(_plain, LCMScheduler)},
     "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
@@ -288,6 +302,7 @@ def make_scheduler(
     ``unipc``          vp        order 2, even in logSNR                                 steps
     ``heun``           vp        even in logSNR                                          2 steps - 1
     ``flow-euler``     flow      even in t, then shifted                                 steps
+    ``flow-heun``      flow      even in t, then shifted                                 2 steps - 1
     ``edm-euler``      edm       Karras' spacing                                         steps
     ``lcm``            vp        of a consistency model: even on its grid, new noise      steps
     ``consistency``    edm       of a consistency model: even on its grid, new noise      steps

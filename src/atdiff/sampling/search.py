@@ -25,7 +25,8 @@ def search_correction(
     figures to report, or the correction is chosen to suit them.
 
     Args:
-        family: ``epsilon-scaling`` (values are scales) or ``time-shift`` (windows in timesteps).
+        family: ``epsilon-scaling`` (values are scales), ``time-shift`` (windows in timesteps) or ``dcw`` (strengths of
+            the low band).
         distance: samples with the correction (None for none) and returns how far the pictures are from data.
             A ``FloatingPointError``, as of pictures that are not finite, and NaN count as infinitely far.
         grid: values to try; those of :data:`atdiff.sampling.corrections.GRIDS` when None.

@@ -97,6 +97,7 @@ def build_objective(
         label_dropout=settings.label_dropout if num_classes is not None else 0.0,
         null_label=num_classes,
         input_perturbation=settings.input_perturbation,
+        slowed_interpolation=settings.slowed_interpolation,
     )
     if not (objective.schedule.kind == "edm" and settings.timestep_sampler == "uniform"):
         objective.timestep_sampler = make_timestep_sampler(settings.timestep_sampler, objective.schedule)

@@ -114,6 +114,8 @@ def _chunks(size: int, parts: int) -> list[int]:
 def _check_adversary(config: TrainConfig) -> None:
     settings = config.adversary
     Adversary(**asdict(settings))
+    if settings.method == "equivariance" and config.consistency.mode != "none":
+        raise UserError("adversary.method='equivariance' is for denoisers: use 'free' or 'pgd' with consistency.mode.")
     if settings.passes == 1 and settings.step_size > 0:
         raise UserError(
             f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "

@@ -112,15 +112,17 @@ class ObjectiveConfig:
         snr_gamma: of either weighting.
         label_dropout: share of labels replaced by the null label, for classifier-free guidance.
         input_perturbation: gamma of DDPM-IP; 0 for none.
+        slowed_interpolation: gamma of MixFlow; 0 for none.
     """
 
     prediction_type: PredictionType | None = None
     variance: Variance = "fixed"
-    timestep_sampler: Literal["uniform", "loss-second-moment", "logit-normal", "log-normal"] = "uniform"
+    timestep_sampler: Literal["uniform", "loss-second-moment", "logit-normal", "beta", "log-normal"] = "uniform"
     weighting: Weighting = "none"
     snr_gamma: float = 5.0
     label_dropout: float = 0.0
     input_perturbation: float = 0.0
+    slowed_interpolation: float = 0.0
 
 
 @dataclass
@@ -167,7 +169,9 @@ class AdversaryConfig:
         radius: bound of the perturbation's norm, times the scale; null for none.
         scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``.
         noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
-        method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch.
+        method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
+            regulariser to the plain loss.
+        weight: of that regulariser.
         direction: of the steps.
         order: which passes of a batch update the weights together.
         target: ``equivariant`` moves the network's target with the perturbation.
@@ -183,6 +187,7 @@ class AdversaryConfig:
     direction: Direction = "gradient"
     order: Order = "authors"
     target: Target = "equivariant"
+    weight: float = 1.0
 
 
 @dataclass
