@@ -18,7 +18,18 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-__all__ = ["IMAGE_SIZE", "LATENT_SIZE", "sd_folder", "sdxl_folder", "tiny_sd", "tiny_sdxl"]
+__all__ = [
+    "IMAGE_SIZE",
+    "LATENT_SIZE",
+    "TEXT_WIDTH",
+    "VAE",
+    "sd_folder",
+    "sdxl_folder",
+    "text_config",
+    "tiny_sd",
+    "tiny_sdxl",
+    "tokenizer_folder",
+]
 
 LATENT_SIZE = 8
 IMAGE_SIZE = 64
@@ -154,10 +165,10 @@ def tiny_sd(folder: Path, *, unet: dict[str, Any] | None = None, vae: dict[str, 
     """Write a random SD 1.5 of 64 pixels as a pipeline folder; ``unet`` and ``vae`` change their configurations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = _tokenizer(folder / "tokenizer", pad="<|endoftext|>")
+        tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
         pipeline: Any = StableDiffusionPipeline(
             vae=AutoencoderKL(**{**VAE, **(vae or {})}),
-            text_encoder=CLIPTextModel(_text_config(tokenizer)),
+            text_encoder=CLIPTextModel(text_config(tokenizer)),
             tokenizer=tokenizer,
             unet=UNet2DConditionModel(**{**SD_UNET, **(unet or {})}),
             scheduler=PNDMScheduler.from_config(SD_SCHEDULER),
@@ -173,12 +184,12 @@ def tiny_sdxl(folder: Path) -> Path:
     """Write a random SDXL base of 64 pixels as a pipeline folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = _tokenizer(folder / "tokenizer", pad="<|endoftext|>")
-        tokenizer_2 = _tokenizer(folder / "tokenizer_2", pad="!")
+        tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
+        tokenizer_2 = tokenizer_folder(folder / "tokenizer_2", pad="!")
         pipeline: Any = StableDiffusionXLPipeline(
             vae=AutoencoderKL(**SDXL_VAE),
-            text_encoder=CLIPTextModel(_text_config(tokenizer)),
-            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer_2, hidden_act="gelu")),
+            text_encoder=CLIPTextModel(text_config(tokenizer)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, hidden_act="gelu")),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=UNet2DConditionModel(**SDXL_UNET),
@@ -202,11 +213,11 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
-def _text_config(tokenizer: Any, **changes: Any) -> CLIPTextConfig:
+def text_config(tokenizer: Any, **changes: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{**TEXT, "vocab_size": len(tokenizer), **changes})
 
 
-def _tokenizer(folder: Path, pad: str) -> Any:
+def tokenizer_folder(folder: Path, pad: str) -> Any:
     """A byte-pair tokenizer in the files of CLIP's: characters, a few merges, and the two special tokens last."""
     characters = "!'(),-.0123456789abcdefghijklmnopqrstuvwxyz"
     merges = ["t h", "th e</w>", "a n", "o n", "e r</w>", "i n", "r e", "c a", "ca t</w>", "d o", "do g</w>"]

@@ -32,6 +32,10 @@ from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, ti
 PROMPTS = ["a cat", "the dog on 2"]
 
 
+def is_sdxl(latent: LatentPipeline) -> bool:
+    return type(latent.pipeline).__name__ == "StableDiffusionXLPipeline"
+
+
 @pytest.fixture(scope="session")
 def sd(sd_folder: Path) -> LatentPipeline:
     return load_latent_pipeline(str(sd_folder))
@@ -83,7 +87,7 @@ def test_pipelines_say_their_shapes(latent: LatentPipeline) -> None:
     assert latent.latent_shape == (4, LATENT_SIZE, LATENT_SIZE)
     assert (latent.image_size, latent.image_channels) == (IMAGE_SIZE, 3)
     assert latent.prediction_type == "epsilon"
-    assert len(latent.text_encoders) == 1 + latent.is_sdxl
+    assert len(latent.text_encoders) == 1 + is_sdxl(latent)
     assert latent.scheduler.config.num_train_timesteps == 1000
 
 
@@ -92,7 +96,7 @@ def test_encoding_is_the_autoencoders_own(latent: LatentPipeline) -> None:
     found = latent.encode_images(images, _seeded(5))
     pixels = latent.pipeline.image_processor.preprocess(images.float() / 255)
     expected = (
-        latent.vae.encode(pixels).latent_dist.sample(_seeded(5)) * {False: 0.18215, True: 0.13025}[latent.is_sdxl]
+        latent.vae.encode(pixels).latent_dist.sample(_seeded(5)) * {False: 0.18215, True: 0.13025}[is_sdxl(latent)]
     )
     assert found.dtype == torch.float32
     assert found.shape == (3, *latent.latent_shape)
@@ -125,7 +129,7 @@ def test_latent_statistics_of_sdxl_are_undone_as_its_pipeline_does(sdxl: LatentP
 
 def test_conditions_are_what_the_pipeline_gives_its_unet(latent: LatentPipeline) -> None:
     calls: list[dict[str, Any]] = []
-    hook = latent.unet.register_forward_pre_hook(lambda _m, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    hook = latent.network.register_forward_pre_hook(lambda _m, _args, kwargs: calls.append(kwargs), with_kwargs=True)
     latent.pipeline.set_progress_bar_config(disable=True)
     latent.pipeline(PROMPTS, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
     hook.remove()
@@ -133,7 +137,7 @@ def test_conditions_are_what_the_pipeline_gives_its_unet(latent: LatentPipeline)
     null = {key: value.expand(2, *value.shape[1:]) for key, value in latent.encode_null().items()}
     ours = {key: torch.cat([null[key], value]) for key, value in latent.encode_prompts(PROMPTS).items()}
     kwargs = unet_kwargs(ours)
-    assert set(kwargs) == ({"encoder_hidden_states", "added_cond_kwargs"} if latent.is_sdxl else {*ours})
+    assert set(kwargs) == ({"encoder_hidden_states", "added_cond_kwargs"} if is_sdxl(latent) else {*ours})
     theirs = {"encoder_hidden_states": calls[0]["encoder_hidden_states"], **(calls[0]["added_cond_kwargs"] or {})}
     assert set(theirs) == set(ours)
     for key, value in theirs.items():
@@ -160,15 +164,15 @@ def test_the_guidance_embedding_is_diffusers_own(sd: LatentPipeline, dim: int) -
 
 def test_a_student_starts_as_the_teacher_whatever_the_guidance(latent: LatentPipeline) -> None:
     before = torch.random.get_rng_state()
-    student = make_student(latent.unet)
+    student = make_student(latent.network)
     assert torch.equal(before, torch.random.get_rng_state())
     assert student.config.time_cond_proj_dim == 256
-    assert latent.unet.config.time_cond_proj_dim is None
+    assert latent.network.config.time_cond_proj_dim is None
     assert all(p.requires_grad for p in student.parameters())
     x, t = torch.randn(2, *latent.latent_shape, generator=_seeded()), torch.tensor([999, 20])
     conditions = latent.encode_prompts(PROMPTS)
     with torch.no_grad():
-        expected = latent.unet(x, t, **unet_kwargs(conditions)).sample
+        expected = latent.network(x, t, **unet_kwargs(conditions)).sample
         for w in (0.0, 7.0):
             timestep_cond = guidance_embedding(torch.full((2,), w), 256)
             found = student(x, t, **unet_kwargs({**conditions, "timestep_cond": timestep_cond})).sample
@@ -176,25 +180,25 @@ def test_a_student_starts_as_the_teacher_whatever_the_guidance(latent: LatentPip
 
 
 def test_a_student_learns_the_guidance(sd: LatentPipeline) -> None:
-    student = make_student(sd.unet, guidance_dim=16)
+    student = make_student(sd.network, guidance_dim=16)
     conditions = {**sd.encode_prompts(PROMPTS), "timestep_cond": guidance_embedding(torch.tensor([1.0, 7.0]), 16)}
     student(torch.randn(2, *sd.latent_shape), torch.tensor([5, 6]), **unet_kwargs(conditions)).sample.sum().backward()
     assert student.time_embedding.cond_proj.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in sd.unet.parameters())
+    assert all(p.grad is None for p in sd.network.parameters())
 
 
 def test_a_student_without_guidance_is_a_free_copy(sd: LatentPipeline) -> None:
-    teacher = copy.deepcopy(sd.unet).requires_grad_(False)
+    teacher = copy.deepcopy(sd.network).requires_grad_(False)
     student = make_student(teacher, guidance_dim=None)
     assert student.config.time_cond_proj_dim is None
     assert all(torch.equal(p, q) and q.requires_grad for p, q in zip(teacher.parameters(), student.parameters()))  # noqa: B905
     with torch.no_grad():
         next(student.parameters()).add_(1.0)
-    assert torch.equal(next(teacher.parameters()), next(sd.unet.parameters()))
+    assert torch.equal(next(teacher.parameters()), next(sd.network.parameters()))
 
 
 def test_a_teacher_with_a_guidance_embedding_keeps_it(sd: LatentPipeline) -> None:
-    teacher = make_student(sd.unet, guidance_dim=16)
+    teacher = make_student(sd.network, guidance_dim=16)
     torch.nn.init.ones_(teacher.time_embedding.cond_proj.weight)
     student = make_student(teacher, guidance_dim=256)
     assert student.config.time_cond_proj_dim == 16
@@ -203,13 +207,13 @@ def test_a_teacher_with_a_guidance_embedding_keeps_it(sd: LatentPipeline) -> Non
 
 def test_a_half_precision_teacher_gives_a_float32_student(sd_folder: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder), dtype=torch.bfloat16)
-    assert latent.unet.dtype == torch.bfloat16
+    assert latent.network.dtype == torch.bfloat16
     assert {latent.vae.dtype, latent.text_encoders[0].dtype} == {torch.float32}
-    assert make_student(latent.unet).dtype == torch.float32
+    assert make_student(latent.network).dtype == torch.float32
 
 
 def test_a_saved_student_opens_in_plain_diffusers(latent: LatentPipeline, tmp_path: Path) -> None:
-    student = make_student(latent.unet)
+    student = make_student(latent.network)
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.1, generator=_seeded())
     parts = dict(latent.pipeline.components)
     save_student(tmp_path / "student", latent, student, _lcm(latent))
@@ -500,7 +504,7 @@ def test_progress_goes_to_stderr_alone(sd: LatentPipeline, pairs: Pairs, capfd: 
 
 def _adapted(latent: LatentPipeline, **options: Any) -> Any:
     """A U-Net with adapters that do something."""
-    unet = make_student(latent.unet, guidance_dim=None)
+    unet = make_student(latent.network, guidance_dim=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         add_lora(unet, **{"rank": 4, **options})
@@ -520,7 +524,7 @@ def _predicted(unet: Any, latent: LatentPipeline) -> Tensor:
 
 
 def test_only_adapters_are_trained_and_start_at_nothing(latent: LatentPipeline) -> None:
-    unet = make_student(latent.unet, guidance_dim=None).to(torch.bfloat16)
+    unet = make_student(latent.network, guidance_dim=None).to(torch.bfloat16)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, rank=4)
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
@@ -531,7 +535,7 @@ def test_only_adapters_are_trained_and_start_at_nothing(latent: LatentPipeline) 
     after = unet.state_dict()
     assert all(torch.equal(value, after.get(name, after.get(_inner(name)))) for name, value in before.items())
     unet.to(torch.float32)
-    reference = make_student(latent.unet, guidance_dim=None).to(torch.bfloat16).to(torch.float32)
+    reference = make_student(latent.network, guidance_dim=None).to(torch.bfloat16).to(torch.float32)
     torch.testing.assert_close(_predicted(unet, latent), _predicted(reference, latent))
 
 
@@ -553,7 +557,7 @@ def test_the_state_is_of_adapters_alone_and_comes_back(sd: LatentPipeline) -> No
     unet = _adapted(sd)
     state = {name: value.clone() for name, value in lora_state(unet).items()}
     assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    other = make_student(sd.unet, guidance_dim=None)
+    other = make_student(sd.network, guidance_dim=None)
     add_lora(other, rank=4)
     load_lora_state(other, state)
     torch.testing.assert_close(_predicted(other, sd), _predicted(unet, sd))
@@ -590,11 +594,11 @@ def test_saved_adapters_do_in_plain_diffusers_what_they_did(latent: LatentPipeli
     ours = load_latent_pipeline(latent.source)
     load_lora(ours, tmp_path / "lora")
     assert isinstance(ours.scheduler, LCMScheduler)
-    torch.testing.assert_close(_predicted(ours.unet, latent), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(_predicted(ours.network, latent), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_mistakes_of_lora_are_said(sd: LatentPipeline, sdxl: LatentPipeline, tmp_path: Path) -> None:
-    unet = make_student(sd.unet, guidance_dim=None)
+    unet = make_student(sd.network, guidance_dim=None)
     with pytest.raises(UserError, match="rank of LoRA is 0: expected 1 or more"):
         add_lora(unet, rank=0)
     with pytest.raises(UserError, match=r"alpha of LoRA is 0\.0: expected a number above 0"):
@@ -616,4 +620,4 @@ def test_mistakes_of_lora_are_said(sd: LatentPipeline, sdxl: LatentPipeline, tmp
 def test_missing_peft_is_said(sd: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs the package peft: pip install 'atdiff\[lcm\]'"):
-        add_lora(make_student(sd.unet, guidance_dim=None), rank=4)
+        add_lora(make_student(sd.network, guidance_dim=None), rank=4)

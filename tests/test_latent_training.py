@@ -144,7 +144,7 @@ def _moved(unet: Any) -> Any:
 
 def _objective(latent: LatentPipeline, target: nn.Module | None, dim: int | None) -> LatentConsistencyObjective:
     scheduler = LCMScheduler.from_config(latent.scheduler.config, original_inference_steps=INTERVALS)
-    teacher = GuidedTeacher(latent.unet, latent.scheduler, latent.encode_null())
+    teacher = GuidedTeacher(latent.network, latent.scheduler, latent.encode_null())
     return LatentConsistencyObjective(scheduler, teacher=teacher, target=target, intervals=INTERVALS, guidance_dim=dim)
 
 
@@ -163,18 +163,18 @@ def _batch(objective: LatentConsistencyObjective, drawn: Drawn) -> Any:
 @pytest.mark.parametrize("dim", [256, None], ids=["embedded", "untold"])
 def test_the_loss_is_that_of_diffusers_script(latent: LatentPipeline, dim: int | None) -> None:
     drawn = Drawn(latent)
-    student = _moved(make_student(latent.unet, guidance_dim=dim)).eval()
+    student = _moved(make_student(latent.network, guidance_dim=dim)).eval()
     target = _moved(copy.deepcopy(student))
     objective = _objective(latent, target, dim)
     batch = _batch(objective, drawn)
     losses = objective.loss(student, batch)
-    expected = lcm_losses(drawn, student, target, latent.unet, dim)
+    expected = lcm_losses(drawn, student, target, latent.network, dim)
     assert expected.min() > 1e-2
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     # The network as its own target, and the drawn pairs those of the grid.
     own = _objective(latent, None, dim)
     torch.testing.assert_close(
-        own.loss(student, batch), lcm_losses(drawn, student, student, latent.unet, dim), rtol=1e-5, atol=1e-5
+        own.loss(student, batch), lcm_losses(drawn, student, student, latent.network, dim), rtol=1e-5, atol=1e-5
     )
     pairs = own.pairs.sample(500, torch.device("cpu"), 0.0)
     assert set(pairs.timesteps.tolist()) <= set(range(19, 1000, 20))
@@ -191,7 +191,7 @@ def test_the_teachers_step_is_that_of_ddim(latent: LatentPipeline) -> None:
     for i, t in enumerate(drawn.start):
         x = ddim.add_noise(drawn.x0[i : i + 1], drawn.noise[i : i + 1], t[None])
         given, null = (
-            called(latent.unet, x, t, {name: value[i : i + 1] for name, value in conditions.items()})
+            called(latent.network, x, t, {name: value[i : i + 1] for name, value in conditions.items()})
             for conditions in (drawn.conditions, drawn.null)
         )
         expected = ddim.step(null + drawn.guidance[i] * (given - null), t, x).prev_sample
@@ -402,7 +402,7 @@ def test_the_denoiser_of_a_pipeline_is_trained_too(train: Train, sd_folder: Path
 
 def test_adapters_of_a_denoiser_keep_its_scheduler(sd_folder: Path, tmp_path: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder))
-    unet = make_student(latent.unet, guidance_dim=None)
+    unet = make_student(latent.network, guidance_dim=None)
     add_lora(unet, rank=1)
     save_lora(tmp_path / "lora", latent, unet, latent.scheduler)
     load_lora(latent, tmp_path / "lora")

@@ -81,6 +81,8 @@ class NoiseSchedule:
         self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
+        shifted = self.kind == "flow" and not config.get("use_dynamic_shifting")  # which depends on the picture's size
+        self.shift = float(config.get("shift") or 1.0) if shifted else 1.0  # of a sampler's steps
         self._alphas_cumprod: Tensor | None = None
         if self.kind == "vp":
             self._alphas_cumprod = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)

@@ -16,7 +16,6 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDPMPipeline,
     DiffusionPipeline,
-    LCMScheduler,
 )
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -31,6 +30,9 @@ from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.training.config import TrainConfig
+
+# Their networks work on latents, and more than the network makes a picture; see atdiff.latent.families.
+LATENT_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline")
 
 __all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
 
@@ -258,11 +260,15 @@ def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
     if network is None:
         raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
     network.eval()
-    if not all(getattr(pipeline, part, None) is not None for part in ("unet", "vae", "text_encoder")):
+    of_latents = type(pipeline).__name__ in LATENT_PIPELINES or all(
+        getattr(pipeline, part, None) is not None for part in ("unet", "vae", "text_encoder")
+    )
+    if not of_latents:
         return Denoiser(network, pipeline.scheduler, run, config)
     if not text_to_image:
+        what = "pipeline of latents" if getattr(pipeline, "text_encoder", None) is None else "text-to-image pipeline"
         raise UserError(
-            f"{run} is a text-to-image pipeline ({type(pipeline).__name__}), whose network works on latents: this "
+            f"{run} is a {what} ({type(pipeline).__name__}), whose network works on latents: this "
             "needs a network of pixels; `atdiff sample`, `evaluate` and `compare` take both."
         )
     from atdiff.latent.generate import text_to_image_run  # imports this module
@@ -277,11 +283,15 @@ def _pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any di
         folder = folder / "pipeline"
     elif folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
+    from atdiff.latent.families import absent_parts  # takes a second to import
+
     loader: Any = DiffusionPipeline
     try:
         with quiet_libraries():
+            location = str(folder) if folder.exists() else run
+            absent = absent_parts(loader.load_config(location))
             # A checker would blacken pictures; pipelines that have none ignore this.
-            return loader.from_pretrained(str(folder) if folder.exists() else run, safety_checker=None)
+            return loader.from_pretrained(location, safety_checker=None, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -298,6 +308,8 @@ def _check_finished(run: str, file: str) -> None:
 def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     """Return the pipeline that a LoRA was trained from, with the LoRA on it and the scheduler of its training."""
     _check_finished(run, "lora/pytorch_lora_weights.safetensors")
+    from atdiff.latent.lora import saved_scheduler  # imports this module
+
     base, folder = config["training"]["init"], Path(run) / "lora"
     try:
         pipeline = _pipeline(base, run_config(base))
@@ -306,7 +318,7 @@ def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     try:
         with quiet_libraries():
             pipeline.load_lora_weights(folder)
-            pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+            pipeline.scheduler = saved_scheduler(folder / "scheduler")
     except Exception as error:  # of peft, safetensors and the loaders
         reason = " ".join(str(error).split())[:300]
         if importlib.util.find_spec("peft") is None:

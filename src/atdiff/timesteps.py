@@ -70,16 +70,21 @@ class UniformTimesteps(_Stateless):
 class LogitNormalTimesteps(_Stateless):
     """``t / T = sigmoid(mean + std * normal)``, rounded down for a ``vp`` schedule.
 
-    (`Esser et al. 2024 <https://arxiv.org/abs/2403.03206>`_, section 3.1.) Weights are one, as in the paper.
+    For a flow it is then shifted to ``shift u / (1 + (shift - 1) u)``, as the steps of its sampler are. (`Esser et al.
+    2024 <https://arxiv.org/abs/2403.03206>`_, section 3.1 and eq. 23.) Weights are one, as in the paper.
+
+    Attributes:
+        shift: the scheduler's; 1 for none.
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> None:
         self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.shift = mean, std, schedule.shift
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return logit-normal timesteps and weights of one, each ``(batch_size,)``."""
         fraction = torch.sigmoid(self.mean + self.std * torch.randn(batch_size, device=device))
+        fraction = self.shift * fraction / (1.0 + (self.shift - 1.0) * fraction)
         timesteps = fraction * self.num_train_timesteps
         if self.kind == "vp":
             timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)

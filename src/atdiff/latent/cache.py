@@ -39,7 +39,7 @@ class LatentData:
 
     Attributes:
         name: what the images are, for reports.
-        latents: shape ``(N, 4, h, w)``, scaled as the U-Net is fed.
+        latents: shape ``(N, C, h, w)``, scaled as the network is fed.
         captions: the different captions, in the order of their first image.
         caption_ids: index into ``captions`` of each image, int64, shape ``(N,)``.
         table: each kind of condition by name, with a row a caption.
@@ -65,13 +65,13 @@ class LatentData:
         return channels, height, width
 
     def x0(self, indices: Tensor) -> Tensor:
-        """Return the latents at ``indices``, shape ``(B,)``, as float32 ``(B, 4, h, w)`` on the CPU."""
+        """Return the latents at ``indices``, shape ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
         return _float(self.latents[indices.cpu().numpy()])
 
     def conditions(self, indices: Tensor) -> dict[str, Tensor]:
         """Return the conditions of the captions at ``indices``, shape ``(B,)``, as float32 ``(B, ...)`` on the CPU.
 
-        The names are those of :meth:`atdiff.latent.pipeline.LatentPipeline.encode_prompts`.
+        Class labels are int64. The names are those of :meth:`atdiff.latent.pipeline.LatentPipeline.encode_prompts`.
         """
         rows = self.caption_ids[indices.cpu().numpy()]
         return {name: _float(values[rows]) for name, values in self.table.items()}
@@ -141,7 +141,8 @@ def latent_data(
 def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
     pipeline = latent.pipeline
     settings = {key: value for key, value in latent.vae.config.items() if not key.startswith("_")}
-    tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(pipeline, name)]
+    found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
     words = [[sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length] for tokenizer in tokenizers]
     return [
         FORMAT,
@@ -240,7 +241,10 @@ def _write_conditions(
         for name, rows in latent.encode_prompts(prompts).items():
             if name not in table:
                 table[name] = np.lib.format.open_memmap(
-                    folder / f"caption-{name}.npy", mode="w+", dtype=np.float16, shape=(len(captions), *rows.shape[1:])
+                    folder / f"caption-{name}.npy",
+                    mode="w+",
+                    dtype=np.float16 if rows.is_floating_point() else np.int64,
+                    shape=(len(captions), *rows.shape[1:]),
                 )
             table[name][done : done + len(prompts)] = _half(rows, what)
         done += len(prompts)
@@ -264,6 +268,8 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _half(values: Tensor, what: str) -> np.ndarray:
+    if not values.is_floating_point():  # class labels
+        return values.cpu().numpy()
     half = values.to("cpu", torch.float16)
     if not torch.isfinite(half).all():
         raise UserError(f"{what} hold values beyond float16: expected those of an intact autoencoder and text encoder.")
@@ -271,4 +277,6 @@ def _half(values: Tensor, what: str) -> np.ndarray:
 
 
 def _float(values: np.ndarray) -> Tensor:
+    if values.dtype.kind == "i":
+        return torch.from_numpy(np.array(values))
     return torch.from_numpy(values.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Pictures of text-to-image pipelines, one prompt a class."""
+"""Pictures of latent pipelines, one prompt a class."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from atdiff.errors import UserError
+from atdiff.latent.families import DiT, Family, family_of, pixels_per_latent
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.runs import Denoiser
 from atdiff.sampling.corrections import Correction
@@ -24,20 +25,18 @@ __all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
 PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
-GUIDANCE_SCALE = 7.5  # diffusers' default for Stable Diffusion
 PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
-# What `encode_prompt` returns: two tensors, or four with SDXL.
-EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage(Denoiser):
-    """A run whose pipeline makes pictures from prompts: Stable Diffusion, SDXL, or one with the same parts.
+    """A run whose pipeline makes pictures of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
 
-    The classes of its pictures are its prompts. `model` is the U-Net, which works on latents.
+    The classes of its pictures are its prompts, or of DiT numbers of classes. `model` is the network, which works on
+    latents.
 
     Attributes:
-        pipeline: of diffusers, with ``text_encoder``, ``unet`` and ``vae``.
+        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
         guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
             diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
             <https://arxiv.org/abs/2210.03142>`_).
@@ -49,9 +48,15 @@ class TextToImage(Denoiser):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the pictures in pixels."""
-        _, height, width = super().image_shape
-        scale = self.pipeline.vae_scale_factor
+        size = self.config.get("data", {}).get("image_size")
+        _, height, width = self.family.latent_shape(self.pipeline, size)
+        scale = pixels_per_latent(self.pipeline)
         return self.pipeline.vae.config.in_channels, height * scale, width * scale
+
+    @property
+    def family(self) -> Family:
+        """What is peculiar to pipelines of that class."""
+        return family_of(self.pipeline)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ class TextToImage(Denoiser):
     @property
     def is_guided(self) -> bool:
         """Whether each step takes the network twice, with the prompt and without."""
-        return self.guidance_scale > 1 and self.model.config.time_cond_proj_dim is None
+        return self.family.is_guided(self.model, self.guidance_scale)
 
     def evaluations(self, sampler: str, steps: int) -> int:
         """Return how often a picture takes the network; see :meth:`atdiff.runs.Denoiser.evaluations`."""
@@ -141,8 +146,7 @@ class TextToImage(Denoiser):
                 self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
                 images = self.pipeline(
                     **self._embedded(labels[indices.start : indices.stop]),
-                    height=height,
-                    width=width,
+                    **({} if isinstance(self.family, DiT) else {"height": height, "width": width}),
                     num_inference_steps=steps,
                     guidance_scale=self.guidance_scale,
                     generator=image_generators(seed, indices),
@@ -157,21 +161,19 @@ class TextToImage(Denoiser):
     def _embedded(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
         used, places = labels.unique(return_inverse=True)
-        found = self.pipeline.encode_prompt(
-            prompt=[self.prompts[int(label)] for label in used],
-            device=self.model.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=self.is_guided,
+        tables = self.family.call_options(
+            self.pipeline, [self.prompts[int(label)] for label in used], self.model, self.is_guided
         )
-        places = places.to(self.model.device)
-        return {name: table[places] for name, table in zip(EMBEDDINGS, found, strict=False) if table is not None}
+        rows = {name: table[places.to(table.device)] for name, table in tables.items()}
+        # Class labels are asked for as a list.
+        return {name: row if row.is_floating_point() else row.tolist() for name, row in rows.items()}
 
 
 def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> TextToImage:  # noqa: ANN401
     """Return the run of a loaded text-to-image pipeline.
 
     Args:
-        pipeline: of diffusers, with ``text_encoder``, ``unet`` and ``vae``.
+        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
         source: the run, as the user named it.
         config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are
             those of the folder's ``prompts.txt``) and the guidance scale (``consistency.sample_guidance``, or
@@ -181,14 +183,18 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     file = Path(source) / PROMPTS_FILE
     if config and not captions and file.is_file():
         captions = file.read_text(encoding="utf-8").splitlines()
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network)
+    if not captions and isinstance(family, DiT):
+        captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
     return TextToImage(
-        pipeline.unet,
+        network,
         pipeline.scheduler,
         source,
         config,
         tuple(captions),
         pipeline=pipeline,
-        guidance_scale=_guidance_scale(config),
+        guidance_scale=_guidance_scale(config, family),
     )
 
 
@@ -198,8 +204,8 @@ def prompts_name(prompts: Sequence[str]) -> str:
     return f"{len(prompts)} (sha256 {digest[:12]})"
 
 
-def _guidance_scale(config: Mapping[str, Any]) -> float:
+def _guidance_scale(config: Mapping[str, Any], family: Family) -> float:
     trained = (config.get("consistency") or {}).get("sample_guidance")
     if trained is not None:
         return float(trained)
-    return float((config.get("sampling") or {}).get("guidance_scale", GUIDANCE_SCALE))
+    return float((config.get("sampling") or {}).get("guidance_scale", family.guidance_scale))

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a U-Net: added, kept in checkpoints, and saved as plain diffusers loads them."""
+"""Low-rank adapters of a network: added, kept in checkpoints, and saved as plain diffusers loads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atdiff.files import written_aside
 from atdiff.latent.pipeline import LatentPipeline
 from atdiff.quiet import quiet_libraries
 
-__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
+__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora", "saved_scheduler"]
 
 # All linear layers and convolutions of the blocks, as in diffusers' train_lcm_distill_lora_sd_wds.py.
 TARGET_MODULES = (
@@ -42,14 +42,14 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def add_lora(
-    unet: Any,  # noqa: ANN401  (a UNet2DConditionModel)
+    unet: Any,  # noqa: ANN401  (a network of diffusers)
     *,
     rank: int,
     alpha: float | None = None,
     target_modules: Sequence[str] = TARGET_MODULES,
     dropout: float = 0.0,
 ) -> None:
-    """Freeze a U-Net and add low-rank adapters, in place; their float32 weights alone are trained.
+    """Freeze a network and add low-rank adapters, in place; their float32 weights alone are trained.
 
     An adapter adds ``alpha / rank * B A x`` to the output of a layer. ``B`` starts at zero, so the network starts as
     the function that it was; ``A`` is drawn from torch's global generator.
@@ -74,6 +74,7 @@ def add_lora(
         raise UserError(f"the alpha of LoRA is {alpha}: expected a number above 0; equal to the rank is usual.")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"the dropout of LoRA is {dropout}: expected 0 or more and less than 1.")
+    _require_adapters(unet)
     _check_targets(unet, target_modules)
     _require_peft()
     from diffusers.training_utils import cast_training_params
@@ -86,14 +87,14 @@ def add_lora(
     cast_training_params(unet, dtype=torch.float32)
 
 
-def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a UNet2DConditionModel)
+def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a network of diffusers)
     """Return the weights of the adapters alone, for a checkpoint; they share memory with the network's."""
     from peft import get_peft_model_state_dict
 
     return {name: weight.detach() for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
 
 
-def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a UNet2DConditionModel)
+def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a network of diffusers)
     """Put back what :func:`lora_state` returned, into a network with the same adapters."""
     from peft import set_peft_model_state_dict
 
@@ -122,7 +123,8 @@ def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -
     with written_aside(folder) as partial:
         # In peft's names: diffusers' convert_state_dict_to_diffusers renames those of attention alone, and its loader,
         # which judges by the first name, then drops them.
-        type(latent.pipeline).save_lora_weights(partial, unet_lora_layers=state, safe_serialization=True)
+        layers = {f"{latent.family.network}_lora_layers": state}
+        type(latent.pipeline).save_lora_weights(partial, **layers, safe_serialization=True)
         scheduler.save_pretrained(partial / "scheduler")
 
 
@@ -144,10 +146,11 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
             f"the LoRA weights in {folder} cannot be put onto {latent.source} ({reason}): give the pipeline that they "
             "were trained on."
         ) from error
-    latent.pipeline.register_modules(scheduler=_scheduler(folder / "scheduler"))
+    latent.pipeline.register_modules(scheduler=saved_scheduler(folder / "scheduler"))
 
 
-def _scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
+def saved_scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
+    """Load a scheduler of the class that its folder names."""
     name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder)
 
@@ -157,6 +160,13 @@ def _require_peft() -> None:
         import peft  # noqa: F401  (of the lcm extra)
     except ImportError as error:
         raise UserError("LoRA needs the package peft: pip install 'atdiff[lcm]'.") from error
+
+
+def _require_adapters(network: nn.Module) -> None:
+    if not hasattr(network, "add_adapter"):
+        raise UserError(
+            f"diffusers has no LoRA for a {type(network).__name__}: train all of its weights, without lora.rank."
+        )
 
 
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines as a trainer sees them: images to latents, prompts to conditions, teacher to student."""
+"""Latent pipelines as a trainer sees them: images to latents, prompts to conditions, teacher to student."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from atdiff.errors import UserError
 from atdiff.files import written_aside
+from atdiff.latent.families import FAMILIES, Family, absent_parts, family_of, pixels_per_latent
+from atdiff.models.transformers import denoiser_like, published
+from atdiff.noise import NoiseSchedule
 from atdiff.quiet import quiet_libraries
 
 __all__ = [
@@ -23,36 +26,39 @@ __all__ = [
     "load_latent_pipeline",
     "make_student",
     "save_student",
+    "with_network",
 ]
 
-SDXL = "StableDiffusionXLPipeline"
-# The parts that turn a prompt into conditions, by class of pipeline.
-TEXT_PARTS = {
-    "StableDiffusionPipeline": ("tokenizer", "text_encoder"),
-    SDXL: ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
-}
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True, eq=False)
 class LatentPipeline:
-    """A text-to-image pipeline with its autoencoder and text encoders.
+    """A pipeline that makes pictures of latents, with its autoencoder and text encoders.
 
     Attributes:
-        pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` of diffusers.
+        pipeline: of diffusers, of one of the classes of :data:`atdiff.latent.families.FAMILIES`.
         source: the folder or hub id that it was loaded from, for messages.
+        size: pixels along a side of the pictures, where the network takes several sizes; None for the published one.
     """
 
     pipeline: Any
     source: str
+    size: int | None = None
 
     @property
-    def unet(self) -> Any:  # noqa: ANN401  (a UNet2DConditionModel; its attributes are made by diffusers)
+    def family(self) -> Family:
+        """What is peculiar to pipelines of that class."""
+        return family_of(self.pipeline)
+
+    @property
+    def network(self) -> Any:  # noqa: ANN401  (a U-Net or transformer; its attributes are made by diffusers)
         """The denoiser of latents."""
-        return self.pipeline.unet
+        return getattr(self.pipeline, self.family.network)
 
     @property
     def scheduler(self) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """The scheduler that the U-Net was trained under."""
+        """The scheduler that the network was trained under."""
         return self.pipeline.scheduler
 
     @property
@@ -62,25 +68,19 @@ class LatentPipeline:
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
-        """The one text encoder, or the two of SDXL."""
-        names = TEXT_PARTS[type(self.pipeline).__name__]
-        return tuple(getattr(self.pipeline, name) for name in names if name.startswith("text_encoder"))
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Whether the U-Net is conditioned on a pooled prompt and the picture's size too."""
-        return type(self.pipeline).__name__ == SDXL
+        """All that it has: from none (DiT) to three (SD3)."""
+        found = (getattr(self.pipeline, name, None) for name in ENCODERS)
+        return tuple(encoder for encoder in found if encoder is not None)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
-        height, width = _pair(self.unet.config.sample_size)
-        return self.unet.config.in_channels, height, width
+        return self.family.latent_shape(self.pipeline, self.size)
 
     @property
     def image_size(self) -> int:
         """Pixels along a side of the pictures that have latents of that shape."""
-        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * pixels_per_latent(self.pipeline)
 
     @property
     def image_channels(self) -> int:
@@ -89,11 +89,13 @@ class LatentPipeline:
 
     @property
     def prediction_type(self) -> str:
-        """What the U-Net predicts: ``epsilon``, ``v_prediction`` or ``sample``."""
+        """What the network predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``."""
+        if NoiseSchedule(self.scheduler).kind == "flow":
+            return "flow"
         return str(self.scheduler.config.get("prediction_type", "epsilon"))
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
-        """Find out whether pictures of shape ``(C, H, W)`` have latents of the U-Net's shape.
+        """Find out whether pictures of shape ``(C, H, W)`` have latents of the network's shape.
 
         Raises:
             UserError: their size or their channels do not fit; it says which do.
@@ -108,14 +110,14 @@ class LatentPipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the U-Net is fed.
+        """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the network is fed.
 
         Args:
             images: uint8, shape ``(B, C, H, W)``.
             generator: where the noise of the posterior comes from; torch's own when None.
 
         Returns:
-            float32, shape ``(B, 4, h, w)``, of about unit variance, on the autoencoder's device.
+            float32, shape ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
 
         Raises:
             UserError: the pictures are of another size or other channels than the pipeline's.
@@ -129,19 +131,20 @@ class LatentPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the pictures of scaled latents ``(B, 4, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        """Return the pictures of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
         mean, scale = self._latent_scale()
         unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
         pictures: Tensor = self.vae.decode(unscaled).sample
         return pictures.float().clamp(-1.0, 1.0)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the pipeline itself conditions the U-Net on.
+        """Return what the pipeline itself conditions the network on.
 
         Returns:
             float32 on the text encoder's device: ``encoder_hidden_states``, shape ``(B, L, D)``; for SDXL also
             ``text_embeds``, ``(B, P)``, and ``time_ids``, ``(B, 6)``: original size, corner of the crop and target
-            size, for an uncropped picture of the pipeline's size.
+            size, for an uncropped picture of the pipeline's size; for SD3 and Flux ``pooled_projections``, ``(B, P)``.
+            For DiT, whose prompts are numbers of classes, int64 ``class_labels``, ``(B,)``.
         """
         return self._encode_prompts(list(prompts), negative=False)
 
@@ -154,38 +157,22 @@ class LatentPipeline:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
-        encoded = self.pipeline.encode_prompt(
-            prompt=prompts,
-            device=self.text_encoders[0].device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=negative,
-        )
-        # SD gives (states, negative states), SDXL the pooled pair after them.
-        chosen = encoded[int(negative) :: 2]
-        conditions = {"encoder_hidden_states": chosen[0].float()}
-        if self.is_sdxl:
-            size = [self.image_size, self.image_size]
-            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=chosen[0].device)
-            conditions |= {"text_embeds": chosen[1].float(), "time_ids": time_ids.repeat(len(prompts), 1)}
-        return conditions
+        return self.family.conditions(self.pipeline, prompts, negative=negative, image_size=self.image_size)
 
     def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
-        """Mean and factor with which the pipeline of that class unscales latents."""
-        config = self.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if not self.is_sdxl or mean is None or std is None:
-            return 0.0, config.scaling_factor
-        columns = torch.tensor([mean, std], dtype=self.vae.dtype, device=self.vae.device).view(2, 1, -1, 1, 1)
-        return columns[0], config.scaling_factor / columns[1]
+        return self.family.latent_scale(self.vae)
 
 
-def load_latent_pipeline(source: str, *, dtype: torch.dtype = torch.float32) -> LatentPipeline:
-    """Load a Stable Diffusion (1.x, 2.x) or SDXL text-to-image pipeline, without its safety checker.
+def load_latent_pipeline(
+    source: str, *, dtype: torch.dtype = torch.float32, image_size: int | None = None
+) -> LatentPipeline:
+    """Load a Stable Diffusion (1.x, 2.x, XL, 3.x), Flux or DiT pipeline, without its safety checker.
 
     Args:
         source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
-        dtype: of the U-Net's weights. Autoencoder and text encoders stay float32: they run once a picture, and the
+        dtype: of the network's weights. Autoencoder and text encoders stay float32: they run once a picture, and the
             one of SDXL overflows in float16.
+        image_size: pixels along a side of the pictures, for networks that take several sizes; others have their own.
 
     Raises:
         UserError: there is nothing of the kind, the download failed, a text encoder is missing, or it is a pipeline
@@ -198,11 +185,12 @@ def load_latent_pipeline(source: str, *, dtype: torch.dtype = torch.float32) -> 
         raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
     try:
         with quiet_libraries():
-            _check_index(source, location, dict(DiffusionPipeline.load_config(location)))
-            options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+            index = dict(DiffusionPipeline.load_config(location))
+            _check_index(source, location, index)
+            options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, **absent_parts(index)}
             pipeline: Any = DiffusionPipeline.from_pretrained(location, **options)
             pipeline.to(torch.float32)
-            pipeline.unet.to(dtype)
+            getattr(pipeline, family_of(pipeline).network).to(dtype)
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
@@ -211,15 +199,22 @@ def load_latent_pipeline(source: str, *, dtype: torch.dtype = torch.float32) -> 
             f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
             "where there is a network and give the path of its folder."
         ) from error
-    latent = LatentPipeline(pipeline, source)
-    height, width = _pair(latent.unet.config.sample_size)
-    latents, expected = (latent.unet.config.in_channels, height, width), (latent.vae.config.latent_channels, height)
-    if latents != (*expected, height):
+    latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None)
+    _check_size(latent, image_size)
+    channels, height, width = latent.latent_shape
+    expected = latent.vae.config.latent_channels
+    if (channels, height) != (expected, width):
         raise UserError(
-            f"the U-Net of {source} takes latents {latents} (channels, height, width): expected the autoencoder's "
-            f"{expected[0]} channels, and squares; inpainting and other variants cannot be trained."
+            f"the network of {source} takes latents {(channels, height, width)} (channels, height, width): expected "
+            f"the autoencoder's {expected} channels, and squares; inpainting and other variants cannot be trained."
         )
     return latent
+
+
+def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
+    step = 2 * pixels_per_latent(latent.pipeline)
+    if image_size is not None and latent.family.any_size and image_size % step:
+        raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
 
 
 def _location(source: str) -> str:
@@ -241,18 +236,13 @@ def _location(source: str) -> str:
 
 def _check_index(source: str, location: str, index: Mapping[str, Any]) -> None:
     """Find out from ``model_index.json`` alone whether a pipeline is of use, before gigabytes are loaded."""
-    kind = index.get("_class_name")
-    if kind not in TEXT_PARTS:
-        raise UserError(f"{source} is a {kind}: expected a {' or a '.join(TEXT_PARTS)}, such as SD 1.5 or SDXL.")
-    for part in TEXT_PARTS[kind]:
+    kind = str(index.get("_class_name"))
+    if kind not in FAMILIES:
+        raise UserError(f"{source} is a {kind}: expected a {' or a '.join(FAMILIES)}, such as SD 1.5 or SDXL.")
+    for part in FAMILIES[kind].parts:
         absent = Path(location).is_dir() and not (Path(location) / part).is_dir()
         if absent or index.get(part, [None])[0] is None:
             raise UserError(f"{source} has no {part}: expected a whole {kind}, saved with its text encoders.")
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -273,8 +263,8 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (UNet2DConditionModel)
-    """Return a trainable float32 copy of a teacher that takes the guidance strength as an input too.
+def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (U-Net or transformer)
+    """Return a trainable float32 copy of a teacher that, if a U-Net, takes the guidance strength as an input too.
 
     The added projection of the guidance embedding starts at zero, as in the paper, so that the student starts as the
     teacher's own function whatever the guidance. (diffusers' training script leaves it at its random initial values.)
@@ -287,6 +277,8 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
             its own, weights included.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
+        if not type(unet).__name__.startswith("UNet"):
+            return denoiser_like(unet)
         dim = unet.config.time_cond_proj_dim or guidance_dim
         student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=dim)
     missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
@@ -298,19 +290,25 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
     return student.to(unet.device)
 
 
-def save_student(folder: Path, latent: LatentPipeline, unet: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write the whole pipeline with another U-Net and scheduler; plain diffusers opens it.
+def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
+    """Write the whole pipeline with another network and scheduler; plain diffusers opens it.
 
     Args:
         folder: where to; it appears, or replaces an older one, once it is complete.
         latent: the teacher's pipeline, for all other parts; it is left as it is.
-        unet: the student, or its average.
+        network: the student, or its average.
         scheduler: the one to sample with, such as an ``LCMScheduler``.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    pipeline = copy.copy(latent.pipeline)
-    pipeline.register_modules(unet=unet, scheduler=scheduler)
+    pipeline = with_network(latent, network, scheduler)
     with written_aside(folder) as partial, quiet_libraries():
         pipeline.save_pretrained(partial)
+
+
+def with_network(latent: LatentPipeline, network: nn.Module, scheduler: Any) -> Any:  # noqa: ANN401
+    """Return diffusers' pipeline with another network and scheduler, and the other parts as they are."""
+    pipeline = copy.copy(latent.pipeline)
+    pipeline.register_modules(scheduler=scheduler, **{latent.family.network: published(network)})
+    return pipeline

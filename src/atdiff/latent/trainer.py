@@ -1,8 +1,7 @@
-"""Training on the latents of a text-to-image pipeline: denoising, and latent consistency distillation."""
+"""Training on a pipeline's latents: denoising, of U-Nets and transformers, and latent consistency distillation."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text
 from atdiff.latent.cache import LatentData, latent_data
+from atdiff.latent.families import DiT
 from atdiff.latent.generate import PROMPTS_FILE, text_to_image_run
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
-from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student
+from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student, with_network
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.schedulers import default_sampler
@@ -32,10 +32,10 @@ SHOWN = 16  # pictures of a grid of samples
 
 
 class LatentTrainer(Trainer):
-    """Trains the U-Net, or adapters of it, of the pipeline that ``training.init`` names.
+    """Trains the network, or adapters of it, of the pipeline that ``training.init`` names.
 
     With ``consistency.mode="distillation"`` that pipeline is the teacher and the start of the student, and the result
-    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``. Otherwise its U-Net is trained as the denoiser
+    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``. Otherwise its network is trained as the denoiser
     that it is.
     """
 
@@ -46,7 +46,7 @@ class LatentTrainer(Trainer):
         self.published = "lora" if config.lora.rank else "pipeline"
         self._check(config)
         size = config.data.image_size
-        self.latent = load_latent_pipeline(self._source())
+        self.latent = load_latent_pipeline(self._source(), image_size=size)
         if size not in (None, self.latent.image_size):
             raise UserError(
                 f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of pictures of "
@@ -54,13 +54,15 @@ class LatentTrainer(Trainer):
             )
         scheduler = self.latent.scheduler
         self._check_prediction_type(config.objective.prediction_type)
+        self._check_variance()
         self.distils = config.consistency.mode == "distillation"
         with quiet_libraries():  # it remarks on options of the scheduler's own class
             intervals = config.consistency.intervals
             self.scheduler = consistency_scheduler(scheduler, intervals) if self.distils else scheduler
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
-        self.guidance_dim = self.latent.unet.config.time_cond_proj_dim or (GUIDANCE_DIM if embeds else None)
+        own = self.latent.network.config.get("time_cond_proj_dim")
+        self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
         self.captioned = load_captioned(
@@ -68,7 +70,7 @@ class LatentTrainer(Trainer):
             split=config.data.split,
             image_size=self.latent.image_size,
             channels=self.latent.image_channels,
-            captions=config.data.captions,
+            captions=self._captions(),
             caption_column=config.data.caption_column,
             limit=config.data.limit,
             unreadable=config.data.unreadable,
@@ -80,7 +82,7 @@ class LatentTrainer(Trainer):
             raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
         if config.model.name == "pipeline" and config.training.init is None:
             raise UserError(
-                "model.name='pipeline' trains the U-Net of a pipeline: name its folder or hub id as --training.init."
+                "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
             )
         if config.training.init is None and config.lora.rank:
             raise UserError(
@@ -93,11 +95,6 @@ class LatentTrainer(Trainer):
             raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
         if config.scheduler != SchedulerConfig():
             raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
-        if config.objective.variance != "fixed":
-            raise UserError(
-                f"objective.variance={config.objective.variance!r} is for networks of pixels: the U-Net of a pipeline "
-                "predicts no variance; leave it out."
-            )
         if config.consistency.mode == "distillation":
             self._check_distillation(config)
 
@@ -154,14 +151,44 @@ class LatentTrainer(Trainer):
                 f"{self.latent.prediction_type!r}; leave it out."
             )
 
+    def _check_variance(self) -> None:
+        config, asked = self.latent.network.config, self.config.objective.variance
+        outputs = config.get("out_channels") or config.in_channels
+        fits = "learned_range" if outputs == 2 * config.in_channels else "fixed"
+        if asked != fits:
+            raise UserError(
+                f"objective.variance={asked!r} does not fit {self.latent.source}, whose network predicts "
+                f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
+            )
+
+    def _captions(self) -> list[str] | None:
+        """Return a caption for each class: those of the settings, or of DiT the numbers of the classes of the data."""
+        captions = self.config.data.captions
+        if not isinstance(self.latent.family, DiT):
+            return captions
+        if captions:
+            raise UserError(f"data.captions are not used: {self.latent.source} is told class labels; leave them out.")
+        classes, known = self.images.num_classes or 0, self.latent.network.config.num_embeds_ada_norm
+        if not 1 <= classes <= known:
+            raise UserError(
+                f"{self.config.data.name!r} has {classes or 'no'} classes, and {self.latent.source} knows {known}: "
+                "put the images of each class into their own subfolder, in the order of the classes."
+            )
+        return [str(label) for label in range(classes)]
+
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
         settings = self.config.consistency
         if not self.distils:
-            return build_objective(self.config, self.scheduler)
+            objective: Any = build_objective(self.config, self.scheduler)
+            shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape)
+            if shift is not None and hasattr(objective.timestep_sampler, "shift"):
+                objective.timestep_sampler.shift = shift
+            return objective
         teacher = self._teacher()
+        null = self.latent.encode_null()
         return LatentConsistencyObjective(
             self.scheduler,
-            teacher=GuidedTeacher(teacher.unet, teacher.scheduler, self.latent.encode_null(), solver=settings.solver),
+            teacher=GuidedTeacher(teacher.network, teacher.scheduler, null, solver=settings.solver),
             guidance=settings.guidance,
             guidance_dim=self.guidance_dim,
             **consistency_options(self.config),
@@ -170,7 +197,7 @@ class LatentTrainer(Trainer):
     def _teacher(self) -> LatentPipeline:
         source = self.config.consistency.teacher
         teacher = self.latent if source is None else load_latent_pipeline(source)
-        if isinstance(teacher.scheduler, LCMScheduler) or teacher.unet.config.time_cond_proj_dim:
+        if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
             raise UserError(
                 f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
                 "as --consistency.teacher."
@@ -192,11 +219,12 @@ class LatentTrainer(Trainer):
             )
         return teacher
 
-    def _network(self) -> Any:  # noqa: ANN401  (a UNet2DConditionModel)
+    def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config
-        network = make_student(self.latent.unet, guidance_dim=self.guidance_dim if self.distils else None)
+        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.distils else None)
         if config.lora.rank:
-            targets = TARGET_MODULES if config.lora.targets is None else config.lora.targets
+            usual = self.latent.family.lora_targets or TARGET_MODULES
+            targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
         if config.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -240,10 +268,12 @@ class LatentTrainer(Trainer):
             super()._load_weights(network, weights)
 
     def _draw_samples(self) -> Tensor:
-        pipeline = copy.copy(self.latent.pipeline)
-        pipeline.register_modules(unet=self._average(), scheduler=self.scheduler)
+        pipeline = with_network(self.latent, self._average(), self.scheduler)
         settings: dict[str, Any] = {"consistency": {"sample_guidance": self.config.consistency.sample_guidance}}
-        settings["data"] = {"captions": self.config.data.captions or self.data.captions[:SHOWN]}
+        settings["data"] = {
+            "captions": self.config.data.captions or self.data.captions[:SHOWN],
+            "image_size": self.latent.image_size,
+        }
         run = text_to_image_run(pipeline, str(self.out), settings)
         drawn = run.pictures(
             sampler=default_sampler(self.scheduler),

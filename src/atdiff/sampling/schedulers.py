@@ -206,7 +206,8 @@ _COPIED = (
     "num_train_timesteps", "prediction_type",  # all
     "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",  # vp
     "set_alpha_to_one", "steps_offset",  # ddim
-    "shift", "shift_terminal",  # flow
+    "shift", "shift_terminal", "use_dynamic_shifting", "base_shift", "max_shift",  # flow
+    "base_image_seq_len", "max_image_seq_len", "time_shift_type",  # flow
     "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho",  # edm
     "original_inference_steps", "timestep_scaling", "s_noise", "clip_denoised",  # consistency models
 )  # fmt: skip
@@ -222,6 +223,12 @@ def _options(cls: type, training_scheduler: Any) -> dict[str, Any]:  # noqa: ANN
     if "clip_sample" in known:
         options["clip_sample"] = bool(config.get("clip_sample"))
     return options
+
+
+def _flow_heun(training_scheduler: Any) -> Any:  # noqa: ANN401
+    if training_scheduler.config.get("use_dynamic_shifting"):
+        raise UserError("flow-heun has no dynamic shifting, which this network's scheduler uses; use flow-euler.")
+    return _plain(EvenFlowMatchHeunScheduler, training_scheduler)
 
 
 def _plain(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
@@ -273,7 +280,7 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "unipc": {"vp": partial(_solver, LogSNRUniPCScheduler)},
     "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
     "flow-euler": {"flow": partial(_plain, EvenFlowMatchEulerScheduler)},
-    "flow-heun": {"flow": partial(_plain, EvenFlowMatchHeunScheduler)},
+    "flow-heun": {"flow": _flow_heun},
     "edm-euler": {"edm": partial(_plain, EDMEulerScheduler)},
     "lcm": {"vp": partial(_plain, LCMScheduler)},
     "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
@@ -334,7 +341,9 @@ def make_scheduler(
         )
     scheduler = build(training_scheduler)
     _check_grid(sampler, scheduler, steps)
-    scheduler.set_timesteps(steps)
+    # The shift of a dynamic schedule depends on the size of the pictures, so a pipeline sets the timesteps again.
+    dynamic = {"mu": scheduler.config.base_shift} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(steps, **dynamic)
     # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.kind == "vp":

@@ -1,0 +1,247 @@
+"""What differs between families of latent pipelines: their parts, their conditions, and the scale of their latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.models.transformers import FluxDenoiser
+
+__all__ = ["FAMILIES", "Family", "absent_parts", "family_of"]
+
+
+class Family:
+    """Stable Diffusion 1.x and 2.x, and what the others have in common with it.
+
+    Attributes:
+        parts: of the pipeline that turn a prompt into conditions.
+        network: the part that is trained.
+        guidance_scale: with which pictures are drawn; diffusers' default, but for SDXL, which has that of SD.
+        embeddings: names of what ``encode_prompt`` returns, in its order, as arguments of the pipeline's call.
+        any_size: whether pictures of other sizes than the published one have fitting latents.
+        lora_targets: ends of names of layers that get adapters; None for those of LCM-LoRA.
+    """
+
+    parts: tuple[str, ...] = ("tokenizer", "text_encoder")
+    network = "unet"
+    guidance_scale = 7.5
+    embeddings: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    any_size = False
+    lora_targets: tuple[str, ...] | None = None
+
+    def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
+        """Channels, height and width of the latents of pictures of ``image_size``, or of the published size."""
+        config = getattr(pipeline, self.network).config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if image_size is not None and self.any_size:
+            height = width = image_size // pixels_per_latent(pipeline)
+        return config.in_channels, height, width
+
+    def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
+        """Whether a step takes the network twice at that guidance scale, with the prompt and without."""
+        return guidance_scale > 1 and network.config.get("time_cond_proj_dim") is None
+
+    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return what the network is conditioned on for prompts, or with ``negative`` for none."""
+        return {"encoder_hidden_states": self._encoded(pipeline, prompts, negative)[0].float()}
+
+    def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(
+            prompt=prompts,
+            device=pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=negative,
+        )
+        # SD gives (states, negative states), the others the pooled pair after them.
+        return encoded[int(negative) :: 2]
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """Mean and factor with which the pipeline unscales latents."""
+        return 0.0, vae.config.scaling_factor
+
+    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+        """Return the prompts as arguments of the pipeline's call: tensors of a row a prompt."""
+        found = pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=network.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
+
+    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
+        """Return the shift of training's timesteps where the scheduler alone does not tell it."""
+        return None
+
+
+class StableDiffusionXL(Family):
+    """SDXL: two text encoders, a pooled prompt and the picture's size."""
+
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    embeddings = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped picture of ``image_size``."""
+        states, pooled = self._encoded(pipeline, prompts, negative)
+        size = [image_size, image_size]
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=states.device)
+        return {
+            "encoder_hidden_states": states.float(),
+            "text_embeds": pooled.float(),
+            "time_ids": time_ids.repeat(len(prompts), 1),
+        }
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """See :meth:`Family.latent_scale`; some autoencoders of SDXL have a mean and a scale a channel."""
+        config = vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return super().latent_scale(vae)
+        columns = torch.tensor([mean, std], dtype=vae.dtype, device=vae.device).view(2, 1, -1, 1, 1)
+        return columns[0], config.scaling_factor / columns[1]
+
+
+class _Flow(Family):
+    """What the transformers of text-to-image flows have in common."""
+
+    network = "transformer"
+    any_size = True
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """See :meth:`Family.latent_scale`."""
+        return vae.config.shift_factor or 0.0, vae.config.scaling_factor
+
+    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
+        """Return ``exp(mu)`` of a scheduler with dynamic shifting, as the pipelines have it for that many tokens."""
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        tokens = latent_shape[1] * latent_shape[2] // 4
+        return math.exp(low + (high - low) * (tokens - base) / (most - base))
+
+
+# Queries, keys, values and outputs of pictures and of text, as in diffusers' train_dreambooth_lora_sd3.py.
+_JOINT_ATTENTION = (
+    "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+    "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
+)  # fmt: skip
+
+
+class StableDiffusion3(_Flow):
+    """SD3 and SD3.5: two CLIPs, and a T5 that may be left out."""
+
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    guidance_scale = 7.0
+    embeddings = StableDiffusionXL.embeddings
+    lora_targets = _JOINT_ATTENTION
+
+    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`."""
+        states, pooled = self._encoded(pipeline, prompts, negative)
+        return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
+
+    def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(
+            prompt=prompts,
+            prompt_2=prompts,
+            prompt_3=prompts,
+            device=pipeline.text_encoder.device,
+            do_classifier_free_guidance=negative,
+        )
+        return encoded[int(negative) :: 2]
+
+    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+        """See :meth:`Family.call_options`."""
+        texts = list(prompts)
+        found = pipeline.encode_prompt(
+            prompt=texts, prompt_2=texts, prompt_3=texts, device=network.device, do_classifier_free_guidance=guided
+        )
+        return {name: table for name, table in zip(self.embeddings, found, strict=True) if table is not None}
+
+
+class Flux(_Flow):
+    """Flux: a CLIP for the pooled prompt, a T5, latents packed 2 x 2, and guidance that the network is told."""
+
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    guidance_scale = FluxDenoiser.guidance
+    embeddings = ("prompt_embeds", "pooled_prompt_embeds")
+    lora_targets = _JOINT_ATTENTION
+
+    def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
+        """See :meth:`Family.latent_shape`."""
+        side = pipeline.default_sample_size if image_size is None else image_size // pixels_per_latent(pipeline)
+        return pipeline.vae.config.latent_channels, side, side
+
+    def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
+        """See :meth:`Family.is_guided`: the network is told the scale, and is taken once."""
+        return False
+
+    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`."""
+        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=pipeline.text_encoder.device)
+        return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
+
+    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+        """See :meth:`Family.call_options`."""
+        found = pipeline.encode_prompt(prompt=list(prompts), device=network.device)
+        return dict(zip(self.embeddings, found, strict=False))
+
+
+class DiT(Family):
+    """Class-conditional DiT: its prompts are numbers of classes. (`<https://arxiv.org/abs/2212.09748>`_)"""
+
+    parts = ()
+    network = "transformer"
+    guidance_scale = 4.0
+    embeddings = ("class_labels",)
+
+    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`; int64 ``class_labels``, the null label after the classes."""
+        null = pipeline.transformer.config.num_embeds_ada_norm
+        labels = [null if negative else int(prompt) for prompt in prompts]
+        return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
+
+    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+        """See :meth:`Family.call_options`."""
+        return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "StableDiffusionPipeline": Family(),
+        "StableDiffusionXLPipeline": StableDiffusionXL(),
+        "StableDiffusion3Pipeline": StableDiffusion3(),
+        "FluxPipeline": Flux(),
+        "DiTPipeline": DiT(),
+    }
+)
+"""By class of diffusers' pipeline."""
+
+
+def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+    """Return the optional parts that a saved pipeline lacks, as arguments that tell its loader so.
+
+    Args:
+        index: what its ``model_index.json`` holds.
+    """
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        return {}
+    return {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part, [None])[0] is None}
+
+
+def family_of(pipeline: Any) -> Family:  # noqa: ANN401
+    """Return the family of a loaded pipeline; one of another class that has the parts of SD is taken for it."""
+    return FAMILIES.get(type(pipeline).__name__, FAMILIES["StableDiffusionPipeline"])
+
+
+def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
+    """Pixels along the side of a latent."""
+    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
