@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint format bench kill-test fuzz soak test-oldest lock clean
+.PHONY: install quickstart test lint format docs bench kill-test fuzz soak test-oldest lock clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, in site/; a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install
 	$(BIN)/python bench/training_speed.py

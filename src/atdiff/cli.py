@@ -102,6 +102,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-time", metavar="TIME", help="save and exit with code 75 after 90 (seconds), 45m, 1h30m, 2d or HH:MM:SS"
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the finished pipeline or LoRA with its card"
+    )
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +177,10 @@ def _add_import_adm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-head-channels", type=int, help="likewise")
     parser.add_argument("--new-attention-order", action=argparse.BooleanOptionalAction, help="likewise")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    """It takes no options."""
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
@@ -256,14 +263,19 @@ def _train(args: argparse.Namespace) -> None:
 
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
+    from atdiff.card import check_push, push_to_hub
     from atdiff.processes import is_main
     from atdiff.training.loop import train
 
+    if args.push_to_hub is not None:
+        check_push(args.push_to_hub)
     train(config, args.out, stop=stop)
     if not is_main():
         return
     folder, what = ("lora", "LoRA weights") if config.lora.rank else ("pipeline", "pipeline")
     print(f"{args.out / folder} holds the trained {what}.")
+    if args.push_to_hub is not None:
+        print(push_to_hub(args.out, args.push_to_hub))
 
 
 def _device() -> Any:  # noqa: ANN401  (a torch.device; torch is not imported yet)
@@ -449,6 +461,15 @@ def _robustness(args: argparse.Namespace) -> None:
         print(args.out / name)
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from atdiff.doctor import show
+
+    # Not cut to 80 columns where the output is a file that is sent along with a question.
+    show(Console(width=None if sys.stdout.isatty() else 160))
+
+
 def _import_adm(args: argparse.Namespace) -> None:
     from diffusers import DDPMScheduler
 
@@ -483,5 +504,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "compare": ("arms side by side: intervals, curves, samples, one page", _add_compare, _compare),
     "mismatch": ("the law of x_t in sampling against that in training", _add_mismatch, _mismatch),
     "robustness": ("worst-case loss against radius, and where directions point", _add_robustness, _robustness),
+    "doctor": ("versions, devices, weights, and what is missing for which command", _add_doctor, _doctor),
     "import-adm": ("a guided-diffusion checkpoint as a diffusers pipeline", _add_import_adm, _import_adm),
 }

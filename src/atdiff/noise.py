@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from atdiff.errors import UserError
 
 __all__ = ["NoiseSchedule", "noise_level"]
 
-Kind = Literal["vp", "edm", "flow"]
+Kind = Literal["vp", "edm", "flow", "function"]
 
 
 def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401  (any diffusers scheduler)
@@ -66,16 +67,27 @@ class NoiseSchedule:
     - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A
       thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
 
+    - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
+
     Args:
         scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
-            never the state that ``set_timesteps`` leaves.
+            never the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``,
+            1 the noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
 
     Raises:
         UserError: the scheduler belongs to none of the families.
     """
 
     def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
-        self.kind: Kind = _kind_of(scheduler)
+        self._function: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._alphas_cumprod: Tensor | None = None
+        if callable(scheduler) and not hasattr(scheduler, "config"):
+            self.kind: Kind = "function"
+            self._function = scheduler
+            self.num_train_timesteps, self.time_factor = 1, 1.0
+            self.sigma_data = self.sigma_max = self.shift = 1.0
+            return
+        self.kind = _kind_of(scheduler)
         config = scheduler.config
         self.num_train_timesteps = int(config.num_train_timesteps)
         self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
@@ -83,12 +95,14 @@ class NoiseSchedule:
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
         shifted = self.kind == "flow" and not config.get("use_dynamic_shifting")  # which depends on the picture's size
         self.shift = float(config.get("shift") or 1.0) if shifted else 1.0  # of a sampler's steps
-        self._alphas_cumprod: Tensor | None = None
         if self.kind == "vp":
             self._alphas_cumprod = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""
+        if self._function is not None:
+            alpha, sigma = self._function(timesteps.float())
+            return alpha, sigma
         if self.kind == "flow":
             sigma = timesteps.float() / self.num_train_timesteps
             return 1.0 - sigma, sigma
@@ -100,6 +114,7 @@ class NoiseSchedule:
 
     def timesteps_at(self, ratio: Tensor) -> Tensor:
         """Return the timesteps, ``(B,)``, whose ``sigma_t / alpha_t`` is (nearest to) ``ratio``, ``(B,)``."""
+        assert self._function is None, "a function of your own is not inverted"
         if self.kind == "flow":
             return (self.num_train_timesteps * ratio / (1.0 + ratio)).float()
         if self.kind == "edm":

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atdiff.allocator import keep_freed_memory
+from atdiff.card import write_card
 from atdiff.errors import UserError
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
@@ -200,6 +201,7 @@ def _run_stage(stage: _Stage) -> None:
     train(stage.config, stage.folder, progress=False)
     if stage.evaluation is not None:
         evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
+        write_card(stage.folder)
 
 
 def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:

@@ -45,7 +45,8 @@ class DenoisingObjective:
     authors' code calls the first ``delta_detach``, the second ``original``.)
 
     Args:
-        scheduler: any diffusers scheduler that :class:`NoiseSchedule` can read.
+        scheduler: any diffusers scheduler that :class:`NoiseSchedule` can read, or a function from times ``(B,)`` in
+            ``(0, 1]`` to ``(alpha_t, sigma_t)``.
         prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` (velocity ``noise - x0``) or ``edm``
             (preconditioned; the only choice for an EDM scheduler). Default: what the scheduler says.
         variance: ``learned_range`` for networks with ``2C`` output channels, which adds the variational bound
@@ -297,6 +298,7 @@ def resolve_prediction_type(
         "edm": ("edm",),
         "flow": ("flow",),
         "vp": ("epsilon", "sample", "v_prediction"),
+        "function": ("epsilon", "sample", "v_prediction", "flow"),
     }[schedule.kind]
     default = valid[0] if schedule.kind != "vp" else scheduler.config.get("prediction_type", "epsilon")
     chosen = prediction_type or default

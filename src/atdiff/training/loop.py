@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from atdiff.card import has_card, write_card
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.files import write_json
@@ -276,6 +277,8 @@ class Trainer:
         """
         settings, started_at = self.config.training, self.passes_done
         if self.finished:
+            if self.accelerator.is_main_process and not has_card(self.out):  # killed just before it was written
+                write_card(self.out)
             return
         stop = stop or StopRequest()
         show = progress and self.accelerator.is_main_process
@@ -577,6 +580,7 @@ class Trainer:
         average = self._average()
         if self.accelerator.is_main_process:
             self._publish(average)
+            write_card(self.out)
         self._sample()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -1,0 +1,100 @@
+"""A hook of MkDocs: reference pages made from the command line's parser and the schema of recipes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from atdiff.cli import _parser
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for path, content in {"reference/commands.md": commands_page(), "reference/recipe-keys.md": keys_page()}.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def commands_page() -> str:
+    """Every command with its options."""
+    parser = _parser()
+    (commands,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    about = {choice.dest: choice.help for choice in commands._choices_actions}
+    lines = [
+        "# Commands",
+        "",
+        "`RUN` is a training folder, a diffusers pipeline folder, or a hub id; `RECIPE` a bundled recipe or a YAML "
+        "file. Exit codes: 0 done; 2 a mistake of yours (one sentence, nothing written); 75 stopped, all saved; 1 the "
+        "disk failed or losses were not finite, the last good checkpoint kept; 130 Ctrl-C outside of training.",
+    ]
+    for name, command in commands.choices.items():
+        lines += ["", f"## atdiff {name}", f"{_sentence(about[name])}", "", "| argument | |", "|---|---|"]
+        for action in command._actions:
+            if action.dest != "help":
+                lines.append(f"| `{_name(action)}` | {_help(action)} |")
+        if name in ("train", "study"):
+            lines.append("| `--any.key VALUE` | a setting of the recipe; see [Recipe keys](recipe-keys.md) |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(action: argparse.Action) -> str:
+    if not action.option_strings:
+        metavar = action.metavar or action.dest
+        return str(metavar).upper()
+    flag = ", ".join(action.option_strings)
+    return flag if action.nargs == 0 or action.const is not None else f"{flag} {action.dest.upper()}"
+
+
+def _help(action: argparse.Action) -> str:
+    text = (action.help or "") % {"default": action.default}
+    required = "required" if action.required and action.option_strings else ""
+    return "; ".join(filter(None, (text, required))).replace("|", "\\|")
+
+
+def _sentence(text: str | None) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def keys_page() -> str:
+    """Every key of a recipe with its type, default and meaning."""
+    schema: dict[str, Any] = json.loads(
+        (importlib.resources.files("atdiff") / "recipes" / "recipe.schema.json").read_text()
+    )
+    lines = ["# Recipe keys", "", "Each can be set on the command line too: `--training.passes 500`."]
+    for name, key in schema["properties"].items():
+        section = schema["$defs"].get(key.get("$ref", "").rpartition("/")[2])
+        if section is None or name in ("finetune", "arms"):
+            continue
+        lines += ["", f"## {name}", section["description"], "", "| key | type | default | |", "|---|---|---|---|"]
+        for part, of in section["properties"].items():
+            default = json.dumps(of["default"]) if "default" in of else ""
+            lines.append(f"| `{part}` | {_type(of)} | `{default}` | {of['description']} |")
+    lines += ["", "## The rest of a recipe", "", "| key | |", "|---|---|"]
+    lines += [
+        f"| `{name}` | {schema['properties'][name]['description']} |" for name in ("about", "cost", "finetune", "arms")
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _type(key: dict[str, Any]) -> str:
+    if "enum" in key:
+        return ", ".join(f"`{choice}`" for choice in key["enum"])
+    if "anyOf" in key:
+        return " or ".join(_type(one) for one in key["anyOf"])
+    kind = key.get("type", "")
+    if kind == "array":
+        items = key.get("items") or (key.get("prefixItems") or [{}])[0]
+        return f"list of {_type(items) or 'any'}"
+    return {
+        "string": "text",
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "null": "null",
+        "object": "mapping",
+    }.get(kind, kind)
