@@ -47,7 +47,8 @@ def _name(action: argparse.Action) -> str:
         metavar = action.metavar or action.dest
         return str(metavar).upper()
     flag = ", ".join(action.option_strings)
-    return flag if action.nargs == 0 or action.const is not None else f"{flag} {action.dest.upper()}"
+    value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar or action.dest.upper()
+    return flag if action.nargs == 0 or action.const is not None else f"{flag} {value}"
 
 
 def _help(action: argparse.Action) -> str:

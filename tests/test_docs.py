@@ -132,7 +132,7 @@ def run_short(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TUTORIALS], ids=lambda page: page.stem)
 def test_commands_of_other_pages_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their options, recipes, arms and keys exist; their Python has no mistake of syntax, and what it imports exists."""
+    """Their options, recipes, arms and keys exist; their Python compiles, and what it imports exists."""
     for language, code in blocks(page):
         if language == "python":
             compile(code, str(page), "exec")
