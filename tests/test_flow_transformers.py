@@ -23,6 +23,7 @@ from atdiff.cli import main
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student
 from atdiff.latent.trainer import LatentTrainer
 from atdiff.models.call import predict
+from atdiff.models.presets import build_model
 from atdiff.models.transformers import FluxDenoiser, SD3Denoiser, image_ids, pack, published, unpack
 from atdiff.recipe import load_recipe, resolve
 from atdiff.runs import load_denoiser
@@ -328,3 +329,40 @@ def test_mistakes_are_named(
     train(tmp_path / "run", *words, code=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ---- a DiT of pixels
+
+
+def test_a_dit_of_pixels_is_trained_sampled_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = '{"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}'
+    out = tmp_path / "run"
+    words = ["train", "digits-dit", "--arm", "residual-staggered", "--out", str(out), "--training.passes", "4"]
+    assert main([*words, "--model.args", small]) == 0
+    pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
+    assert pipeline.unet.config.num_embeds_ada_norm == 10
+    built = build_model("dit", json.loads(small), image_shape=(1, 8, 8), num_class_embeds=10)
+    assert {getattr(part, "dropout_prob", 0.0) for part in built.modules()} == {0.0}
+    assert built.state_dict().keys() == pipeline.unet.state_dict().keys()
+    for label in ("3", "9"):
+        picture = str(tmp_path / f"{label}.png")
+        assert main(["sample", str(out), "--steps", "2", "--num", "2", "--class-label", label, "--out", picture]) == 0
+    assert main(["sample", str(out), "--steps", "2", "--class-label", "10", "--out", str(tmp_path / "x.png")]) == 2
+    assert "class label 10 is not one of" in capsys.readouterr().err
+    measured = ["mismatch", str(out), "--steps", "2", "--num", "16", "--out", str(tmp_path / "mismatch")]
+    assert main(measured) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.class_conditional", "false"], "is told class labels; set data.class_conditional"),
+        (["--model.args", '{"patch_size": 3}'], "no multiple of the DiT's patch_size=3"),
+        (["--model.args", '{"depth": 3}'], "cannot be built from"),
+    ],
+)
+def test_mistakes_of_a_dit_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "digits-dit", "--out", str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err

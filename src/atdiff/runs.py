@@ -24,6 +24,7 @@ import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import remove_leftovers, write_text, written_aside
+from atdiff.models.call import class_embeddings
 from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
@@ -110,12 +111,12 @@ class Denoiser:
         Raises:
             UserError: a label is asked of an unconditional network, or there is no such class.
         """
-        embeds = self.model.config.get("num_class_embeds")
+        embeds = class_embeddings(self.model)
         if not embeds:
             if label is not None:
                 raise UserError(f"{self.source} is not class-conditional; leave out the class label {label}.")
             return None
-        # The last embedding is the null label where labels were dropped in training.
+        # The last one is the null label where labels were dropped in training; a DiT has its own beside these.
         classes = embeds - int(self.config.get("objective", {}).get("label_dropout", 0.0) > 0)
         if label is None:
             return torch.arange(num) % classes

@@ -39,7 +39,7 @@ from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.evaluation.features import extract, feature_layers, make_extractor
 from atdiff.files import write_bytes, write_json
-from atdiff.models.call import predict
+from atdiff.models.call import class_embeddings, predict
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
@@ -269,7 +269,7 @@ class _TrueImages:
         indices = torch.from_numpy(rng.integers(len(data), size=config.num))
         self.x0 = data.x0(indices)
         self.noise = torch.from_numpy(rng.standard_normal(self.x0.shape, dtype=np.float32))
-        self.labels = data.labels[indices] if _classes(denoiser) and data.labels is not None else None
+        self.labels = data.labels[indices] if class_embeddings(denoiser.model) and data.labels is not None else None
         self.denoiser, self.batch_size, self.device = denoiser, config.batch_size, device
 
     def shown(self, t: Tensor, probe: _Probe) -> _Seen:
@@ -358,13 +358,8 @@ def _batches(denoiser: Denoiser, config: MismatchConfig) -> int:
     return 3 * len(_timesteps(denoiser, config)) * -(-config.num // config.batch_size)
 
 
-def _classes(denoiser: Denoiser) -> int:
-    """Return the number of class embeddings of the network, 0 where it is unconditional."""
-    return int(denoiser.model.config.get("num_class_embeds") or 0)
-
-
 def _check_data(denoiser: Denoiser, data: ImageData) -> None:
-    shape, classes = tuple(data.images.shape[1:]), _classes(denoiser)
+    shape, classes = tuple(data.images.shape[1:]), class_embeddings(denoiser.model)
     if shape != tuple(denoiser.image_shape):
         raise UserError(
             f"{data.name} has images of shape {shape} but {denoiser.source} makes {tuple(denoiser.image_shape)}: name "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["predict", "unet_kwargs"]
+__all__ = ["class_embeddings", "predict", "unet_kwargs"]
 
 ADDED = ("text_embeds", "time_ids")
 
@@ -25,6 +25,12 @@ def predict(
         return output
     prediction: Tensor = output.sample if hasattr(output, "sample") else output[0]
     return prediction
+
+
+def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
+    """Return how many class labels a network knows, a null label of a U-Net included; 0 for an unconditional one."""
+    config = getattr(model, "config", None) or {}
+    return int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0)
 
 
 def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from atdiff.errors import UserError
 from atdiff.models.guided_diffusion import ADM_CIFAR10, adm_unet
 from atdiff.models.mlp import MLP2DModel
+from atdiff.models.transformers import keep_labels
 
 __all__ = ["build_model"]
 
@@ -25,12 +26,13 @@ def build_model(
     """Build an untrained denoiser for images of ``image_shape`` ``(C, H, W)``.
 
     Args:
-        name: ``mlp`` (:class:`MLP2DModel`), ``unet`` (``UNet2DModel``) or ``adm`` (the U-Net of guided-diffusion;
-            its CIFAR-10 size of the paper unless ``args`` says otherwise).
+        name: ``mlp`` (:class:`MLP2DModel`), ``unet`` (``UNet2DModel``), ``dit`` (``DiTTransformer2DModel``,
+            class-conditional) or ``adm`` (the U-Net of guided-diffusion; its CIFAR-10 size of the paper unless ``args``
+            says otherwise).
         args: arguments of the constructor.
         image_shape: channels, height and width.
         learned_variance: twice as many output channels.
-        num_class_embeds: for class-conditional networks, the null label included.
+        num_class_embeds: for class-conditional networks, the null label included; a DiT has a null label of its own.
 
     Raises:
         UserError: the name is unknown or the arguments do not fit.
@@ -44,10 +46,23 @@ def build_model(
             arch = {**ADM_CIFAR10, "num_classes": num_class_embeds, **args}
             return adm_unet(**{**arch, "image_size": height, "in_channels": channels, "out_channels": outputs})
         classes = {"mlp": MLP2DModel, "unet": UNet2DModel}
-        if name not in classes:
-            raise UserError(f"model {name!r} is unknown; expected one of mlp, unet, adm.")
         shape = {"sample_size": height, "in_channels": channels, "out_channels": outputs}
+        if name == "dit":
+            return _dit(args, shape, num_class_embeds)
+        if name not in classes:
+            raise UserError(f"model {name!r} is unknown; expected one of mlp, unet, dit, adm.")
         model: nn.Module = classes[name](**shape, num_class_embeds=num_class_embeds, **args)
         return model
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r} cannot be built from {args}: {' '.join(str(error).split())}") from None
+
+
+def _dit(args: dict[str, Any], shape: dict[str, int], num_class_embeds: int | None) -> nn.Module:
+    if num_class_embeds is None:
+        raise UserError("model.name='dit' is told class labels; set data.class_conditional.")
+    patch = args.get("patch_size", 2)
+    if shape["sample_size"] % patch:
+        raise UserError(f"images of {shape['sample_size']} pixels are no multiple of the DiT's patch_size={patch}.")
+    model: Any = DiTTransformer2DModel(**shape, num_embeds_ada_norm=num_class_embeds, **args)
+    keep_labels(model)
+    return model

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-__all__ = ["FluxDenoiser", "SD3Denoiser", "denoiser_like", "published"]
+__all__ = ["FluxDenoiser", "SD3Denoiser", "denoiser_like", "keep_labels", "published"]
 
 PATCH = 2  # latents along the side of a token of Flux
 
@@ -88,15 +88,20 @@ _DENOISERS: dict[type, type] = {SD3Transformer2DModel: SD3Denoiser, FluxTransfor
 def denoiser_like(transformer: Any) -> Any:  # noqa: ANN401  (a transformer of diffusers)
     """Return a trainable float32 copy of a transformer that is called ``f(x_t, timesteps, **conditions)``.
 
-    A DiT drops class labels by itself, in each block others; here that is left to the caller, once a batch.
+    A DiT would drop class labels by itself, in each block others; here that is left to the caller, once a sample.
     """
     kind: Any = _DENOISERS.get(type(transformer), type(transformer))
     denoiser = kind.from_config(transformer.config)
     denoiser.load_state_dict(transformer.state_dict())
-    for part in denoiser.modules():
+    keep_labels(denoiser)
+    return denoiser.to(transformer.device)
+
+
+def keep_labels(network: nn.Module) -> None:
+    """Keep a DiT from dropping class labels by itself, in place."""
+    for part in network.modules():
         if isinstance(part, LabelEmbedding):
             part.dropout_prob = 0.0
-    return denoiser.to(transformer.device)
 
 
 def published(denoiser: nn.Module) -> Any:  # noqa: ANN401

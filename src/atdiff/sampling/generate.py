@@ -22,7 +22,7 @@ from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
 from atdiff.files import written_aside
-from atdiff.models.call import predict
+from atdiff.models.call import class_embeddings, predict
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.sampling.corrections import Correction, realign, to_clean
@@ -225,7 +225,7 @@ def _check_request(
         raise UserError(f"shape={tuple(shape)} must be (channels, height, width), each 1 or more.")
     if class_labels is not None and class_labels.shape != (num,):
         raise UserError(f"class_labels of shape {tuple(class_labels.shape)} must hold one label a picture, ({num},).")
-    classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
+    classes = class_embeddings(model)
     if class_labels is None and classes:
         raise UserError(f"the network is conditional on {classes} classes; give class_labels, one a picture.")
 

@@ -60,13 +60,14 @@ class ModelConfig:
     """Which network, and its constructor's arguments.
 
     Attributes:
-        name: ``mlp``, ``unet`` (``UNet2DModel``) or ``adm``, of pixels; ``pipeline``, the U-Net of the Stable Diffusion
-            pipeline that ``training.init`` names, on its latents; ``tiny-sd``, a small one made from the data.
+        name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
+            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``, a
+            small one made from the data.
         args: of the constructor.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
-    name: Literal["mlp", "unet", "adm", "pipeline", "tiny-sd"] = "mlp"
+    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd"] = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
 
