@@ -162,6 +162,22 @@ def test_timesteps_are_shifted_as_the_samplers_steps_are(sd3_folder: Path, flux_
     assert load_latent_pipeline(str(sd3_folder)).family.timestep_shift(latent.scheduler, latent.latent_shape) is None
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"], indirect=True)
+def test_captions_can_be_cut_to_fewer_tokens(kind: str, folder: Path) -> None:
+    """The T5's part of the embeddings: 256 tokens of SD3 beside CLIP's 77, 512 of Flux, unless said otherwise."""
+    whole, cut = (load_latent_pipeline(str(folder), image_size=IMAGE_SIZE, tokens=tokens) for tokens in (None, 8))
+    clip = 77 if kind == "sd3" else 0
+    for latent, tokens in ((whole, 256 if kind == "sd3" else 512), (cut, 8)):
+        for conditions in (latent.encode_prompts(PROMPTS), latent.encode_null()):
+            assert conditions["encoder_hidden_states"].shape[1] == clip + tokens
+    kept = clip + 4  # before the end of the text, which the cut moves
+    states = [latent.encode_prompts(PROMPTS)["encoder_hidden_states"][:, :kept] for latent in (whole, cut)]
+    if kind == "sd3":
+        torch.testing.assert_close(*states)
+    pooled = [latent.encode_prompts(PROMPTS)["pooled_projections"] for latent in (whole, cut)]
+    torch.testing.assert_close(*pooled)
+
+
 # ---- training, through the command
 
 
@@ -315,6 +331,7 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
         ("dit", ["--objective.variance", "fixed"], "set objective.variance=learned_range"),
         ("dit", ["--lora.rank", "2"], "diffusers has no LoRA for a DiTTransformer2DModel"),
         ("dit", ["--data.captions", '["a", "b"]'], "is told class labels"),
+        ("dit", ["--data.caption_tokens", "77"], "is for SD3 and Flux"),
         ("sd3", ["--objective.variance", "learned_range"], "set objective.variance=fixed"),
         ("sd3", ["--objective.prediction_type", "epsilon"], "predicts 'flow'"),
         ("sd3", ["--data.image_size", "72"], "expected a multiple of 16"),

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from atdiff.data import ImageData, load_data
 from atdiff.errors import UserError
-from atdiff.latent.tiny_sd import tiny_stable_diffusion
+from atdiff.latent.tiny_sd import tiny_stable_diffusion, tiny_stable_diffusion_3
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
@@ -258,3 +258,20 @@ def test_cache_folder_that_cannot_be_written_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="ATDIFF_CACHE"):
         tiny_stable_diffusion(digits(32), PROMPTS, **{**QUICK, "updates": 1})
+
+
+def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
+    few = {"vae_channels": (8, 16), "num_layers": 1, "num_attention_heads": 2, "updates": 1}
+    folder = tiny_stable_diffusion_3(digits(32), PROMPTS, **few)
+    assert folder == tiny_stable_diffusion_3(digits(32), PROMPTS, **few)
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.config.sample_size == 8
+    assert pipeline.vae.config.shift_factor == 0.0
+    one, other = (drawn(pipeline, [prompt], guidance_scale=1.0) for prompt in (PROMPTS[1], PROMPTS[2]))
+    assert one.shape == (1, 16, 16, 1)
+    assert np.abs(one - other).max() > 1e-5
+    for name in ("num_layers", "num_attention_heads"):
+        with pytest.raises(UserError, match=f"{name} is 0"):
+            tiny_stable_diffusion_3(digits(32), PROMPTS, **{**few, name: 0})

@@ -152,6 +152,7 @@ def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> li
         latent.image_size,
         seed,
         hashlib.sha256(repr([sorted(settings.items()), words]).encode()).hexdigest(),
+        *([] if latent.tokens is None else [latent.tokens]),
         *(fingerprint(network.state_dict()) for network in (latent.vae, *latent.text_encoders)),
     ]
 

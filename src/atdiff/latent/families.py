@@ -24,6 +24,7 @@ class Family:
         guidance_scale: with which pictures are drawn; diffusers' default, but for SDXL, which has that of SD.
         embeddings: names of what ``encode_prompt`` returns, in its order, as arguments of the pipeline's call.
         any_size: whether pictures of other sizes than the published one have fitting latents.
+        has_t5: whether prompts go through a T5, or are filled up as if they did.
         lora_targets: ends of names of layers that get adapters; None for those of LCM-LoRA.
     """
 
@@ -32,6 +33,7 @@ class Family:
     guidance_scale = 7.5
     embeddings: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
     any_size = False
+    has_t5 = False
     lora_targets: tuple[str, ...] | None = None
 
     def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
@@ -47,8 +49,24 @@ class Family:
         """Whether a step takes the network twice at that guidance scale, with the prompt and without."""
         return guidance_scale > 1 and network.config.get("time_cond_proj_dim") is None
 
-    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return what the network is conditioned on for prompts, or with ``negative`` for none."""
+    def conditions(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        *,
+        negative: bool,
+        image_size: int,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what the network is conditioned on for prompts, or with ``negative`` for none.
+
+        Args:
+            pipeline: of diffusers.
+            prompts: of each sample.
+            negative: what guidance points away from.
+            image_size: pixels along a side.
+            tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        """
         return {"encoder_hidden_states": self._encoded(pipeline, prompts, negative)[0].float()}
 
     def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
@@ -65,7 +83,14 @@ class Family:
         """Mean and factor with which the pipeline unscales latents."""
         return 0.0, vae.config.scaling_factor
 
-    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+    def call_options(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: Sequence[str],
+        network: Any,  # noqa: ANN401
+        guided: bool,
+        tokens: int | None = None,
+    ) -> dict[str, Any]:
         """Return the prompts as arguments of the pipeline's call: tensors of a row a prompt."""
         found = pipeline.encode_prompt(
             prompt=list(prompts),
@@ -86,7 +111,15 @@ class StableDiffusionXL(Family):
     parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     embeddings = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
-    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+    def conditions(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        *,
+        negative: bool,
+        image_size: int,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
         """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped picture of ``image_size``."""
         states, pooled = self._encoded(pipeline, prompts, negative)
         size = [image_size, image_size]
@@ -107,11 +140,16 @@ class StableDiffusionXL(Family):
         return columns[0], config.scaling_factor / columns[1]
 
 
+def _t5_length(tokens: int | None) -> dict[str, int]:
+    return {} if tokens is None else {"max_sequence_length": tokens}
+
+
 class _Flow(Family):
     """What the transformers of text-to-image flows have in common."""
 
     network = "transformer"
     any_size = True
+    has_t5 = True
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
         """See :meth:`Family.latent_scale`."""
@@ -143,27 +181,51 @@ class StableDiffusion3(_Flow):
     embeddings = StableDiffusionXL.embeddings
     lora_targets = _JOINT_ATTENTION
 
-    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+    def conditions(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        *,
+        negative: bool,
+        image_size: int,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
         """See :meth:`Family.conditions`."""
-        states, pooled = self._encoded(pipeline, prompts, negative)
+        encoded = self._encode(pipeline, prompts, negative, pipeline.text_encoder.device, tokens)
+        states, pooled = encoded[int(negative) :: 2]
+        assert states is not None
+        assert pooled is not None
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
-        encoded: Sequence[Tensor] = pipeline.encode_prompt(
-            prompt=prompts,
-            prompt_2=prompts,
-            prompt_3=prompts,
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=negative,
-        )
-        return encoded[int(negative) :: 2]
-
-    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
-        """See :meth:`Family.call_options`."""
+    @staticmethod
+    def _encode(
+        pipeline: Any,  # noqa: ANN401
+        prompts: Sequence[str],
+        guided: bool,
+        device: torch.device,
+        tokens: int | None,
+    ) -> Sequence[Tensor | None]:
         texts = list(prompts)
-        found = pipeline.encode_prompt(
-            prompt=texts, prompt_2=texts, prompt_3=texts, device=network.device, do_classifier_free_guidance=guided
+        encoded: Sequence[Tensor | None] = pipeline.encode_prompt(
+            prompt=texts,
+            prompt_2=texts,
+            prompt_3=texts,
+            device=device,
+            do_classifier_free_guidance=guided,
+            **_t5_length(tokens),
         )
+        return encoded
+
+    def call_options(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: Sequence[str],
+        network: Any,  # noqa: ANN401
+        guided: bool,
+        tokens: int | None = None,
+    ) -> dict[str, Any]:
+        """See :meth:`Family.call_options`."""
+        found = self._encode(pipeline, prompts, guided, network.device, tokens)
         return {name: table for name, table in zip(self.embeddings, found, strict=True) if table is not None}
 
 
@@ -184,14 +246,30 @@ class Flux(_Flow):
         """See :meth:`Family.is_guided`: the network is told the scale, and is taken once."""
         return False
 
-    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+    def conditions(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        *,
+        negative: bool,
+        image_size: int,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
         """See :meth:`Family.conditions`."""
-        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=pipeline.text_encoder.device)
+        encoder = pipeline.text_encoder
+        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=encoder.device, **_t5_length(tokens))
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+    def call_options(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: Sequence[str],
+        network: Any,  # noqa: ANN401
+        guided: bool,
+        tokens: int | None = None,
+    ) -> dict[str, Any]:
         """See :meth:`Family.call_options`."""
-        found = pipeline.encode_prompt(prompt=list(prompts), device=network.device)
+        found = pipeline.encode_prompt(prompt=list(prompts), device=network.device, **_t5_length(tokens))
         return dict(zip(self.embeddings, found, strict=False))
 
 
@@ -203,13 +281,28 @@ class DiT(Family):
     guidance_scale = 4.0
     embeddings = ("class_labels",)
 
-    def conditions(self, pipeline: Any, prompts: list[str], *, negative: bool, image_size: int) -> dict[str, Tensor]:  # noqa: ANN401
+    def conditions(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        *,
+        negative: bool,
+        image_size: int,
+        tokens: int | None = None,
+    ) -> dict[str, Tensor]:
         """See :meth:`Family.conditions`; int64 ``class_labels``, the null label after the classes."""
         null = pipeline.transformer.config.num_embeds_ada_norm
         labels = [null if negative else int(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
 
-    def call_options(self, pipeline: Any, prompts: Sequence[str], network: Any, guided: bool) -> dict[str, Any]:  # noqa: ANN401
+    def call_options(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: Sequence[str],
+        network: Any,  # noqa: ANN401
+        guided: bool,
+        tokens: int | None = None,
+    ) -> dict[str, Any]:
         """See :meth:`Family.call_options`."""
         return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
 

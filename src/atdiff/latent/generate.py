@@ -162,7 +162,11 @@ class TextToImage(Denoiser):
         """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
         used, places = labels.unique(return_inverse=True)
         tables = self.family.call_options(
-            self.pipeline, [self.prompts[int(label)] for label in used], self.model, self.is_guided
+            self.pipeline,
+            [self.prompts[int(label)] for label in used],
+            self.model,
+            self.is_guided,
+            self.config.get("data", {}).get("caption_tokens"),
         )
         rows = {name: table[places.to(table.device)] for name, table in tables.items()}
         # Class labels are asked for as a list.

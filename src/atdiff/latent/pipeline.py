@@ -40,11 +40,13 @@ class LatentPipeline:
         pipeline: of diffusers, of one of the classes of :data:`atdiff.latent.families.FAMILIES`.
         source: the folder or hub id that it was loaded from, for messages.
         size: pixels along a side of the pictures, where the network takes several sizes; None for the published one.
+        tokens: of a prompt, where there is a T5; None for the pipeline's own number.
     """
 
     pipeline: Any
     source: str
     size: int | None = None
+    tokens: int | None = None
 
     @property
     def family(self) -> Family:
@@ -157,14 +159,20 @@ class LatentPipeline:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
-        return self.family.conditions(self.pipeline, prompts, negative=negative, image_size=self.image_size)
+        return self.family.conditions(
+            self.pipeline, prompts, negative=negative, image_size=self.image_size, tokens=self.tokens
+        )
 
     def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
         return self.family.latent_scale(self.vae)
 
 
 def load_latent_pipeline(
-    source: str, *, dtype: torch.dtype = torch.float32, image_size: int | None = None
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    tokens: int | None = None,
 ) -> LatentPipeline:
     """Load a Stable Diffusion (1.x, 2.x, XL, 3.x), Flux or DiT pipeline, without its safety checker.
 
@@ -173,6 +181,7 @@ def load_latent_pipeline(
         dtype: of the network's weights. Autoencoder and text encoders stay float32: they run once a picture, and the
             one of SDXL overflows in float16.
         image_size: pixels along a side of the pictures, for networks that take several sizes; others have their own.
+        tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
 
     Raises:
         UserError: there is nothing of the kind, the download failed, a text encoder is missing, or it is a pipeline
@@ -199,7 +208,7 @@ def load_latent_pipeline(
             f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
             "where there is a network and give the path of its folder."
         ) from error
-    latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None)
+    latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None, tokens)
     _check_size(latent, image_size)
     channels, height, width = latent.latent_shape
     expected = latent.vae.config.latent_channels
@@ -215,6 +224,10 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
     step = 2 * pixels_per_latent(latent.pipeline)
     if image_size is not None and latent.family.any_size and image_size % step:
         raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
+    if latent.tokens is not None and not latent.family.has_t5:
+        raise UserError(
+            f"data.caption_tokens={latent.tokens} is for SD3 and Flux; {latent.source} has no T5: leave it out."
+        )
 
 
 def _location(source: str) -> str:

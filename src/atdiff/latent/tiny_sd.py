@@ -1,15 +1,21 @@
-"""A Stable Diffusion pipeline small enough to train on a CPU, made from labelled images and a prompt for each class."""
+"""Stable Diffusion pipelines small enough to train on a CPU, made of labelled images and a prompt for each class."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from rich.console import Console
 from rich.progress import track
 
@@ -22,7 +28,7 @@ from atdiff.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-__all__ = ["tiny_stable_diffusion"]
+__all__ = ["tiny_stable_diffusion", "tiny_stable_diffusion_3"]
 
 PROGRESS_FROM = 100  # updates of the autoencoder; fewer take a few seconds
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -93,14 +99,70 @@ def tiny_stable_diffusion(
         "unet_channels": list(unet_channels),
         "updates": updates,
     }
+    return _cached("tiny-sd", images, prompts, args, _stable_diffusion)
+
+
+def tiny_stable_diffusion_3(
+    images: ImageData,
+    prompts: Sequence[str],
+    *,
+    vae_channels: Sequence[int] = (16, 32, 32),
+    num_layers: int = 3,
+    num_attention_heads: int = 4,
+    updates: int = 600,
+) -> Path:
+    """Return a folder of a ``StableDiffusion3Pipeline`` for the images, made now unless the cache has it.
+
+    Autoencoder and text encoders are made as for :func:`tiny_stable_diffusion`; there are two of the latter, and no T5.
+    The transformer, with heads of 16 channels and a latent a token, is untrained. The noise is that of SD3 with a
+    shift of 1. (`Esser et al., 2024 <https://arxiv.org/abs/2403.03206>`_)
+
+    Args:
+        images: as for :func:`tiny_stable_diffusion`.
+        prompts: likewise.
+        vae_channels: likewise.
+        num_layers: blocks of the transformer.
+        num_attention_heads: of each block.
+        updates: batches that the autoencoder is trained for.
+
+    Returns:
+        A folder in the cache that ``DiffusionPipeline.from_pretrained`` opens; the same arguments give the same one.
+
+    Raises:
+        UserError: as :func:`tiny_stable_diffusion`, or no layers or heads.
+    """
+    args: dict[str, Any] = {
+        "vae_channels": list(vae_channels),
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "updates": updates,
+    }
+    for name in ("num_layers", "num_attention_heads"):
+        if args[name] < 1:
+            raise UserError(f"{name} is {args[name]}: expected 1 or more.")
+    return _cached("tiny-sd3", images, prompts, args, _stable_diffusion_3)
+
+
+def _cached(
+    kind: str,
+    images: ImageData,
+    prompts: Sequence[str],
+    args: dict[str, Any],
+    make: Callable[[ImageData, Sequence[str], dict[str, Any], Path], Any],
+) -> Path:
+    """Return the folder of the cache that ``make`` fills, checked and made first where it is not there."""
     _check_images(images)
     _check_prompts(images, prompts)
     _check_args(images, args)
-    path = cache_folder() / "tiny-sd" / _key(images, prompts, args)
+    path = cache_folder() / kind / _key(images, prompts, args)
     if not path.exists():
         try:
-            with written_aside(path) as partial:
-                _make(images, prompts, args, partial)
+            with written_aside(path) as partial, torch.random.fork_rng(devices=[]), torch.enable_grad():
+                # No random state but its own is used.
+                torch.default_generator.manual_seed(RECIPE["seed"])
+                pipeline = make(images, prompts, args, partial)
+                with quiet_libraries():
+                    pipeline.save_pretrained(partial)
         except UserError as error:
             raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
     return path
@@ -137,11 +199,11 @@ def _check_prompts(images: ImageData, prompts: Sequence[str]) -> None:
 
 
 def _check_args(images: ImageData, args: dict[str, Any]) -> None:
-    if args["prediction_type"] not in PREDICTION_TYPES:
+    if args.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         raise UserError(
             f"prediction_type {args['prediction_type']!r} is unknown: expected one of {', '.join(PREDICTION_TYPES)}."
         )
-    for name in ("vae_channels", "unet_channels"):
+    for name in {"vae_channels", "unet_channels"} & args.keys():
         widths, groups = args[name], RECIPE["norm_num_groups"]
         if not widths or any(width < groups or width % groups for width in widths):
             raise UserError(f"{name} is {widths}: expected one multiple of {groups} or more for each level.")
@@ -168,18 +230,12 @@ def _key(images: ImageData, prompts: Sequence[str], args: dict[str, Any]) -> str
     return digest.hexdigest()[:12]
 
 
-def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folder: Path) -> None:
-    """Write the pipeline at ``folder``; no random state but its own is used."""
+def _stable_diffusion(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folder: Path) -> Any:  # noqa: ANN401
     from diffusers import StableDiffusionPipeline  # imports transformers, which takes seconds
 
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.default_generator.manual_seed(RECIPE["seed"])
-        tokenizer = _tokenizer(prompts, folder / "tokenizer")
-        text_encoder = _text_encoder(tokenizer)
-        unet = _unet(images, args)
-        vae: Any = _autoencoder(images, args)
-        _train(vae, images, args["updates"])
-        vae.register_to_config(scaling_factor=1.0 / _latent_std(vae, images))
+    tokenizer = _tokenizer(prompts, folder / "tokenizer")
+    text_encoder = _text_encoder(tokenizer)
+    unet = _unet(images, args)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -189,8 +245,8 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         steps_offset=1,
         prediction_type=args["prediction_type"],
     )
-    pipeline: Any = StableDiffusionPipeline(
-        vae=vae,
+    return StableDiffusionPipeline(
+        vae=_trained_autoencoder(images, args),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -199,8 +255,48 @@ def _make(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folde
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with quiet_libraries():
-        pipeline.save_pretrained(folder)
+
+
+def _stable_diffusion_3(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folder: Path) -> Any:  # noqa: ANN401
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizers = [_tokenizer(prompts, folder / name) for name in ("tokenizer", "tokenizer_2")]
+    encoders: list[Any] = [_text_encoder(tokenizer, CLIPTextModelWithProjection) for tokenizer in tokenizers]
+    heads, width = args["num_attention_heads"], RECIPE["text"]["hidden_size"]
+    side = images.images.shape[-1] // _factor(args)
+    transformer: Any = SD3Transformer2DModel(
+        sample_size=side,
+        patch_size=1,
+        in_channels=RECIPE["latent_channels"],
+        out_channels=RECIPE["latent_channels"],
+        num_layers=args["num_layers"],
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        caption_projection_dim=16 * heads,
+        joint_attention_dim=2 * width,
+        pooled_projection_dim=2 * width,
+        pos_embed_max_size=side,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=_trained_autoencoder(images, args),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _trained_autoencoder(images: ImageData, args: dict[str, Any]) -> Any:  # noqa: ANN401
+    vae: Any = _autoencoder(images, args)
+    _train(vae, images, args["updates"])
+    vae.register_to_config(scaling_factor=1.0 / _latent_std(vae, images), shift_factor=0.0)
+    return vae
 
 
 def _tokenizer(prompts: Sequence[str], folder: Path) -> CLIPTokenizer:
@@ -246,18 +342,19 @@ def _merges(prompts: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return characters, [(first, second) for first, second in merges]
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(tokenizer: CLIPTokenizer, kind: type | None = None) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         **RECIPE["text"],
+        projection_dim=RECIPE["text"]["hidden_size"],
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModel(config).eval()
+    return (kind or CLIPTextModel)(config).eval()
 
 
 def _unet(images: ImageData, args: dict[str, Any]) -> UNet2DConditionModel:

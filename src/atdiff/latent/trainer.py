@@ -46,7 +46,7 @@ class LatentTrainer(Trainer):
         self.published = "lora" if config.lora.rank else "pipeline"
         self._check(config)
         size = config.data.image_size
-        self.latent = load_latent_pipeline(self._source(), image_size=size)
+        self.latent = load_latent_pipeline(self._source(), image_size=size, tokens=config.data.caption_tokens)
         if size not in (None, self.latent.image_size):
             raise UserError(
                 f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of pictures of "
@@ -116,10 +116,13 @@ class LatentTrainer(Trainer):
             assert config.training.init is not None
             return config.training.init
         if not config.data.captions:
-            raise UserError("model.name='tiny-sd' needs data.captions, a prompt for each class of the data.")
-        from atdiff.latent.tiny_sd import tiny_stable_diffusion
+            raise UserError(
+                f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
+            )
+        from atdiff.latent.tiny_sd import tiny_stable_diffusion, tiny_stable_diffusion_3
 
-        return str(tiny_stable_diffusion(self.images, config.data.captions, **config.model.args))
+        make = tiny_stable_diffusion if config.model.name == "tiny-sd" else tiny_stable_diffusion_3
+        return str(make(self.images, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler."""
@@ -273,6 +276,7 @@ class LatentTrainer(Trainer):
         settings["data"] = {
             "captions": self.config.data.captions or self.data.captions[:SHOWN],
             "image_size": self.latent.image_size,
+            "caption_tokens": self.latent.tokens,
         }
         run = text_to_image_run(pipeline, str(self.out), settings)
         drawn = run.pictures(

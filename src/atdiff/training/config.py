@@ -39,6 +39,8 @@ class DataConfig:
         class_conditional: give the labels to the network.
         captions: one a class, which makes text-to-image data of labelled images.
         caption_column: of a table; default the first that holds text.
+        caption_tokens: that the T5 of SD3 and Flux cuts or fills a caption to; null for the pipeline's own number (256
+            and 512). Fewer make a smaller cache and faster passes.
         limit: read only so many images; null for all. Text-to-image data only.
         unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
             ``skip`` leaves them out.
@@ -51,6 +53,7 @@ class DataConfig:
     class_conditional: bool = False
     captions: list[str] | None = None
     caption_column: str | None = None
+    caption_tokens: int | None = None
     limit: int | None = None
     unreadable: Unreadable = "refuse"
 
@@ -61,13 +64,13 @@ class ModelConfig:
 
     Attributes:
         name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
-            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``, a
-            small one made from the data.
+            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``
+            and ``tiny-sd3``, small ones made from the data.
         args: of the constructor.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
-    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd"] = "mlp"
+    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3"] = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
 
