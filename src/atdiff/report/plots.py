@@ -27,6 +27,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 DASHES = ("-", ":", "-.")
 GREY = "#666666"
+DODGE = 1.055  # factor between the points of two arms at the same number of steps
 LOSS_POINTS = 250  # a curve; more would only make the page heavy
 RC: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
@@ -135,7 +136,7 @@ def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) ->
         steps, mean, half = np.array([(row.steps, row.mean, row.half_width) for row in line]).T
         axes.plot(steps, mean, **style, markersize=5, linewidth=1.7)
         axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.11, linewidth=0)
-    _step_axis(axes, sorted({row.steps for row in rows}))
+    _step_axis(axes, sorted({row.steps for row in rows}), len(styles) - 1)
 
 
 def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:
@@ -145,22 +146,24 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
         line = [row for row in rows if row.arm == arm]
         if not line:
             continue
-        dodge = 1.055 ** (number - (len(styles) - 1) / 2)
+        dodge = DODGE ** (number - (len(styles) - 1) / 2)
         steps, change, low, high = np.array(
             [(row.steps * dodge, row.change, row.change_low, row.change_high) for row in line]
         ).T
         low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
         error = [change - low, high - change]
         axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
-    _step_axis(axes, sorted({row.steps for row in rows}))
+    _step_axis(axes, sorted({row.steps for row in rows}), len(styles))
     axes.set_xlabel("sampling steps")
 
 
-def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
+def _step_axis(axes: Axes, steps: Sequence[int], arms: int) -> None:
+    """Numbers of steps, with room for ``arms`` points side by side at the outermost."""
+    margin = max(1.25, 1.1 * DODGE ** (arms / 2))
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(step) for step in steps])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(steps[0] / 1.25, steps[-1] * 1.25)
+    axes.set_xlim(steps[0] / margin, steps[-1] * margin)
 
 
 def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
@@ -206,7 +209,8 @@ def _log_y(axes: Axes) -> None:
 
 def _legend(figure: Figure, styles: Mapping[str, Style]) -> None:
     handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in styles.values()]
-    columns = min(len(styles), max(2, int(figure.get_figwidth() / 1.35)))
+    column = max(1.35, 0.7 + 0.085 * max(map(len, styles)))  # inches: the line, and the longest name
+    columns = min(len(styles), max(2, int(figure.get_figwidth() / column)))
     figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, fontsize=10.5)
 
 
