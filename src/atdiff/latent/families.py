@@ -5,14 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from atdiff.models.transformers import FluxDenoiser
 
-__all__ = ["FAMILIES", "Family", "absent_parts", "family_of"]
+__all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of"]
+
+
+class Asked(NamedTuple):
+    """What conditions depend on besides the prompts.
+
+    Attributes:
+        image_size: pixels along a side.
+        tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        negative: whether it is what guidance points away from.
+    """
+
+    image_size: int
+    tokens: int | None = None
+    negative: bool = False
 
 
 class Family:
@@ -49,25 +63,9 @@ class Family:
         """Whether a step takes the network twice at that guidance scale, with the prompt and without."""
         return guidance_scale > 1 and network.config.get("time_cond_proj_dim") is None
 
-    def conditions(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        *,
-        negative: bool,
-        image_size: int,
-        tokens: int | None = None,
-    ) -> dict[str, Tensor]:
-        """Return what the network is conditioned on for prompts, or with ``negative`` for none.
-
-        Args:
-            pipeline: of diffusers.
-            prompts: of each sample.
-            negative: what guidance points away from.
-            image_size: pixels along a side.
-            tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
-        """
-        return {"encoder_hidden_states": self._encoded(pipeline, prompts, negative)[0].float()}
+    def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return what the network is conditioned on, with a row a prompt."""
+        return {"encoder_hidden_states": self._encoded(pipeline, prompts, asked.negative)[0].float()}
 
     def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
         encoded: Sequence[Tensor] = pipeline.encode_prompt(
@@ -83,18 +81,11 @@ class Family:
         """Mean and factor with which the pipeline unscales latents."""
         return 0.0, vae.config.scaling_factor
 
-    def call_options(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: Sequence[str],
-        network: Any,  # noqa: ANN401
-        guided: bool,
-        tokens: int | None = None,
-    ) -> dict[str, Any]:
+    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """Return the prompts as arguments of the pipeline's call: tensors of a row a prompt."""
         found = pipeline.encode_prompt(
-            prompt=list(prompts),
-            device=network.device,
+            prompt=prompts,
+            device=getattr(pipeline, self.network).device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
@@ -111,18 +102,10 @@ class StableDiffusionXL(Family):
     parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     embeddings = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
-    def conditions(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        *,
-        negative: bool,
-        image_size: int,
-        tokens: int | None = None,
-    ) -> dict[str, Tensor]:
-        """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped picture of ``image_size``."""
-        states, pooled = self._encoded(pipeline, prompts, negative)
-        size = [image_size, image_size]
+    def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped picture."""
+        states, pooled = self._encoded(pipeline, prompts, asked.negative)
+        size = [asked.image_size, asked.image_size]
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=states.device)
         return {
             "encoder_hidden_states": states.float(),
@@ -181,18 +164,10 @@ class StableDiffusion3(_Flow):
     embeddings = StableDiffusionXL.embeddings
     lora_targets = _JOINT_ATTENTION
 
-    def conditions(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        *,
-        negative: bool,
-        image_size: int,
-        tokens: int | None = None,
-    ) -> dict[str, Tensor]:
+    def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
-        encoded = self._encode(pipeline, prompts, negative, pipeline.text_encoder.device, tokens)
-        states, pooled = encoded[int(negative) :: 2]
+        encoded = self._encode(pipeline, prompts, asked.negative, pipeline.text_encoder.device, asked.tokens)
+        states, pooled = encoded[int(asked.negative) :: 2]
         assert states is not None
         assert pooled is not None
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
@@ -200,32 +175,24 @@ class StableDiffusion3(_Flow):
     @staticmethod
     def _encode(
         pipeline: Any,  # noqa: ANN401
-        prompts: Sequence[str],
+        prompts: list[str],
         guided: bool,
         device: torch.device,
         tokens: int | None,
     ) -> Sequence[Tensor | None]:
-        texts = list(prompts)
         encoded: Sequence[Tensor | None] = pipeline.encode_prompt(
-            prompt=texts,
-            prompt_2=texts,
-            prompt_3=texts,
+            prompt=prompts,
+            prompt_2=prompts,
+            prompt_3=prompts,
             device=device,
             do_classifier_free_guidance=guided,
             **_t5_length(tokens),
         )
         return encoded
 
-    def call_options(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: Sequence[str],
-        network: Any,  # noqa: ANN401
-        guided: bool,
-        tokens: int | None = None,
-    ) -> dict[str, Any]:
+    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_options`."""
-        found = self._encode(pipeline, prompts, guided, network.device, tokens)
+        found = self._encode(pipeline, prompts, guided, pipeline.transformer.device, tokens)
         return {name: table for name, table in zip(self.embeddings, found, strict=True) if table is not None}
 
 
@@ -246,30 +213,15 @@ class Flux(_Flow):
         """See :meth:`Family.is_guided`: the network is told the scale, and is taken once."""
         return False
 
-    def conditions(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        *,
-        negative: bool,
-        image_size: int,
-        tokens: int | None = None,
-    ) -> dict[str, Tensor]:
+    def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
         encoder = pipeline.text_encoder
-        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=encoder.device, **_t5_length(tokens))
+        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=encoder.device, **_t5_length(asked.tokens))
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def call_options(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: Sequence[str],
-        network: Any,  # noqa: ANN401
-        guided: bool,
-        tokens: int | None = None,
-    ) -> dict[str, Any]:
+    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_options`."""
-        found = pipeline.encode_prompt(prompt=list(prompts), device=network.device, **_t5_length(tokens))
+        found = pipeline.encode_prompt(prompt=prompts, device=pipeline.transformer.device, **_t5_length(tokens))
         return dict(zip(self.embeddings, found, strict=False))
 
 
@@ -281,28 +233,13 @@ class DiT(Family):
     guidance_scale = 4.0
     embeddings = ("class_labels",)
 
-    def conditions(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        *,
-        negative: bool,
-        image_size: int,
-        tokens: int | None = None,
-    ) -> dict[str, Tensor]:
+    def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`; int64 ``class_labels``, the null label after the classes."""
         null = pipeline.transformer.config.num_embeds_ada_norm
-        labels = [null if negative else int(prompt) for prompt in prompts]
+        labels = [null if asked.negative else int(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
 
-    def call_options(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: Sequence[str],
-        network: Any,  # noqa: ANN401
-        guided: bool,
-        tokens: int | None = None,
-    ) -> dict[str, Any]:
+    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_options`."""
         return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
 

@@ -164,7 +164,6 @@ class TextToImage(Denoiser):
         tables = self.family.call_options(
             self.pipeline,
             [self.prompts[int(label)] for label in used],
-            self.model,
             self.is_guided,
             self.config.get("data", {}).get("caption_tokens"),
         )

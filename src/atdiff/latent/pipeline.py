@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atdiff.errors import UserError
 from atdiff.files import written_aside
-from atdiff.latent.families import FAMILIES, Family, absent_parts, family_of, pixels_per_latent
+from atdiff.latent.families import FAMILIES, Asked, Family, absent_parts, family_of, pixels_per_latent
 from atdiff.models.transformers import denoiser_like, published
 from atdiff.noise import NoiseSchedule
 from atdiff.quiet import quiet_libraries
@@ -159,9 +159,7 @@ class LatentPipeline:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
-        return self.family.conditions(
-            self.pipeline, prompts, negative=negative, image_size=self.image_size, tokens=self.tokens
-        )
+        return self.family.conditions(self.pipeline, prompts, Asked(self.image_size, self.tokens, negative))
 
     def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
         return self.family.latent_scale(self.vae)
