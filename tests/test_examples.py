@@ -10,18 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from conftest import small_unet
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 LOOPS = [path for path in EXAMPLES if path.stem != "evaluate_pipeline"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
