@@ -117,17 +117,14 @@ def test_what_cannot_be_pushed_is_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_card_of_a_study_has_its_results_and_no_paths(tmp_path: Path) -> None:
-    words = ["--study.arms", "[plain]", "--study.seeds", "[0]", "--study.steps", "[2,4]", "--study.num", "40",
-             "--study.samplers", "[ddim]", "--study.mismatch", "false", "--training.passes", "6"]  # fmt: skip
-    assert main(["study", "quickstart", "--out", str(tmp_path / "study"), "--jobs", "1", *words]) == 0
-    run = tmp_path / "study" / "seed-0" / "plain"
+def test_the_card_of_a_study_has_its_results_and_no_paths(finished: tuple[Path, Path]) -> None:
+    run = finished[1] / "seed-0" / "plain"
     text = (run / "pipeline" / "README.md").read_text()
     cells = json.loads((run / "cells.json").read_text())
-    assert f"| ddim | none | 2 | 2 | {cells[0]['metrics']['fd']:.4g} |" in text
+    assert f"| ddim | none | 3 | 3 | {cells[0]['metrics']['fd']:.4g} |" in text
     assert "num 40, sample_seed" in text
     assert "Not evaluated" not in text
-    assert str(tmp_path) not in text  # the base that it went on from
+    assert str(finished[1]) not in text  # the base that it went on from
     assert "from `base`" in text
 
 
