@@ -500,7 +500,7 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
         ("--data.flip true", "data.flip is for networks of pixels"),
         ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
-        ("--objective.variance learned_range", "objective.variance='learned_range' is for networks of pixels"),
+        ("--objective.variance learned_range", "whose network predicts no variance; set objective.variance=fixed"),
         ("--objective.label_dropout 0.1", "objective.label_dropout is for denoisers"),
         ("--consistency.guidance [15,3]", "guidance=(15.0, 3.0) must be two guidance scales of 1 or more"),
         ("--consistency.guidance [0.5,3]", "guidance=(0.5, 3.0) must be two guidance scales of 1 or more"),
@@ -515,7 +515,7 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--lora.rank 2 --model.name mlp", "lora.rank needs model.name='pipeline'"),
         ("--lora.rank 2 --model.name tiny-sd --training.init null", "lora.rank adapts a pipeline that is kept apart"),
         ("--model.name tiny-sd --training.init null", "the U-Net of model.name='tiny-sd' is untrained"),
-        ("--training.init null", "model.name='pipeline' trains the U-Net of a pipeline: name its folder or hub id"),
+        ("--training.init null", "model.name='pipeline' trains the network of a pipeline: name its folder or hub id"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_written(
