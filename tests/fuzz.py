@@ -54,7 +54,7 @@ GOOD: dict[str, list[Any]] = {
     "data.caption_column": [None, "text"],
     "data.limit": [None, 3],
     "data.unreadable": ["refuse", "skip"],
-    "model.name": ["mlp", "unet", "adm"],
+    "model.name": ["mlp", "unet", "dit", "adm"],
     "model.args": [{}, {"width": 8, "num_blocks": 1}, {"width": "x"}, {"depth": 3}, {"block_out_channels": [4, 4]}],
     "model.gradient_checkpointing": [True, False],
     "lora.rank": [0, 2],
@@ -63,11 +63,12 @@ GOOD: dict[str, list[Any]] = {
     "scheduler.args": [{}, {"beta_schedule": "linear"}, {"num_train_timesteps": 10}, {"foo": 1}, {"beta_schedule": 3}],
     "objective.prediction_type": [None, "epsilon", "sample", "v_prediction", "flow", "edm"],
     "objective.variance": ["fixed", "learned_range"],
-    "objective.timestep_sampler": ["uniform", "loss-second-moment", "logit-normal", "log-normal"],
+    "objective.timestep_sampler": ["uniform", "loss-second-moment", "logit-normal", "beta", "log-normal"],
     "objective.weighting": ["none", "min-snr", "high-noise"],
     "objective.snr_gamma": [5.0, 1],
     "objective.label_dropout": [0.0, 0.1, 1.0],
     "objective.input_perturbation": [0.0, 0.1],
+    "objective.slowed_interpolation": [0.0, 0.4, 2],
     "consistency.mode": ["none", "distillation", "training"],
     "consistency.teacher": [None, "run", "nowhere"],
     "consistency.solver": ["ddim", "euler", "heun"],
@@ -83,7 +84,8 @@ GOOD: dict[str, list[Any]] = {
     "adversary.radius": [None, 1, 5],
     "adversary.scale": ["constant", "sigma", "high", "middle"],
     "adversary.noise_levels": [None, [0.2, 0.7], [0.7, 0.2]],
-    "adversary.method": ["free", "pgd"],
+    "adversary.method": ["free", "pgd", "equivariance"],
+    "adversary.weight": [1.0, 0.1, -1],
     "adversary.direction": ["gradient", "gradient_full", "residual", "random"],
     "adversary.order": ["authors", "staggered"],
     "adversary.target": ["equivariant", "invariant"],
@@ -120,6 +122,8 @@ SAMPLERS = [
     "lcm",
     "consistency",
     "edm-euler",
+    "flow-euler",
+    "flow-heun",
     "x",
     "",
     "ddim,x",
@@ -127,7 +131,7 @@ SAMPLERS = [
 SMALL = ["1", "2", "3", "7"]
 ODD = ["0", "-1", "x", "", "1.5", "nan", "1,2", "2,2", "1e2"]
 NUMBERS = st.sampled_from(SMALL * 2 + ODD)
-CORRECTIONS = ["none", "epsilon-scaling:1.01", "time-shift:40", "epsilon-scaling:search", "time-shift:x", "x", ""]
+CORRECTIONS = ["none", "epsilon-scaling:1.01", "time-shift:40", "dcw:0.05", "dcw:x", "epsilon-scaling:search", "x", ""]
 METRICS = [
     "fid",
     "fid,prc",
@@ -175,6 +179,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "--num-head-channels": NUMBERS, "--new-attention-order": None,
     },
     "recipes": {"--schema": None},
+    "doctor": {},
 }  # fmt: skip
 ALWAYS = {"evaluate": ["--num=8"], "compare": ["--num=8", "--steps=3"], "mismatch": ["--num=8"],
           "robustness": ["--num=8", "--pgd-steps=1", "--restarts=0"], "sample": ["--num=3"]}  # fmt: skip
