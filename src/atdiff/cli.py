@@ -240,11 +240,11 @@ def _recipes(args: argparse.Namespace) -> None:
         print(schema.read_text(), end="")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from atdiff.recipe import bundled_recipes, load_recipe
 
-    table = Table("recipe", "shows", "costs", "arms", show_lines=True)
+    table = Table(Column("recipe", no_wrap=True), "shows", "costs", "arms", show_lines=True)
     for name in bundled_recipes():
         recipe = load_recipe(name)
         table.add_row(name, recipe.about, recipe.cost, ", ".join(recipe.arms))
