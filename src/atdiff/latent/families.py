@@ -216,12 +216,16 @@ class Flux(_Flow):
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
         encoder = pipeline.text_encoder
-        states, pooled, _ = pipeline.encode_prompt(prompt=prompts, device=encoder.device, **_t5_length(asked.tokens))
+        states, pooled, _ = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=prompts, device=encoder.device, **_t5_length(asked.tokens)
+        )
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
     def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_options`."""
-        found = pipeline.encode_prompt(prompt=prompts, device=pipeline.transformer.device, **_t5_length(tokens))
+        found = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=prompts, device=pipeline.transformer.device, **_t5_length(tokens)
+        )
         return dict(zip(self.embeddings, found, strict=False))
 
 
