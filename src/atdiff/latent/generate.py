@@ -153,6 +153,8 @@ class TextToImage(Denoiser):
                     output_type="pt",
                 ).images
                 bar.advance(task, len(indices) * num_processes())
+                if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
+                    images = torch.from_numpy(images).permute(0, 3, 1, 2)
                 return _finished(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
 
             yield from draw_in_turn(num, most, draw)
