@@ -172,7 +172,8 @@ def test_captions_can_be_cut_to_fewer_tokens(kind: str, folder: Path) -> None:
         length = {} if latent.tokens is None else {"max_sequence_length": latent.tokens}
         prompts = dict.fromkeys(("prompt", "prompt_2", *(["prompt_3"] if kind == "sd3" else [])), PROMPTS)
         expected = latent.pipeline.encode_prompt(**prompts, **length)[0]
-        torch.testing.assert_close(latent.encode_prompts(PROMPTS)["encoder_hidden_states"], expected)
+        found = latent.encode_prompts(PROMPTS)["encoder_hidden_states"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert latent.encode_null()["encoder_hidden_states"].shape[1] == expected.shape[1]
     if kind == "flux":
         lengths = [latent.encode_null()["encoder_hidden_states"].shape[1] for latent in (whole, cut)]
