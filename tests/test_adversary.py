@@ -162,6 +162,7 @@ def test_equivariance_asks_nothing_of_a_network_that_follows(
     [
         ({"direction": "gradient"}, "passes=2 is too few .* use passes=3"),
         ({"direction": "random", "passes": 1}, "use passes=2"),
+        ({"direction": "random", "passes": 3}, "is too many .* takes no pass; use passes=2"),
         ({"direction": "random", "weight": -1.0}, "weight=-1.0"),
         ({"direction": "random", "target": "invariant"}, "needs target='equivariant'"),
         ({"direction": "random", "order": "staggered"}, "cannot have order='staggered'"),

@@ -311,6 +311,21 @@ def as_ours(network: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["dit"], indirect=True)
+def test_the_images_of_a_class_folder_are_never_all_in_memory(
+    kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ImageNet at 256 pixels takes 250 GB: its classes are read off the folders, its images one by one."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("all images were read")
+
+    monkeypatch.setattr("atdiff.latent.trainer.load_data", refuse)
+    monkeypatch.setattr("atdiff.data.captions.load_data", refuse)
+    out = train(tmp_path / "run", passes=2)
+    assert (out / "prompts.txt").read_text().split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind", ["dit"], indirect=True)
 def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, tmp_path: Path) -> None:
     out = train(tmp_path / "run", "--objective.label_dropout", "0.5")
     config = load_config(out)
@@ -336,6 +351,7 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
         ("dit", ["--lora.rank", "2"], "diffusers has no LoRA for a DiTTransformer2DModel"),
         ("dit", ["--data.captions", '["a", "b"]'], "is told class labels"),
         ("dit", ["--data.caption_tokens", "77"], "is for SD3 and Flux"),
+        ("dit", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "only the U-Nets of Stable"),
         ("sd3", ["--objective.variance", "learned_range"], "set objective.variance=fixed"),
         ("sd3", ["--objective.prediction_type", "epsilon"], "predicts 'flow'"),
         ("sd3", ["--data.image_size", "72"], "expected a multiple of 16"),

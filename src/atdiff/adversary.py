@@ -70,7 +70,7 @@ class Adversary:
     ``equivariance`` trains at the clean input and adds ``weight * || e(x_t + delta) - e(x_t) ||^2``, with e the error
     of the network's prediction against the equivariant target: how far the prediction does not follow delta. Both
     inputs share one forward and backward of twice the batch, counted as two passes; ``passes - 2`` more move delta
-    first (one is FGSM), and with ``passes=2`` it is one random step. (`Briglia et al.
+    first (one is FGSM). A random delta is one step that takes no pass. (`Briglia et al.
     <https://arxiv.org/abs/2505.21742>`_)
 
     ``direction``:
@@ -185,6 +185,11 @@ class Adversary:
             raise UserError(
                 f"passes={self.num_passes} is too few for method='equivariance' with direction={self.direction!r}: "
                 f"two are the clean and the perturbed input, and each more moves delta; use passes={needed}."
+            )
+        if self.direction == "random" and self.num_passes > 2:
+            raise UserError(
+                f"passes={self.num_passes} is too many for method='equivariance' with direction='random', whose step "
+                "takes no pass; use passes=2."
             )
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
 from atdiff.errors import RunError, UserError
-from atdiff.evaluation.evaluate import read_cells
 from atdiff.files import write_text
 from atdiff.runs import run_config
 
@@ -44,15 +43,15 @@ def model_card(run: Path, repo_id: str = "THIS_REPOSITORY") -> str:
         base_model=init if _is_repo_id(init) else None,
         datasets=config["data"]["name"] if _is_repo_id(config["data"]["name"]) else None,
     )
-    parts = [
+    parts = (
         f"---\n{data.to_yaml()}\n---",
         f"# {run.name}",
         _about(config),
         f"## Use\n```python\n{_usage(config, lora, repo_id)}\n```",
         _results(run),
         f"## Recipe\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
+    return "\n\n".join(parts) + "\n"
 
 
 def check_push(repo_id: str) -> None:
@@ -148,7 +147,12 @@ def _usage(config: dict[str, Any], lora: bool, repo_id: str) -> str:
 
 def _results(run: Path) -> str:
     """Return a table of the cells of ``cells.json``, and the recipe that they share."""
-    cells = read_cells(run / "cells.json")
+    file = run / "cells.json"
+    cells = []
+    if file.exists():
+        from atdiff.evaluation.evaluate import read_cells  # brings feature networks, which training has no use for
+
+        cells = read_cells(file)
     if not cells:
         return "## Results\nNot evaluated yet."
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))

@@ -66,7 +66,6 @@ class NoiseSchedule:
       scheduler moves which timesteps are visited, never this map.
     - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A
       thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
-
     - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
 
     Args:

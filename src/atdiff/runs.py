@@ -32,9 +32,6 @@ from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.training.config import TrainConfig
 
-# Their networks work on latents, and more than the network makes a picture; see atdiff.latent.families.
-LATENT_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline")
-
 __all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
 
 
@@ -261,7 +258,9 @@ def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
     if network is None:
         raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
     network.eval()
-    of_latents = type(pipeline).__name__ in LATENT_PIPELINES or all(
+    from atdiff.latent.families import FAMILIES
+
+    of_latents = type(pipeline).__name__ in FAMILIES or all(
         getattr(pipeline, part, None) is not None for part in ("unet", "vae", "text_encoder")
     )
     if not of_latents:
@@ -284,7 +283,7 @@ def _pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any di
         folder = folder / "pipeline"
     elif folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
-    from atdiff.latent.families import absent_parts  # takes a second to import
+    from atdiff.latent.families import absent_parts
 
     loader: Any = DiffusionPipeline
     try:

@@ -52,6 +52,24 @@ class _Stateless:
         """Ignore an empty state."""
 
 
+class _Fractions(_Stateless):
+    """Timesteps by their fraction of the schedule, which a subclass draws; weights are one."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
+
+    def fractions(self, batch_size: int, device: torch.device) -> Tensor:
+        """Return ``t / T``, ``(batch_size,)``."""
+        raise NotImplementedError
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return timesteps, rounded down for a ``vp`` schedule, and weights of one, each ``(batch_size,)``."""
+        timesteps = self.fractions(batch_size, device) * self.num_train_timesteps
+        if self.kind == "vp":
+            timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)
+        return timesteps, torch.ones(batch_size, device=device)
+
+
 class UniformTimesteps(_Stateless):
     """Every timestep equally often: integers for a ``vp`` schedule, real numbers in ``(0, T]`` for ``flow``."""
 
@@ -67,8 +85,8 @@ class UniformTimesteps(_Stateless):
         return timesteps, torch.ones(batch_size, device=device)
 
 
-class LogitNormalTimesteps(_Stateless):
-    """``t / T = sigmoid(mean + std * normal)``, rounded down for a ``vp`` schedule.
+class LogitNormalTimesteps(_Fractions):
+    """``t / T = sigmoid(mean + std * normal)``.
 
     For a flow it is then shifted to ``shift u / (1 + (shift - 1) u)``, as the steps of its sampler are. (`Esser et al.
     2024 <https://arxiv.org/abs/2403.03206>`_, section 3.1 and eq. 23.) Weights are one, as in the paper.
@@ -78,36 +96,25 @@ class LogitNormalTimesteps(_Stateless):
     """
 
     def __init__(self, schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> None:
-        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
+        super().__init__(schedule)
         self.mean, self.std, self.shift = mean, std, schedule.shift
 
-    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return logit-normal timesteps and weights of one, each ``(batch_size,)``."""
+    def fractions(self, batch_size: int, device: torch.device) -> Tensor:
+        """See :class:`_Fractions`."""
         fraction = torch.sigmoid(self.mean + self.std * torch.randn(batch_size, device=device))
-        fraction = self.shift * fraction / (1.0 + (self.shift - 1.0) * fraction)
-        timesteps = fraction * self.num_train_timesteps
-        if self.kind == "vp":
-            timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)
-        return timesteps, torch.ones(batch_size, device=device)
+        return self.shift * fraction / (1.0 + (self.shift - 1.0) * fraction)
 
 
-class BetaTimesteps(_Stateless):
-    """``t / T`` of the law Beta(1, 2), whose density falls from 2 at data to 0 at noise; rounded down for ``vp``.
+class BetaTimesteps(_Fractions):
+    """``t / T`` of the law Beta(1, 2), whose density falls from 2 at data to 0 at noise.
 
     (`MixFlow <https://arxiv.org/abs/2512.19311>`_, where time runs the other way.) Weights are one, as in the paper.
     """
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
-
-    def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return timesteps and weights of one, each ``(batch_size,)``."""
+    def fractions(self, batch_size: int, device: torch.device) -> Tensor:
+        """See :class:`_Fractions`."""
         # A flow at 0 is data, without any noise.
-        fraction = (1.0 - torch.rand(batch_size, device=device).sqrt()).clamp_min(1e-6)
-        timesteps = self.num_train_timesteps * fraction
-        if self.kind == "vp":
-            timesteps = timesteps.long().clamp(max=self.num_train_timesteps - 1)
-        return timesteps, torch.ones(batch_size, device=device)
+        return (1.0 - torch.rand(batch_size, device=device).sqrt()).clamp_min(1e-6)
 
 
 class LogNormalTimesteps(_Stateless):

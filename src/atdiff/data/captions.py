@@ -131,6 +131,7 @@ def load_captioned(
     image_size: int | None,
     channels: int = 3,
     captions: Sequence[str] | None = None,
+    numbered: bool = False,
     caption_column: str | None = None,
     limit: int | None = None,
     crop: Crop = "bicubic",
@@ -154,6 +155,7 @@ def load_captioned(
         image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, greyscale or RGB.
         captions: one a class, in the order of the labels, for data that have labels alone.
+        numbered: take the number of its class for an image's caption, in the place of ``captions``.
         caption_column: column (of a table) or field (of JSON) of the captions; when None the first of ``text``,
             ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
         limit: take only that many pairs, the first ones.
@@ -167,10 +169,10 @@ def load_captioned(
     """
     _check_options(image_size, channels, crop)
     _check_arguments(captions, caption_column, limit)
-    own = _own_captions(name, split, caption_column, limit, given=captions is not None)
+    own = _own_captions(name, split, caption_column, limit, given=numbered or captions is not None)
     if own is not None:
         pictures, texts = own
-    elif captions is None:
+    elif captions is None and not numbered:
         raise _no_captions(name)
     else:
         pictures, labels = _labelled(name, split, limit, image_size, channels, crop, unreadable)
@@ -324,9 +326,12 @@ def _labelled(
     return _InMemory(data.images[:limit].numpy()), data.labels
 
 
-def _class_captions(name: str, captions: Sequence[str], labels: Tensor | None) -> list[str]:
+def _class_captions(name: str, captions: Sequence[str] | None, labels: Tensor | None) -> list[str]:
+    """Return the caption of each image: that of its class, or its number without ``captions``."""
     if labels is None:
         raise UserError(f"{name} has no classes that captions could describe: choose data with labels or captions.")
+    if captions is None:
+        return [str(label) for label in labels.tolist()]
     classes = int(labels.max()) + 1
     if len(captions) != classes:
         raise UserError(

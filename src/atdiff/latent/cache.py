@@ -239,15 +239,13 @@ def _write_conditions(
     table: dict[str, np.memmap] = {}
     done = 0
     for prompts in _batches(_tracked(captions, "encoding captions", len(captions), progress), batch_size):
-        for name, rows in latent.encode_prompts(prompts).items():
+        for name, encoded in latent.encode_prompts(prompts).items():
+            rows = _half(encoded, what)
             if name not in table:
                 table[name] = np.lib.format.open_memmap(
-                    folder / f"caption-{name}.npy",
-                    mode="w+",
-                    dtype=np.float16 if rows.is_floating_point() else np.int64,
-                    shape=(len(captions), *rows.shape[1:]),
+                    folder / f"caption-{name}.npy", mode="w+", dtype=rows.dtype, shape=(len(captions), *rows.shape[1:])
                 )
-            table[name][done : done + len(prompts)] = _half(rows, what)
+            table[name][done : done + len(prompts)] = rows
         done += len(prompts)
     for written in table.values():
         written.flush()

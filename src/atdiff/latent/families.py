@@ -65,17 +65,31 @@ class Family:
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """Return what the network is conditioned on, with a row a prompt."""
-        return {"encoder_hidden_states": self._encoded(pipeline, prompts, asked.negative)[0].float()}
+        return {"encoder_hidden_states": self._asked(pipeline, prompts, asked)[0].float()}
 
-    def _encoded(self, pipeline: Any, prompts: list[str], negative: bool) -> Sequence[Tensor]:  # noqa: ANN401
+    def _asked(self, pipeline: Any, prompts: list[str], asked: Asked) -> Sequence[Tensor]:  # noqa: ANN401
+        """Return the embeddings of prompts, or those that guidance points away from."""
+        encoded = self._encode(pipeline, prompts, pipeline.text_encoder.device, asked.negative, asked.tokens)
+        # SD gives (states, negative states), SDXL and SD3 the pooled pair after them.
+        return encoded[int(asked.negative) :: 2]
+
+    def _encode(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        device: torch.device,
+        guided: bool,
+        tokens: int | None,
+    ) -> Sequence[Tensor]:
+        """Return what the pipeline's ``encode_prompt`` does."""
         encoded: Sequence[Tensor] = pipeline.encode_prompt(
-            prompt=prompts,
-            device=pipeline.text_encoder.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=negative,
+            device=device, do_classifier_free_guidance=guided, **self._prompts(prompts, tokens)
         )
-        # SD gives (states, negative states), the others the pooled pair after them.
-        return encoded[int(negative) :: 2]
+        return encoded
+
+    def _prompts(self, prompts: list[str], tokens: int | None) -> dict[str, Any]:
+        """Return the prompts as arguments of ``encode_prompt``."""
+        return {"prompt": prompts, "num_images_per_prompt": 1}
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
         """Mean and factor with which the pipeline unscales latents."""
@@ -83,12 +97,7 @@ class Family:
 
     def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
         """Return the prompts as arguments of the pipeline's call: tensors of a row a prompt."""
-        found = pipeline.encode_prompt(
-            prompt=prompts,
-            device=getattr(pipeline, self.network).device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-        )
+        found = self._encode(pipeline, prompts, getattr(pipeline, self.network).device, guided, tokens)
         return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
@@ -104,7 +113,7 @@ class StableDiffusionXL(Family):
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped picture."""
-        states, pooled = self._encoded(pipeline, prompts, asked.negative)
+        states, pooled = self._asked(pipeline, prompts, asked)
         size = [asked.image_size, asked.image_size]
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=states.device)
         return {
@@ -166,34 +175,11 @@ class StableDiffusion3(_Flow):
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
-        encoded = self._encode(pipeline, prompts, asked.negative, pipeline.text_encoder.device, asked.tokens)
-        states, pooled = encoded[int(asked.negative) :: 2]
-        assert states is not None
-        assert pooled is not None
+        states, pooled = self._asked(pipeline, prompts, asked)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    @staticmethod
-    def _encode(
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        guided: bool,
-        device: torch.device,
-        tokens: int | None,
-    ) -> Sequence[Tensor | None]:
-        encoded: Sequence[Tensor | None] = pipeline.encode_prompt(
-            prompt=prompts,
-            prompt_2=prompts,
-            prompt_3=prompts,
-            device=device,
-            do_classifier_free_guidance=guided,
-            **_t5_length(tokens),
-        )
-        return encoded
-
-    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
-        """See :meth:`Family.call_options`."""
-        found = self._encode(pipeline, prompts, guided, pipeline.transformer.device, tokens)
-        return {name: table for name, table in zip(self.embeddings, found, strict=True) if table is not None}
+    def _prompts(self, prompts: list[str], tokens: int | None) -> dict[str, Any]:
+        return {**dict.fromkeys(("prompt", "prompt_2", "prompt_3"), prompts), **_t5_length(tokens)}
 
 
 class Flux(_Flow):
@@ -215,18 +201,23 @@ class Flux(_Flow):
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
-        encoder = pipeline.text_encoder
-        states, pooled, _ = pipeline.encode_prompt(
-            prompt=prompts, prompt_2=prompts, device=encoder.device, **_t5_length(asked.tokens)
-        )
+        device = pipeline.text_encoder.device
+        states, pooled, _ = self._encode(pipeline, prompts, device, asked.negative, asked.tokens)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def call_options(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
-        """See :meth:`Family.call_options`."""
-        found = pipeline.encode_prompt(
-            prompt=prompts, prompt_2=prompts, device=pipeline.transformer.device, **_t5_length(tokens)
+    def _encode(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        device: torch.device,
+        guided: bool,
+        tokens: int | None,
+    ) -> Sequence[Tensor]:
+        """There is nothing that guidance points away from."""
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=prompts, device=device, **_t5_length(tokens)
         )
-        return dict(zip(self.embeddings, found, strict=False))
+        return encoded
 
 
 class DiT(Family):

@@ -288,7 +288,7 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
             its own, weights included.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
-        if not type(unet).__name__.startswith("UNet"):
+        if "time_cond_proj_dim" not in unet.config:
             return denoiser_like(unet)
         dim = unet.config.time_cond_proj_dim or guidance_dim
         student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=dim)

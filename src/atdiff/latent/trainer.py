@@ -65,16 +65,22 @@ class LatentTrainer(Trainer):
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
+        labelled = isinstance(self.latent.family, DiT)
+        if labelled and config.data.captions:
+            raise UserError(f"data.captions are not used: {self.latent.source} is told class labels; leave them out.")
         self.captioned = load_captioned(
             config.data.name,
             split=config.data.split,
             image_size=self.latent.image_size,
             channels=self.latent.image_channels,
-            captions=self._captions(),
+            captions=config.data.captions,
+            numbered=labelled,
             caption_column=config.data.caption_column,
             limit=config.data.limit,
             unreadable=config.data.unreadable,
         )
+        if labelled:
+            self._check_classes()
 
     def _check(self, config: TrainConfig) -> None:
         """Find the mistakes that the settings alone show, before anything is loaded."""
@@ -164,20 +170,14 @@ class LatentTrainer(Trainer):
                 f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
             )
 
-    def _captions(self) -> list[str] | None:
-        """Return a caption for each class: those of the settings, or of DiT the numbers of the classes of the data."""
-        captions = self.config.data.captions
-        if not isinstance(self.latent.family, DiT):
-            return captions
-        if captions:
-            raise UserError(f"data.captions are not used: {self.latent.source} is told class labels; leave them out.")
-        classes, known = self.images.num_classes or 0, self.latent.network.config.num_embeds_ada_norm
-        if not 1 <= classes <= known:
+    def _check_classes(self) -> None:
+        classes = 1 + max(map(int, self.captioned.captions))
+        known = self.latent.network.config.num_embeds_ada_norm
+        if classes > known:
             raise UserError(
-                f"{self.config.data.name!r} has {classes or 'no'} classes, and {self.latent.source} knows {known}: "
-                "put the images of each class into their own subfolder, in the order of the classes."
+                f"{self.config.data.name!r} has {classes} classes, and {self.latent.source} knows {known}: put the "
+                "images of each class into their own subfolder, in the order of the classes."
             )
-        return [str(label) for label in range(classes)]
 
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
         settings = self.config.consistency
@@ -200,6 +200,12 @@ class LatentTrainer(Trainer):
     def _teacher(self) -> LatentPipeline:
         source = self.config.consistency.teacher
         teacher = self.latent if source is None else load_latent_pipeline(source)
+        for one in (self.latent, teacher):
+            if one.family.network != "unet":
+                raise UserError(
+                    f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
+                    "are distilled; train it without consistency.mode."
+                )
         if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
             raise UserError(
                 f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
 
-__all__ = ["class_embeddings", "predict", "unet_kwargs"]
+__all__ = ["class_embeddings", "keep_labels", "predict", "unet_kwargs"]
 
 ADDED = ("text_embeds", "time_ids")
 
@@ -31,6 +32,13 @@ def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
     """Return how many class labels a network knows, a null label of a U-Net included; 0 for an unconditional one."""
     config = getattr(model, "config", None) or {}
     return int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0)
+
+
+def keep_labels(network: nn.Module) -> None:
+    """Keep a DiT from dropping class labels by itself, in place."""
+    for part in network.modules():
+        if isinstance(part, LabelEmbedding):
+            part.dropout_prob = 0.0
 
 
 def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:

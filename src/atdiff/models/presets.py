@@ -8,9 +8,9 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 from atdiff.errors import UserError
+from atdiff.models.call import keep_labels
 from atdiff.models.guided_diffusion import ADM_CIFAR10, adm_unet
 from atdiff.models.mlp import MLP2DModel
-from atdiff.models.transformers import keep_labels
 
 __all__ = ["build_model"]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-__all__ = ["FluxDenoiser", "SD3Denoiser", "denoiser_like", "keep_labels", "published"]
+from atdiff.models.call import keep_labels
+
+__all__ = ["FluxDenoiser", "SD3Denoiser", "denoiser_like", "published"]
 
 PATCH = 2  # latents along the side of a token of Flux
 
@@ -95,13 +96,6 @@ def denoiser_like(transformer: Any) -> Any:  # noqa: ANN401  (a transformer of d
     denoiser.load_state_dict(transformer.state_dict())
     keep_labels(denoiser)
     return denoiser.to(transformer.device)
-
-
-def keep_labels(network: nn.Module) -> None:
-    """Keep a DiT from dropping class labels by itself, in place."""
-    for part in network.modules():
-        if isinstance(part, LabelEmbedding):
-            part.dropout_prob = 0.0
 
 
 def published(denoiser: nn.Module) -> Any:  # noqa: ANN401
