@@ -19,8 +19,9 @@ $(VENV)/.installed: pyproject.toml requirements/tested.txt
 quickstart: install
 	$(BIN)/atdiff quickstart --out runs/quickstart
 
+# A process for each core, up to four, since each holds torch and diffusers; whole files, so that their fixtures are shared.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; too late once a product has been computed.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # A test process for each core; inherited by those that tests start.
 
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
