@@ -257,7 +257,7 @@ def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
         f"? its interval does not clear zero"
     )
     if any(one.values for one in rows):
-        text += "; b, w: scale and window that the search chose on held-out noise, lowest to highest over the seeds"
+        text += "; b, w, s: scale, window, strength that a search chose on held-out noise, lowest to highest over seeds"
     return text
 
 

@@ -403,7 +403,7 @@ GRIDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "epsilon-scaling": (0.92, 0.94, 0.96, 0.98, 1.0, 1.01, 1.02, 1.04, 1.06),
         "time-shift": (0.0, 20.0, 40.0, 80.0, 160.0, 320.0),
-        "dcw": (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1),
+        "dcw": (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.4),
     }
 )
 """The values of each family that a search tries: scales, windows in timesteps, and strengths of the low band."""
