@@ -151,7 +151,7 @@ def test_commands_of_other_pages_are_understood(page: Path, capsys: pytest.Captu
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's word about its successor
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert built.returncode == 0, built.stderr
