@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from atdiff.data import ImageData, load_data
 from atdiff.errors import UserError
-from atdiff.latent.tiny_sd import tiny_stable_diffusion, tiny_stable_diffusion_3
+from atdiff.latent.tiny_sd import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
@@ -275,3 +275,24 @@ def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt()
     for name in ("num_layers", "num_attention_heads"):
         with pytest.raises(UserError, match=f"{name} is 0"):
             tiny_stable_diffusion_3(digits(32), PROMPTS, **{**few, name: 0})
+
+
+def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
+    few = {"vae_channels": (8, 16), "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "updates": 1}
+    folder = tiny_flux(digits(32), PROMPTS, **few)
+    assert folder == tiny_flux(digits(32), PROMPTS, **few)
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = [pipeline.tokenizer_2(prompt).input_ids for prompt in (*PROMPTS, "a handwritten letter")]
+    assert len(set(map(tuple, tokens))) == len(tokens)
+    assert {len(ids) for ids in tokens} == {4}  # three words and the end
+    short = {"guidance_scale": 3.5, "max_sequence_length": 4, "height": 16, "width": 16}
+    one, same, other = (drawn(pipeline, [PROMPTS[i]], **short) for i in (1, 1, 2))
+    assert one.shape == (1, 16, 16, 1)
+    assert np.array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-5
+    for name in ("num_layers", "num_single_layers", "num_attention_heads"):
+        with pytest.raises(UserError, match=f"{name} is 0"):
+            tiny_flux(digits(32), PROMPTS, **{**few, name: 0})
+    with pytest.raises(UserError, match="16 pixels: expected a multiple of 32"):
+        tiny_flux(digits(32), PROMPTS, **{**few, "vae_channels": (8,) * 5})

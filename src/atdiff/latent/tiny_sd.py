@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines small enough to train on a CPU, made of labelled images and a prompt for each class."""
+"""Text-to-image pipelines small enough to train on a CPU, made of labelled images and a prompt for each class."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -23,12 +24,13 @@ from atdiff.data.sources import ImageData
 from atdiff.errors import UserError
 from atdiff.evaluation.features import cache_folder
 from atdiff.files import write_json, write_text, written_aside
+from atdiff.models.transformers import PATCH
 from atdiff.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-__all__ = ["tiny_stable_diffusion", "tiny_stable_diffusion_3"]
+__all__ = ["tiny_flux", "tiny_stable_diffusion", "tiny_stable_diffusion_3"]
 
 PROGRESS_FROM = 100  # updates of the autoencoder; fewer take a few seconds
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -137,10 +139,50 @@ def tiny_stable_diffusion_3(
         "num_attention_heads": num_attention_heads,
         "updates": updates,
     }
-    for name in ("num_layers", "num_attention_heads"):
-        if args[name] < 1:
-            raise UserError(f"{name} is {args[name]}: expected 1 or more.")
     return _cached("tiny-sd3", images, prompts, args, _stable_diffusion_3)
+
+
+def tiny_flux(
+    images: ImageData,
+    prompts: Sequence[str],
+    *,
+    vae_channels: Sequence[int] = (16, 32, 32),
+    num_layers: int = 2,
+    num_single_layers: int = 2,
+    num_attention_heads: int = 4,
+    updates: int = 600,
+) -> Path:
+    """Return a folder of a ``FluxPipeline`` for the images, made now unless the cache has it.
+
+    Autoencoder and CLIP are made as for :func:`tiny_stable_diffusion`; a small T5 of random weights, which knows the
+    words of the prompts, tells them apart. The transformer, with heads of 16 channels, 2 x 2 latents a token and a
+    guidance embedding, is untrained. The noise is that of Flux.1 dev, its shift following the number of tokens.
+    (`Flux <https://github.com/black-forest-labs/flux>`_)
+
+    Args:
+        images: as for :func:`tiny_stable_diffusion`, whose latents must have an even side.
+        prompts: likewise.
+        vae_channels: likewise.
+        num_layers: blocks that keep pictures and text apart.
+        num_single_layers: blocks of both together.
+        num_attention_heads: of each block.
+        updates: batches that the autoencoder is trained for.
+
+    Returns:
+        A folder in the cache that ``DiffusionPipeline.from_pretrained`` opens; the same arguments give the same one.
+
+    Raises:
+        UserError: as :func:`tiny_stable_diffusion`, or no layers or heads.
+    """
+    args: dict[str, Any] = {
+        "vae_channels": list(vae_channels),
+        "num_layers": num_layers,
+        "num_single_layers": num_single_layers,
+        "num_attention_heads": num_attention_heads,
+        "token_side": PATCH,
+        "updates": updates,
+    }
+    return _cached("tiny-flux", images, prompts, args, _flux)
 
 
 def _cached(
@@ -207,9 +249,12 @@ def _check_args(images: ImageData, args: dict[str, Any]) -> None:
         widths, groups = args[name], RECIPE["norm_num_groups"]
         if not widths or any(width < groups or width % groups for width in widths):
             raise UserError(f"{name} is {widths}: expected one multiple of {groups} or more for each level.")
+    for name in {"num_layers", "num_single_layers", "num_attention_heads"} & args.keys():
+        if args[name] < 1:
+            raise UserError(f"{name} is {args[name]}: expected 1 or more.")
     if args["updates"] < 1:
         raise UserError(f"updates is {args['updates']}: the autoencoder must be trained for 1 batch or more.")
-    side, multiple = images.images.shape[-1], max(PIPELINE_SIDE, _factor(args))
+    side, multiple = images.images.shape[-1], max(PIPELINE_SIDE, _factor(args) * args.get("token_side", 1))
     if side % multiple:
         raise UserError(
             f"{images.name} has images of {side} pixels: expected a multiple of {multiple}, so set image_size to "
@@ -292,6 +337,35 @@ def _stable_diffusion_3(images: ImageData, prompts: Sequence[str], args: dict[st
     )
 
 
+def _flux(images: ImageData, prompts: Sequence[str], args: dict[str, Any], folder: Path) -> Any:  # noqa: ANN401
+    from diffusers import FluxPipeline
+
+    tokenizer = _tokenizer(prompts, folder / "tokenizer")
+    words = _word_tokenizer(prompts)
+    width = RECIPE["text"]["hidden_size"]
+    transformer: Any = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=args["token_side"] ** 2 * RECIPE["latent_channels"],
+        num_layers=args["num_layers"],
+        num_single_layers=args["num_single_layers"],
+        attention_head_dim=16,
+        num_attention_heads=args["num_attention_heads"],
+        joint_attention_dim=width,
+        pooled_projection_dim=width,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_trained_autoencoder(images, args),
+        text_encoder=_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(words),
+        tokenizer_2=words,
+    )
+
+
 def _trained_autoencoder(images: ImageData, args: dict[str, Any]) -> Any:  # noqa: ANN401
     vae: Any = _autoencoder(images, args)
     _train(vae, images, args["updates"])
@@ -355,6 +429,37 @@ def _text_encoder(tokenizer: CLIPTokenizer, kind: type | None = None) -> CLIPTex
         eos_token_id=tokenizer.eos_token_id,
     )
     return (kind or CLIPTextModel)(config).eval()
+
+
+def _word_tokenizer(prompts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the words of the prompts, with T5's special ones."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for prompt in prompts for word in prompt.lower().split()})
+    tokens = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def _t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+    from transformers import T5Config, T5EncoderModel
+
+    text = RECIPE["text"]
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=text["hidden_size"],
+        d_kv=text["hidden_size"] // text["num_attention_heads"],
+        d_ff=text["intermediate_size"],
+        num_layers=text["num_hidden_layers"],
+        num_heads=text["num_attention_heads"],
+    )
+    return T5EncoderModel(config).eval()
 
 
 def _unet(images: ImageData, args: dict[str, Any]) -> UNet2DConditionModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,14 @@ class LatentTrainer(Trainer):
             raise UserError(
                 f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
             )
-        from atdiff.latent.tiny_sd import tiny_stable_diffusion, tiny_stable_diffusion_3
+        from atdiff.latent.tiny_sd import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
 
-        make = tiny_stable_diffusion if config.model.name == "tiny-sd" else tiny_stable_diffusion_3
-        return str(make(self.images, config.data.captions, **config.model.args))
+        makers: dict[str, Callable[..., Path]] = {
+            "tiny-sd": tiny_stable_diffusion,
+            "tiny-sd3": tiny_stable_diffusion_3,
+            "tiny-flux": tiny_flux,
+        }
+        return str(makers[config.model.name](self.images, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler."""

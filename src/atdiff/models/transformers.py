@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atdiff.models.call import keep_labels
 
-__all__ = ["FluxDenoiser", "SD3Denoiser", "denoiser_like", "published"]
+__all__ = ["PATCH", "FluxDenoiser", "SD3Denoiser", "denoiser_like", "published"]
 
 PATCH = 2  # latents along the side of a token of Flux
 

@@ -15,7 +15,7 @@ from atdiff.training.config import TrainConfig
 
 __all__ = ["LATENT_MODELS", "check_config", "check_machine"]
 
-LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3")
+LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3", "tiny-flux")
 
 
 def check_config(config: TrainConfig) -> None:

@@ -64,13 +64,13 @@ class ModelConfig:
 
     Attributes:
         name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
-            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``
-            and ``tiny-sd3``, small ones made from the data.
+            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``,
+            ``tiny-sd3`` and ``tiny-flux``, small ones made from the data.
         args: of the constructor.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
-    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3"] = "mlp"
+    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"] = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
 
