@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -296,3 +297,14 @@ def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
             tiny_flux(digits(32), PROMPTS, **{**few, name: 0})
     with pytest.raises(UserError, match="16 pixels: expected a multiple of 32"):
         tiny_flux(digits(32), PROMPTS, **{**few, "vae_channels": (8,) * 5})
+
+
+@pytest.mark.parametrize("make", [tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_flux])
+def test_without_transformers_one_sentence_names_the_extra(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"needs text encoders of transformers: pip install 'atdiff\[lcm\]'"):
+        make(digits(32), PROMPTS)
+    assert not (tmp_path / "cache").exists()

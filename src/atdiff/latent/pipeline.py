@@ -25,6 +25,7 @@ __all__ = [
     "guidance_embedding",
     "load_latent_pipeline",
     "make_student",
+    "require_transformers",
     "save_student",
     "with_network",
 ]
@@ -165,6 +166,21 @@ class LatentPipeline:
         return self.family.latent_scale(self.vae)
 
 
+def require_transformers(source: str) -> None:
+    """Find out at once whether text encoders can be had; diffusers would fail late and at length.
+
+    Args:
+        source: what needs them.
+
+    Raises:
+        UserError: transformers, which comes with the extra ``lcm``, is not installed.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
+
+
 def load_latent_pipeline(
     source: str,
     *,
@@ -186,10 +202,7 @@ def load_latent_pipeline(
             of another class.
     """
     location = _location(source)
-    try:
-        import transformers  # noqa: F401  (of the lcm extra; diffusers would fail late and at length)
-    except ImportError as error:
-        raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
+    require_transformers(source)
     try:
         with quiet_libraries():
             index = dict(DiffusionPipeline.load_config(location))

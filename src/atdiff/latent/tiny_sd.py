@@ -24,6 +24,7 @@ from atdiff.data.sources import ImageData
 from atdiff.errors import UserError
 from atdiff.evaluation.features import cache_folder
 from atdiff.files import write_json, write_text, written_aside
+from atdiff.latent.pipeline import require_transformers
 from atdiff.models.transformers import PATCH
 from atdiff.quiet import quiet_libraries
 
@@ -193,6 +194,7 @@ def _cached(
     make: Callable[[ImageData, Sequence[str], dict[str, Any], Path], Any],
 ) -> Path:
     """Return the folder of the cache that ``make`` fills, checked and made first where it is not there."""
+    require_transformers(kind)
     _check_images(images)
     _check_prompts(images, prompts)
     _check_args(images, args)
