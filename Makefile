@@ -20,8 +20,9 @@ quickstart: install
 	$(BIN)/atdiff quickstart --out runs/quickstart
 
 # A process for each core, up to four, since each holds torch and diffusers; whole files, so that their fixtures are shared.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 test: install
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python $(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -66,7 +67,7 @@ test-oldest:
 	uv venv --quiet --allow-existing --python 3.11 .venv-oldest
 	uv pip install --quiet --python .venv-oldest/bin/python --requirement requirements/oldest.txt
 	uv pip install --quiet --python .venv-oldest/bin/python --no-deps --editable .
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python $(PYTEST)
 
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --quiet \

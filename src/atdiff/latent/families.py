@@ -82,14 +82,12 @@ class Family:
         tokens: int | None,
     ) -> Sequence[Tensor]:
         """Return what the pipeline's ``encode_prompt`` does."""
-        encoded: Sequence[Tensor] = pipeline.encode_prompt(
-            device=device, do_classifier_free_guidance=guided, **self._prompts(prompts, tokens)
-        )
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(device=device, **self._prompts(prompts, guided, tokens))
         return encoded
 
-    def _prompts(self, prompts: list[str], tokens: int | None) -> dict[str, Any]:
-        """Return the prompts as arguments of ``encode_prompt``."""
-        return {"prompt": prompts, "num_images_per_prompt": 1}
+    def _prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        """Return the prompts, and whether guidance points away from any, as arguments of ``encode_prompt``."""
+        return {"prompt": prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
         """Mean and factor with which the pipeline unscales latents."""
@@ -178,8 +176,9 @@ class StableDiffusion3(_Flow):
         states, pooled = self._asked(pipeline, prompts, asked)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def _prompts(self, prompts: list[str], tokens: int | None) -> dict[str, Any]:
-        return {**dict.fromkeys(("prompt", "prompt_2", "prompt_3"), prompts), **_t5_length(tokens)}
+    def _prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        named = dict.fromkeys(("prompt", "prompt_2", "prompt_3"), prompts)
+        return {**named, "do_classifier_free_guidance": guided, **_t5_length(tokens)}
 
 
 class Flux(_Flow):
@@ -205,19 +204,9 @@ class Flux(_Flow):
         states, pooled, _ = self._encode(pipeline, prompts, device, asked.negative, asked.tokens)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
-    def _encode(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        device: torch.device,
-        guided: bool,
-        tokens: int | None,
-    ) -> Sequence[Tensor]:
+    def _prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
         """There is nothing that guidance points away from."""
-        encoded: Sequence[Tensor] = pipeline.encode_prompt(
-            prompt=prompts, prompt_2=prompts, device=device, **_t5_length(tokens)
-        )
-        return encoded
+        return {"prompt": prompts, "prompt_2": prompts, **_t5_length(tokens)}
 
 
 class DiT(Family):
