@@ -24,6 +24,7 @@ from atdiff.data.imagenet import holds_imagenet, read_imagenet
 from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, UnreadableImages, read_image
 from atdiff.data.mixture import MIXTURES, draw_mixture
 from atdiff.errors import UserError
+from atdiff.fingerprint import fingerprint
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
@@ -60,6 +61,11 @@ class ImageData:
     def num_classes(self) -> int | None:
         """Number of classes (the highest label plus one), or None without labels."""
         return None if self.labels is None else int(self.labels.max()) + 1
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that another image, label or order changes."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return fingerprint({"images": self.images, **labels})
 
     def x0(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``, shape ``(B,)``, as float32 ``(B, C, H, W)`` in [-1, 1]."""

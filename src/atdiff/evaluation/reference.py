@@ -20,8 +20,8 @@ from atdiff.errors import UserError
 from atdiff.evaluation.features import as_bytes, cache_folder, device_of, extract
 from atdiff.evaluation.manifold import neighbour_radii
 from atdiff.evaluation.moments import Moments, Rows
-from atdiff.evaluation.weights import fingerprint
 from atdiff.files import written_aside
+from atdiff.fingerprint import fingerprint
 
 __all__ = ["Reference", "load_reference"]
 
@@ -83,7 +83,7 @@ def load_reference(
 def _cache_file(data: ImageData, extractor: FeatureExtractorBase, layer: str, with_features: bool) -> Path:
     versions = [importlib.metadata.version(package) for package in ("torch", "torch-fidelity")]
     parts = [FORMAT, extractor.get_name(), layer, device_of(extractor).type, *versions]
-    parts += [fingerprint({"images": data.images}), fingerprint(extractor.state_dict())]
+    parts += [data.fingerprint(), fingerprint(extractor.state_dict())]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     kind = "features" if with_features else "moments"
     name = re.sub(r"[^\w.-]", "-", f"{extractor.get_name()}-{layer}")

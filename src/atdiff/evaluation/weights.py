@@ -1,11 +1,9 @@
-"""Files of weights: read without running what they hold, and told apart."""
+"""Files of weights, read without running what they hold."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from atdiff.errors import UserError
 
-__all__ = ["fingerprint", "read_tensors"]
+__all__ = ["read_tensors"]
 
 
 def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
@@ -41,12 +39,3 @@ def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no table of weights: expected {expected}.")
     return tensors
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

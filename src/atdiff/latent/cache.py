@@ -20,8 +20,8 @@ from torch import Tensor
 from atdiff.data.captions import CaptionedImages
 from atdiff.errors import UserError
 from atdiff.evaluation.features import cache_folder
-from atdiff.evaluation.weights import fingerprint
 from atdiff.files import write_json, written_aside
+from atdiff.fingerprint import fingerprint
 from atdiff.latent.pipeline import LatentPipeline
 from atdiff.quiet import quiet_libraries
 
