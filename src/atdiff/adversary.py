@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from atdiff.adversary_checks import check_adversary
+from atdiff.choices import Direction, Method, Norm, Order, Target
 from atdiff.errors import UserError
 from atdiff.noise import noise_level
-from atdiff.norms import NORMS, Norm, norm_of, project, steepest_step
+from atdiff.norms import norm_of, project, steepest_step
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.denoising import DenoisingBatch, Target
+from atdiff.objectives.denoising import DenoisingBatch
 
 __all__ = ["Adversary", "Objective"]
 
-Direction = Literal["gradient", "gradient_full", "residual", "random"]
-Method = Literal["free", "pgd", "equivariance"]
-Order = Literal["authors", "staggered"]
 ScaleFunction = Callable[[Tensor, Tensor], Tensor]
 
 SCALES: dict[str, ScaleFunction] = {
@@ -125,10 +123,22 @@ class Adversary:
         target: Target = "equivariant",
         weight: float = 1.0,
     ) -> None:
+        check_adversary(
+            norm=norm,
+            step_size=step_size,
+            passes=passes,
+            radius=radius,
+            scale=scale,
+            noise_levels=noise_levels,
+            method=method,
+            direction=direction,
+            order=order,
+            target=target,
+            weight=weight,
+        )
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self.noise_levels, self.weight = noise_levels, weight
-        self._check(scale)
         self._scale = scale if callable(scale) else SCALES[scale]
         self.batch: Batch | None = None
         self.delta: Tensor | None = None
@@ -141,56 +151,6 @@ class Adversary:
         # the deltas of the micro-batches in the authors' order. None between two batches.
         self._after: Callable[[], None] | None = None
         self._position: tuple[Batch, int, list[Tensor]] | None = None
-
-    def _check(self, scale: str | ScaleFunction) -> None:
-        choices: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "norm": (self.norm, NORMS),
-            "method": (self.method, get_args(Method)),
-            "direction": (self.direction, get_args(Direction)),
-            "order": (self.order, get_args(Order)),
-            "target": (self.target, get_args(Target)),
-        }
-        if not callable(scale):
-            choices["scale"] = (scale, tuple(SCALES))
-        for name, (value, valid) in choices.items():
-            if value not in valid:
-                raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
-        if isinstance(self.num_passes, bool) or not isinstance(self.num_passes, int) or self.num_passes < 1:
-            raise UserError(f"passes={self.num_passes!r} must be an integer of at least 1; 1 is plain training.")
-        if not 0 <= self.step_size < math.inf:
-            raise UserError(
-                f"step_size={self.step_size} must not be negative or infinite; 0 repeats batches unperturbed."
-            )
-        if self.radius is not None and not self.radius > 0:
-            raise UserError(f"radius={self.radius} must be above 0; None leaves delta unbounded.")
-        low, high = self.noise_levels or (0.0, 1.0)
-        if not 0.0 <= low < high <= 1.0:
-            raise UserError(
-                f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
-            )
-        if self.method != "free" and self.order == "staggered":
-            raise UserError(
-                f"method={self.method!r} cannot have order='staggered'; use order='authors' or method='free'."
-            )
-        if self.method == "equivariance":
-            self._check_equivariance()
-
-    def _check_equivariance(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise UserError(f"weight={self.weight} must not be negative or infinite; 1 is usual.")
-        if self.target != "equivariant":
-            raise UserError("method='equivariance' needs target='equivariant', which it is about.")
-        needed = 2 if self.direction == "random" else 3
-        if self.num_passes < needed:
-            raise UserError(
-                f"passes={self.num_passes} is too few for method='equivariance' with direction={self.direction!r}: "
-                f"two are the clean and the perturbed input, and each more moves delta; use passes={needed}."
-            )
-        if self.direction == "random" and self.num_passes > 2:
-            raise UserError(
-                f"passes={self.num_passes} is too many for method='equivariance' with direction='random', whose step "
-                "takes no pass; use passes=2."
-            )
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -10,13 +11,15 @@ import os
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.allocator import keep_freed_memory
 from atdiff.errors import RunError, Stopped, UserError
+from atdiff.interrupted import after_interruption
+from atdiff.suggest import nearest, nearest_option
 
 __all__ = ["main"]
 
@@ -41,11 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # resumed run is no longer the undisturbed one; no slower where measured.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     keep_freed_memory()
+    args: argparse.Namespace | None = None
     try:
-        args, rest = _parser().parse_known_args(words)
-        if rest and args.command not in ("train", "study"):
-            raise UserError(f"unrecognised arguments {' '.join(rest)}; see `atdiff {args.command} --help`.")
-        args.rest, args.line = rest, shlex.join(["atdiff", *words])
+        args = _parsed(words)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.command not in ("train", "sample", "evaluate"):
             raise UserError(
                 f"`atdiff {args.command}` works in one process: start it without a launcher; train, sample and "
@@ -62,20 +63,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"atdiff: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("atdiff: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"atdiff: interrupted; {after_interruption(args)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `atdiff recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _parser() -> _Parser:
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; what it holds beyond the options of its command is in ``rest``."""
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        raise UserError(f"command {words[0]!r} is an invalid choice; {nearest(words[0], list(_COMMANDS))}")
+    parser, options = _parser()
+    args, rest = parser.parse_known_args(words)
+    args.rest, args.line = rest, shlex.join(["atdiff", *words])
+    unknown = [word.partition("=")[0] for word in args.rest if word.startswith("-")]
+    if args.command in ("train", "study"):
+        _check_settings(args, unknown, options[args.command])
+    elif args.rest:
+        raise UserError(_unrecognised(args, unknown, options))
+    return args
+
+
+def _check_settings(args: argparse.Namespace, unknown: Sequence[str], own: Sequence[str]) -> None:
+    """Find mistyped options of the command itself among the settings that follow them."""
+    from atdiff.recipe import check_words
+
+    for option in unknown:
+        if "." not in option:
+            near = difflib.get_close_matches(option.replace("_", "-"), own, n=1, cutoff=0.75)
+            if near:
+                raise UserError(f"option {option!r} is unknown; did you mean {near[0]!r}?")
+    check_words(args.rest, study=args.command == "study")
+
+
+def _unrecognised(args: argparse.Namespace, unknown: Sequence[str], options: Mapping[str, Sequence[str]]) -> str:
+    if not unknown:
+        return f"unrecognised arguments {' '.join(args.rest)}; see `atdiff {args.command} --help`."
+    others = {name: known for name, known in options.items() if name != args.command}
+    phrase = nearest_option(unknown[0], options[args.command], others)
+    return f"unrecognised arguments {' '.join(args.rest)}: option {unknown[0]!r} is unknown; {phrase}"
+
+
+def _parser() -> tuple[_Parser, dict[str, list[str]]]:
+    """Return the parser, and the options of each command."""
     parser = _Parser(prog="atdiff", description="Adversarial training for few-step diffusion and flow models.")
     parser.add_argument("--version", action="version", version=f"atdiff {importlib.metadata.version('atdiff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    options = {}
     for name, (about, add_options, _) in _COMMANDS.items():
-        add_options(commands.add_parser(name, help=about))
-    return parser
+        command = commands.add_parser(name, help=about)
+        add_options(command)
+        options[name] = [word for action in command._actions for word in action.option_strings if word[:2] == "--"]
+    return parser, options
+
+
+def _add_one(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:  # noqa: ANN401  (argparse's own)
+    """Add an option that takes one value here and several in other commands, under both of its names."""
+    parser.add_argument(f"--{name}", **options)
+    hidden: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument(f"--{name}s", **({"type": options["type"]} if "type" in options else {}), **hidden)
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -109,16 +156,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a training folder, a diffusers pipeline folder, or a hub id")
-    parser.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
+    _add_one(parser, "sampler", help="default: ddim, or Euler for flows and EDM")
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--num", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--class-label", type=int, help="or number of a prompt, from 0; default: all in turn")
     parser.add_argument(
         "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
     )
-    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_inference(parser)
     parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
 
@@ -146,11 +193,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--sampler", help="default: ddim, or Euler for flows and EDM")
+    _add_one(parser, "sampler", help="default: ddim, or Euler for flows and EDM")
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num", type=int, default=2048, help="pictures; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
+    _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_features(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
@@ -164,7 +211,7 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=256, help="images; default: %(default)s")
     parser.add_argument("--pgd-steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--restarts", type=int, default=2, help="random ones; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--data", help="the images; default: what the run was trained on")
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
@@ -224,13 +271,16 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
+    from atdiff.preflight import check_study
     from atdiff.recipe import load_recipe, split_words
-    from atdiff.study import run_study
 
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1.")
     overrides, study_words = split_words(args.rest)
     recipe = load_recipe(args.recipe, study_words)
+    check_study(recipe, args.out, overrides)
+    from atdiff.study import run_study
+
     run_study(recipe, args.out, command=args.line, overrides=overrides, jobs=args.jobs, interval=args.interval)
 
 
@@ -242,12 +292,12 @@ def _recipes(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from atdiff.recipe import bundled_recipes, load_recipe
+    from atdiff.recipe import bundled_recipes, recipe_summary
 
     table = Table(Column("recipe", no_wrap=True), "shows", "costs", "arms", show_lines=True)
-    for name in bundled_recipes():
-        recipe = load_recipe(name)
-        table.add_row(name, recipe.about, recipe.cost, ", ".join(recipe.arms))
+    for name, path in bundled_recipes().items():
+        about, cost, arms = recipe_summary(path)
+        table.add_row(name, about, cost, ", ".join(arms))
     Console().print(table)
 
 
@@ -263,6 +313,9 @@ def _train(args: argparse.Namespace) -> None:
 
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
+    from atdiff.preflight import check_train
+
+    check_train(config, args.out)
     from atdiff.card import check_push, push_to_hub
     from atdiff.processes import is_main
     from atdiff.training.loop import train
@@ -285,6 +338,14 @@ def _device() -> Any:  # noqa: ANN401  (a torch.device; torch is not imported ye
 
 
 def _sample(args: argparse.Namespace) -> None:
+    from atdiff.files import check_images_path
+    from atdiff.preflight import check_drawing, check_runs
+
+    check_images_path(args.out)
+    _check_one(args)
+    check_drawing(precision=args.precision, **_drawn(args))
+    prompts = _prompts(args.prompts)
+    check_runs([args.run], with_data=False)
     from atdiff.latent.generate import TextToImage
     from atdiff.processes import is_main
     from atdiff.runs import load_denoiser
@@ -292,9 +353,7 @@ def _sample(args: argparse.Namespace) -> None:
     from atdiff.sampling.generate import save_images
     from atdiff.sampling.schedulers import default_sampler
 
-    if args.out.exists():
-        raise UserError(f"{args.out} exists already; choose another --out.")
-    correction, prompts = make_correction(args.correction), _prompts(args.prompts)
+    correction = make_correction(args.correction)
     denoiser = load_denoiser(args.run)
     if prompts is not None:
         if not isinstance(denoiser, TextToImage):
@@ -317,6 +376,29 @@ def _sample(args: argparse.Namespace) -> None:
         print(f"{args.num} pictures in {args.out}")
     else:
         deque(batches, maxlen=0)
+
+
+def _check_one(args: argparse.Namespace) -> None:
+    """Find lists where the command takes one value, and other commands take several."""
+    for name in ("sampler", "correction"):
+        value = getattr(args, name)
+        if value is not None and "," in value:
+            first = value.split(",")[0]
+            raise UserError(
+                f"--{name} {value} names several, and `atdiff {args.command}` takes one: use --{name} {first}."
+            )
+
+
+def _drawn(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`check_drawing` looks at, of a command that takes one of each."""
+    samplers = () if args.sampler is None else (args.sampler,)
+    return {
+        "samplers": samplers,
+        "steps": (args.steps,),
+        "num": args.num,
+        "seeds": (args.seed,),
+        "corrections": (args.correction,),
+    }
 
 
 def _list(text: str, kind: type, option: str) -> tuple:
@@ -348,33 +430,46 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return prompts
 
 
-def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> Any:  # noqa: ANN401  (EvaluationConfig)
-    from atdiff.evaluation.evaluate import EvaluationConfig
+def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of an EvaluationConfig, after what is wrong with them is found."""
+    from atdiff.preflight import check_drawing, check_metrics_of
 
-    return EvaluationConfig(
-        samplers=_list(args.samplers, str, "--samplers") if args.samplers is not None else None,
-        steps=_list(args.steps or "5,10,20", int, "--steps"),
-        num=2048 if args.num is None else args.num,
-        seeds=seeds,
-        corrections=_list(args.corrections or "none", str, "--corrections"),
-        search_num=args.search_num,
-        extractor=args.extractor,
-        weights=_weights(args.weights, args.extractor),
-        metrics=_list(args.metrics or "fid,prc", str, "--metrics"),
-        prompts=_prompts(args.prompts),
-        data=args.data,
-        precision=args.precision,
-        compile=args.compile,
-    )
+    options: dict[str, Any] = {
+        "samplers": _list(args.samplers, str, "--samplers") if args.samplers is not None else None,
+        "steps": _list(args.steps or "5,10,20", int, "--steps"),
+        "num": 2048 if args.num is None else args.num,
+        "seeds": seeds,
+        "corrections": _list(args.corrections or "none", str, "--corrections"),
+        "search_num": args.search_num,
+        "extractor": args.extractor,
+        "weights": _weights(args.weights, args.extractor),
+        "metrics": _list(args.metrics or "fid,prc", str, "--metrics"),
+        "prompts": _prompts(args.prompts),
+        "data": args.data,
+        "precision": args.precision,
+        "compile": args.compile,
+    }
+    drawn = {name: options[name] for name in ("steps", "num", "seeds", "corrections", "precision")}
+    check_drawing(samplers=options["samplers"] or (), **drawn)
+    # A file that is there may hold all that is asked for.
+    networks = {"with_networks": not args.out.exists(), "with_prompts": args.prompts is not None}
+    check_metrics_of(options["metrics"], args.extractor, options["weights"], **networks)
+    return options
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from atdiff.evaluation.evaluate import evaluate_runs
+    from atdiff.evaluation.entries import read_cells
+    from atdiff.preflight import check_runs
+
+    options = _evaluation(args, _list(args.seeds, int, "--seeds"))
+    read_cells(args.out)
+    check_runs(args.runs, args.data, with_data=not args.out.exists())
+    from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
     from atdiff.evaluation.progress import cell_progress
     from atdiff.processes import is_main
     from atdiff.report.tables import cells_table
 
-    config = _evaluation(args, _list(args.seeds, int, "--seeds"))
+    config = EvaluationConfig(**options)
     with cell_progress(show=is_main()) as notify:
         cells = evaluate_runs(args.runs, config, args.out, device=_device(), notify=notify)
     if not is_main():
@@ -386,8 +481,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from atdiff.compare import compare_runs, find_runs
-    from atdiff.evaluation.progress import cell_progress
+    from atdiff.arms import check_arms, find_runs
+    from atdiff.preflight import check_runs
 
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out} must be the name of a page, ending in .html.")
@@ -397,7 +492,14 @@ def _compare(args: argparse.Namespace) -> None:
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
     asked |= args.precision != "no"
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
-    config = _evaluation(args, (0,)) if asked or not studied else None
+    options = _evaluation(args, (0,)) if asked or not studied else None
+    check_runs([one.run for one in runs], args.data)
+    check_arms(runs, args.baseline, unequal_passes=args.unequal_passes)
+    from atdiff.compare import compare_runs
+    from atdiff.evaluation.evaluate import EvaluationConfig
+    from atdiff.evaluation.progress import cell_progress
+
+    config = None if options is None else EvaluationConfig(**options)
     with cell_progress() as notify:
         compare_runs(
             runs,
@@ -415,6 +517,15 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _mismatch(args: argparse.Namespace) -> None:
+    from atdiff.evaluation.entries import read_entries
+    from atdiff.preflight import check_drawing, check_metrics_of, check_runs
+
+    _check_one(args)
+    check_drawing(**_drawn(args))
+    entries = read_entries(args.out / "mismatch.json")
+    weights = _weights(args.weights, args.extractor)
+    check_metrics_of(("fid",), args.extractor, weights, with_networks=not entries)
+    check_runs(args.runs, args.data, with_data=not entries)
     from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.evaluation.progress import cell_progress
 
@@ -424,7 +535,7 @@ def _mismatch(args: argparse.Namespace) -> None:
         num=args.num,
         seed=args.seed,
         extractor=args.extractor,
-        weights=_weights(args.weights, args.extractor).get(args.extractor),
+        weights=weights.get(args.extractor),
         data=args.data,
         correction=args.correction,
     )
@@ -434,15 +545,22 @@ def _mismatch(args: argparse.Namespace) -> None:
 
 
 def _robustness(args: argparse.Namespace) -> None:
-    from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
-    from atdiff.evaluation.progress import cell_progress
-    from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
+    from atdiff.evaluation.entries import read_entries
+    from atdiff.preflight import check_drawing, check_measured, check_runs
 
     chosen: dict[str, Any] = {}
     if args.radii is not None:
         chosen["radii"] = _list(args.radii, float, "--radii")
     if args.levels is not None:
         chosen["levels"] = _list(args.levels, float, "--levels")
+    check_measured(args.norm, args.target)
+    check_drawing(num=args.num, seeds=(args.seed,))
+    entries = read_entries(args.out / "robustness.json")
+    check_runs(args.runs, args.data, with_data=not entries)
+    from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
+    from atdiff.evaluation.progress import cell_progress
+    from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
+
     config = RobustnessConfig(
         norm=args.norm,
         num=args.num,
@@ -471,13 +589,15 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _import_adm(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already; choose another --out.")
+    if not args.file.is_file():
+        raise UserError(f"{args.file} does not exist: expected a .pt, .safetensors or .npz state dict.")
     from diffusers import DDPMScheduler
 
     from atdiff.models.guided_diffusion import import_adm
     from atdiff.runs import save_pipeline
 
-    if args.out.exists():
-        raise UserError(f"{args.out} exists already; choose another --out.")
     model: Any = import_adm(
         args.file,
         image_size=args.image_size,

@@ -2,80 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atdiff.errors import UserError
+from atdiff.arms import ArmRun, check_arms, find_runs
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
-from atdiff.runs import run_config
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
 
 __all__ = ["ArmRun", "compare_runs", "find_runs"]
-
-
-@dataclass(frozen=True)
-class ArmRun:
-    """A run and its place in a comparison."""
-
-    arm: str
-    seed: int
-    run: str
-    config: Mapping[str, Any]
-
-    @property
-    def compute(self) -> tuple[int, int] | None:
-        """Passes and images a pass, where they are known."""
-        training = self.config.get("training")
-        return training and (training["passes"], training["batch_size"])
-
-
-def find_runs(words: Sequence[str]) -> list[ArmRun]:
-    """Return the runs that a user named, each with its arm and its training seed.
-
-    Args:
-        words: ``RUN`` or ``ARM=RUN``, a training folder, pipeline folder or hub id; or the folder of a study, which
-            stands for all runs of its arms. Without ``ARM=`` an arm is called after its folder, less a seed at the
-            end of the name.
-
-    Raises:
-        UserError: two runs have the same arm and seed.
-    """
-    found: list[ArmRun] = []
-    for word in words:
-        arm, _, run = word.rpartition("=")
-        folder = Path(run)
-        if (folder / "study.json").is_file():
-            found += _runs_of_study(folder)
-            continue
-        config = run_config(run)
-        seed = config.get("training", {}).get("seed", 0)
-        found.append(ArmRun(arm or _arm_of(folder.name, seed), seed, run, config))
-    places: dict[tuple[str, int], str] = {}
-    for one in found:
-        other = places.setdefault((one.arm, one.seed), one.run)
-        if other != one.run:
-            raise UserError(
-                f"{other} and {one.run} are both arm {one.arm!r} with seed {one.seed}: name their arms, as in "
-                f"first={other} second={one.run}."
-            )
-    return list({(one.arm, one.seed): one for one in found}.values())
-
-
-def _arm_of(name: str, seed: int) -> str:
-    return re.sub(rf"[-_.]?(seed)?[-_.]?{seed}$", "", name) or name
-
-
-def _runs_of_study(folder: Path) -> list[ArmRun]:
-    study = json.loads((folder / "study.json").read_text())["recipe"]["study"]
-    return [
-        ArmRun(arm, seed, str(folder / f"seed-{seed}" / arm), run_config(str(folder / f"seed-{seed}" / arm)))
-        for seed in study["seeds"]
-        for arm in study["arms"]
-    ]
 
 
 def compare_runs(
@@ -112,12 +47,7 @@ def compare_runs(
     Raises:
         UserError: fewer than two arms, no such baseline, unequal compute, or as :func:`evaluate_runs` does.
     """
-    arms = list(dict.fromkeys(one.arm for one in runs))
-    baseline = baseline or ("plain" if "plain" in arms else arms[0])
-    if len(arms) < 2 or baseline not in arms:
-        raise UserError(f"the arms are {', '.join(arms)} and the baseline {baseline!r}: name two arms or more.")
-    if not unequal_passes:
-        _check_compute(runs)
+    arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
     of_arm: dict[str, list[str]] = {arm: [] for arm in (baseline, *arms)}
@@ -146,17 +76,6 @@ def compare_runs(
     }
     publish(summary, {arm: found[0] for arm, found in of_arm.items()}, report, interval=interval, device=device)
     return summary
-
-
-def _check_compute(runs: Sequence[ArmRun]) -> None:
-    known = [one for one in runs if one.compute]
-    for one in known[1:]:
-        if one.compute != known[0].compute:
-            (passes, batch), (others, other_batch) = known[0].compute, one.compute  # type: ignore[misc]
-            raise UserError(
-                f"{known[0].run} had {passes:,} passes of {batch} images and {one.run} {others:,} of {other_batch}: "
-                "compare arms at equal compute, or say --unequal-passes."
-            )
 
 
 def _cells(

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from atdiff.evaluation.features import OWN, URLS, cache_folder
+from atdiff.evaluation.features import OWN, cache_folder
+from atdiff.locate import URLS, weights_file
 
 __all__ = ["Finding", "findings", "show"]
 
@@ -108,7 +109,7 @@ def _weights() -> list[Finding]:
     ]
     found += [Finding("weights", name, "trained at first use, in seconds") for name in OWN]
     for name, url in URLS.items():
-        file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()
         where = (
             f"not here: downloaded at first use, or fetch {url} and give --weights {name}=FILE" if absent else str(file)

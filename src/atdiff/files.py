@@ -13,7 +13,7 @@ from typing import Any
 
 from atdiff.errors import UserError
 
-__all__ = ["remove_leftovers", "write_bytes", "write_json", "write_text", "written_aside"]
+__all__ = ["check_images_path", "remove_leftovers", "write_bytes", "write_json", "write_text", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -45,6 +45,18 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_images_path(path: Path) -> None:
+    """Find out whether images can be saved at a path: a ``.png`` or ``.npz`` file, or a folder, that is not there yet.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if path.suffix not in (".png", ".npz", ""):
+        raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another path or remove it.")
 
 
 def remove_leftovers(path: Path) -> None:

@@ -5,16 +5,16 @@ Norms are those of the flattened perturbation of each sample, in the units of ``
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from atdiff.choices import Norm
 from atdiff.noise import expand
 
 __all__ = ["Norm", "norm_of", "project", "steepest_step"]
 
-Norm = Literal["l2", "linf", "l1"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
 

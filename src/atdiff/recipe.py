@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from atdiff.errors import UserError
+from atdiff.suggest import nearest, nearest_key
 from atdiff.training.checks import check_config
 from atdiff.training.config import TrainConfig
 
-__all__ = ["Recipe", "StudyConfig", "bundled_recipes", "load_recipe", "nearest", "resolve", "split_words"]
+__all__ = [
+    "Recipe",
+    "StudyConfig",
+    "bundled_recipes",
+    "check_words",
+    "dotted_keys",
+    "load_recipe",
+    "nearest",
+    "recipe_summary",
+    "resolve",
+    "split_words",
+]
 
 
 OWN_KEYS = ("about", "cost", "finetune", "arms", "study")  # of a recipe, beside the settings of its base run
@@ -81,10 +91,10 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def nearest(word: str, valid: list[str]) -> str:
-    """Return a phrase that names the valid choice nearest to ``word``, or all of them."""
-    close = difflib.get_close_matches(word, valid, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}."
+def recipe_summary(path: Path) -> tuple[str, str, list[str]]:
+    """Return what a recipe is about, what it costs and its arms, without checking it."""
+    content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return " ".join(str(content["about"]).split()), str(content["cost"]), list(content.get("arms") or {})
 
 
 def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
@@ -108,7 +118,7 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values, got {type(content).__name__}.")
     known = {**_children(TrainConfig()), **dict.fromkeys(OWN_KEYS)}
-    _check_keys(content, known)
+    _check_keys(content, known, keys=[*dotted_keys(TrainConfig()), *dotted_keys({"study": StudyConfig()})])
     extra = {key: content.pop(key, None) for key in OWN_KEYS}
     for key in ("finetune", "arms", "study"):
         _check_mapping(key, extra[key])
@@ -117,7 +127,7 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
         *((f"arms.{arm}", of) for arm, of in (extra["arms"] or {}).items()),
     ):
         _check_mapping(key, layer)
-        _check_keys(layer or {}, TrainConfig(), f"{key}.")
+        _check_keys(layer or {}, TrainConfig(), f"{key}.", root=f"{key}.")
     arms = {str(arm): overrides or {} for arm, overrides in (extra["arms"] or {}).items()}
     study = _study({"arms": list(arms), **(extra["study"] or {})}, study_words, arms)
     return Recipe(
@@ -156,6 +166,19 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
     config = _typed(settings, overrides or [])
     check_config(config)
     return config
+
+
+def check_words(words: Sequence[str], *, study: bool) -> None:
+    """Find keys and choices that do not exist among settings of the command line, of a ``study`` or of one run.
+
+    Raises:
+        UserError: there is one.
+    """
+    known = _children(TrainConfig()) | ({"study": StudyConfig()} if study else {})
+    for word in words:
+        if not study and re.match(r"--study\b", word):
+            raise UserError(f"option {word.partition('=')[0]!r} is for `atdiff study`; leave it out.")
+    _check_overrides(words, known)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -207,16 +230,33 @@ def _check_mapping(key: str, value: Any) -> None:  # noqa: ANN401
         raise UserError(f"key '{key}' must hold further keys, got {value!r}.")
 
 
-def _check_keys(settings: dict[str, Any], known: Any, prefix: str = "") -> None:  # noqa: ANN401
-    valid = _children(known)
+def dotted_keys(known: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
+    """Return every key of a tree of settings, such as ``training.passes``."""
+    found = []
+    for name, value in _children(known).items():
+        inner = dataclasses.is_dataclass(value)
+        found += dotted_keys(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return found
+
+
+def _check_keys(
+    settings: dict[str, Any],
+    known: Any,  # noqa: ANN401
+    prefix: str = "",
+    *,
+    root: str = "",
+    keys: Sequence[str] = (),
+) -> None:
+    """Find keys that do not exist, and words that a key does not take; ``root`` is what ``prefix`` begins with."""
+    valid, keys = _children(known), keys or dotted_keys(known)
     for key, value in settings.items():
         if key not in valid:
-            raise UserError(f"key '{prefix}{key}' is unknown; {nearest(str(key), list(valid))}")
+            raise UserError(f"key '{prefix}{key}' is unknown; {nearest_key(str(key), list(valid), keys, prefix=root)}")
         if dataclasses.is_dataclass(valid[key]):
             if value is None:
                 raise UserError(f"key '{prefix}{key}' must hold further keys, got null.")
             _check_mapping(f"{prefix}{key}", value)
-            _check_keys(value, valid[key], f"{prefix}{key}.")
+            _check_keys(value, valid[key], f"{prefix}{key}.", root=root, keys=keys)
         elif dataclasses.is_dataclass(known):
             _check_value(f"{prefix}{key}", value, known, key)
 
@@ -256,7 +296,8 @@ def _check_override(key: str, value: str | None, known: Any) -> None:  # noqa: A
         children = _children(node)
         if part not in children:
             wrong = ".".join(parts[: i + 1])
-            raise UserError(f"option '--{wrong}' is unknown; {nearest(part, list(children))}")
+            phrase = nearest_key(part, list(children), dotted_keys(known), prefix="--")
+            raise UserError(f"option '--{wrong}' is unknown; {phrase}")
         section, node = node, children[part]
     if value is not None and dataclasses.is_dataclass(section):
         _check_value(key, value, section, parts[-1])
@@ -269,6 +310,8 @@ def _typed(settings: dict[str, Any], overrides: list[str]) -> TrainConfig:
 
 def _parsed(types: Mapping[str, Any], settings: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the values of ``types`` after the settings and the command-line words."""
+    from jsonargparse import ArgumentParser  # takes a fifth of a second, and many commands need no settings
+
     parser = ArgumentParser(exit_on_error=False)
     for name, kind in types.items():
         parser.add_argument(f"--{name}", type=kind, default=kind())

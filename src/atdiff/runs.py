@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -23,14 +21,15 @@ from typing_extensions import Self
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
-from atdiff.files import remove_leftovers, write_text, written_aside
+from atdiff.files import written_aside
+from atdiff.locate import check_local, hub_failure, hub_location, run_config
 from atdiff.models.call import class_embeddings
 from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
-from atdiff.training.config import TrainConfig
+from atdiff.training.folder import open_run
 
 __all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
 
@@ -169,75 +168,12 @@ class Denoiser:
         )
 
 
-def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:
-    """Make a training folder, or find that it holds this very run.
-
-    Args:
-        out: the folder.
-        config: of the run.
-        look_only: find out, and write nothing.
-
-    Returns:
-        True where an earlier start of the same run is to be resumed.
-
-    Raises:
-        UserError: the folder is in use by something else or by another configuration.
-    """
-    settings = json.loads(json.dumps(asdict(config)))
-    file = out / "config.yaml"
-    if not look_only:
-        for name in ("config.yaml", "data.json", "metrics.jsonl", "pipeline", "lora", "samples/pass-*"):
-            remove_leftovers(out / name)
-    if file.is_file():
-        # What a setting was before it could be set is its default.
-        stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
-        longer = settings["training"]["passes"] > stored["training"]["passes"]
-        if longer:  # More passes of the same run are no other run.
-            stored["training"]["passes"] = settings["training"]["passes"]
-        changed = _first_difference(stored, settings)
-        if changed:
-            raise UserError(
-                f"{out} holds a run with another configuration ({changed}); choose another --out, or repeat the "
-                "settings of that run to resume it."
-            )
-        if longer and not look_only:
-            write_text(file, yaml.safe_dump(settings, sort_keys=False))
-        return True
-    if out.exists() and (not out.is_dir() or any(not one.name.startswith(f".{file.name}.") for one in out.iterdir())):
-        raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
-    if not look_only:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(file, yaml.safe_dump(settings, sort_keys=False))
-    return False
-
-
-def _completed(stored: dict[str, Any], defaults: TrainConfig) -> dict[str, Any]:
-    sections = json.loads(json.dumps(asdict(defaults)))
-    return {**stored, **{name: {**section, **stored.get(name, {})} for name, section in sections.items()}}
-
-
-def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:  # noqa: ANN401
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in {**stored, **wanted}:
-            found = _first_difference(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
-            if found:
-                return found
-        return None
-    return None if stored == wanted else f"{prefix} is {stored!r} there, {wanted!r} here"
-
-
 def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
     """Write a pipeline that plain diffusers opens; the folder appears once it is complete."""
     kind: Any = ConsistencyModelPipeline if isinstance(scheduler, CMStochasticIterativeScheduler) else DDPMPipeline
     with written_aside(folder) as aside:
         pipeline = kind(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(aside)
-
-
-def run_config(run: str) -> dict[str, Any]:
-    """Return the settings of a training folder; nothing of a pipeline folder or a hub id."""
-    file = Path(run) / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
 def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
@@ -253,7 +189,7 @@ def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
             not taken.
     """
     config = run_config(run)
-    pipeline = _lora_pipeline(run, config) if (config.get("lora") or {}).get("rank") else _pipeline(run, config)
+    pipeline = _lora_pipeline(run, config) if (config.get("lora") or {}).get("rank") else _pipeline(run)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if network is None:
         raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
@@ -276,43 +212,36 @@ def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
     return text_to_image_run(pipeline, run, config)
 
 
-def _pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any diffusers pipeline)
-    folder = Path(run)
-    if config:
-        _check_finished(run, "pipeline/model_index.json")
+def _pipeline(run: str) -> Any:  # noqa: ANN401  (any diffusers pipeline)
+    check_local(run)
+    folder = Path(run).expanduser()
+    if (folder / "config.yaml").is_file():
         folder = folder / "pipeline"
-    elif folder.exists() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
     from atdiff.latent.families import absent_parts
 
     loader: Any = DiffusionPipeline
     try:
         with quiet_libraries():
-            location = str(folder) if folder.exists() else run
+            location = str(folder) if folder.exists() else hub_location(run, "model")
             absent = absent_parts(loader.load_config(location))
             # A checker would blacken pictures; pipelines that have none ignore this.
             return loader.from_pretrained(location, safety_checker=None, **absent)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = hub_failure(" ".join(str(error).split())[:300])
         raise UserError(
             f"{run!r} could not be loaded as a folder or downloaded as a hub id ({reason}); give the path of a "
             "training folder or of a saved diffusers pipeline."
         ) from None
 
 
-def _check_finished(run: str, file: str) -> None:
-    if not (Path(run) / file).is_file():
-        raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to go on.")
-
-
 def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     """Return the pipeline that a LoRA was trained from, with the LoRA on it and the scheduler of its training."""
-    _check_finished(run, "lora/pytorch_lora_weights.safetensors")
+    check_local(run)
     from atdiff.latent.lora import saved_scheduler  # imports this module
 
     base, folder = config["training"]["init"], Path(run) / "lora"
     try:
-        pipeline = _pipeline(base, run_config(base))
+        pipeline = _pipeline(base)
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
     try:

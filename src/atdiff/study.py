@@ -21,10 +21,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from atdiff.allocator import keep_freed_memory
 from atdiff.card import write_card
-from atdiff.errors import UserError
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
 from atdiff.files import write_json
+from atdiff.preflight import check_study
 from atdiff.recipe import Recipe, StudyConfig, resolve
 from atdiff.runs import open_run
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
@@ -80,6 +80,7 @@ def run_study(
     Raises:
         UserError: the recipe has no arms, or the folder holds something else.
     """
+    check_study(recipe, out, overrides)
     stages = _plan(recipe, out, overrides)
     _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
     _open(out, recipe, overrides, stages)
@@ -129,8 +130,6 @@ def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
 
 def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
     study = recipe.study
-    if not recipe.arms:
-        raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
     evaluation = EvaluationConfig(
         samplers=tuple(study.samplers),
         steps=tuple(study.steps),
@@ -174,8 +173,6 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
             if (stage.folder / "config.yaml").is_file():
                 open_run(stage.folder, stage.config)  # Refuses other settings.
         Console().print(f"resuming the study in {out}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is in use and holds no study; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
 

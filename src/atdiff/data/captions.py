@@ -33,14 +33,13 @@ from atdiff.data.sources import (
     _describe,
     _folder,
     _holds_images,
-    _is_hub_name,
     _is_visible_image,
     _load_table,
     _split_folder,
-    _unknown,
     load_data,
 )
 from atdiff.errors import UserError
+from atdiff.locate import is_hub_id, unknown_data
 
 __all__ = ["CaptionedImages", "load_captioned"]
 
@@ -210,7 +209,7 @@ def _own_captions(name: str, split: str, asked: str | None, limit: int | None, *
         return _shards(path, split, asked, limit)
     if folder and not any(path.rglob("*.parquet")):
         return _captioned_folder(_split_folder(path, split), asked, limit, given=given)
-    if folder or (path.is_file() and path.suffix == ".parquet") or _is_hub_name(name):
+    if folder or (path.is_file() and path.suffix == ".parquet") or is_hub_id(name):
         return _captioned_table(name, path, split, asked, limit, given=given)
     return None
 
@@ -231,7 +230,7 @@ def _no_captions(name: str) -> UserError:
         )
     if name == "digits" or name in MIXTURES or path.is_dir() or (path.is_file() and path.suffix == ".npz"):
         return UserError(f"{name} has no captions of its own: give captions, one a class in the order of the labels.")
-    return _unknown(name, path)
+    return unknown_data(name)
 
 
 def _texts(name: str, cells: Iterable[tuple[str, Any]]) -> list[str]:

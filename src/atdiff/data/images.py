@@ -6,17 +6,15 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from atdiff.choices import Crop, Unreadable
 from atdiff.errors import UserError
 
 __all__ = ["CROPS", "Crop", "Unreadable", "UnreadableError", "UnreadableImages", "read_image"]
-
-Crop = Literal["bicubic", "adm"]
-Unreadable = Literal["refuse", "skip"]
 
 SHOWN = 5  # unreadable images that a message names; a run's data.json names all of them
 

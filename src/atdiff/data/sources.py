@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import io
-import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,7 @@ from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, Unreada
 from atdiff.data.mixture import MIXTURES, draw_mixture
 from atdiff.errors import UserError
 from atdiff.fingerprint import fingerprint
+from atdiff.locate import hub_failure, hub_location, is_hub_id, unknown_data
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
@@ -144,10 +143,10 @@ def load_data(
         items, labels = _folder(path, split)
     elif path.is_file() and path.suffix == ".npz":
         items, labels = _npz(path, split)
-    elif path.is_dir() or (path.is_file() and path.suffix == ".parquet") or _is_hub_name(name):
+    elif path.is_dir() or (path.is_file() and path.suffix == ".parquet") or is_hub_id(name):
         items, labels = _table(name, path, split, image_column, label_column)
     else:
-        raise _unknown(name, path)
+        raise unknown_data(name)
     bad = UnreadableImages(unreadable)
     images, kept = _stack(items, image_size, channels, crop, bad)
     bad.settle(name, len(items))
@@ -163,25 +162,6 @@ def _check_options(image_size: int | None, channels: int | None, crop: str) -> N
         raise UserError(f"channels is {channels}: expected 1 (greyscale) or 3 (RGB).")
     if crop not in CROPS:
         raise UserError(f"crop is {crop!r}: expected one of {', '.join(CROPS)}.")
-
-
-def _is_hub_name(name: str) -> bool:
-    """``owner/name`` that nothing here suggests to be a mistyped path."""
-    path = Path(name)
-    is_path = path.parent.exists() or path.suffix in (".npz", ".parquet")
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not is_path
-
-
-def _unknown(name: str, path: Path) -> UserError:
-    if path.is_file():
-        return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
-    if len(path.parts) > 1 or path.suffix:
-        return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
-    beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
-    nearest = difflib.get_close_matches(name, ["digits", *MIXTURES, *beside], n=1, cutoff=0.5)
-    if nearest:
-        return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
-    return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
 
 
 # A source gives the labels and either one item an image, its name for messages and where its pixels are, or
@@ -323,7 +303,7 @@ def _load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a d
         if path.is_file():
             _check_whole(name, split)
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        return datasets.load_dataset(str(path) if path.is_dir() else name, split=split)
+        return datasets.load_dataset(str(path) if path.is_dir() else hub_location(name, "dataset"), split=split)
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
@@ -331,8 +311,8 @@ def _load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a d
         if path.exists():
             raise UserError(f"{name} cannot be read as a parquet data set ({reason}).") from error
         raise UserError(
-            f"{name} is no local file or folder and cannot be had from the hub ({reason}): download the data "
-            "set where there is a network and give the path of its folder, or of an .npz or .parquet file."
+            f"{name} is no local file or folder and cannot be had from the hub ({hub_failure(reason)}): download the "
+            "data set where there is a network and give the path of its folder, or of an .npz or .parquet file."
         ) from error
 
 

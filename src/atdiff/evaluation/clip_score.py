@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiff.errors import UserError
+from atdiff.locate import offline_reason
 from atdiff.quiet import quiet_libraries
 
 __all__ = ["CLIP_SCORE", "ClipScore"]
@@ -89,14 +90,14 @@ def _load(weights: Path | None) -> tuple[_Embeddings, Any]:
 
     source = HUB_ID if weights is None else str(weights)
     # A folder is never looked up on the hub, nor anything unpickled from it.
-    options: dict[str, Any] = {"local_files_only": weights is not None}
+    options: dict[str, Any] = {"local_files_only": weights is not None or offline_reason() is not None}
     network: Any = CLIPModel
     try:
         with quiet_libraries():
             model, notes = network.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
             processor = CLIPProcessor.from_pretrained(source, **options)
     except Exception as error:  # the loader and its network stack raise many unrelated types
-        reason = " ".join(str(error).split())[:200]
+        reason = (weights is None and offline_reason()) or " ".join(str(error).split())[:200]
         raise UserError(
             f"the CLIP model {source} of clip_score cannot be loaded ({reason}): save {HUB_ID}, as safetensors and "
             f"with its tokenizer, and give the path of that folder as weights of {CLIP_SCORE}."

@@ -13,12 +13,13 @@ from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
 from atdiff.evaluation.weights import read_tensors
+from atdiff.locate import URLS
 from atdiff.quiet import quiet_libraries
 
 __all__ = ["DINOV2", "URL_DINOV2", "DinoV2Features"]
 
 DINOV2 = "dinov2-vit-l-14"
-URL_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+URL_DINOV2 = URLS[DINOV2]
 HEAD_WIDTH = 64  # of every published DINOv2
 GRID = 16  # patches along an edge of 224 pixels
 

@@ -1,4 +1,4 @@
-"""Measurements of runs in a JSON file: one entry a run, each with the recipe of its figures and its records."""
+"""Files of figures: cells of evaluations, and measurements with one entry a run, its recipe and its records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from atdiff.errors import UserError
 
-__all__ = ["entry_key", "read_entries"]
+__all__ = ["entry_key", "read_cells", "read_entries"]
 
 FILES = ("mismatch.json", "robustness.json", "directions.json")
 
@@ -41,3 +41,20 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "records" in entry for entry in entries):
         raise UserError(f"{file} exists and holds no measurements; choose another --out.")
     return entries
+
+
+def read_cells(out: Path) -> list[dict[str, Any]]:
+    """Return the cells of an evaluation's file; none where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not out.exists():
+        return []
+    try:
+        cells = json.loads(out.read_text())
+    except (OSError, ValueError):
+        cells = None
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and "sampler" in cell for cell in cells):
+        raise UserError(f"{out} exists and holds no evaluation; choose another --out.")
+    return cells

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from atdiff.errors import UserError
+from atdiff.evaluation.entries import read_cells
 from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.files import write_json
 from atdiff.latent.generate import prompts_name
@@ -312,20 +313,3 @@ def _key(cell: Mapping[str, Any]) -> str:
 
 def _search_key(cell: Mapping[str, Any]) -> str:
     return _key({**cell, "sample_seed": None, "num": None})
-
-
-def read_cells(out: Path) -> list[dict[str, Any]]:
-    """Return the cells of an evaluation's file; none where there is no file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not out.exists():
-        return []
-    try:
-        cells = json.loads(out.read_text())
-    except (OSError, ValueError):
-        cells = None
-    if not isinstance(cells, list) or not all(isinstance(cell, dict) and "sampler" in cell for cell in cells):
-        raise UserError(f"{out} exists and holds no evaluation; choose another --out.")
-    return cells

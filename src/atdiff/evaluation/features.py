@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from atdiff.data.sources import ImageData, load_data, to_uint8
 from atdiff.errors import UserError
 from atdiff.evaluation.classifier_features import ClassifierFeatures
-from atdiff.evaluation.clip_features import CLIP, URL_CLIP, ClipFeatures
-from atdiff.evaluation.dinov2 import DINOV2, URL_DINOV2, DinoV2Features
+from atdiff.evaluation.clip_features import CLIP, ClipFeatures
+from atdiff.evaluation.dinov2 import DINOV2, DinoV2Features
 from atdiff.evaluation.spatial import SPATIAL
 from atdiff.evaluation.weights import read_tensors
 from atdiff.files import written_aside
+from atdiff.locate import URLS, bounded_network
 
 __all__ = [
     "EXTRACTORS",
@@ -48,7 +48,6 @@ INCEPTION = "inception-v3-compat"
 EXTRACTORS = (DIGITS, LABELS, INCEPTION, SPATIAL, DINOV2, CLIP)
 OWN = (DIGITS, LABELS)  # they take greyscale images as they are
 
-URLS = {INCEPTION: URL_INCEPTION_V3, SPATIAL: URL_INCEPTION_V3, DINOV2: URL_DINOV2, CLIP: URL_CLIP}
 # In the place of torch-fidelity's, whose loading of local files unpickles programs, or is missing.
 SAFER: dict[str, type[FeatureExtractorBase]] = {DINOV2: DinoV2Features, CLIP: ClipFeatures}
 
@@ -125,7 +124,7 @@ def make_extractor(
     path = None if weights is None else str(weights)
     try:
         # Networks are initialised before their weights are loaded; the caller's random state must not move.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), bounded_network():
             extractor = network(
                 name,
                 list(dict.fromkeys(layers or feature_layers(network))),

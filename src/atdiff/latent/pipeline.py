@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atdiff.errors import UserError
 from atdiff.files import written_aside
 from atdiff.latent.families import FAMILIES, Asked, Family, absent_parts, family_of, pixels_per_latent
+from atdiff.locate import check_local, hub_failure, hub_location
 from atdiff.models.transformers import denoiser_like, published
 from atdiff.noise import NoiseSchedule
 from atdiff.quiet import quiet_libraries
@@ -214,7 +215,7 @@ def load_latent_pipeline(
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
-        reason = " ".join(str(error).split())[:300]
+        reason = hub_failure(" ".join(str(error).split())[:300])
         raise UserError(
             f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
             "where there is a network and give the path of its folder."
@@ -243,9 +244,10 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
 
 def _location(source: str) -> str:
     """Return the folder of a pipeline, or the hub id as it is."""
+    check_local(source)
     folder = Path(source).expanduser()
     if not folder.exists():
-        return source
+        return hub_location(source, "model")
     if (folder / "config.yaml").is_file():
         folder = folder / "pipeline"
         if not folder.exists():
@@ -253,8 +255,6 @@ def _location(source: str) -> str:
                 f"{source} has no finished pipeline yet; run its `atdiff train` command again to go on, or, if it "
                 "trained LoRA weights, give the pipeline that it started from."
             )
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{source} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
     return str(folder)
 
 

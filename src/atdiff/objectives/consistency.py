@@ -5,26 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from atdiff.choices import Distance, PairName, PredictionType, Site, Target
 from atdiff.errors import UserError
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule, expand
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.denoising import PredictionType, Target, resolve_prediction_type
-from atdiff.objectives.pairs import PairName, PairSampler, make_pairs
+from atdiff.objectives.denoising import resolve_prediction_type
+from atdiff.objectives.pairs import PairSampler, make_pairs
 from atdiff.objectives.teacher import Teacher
 from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = ["ConsistencyBatch", "ConsistencyObjective", "Distance", "Site"]
-
-Site = Literal["student", "teacher"]
-Distance = Literal["pseudo-huber", "huber", "l2"]
-
 
 LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stable Diffusion, 5e-5 on cosine betas
 

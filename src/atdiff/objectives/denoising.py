@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from atdiff.choices import PredictionType, Target, Variance, Weighting
 from atdiff.errors import UserError
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule, expand
@@ -18,11 +19,6 @@ from atdiff.prediction import edm_preconditioning, to_x0
 from atdiff.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
 
 __all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
-
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
-Target = Literal["equivariant", "invariant"]
-Variance = Literal["fixed", "learned_range"]
-Weighting = Literal["none", "min-snr", "high-noise"]
 
 
 @dataclass(frozen=True, kw_only=True)

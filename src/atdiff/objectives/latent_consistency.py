@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atdiff.choices import PredictionType, Solver
 from atdiff.errors import UserError
 from atdiff.latent.pipeline import guidance_embedding
 from atdiff.noise import expand
 from atdiff.objectives.consistency import ConsistencyObjective
-from atdiff.objectives.denoising import PredictionType
-from atdiff.objectives.teacher import Solver, Teacher
+from atdiff.objectives.teacher import Teacher
 
 __all__ = ["GUIDANCE", "GuidedTeacher", "LatentConsistencyObjective"]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from atdiff.choices import PairName
 from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule
 
 __all__ = ["EasyPairs", "EvenPairs", "ImprovedPairs", "PairName", "PairSampler", "Pairs", "make_pairs"]
-
-PairName = Literal["even", "ict", "ect"]
 
 
 class Pairs(NamedTuple):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from atdiff.choices import PredictionType, Solver
 from atdiff.errors import UserError
 from atdiff.models.call import predict
 from atdiff.noise import NoiseSchedule, expand
-from atdiff.objectives.denoising import PredictionType, resolve_prediction_type
+from atdiff.objectives.denoising import resolve_prediction_type
 from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = ["Solver", "Teacher"]
-
-Solver = Literal["ddim", "heun"]
 
 
 class Teacher:

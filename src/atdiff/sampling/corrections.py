@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atdiff.choices import CORRECTIONS
 from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule, expand
 from atdiff.prediction import edm_preconditioning, to_x0
+from atdiff.specs import EXAMPLES, CorrectionSpec, parse_correction
 
 __all__ = [
     "CORRECTIONS",
@@ -396,9 +396,6 @@ def pixel_variance(images: Tensor) -> float:
     return torch.cat(variances).mean().item() * scale**2
 
 
-CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
-"""Families of corrections."""
-
 GRIDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "epsilon-scaling": (0.92, 0.94, 0.96, 0.98, 1.0, 1.01, 1.02, 1.04, 1.06),
@@ -407,54 +404,6 @@ GRIDS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     }
 )
 """The values of each family that a search tries: scales, windows in timesteps, and strengths of the low band."""
-
-_EXAMPLES = {"epsilon-scaling": "epsilon-scaling:1.01", "time-shift": "time-shift:40", "dcw": "dcw:0.05"}
-
-
-@dataclass(frozen=True)
-class CorrectionSpec:
-    """A correction by name.
-
-    Attributes:
-        family: one of :data:`CORRECTIONS`.
-        values: its numbers: scale and maybe slope, window and maybe cutoff, or strengths of the low band and maybe the
-            high one; none for ``none`` and searches.
-        search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
-    """
-
-    family: str
-    values: tuple[float, ...] = ()
-    search: bool = False
-
-
-def parse_correction(spec: str) -> CorrectionSpec:
-    """Read ``none``, ``FAMILY:search``, or a family and its numbers.
-
-    Those are ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]`` and ``dcw:LOW[:HIGH]``.
-
-    Raises:
-        UserError: an unknown family, or numbers that are missing or no numbers. Their range is not looked at.
-    """
-    family, *fields = spec.split(":")
-    if family not in CORRECTIONS:
-        near = difflib.get_close_matches(family, CORRECTIONS, n=1, cutoff=0.5) or CORRECTIONS
-        raise UserError(f"correction {spec!r} is unknown; did you mean {' or '.join(near)}?")
-    if family == "none":
-        if fields:
-            raise UserError(f"correction {spec!r} has a value, but 'none' takes none; use 'none'.")
-        return CorrectionSpec(family)
-    if fields == ["search"]:
-        return CorrectionSpec(family, search=True)
-    try:
-        values = tuple(float(field) for field in fields)
-    except ValueError:
-        values = ()
-    if not 1 <= len(values) <= 2:
-        raise UserError(
-            f"correction {spec!r} must be {family} with one number or two, or a search; use "
-            f"{_EXAMPLES[family]!r} or '{family}:search'."
-        )
-    return CorrectionSpec(family, values)
 
 
 def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | None:
@@ -469,7 +418,7 @@ def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | No
     """
     parsed = parse_correction(spec)
     if parsed.search:
-        raise UserError(f"correction {spec!r} is a search, which has no value yet; use {_EXAMPLES[parsed.family]!r}.")
+        raise UserError(f"correction {spec!r} is a search, which has no value yet; use {EXAMPLES[parsed.family]!r}.")
     return _build(parsed.family, parsed.values, data_variance)
 
 

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
-from atdiff.files import written_aside
+from atdiff.files import check_images_path, written_aside
 from atdiff.models.call import class_embeddings, predict
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import draw_in_turn, num_processes
@@ -282,10 +282,7 @@ def save_images(images: Tensor | Iterable[Tensor], path: str | Path) -> Path:
     """
     path = Path(path)
     writers = {".png": _write_grid, ".npz": _write_array, "": _write_folder}
-    if path.suffix not in writers:
-        raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another path or remove it.")
+    check_images_path(path)
     batches = [images] if isinstance(images, Tensor) else images
     with written_aside(path) as partial:
         writers[path.suffix](batches, partial)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-import torch
-from accelerate.tracking import get_available_trackers
-
-from atdiff.adversary import Adversary
+from atdiff.adversary_checks import check_adversary
 from atdiff.errors import UserError
-from atdiff.processes import num_processes
 from atdiff.training.config import TrainConfig
 
 __all__ = ["LATENT_MODELS", "check_config", "check_machine"]
@@ -38,6 +34,11 @@ def check_machine(config: TrainConfig) -> None:
     Raises:
         UserError: fp16 without a GPU, or a tracker that is not installed.
     """
+    import torch  # settings are checked without
+    from accelerate.tracking import get_available_trackers
+
+    from atdiff.processes import num_processes
+
     settings = config.training
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
@@ -113,7 +114,7 @@ def _chunks(size: int, parts: int) -> list[int]:
 
 def _check_adversary(config: TrainConfig) -> None:
     settings = config.adversary
-    Adversary(**asdict(settings))
+    check_adversary(**asdict(settings))
     if settings.method == "equivariance" and config.consistency.mode != "none":
         raise UserError("adversary.method='equivariance' is for denoisers: use 'free' or 'pgd' with consistency.mode.")
     if settings.passes == 1 and settings.step_size > 0:

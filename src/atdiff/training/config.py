@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from atdiff.adversary import Direction, Method, Order
-from atdiff.data.images import Unreadable
-from atdiff.norms import Norm
-from atdiff.objectives.consistency import Distance, Site
-from atdiff.objectives.denoising import PredictionType, Target, Variance, Weighting
-from atdiff.objectives.pairs import PairName
-from atdiff.objectives.teacher import Solver
+from atdiff.choices import (
+    Direction,
+    Distance,
+    Method,
+    Norm,
+    Order,
+    PairName,
+    PredictionType,
+    Scale,
+    Site,
+    Solver,
+    Target,
+    Unreadable,
+    Variance,
+    Weighting,
+)
 
 __all__ = [
     "AdversaryConfig",
@@ -185,7 +194,7 @@ class AdversaryConfig:
     step_size: float = 0.0
     passes: int = 1
     radius: float | None = None
-    scale: Literal["constant", "sigma", "high", "middle"] = "constant"
+    scale: Scale = "constant"
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"

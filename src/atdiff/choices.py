@@ -1,0 +1,62 @@
+"""The words that settings take, in one place without heavy imports: ``--help`` and mistakes answer at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = [
+    "CORRECTIONS",
+    "EXTRACTORS",
+    "METRICS",
+    "MIXTURES",
+    "PRECISIONS",
+    "SAMPLERS",
+    "Crop",
+    "Direction",
+    "Distance",
+    "Method",
+    "Norm",
+    "Order",
+    "PairName",
+    "PredictionType",
+    "Scale",
+    "Site",
+    "Solver",
+    "Target",
+    "Unreadable",
+    "Variance",
+    "Weighting",
+]
+
+Crop = Literal["bicubic", "adm"]
+Direction = Literal["gradient", "gradient_full", "residual", "random"]
+Distance = Literal["pseudo-huber", "huber", "l2"]
+Method = Literal["free", "pgd", "equivariance"]
+Norm = Literal["l2", "linf", "l1"]
+Order = Literal["authors", "staggered"]
+PairName = Literal["even", "ict", "ect"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
+Scale = Literal["constant", "sigma", "high", "middle"]
+Site = Literal["student", "teacher"]
+Solver = Literal["ddim", "heun"]
+Target = Literal["equivariant", "invariant"]
+Unreadable = Literal["refuse", "skip"]
+Variance = Literal["fixed", "learned_range"]
+Weighting = Literal["none", "min-snr", "high-noise"]
+
+# The keys of registries that import torch; a test compares them.
+CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
+EXTRACTORS = (
+    "digits-classifier", "label-classifier", "inception-v3-compat", "inception-v3-spatial", "dinov2-vit-l-14",
+    "clip-vit-b-32",
+)  # fmt: skip
+METRICS = (
+    "fid", "kid", "isc", "prc", "sfid", "fd_dinov2", "clip_fid", "clip_score", "label_accuracy", "sliced_wasserstein",
+    "energy", "on_mode",
+)  # fmt: skip
+MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
+PRECISIONS = ("no", "bf16", "fp16")
+SAMPLERS = (
+    "iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun", "flow-euler", "flow-heun",
+    "edm-euler", "lcm", "consistency",
+)  # fmt: skip

@@ -1,0 +1,74 @@
+"""What an interrupted command has saved, from what is on the disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+__all__ = ["after_interruption"]
+
+NOTHING = "nothing is saved, and the same command starts over."
+
+
+def after_interruption(args: argparse.Namespace | None) -> str:
+    """Return, for a person who has pressed Ctrl-C, what the command has saved and what the same command will do."""
+    out = getattr(args, "out", None)
+    if args is None or out is None:
+        return "nothing is saved."
+    if args.command == "train":
+        return _of_run(out)
+    if args.command in ("study", "quickstart"):
+        return _of_study(out)
+    if args.command == "evaluate":
+        return _of_figures([out], "cells")
+    if args.command == "compare":
+        folder = out.with_suffix("")
+        files = [folder / name for name in ("mismatch.json", "robustness.json", "directions.json")]
+        return _of_figures([out.with_suffix(".cells.json"), *files], "cells and measurements")
+    if args.command in ("mismatch", "robustness"):
+        names = ["mismatch.json"] if args.command == "mismatch" else ["robustness.json", "directions.json"]
+        return _of_figures([out / name for name in names], "measurements")
+    return NOTHING
+
+
+def _newest_pass(run: Path) -> int:
+    """Return the pass of a run's newest checkpoint; 0 where there is none."""
+    names = (path.name.removeprefix("pass-") for path in (run / "checkpoints").glob("pass-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _is_finished(run: Path) -> bool:
+    return any((run / name).is_dir() for name in ("pipeline", "lora"))
+
+
+def _of_run(run: Path) -> str:
+    newest = _newest_pass(run)
+    if not newest:
+        return NOTHING
+    return f"{run} has a checkpoint of pass {newest}, where the same command resumes."
+
+
+def _of_study(out: Path) -> str:
+    runs = [file.parent for file in sorted(out.glob("seed-*/*/config.yaml"))]
+    finished = sum(map(_is_finished, runs))
+    begun = sum(1 for run in runs if not _is_finished(run) and _newest_pass(run))
+    if not finished and not begun:
+        return "no run has saved anything yet, and the same command starts over."
+    return f"{out} has {finished} trained runs and checkpoints of {begun} more, where the same command resumes."
+
+
+def _of_figures(files: list[Path], what: str) -> str:
+    counts = {file: _entries(file) for file in files}
+    kept = [f"{count} in {file}" for file, count in counts.items() if count]
+    if not kept:
+        return f"no {what} are saved yet, and the same command starts over."
+    return f"finished {what} are saved ({', '.join(kept)}), and the same command does what is missing."
+
+
+def _entries(file: Path) -> int:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return 0
+    return len(content) if isinstance(content, list) else 0
