@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +12,22 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     UNet2DModel,
 )
 from torch import Tensor, nn
 
 from atdiff import EMA, Adversary, ConsistencyObjective, MLP2DModel, NoiseSchedule, Teacher, UserError
 from atdiff.noise import expand
-from atdiff.objectives.pairs import EasyPairs, EvenPairs, ImprovedPairs, Levels
+from atdiff.objectives.pairs import EasyPairs, EvenPairs, ImprovedPairs, Levels, make_pairs
 from atdiff.prediction import edm_preconditioning
+from atdiff.training.build import consistency_scheduler
 
 MEAN, STD = 0.3, 0.4  # of the Gaussian data
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -380,6 +385,80 @@ def test_the_curriculum_of_ect() -> None:
         torch.testing.assert_close(sigma_s, expected.clamp(min=0.002), rtol=1e-3, atol=1e-4)
 
 
+PAIR_SCHEDULERS = {
+    "cosine": lcm(),
+    "stable-diffusion": LCMScheduler(),
+    "zero-terminal-snr": LCMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "edm": CMStochasticIterativeScheduler(),
+}
+
+
+@pytest.mark.parametrize("name", ["ict", "ect"])
+@pytest.mark.parametrize("scheduler", PAIR_SCHEDULERS.values(), ids=PAIR_SCHEDULERS)
+def test_weights_are_those_of_the_pair_that_is_drawn(scheduler: Any, name: str) -> None:
+    """1 / (u_t - u_s) in float64, of diffusers' own betas: Song and Dhariwal, eq. 15; Geng et al., section 3.3."""
+
+    def u(t: Tensor) -> Tensor:
+        if isinstance(scheduler, CMStochasticIterativeScheduler):
+            return (t.double() / 250).exp()
+        kept = (1 - scheduler.betas.double()).cumprod(0)[t]
+        return ((1 - kept) / kept).sqrt()
+
+    torch.manual_seed(0)
+    pairs = make_pairs(name, scheduler, NoiseSchedule(scheduler), intervals=160)
+    for progress in (0.0, 0.3, 0.6, 0.999):
+        t, s, weights = pairs.sample(20_000, torch.device("cpu"), progress)
+        assert (s < t).all()
+        torch.testing.assert_close(weights.double(), 1 / (u(t) - u(s)), rtol=1e-3, atol=1e-9)
+
+
+def test_no_few_samples_hold_the_weight_of_a_batch() -> None:
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(lcm())
+    t, _, weights = make_pairs("ect", lcm(), schedule, intervals=40).sample(100_000, torch.device("cpu"), 0.5)
+    # What is drawn below timestep 1 is moved there; 1 / (u_1 - u_0) is 342 on cosine betas.
+    assert weights[t == 1].unique().tolist() == pytest.approx([341.87], abs=0.01)
+    assert weights[t == 1].sum() / weights.sum() < 0.25
+    scheduler = CMStochasticIterativeScheduler()
+    _, _, weights = make_pairs("ect", scheduler, NoiseSchedule(scheduler), intervals=40).sample(
+        100_000, torch.device("cpu"), 0.0
+    )
+    assert weights.max() == pytest.approx(1 / 0.002, rel=1e-4)  # s is the end, sigma_min, and t twice that or more
+
+
+@pytest.mark.parametrize("intervals", [5, 10, 15, 20, 25, 30, 50, 64, 100, 150, 640, 1280])
+def test_the_curriculum_of_ict_is_the_papers(intervals: int) -> None:
+    """N(k) = min(s0 2^floor(k / K'), s1), K' = floor(K / (log2 floor(s1 / s0) + 1)): Song and Dhariwal, eq. 13."""
+    scheduler, total = CMStochasticIterativeScheduler(), 1_000_000
+    pairs = make_pairs("ict", scheduler, NoiseSchedule(scheduler), intervals=intervals)
+    assert isinstance(pairs, ImprovedPairs)
+    first = min(10, intervals)
+    stage = math.floor(total / (math.log2(intervals // first) + 1))
+    for k in (0, 123_456, 250_100, 400_000, 499_000, 600_100, 777_777, 900_000, 999_000):
+        assert pairs.intervals_at(k / total) == min(first * 2 ** (k // stage), intervals)
+    if intervals % first == 0:
+        assert pairs.intervals_at(1 - 1e-6) == intervals
+
+
+def test_the_curriculum_of_ect_ends_with_its_last_stage() -> None:
+    scheduler = lcm()
+    pairs = make_pairs("ect", scheduler, NoiseSchedule(scheduler), intervals=40, stages=4)
+    drawn = []
+    for progress in (0.99, 1.0):
+        torch.manual_seed(0)
+        drawn.append(pairs.sample(100, torch.device("cpu"), progress)[1])
+    assert torch.equal(*drawn)
+
+
+def test_a_grid_as_fine_as_the_timesteps_has_no_pair_of_one_timestep_that_counts() -> None:
+    scheduler = lcm(num_train_timesteps=20, original_inference_steps=20)
+    t, s, weights = make_pairs("even", scheduler, NoiseSchedule(scheduler), intervals=20).sample(
+        500, torch.device("cpu"), 0.0
+    )
+    assert (t == s).any()
+    assert torch.equal(weights, (t != s).float())
+
+
 @pytest.mark.parametrize("name", ["even", "ict", "ect"])
 def test_pairs_of_integer_timesteps_are_distinct_and_within_the_schedule(name: Any) -> None:
     objective = ConsistencyObjective(lcm(), pairs=name, intervals=160)
@@ -389,6 +468,37 @@ def test_pairs_of_integer_timesteps_are_distinct_and_within_the_schedule(name: A
         assert s.min() >= 0
         assert t.max() <= 999
         assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DDPMScheduler(),
+        DDPMScheduler(100, beta_schedule="scaled_linear", beta_start=1e-3),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+        DDPMScheduler(beta_schedule="sigmoid"),
+        DDPMScheduler(beta_schedule="laplace"),
+        DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+        DDPMScheduler(beta_schedule="sigmoid", rescale_betas_zero_snr=True),
+        DDPMScheduler(50, trained_betas=torch.linspace(1e-3, 0.4, 50).tolist()),
+        DDIMScheduler(50, trained_betas=torch.linspace(1e-3, 0.4, 50).tolist(), rescale_betas_zero_snr=True),
+        PNDMScheduler(beta_end=0.015),
+        DPMSolverMultistepScheduler(beta_schedule="linear", rescale_betas_zero_snr=True),
+        EulerDiscreteScheduler(),
+        LCMScheduler(),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_consistency_model_has_the_betas_of_its_denoiser(source: Any, tmp_path: Path) -> None:
+    grid = consistency_scheduler(source, 25)
+    grid.save_pretrained(tmp_path)
+    for made in (grid, LCMScheduler.from_pretrained(tmp_path)):
+        assert isinstance(made, LCMScheduler)
+        assert torch.equal(made.betas, source.betas)
+        assert made.config.original_inference_steps == 25
+        assert made.config.prediction_type == source.config.prediction_type
+        t = torch.arange(source.config.num_train_timesteps)
+        assert torch.allclose(NoiseSchedule(made).alphas_cumprod(t), NoiseSchedule(source).alphas_cumprod(t))
 
 
 def test_timesteps_are_found_by_their_noise() -> None:

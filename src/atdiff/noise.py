@@ -111,6 +111,16 @@ class NoiseSchedule:
         acp = self.alphas_cumprod(timesteps)
         return acp.sqrt().float(), (1.0 - acp).sqrt().float()
 
+    def ratio_at(self, timesteps: Tensor) -> Tensor:
+        """Return ``sigma_t / alpha_t`` of timesteps ``(B,)`` in float64, ``(B,)``; infinite where alpha_t is 0."""
+        if self.kind == "vp":
+            acp = self.alphas_cumprod(timesteps)
+            return ((1.0 - acp) / acp).sqrt()
+        if self.kind == "edm":
+            return (timesteps.double() / self.time_factor).exp()
+        alpha, sigma = self(timesteps)
+        return sigma.double() / alpha.double()
+
     def timesteps_at(self, ratio: Tensor) -> Tensor:
         """Return the timesteps, ``(B,)``, whose ``sigma_t / alpha_t`` is (nearest to) ``ratio``, ``(B,)``."""
         assert self._function is None, "a function of your own is not inverted"

@@ -22,6 +22,15 @@ class Pairs(NamedTuple):
     next_timesteps: Tensor
     weights: Tensor
 
+    @classmethod
+    def weighted(cls, schedule: NoiseSchedule, timesteps: Tensor, next_timesteps: Tensor) -> Pairs:
+        """Return the pairs with weights ``1 / (u_t - u_s)``, ``u = sigma / alpha``, of the timesteps themselves.
+
+        Not of the levels that they were drawn from: an integer timestep, or the end of the trajectory, lies elsewhere.
+        """
+        gap = schedule.ratio_at(timesteps) - schedule.ratio_at(next_timesteps)
+        return cls(timesteps, next_timesteps, torch.where(gap > 0, 1.0 / gap, 0.0).float())
+
 
 class PairSampler(Protocol):
     """Draws pairs; ``progress`` is the share of the training that is behind, from 0 to 1."""
@@ -55,18 +64,19 @@ class EvenPairs:
             self.grid = schedule.timesteps_at(levels.karras(intervals + 1))
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
-        """Return ``batch_size`` pairs, with weights of one."""
+        """Return ``batch_size`` pairs, with weights of one, or of zero where the two are the same."""
         upper = torch.randint(1, len(self.grid), (batch_size,), device=device)
         grid = self.grid.to(device)
-        return Pairs(grid[upper], grid[upper - 1], torch.ones(batch_size, device=device))
+        t, s = grid[upper], grid[upper - 1]
+        return Pairs(t, s, (t > s).float())  # with as many intervals as timesteps the first is no interval
 
 
 class ImprovedPairs:
     """The curriculum of `iCT <https://arxiv.org/abs/2310.14189>`_, section 3.4 and 3.5.
 
-    The grid of Karras' noise levels has ``first`` intervals at the start and doubles them at even stages of the
-    training, up to ``intervals``; a log-normal law on the levels; weights ``1 / (u_t - u_s)`` with
-    ``u = sigma / alpha``.
+    The grid of Karras' noise levels has ``first`` intervals, ``s0``, at the start and doubles them up to ``intervals``,
+    ``s1``, at ``log2(floor(s1 / s0)) + 1`` stages of even length, the last of which may be cut short; a log-normal law
+    on the levels; weights ``1 / (u_t - u_s)`` with ``u = sigma / alpha``.
 
     Args:
         schedule: the forward process.
@@ -93,7 +103,7 @@ class ImprovedPairs:
 
     def intervals_at(self, progress: float) -> int:
         """Return the number of intervals when a share ``progress`` of the training is behind."""
-        stages = math.floor(math.log2(self.intervals / self.first)) + 1
+        stages = math.log2(self.intervals // self.first) + 1.0
         return min(self.first * 2 ** math.floor(min(progress, 1.0) * stages), self.intervals)
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
@@ -101,13 +111,12 @@ class ImprovedPairs:
         ratios = self.levels.karras(self.intervals_at(progress) + 1)
         edges = torch.erf((ratios.log() - self.mean) / (math.sqrt(2.0) * self.std))
         lower = torch.multinomial((edges[1:] - edges[:-1]).float(), batch_size, replacement=True)
-        weights = 1.0 / (ratios[lower + 1] - ratios[lower])
         grid = self.schedule.timesteps_at(ratios)
         t, s = grid[lower + 1], grid[lower]
         if self.schedule.kind == "vp":
-            s = torch.minimum(s, t - 1).clamp(min=0)  # levels nearer than integer timesteps
             t = t.clamp(min=1)
-        return Pairs(t.to(device), s.to(device), weights.float().to(device))
+            s = torch.minimum(s, t - 1)  # levels nearer than integer timesteps
+        return Pairs.weighted(self.schedule, t.to(device), s.to(device))
 
 
 class EasyPairs:
@@ -116,7 +125,8 @@ class EasyPairs:
     ``u_s / u_t = 1 - n(u_t) / q^a`` with ``n(u) = 1 + k sigmoid(-b u)``, ``q = 2``, ``k = 8``, ``b = 1``, and ``a``
     growing from 1 by one in each of ``stages`` even parts of the training; ``log u_t`` normal; weights
     ``1 / (u_t - u_s)``, with ``u = sigma / alpha``. Where the ratio is not positive, ``s`` is the end of the
-    trajectory: the objective then is that of a denoiser.
+    trajectory: the objective then is that of a denoiser. What is drawn nearer to that end than timestep 1, or for
+    ``edm`` than twice its level, is moved there: pairs stay apart, and their weights bounded.
 
     Args:
         schedule: the forward process.
@@ -134,16 +144,16 @@ class EasyPairs:
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
         """Return ``batch_size`` pairs at the present distance."""
         normal = torch.randn(batch_size, device=device, dtype=torch.float64)
-        upper = (self.mean + self.std * normal).exp().clamp(self.levels.lowest, self.levels.highest)
-        stage = 1 + math.floor(min(progress, 1.0) * self.stages)
+        least = self.levels.lowest * (2.0 if self.schedule.kind == "edm" else 1.0)
+        upper = (self.mean + self.std * normal).exp().clamp(least, self.levels.highest)
+        stage = 1 + min(math.floor(progress * self.stages), self.stages - 1)
         nearness = (1.0 + 8.0 * torch.sigmoid(-upper)) / 2.0**stage
         lower = (upper * (1.0 - nearness)).clamp(min=self.levels.lowest)
         t, s = self.schedule.timesteps_at(upper), self.schedule.timesteps_at(lower)
         if self.schedule.kind == "vp":
             t = t.clamp(min=1)
             s = torch.minimum(s, t - 1)
-        gap = (upper - lower).clamp(min=1e-3 * self.levels.lowest)
-        return Pairs(t, s, (1.0 / gap).float())
+        return Pairs.weighted(self.schedule, t, s)
 
 
 class Levels(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 from torch import nn
 
@@ -75,7 +77,23 @@ def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN40
     steps = config.num_train_timesteps
     if not 1 <= intervals <= steps:
         raise UserError(f"consistency.intervals={intervals} must lie between 1 and the scheduler's {steps} timesteps.")
-    return LCMScheduler.from_config(config, original_inference_steps=intervals)
+    # No other default of the source's class comes along: the values of f are not clipped, say.
+    return LCMScheduler.from_config(config, original_inference_steps=intervals, **_lcm_betas(scheduler))
+
+
+def _lcm_betas(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the arguments that give an ``LCMScheduler`` the betas of another scheduler, by their names or values.
+
+    ``from_config`` alone drops what was a default of the other class, in favour of Stable Diffusion's betas.
+    """
+    names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    named = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    named["num_train_timesteps"] = scheduler.config.num_train_timesteps
+    with contextlib.suppress(NotImplementedError):  # it has no name for some schedules
+        made: Any = LCMScheduler(**named)
+        if torch.equal(made.betas, scheduler.betas):
+            return named
+    return {**named, "trained_betas": scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
 
 
 def build_objective(
