@@ -135,14 +135,14 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
+    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow as --any.key value")
+    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500")
     parser.add_argument("--arm", help="one of the recipe's arms; default: its base run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")

@@ -158,10 +158,10 @@ def check_hub(name: str, kind: Kind, *, where: str = "here") -> None:
     """
     reason = offline_reason()
     if reason is not None and _cached(name, kind) is None:
-        option = "" if kind == "model" else " --repo-type dataset"
+        command = f"hf download {name}" if kind == "model" else f"hf download {name} --repo-type dataset"
         raise UserError(
             f"{name} is neither a local folder nor in the hub's cache, and {reason}; where there is a network, run "
-            f"`hf download {name}{option} --local-dir FOLDER` and give the path of that folder {where}."
+            f"`{command} --local-dir FOLDER` and give the path of that folder {where}."
         )
 
 
