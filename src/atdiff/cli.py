@@ -166,6 +166,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
     )
     _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_guidance(parser)
+    _add_variant(parser)
     _add_inference(parser)
     parser.add_argument("--out", type=Path, required=True, help="a .png grid, an .npz array, or a new folder")
 
@@ -199,6 +201,7 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_features(parser)
+    _add_variant(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
 
@@ -213,6 +216,7 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=2, help="random ones; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--data", help="the images; default: what the run was trained on")
+    _add_variant(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
 
@@ -238,6 +242,21 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="the reference images; default: what the run was trained on")
 
 
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        help="of pipelines of latents, as diffusers counts it: 0 or 1 for none (turbo models), or what Flux is told; "
+        "default: that of the training, or the usual one",
+    )
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant", help="of a saved pipeline's weights, such as fp16; default: the plain or only ones"
+    )
+
+
 def _add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="no", help="of the network: no (float32), bf16 or fp16; default: %(default)s"
@@ -261,7 +280,9 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--search-num", type=int, default=1024, help="pictures of a search; default: %(default)s")
     parser.add_argument("--prompts", type=Path, help="for clip_score: a text file, one prompt, or a line a class")
+    _add_guidance(parser)
     _add_features(parser)
+    _add_variant(parser)
     _add_inference(parser)
 
 
@@ -354,7 +375,7 @@ def _sample(args: argparse.Namespace) -> None:
     from atdiff.sampling.schedulers import default_sampler
 
     correction = make_correction(args.correction)
-    denoiser = load_denoiser(args.run)
+    denoiser = load_denoiser(args.run, variant=args.variant, guidance_scale=args.guidance_scale)
     if prompts is not None:
         if not isinstance(denoiser, TextToImage):
             raise UserError(f"{args.run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
@@ -448,6 +469,8 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, A
         "data": args.data,
         "precision": args.precision,
         "compile": args.compile,
+        "guidance_scale": args.guidance_scale,
+        "variant": args.variant,
     }
     drawn = {name: options[name] for name in ("steps", "num", "seeds", "corrections", "precision")}
     check_drawing(samplers=options["samplers"] or (), **drawn)
@@ -490,7 +513,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists already; choose another --out, or say --overwrite.")
     runs = find_runs(args.runs)
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
-    asked |= args.precision != "no"
+    asked |= args.precision != "no" or args.guidance_scale is not None or args.variant is not None
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     options = _evaluation(args, (0,)) if asked or not studied else None
     check_runs([one.run for one in runs], args.data)
@@ -538,6 +561,7 @@ def _mismatch(args: argparse.Namespace) -> None:
         weights=weights.get(args.extractor),
         data=args.data,
         correction=args.correction,
+        variant=args.variant,
     )
     with cell_progress("batches") as notify:
         mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
@@ -569,9 +593,10 @@ def _robustness(args: argparse.Namespace) -> None:
         seed=args.seed,
         data=args.data,
         target=args.target,
+        variant=args.variant,
         **chosen,
     )
-    directions = DirectionsConfig(num=args.num, seed=args.seed, data=args.data)
+    directions = DirectionsConfig(num=args.num, seed=args.seed, data=args.data, variant=args.variant)
     with cell_progress("levels") as notify:
         robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
     directions_of_runs(args.runs, directions, args.out, device=_device())

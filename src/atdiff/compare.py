@@ -62,6 +62,7 @@ def compare_runs(
         weights=config.weights.get(config.extractor) if config else None,
         mismatch=mismatch,
         robustness=robustness,
+        variant=config.variant if config else None,
     ).of(of_arm, report.with_suffix(""), device)
     summary = {
         "title": f"{', '.join(arms)}: compared at equal compute" if not unequal_passes else ", ".join(arms),
@@ -74,7 +75,8 @@ def compare_runs(
         "training": _training(runs),
         **measured,
     }
-    publish(summary, {arm: found[0] for arm, found in of_arm.items()}, report, interval=interval, device=device)
+    first = {arm: found[0] for arm, found in of_arm.items()}
+    publish(summary, first, report, interval=interval, device=device, loading=config.loading if config else None)
     return summary
 
 

@@ -22,6 +22,7 @@ import yaml
 
 from atdiff.choices import MIXTURES
 from atdiff.errors import UserError
+from atdiff.pipeline_files import check_class, no_pipeline
 
 __all__ = [
     "URLS",
@@ -116,7 +117,8 @@ def check_local(run: str) -> None:
     """Find out that a run is a folder that can be loaded, or that only the hub can know.
 
     Raises:
-        UserError: there is no such folder and the name is no hub id, or it holds something else or is not finished.
+        UserError: there is no such folder and the name is no hub id, it holds something else or is not finished, or it
+            is a pipeline of a class that is not taken.
     """
     folder = Path(run).expanduser()
     if not folder.exists():
@@ -131,7 +133,9 @@ def check_local(run: str) -> None:
         if not (folder / file).is_file():
             raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to resume it.")
     elif not (folder / "model_index.json").is_file():
-        raise UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline (model_index.json).")
+        raise no_pipeline(run)
+    else:
+        check_class(run, folder)
 
 
 def hub_location(name: str, kind: Kind) -> str:

@@ -13,7 +13,6 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDPMPipeline,
-    DiffusionPipeline,
 )
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -45,6 +44,7 @@ class Denoiser:
         config: the settings of a training folder; empty for others.
         prompts: one a class, where they are known; of no consequence to the pictures of this class.
         precision: in which the network runs; see :meth:`prepared`.
+        variant: of a pipeline's weights, where one was asked for.
     """
 
     model: Any
@@ -53,6 +53,7 @@ class Denoiser:
     config: dict[str, Any]
     prompts: tuple[str, ...] = ()
     precision: str = "no"
+    variant: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -84,7 +85,17 @@ class Denoiser:
     @property
     def recipe(self) -> dict[str, Any]:
         """What a figure depends on besides sampler, steps, seed and weights."""
-        return {}
+        return {} if self.variant is None else {"variant": self.variant}
+
+    def guided(self, scale: float) -> Self:
+        """Return the run with another scale of guidance, for the networks that know guidance.
+
+        Raises:
+            UserError: this one does not, or the scale is out of range.
+        """
+        raise UserError(
+            f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
+        )
 
     def evaluations(self, sampler: str, steps: int) -> int:
         """Return how often a picture takes the network.
@@ -176,31 +187,31 @@ def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # no
         pipeline.save_pretrained(aside)
 
 
-def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
-    """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id.
+def load_denoiser(
+    run: str, *, text_to_image: bool = True, variant: str | None = None, guidance_scale: float | None = None
+) -> Denoiser:
+    """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id, in float32.
 
     Args:
         run: which of them.
-        text_to_image: take pipelines with a text encoder, an autoencoder and a U-Net too, as a
-            :class:`atdiff.latent.generate.TextToImage`.
+        text_to_image: take pipelines with an autoencoder too, as a :class:`atdiff.latent.generate.TextToImage`.
+        variant: of a pipeline's weights, such as ``fp16``; a training folder knows its own.
+        guidance_scale: see :meth:`Denoiser.guided`; None for that of the run's training, or the usual one.
 
     Raises:
-        UserError: there is nothing of the kind, the download failed, or it is a text-to-image pipeline and those are
-            not taken.
+        UserError: there is nothing of the kind, the download failed, it is a pipeline of a class that is not taken, or
+            a text-to-image pipeline and those are not taken; or the scale does not fit.
     """
     config = run_config(run)
-    pipeline = _lora_pipeline(run, config) if (config.get("lora") or {}).get("rank") else _pipeline(run)
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if network is None:
-        raise UserError(f"{run} holds a {type(pipeline).__name__} without unet or transformer.")
-    network.eval()
-    from atdiff.latent.families import FAMILIES
+    is_lora = (config.get("lora") or {}).get("rank")
+    options = {} if config or variant is None else {"variant": variant}
+    pipeline = _lora_pipeline(run, config) if is_lora else _pipeline(run, **options)
+    from atdiff.latent.families import FAMILIES, known_class
 
-    of_latents = type(pipeline).__name__ in FAMILIES or all(
-        getattr(pipeline, part, None) is not None for part in ("unet", "vae", "text_encoder")
-    )
-    if not of_latents:
-        return Denoiser(network, pipeline.scheduler, run, config)
+    if known_class(type(pipeline), FAMILIES) is None:
+        pipeline.unet.eval()
+        denoiser = Denoiser(pipeline.unet, pipeline.scheduler, run, config, **options)
+        return denoiser if guidance_scale is None else denoiser.guided(guidance_scale)
     if not text_to_image:
         what = "pipeline of latents" if getattr(pipeline, "text_encoder", None) is None else "text-to-image pipeline"
         raise UserError(
@@ -209,23 +220,22 @@ def load_denoiser(run: str, *, text_to_image: bool = True) -> Denoiser:
         )
     from atdiff.latent.generate import text_to_image_run  # imports this module
 
-    return text_to_image_run(pipeline, run, config)
+    drawing = replace(text_to_image_run(pipeline, run, config), **options)
+    drawing.model.eval()
+    return drawing if guidance_scale is None else drawing.guided(guidance_scale)
 
 
-def _pipeline(run: str) -> Any:  # noqa: ANN401  (any diffusers pipeline)
+def _pipeline(run: str, variant: str | None = None) -> Any:  # noqa: ANN401  (any diffusers pipeline)
     check_local(run)
     folder = Path(run).expanduser()
     if (folder / "config.yaml").is_file():
         folder = folder / "pipeline"
-    from atdiff.latent.families import absent_parts
+    from atdiff.loading import load_pipeline
 
-    loader: Any = DiffusionPipeline
     try:
-        with quiet_libraries():
-            location = str(folder) if folder.exists() else hub_location(run, "model")
-            absent = absent_parts(loader.load_config(location))
-            # A checker would blacken pictures; pipelines that have none ignore this.
-            return loader.from_pretrained(location, safety_checker=None, **absent)
+        return load_pipeline(run, str(folder) if folder.exists() else hub_location(run, "model"), variant=variant)
+    except UserError:
+        raise
     except Exception as error:
         reason = hub_failure(" ".join(str(error).split())[:300])
         raise UserError(
@@ -240,13 +250,15 @@ def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     from atdiff.latent.lora import saved_scheduler  # imports this module
 
     base, folder = config["training"]["init"], Path(run) / "lora"
+    variant = None if run_config(base) else (config.get("model") or {}).get("variant")
     try:
-        pipeline = _pipeline(base)
+        pipeline = _pipeline(base, variant=variant)
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
     try:
         with quiet_libraries():
             pipeline.load_lora_weights(folder)
+            pipeline.to(torch.float32)
             pipeline.scheduler = saved_scheduler(folder / "scheduler")
     except Exception as error:  # of peft, safetensors and the loaders
         reason = " ".join(str(error).split())[:300]

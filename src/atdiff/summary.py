@@ -48,6 +48,7 @@ class Measurements:
         weights: a local file of its weights.
         mismatch: whether to measure it.
         robustness: whether to measure the worst-case loss and the directions.
+        variant: of the weights of pipelines; training folders know their own.
     """
 
     sampler: str | None
@@ -58,6 +59,7 @@ class Measurements:
     weights: Path | None = None
     mismatch: bool = True
     robustness: bool = False
+    variant: str | None = None
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
         """Measure runs by arm (one a seed) into folders in ``out``; return entries for the summary."""
@@ -70,6 +72,7 @@ class Measurements:
                 seed=self.seed,
                 extractor=self.extractor,
                 weights=self.weights,
+                variant=self.variant,
             )
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:
@@ -81,12 +84,11 @@ class Measurements:
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
+        options: dict[str, Any] = {"seed": self.seed, "variant": self.variant}
         with cell_progress("levels of the robustness") as notify:
-            worst = robustness_of_runs(names, RobustnessConfig(seed=self.seed), folder, device=device, notify=notify)
+            worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:
-            directions = directions_of_runs(
-                names, DirectionsConfig(seed=self.seed), folder, device=device, notify=notify
-            )
+            directions = directions_of_runs(names, DirectionsConfig(**options), folder, device=device, notify=notify)
         return {"robustness": _by_arm(runs, worst), "directions": _by_arm(runs, directions)}
 
 
@@ -142,6 +144,7 @@ def publish(
     *,
     interval: str = "t",
     device: str = "cpu",
+    loading: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> None:
     """Write the page, and beside it ``summary.json``, ``table.md`` and ``samples.png``; print table and conclusions.
@@ -152,13 +155,14 @@ def publish(
         report: the HTML file; the others are named after it, or lie beside a ``report.html`` under their own names.
         interval: ``t`` or ``bootstrap``.
         device: where to sample.
+        loading: how the runs are loaded, as arguments of :func:`atdiff.runs.load_denoiser`.
         console: where to print.
     """
     console = console or Console()
     cells, metric, baseline = summary["cells"], summary["metric"], summary["baseline"]
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = sorted({cell["steps"] for cell in cells})
-    grids = sample_grids(runs, samplers, steps, device=device)
+    grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
     names = {
         name: report.parent / name if report.name == "report.html" else report.with_suffix(f".{name}")
         for name in ("summary.json", "table.md", "samples.png")

@@ -56,6 +56,8 @@ class EvaluationConfig:
         batch_size: pictures sampled at once.
         precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
         compile: whether they are compiled; to rounding, it does not change a figure.
+        guidance_scale: see :meth:`atdiff.runs.Denoiser.guided`; None for that of each run's training, or the usual one.
+        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
     """
 
     samplers: tuple[str, ...] | None
@@ -73,6 +75,8 @@ class EvaluationConfig:
     batch_size: int = 512
     precision: str = "no"
     compile: bool = False
+    guidance_scale: float | None = None
+    variant: str | None = None
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Find, before any compute, what cannot be evaluated for networks of this scheduler.
@@ -91,6 +95,11 @@ class EvaluationConfig:
         for sampler in self.samplers_for(training_scheduler):
             for steps in self.steps:
                 make_scheduler(sampler, training_scheduler, steps)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How runs are loaded, as arguments of :func:`atdiff.runs.load_denoiser`."""
+        return {"guidance_scale": self.guidance_scale, "variant": self.variant}
 
     def asked_of(self, denoiser: Denoiser) -> Denoiser:
         """Return the run as it is evaluated: with these prompts, where there are any.
@@ -181,7 +190,7 @@ def evaluate_runs(
     """
     cells = read_cells(out)
     how: dict[str, Any] = {"precision": config.precision, "compile": config.compile, "device": device}
-    denoisers = [config.asked_of(load_denoiser(run)).prepared(**how) for run in runs]
+    denoisers = [config.asked_of(load_denoiser(run, **config.loading)).prepared(**how) for run in runs]
     done = {_key(cell) for cell in cells}
     judges: dict[tuple[str, tuple[str, ...]], _Judge] = {}
     grid = [
@@ -305,7 +314,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
 def _key(cell: Mapping[str, Any]) -> str:
     names = (
         "run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "guidance_scale", "prompts",
-        "search_seed", "search_num",
+        "variant", "search_seed", "search_num",
     )  # fmt: skip
     settled = cell.get("correction", "none"), cell.get("asked", ASKED), cell.get("dtype", DTYPES["no"])
     return json.dumps([*settled, *(cell.get(name) for name in names)])

@@ -70,6 +70,7 @@ class MismatchConfig:
         data: the data set of the true images; None for each run's own.
         batch_size: pictures at once.
         correction: of the sampler; see :func:`atdiff.sampling.corrections.make_correction`.
+        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
     """
 
     sampler: str | None
@@ -81,6 +82,7 @@ class MismatchConfig:
     data: str | None = None
     batch_size: int = 512
     correction: str = "none"
+    variant: str | None = None
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Find, before any compute, what cannot be measured on networks of this scheduler.
@@ -195,7 +197,7 @@ def mismatch_of_runs(
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
     entries = {entry_key(entry): entry for entry in read_entries(out / MEASURED)}
-    denoisers = [load_denoiser(run) for run in dict.fromkeys(runs)]
+    denoisers = [load_denoiser(run, variant=config.variant) for run in dict.fromkeys(runs)]
     for denoiser in denoisers:
         config.check(denoiser.scheduler)
     recipes = [_recipe(denoiser, config) for denoiser in denoisers]
@@ -382,6 +384,7 @@ def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
         "sample_seed": config.seed,
         "num": config.num,
         "extractor": config.extractor,
+        **denoiser.recipe,
         "reference": reference_name(denoiser, config.data),
         "weights": denoiser.weights_name,
         "dtype": "float32",

@@ -62,6 +62,7 @@ class ProbeConfig:
         seed: of the images and of all noise.
         data: the data set; None for what each run was trained on.
         batch_size: images at once; no figure depends on it.
+        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
     """
 
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -69,6 +70,7 @@ class ProbeConfig:
     seed: int = 0
     data: str | None = None
     batch_size: int = 256
+    variant: str | None = None
 
     def check(self) -> None:
         """Find, before any compute, what cannot be measured.
@@ -440,7 +442,7 @@ def probe_runs(
     """
     config.check()
     entries = {entry_key(entry): entry for entry in read_entries(file)}
-    denoisers = [load_denoiser(run) for run in dict.fromkeys(runs)]
+    denoisers = [load_denoiser(run, variant=config.variant) for run in dict.fromkeys(runs)]
     recipes = [_recipe(denoiser, config) for denoiser in denoisers]
     missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if entry_key(recipe) not in entries]
     # Whatever is wrong with the objective or the data of the last run is found before the first is measured.
@@ -459,12 +461,13 @@ def probe_runs(
 
 def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
-    for name in ("data", "batch_size"):
+    for name in ("data", "batch_size", "variant"):
         del settings[name]
     return {
         "run": denoiser.source,
         "sample_seed": settings.pop("seed"),
         **settings,
+        **denoiser.recipe,
         "reference": reference_name(denoiser, config.data),
         "weights": denoiser.weights_name,
         "dtype": "float32",

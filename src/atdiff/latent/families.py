@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 
+from atdiff.errors import UserError
 from atdiff.models.transformers import FluxDenoiser
 
-__all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of"]
+__all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class"]
 
 
 class Asked(NamedTuple):
@@ -35,7 +37,7 @@ class Family:
     Attributes:
         parts: of the pipeline that turn a prompt into conditions.
         network: the part that is trained.
-        guidance_scale: with which pictures are drawn; diffusers' default, but for SDXL, which has that of SD.
+        guidance_scale: with which images are drawn; diffusers' default, but for SDXL, which has that of SD.
         embeddings: names of what ``encode_prompt`` returns, in its order, as arguments of the pipeline's call.
         any_size: whether pictures of other sizes than the published one have fitting latents.
         has_t5: whether prompts go through a T5, or are filled up as if they did.
@@ -61,7 +63,19 @@ class Family:
 
     def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
         """Whether a step takes the network twice at that guidance scale, with the prompt and without."""
-        return guidance_scale > 1 and network.config.get("time_cond_proj_dim") is None
+        return guidance_scale > 1 and not self.is_told_guidance(network)
+
+    def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
+        """Return the scale to draw with where nothing says another: none on top of a distilled network.
+
+        A consistency model that is not told the scale was distilled from a guided teacher, and has it in its weights.
+        """
+        distilled = isinstance(scheduler, LCMScheduler)
+        return 1.0 if distilled and not self.is_told_guidance(network) else self.guidance_scale
+
+    def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
+        """Whether the scale is an input of the network."""
+        return network.config.get("time_cond_proj_dim") is not None
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """Return what the network is conditioned on, with a row a prompt."""
@@ -195,8 +209,16 @@ class Flux(_Flow):
         return pipeline.vae.config.latent_channels, side, side
 
     def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
-        """See :meth:`Family.is_guided`: the network is told the scale, and is taken once."""
+        """See :meth:`Family.is_guided`: the network is told the scale if anything, and is taken once."""
         return False
+
+    def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
+        """See :meth:`Family.is_told_guidance`: Flux.1 dev is, Flux.1 schnell is not."""
+        return bool(network.config.guidance_embeds)
+
+    def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
+        """See :meth:`Family.usual_guidance`; 1, which is none, for a network that can have none."""
+        return self.guidance_scale if self.is_told_guidance(network) else 1.0
 
     def conditions(self, pipeline: Any, prompts: list[str], asked: Asked) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`."""
@@ -235,6 +257,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "StableDiffusion3Pipeline": StableDiffusion3(),
         "FluxPipeline": Flux(),
         "DiTPipeline": DiT(),
+        "LatentConsistencyModelPipeline": Family(),
     }
 )
 """By class of diffusers' pipeline."""
@@ -251,9 +274,21 @@ def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
     return {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part, [None])[0] is None}
 
 
+def known_class(cls: type, names: Collection[str]) -> str | None:
+    """Return which of ``names`` a class is called, or the nearest class that it derives from; None for another."""
+    return next((base.__name__ for base in cls.__mro__ if base.__name__ in names), None)
+
+
 def family_of(pipeline: Any) -> Family:  # noqa: ANN401
-    """Return the family of a loaded pipeline; one of another class that has the parts of SD is taken for it."""
-    return FAMILIES.get(type(pipeline).__name__, FAMILIES["StableDiffusionPipeline"])
+    """Return the family of a loaded pipeline, of one of the classes of :data:`FAMILIES` or a class derived from one.
+
+    Raises:
+        UserError: it is of another class.
+    """
+    name = known_class(type(pipeline), FAMILIES)
+    if name is None:
+        raise UserError(f"a {type(pipeline).__name__} is not taken: expected a {' or a '.join(FAMILIES)}.")
+    return FAMILIES[name]
 
 
 def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import LCMScheduler
 from rich.progress import Progress
 from torch import Tensor
+from typing_extensions import Self
 
 from atdiff.errors import UserError
-from atdiff.latent.families import DiT, Family, family_of, pixels_per_latent
+from atdiff.latent.families import DiT, Family, Flux, family_of, pixels_per_latent
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.runs import Denoiser
 from atdiff.sampling.corrections import Correction
@@ -61,7 +65,24 @@ class TextToImage(Denoiser):
     @property
     def recipe(self) -> dict[str, Any]:
         """The guidance scale, and which prompts."""
-        return {"guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
+        return {**super().recipe, "guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
+
+    def guided(self, scale: float) -> Self:
+        """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded.
+
+        Raises:
+            UserError: a scale that is negative or not finite, or a network that can have no guidance.
+        """
+        if not 0.0 <= scale < math.inf:
+            raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+        told = self.family.is_told_guidance(self.model)
+        if scale > 1 and not told and isinstance(self.family, Flux):
+            raise UserError(
+                f"{self.source} has a transformer that is told no guidance (guidance_embeds is false), as Flux.1 "
+                f"schnell; leave out --guidance-scale {scale:g}."
+            )
+        # One name for no guidance, so that a figure of it is computed once.
+        return replace(self, guidance_scale=scale if told else max(scale, 1.0))
 
     @property
     def is_guided(self) -> bool:
@@ -182,7 +203,8 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         source: the run, as the user named it.
         config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are
             those of the folder's ``prompts.txt``) and the guidance scale (``consistency.sample_guidance``, or
-            ``sampling.guidance_scale``); empty for others.
+            ``sampling.guidance_scale``; else it is the usual one, within the range that a distilled network was told,
+            and 1 for one that was distilled and not told); empty for others.
     """
     captions = config.get("data", {}).get("captions") or ()
     file = Path(source) / PROMPTS_FILE
@@ -199,7 +221,7 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         config,
         tuple(captions),
         pipeline=pipeline,
-        guidance_scale=_guidance_scale(config, family),
+        guidance_scale=_guidance_scale(source, config, family, network, pipeline.scheduler),
     )
 
 
@@ -209,8 +231,26 @@ def prompts_name(prompts: Sequence[str]) -> str:
     return f"{len(prompts)} (sha256 {digest[:12]})"
 
 
-def _guidance_scale(config: Mapping[str, Any], family: Family) -> float:
-    trained = (config.get("consistency") or {}).get("sample_guidance")
-    if trained is not None:
-        return float(trained)
-    return float((config.get("sampling") or {}).get("guidance_scale", family.guidance_scale))
+def _guidance_scale(
+    source: str,
+    config: Mapping[str, Any],
+    family: Family,
+    network: Any,  # noqa: ANN401
+    scheduler: Any,  # noqa: ANN401
+) -> float:
+    """Return the scale that the settings name, or the one that the network was made for."""
+    trained, usual = config.get("consistency") or {}, family.usual_guidance(network, scheduler)
+    said = trained.get("sample_guidance")
+    if said is not None:
+        if isinstance(scheduler, LCMScheduler) and usual == 1.0 < said:
+            warnings.warn(
+                f"{source} was distilled with guidance and is not told the scale, so "
+                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations a step; "
+                "--guidance-scale 1 draws without.",
+                stacklevel=2,
+            )
+        return float(said)
+    if trained.get("mode") == "distillation" and family.is_told_guidance(network):
+        low, high = trained.get("guidance") or (usual, usual)
+        return float(min(max(usual, low), high))
+    return float((config.get("sampling") or {}).get("guidance_scale", usual))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atdiff.errors import UserError
 from atdiff.files import written_aside
-from atdiff.latent.families import FAMILIES, Asked, Family, absent_parts, family_of, pixels_per_latent
+from atdiff.latent.families import Asked, Family, family_of, pixels_per_latent
 from atdiff.locate import check_local, hub_failure, hub_location
 from atdiff.models.transformers import denoiser_like, published
 from atdiff.noise import NoiseSchedule
@@ -188,29 +188,30 @@ def load_latent_pipeline(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     tokens: int | None = None,
+    variant: str | None = None,
 ) -> LatentPipeline:
     """Load a Stable Diffusion (1.x, 2.x, XL, 3.x), Flux or DiT pipeline, without its safety checker.
 
     Args:
         source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
-        dtype: of the network's weights. Autoencoder and text encoders stay float32: they run once a picture, and the
-            one of SDXL overflows in float16.
+        dtype: of the network's weights. Autoencoder and text encoders are float32, whatever they were saved in: they
+            run once a picture, and the autoencoder of SDXL overflows in float16.
         image_size: pixels along a side of the pictures, for networks that take several sizes; others have their own.
         tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        variant: of the weights, such as ``fp16``; a training folder has none.
 
     Raises:
-        UserError: there is nothing of the kind, the download failed, a text encoder is missing, or it is a pipeline
-            of another class.
+        UserError: there is nothing of the kind, the download failed, a text encoder is missing, it has no such variant,
+            or it is a pipeline of another class.
     """
     location = _location(source)
     require_transformers(source)
+    from atdiff.loading import load_pipeline
+
     try:
         with quiet_libraries():
-            index = dict(DiffusionPipeline.load_config(location))
-            _check_index(source, location, index)
-            options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, **absent_parts(index)}
-            pipeline: Any = DiffusionPipeline.from_pretrained(location, **options)
-            pipeline.to(torch.float32)
+            chosen = None if (Path(source) / "config.yaml").is_file() else variant
+            pipeline = load_pipeline(source, location, variant=chosen, pixels=False)
             getattr(pipeline, family_of(pipeline).network).to(dtype)
     except UserError:
         raise
@@ -222,13 +223,6 @@ def load_latent_pipeline(
         ) from error
     latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None, tokens)
     _check_size(latent, image_size)
-    channels, height, width = latent.latent_shape
-    expected = latent.vae.config.latent_channels
-    if (channels, height) != (expected, width):
-        raise UserError(
-            f"the network of {source} takes latents {(channels, height, width)} (channels, height, width): expected "
-            f"the autoencoder's {expected} channels, and squares; inpainting and other variants cannot be trained."
-        )
     return latent
 
 
@@ -256,17 +250,6 @@ def _location(source: str) -> str:
                 "trained LoRA weights, give the pipeline that it started from."
             )
     return str(folder)
-
-
-def _check_index(source: str, location: str, index: Mapping[str, Any]) -> None:
-    """Find out from ``model_index.json`` alone whether a pipeline is of use, before gigabytes are loaded."""
-    kind = str(index.get("_class_name"))
-    if kind not in FAMILIES:
-        raise UserError(f"{source} is a {kind}: expected a {' or a '.join(FAMILIES)}, such as SD 1.5 or SDXL.")
-    for part in FAMILIES[kind].parts:
-        absent = Path(location).is_dir() and not (Path(location) / part).is_dir()
-        if absent or index.get(part, [None])[0] is None:
-            raise UserError(f"{source} has no {part}: expected a whole {kind}, saved with its text encoders.")
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class LatentTrainer(Trainer):
         self.published = "lora" if config.lora.rank else "pipeline"
         self._check(config)
         size = config.data.image_size
-        self.latent = load_latent_pipeline(self._source(), image_size=size, tokens=config.data.caption_tokens)
+        self.latent = load_latent_pipeline(
+            self._source(), image_size=size, tokens=config.data.caption_tokens, variant=config.model.variant
+        )
         if size not in (None, self.latent.image_size):
             raise UserError(
                 f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of pictures of "
@@ -204,7 +207,7 @@ class LatentTrainer(Trainer):
 
     def _teacher(self) -> LatentPipeline:
         source = self.config.consistency.teacher
-        teacher = self.latent if source is None else load_latent_pipeline(source)
+        teacher = self.latent if source is None else load_latent_pipeline(source, variant=self.config.model.variant)
         for one in (self.latent, teacher):
             if one.family.network != "unet":
                 raise UserError(
@@ -283,7 +286,7 @@ class LatentTrainer(Trainer):
 
     def _draw_samples(self) -> Tensor:
         pipeline = with_network(self.latent, self._average(), self.scheduler)
-        settings: dict[str, Any] = {"consistency": {"sample_guidance": self.config.consistency.sample_guidance}}
+        settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
         settings["data"] = {
             "captions": self.config.data.captions or self.data.captions[:SHOWN],
             "image_size": self.latent.image_size,

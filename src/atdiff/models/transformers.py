@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atdiff.models.call import keep_labels
 
-__all__ = ["PATCH", "FluxDenoiser", "SD3Denoiser", "denoiser_like", "published"]
+__all__ = ["PATCH", "FluxDenoiser", "SD3Denoiser", "denoiser_like", "embed_times_in_float32", "published"]
 
 PATCH = 2  # latents along the side of a token of Flux
 
@@ -49,12 +49,14 @@ class FluxDenoiser(FluxTransformer2DModel):
     ) -> Tensor:
         """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000."""
         height, width = x_t.shape[-2:]
-        guidance = torch.full_like(timesteps, self.guidance) if self.config.guidance_embeds else None
+        times = timesteps / 1000.0
+        guidance = torch.full_like(times, self.guidance) if self.config.guidance_embeds else None
+        _keep(self, times, guidance)
         tokens: Tensor = super().forward(  # type: ignore[misc]
             hidden_states=pack(x_t),
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
-            timestep=timesteps / 1000.0,
+            timestep=times,
             img_ids=image_ids(height // PATCH, width // PATCH, x_t),
             txt_ids=x_t.new_zeros(encoder_hidden_states.shape[1], 3),
             guidance=guidance,
@@ -95,7 +97,37 @@ def denoiser_like(transformer: Any) -> Any:  # noqa: ANN401  (a transformer of d
     denoiser = kind.from_config(transformer.config)
     denoiser.load_state_dict(transformer.state_dict())
     keep_labels(denoiser)
+    embed_times_in_float32(denoiser)
     return denoiser.to(transformer.device)
+
+
+def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
+    """Have a Flux transformer embed timesteps and guidance as they are given, in place; other networks do already.
+
+    Flux rounds both to the type of its tokens first: under autocast to bfloat16, 999 becomes 1000. The sinusoids of the
+    float32 values are rounded after that like every other activation.
+    """
+    if isinstance(network, FluxTransformer2DModel) and _keep_given not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_keep_given, with_kwargs=True)
+        network.time_text_embed.register_forward_pre_hook(_put_back)
+
+
+# Hooks are plain functions, and what they keep lies on the module, so that copies of a network are on their own.
+def _keep_given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    if isinstance(kwargs.get("timestep"), Tensor):  # as the pipeline calls it; FluxDenoiser keeps its own
+        _keep(network, kwargs["timestep"], kwargs.get("guidance"))
+
+
+def _keep(network: Any, times: Tensor, guidance: Tensor | None) -> None:  # noqa: ANN401
+    network.time_text_embed.given = (times,) if guidance is None else (times, guidance)
+
+
+def _put_back(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ANN401
+    given = getattr(embedding, "given", None)
+    if given is None:
+        return None
+    embedding.given = None
+    return *(value.float() * 1000 for value in given), args[-1]
 
 
 def published(denoiser: nn.Module) -> Any:  # noqa: ANN401

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -37,6 +38,7 @@ def sample_grids(
     seed: int = 0,
     columns: int | None = None,
     prompts: Sequence[str] | None = None,
+    loading: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grids:
     """Draw one square grid a sampler, number of steps and arm, with the same noise in the same places of all.
@@ -49,6 +51,7 @@ def sample_grids(
         columns: pictures along the side of a grid; default at most 6, and as many as keep all grids together under
             5 MB in a page. Runs on points of the plane are drawn as one picture of 1,000 points instead.
         prompts: for text-to-image runs, in the place of the captions of their training.
+        loading: how the runs are loaded, as arguments of :func:`atdiff.runs.load_denoiser`.
         device: where to sample.
 
     Returns:
@@ -57,7 +60,7 @@ def sample_grids(
     Raises:
         UserError: a run cannot be loaded, its images have neither 1 nor 3 channels, or it needs prompts.
     """
-    denoisers = {arm: load_denoiser(run) for arm, run in runs.items()}
+    denoisers = {arm: load_denoiser(run, **(loading or {})) for arm, run in runs.items()}
     if prompts is not None:
         denoisers = {arm: replace(denoiser, prompts=tuple(prompts)) for arm, denoiser in denoisers.items()}
     for denoiser in denoisers.values():

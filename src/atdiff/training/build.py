@@ -165,7 +165,7 @@ def build_teacher(config: TrainConfig) -> Teacher | None:
             "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
             "--training.init (or --consistency.teacher)."
         )
-    denoiser = load_denoiser(source)
+    denoiser = load_denoiser(source, variant=config.model.variant)
     if isinstance(denoiser.scheduler, LCMScheduler):
         raise UserError(f"the teacher {source} is a consistency model itself: give a diffusion model.")
     asked = config.objective.prediction_type
@@ -183,13 +183,13 @@ def build_adversary(config: TrainConfig) -> Adversary:
     return Adversary(**asdict(config.adversary))
 
 
-def load_initial_weights(network: nn.Module, init: str) -> None:
+def load_initial_weights(network: nn.Module, init: str, variant: str | None = None) -> None:
     """Start a network from the (EMA) weights of a run, pipeline folder or hub id, less a variance it does not learn.
 
     Raises:
         UserError: they do not fit the network.
     """
-    weights = load_denoiser(init).model.state_dict()
+    weights = load_denoiser(init, variant=variant).model.state_dict()
     own = network.state_dict()
     for name in ("conv_out.weight", "conv_out.bias"):
         if name in own and name in weights and len(weights[name]) == 2 * len(own[name]):

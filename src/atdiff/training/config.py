@@ -76,11 +76,14 @@ class ModelConfig:
             pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``,
             ``tiny-sd3`` and ``tiny-flux``, small ones made from the data.
         args: of the constructor.
+        variant: of the weights of the pipelines that ``training.init`` and ``consistency.teacher`` name, such as
+            ``fp16``; null for the plain ones, or the only ones. Training and what it leaves are float32 in any case.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"] = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
+    variant: str | None = None
     gradient_checkpointing: bool = False
 
 
@@ -154,7 +157,9 @@ class ConsistencyConfig:
         target_decay: of the moving average that is the target; 0 for the network itself, without gradient.
         guidance: range of the teacher's classifier-free guidance scale, on latents.
         embed_guidance: tell the network the scale; LoRA trains without.
-        sample_guidance: scale when sampling.
+        sample_guidance: scale when sampling, as diffusers counts it. Null for 1, which is none, where the network was
+            distilled without being told the scale, as LoRA is: a scale above guides it once more. Null for the usual
+            one of the pipeline elsewhere, within ``guidance`` where the network was distilled and is told.
     """
 
     mode: Literal["none", "distillation", "training"] = "none"
@@ -168,7 +173,7 @@ class ConsistencyConfig:
     target_decay: float = 0.95
     guidance: tuple[float, float] = (3.0, 15.0)
     embed_guidance: bool = True
-    sample_guidance: float = 7.5
+    sample_guidance: float | None = None
 
 
 @dataclass

@@ -38,6 +38,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     if file.is_file():
         # What a setting was before it could be set is its default.
         stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
+        _forget_old_default(stored, settings)
         longer = settings["training"]["passes"] > stored["training"]["passes"]
         if longer:  # More passes of the same run are no other run.
             stored["training"]["passes"] = settings["training"]["passes"]
@@ -61,6 +62,12 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
 def _completed(stored: dict[str, Any], defaults: TrainConfig) -> dict[str, Any]:
     sections = json.loads(json.dumps(asdict(defaults)))
     return {**stored, **{name: {**section, **stored.get(name, {})} for name, section in sections.items()}}
+
+
+def _forget_old_default(stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Take the default that sample_guidance once had, whatever the pipeline, for that of now: training is the same."""
+    if settings["consistency"]["sample_guidance"] is None and stored["consistency"]["sample_guidance"] == 7.5:
+        stored["consistency"]["sample_guidance"] = None
 
 
 def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:  # noqa: ANN401

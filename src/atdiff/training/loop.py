@@ -124,7 +124,7 @@ class Trainer:
             num_class_embeds=None if num_classes is None else num_classes + int(dropout),
         )
         if config.training.init is not None:
-            load_initial_weights(self.network, config.training.init)
+            load_initial_weights(self.network, config.training.init, config.model.variant)
 
     def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler.
