@@ -9,10 +9,18 @@ import argparse
 import copy
 
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import DDPMScheduler
 from torch import nn
 
-from atdiff import EMA, Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel, Teacher
+from atdiff import (
+    EMA,
+    Adversary,
+    ConsistencyObjective,
+    DenoisingObjective,
+    MLP2DModel,
+    Teacher,
+    consistency_scheduler,
+)
 from atdiff.data.sources import load_data
 from atdiff.sampling.generate import generate, save_images
 
@@ -44,7 +52,7 @@ def main() -> None:
 
     student = copy.deepcopy(denoiser)
     target = EMA(student, 0.95)
-    grid = LCMScheduler.from_config(scheduler.config, original_inference_steps=40)
+    grid = consistency_scheduler(scheduler, 40)
     objective = ConsistencyObjective(grid, teacher=Teacher(denoiser, scheduler), target=target.module, site="teacher")
     adversary = Adversary(step_size=1.0, passes=2, scale="middle", order="staggered", target="invariant")
     train(student, objective, adversary, args.passes, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from atdiff import Adversary, DenoisingBatch, DenoisingObjective, UserError
@@ -289,6 +290,119 @@ def test_accumulation_gives_means_and_keeps_each_delta(
             found.clear()
             net.zero_grad()
     assert i == 8
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "authors": {"direction": "gradient"},
+    "staggered": {"direction": "gradient", "order": "staggered"},
+    "staggered-residual": {"direction": "residual", "order": "staggered"},
+    "pgd": {"direction": "gradient", "method": "pgd"},
+    "equivariance": {"direction": "residual", "method": "equivariance"},
+}
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+@pytest.mark.parametrize("size", [26, 31, 48])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_samples_weigh_the_same_whatever_the_cut(
+    net: Net, objective: DenoisingObjective, cut: dict[str, Any], size: int, accumulate: int
+) -> None:
+    """The caller divides by ``accumulate``; the gradient of an update is then that of one micro-batch."""
+    torch.manual_seed(0)
+    batches = [objective.draw(torch.rand(size, 1, 4, 4), weights=torch.rand(size) + 0.5) for _ in range(2)]
+    found: list[list[Tensor]] = []
+    for parts in (1, accumulate):
+        adversary, gradients = Adversary("l2", 0.3, 3, **cut), []
+        for batch in batches:
+            losses = list_of_passes(adversary, objective, net, batch, parts)
+            for update in losses:
+                assert len(update) == parts
+                gradients.append(torch.stack(update).sum(dim=0))
+        found.append(gradients)
+    assert len(found[0]) == len(found[1]) == 2 * adversary.updates_per_batch
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def list_of_passes(
+    adversary: Adversary, objective: DenoisingObjective, net: Net, batch: DenoisingBatch, parts: int
+) -> list[list[Tensor]]:
+    """Return the gradients of the micro-batches of every weight update, each divided by their number."""
+    gradients = []
+    for loss in adversary.passes(objective, net, batch, accumulate=parts):
+        net.zero_grad()
+        (loss / parts).backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in net.parameters() if weight.grad is not None]))
+    return [gradients[start : start + parts] for start in range(0, len(gradients), parts)]
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_too_few_samples_for_the_micro_batches_are_refused(
+    net: Net, objective: DenoisingObjective, cut: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="accumulate=4 needs as many samples in what one pass takes of a batch"):
+        next(Adversary("l2", 0.3, 3, **cut).passes(objective, net, torch.rand(3, 1, 4, 4), accumulate=4))
+
+
+def half(x: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * x
+
+
+def test_the_default_scale_depends_on_the_schedule() -> None:
+    alpha, sigma = torch.tensor([0.9]), torch.tensor([0.1])
+    for scheduler, expected in (
+        (DDPMScheduler(), 1.0),
+        (FlowMatchEulerDiscreteScheduler(), 0.1),
+        (EDMEulerScheduler(), 0.1),
+        (lambda t: (1 - t, t), 0.1),
+    ):
+        adversary = Adversary(step_size=0.1, passes=2)
+        objective = DenoisingObjective(scheduler, "flow" if callable(scheduler) else None)
+        next(adversary.passes(objective, half, torch.rand(2, 1, 4, 4) - 0.5))
+        assert adversary.scale(alpha, sigma).item() == pytest.approx(expected)
+
+
+def test_the_mean_loss_of_a_flow_is_finite_by_default() -> None:
+    """E[(delta / t)^2] is the square of the step, however small t: with a constant step it has no bound."""
+    objective, zeros = DenoisingObjective(FlowMatchEulerDiscreteScheduler()), torch.zeros(2000, 1, 2, 2)
+    timesteps = torch.logspace(-6, 3, 2000)
+    batch = objective.draw(zeros, noise=zeros, timesteps=timesteps)
+    adversary = Adversary("l2", 0.5, 2, direction="random")
+    for _ in adversary.passes(objective, lambda x, t: torch.zeros_like(x), batch):
+        pass
+    assert adversary.output is not None
+    torch.testing.assert_close(adversary.output.loss, torch.full((2000,), 0.25 / 4), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "prediction_type", "told"),
+    [
+        ({"scale": "constant"}, "flow", True),
+        ({"scale": "constant"}, "epsilon", True),
+        ({"scale": "constant"}, "sample", False),  # whose target does not move
+        ({"scale": "constant", "target": "invariant"}, "flow", False),
+        ({"scale": "constant", "noise_levels": (0.1, 1.0)}, "flow", False),
+        ({"scale": "constant", "step_size": 0.0}, "flow", False),
+        ({"scale": "sigma"}, "flow", False),
+        ({}, "flow", False),
+    ],
+)
+def test_a_constant_scale_on_a_flow_is_told_once(options: dict[str, Any], prediction_type: Any, told: bool) -> None:
+    adversary = Adversary(**{"step_size": 0.1, "passes": 2, "direction": "residual", **options})
+    objective = DenoisingObjective(lambda t: (1 - t, t), prediction_type)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            list(adversary.passes(objective, half, torch.rand(2, 1, 4, 4) - 0.5))
+    assert [str(one.message)[:41] for one in caught] == ["scale='constant' moves the target of a fl"] * told
+
+
+def test_the_papers_setting_needs_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(
+            Adversary(scale="constant").passes(DenoisingObjective(DDPMScheduler()), half, torch.rand(2, 1, 4, 4) - 0.5)
+        )
 
 
 def test_staggered_passes_join_fresh_parts_with_moved_ones(net: Net, objective: DenoisingObjective) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from atdiff.objectives.consistency import ConsistencyObjective
     from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
     from atdiff.objectives.teacher import Teacher
+    from atdiff.training.build import consistency_scheduler
     from atdiff.training.ema import EMA
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ObjectiveOutput",
     "Teacher",
     "UserError",
+    "consistency_scheduler",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "ObjectiveOutput": "objectives.batch",
     "Teacher": "objectives.teacher",
     "UserError": "errors",
+    "consistency_scheduler": "training.build",
 }
 
 

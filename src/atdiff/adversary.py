@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -13,12 +14,12 @@ from torch import Tensor
 from atdiff.adversary_checks import check_adversary
 from atdiff.choices import Direction, Method, Norm, Order, Target
 from atdiff.errors import UserError
-from atdiff.noise import noise_level
+from atdiff.noise import expand, noise_level
 from atdiff.norms import norm_of, project, steepest_step
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.denoising import DenoisingBatch
 
-__all__ = ["Adversary", "Objective"]
+__all__ = ["Adversary", "Objective", "default_scale"]
 
 ScaleFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,6 +29,11 @@ SCALES: dict[str, ScaleFunction] = {
     "high": lambda alpha, sigma: sigma * (1.0 - alpha),
     "middle": lambda alpha, sigma: sigma * alpha,
 }
+
+
+def default_scale(kind: str) -> str:
+    """Return the scale of a kind of schedule: the paper's for ``vp``, else one whose share of the noise is bounded."""
+    return "constant" if kind == "vp" else "sigma"
 
 
 class Objective(Protocol):
@@ -89,7 +95,9 @@ class Adversary:
         passes: forward-backward passes a batch; 1 is plain training.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only),
             ``middle`` (``sigma_t alpha_t``, which vanishes at pure noise), or a function of ``(alpha_t, sigma_t)``,
-            each ``(B,)``.
+            each ``(B,)``. None: ``constant`` on schedules of the DDPM family, else ``sigma``, the same share of the
+            noise at every level. The target moves by ``delta / sigma_t``; the noise of a flow goes down to 0, where a
+            constant delta moves it without bound: the mean of the loss is infinite.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
         method: ``free``, ``pgd`` or ``equivariance``.
@@ -115,7 +123,7 @@ class Adversary:
         passes: int = 3,
         *,
         radius: float | None = None,
-        scale: str | ScaleFunction = "constant",
+        scale: str | ScaleFunction | None = None,
         noise_levels: tuple[float, float] | None = None,
         method: Method = "free",
         direction: Direction = "gradient",
@@ -139,7 +147,9 @@ class Adversary:
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self.noise_levels, self.weight = noise_levels, weight
-        self._scale = scale if callable(scale) else SCALES[scale]
+        self._scale = SCALES[scale] if isinstance(scale, str) else scale
+        self._kind = "vp"  # of the objective's schedule
+        self._warned = False
         self.batch: Batch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
@@ -153,14 +163,32 @@ class Adversary:
         self._position: tuple[Batch, int, list[Tensor]] | None = None
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
-        scale = self._scale(alpha, sigma)
+        """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels.
+
+        The default depends on the schedule of the objective that :meth:`passes` was last given.
+        """
+        function = self._scale or SCALES[default_scale(self._kind)]
+        scale = function(alpha, sigma)
         if self.noise_levels is None:
             return scale
         level, (low, high) = noise_level(alpha, sigma), self.noise_levels
         # Level 1 is the end of the range, not beyond it.
         inside = (level >= low) & ((level < high) | (high == 1.0))
         return torch.where(inside, scale, 0.0)
+
+    def _meet(self, objective: Objective) -> None:
+        """Take note of the kind of schedule, and say once where a constant scale has no finite loss."""
+        self._kind = getattr(getattr(objective, "schedule", None), "kind", "vp")
+        unbounded = self._scale is SCALES["constant"] and self._kind in ("flow", "function")
+        moves = self.target == "equivariant" and getattr(objective, "prediction_type", None) != "sample"
+        perturbs = self.num_passes > 1 and self.step_size > 0 and (self.noise_levels or (0.0,))[0] == 0.0
+        if unbounded and moves and perturbs and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "scale='constant' moves the target of a flow by delta / sigma_t, without bound where noise ends, so "
+                "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
+                stacklevel=3,
+            )
 
     @property
     def updates_per_batch(self) -> int:
@@ -187,23 +215,30 @@ class Adversary:
             objective: draws the batch and computes its losses.
             model: the network, wrapped or compiled as it may be.
             x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned.
-            accumulate: micro-batches per weight update. That many losses are yielded in a row, each a mean; divide
-                them by ``accumulate`` (Accelerate does) and step the optimizer after the last. Each micro-batch
-                keeps its own delta.
+            accumulate: micro-batches per weight update. That many losses are yielded in a row; divide them by
+                ``accumulate`` (Accelerate does) and step the optimizer after the last. Each is the mean of its
+                samples, times its share of the update's samples where micro-batches differ in size, so that all
+                samples weigh the same. Each micro-batch keeps its own delta.
             fixed: passed on to ``objective.draw``, such as ``class_labels``.
 
         Yields:
             Scalar losses: ``updates_per_batch * accumulate`` of them.
 
         Raises:
+            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``.
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
-        batch = objective.draw(x0, **fixed) if isinstance(x0, Tensor) else x0
+        if isinstance(x0, Batch) and fixed:
+            raise UserError(
+                f"{', '.join(fixed)} cannot be added to a batch that is drawn already: give it to objective.draw."
+            )
+        batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
+        self._meet(objective)
         self._after = self._position = None
         if self.method == "pgd":
-            yield from self._pgd(objective, model, batch.chunk(accumulate))
+            yield from self._pgd(objective, model, self._micro_batches(batch, accumulate))
         elif self.method == "equivariance":
-            yield from self._equivariance(objective, model, batch.chunk(accumulate))
+            yield from self._equivariance(objective, model, self._micro_batches(batch, accumulate))
         else:
             self._position = (batch, 0, [])
             yield from self.rest(objective, model, accumulate=accumulate)
@@ -215,11 +250,21 @@ class Adversary:
         """
         if self._position is None:
             return
+        self._meet(objective)
         batch, start, deltas = self._position
         if self.order == "authors":
             yield from self._authors(objective, model, batch, accumulate, start, deltas)
         else:
             yield from self._staggered(objective, model, batch, accumulate, start)
+
+    @staticmethod
+    def _micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
+        if accumulate > len(batch):
+            raise UserError(
+                f"accumulate={accumulate} needs as many samples in what one pass takes of a batch, and there are "
+                f"{len(batch)}; use a smaller accumulate, or leave out the last, smaller batch (drop_last=True)."
+            )
+        return batch.chunk(accumulate)
 
     @property
     def within_batch(self) -> bool:
@@ -247,9 +292,8 @@ class Adversary:
         start: int,
         deltas: list[Tensor],
     ) -> Iterator[Tensor]:
-        parts = batch.chunk(accumulate)
+        parts = self._micro_batches(batch, accumulate)
         deltas = deltas or [torch.zeros_like(part.x0) for part in parts]
-        share = len(parts) / len(batch)
 
         def move(k: int, i: int, output: ObjectiveOutput) -> None:
             last = k == self.num_passes - 1
@@ -263,7 +307,7 @@ class Adversary:
             for i, part in enumerate(parts):
                 output = self._forward(objective, model, part, deltas[i], track=k < self.num_passes - 1)
                 self._after = partial(move, k, i, output)
-                yield output.loss.mean() * (len(part) * share)
+                yield output.loss.mean() * (len(part) * len(parts) / len(batch))
                 self.settle()
 
     def _staggered(
@@ -282,12 +326,14 @@ class Adversary:
                 self._position = None if k == len(chunks) - 1 else (batch, k + 1, [])
 
         for k in range(start, len(chunks)):
-            parts = chunks[k].chunk(accumulate)
+            parts = self._micro_batches(chunks[k], accumulate)
+            waiting = [sum(self._waiting[i][0]) for i in range(len(parts)) if i in self._waiting]
+            samples = len(chunks[k]) + sum(waiting)  # of this weight update
             for i, part in enumerate(parts):
                 sizes, joined, delta = self._join(i, part)
                 output = self._forward(objective, model, joined, delta, track=self.num_passes > 1)
                 self._after = partial(move, k, i, i == len(parts) - 1, sizes, joined, output)
-                yield output.loss.mean()
+                yield output.loss.mean() * (len(joined) * len(parts) / samples)
                 self.settle()
 
     def _join(self, i: int, fresh: Batch) -> tuple[list[int], Batch, Tensor]:
@@ -299,12 +345,12 @@ class Adversary:
         return [len(fresh), *sizes], type(fresh).cat([fresh, waiting]), torch.cat([delta, moved])
 
     def _pgd(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
-        share = len(parts) / sum(map(len, parts))
+        samples = sum(map(len, parts))
         for part in parts:
             delta = self._ascended(objective, model, part, self.num_passes - 1)
             output = self._forward(objective, model, part, delta, track=False)
             self._after = partial(objective.update, part, output)
-            yield output.loss.mean() * (len(part) * share)
+            yield output.loss.mean() * (len(part) * len(parts) / samples)
             self.settle()
 
     def _ascended(self, objective: Objective, model: Callable[..., Any], part: Batch, steps: int) -> Tensor:
@@ -324,7 +370,7 @@ class Adversary:
         return delta
 
     def _equivariance(self, objective: Objective, model: Callable[..., Any], parts: list[Batch]) -> Iterator[Tensor]:
-        share = len(parts) / sum(map(len, parts))
+        samples = sum(map(len, parts))
         for part in parts:
             if self.direction == "random":
                 self.delta = torch.zeros_like(part.x0)
@@ -339,7 +385,7 @@ class Adversary:
             missed = (perturbed - clean).square().flatten(1).mean(dim=1)
             loss = output.loss[: len(part)] + self.weight * part.weights * missed
             self._after = partial(objective.update, both, output)
-            yield loss.mean() * (len(part) * share)
+            yield loss.mean() * (len(part) * len(parts) / samples)
             self.settle()
 
     def _forward(
@@ -384,12 +430,14 @@ class Adversary:
                     "before asking for the next."
                 )
             direction = found
-        finite = direction.isfinite().flatten(1).all(dim=1)
+        # Where there is no noise there is none to move.
+        scale = torch.where(batch.sigma > 0, self.scale(batch.alpha, batch.sigma), 0.0)
+        finite = direction.isfinite().flatten(1).all(dim=1) & scale.isfinite()
         self.nonfinite = self.nonfinite.to(delta.device) + (~finite).sum()
-        direction = torch.where(finite.view(-1, *[1] * (delta.ndim - 1)), direction, 0.0).to(delta.dtype)
-        scale = self.scale(batch.alpha, batch.sigma)
-        moved = delta + steepest_step(direction, self.step_size * scale, self.norm)
-        return moved if self.radius is None else project(moved, self.radius * scale, self.norm)
+        moved = delta + steepest_step(direction.to(delta.dtype), self.step_size * scale, self.norm)
+        if self.radius is not None:
+            moved = project(moved, self.radius * scale, self.norm)
+        return torch.where(expand(finite, delta), moved, delta)
 
     def mean_norm(self) -> Tensor:
         """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""

@@ -18,7 +18,7 @@ def check_adversary(
     step_size: float,
     passes: int,
     radius: float | None,
-    scale: str | Callable[..., Any],
+    scale: str | Callable[..., Any] | None,
     noise_levels: tuple[float, float] | None,
     method: str,
     direction: str,
@@ -38,7 +38,7 @@ def check_adversary(
         "order": (order, Order),
         "target": (target, Target),
     }
-    if not callable(scale):
+    if scale is not None and not callable(scale):
         choices["scale"] = (scale, Scale)
     for name, (value, kind) in choices.items():
         if value not in get_args(kind):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atdiff.errors import UserError
 
-__all__ = ["NoiseSchedule", "noise_level"]
+__all__ = ["NoiseSchedule", "divide", "expand", "noise_level"]
 
 Kind = Literal["vp", "edm", "flow", "function"]
 
@@ -53,6 +53,42 @@ def _betas(scheduler: Any) -> Tensor:  # noqa: ANN401
     return exact if torch.allclose(exact, stored, rtol=1e-5, atol=1e-8) else stored
 
 
+def _check_betas(scheduler: Any) -> None:  # noqa: ANN401
+    betas, steps = scheduler.betas, int(scheduler.config.num_train_timesteps)
+    if len(betas) != steps:
+        raise UserError(
+            f"{type(scheduler).__name__} has {len(betas)} trained_betas for num_train_timesteps={steps}; set "
+            f"num_train_timesteps={len(betas)}."
+        )
+    if not bool(((betas >= 0) & (betas <= 1)).all()):  # nor where they are not numbers
+        raise UserError(
+            f"{type(scheduler).__name__} has betas from {betas.min():.3g} to {betas.max():.3g}, expected numbers in "
+            "[0, 1]."
+        )
+
+
+def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    times = torch.tensor([1e-6, 0.25, 0.5, 0.75, 1.0])
+    try:
+        found = function(times)
+    except RuntimeError:  # it may have tables on a GPU
+        return
+    told = f"the schedule {getattr(function, '__name__', type(function).__name__)}"
+    pair = isinstance(found, tuple | list) and len(found) == 2
+    if not pair or not all(isinstance(part, Tensor) and part.shape == times.shape for part in found):
+        raise UserError(
+            f"{told} must return two tensors (alpha_t, sigma_t), each like the times (B,) that it is given."
+        )
+    alpha, sigma = found
+    bad = ~(alpha.isfinite() & sigma.isfinite() & ((alpha != 0) | (sigma != 0)) & (sigma >= 0))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise UserError(
+            f"{told} returns alpha={float(alpha[at]):.3g}, sigma={float(sigma[at]):.3g} at t={float(times[at]):.3g}; "
+            "expected finite numbers, sigma not negative, and not both 0."
+        )
+
+
 class NoiseSchedule:
     """The forward process ``x_t = alpha_t x0 + sigma_t noise`` of a diffusers scheduler.
 
@@ -68,13 +104,16 @@ class NoiseSchedule:
       thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
     - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
 
+    Either of alpha_t and sigma_t may be 0, not both.
+
     Args:
         scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
             never the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``,
             1 the noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
 
     Raises:
-        UserError: the scheduler belongs to none of the families.
+        UserError: the scheduler belongs to none of the families, its betas are not as many as its timesteps or not
+            within [0, 1], or a function returns something else than such pairs.
     """
 
     def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
@@ -83,6 +122,7 @@ class NoiseSchedule:
         if callable(scheduler) and not hasattr(scheduler, "config"):
             self.kind: Kind = "function"
             self._function = scheduler
+            _check_function(scheduler)
             self.num_train_timesteps, self.time_factor = 1, 1.0
             self.sigma_data = self.sigma_max = self.shift = 1.0
             return
@@ -95,6 +135,7 @@ class NoiseSchedule:
         shifted = self.kind == "flow" and not config.get("use_dynamic_shifting")  # which depends on the picture's size
         self.shift = float(config.get("shift") or 1.0) if shifted else 1.0  # of a sampler's steps
         if self.kind == "vp":
+            _check_betas(scheduler)
             self._alphas_cumprod = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +192,12 @@ class NoiseSchedule:
 def expand(per_sample: Tensor, like: Tensor) -> Tensor:
     """Reshape ``(B,)`` to ``(B, 1, ..., 1)`` so that it broadcasts over ``like`` of shape ``(B, ...)``."""
     return per_sample.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def divide(value: Tensor, by: Tensor) -> Tensor:
+    """Return ``value / by``, and 0 where ``by`` is 0, with finite gradients there too."""
+    zero = by == 0
+    return torch.where(zero, 0.0, value) / torch.where(zero, 1.0, by)
 
 
 def noise_level(alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-__all__ = ["class_embeddings", "keep_labels", "predict", "unet_kwargs"]
+from atdiff.errors import UserError
+
+__all__ = ["check_labels", "class_embeddings", "compute_dtype", "keep_labels", "predict", "unet_kwargs", "unwrapped"]
 
 ADDED = ("text_embeds", "time_ids")
+PLACES = ("time_ids", "img_ids", "txt_ids")  # sizes and places, embedded in float32 as timesteps are
 
 
 def predict(
@@ -18,20 +24,141 @@ def predict(
 ) -> Tensor:
     """Return the raw output of ``model(x_t, timesteps, **conditions)`` as a tensor ``(B, C or 2C, H, W)``.
 
-    The model may be a diffusers network (an output with ``.sample``), return a tuple whose first entry is the
-    prediction, or return the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference.
+    The model may be a diffusers network (an output with ``.sample``; where its second argument is not the timestep, as
+    in SD3's, it is given that by name), return a tuple whose first entry is the prediction, a mapping with it as
+    ``sample`` or alone, or the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference. A
+    module whose weights have another floating dtype than ``x_t`` is given that one, and its output comes back in that
+    of ``x_t``; timesteps stay as they are.
+
+    Raises:
+        UserError: the model returns something else.
     """
-    output = model(x_t, timesteps, **unet_kwargs(conditions or {}))
-    if isinstance(output, Tensor):
-        return output
-    prediction: Tensor = output.sample if hasattr(output, "sample") else output[0]
-    return prediction
+    network: Any = unwrapped(model)
+    kind: Any = type(network)
+    dtype = compute_dtype(network)
+    cast = dtype is not None and dtype != x_t.dtype
+    kwargs = unet_kwargs(_cast(conditions or {}, dtype))
+    named = isinstance(network, nn.Module) and _names_timestep(kind)
+    told = ((), {"timestep": timesteps}) if named else ((timesteps,), {})
+    prediction = _prediction(model(x_t.to(dtype) if cast else x_t, *told[0], **told[1], **kwargs))
+    return prediction.to(x_t.dtype) if cast else prediction
+
+
+@functools.lru_cache(maxsize=64)
+def _names_timestep(kind: Any) -> bool:  # noqa: ANN401  (a class of networks)
+    names = list(inspect.signature(kind.forward).parameters)
+    return "timestep" in names[3:]
+
+
+def _cast(conditions: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    """Return the conditions with embeddings in a dtype, and labels as whole numbers that an embedding looks up."""
+    cast: dict[str, Any] = {}
+    for name, value in conditions.items():
+        if not isinstance(value, Tensor):
+            pass
+        elif dtype is not None and value.is_floating_point() and value.ndim > 1 and name not in PLACES:
+            value = value.to(dtype)
+        elif name == "class_labels" and value.dtype in (torch.uint8, torch.int8, torch.int16, torch.bool):
+            value = value.long()
+        cast[name] = value
+    return cast
+
+
+def _prediction(output: Any) -> Tensor:  # noqa: ANN401
+    found = output
+    if isinstance(output, Mapping):
+        alone = [value for value in output.values() if isinstance(value, Tensor)]
+        ordered = hasattr(output, "to_tuple")  # an output of diffusers or transformers
+        found = output.get("sample", alone[0] if len(alone) == 1 or (alone and ordered) else None)
+    elif hasattr(output, "sample") and not isinstance(output, Tensor):
+        found = output.sample
+    elif isinstance(output, tuple | list) and output:
+        found = output[0]
+    if isinstance(found, Tensor):
+        return found
+    keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise UserError(
+        f"the network returned a {type(output).__name__}{keys}, expected a tensor, a tuple that begins with one, or an "
+        "output with `sample`."
+    )
+
+
+def unwrapped(model: Any) -> Any:  # noqa: ANN401
+    """Return the network inside of wrappers: DDP and FSDP, ``torch.compile``, PEFT, ``partial``, a bound method."""
+    for _ in range(8):
+        inner = None
+        if isinstance(model, functools.partial):
+            inner = model.func
+        elif hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif isinstance(model, nn.Module):
+            inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        elif callable(model):
+            inner = getattr(model, "__self__", None) or getattr(model, "__wrapped__", None)
+        if not callable(inner):
+            break
+        model = inner
+    return model
+
+
+def compute_dtype(model: Any) -> torch.dtype | None:  # noqa: ANN401
+    """Return the dtype that a network's inputs must have; None where it has no floating weights, or is no module."""
+    network = unwrapped(model)
+    if not isinstance(network, nn.Module):
+        return None
+    dtype = getattr(network, "dtype", None)  # of diffusers, which knows of layers that are kept in another one
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    return next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), None)
 
 
 def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
     """Return how many class labels a network knows, a null label of a U-Net included; 0 for an unconditional one."""
-    config = getattr(model, "config", None) or {}
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        return 0
     return int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0)
+
+
+def check_labels(
+    model: Any,  # noqa: ANN401
+    conditions: Mapping[str, Tensor],
+    null_label: int | None,
+    *,
+    values: bool,
+) -> None:
+    """Make sure that a network can look up the class labels.
+
+    Args:
+        model: the network, wrapped as it may be.
+        conditions: with ``class_labels``, or without.
+        null_label: that some labels are replaced by; None for none.
+        values: read them too, for which a GPU is waited for.
+
+    Raises:
+        UserError: they are not ``(B,)`` integers, or beyond the classes of the network.
+    """
+    network, labels = unwrapped(model), conditions.get("class_labels")
+    known = class_embeddings(network)
+    if labels is None or not known or network.config.get("class_embed_type"):
+        return
+    if not network.config.get("num_class_embeds"):
+        known += 1  # the null label of a DiT, which comes on top
+    if null_label is not None and null_label >= known:
+        raise UserError(
+            f"null_label={null_label} is beyond the labels 0 to {known - 1} that the network knows; give it one more "
+            "class embedding."
+        )
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise UserError(
+            f"class_labels are {tuple(labels.shape)} of {labels.dtype}, expected one integer a sample, (B,), from 0 to "
+            f"{known - 1}."
+        )
+    if values and not 0 <= int(labels.min()) <= int(labels.max()) < known:
+        raise UserError(
+            f"class_labels run from {int(labels.min())} to {int(labels.max())}, and the network knows 0 to "
+            f"{known - 1}; count classes from 0, or give the network more class embeddings."
+        )
 
 
 def keep_labels(network: nn.Module) -> None:

@@ -56,8 +56,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device))
 
     def chunk(self: B, parts: int) -> list[B]:
-        """Split into at most ``parts`` batches of nearly equal size."""
-        sizes = [len(chunk) for chunk in self.timesteps.chunk(parts)]
+        """Split into ``parts`` batches, or as many as there are samples, whose sizes differ by one at most."""
+        sizes = [len(part) for part in self.timesteps.tensor_split(min(parts, len(self)))]
         return [self.narrow(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -13,10 +14,11 @@ from torch.func import functional_call
 
 from atdiff.choices import Distance, PairName, PredictionType, Site, Target
 from atdiff.errors import UserError
-from atdiff.models.call import predict
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.models.call import check_labels, predict
+from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.denoising import resolve_prediction_type
+from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
 from atdiff.objectives.pairs import PairSampler, make_pairs
 from atdiff.objectives.teacher import Teacher
 from atdiff.prediction import edm_preconditioning, to_x0
@@ -97,10 +99,10 @@ class ConsistencyObjective:
         huber_c: float | None = None,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
-        if self.schedule.kind == "flow":
+        if self.schedule.kind in ("flow", "function"):
             raise UserError(
-                f"{type(scheduler).__name__} is a flow, expected a DDPM-family or EDM scheduler: consistency models "
-                "are sampled by LCMScheduler or CMStochasticIterativeScheduler."
+                f"{type(scheduler).__name__} is a {self.schedule.kind}, expected a DDPM-family or EDM scheduler: "
+                "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
             )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, get_args(Distance))):
@@ -114,14 +116,20 @@ class ConsistencyObjective:
             pairs = make_pairs(pairs, scheduler, self.schedule, intervals=intervals)
         self.pairs: PairSampler = pairs
         self.progress = 0.0
+        self._first = FirstBatches(self.schedule)
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
         self.sigma_min = float(scheduler.config.sigma_min) if self.schedule.kind == "edm" else 0.0
-        self._check_start()
+        self._check_ends()
         if teacher is not None:
             self._check_teacher(teacher)
 
-    def _check_start(self) -> None:
+    def _check_ends(self) -> None:
+        if self.schedule.kind == "edm" and not self.sigma_min > 0:
+            raise UserError(
+                f"sigma_min={self.sigma_min} of the scheduler must be above 0: the network is told its logarithm; "
+                "0.002 is usual."
+            )
         if self.schedule.kind != "vp" or self.prediction_type != "epsilon":
             return
         last = torch.tensor([self.schedule.num_train_timesteps - 1])
@@ -165,15 +173,28 @@ class ConsistencyObjective:
             timesteps: ``(B,)``; together with ``next_timesteps``.
             next_timesteps: ``(B,)``, of less noise.
             weights: of the losses, ``(B,)``.
-            conditions: further arguments of the network, such as ``class_labels``.
+            conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+
+        Raises:
+            UserError: a shape or a type does not fit; the values of the first batches are looked at as well.
         """
-        if timesteps is None or next_timesteps is None:
+        x0 = clean_samples(x0)
+        check_conditions(conditions, x0)
+        if (timesteps is None) != (next_timesteps is None):
+            raise UserError("timesteps and next_timesteps are given together, or neither.")
+        pair = {"timesteps": timesteps, "next_timesteps": next_timesteps}
+        chosen = {name: one_each(name, value, x0) for name, value in pair.items() if value is not None}
+        self._first.look(x0, chosen)
+        if chosen:
+            timesteps, next_timesteps = chosen["timesteps"], chosen["next_timesteps"]
+            weights = torch.ones(len(x0), device=x0.device) if weights is None else weights
+        else:
             timesteps, next_timesteps, drawn = self.pairs.sample(len(x0), x0.device, self.progress)
             weights = drawn if weights is None else weights
-        elif weights is None:
-            weights = torch.ones(len(x0), device=x0.device)
+        weights = one_each("weights", weights, x0)
         conditions = self._completed(x0, conditions)
         noise = torch.randn_like(x0) if noise is None else noise
+        check_like("noise", noise, x0)
         x_t = self.schedule.add_noise(x0, noise, timesteps)
         alpha, sigma = self.schedule(timesteps if self.site == "student" else next_timesteps)
         batch = ConsistencyBatch(
@@ -205,7 +226,7 @@ class ConsistencyObjective:
         if self.teacher is None:
             _, sigma = self.schedule(batch.timesteps)
             # The noise that makes x_t of x0, which is the drawn one where x_t is not perturbed.
-            noise = batch.noise + (x_t - batch.x_t) / expand(sigma, x_t)
+            noise = batch.noise + divide(x_t - batch.x_t, expand(sigma, x_t))
             return self.schedule.add_noise(batch.x0, noise, batch.next_timesteps)
         return self.teacher.step(
             x_t, self.schedule(batch.timesteps), self.schedule(batch.next_timesteps), batch.conditions
@@ -232,9 +253,14 @@ class ConsistencyObjective:
             delta: the perturbation at the site, ``(B, ...)``; None for none.
             target: whether the other side follows delta; see the class.
             detach_target: keep delta's gradient out of the side that follows.
+
+        Raises:
+            UserError: delta, labels or what the network returns do not fit the batch.
         """
+        check_labels(model, batch.conditions, None, values=self._first.left > 0)
         x_t, x_s = batch.x_t, batch.x_s
         if delta is not None:
+            check_like("delta", delta, batch.x0)
             x_t, x_s = self._perturbed(batch, delta, target, detach_target)
         with _replayed_dropout(model) as replay:
             f_t = self.consistency(model, x_t, batch.timesteps, batch.conditions)
@@ -259,7 +285,7 @@ class ConsistencyObjective:
         x_t = batch.x_t
         if target == "equivariant":
             _, sigma_t = self.schedule(batch.timesteps)
-            x_t = x_t + follower * expand(sigma_t / batch.sigma, x_t)
+            x_t = x_t + follower * expand(divide(sigma_t, batch.sigma), x_t)
         return x_t, batch.x_s + delta
 
     def _frozen(self, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,10 +300,12 @@ class ConsistencyObjective:
         network = getattr(network, "_orig_mod", network)
         weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
 
+        @functools.wraps(network.forward)
         def frozen(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             with _without_checkpointing(network):
                 return functional_call(network, weights, args, kwargs)
 
+        frozen.__wrapped__ = network  # whose dtype it has
         return frozen
 
     def consistency(
@@ -296,6 +324,7 @@ class ConsistencyObjective:
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
     ) -> Tensor:
         output = predict(model, x, timesteps, conditions)
+        check_output(output, x)
         if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
             raise UserError(f"the network returned {output.shape[1]} channels for samples of {x.shape[1]}.")
         return output[:, : x.shape[1]].float()  # less a learned variance

@@ -11,14 +11,32 @@ from torch import Tensor
 
 from atdiff.choices import PredictionType, Target, Variance, Weighting
 from atdiff.errors import UserError
-from atdiff.models.call import predict
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.models.call import check_labels, predict
+from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.variational import variational_bound
+from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
+from atdiff.objectives.variational import check_variances, variational_bound
 from atdiff.prediction import edm_preconditioning, to_x0
 from atdiff.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
 
 __all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "eps": ("epsilon",),
+    "noise": ("epsilon",),
+    "x0": ("sample",),
+    "x_0": ("sample",),
+    "x_start": ("sample",),
+    "xstart": ("sample",),
+    "start_x": ("sample",),
+    "v": ("v_prediction", "flow"),  # whichever the schedule has
+    "v_pred": ("v_prediction", "flow"),
+    "velocity": ("flow",),
+    "flow_prediction": ("flow",),
+    "flow_matching": ("flow",),
+    "rectified_flow": ("flow",),
+}
+"""What others call the prediction types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,7 @@ class DenoisingObjective:
         self.input_perturbation, self.slowed_interpolation = input_perturbation, slowed_interpolation
         default = LogNormalTimesteps if self.schedule.kind == "edm" else UniformTimesteps
         self.timestep_sampler: TimestepSampler = timestep_sampler or default(self.schedule)
+        self._first = FirstBatches(self.schedule)
         self._check()
 
     def _check(self) -> None:
@@ -98,6 +117,8 @@ class DenoisingObjective:
                 f"variance='learned_range' needs a DDPM-family scheduler, got a {self.schedule.kind} one; "
                 "use variance='fixed'."
             )
+        if self.variance == "learned_range":
+            check_variances(self.schedule)
         if not self.snr_gamma > 0:
             raise UserError(f"snr_gamma={self.snr_gamma} must be above 0; 5 is the usual choice.")
         if not 0.0 <= self.label_dropout < 1.0:
@@ -131,18 +152,28 @@ class DenoisingObjective:
         """Draw what is random about a batch; whatever is passed in is kept as it is.
 
         Args:
-            x0: clean images in [-1, 1], ``(B, ...)``.
+            x0: clean images in [-1, 1], ``(B, ...)``; ``uint8`` images of 0 to 255 are taken there.
             noise: standard normal, like ``x0``.
-            timesteps: ``(B,)``.
+            timesteps: ``(B,)``, or one for all.
             weights: importance weights ``(B,)``; one where timesteps are given without them.
-            conditions: further arguments of the network, such as ``class_labels``.
+            conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+
+        Raises:
+            UserError: a shape or a type does not fit; the values of the first batches are looked at as well.
         """
+        x0 = clean_samples(x0)
+        check_conditions(conditions, x0)
+        chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
+        self._first.look(x0, chosen)
         if timesteps is None:
             timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
             weights = sampled if weights is None else weights
-        elif weights is None:
-            weights = torch.ones(len(x0), device=x0.device)
+        else:
+            timesteps = chosen["timesteps"]
+            weights = torch.ones(len(x0), device=x0.device) if weights is None else weights
+        weights = one_each("weights", weights, x0)
         noise = torch.randn_like(x0) if noise is None else noise
+        check_like("noise", noise, x0)
         input_noise = noise
         if self.input_perturbation > 0:
             input_noise = noise + self.input_perturbation * torch.randn_like(noise)
@@ -186,20 +217,27 @@ class DenoisingObjective:
             delta: the perturbation of ``x_t``, ``(B, ...)``; None for none.
             target: whether the target follows delta (``equivariant``) or not (``invariant``).
             detach_target: keep the gradient of delta out of the target, as the authors do.
+
+        Raises:
+            UserError: delta, labels or what the network returns do not fit the batch.
         """
+        null_label = self.null_label if self.label_dropout > 0 else None
+        check_labels(model, batch.conditions, null_label, values=self._first.left > 0)
         alpha, sigma = expand(batch.alpha, batch.x0), expand(batch.sigma, batch.x0)
         x_t = alpha * batch.x0 + sigma * batch.input_noise
         noise = batch.noise
         if delta is not None:
+            check_like("delta", delta, batch.x0)
             x_t = x_t + delta
             if target == "equivariant":
-                noise = noise + (delta.detach() if detach_target else delta) / sigma
+                # Without noise there is none to move: the target stays.
+                noise = noise + divide(delta.detach() if detach_target else delta, sigma)
         c_in, c_skip, c_out = self._preconditioning(sigma)
         output = predict(model, x_t * c_in if c_in is not None else x_t, batch.timesteps, batch.conditions)
-        prediction, variance = self._split(output.float(), batch.x0.shape[1])
+        prediction, variance = self._split(output.float(), batch.x0)
         if c_in is not None:
             # In units of the raw network, that is with the weight 1 / c_out^2 of EDM, table 1.
-            error = prediction - (batch.x0 - c_skip * x_t) / c_out
+            error = prediction - divide(batch.x0 - c_skip * x_t, c_out)
         else:
             if self.slowed_interpolation > 0:  # the target is that of the timestep that the network is told
                 alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
@@ -207,6 +245,8 @@ class DenoisingObjective:
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
             x0_hat = to_x0(prediction, x_t, alpha, sigma, self.prediction_type).detach()
+            if self.prediction_type == "epsilon":  # pure noise says nothing of x0: the bound is of the variance alone
+                x0_hat = torch.where(alpha > 0, x0_hat, batch.x0)
             bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
             terms["vb"] = bound * (self.schedule.num_train_timesteps / 1000.0)
         loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
@@ -245,8 +285,10 @@ class DenoisingObjective:
             return alpha * noise - sigma * x0
         return noise - x0
 
-    def _split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    def _split(self, output: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+        channels = x0.shape[1]
         expected = 2 * channels if self.variance == "learned_range" else channels
+        check_output(output, x0)
         if output.shape[1] != expected:
             raise UserError(
                 f"the network returned {output.shape[1]} channels, expected {expected} for variance="
@@ -257,20 +299,20 @@ class DenoisingObjective:
             return output, None
         return output[:, :channels], output[:, channels:]
 
-    def _preconditioning(self, sigma: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor | float]:
+    def _preconditioning(self, sigma: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         if self.prediction_type != "edm":
-            return None, 0.0, 1.0
+            return None, torch.zeros_like(sigma), torch.ones_like(sigma)
         return edm_preconditioning(sigma, self.schedule.sigma_data)
 
     def _snr_weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
         if self.weighting == "none":
             return 1.0
-        snr = (alpha / sigma).square()
+        snr = (alpha / sigma).square()  # 0 without data, infinite without noise
         if self.weighting == "high-noise":
             return (1.0 / snr).clamp(max=self.snr_gamma)
         capped = snr.clamp(max=self.snr_gamma)
         if self.prediction_type == "epsilon":
-            return capped / snr
+            return (self.snr_gamma / snr).clamp(max=1.0)
         if self.prediction_type == "sample":
             return capped
         if self.prediction_type == "edm":
@@ -297,7 +339,9 @@ def resolve_prediction_type(
         "function": ("epsilon", "sample", "v_prediction", "flow"),
     }[schedule.kind]
     default = valid[0] if schedule.kind != "vp" else scheduler.config.get("prediction_type", "epsilon")
-    chosen = prediction_type or default
+    word = (prediction_type or default).lower().replace("-", "_")
+    names = {name for name in ALIASES.get(word, (word,)) if name in valid}
+    chosen = names.pop() if len(names) == 1 else prediction_type
     if chosen not in valid:
         raise UserError(
             f"prediction_type={chosen!r} does not fit {type(scheduler).__name__} (a {schedule.kind} schedule); "

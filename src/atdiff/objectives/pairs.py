@@ -184,7 +184,7 @@ def _check_intervals(schedule: NoiseSchedule, intervals: int) -> None:
     if intervals > schedule.num_train_timesteps:
         raise UserError(
             f"intervals={intervals} of the consistency grid exceed the scheduler's {schedule.num_train_timesteps} "
-            "timesteps; use 20 to 100."
+            f"timesteps; use {min(schedule.num_train_timesteps, 50)}."
         )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from atdiff.choices import PredictionType, Solver
 from atdiff.errors import UserError
 from atdiff.models.call import predict
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.denoising import resolve_prediction_type
+from atdiff.objectives.inputs import check_output
 from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = ["Solver", "Teacher"]
@@ -23,7 +24,8 @@ class Teacher:
 
     ``ddim`` costs one evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
     (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1), in ``x / alpha`` against ``sigma / alpha``. Where the
-    scheduler clips samples, so does the step: ``x0_hat`` is clipped and the noise follows from it.
+    scheduler clips samples, so does the step: ``x0_hat`` is clipped and the noise follows from it. From pure noise
+    (alpha = 0), where that axis has no end, and to pure data (sigma = 0), as in its algorithm, ``heun`` is ``ddim``.
 
     Args:
         model: its network; see :func:`atdiff.models.call.predict`. A network with ``2C`` output channels has a learned
@@ -33,7 +35,8 @@ class Teacher:
         solver: ``ddim`` or ``heun``.
 
     Raises:
-        UserError: an unknown solver, or a scheduler or prediction type that does not fit.
+        UserError: an unknown solver, a scheduler or prediction type that does not fit, or a network that predicts noise
+            on a schedule that ends in pure noise.
     """
 
     def __init__(
@@ -50,9 +53,19 @@ class Teacher:
         if isinstance(model, torch.nn.Module):
             model.eval().requires_grad_(False)
         self.schedule, self.solver = NoiseSchedule(scheduler), solver
-        if self.schedule.kind == "flow":
-            raise UserError(f"{type(scheduler).__name__} is a flow: a teacher must be a DDPM-family or EDM model.")
+        if self.schedule.kind in ("flow", "function"):
+            raise UserError(
+                f"{type(scheduler).__name__} is a {self.schedule.kind}: a teacher must be a DDPM-family or EDM model."
+            )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        if self.prediction_type == "epsilon":
+            alpha, _ = self.schedule(torch.tensor([self.schedule.num_train_timesteps - 1]))
+            if float(alpha) == 0:
+                raise UserError(
+                    "a teacher with prediction_type='epsilon' cannot step from the last timestep of this schedule: "
+                    "alpha is 0 there and the noise says nothing of x0; use one that predicts 'v_prediction' or "
+                    "'sample', or betas without rescale_betas_zero_snr."
+                )
         clips = scheduler.config.get("clip_sample")
         self.clip: float | None = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
 
@@ -79,7 +92,8 @@ class Teacher:
         _, noise_there = self.predict(x_s, next_levels, conditions)
         alpha_t, sigma_t = (expand(value, x_t) for value in levels)
         mean = (noise_hat + noise_there) / 2
-        return alpha / alpha_t * x_t + (sigma - alpha * sigma_t / alpha_t) * mean
+        corrected = divide(alpha, alpha_t) * x_t + (sigma - divide(alpha * sigma_t, alpha_t)) * mean
+        return torch.where((alpha_t > 0) & (sigma > 0), corrected, x_s)
 
     def predict(
         self, x_t: Tensor, levels: tuple[Tensor, Tensor], conditions: Mapping[str, Tensor]
@@ -90,7 +104,11 @@ class Teacher:
         c_in: Tensor | float = 1.0
         if self.prediction_type == "edm":
             c_in, c_skip, c_out = edm_preconditioning(sigma, self.schedule.sigma_data)
-        output = predict(self.model, x_t * c_in, timesteps, conditions)[:, : x_t.shape[1]].float()
+        output = predict(self.model, x_t * c_in, timesteps, conditions)
+        check_output(output, x_t)
+        if output.shape[1] not in (x_t.shape[1], 2 * x_t.shape[1]):
+            raise UserError(f"the teacher returned {output.shape[1]} channels for samples of {x_t.shape[1]}.")
+        output = output[:, : x_t.shape[1]].float()
         if self.prediction_type == "edm":
             x0_hat = c_skip * x_t + c_out * output
         else:
@@ -101,4 +119,4 @@ class Teacher:
             return x0_hat, output
         if self.clip is not None:
             x0_hat = x0_hat.clamp(-self.clip, self.clip)
-        return x0_hat, (x_t - alpha * x0_hat) / sigma
+        return x0_hat, divide(x_t - alpha * x0_hat, sigma)

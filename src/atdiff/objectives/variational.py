@@ -7,9 +7,26 @@ import math
 import torch
 from torch import Tensor
 
+from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule, expand
 
-__all__ = ["variational_bound"]
+__all__ = ["check_variances", "variational_bound"]
+
+
+def check_variances(schedule: NoiseSchedule) -> None:
+    """Make sure that the logarithms of all variances of a ``vp`` schedule are finite, but for that of ``t = 0``.
+
+    Raises:
+        UserError: a timestep adds no noise, or comes after pure noise.
+    """
+    steps = torch.arange(schedule.num_train_timesteps)
+    still = schedule.alphas_cumprod(steps) >= schedule.alphas_cumprod(steps - 1)
+    if bool(still.any()) or len(steps) < 2:
+        at = int(still.nonzero()[0]) if bool(still.any()) else 0
+        raise UserError(
+            f"variance='learned_range' needs two timesteps or more that all add noise, and timestep {at} of "
+            f"{len(steps)} has none to add; use variance='fixed', or betas above 0 of which the last alone may be 1."
+        )
 
 
 def variational_bound(

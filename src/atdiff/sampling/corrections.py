@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from atdiff.choices import CORRECTIONS
 from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.prediction import edm_preconditioning, to_x0
 from atdiff.specs import EXAMPLES, CorrectionSpec, parse_correction
 
@@ -109,14 +109,14 @@ def to_noise(
     if prediction_type == "epsilon":
         return prediction
     if prediction_type == "sample":
-        return (x_t - alpha * prediction) / sigma
+        return divide(x_t - alpha * prediction, sigma)
     if prediction_type == "v_prediction":
         return alpha * prediction + sigma * x_t
     if prediction_type == "flow":
         return x_t + alpha * prediction
     assert prediction_type == "edm", prediction_type
     _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return (x_t - c_skip * x_t - c_out * prediction) / sigma
+    return divide(x_t - c_skip * x_t - c_out * prediction, sigma)
 
 
 def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
@@ -247,8 +247,8 @@ class EpsilonScaling(Correction):
         scaled = from_noise(noise, wide_x, timesteps, schedule, prediction_type).to(prediction.dtype)
         if prediction_type == "epsilon":
             return scaled
-        alpha, _ = schedule(timesteps)
-        return torch.where(expand(alpha > 0, x_t), scaled, prediction)
+        alpha, sigma = schedule(timesteps)
+        return torch.where(expand((alpha > 0) & (sigma > 0), x_t), scaled, prediction)
 
     def _divisor(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         b = self.slope * timesteps.to(dtype) + self.scale

@@ -63,6 +63,10 @@ def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN40
 
     That is an ``LCMScheduler`` with the betas of the DDPM family, or a ``CMStochasticIterativeScheduler``.
 
+    Args:
+        scheduler: of the denoiser, from diffusers.
+        intervals: of the grid of timesteps, ``original_inference_steps`` of the ``LCMScheduler``.
+
     Raises:
         UserError: more intervals than timesteps, or another scheduler.
     """

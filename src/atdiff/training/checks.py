@@ -96,20 +96,12 @@ def _check_batch(config: TrainConfig) -> None:
     size, accumulate, passes = config.training.batch_size, config.training.accumulate, config.adversary.passes
     staggered = config.adversary.order == "staggered" and passes > 1
     share = passes if staggered else 1
-    parts = _chunks(size, share)
-    if len(parts) != share or any(len(_chunks(part, accumulate)) != accumulate for part in parts):
+    if size < accumulate * share:
         by = f"training.accumulate={accumulate}" + (f" x adversary.passes={passes}" if staggered else "")
         multiple = accumulate * share
         raise UserError(
-            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple of {multiple}, such as "
-            f"{max(1, round(size / multiple)) * multiple}."
+            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple of it, such as {multiple}."
         )
-
-
-def _chunks(size: int, parts: int) -> list[int]:
-    """Return the sizes of the parts that ``Tensor.chunk`` makes."""
-    each = -(-size // parts)
-    return [min(each, size - start) for start in range(0, size, each)]
 
 
 def _check_adversary(config: TrainConfig) -> None:

@@ -185,7 +185,8 @@ class AdversaryConfig:
         step_size: norm of one step, times the scale.
         passes: forward-backward passes a batch.
         radius: bound of the perturbation's norm, times the scale; null for none.
-        scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``.
+        scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``; null for
+            ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
         noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
         method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
             regulariser to the plain loss.
@@ -199,7 +200,7 @@ class AdversaryConfig:
     step_size: float = 0.0
     passes: int = 1
     radius: float | None = None
-    scale: Scale = "constant"
+    scale: Scale | None = None
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"

@@ -39,6 +39,8 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         # What a setting was before it could be set is its default.
         stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
         _forget_old_default(stored, settings)
+        if settings["adversary"]["scale"] is None:  # that of the schedule, which the run has written down
+            settings["adversary"]["scale"] = stored["adversary"]["scale"]
         longer = settings["training"]["passes"] > stored["training"]["passes"]
         if longer:  # More passes of the same run are no other run.
             stored["training"]["passes"] = settings["training"]["passes"]

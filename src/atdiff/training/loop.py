@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,11 +19,13 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from atdiff.adversary import default_scale
 from atdiff.card import has_card, write_card
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.files import write_json
 from atdiff.models.presets import build_model
+from atdiff.noise import NoiseSchedule
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.processes import from_main
@@ -98,6 +101,7 @@ class Trainer:
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
         self._prepare()
+        self.config = _scaled(config, NoiseSchedule(self.scheduler).kind)
         self.passes_done = self.batches_done = 0
         self._saved_at = -1  # passes behind at the newest checkpoint
         self._finite = FiniteSteps()
@@ -600,6 +604,16 @@ class Trainer:
             self.sharding.load_weights(network, weights)
         else:
             network.load_state_dict(weights)
+
+
+def _scaled(config: TrainConfig, kind: str) -> TrainConfig:
+    """Return the settings with the scale that is in effect; it has none where nothing is perturbed."""
+    adversary = config.adversary
+    if adversary.scale is not None:
+        return config
+    perturbs = adversary.passes > 1 and adversary.step_size > 0
+    scale: Any = default_scale(kind) if perturbs else "constant"
+    return replace(config, adversary=replace(adversary, scale=scale))
 
 
 def _check_parallelism(kind: DistributedType) -> None:

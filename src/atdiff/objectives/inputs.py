@@ -1,0 +1,144 @@
+"""What a training loop hands to an objective: taken where its meaning is clear, refused in a sentence elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.noise import NoiseSchedule
+
+__all__ = ["FirstBatches", "check_conditions", "check_like", "check_output", "clean_samples", "one_each"]
+
+LARGEST = 16.0  # of data that are never negative: what is above was not scaled; latents have both signs
+
+
+def clean_samples(x0: Any) -> Tensor:  # noqa: ANN401
+    """Return clean samples as floats: bytes are scaled from 0..255 to [-1, 1], half precision becomes float32.
+
+    Raises:
+        UserError: it is no tensor, holds no sample, or holds integers of another kind.
+    """
+    if not isinstance(x0, Tensor):
+        raise UserError(
+            f"x0 is of type {type(x0).__name__}, expected a tensor of images in [-1, 1], (B, C, H, W); a loader that "
+            "yields more than images is unpacked by `for x0, labels in loader`."
+        )
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise UserError(f"x0 has the shape {tuple(x0.shape)}, expected (B, C, H, W) with one sample or more.")
+    if x0.dtype == torch.uint8:
+        return x0.float() / 127.5 - 1.0
+    if not x0.is_floating_point():
+        raise UserError(f"x0 is of {x0.dtype}, expected floats in [-1, 1], or images of 0 to 255 as torch.uint8.")
+    return x0.float() if x0.element_size() < 4 else x0
+
+
+def check_like(name: str, value: Any, like: Tensor) -> None:  # noqa: ANN401
+    """Make sure that a tensor has the shape of another.
+
+    Raises:
+        UserError: it has not; torch would broadcast some of these.
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != tuple(like.shape):
+        raise UserError(f"{name} is {shape}, expected a tensor of the shape of the samples, {tuple(like.shape)}.")
+
+
+def check_output(output: Tensor, x0: Tensor) -> None:
+    """Make sure that a network returned one prediction a sample, of its size; its channels are for the caller.
+
+    Raises:
+        UserError: it did not.
+    """
+    if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != (x0.shape[0], *x0.shape[2:]):
+        raise UserError(
+            f"the network returned the shape {tuple(output.shape)} for samples of {tuple(x0.shape)}, expected one "
+            "prediction a sample, of the same size."
+        )
+
+
+def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
+    """Return a number for each sample, ``(B,)``; a single number is that of all.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    found: Tensor = torch.as_tensor(value, device=x0.device)
+    if found.ndim == 0:
+        return found.expand(len(x0))
+    if found.shape != x0.shape[:1]:
+        raise UserError(f"{name} has the shape {tuple(found.shape)}, expected one number a sample, ({len(x0)},).")
+    return found
+
+
+def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
+    """Make sure that every condition is a tensor with one row a sample.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in conditions.items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{name} is of type {type(value).__name__}, expected a tensor with one row a sample; give what is the "
+                f"same for all samples to the network itself, such as functools.partial(network, {name}=...)."
+            )
+        if value.ndim == 0 or len(value) != len(x0):
+            raise UserError(
+                f"{name} has the shape {tuple(value.shape)}, expected one row for each of the {len(x0)} samples."
+            )
+
+
+class FirstBatches:
+    """Looks at the values of the first batches, where a mistake shows.
+
+    Later ones are not read: on a GPU, reading waits for all that was asked of it before.
+
+    Args:
+        schedule: the forward process.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule, self.left, self._unsigned = schedule, 2, 0
+
+    def look(self, x0: Tensor, chosen: dict[str, Tensor]) -> None:
+        """Look at clean samples, and at the timesteps that a caller chose, by name.
+
+        Raises:
+            UserError: values are not finite, not scaled, or beyond the schedule.
+        """
+        if not self.left:
+            return
+        self.left -= 1
+        for name, timesteps in chosen.items():
+            self._timesteps(name, timesteps)
+        low, high = (float(value) for value in x0.detach().aminmax())
+        if not (low > -float("inf") and high < float("inf")):  # nor where they are not numbers
+            raise UserError(f"x0 runs from {low:.4g} to {high:.4g}, expected finite values in [-1, 1].")
+        if low >= 0 and high > LARGEST * self.schedule.sigma_data:
+            raise UserError(
+                f"x0 runs from {low:.4g} to {high:.4g}, expected [-1, 1]; give images as torch.uint8, or as "
+                "x0 / 127.5 - 1."
+            )
+        self._unsigned += 0.0 <= low < high <= 1.0
+        if self._unsigned == 2:
+            warnings.warn(
+                "no value of two batches was negative: if these are images in [0, 1], take them to [-1, 1] by "
+                "2 * x0 - 1, as samplers expect.",
+                stacklevel=4,
+            )
+
+    def _timesteps(self, name: str, timesteps: Tensor) -> None:
+        kind, last = self.schedule.kind, self.schedule.num_train_timesteps
+        if kind == "edm":
+            good, expected = timesteps.isfinite(), "finite numbers"
+        elif kind == "vp":
+            whole = timesteps == timesteps.round() if timesteps.is_floating_point() else timesteps == timesteps
+            good, expected = (timesteps >= 0) & (timesteps < last) & whole, f"whole numbers from 0 to {last - 1}"
+        else:
+            good, expected = (timesteps >= 0) & (timesteps <= last), f"numbers from 0 to {last}"
+        if not bool(good.all()):
+            raise UserError(f"{name} hold {float(timesteps[~good][0]):.6g}, expected {expected}.")
