@@ -458,7 +458,7 @@ def test_an_interrupted_command_says_what_is_saved(
     (place / "small.yaml").write_text(yaml.safe_dump(small))
     command = [sys.executable, "-c", BLOCKED, function, str(calls), *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):
+    for _ in range(3000):
         if (place / "begun").exists() or process.poll() is not None:
             break
         time.sleep(0.1)

@@ -128,6 +128,7 @@ def _images(folder: Path, *sizes: int) -> None:
 
 SMALL = {
     "model": {"name": "mlp", "args": {"width": 8, "num_blocks": 1}},
+    "objective": {"prediction_type": "v_prediction"},
     "training": {"passes": 2, "batch_size": 8, "log_every": 1, "checkpoint_every": 1},
     "arms": {"plain": {}, "at": {"adversary": {"passes": 2, "step_size": 1.0}}},
 }
@@ -156,9 +157,9 @@ TRIED = [
         "train small.yaml --objective.label_dropout 0.1 --data.class_conditional true --out out",
     ),
     (
-        "train small.yaml --training.accumulate 3 --out out",
-        "use a multiple of 3, such as 9",
-        "train small.yaml --training.accumulate 3 --training.batch_size 9 --out out",
+        "train small.yaml --training.accumulate 5 --out out",
+        "use a multiple of 5, such as 10",
+        "train small.yaml --training.accumulate 5 --training.batch_size 10 --out out",
     ),
     (
         "train small.yaml --adversary.step_size 1 --out out",
