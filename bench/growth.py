@@ -2,14 +2,15 @@
 
 python bench/growth.py [--threads 2] [--passes 6] [--pairs 3] [--out bench/results]
 
-Every point is a trainer in a process of its own, with staggered free AT on random pictures held in memory as the
-trainer holds real ones. Seconds are the least of ``pairs`` blocks; memory is what the process takes beyond its imports.
-An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not grow.
+Every point is a trainer in a process of its own, with staggered free AT on random pictures held as the trainer holds
+real ones: in memory, or mapped from the disk. Seconds are the least of ``pairs`` blocks; memory is what the process
+takes beyond its imports. An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not grow.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from atdiff.data import ImageData
+from atdiff.data import ImageData, store
 from atdiff.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 from pass_cost import parsed, seconds, where, write_json
@@ -45,6 +46,7 @@ class Point:
     pixels: int = 256
     passes: int = 2
     images: int = 2048
+    mapped: bool = False
 
 
 SERIES: dict[str, list[Point]] = {
@@ -52,6 +54,7 @@ SERIES: dict[str, list[Point]] = {
     "pixels": [Point(pixels=n) for n in (64, 256, 1024, 4096)],
     "passes": [Point(passes=n, batch=64) for n in (1, 2, 4, 8)],
     "images": [Point(images=n) for n in (1_000, 10_000, 100_000, 1_000_000)],
+    "images, mapped": [Point(images=n, mapped=True) for n in (1_000, 10_000, 100_000, 1_000_000)],
 }
 
 
@@ -63,9 +66,30 @@ class MemoryTrainer(Trainer):
     def _prepare(self) -> None:
         super()._prepare()
         side = int(self.point.pixels**0.5)
-        images = torch.randint(256, (self.point.images, 3, side, side), dtype=torch.uint8)
-        self.data = ImageData(images, None, "random")
+        shape = (3, side, side)
+        if self.point.mapped:
+            store.MEMORY_SHARE = 0.0
+            held = store.hold(
+                lambda: blocks(self.point.images, shape),
+                self.point.images,
+                name="random",
+                key=f"growth {self.point}",
+                unread=[],
+                settle=lambda: None,
+            )
+            self.data = ImageData(held.images, None, "random", mapped=held.mapped)
+        else:
+            images = torch.randint(256, (self.point.images, *shape), dtype=torch.uint8)
+            self.data = ImageData(images, None, "random")
         self.network = type(self.network)(sample_size=side, in_channels=3, out_channels=3, **ARCHITECTURE)
+
+
+def blocks(count: int, shape: tuple[int, ...]) -> store.Chunks:
+    """Random pictures, a thousand at a time."""
+    generator = np.random.default_rng(0)
+    for start in range(0, count, 1000):
+        places = range(start, min(start + 1000, count))
+        yield places, generator.integers(0, 256, (len(places), *shape), np.uint8)
 
 
 def measured(point: Point, threads: int, count: int, blocks: int) -> dict[str, Any]:
@@ -79,6 +103,7 @@ def measured(point: Point, threads: int, count: int, blocks: int) -> dict[str, A
         *("--adversary.passes", str(point.passes), "--adversary.step_size", "2", "--adversary.order", "staggered"),
     ]
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["ATDIFF_CACHE"] = temporary
         recipe = Path(temporary) / "growth.yaml"
         recipe.write_text("model: {name: mlp}\n")
         config = resolve(load_recipe(str(recipe)), None, settings)
@@ -104,7 +129,7 @@ def main() -> None:
         for point in points:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found.append(pool.submit(measured, point, args.threads, args.passes, args.pairs).result())
-        sizes = [getattr(point, name) for point in points]
+        sizes = [getattr(point, name.partition(",")[0]) for point in points]
         slopes = {key: exponent(sizes, [one[key] for one in found]) for key in ("seconds", "mib")}
         rows.append({"against": name, "sizes": sizes, "found": found, "exponents": slopes, "rest": asdict(points[0])})
         for size, one in zip(sizes, found, strict=True):

@@ -450,3 +450,40 @@ def test_a_damaged_image_and_mixed_sizes_name_the_member(tmp_path: Path) -> None
     write_tar(tmp_path / "b.tar", [*members, ("0.txt", b"text"), ("1.txt", b"text")])
     with pytest.raises(UserError, match=r"0\.png of \S+ is 8x6 pixels in RGB but 1\.png of \S+ is 4x4 .* image_size"):
         list(load_captioned(str(tmp_path / "b.tar"), image_size=None))
+
+
+def test_dotted_names_of_a_shard_are_pairs(tmp_path: Path) -> None:
+    """Of webdataset's convention alone, ``cam.01.jpg`` would be the field ``01.jpg`` of ``cam``."""
+    keys = ("a", "b", "cam.01", "x/v1.2/cam.02", "b.2", "c")
+    members = []
+    for seed, key in enumerate(keys):
+        members += [(f"{key}.png", png(pixels_of(seed))), (f"{key}.txt", f"picture {key}".encode())]
+    write_tar(tmp_path / "a.tar", members)
+    data = load_captioned(str(tmp_path / "a.tar"), image_size=None)
+    check_pairs(data, list(range(6)), [f"picture {key}" for key in keys])
+
+
+def test_members_in_no_pair_are_counted_and_named(tmp_path: Path) -> None:
+    members = [
+        *samples(range(1)),
+        ("0000.depth.png", png(pixels_of(7))),  # fields of a sample with an image of its own
+        ("0000.depth.json", b'{"near": 1}'),
+        ("frame.01.png", png(pixels_of(8))),
+        ("lost.txt", b"of no image"),
+        ("1.cls", b"3"),  # of no kind that is read
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.warns(UserWarning, match=r"^4 members of \S+ are in none of its 1 pairs") as said:
+        data = load_captioned(str(tmp_path / "a.tar"), image_size=None)
+    check_pairs(data, [0], ["picture 0"])
+    for name in ("0000.depth.png", "0000.depth.json", "frame.01.png", "lost.txt"):
+        assert f"{name} of " in str(said[0].message)
+
+
+def test_dotted_names_with_json_captions(tmp_path: Path) -> None:
+    text = json.dumps({"text": "one"}).encode()
+    write_tar(tmp_path / "a.tar", [("cam.01.png", png(pixels_of(1))), ("cam.01.json", text)])
+    check_pairs(load_captioned(str(tmp_path / "a.tar"), image_size=None), [1], ["one"])
+    write_tar(tmp_path / "b.tar", [("cam.01.png", b""), ("cam.01.jpg", b""), ("cam.01.txt", b"one")])
+    with pytest.raises(UserError, match=r"holds two images of the key cam\.01"):
+        load_captioned(str(tmp_path / "b.tar"), image_size=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -559,3 +560,47 @@ def test_two_processes_distil_alike_with_whole_and_with_split_weights(recipe: Pa
         moved = split[0][key] - value  # the average has gone half of the way, the target a tenth
         torch.testing.assert_close(split[0][key] - split[2]["target"][key], 1.8 * moved, rtol=1e-3, atol=1e-6)
     assert any((split[0][key] - value).abs().max() > 1e-4 for key, value in split[1].items())
+
+
+# ---- resuming on the same content
+
+
+def test_latents_are_resumed_on_the_same_content_alone(
+    recipe: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(photos, tmp_path / "photos")
+
+    def go_on(passes: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ["--data.name", str(folder), "--training.passes", str(passes)]
+        return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
+
+    assert go_on(1) == 0
+    stored = json.loads((tmp_path / "run" / "data.json").read_text())
+    # Files that were copied have other times, which make other names in the cache: the content is what counts.
+    for file in folder.iterdir():
+        os.utime(file, ns=(1, 1))
+    assert go_on(2) == 0
+    # A cache of an earlier version does not know the content; it is found out without encoding anything again.
+    for manifest in (tmp_path / "cache" / "latents").glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["content"]
+        manifest.write_text(json.dumps(content))
+    with monkeypatch.context() as patched:
+        patched.setattr("atdiff.latent.cache._write_latents", lambda *args: pytest.fail("encoded again"))
+        assert go_on(3) == 0
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == stored
+    pixels = np.asarray(Image.open(folder / "0.png")).copy()
+    original = pixels.copy()
+    pixels[5, 9] ^= 255
+    Image.fromarray(pixels).save(folder / "0.png")
+    capsys.readouterr()
+    assert go_on(4) == 2
+    assert "and now as many have other pixels, captions or another order" in capsys.readouterr().err
+    Image.fromarray(original).save(folder / "0.png")
+    text = (folder / "1.txt").read_text(encoding="utf-8")
+    (folder / "1.txt").write_text(f"{text}, another", encoding="utf-8")
+    assert go_on(4) == 2
+    (folder / "1.txt").write_text(text, encoding="utf-8")
+    assert go_on(4) == 0

@@ -11,6 +11,7 @@ __all__ = [
     "MIXTURES",
     "PRECISIONS",
     "SAMPLERS",
+    "WHITE",
     "Crop",
     "Direction",
     "Distance",
@@ -43,6 +44,8 @@ Target = Literal["equivariant", "invariant"]
 Unreadable = Literal["refuse", "skip"]
 Variance = Literal["fixed", "learned_range"]
 Weighting = Literal["none", "min-snr", "high-noise"]
+
+WHITE = "white"  # what transparent pixels are composed on
 
 # The keys of registries that import torch; a test compares them.
 CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")

@@ -135,14 +135,18 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500")
+    parser.add_argument(
+        "recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500")
+    parser.add_argument(
+        "recipe", help="a bundled recipe or a YAML file; settings follow, such as --training.passes 500"
+    )
     parser.add_argument("--arm", help="one of the recipe's arms; default: its base run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
@@ -161,7 +165,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=64, help="default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--class-label", type=int, help="or number of a prompt, from 0; default: all in turn")
+    parser.add_argument(
+        "--class-label", help="name of a class or a prompt, or else its number from 0; default: all in turn"
+    )
     parser.add_argument(
         "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
     )
@@ -387,7 +393,7 @@ def _sample(args: argparse.Namespace) -> None:
         num=args.num,
         seed=args.seed,
         batch_size=args.batch_size,
-        label=args.class_label,
+        label=None if args.class_label is None else denoiser.label_of(args.class_label),
         correction=correction,
         device=_device(),
         progress=is_main(),

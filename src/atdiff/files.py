@@ -13,7 +13,20 @@ from typing import Any
 
 from atdiff.errors import UserError
 
-__all__ = ["check_images_path", "remove_leftovers", "write_bytes", "write_json", "write_text", "written_aside"]
+__all__ = [
+    "cache_folder",
+    "check_images_path",
+    "remove_leftovers",
+    "write_bytes",
+    "write_json",
+    "write_text",
+    "written_aside",
+]
+
+
+def cache_folder() -> Path:
+    """Return ``$ATDIFF_CACHE``, or ``~/.cache/atdiff`` where that is not set."""
+    return Path(os.environ.get("ATDIFF_CACHE") or "~/.cache/atdiff").expanduser()
 
 
 @contextlib.contextmanager

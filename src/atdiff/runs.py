@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,34 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
+from atdiff.choices import WHITE
+from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import written_aside
 from atdiff.locate import check_local, hub_failure, hub_location, run_config
 from atdiff.models.call import class_embeddings
+from atdiff.models.classes import class_names, null_label, says_null
 from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
-from atdiff.training.folder import open_run
+from atdiff.training.folder import BEFORE, classes_of, open_run, stored_data
 
-__all__ = ["Denoiser", "load_denoiser", "open_run", "reference_data", "reference_name", "run_config", "save_pipeline"]
+__all__ = [
+    "Denoiser",
+    "data_options",
+    "load_denoiser",
+    "open_run",
+    "reference_data",
+    "reference_name",
+    "run_config",
+    "save_pipeline",
+]
+
+# Embeddings of networks of CIFAR and ImageNet with a null label, which plain diffusers has no place to say.
+USUAL_WITH_NULL = (11, 101, 1001)
 
 
 @dataclass(frozen=True)
@@ -112,24 +129,78 @@ class Denoiser:
             UserError: it cannot, and one of ``corrections`` is not ``none``.
         """
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of their labels; None where they are not known."""
+        return class_names(self.model) or classes_of(stored_data(self.source), None)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the network knows, a null label not among them; 0 if it is unconditional."""
+        return class_embeddings(self.model) - int(self._null() is not None)
+
+    def _training(self) -> dict[str, Any]:
+        """Return the settings of the training, of a run's ``pipeline`` folder too; empty for those of others."""
+        folder = Path(self.source)
+        return self.config or (run_config(str(folder.parent)) if folder.name == "pipeline" else {})
+
+    def _null(self) -> int | None:
+        if says_null(self.model):
+            return null_label(self.model)
+        # Runs of earlier versions say it nowhere else.
+        dropped = self._training().get("objective", {}).get("label_dropout", 0.0) > 0
+        return class_embeddings(self.model) - 1 if dropped else None
+
+    def _may_have_null(self) -> bool:
+        if says_null(self.model) or self._training():
+            return False
+        return self.model.config.get("num_class_embeds") in USUAL_WITH_NULL
+
+    def label_of(self, text: str) -> int:
+        """Return the label of a class, by name or else by number.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        names = self._names()
+        if text in names:
+            return names.index(text)
+        if re.fullmatch(r"[0-9]+", text):
+            return int(text)
+        known = f"expected one of its {class_line(names)}" if names else "its classes have no names, so give a number"
+        raise UserError(f"{text!r} is no class of {self.source}: {known}.")
+
+    def _names(self) -> Sequence[str]:
+        return self.classes or ()
+
     def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
         """Return labels for ``num`` pictures, all classes in turn or ``label`` for each; None if unconditional.
+
+        The null label is no class. A network of others that does not say whether it has one is taken to have, as its
+        last label, if it has 10, 100 or 1,000 labels and one more; a warning says so.
 
         Raises:
             UserError: a label is asked of an unconditional network, or there is no such class.
         """
-        embeds = class_embeddings(self.model)
+        embeds, null = class_embeddings(self.model), self._null()
         if not embeds:
             if label is not None:
                 raise UserError(f"{self.source} is not class-conditional; leave out the class label {label}.")
             return None
-        # The last one is the null label where labels were dropped in training; a DiT has its own beside these.
-        classes = embeds - int(self.config.get("objective", {}).get("label_dropout", 0.0) > 0)
-        if label is None:
-            return torch.arange(num) % classes
-        if not 0 <= label < classes:
-            raise UserError(f"class label {label} is not one of {self.source}'s 0 to {classes - 1}.")
-        return torch.full((num,), label)
+        drawn = torch.tensor([i for i in range(embeds) if i != null])
+        if label is not None:
+            if label not in drawn.tolist():
+                raise UserError(f"class label {label} is not one of {self.source}'s 0 to {int(drawn[-1])}.")
+            return torch.full((num,), label)
+        if self._may_have_null():
+            warnings.warn(
+                f"{self.source} has {embeds} class labels and does not say whether the last is a null label: it is "
+                f'taken for one and not drawn. If it is a class, write "_null_label": null into the '
+                "network's config.json.",
+                stacklevel=2,
+            )
+            drawn = drawn[:-1]
+        return drawn[torch.arange(num) % len(drawn)]
 
     def pictures(
         self,
@@ -281,22 +352,50 @@ def reference_name(denoiser: Denoiser, name: str | None = None) -> str:
 
 
 def reference_data(denoiser: Denoiser, name: str | None = None) -> ImageData:
-    """Load those images, cropped and resized as in training.
+    """Load those images as in training: cropped, resized, and with the labels that the network knows.
 
     Raises:
-        UserError: they cannot be loaded, or are of another size than the network's.
+        UserError: they cannot be loaded, are of another size than the network's, or of a class that it does not know.
     """
-    settings = denoiser.config.get("data", {})
-    data = load_data(
-        reference_name(denoiser, name),
-        split=settings.get("split", "train"),
-        image_size=settings.get("image_size"),
-        unreadable=settings.get("unreadable", "refuse"),
-    )
+    options = data_options(denoiser.config)
+    if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
+        options["channels"] = denoiser.image_shape[0]
+    data = load_data(reference_name(denoiser, name), **options)
     found = tuple(data.images.shape[1:])
     if found != denoiser.image_shape:
         raise UserError(
             f"the images of {data.name} have shape {found} but those of {denoiser.source} {denoiser.image_shape}: "
             "name images of its size with --data."
         )
-    return data
+    return _with_trained_classes(data, denoiser, of_others=name is not None)
+
+
+def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :func:`atdiff.data.load_data` that the settings of a run tell; defaults without any."""
+    settings = config.get("data", {})
+    return {
+        "split": settings.get("split", "train"),
+        "image_size": settings.get("image_size"),
+        "channels": settings.get("channels"),
+        "crop": settings.get("crop", "bicubic"),
+        "background": settings.get("background", BEFORE["data"]["background"] if settings else WHITE),
+        "image_column": settings.get("image_column"),
+        "label_column": settings.get("label_column"),
+        "unreadable": settings.get("unreadable", "refuse"),
+    }
+
+
+def _with_trained_classes(data: ImageData, denoiser: Denoiser, *, of_others: bool) -> ImageData:
+    """Return the images with labels as the network counts classes, or without, where others do not have these."""
+    if data.classes is None:
+        return data
+    classes = denoiser.classes or classes_of(stored_data(denoiser.source), data.classes)
+    if classes is None:
+        return data
+    try:
+        return data.with_classes(classes)
+    except UserError as error:
+        if not of_others:
+            raise
+        warnings.warn(f"the labels of {data.name} are not used: {error}", stacklevel=3)
+        return replace(data, labels=None, classes=None)

@@ -7,12 +7,12 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +22,20 @@ from torch import Tensor
 
 from atdiff.data.cifar import holds_cifar
 from atdiff.data.imagenet import holds_imagenet
-from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, UnreadableImages, read_image
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages
+from atdiff.data.labels import class_line, renumbered
 from atdiff.data.mixture import MIXTURES
+from atdiff.data.pictures import IMAGE_SUFFIXES, Files, Item, Pictures, file_stamp, files_below
 from atdiff.data.sources import (
-    IMAGE_SUFFIXES,
-    Item,
-    _check_options,
-    _check_whole,
-    _column,
-    _describe,
-    _folder,
-    _holds_images,
-    _is_visible_image,
-    _load_table,
-    _split_folder,
+    check_shape,
+    check_whole,
+    holds_tables,
+    image_files,
+    image_folder,
     load_data,
+    load_table,
+    picture_column,
+    split_folder,
 )
 from atdiff.errors import UserError
 from atdiff.locate import is_hub_id, unknown_data
@@ -45,15 +44,10 @@ __all__ = ["CaptionedImages", "load_captioned"]
 
 TEXT_COLUMNS = ("text", "caption", "TEXT", "captions")  # the first of them that a data set has
 METADATA = ("metadata.jsonl", "metadata.csv")
-
-
-class _Pictures(Protocol):
-    """Where the pictures of a source are, in order; iterated anew each time."""
-
-    def __iter__(self) -> Iterator[Item]: ...
-
-    def stamp(self) -> str:
-        """Return what is different once a picture is."""
+_METADATA_SUFFIXES = frozenset(Path(name).suffix for name in METADATA)
+CAPTION_SUFFIXES = (".txt", ".json")
+TAR = frozenset({".tar"})
+SHOWN = 5  # members in no pair that a warning names
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +62,17 @@ class CaptionedImages:
         name: what the pairs are, for reports.
         captions: of all pairs, in order, none of them empty.
         pictures: where the images are.
-        image_size: of the square that images are cropped and resized to; as they are when None.
-        channels: 1 or 3.
-        crop: how ``image_size`` is had.
+        decoding: how they become pixels.
         unreadable: what becomes of unreadable images, and which they were the last time.
+        classes: name of each class, in the order of the labels, of data whose captions are those of their labels.
     """
 
     name: str
     captions: list[str]
-    pictures: _Pictures
-    image_size: int | None
-    channels: int
-    crop: Crop
+    pictures: Pictures
+    decoding: Decoding
     unreadable: UnreadableImages = field(default_factory=UnreadableImages)
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -90,16 +82,13 @@ class CaptionedImages:
         self.unreadable.found.clear()
         for (name, source), caption in zip(self.pictures, self.captions, strict=True):
             try:
-                pixels = source if isinstance(source, np.ndarray) else self._decode(source)
+                # Arrays have been decoded.
+                pixels = source if isinstance(source, np.ndarray) else self.decoding(source)
             except UnreadableError as error:
                 self.unreadable.add(name, error)
                 continue
             first = first or (name, pixels.shape)
-            if pixels.shape != first[1]:
-                raise UserError(
-                    f"{first[0]} is {_describe(first[1])} but {name} is {_describe(pixels.shape)}: make them equal "
-                    "with image_size."
-                )
+            check_shape(*first, name, pixels.shape)
             yield torch.from_numpy(pixels), caption
         self.unreadable.settle(self.name, len(self))
 
@@ -109,18 +98,14 @@ class CaptionedImages:
         Files are told apart by name, size and time of change, not read; hub data sets by what ``datasets`` calls their
         fingerprint; images in memory by their bytes.
         """
-        parts = (self.image_size, self.channels, self.crop, self.captions, self.pictures.stamp())
+        how = self.decoding
+        parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.pictures.stamp())
+        if how.background is not None:  # None is what older versions did
+            parts = (*parts, how.background)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def _decode(self, source: Path | io.BytesIO) -> np.ndarray:
-        image = read_image(source).convert("L" if self.channels == 1 else "RGB")
-        if self.image_size is not None:
-            image = CROPS[self.crop](image, self.image_size)
-        pixels = np.array(image)
-        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-
-Pairs = tuple[_Pictures, list[str]]
+Pairs = tuple[Pictures, list[str]]
 
 
 def load_captioned(
@@ -134,7 +119,11 @@ def load_captioned(
     caption_column: str | None = None,
     limit: int | None = None,
     crop: Crop = "bicubic",
+    background: str | None = WHITE,
+    image_column: str | None = None,
+    label_column: str | None = None,
     unreadable: Unreadable = "refuse",
+    classes: Sequence[str] | None = None,
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, but not yet their images.
 
@@ -147,9 +136,10 @@ def load_captioned(
             - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, with a column of images and one
               of captions;
             - a ``.tar`` file, or a folder of them, as `webdataset <https://github.com/webdataset/webdataset>`_ has
-              them: ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``;
+              them: ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. Members that are in no
+              pair are counted in a warning;
             - whatever :func:`atdiff.data.load_data` reads with labels, with one caption a class in ``captions``. All
-              but a folder of class folders is held in memory, as there.
+              but a folder of class folders is held as there.
         split: as in :func:`atdiff.data.load_data`; for a folder the subfolder of that name, if there is one.
         image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, greyscale or RGB.
@@ -159,25 +149,33 @@ def load_captioned(
             ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
         limit: take only that many pairs, the first ones.
         crop: ``"bicubic"`` or ``"adm"``, as in :func:`atdiff.data.load_data`.
-        unreadable: likewise.
+        background: likewise, and so are ``image_column`` (of any table) and ``label_column`` (for ``captions``).
+        image_column: see ``background``.
+        label_column: see ``background``.
+        unreadable: as in :func:`atdiff.data.load_data`.
+        classes: names of the classes in the order that ``captions`` has them, where it is not that of the labels.
 
     Raises:
         UserError: nothing of that name, no captions, an image without one, an empty one, ``captions`` that do not fit
             the classes or are given for data with captions of their own, an unknown split or column, a limit below 1,
             or a damaged file.
     """
-    _check_options(image_size, channels, crop)
+    decoding = Decoding(image_size, channels, crop, background)
     _check_arguments(captions, caption_column, limit)
-    own = _own_captions(name, split, caption_column, limit, given=numbered or captions is not None)
+    own = _own_captions(name, split, caption_column, image_column, limit, given=numbered or captions is not None)
+    found: tuple[str, ...] | None = None
     if own is not None:
         pictures, texts = own
     elif captions is None and not numbered:
         raise _no_captions(name)
     else:
-        pictures, labels = _labelled(name, split, limit, image_size, channels, crop, unreadable)
-        texts = _class_captions(name, captions, labels)[:limit]
+        columns = {"image_column": image_column, "label_column": label_column}
+        pictures, labels, found = _labelled(name, split, limit, decoding, unreadable, columns)
+        if classes is not None and labels is not None and found is not None:
+            labels, found = renumbered(labels, found, classes, name), tuple(classes)
+        texts = _class_captions(name, captions, labels, found)[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
-    return CaptionedImages(title, texts, pictures, image_size, channels, crop, UnreadableImages(unreadable))
+    return CaptionedImages(title, texts, pictures, decoding, UnreadableImages(unreadable), found)
 
 
 def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:
@@ -200,17 +198,19 @@ def _is_plain_folder(path: Path) -> bool:
     return path.is_dir() and not holds_cifar(path) and not holds_imagenet(path)
 
 
-def _own_captions(name: str, split: str, asked: str | None, limit: int | None, *, given: bool) -> Pairs | None:
+def _own_captions(
+    name: str, split: str, asked: str | None, image_column: str | None, limit: int | None, *, given: bool
+) -> Pairs | None:
     """Return the pairs of data with captions of their own, for which none must be ``given``, and None for the rest."""
     path = Path(name).expanduser()
     folder = _is_plain_folder(path)
-    if path.suffix == ".tar" or (folder and any(path.rglob("*.tar"))):
+    if path.suffix == ".tar" or (folder and any(file.is_file() for file in files_below(path, TAR))):
         _check_not_given(name, ".txt or .json members", given)
         return _shards(path, split, asked, limit)
-    if folder and not any(path.rglob("*.parquet")):
-        return _captioned_folder(_split_folder(path, split), asked, limit, given=given)
+    if folder and not holds_tables(path):
+        return _captioned_folder(split_folder(path, split), asked, limit, given=given)
     if folder or (path.is_file() and path.suffix == ".parquet") or is_hub_id(name):
-        return _captioned_table(name, path, split, asked, limit, given=given)
+        return _captioned_table(name, path, split, asked, image_column, limit, given=given)
     return None
 
 
@@ -294,8 +294,11 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
+class _Decoded:
     images: np.ndarray  # (N, C, H, W), of the size and channels asked for
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __iter__(self) -> Iterator[Item]:
         return ((f"image {i}", image) for i, image in enumerate(self.images))
@@ -308,34 +311,36 @@ def _labelled(
     name: str,
     split: str,
     limit: int | None,
-    image_size: int | None,
-    channels: int,
-    crop: Crop,
+    decoding: Decoding,
     unreadable: Unreadable,
-) -> tuple[_Pictures, Tensor | None]:
-    """Return the pictures, up to the limit, and all labels."""
+    columns: Mapping[str, str | None],
+) -> tuple[Pictures, Tensor | None, tuple[str, ...] | None]:
+    """Return the pictures, up to the limit, all labels, and the names of the classes."""
     path = Path(name).expanduser()
     if name in MIXTURES:
         raise UserError(f"{name} holds points, which no caption describes: choose a data set of images.")
-    if _is_plain_folder(path) and not any(path.rglob("*.parquet")):
-        items, labels = _folder(path, split)
-        return _Files(path, [file for _, file in items[:limit] if isinstance(file, Path)]), labels
-    options: dict[str, Any] = {"image_size": image_size, "channels": channels, "crop": crop, "unreadable": unreadable}
-    data = load_data(name, split=split, **options)
-    return _InMemory(data.images[:limit].numpy()), data.labels
+    if _is_plain_folder(path) and not holds_tables(path):
+        source = image_folder(path, split)
+        assert isinstance(source.pictures, Files), source
+        return Files(path, source.pictures.files[:limit]), source.labels, source.classes
+    options: dict[str, Any] = {**asdict(decoding), **columns}
+    data = load_data(name, split=split, unreadable=unreadable, **options)
+    return _Decoded(data.images[:limit].numpy()), data.labels, data.classes
 
 
-def _class_captions(name: str, captions: Sequence[str] | None, labels: Tensor | None) -> list[str]:
+def _class_captions(
+    name: str, captions: Sequence[str] | None, labels: Tensor | None, names: Sequence[str] | None
+) -> list[str]:
     """Return the caption of each image: that of its class, or its number without ``captions``."""
     if labels is None:
         raise UserError(f"{name} has no classes that captions could describe: choose data with labels or captions.")
     if captions is None:
         return [str(label) for label in labels.tolist()]
-    classes = int(labels.max()) + 1
+    classes = int(labels.max()) + 1 if names is None else len(names)
     if len(captions) != classes:
         raise UserError(
             f"{len(captions)} captions are given but {name} has {classes} classes: give one a class, in the order of "
-            "the labels."
+            f"the labels{f' ({class_line(names)})' if names is not None else ''}."
         )
     texts = _texts(
         "captions", ((f"class {i}", "" if caption is None else caption) for i, caption in enumerate(captions))
@@ -346,29 +351,9 @@ def _class_captions(name: str, captions: Sequence[str] | None, labels: Tensor | 
 # Image folders.
 
 
-@dataclass(frozen=True, eq=False)
-class _Files:
-    folder: Path
-    files: list[Path]
-
-    def __iter__(self) -> Iterator[Item]:
-        return ((str(file), file) for file in self.files)
-
-    def stamp(self) -> str:
-        return repr([_file_stamp(file, self.folder) for file in self.files])
-
-
-def _file_stamp(file: Path, folder: Path) -> tuple[str, int, int]:
-    """Return name, size and time of change; the folder may move."""
-    status = file.stat()
-    return os.path.relpath(file, folder), status.st_size, status.st_mtime_ns
-
-
 def _captioned_folder(folder: Path, asked: str | None, limit: int | None, *, given: bool) -> Pairs | None:
-    files = sorted(file for file in folder.rglob("*") if _is_visible_image(file, folder))
-    if not files:
-        raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
-    metadata = sorted(file for name in METADATA for file in folder.rglob(name))
+    files = image_files(folder)
+    metadata = sorted(file for file in files_below(folder, _METADATA_SUFFIXES) if file.name in METADATA)
     if metadata:
         _check_not_given(str(folder), metadata[0].name, given)
         return _by_metadata(folder, files, metadata, asked, limit)
@@ -384,7 +369,7 @@ def _captioned_folder(folder: Path, asked: str | None, limit: int | None, *, giv
         (str(file), _utf8(text.read_bytes(), str(text)) if text.is_file() else None)
         for file, text in zip(files[:limit], texts, strict=False)
     )
-    return _Files(folder, files[:limit]), _texts(str(folder), cells)
+    return Files(folder, files[:limit]), _texts(str(folder), cells)
 
 
 def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: str | None, limit: int | None) -> Pairs:
@@ -406,7 +391,7 @@ def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: 
     if unlisted:
         raise _uncaptioned(str(folder), [str(image) for image in unlisted], len(images))
     cells = ((str(file), row.get(column)) for file, (_, row) in zip(files[:limit], rows, strict=False))
-    return _Files(folder, files[:limit]), _texts(str(folder), cells)
+    return Files(folder, files[:limit]), _texts(str(folder), cells)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -428,43 +413,21 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 # Parquet files and hub data sets.
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    name: str
-    column: str
-    rows: Any  # a datasets.Dataset of that column, not decoded
-
-    def __iter__(self) -> Iterator[Item]:
-        for i, row in enumerate(self.rows):
-            cell, item = row[self.column], f"row {i} of {self.name}"
-            if not cell or not (cell["bytes"] or cell["path"]):
-                raise UserError(f"{item} has no image in column {self.column!r}: remove it.")
-            yield item, io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
-
-    def stamp(self) -> str:
-        return self.rows._fingerprint  # of the files, their times of change and what was done to them since
-
-
 def _captioned_table(
-    name: str, path: Path, split: str, asked: str | None, limit: int | None, *, given: bool
+    name: str, path: Path, split: str, asked: str | None, image_column: str | None, limit: int | None, *, given: bool
 ) -> Pairs | None:
-    import datasets  # takes a second, and only this source needs it
-
-    table = _load_table(name, path, split)
+    table = load_table(name, path, split)
     columns = table.column_names
     if given and not set(TEXT_COLUMNS) & set(columns):
         return None
-    found = [column for column, feature in table.features.items() if _holds_images(feature)]
-    images = _column(name, columns, None, found, "images")
-    if images is None:
-        raise UserError(f"{name} has no image column among {columns}: expected one that holds encoded images.")
+    pictures = picture_column(name, table, image_column)
     texts = _text_column(name, columns, asked)
     _check_not_given(name, f"column {texts!r}", given)
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
+        pictures = replace(pictures, rows=pictures.rows.select(range(len(table))))
     cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][:]))
-    encoded = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
-    return _Table(name, images, encoded), _texts(name, cells)
+    return pictures, _texts(name, cells)
 
 
 # Webdataset shards. Plain tarfile instead of the loader of datasets, which infers the members of all samples from the
@@ -482,6 +445,9 @@ class _Member(NamedTuple):
 class _Shards:
     members: list[_Member]
 
+    def __len__(self) -> int:
+        return len(self.members)
+
     def __iter__(self) -> Iterator[Item]:
         for shard, members in itertools.groupby(self.members, key=lambda member: member.shard):
             with shard.open("rb") as file:
@@ -491,30 +457,41 @@ class _Shards:
 
     def stamp(self) -> str:
         shards = dict.fromkeys(member.shard for member in self.members)
-        return repr([_file_stamp(shard, shard.parent) for shard in shards])
+        return repr([file_stamp(shard, shard.parent) for shard in shards])
 
 
 def _shards(path: Path, split: str, asked: str | None, limit: int | None) -> Pairs:
     if path.is_dir():
-        folder = _split_folder(path, split)
-        shards = sorted(file for file in folder.rglob("*.tar") if file.is_file())
+        folder = split_folder(path, split)
+        shards = sorted(file for file in files_below(folder, TAR) if file.suffix.lower() in TAR)
     else:
-        _check_whole(str(path), split)
+        check_whole(str(path), split)
         shards = [path]
     pairs: list[tuple[_Member, Any]] = []
+    alone: list[str] = []
     console = Console(stderr=True)
     for shard in track(shards, "reading captions", console=console, transient=True, disable=len(shards) < 2):
-        pairs += _shard_pairs(shard, asked)
+        found, left = _shard_pairs(shard, asked)
+        pairs += found
+        alone += [f"{member} of {shard}" for member in left]
         if limit is not None and len(pairs) >= limit:
             break
+    if alone:
+        more = f" and {len(alone) - SHOWN:,} more" if len(alone) > SHOWN else ""
+        warnings.warn(
+            f"{len(alone):,} members of {path} are in none of its {len(pairs):,} pairs of an image and a caption of "
+            f"the same key, and are left out: {', '.join(alone[:SHOWN])}{more}.",
+            stacklevel=2,
+        )
     cells = ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit])
     return _Shards([member for member, _ in pairs[:limit]]), _texts(str(path), cells)
 
 
-def _shard_pairs(shard: Path, asked: str | None) -> list[tuple[_Member, Any]]:
+def _shard_pairs(shard: Path, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
+    """Return the images of a shard with what their captions were read as, and the members that are in no pair."""
     try:
         with tarfile.open(shard, "r:") as tar:
-            images, captions = _index(tar, shard)
+            images, captions, alone = _index(tar, shard)
             pairs = [
                 (_Member(shard, image.name, image.offset_data, image.size), _member_caption(tar, captions, key, asked))
                 for key, image in images.items()
@@ -523,30 +500,67 @@ def _shard_pairs(shard: Path, asked: str | None) -> list[tuple[_Member, Any]]:
         raise UserError(
             f"{shard} cannot be read as an uncompressed .tar file ({error}): make or download it again."
         ) from error
-    return pairs
+    return pairs, alone
 
 
-def _index(tar: tarfile.TarFile, shard: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, tarfile.TarInfo]]:
-    """Return the images by key, and the ``.txt`` and ``.json`` by key with that suffix.
+_Members = dict[str, tarfile.TarInfo]
 
-    As webdataset has it, the key is a member's path up to the first dot of its name.
+
+def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[str]]:
+    """Return the images by key, the ``.txt`` and ``.json`` by key with that suffix, and what is in no pair.
+
+    As webdataset has it, the key is a member's path up to the first dot of its name, and the rest names a field
+    (``1.seg.png`` is the field ``seg.png`` of ``1``). Many names hold dots and were not meant so (``cam.01.jpg`` with
+    ``cam.01.txt``): an image and a caption that agree up to the *last* dot are a pair too, but for an image with a JSON
+    that both are fields of a sample which has an image of its own.
     """
-    images: dict[str, tarfile.TarInfo] = {}
-    captions: dict[str, tarfile.TarInfo] = {}
+    images: _Members = {}
+    captions: _Members = {}
+    dotted: list[tuple[str, str, tarfile.TarInfo]] = []
     for member in tar:
         path = PurePosixPath(member.name)
         stem, dot, suffix = path.name.partition(".")
-        key, suffix = str(path.parent / stem), dot + suffix.lower()
+        key, suffix, last = str(path.parent / stem), dot + suffix.lower(), path.suffix.lower()
         if not member.isreg() or not stem:
             continue
         if suffix in IMAGE_SUFFIXES:
-            if key in images:
-                raise UserError(f"{shard} holds two images of the key {key}: keep one.")
-            images[key] = member
-        elif suffix in (".txt", ".json"):
+            _add(images, key, member, shard)
+        elif suffix in CAPTION_SUFFIXES:
             captions[key + suffix] = member
+        elif last in IMAGE_SUFFIXES or last in CAPTION_SUFFIXES:
+            dotted.append((key, last, member))
     _check_end(tar, shard)
-    return images, captions
+    alone = _add_dotted(images, captions, dotted, shard)
+    paired = {key + suffix for key in images for suffix in CAPTION_SUFFIXES}
+    alone += [member.name for key, member in captions.items() if key not in paired]
+    return dict(sorted(images.items(), key=lambda item: item[1].offset)), captions, alone
+
+
+def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Path) -> None:
+    if key in images:
+        raise UserError(f"{shard} holds two images of the key {key}: keep one.")
+    images[key] = member
+
+
+def _add_dotted(
+    images: _Members, captions: _Members, dotted: Sequence[tuple[str, str, tarfile.TarInfo]], shard: Path
+) -> list[str]:
+    """Add the pairs of names that hold further dots; return the names that are in none."""
+    whole = set(images)  # keys that are samples already, whose further fields may well be an image and its JSON
+    named = {member.name.lower(): member for _, last, member in dotted if last in CAPTION_SUFFIXES}
+    used: set[str] = set()
+    for key, last, member in dotted:
+        stem = member.name[: -len(last)]
+        texts = [f"{stem}{suffix}".lower() for suffix in (CAPTION_SUFFIXES[:1] if key in whole else CAPTION_SUFFIXES)]
+        own = [text for text in texts if text in named]
+        if last not in IMAGE_SUFFIXES or not own:
+            continue
+        full = str(PurePosixPath(stem))
+        _add(images, full, member, shard)
+        for text in own:
+            captions[full + PurePosixPath(text).suffix] = named[text]
+        used |= {member.name, *(named[text].name for text in own)}
+    return [member.name for _, _, member in dotted if member.name not in used]
 
 
 def _check_end(tar: tarfile.TarFile, shard: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from atdiff.data.npz import NpzArray, npz_array, npz_names
+from atdiff.data.pictures import Arrays
 from atdiff.errors import UserError
 
 __all__ = ["holds_imagenet", "read_imagenet"]
@@ -31,13 +30,12 @@ def holds_imagenet(folder: Path) -> bool:
     return any(pattern.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
 
 
-def read_imagenet(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a split, file by file into one array.
+def read_imagenet(folder: Path, split: str) -> tuple[Arrays, np.ndarray]:
+    """Find the images of a split, which are read block by block, and read its labels.
 
-    ImageNet-64 takes 1,281,167 x 12,288 bytes = 15.7 GB a process, and 1.6 GB more while it is read. The first few
-    training files alone make a smaller set. Classes keep the order of the files, that of ImageNet's development kit
-    (the first is n02119789), which is not the order of sorted WordNet ids that class folders and guided-diffusion's
-    checkpoints have.
+    ImageNet-64 takes 1,281,167 x 12,288 bytes = 15.7 GB. The first few training files alone make a smaller set.
+    Classes keep the order of the files, that of ImageNet's development kit (the first is n02119789), which is not the
+    order of sorted WordNet ids that class folders and guided-diffusion's checkpoints have.
 
     Args:
         folder: with ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (``train``) and ``val_data.npz``
@@ -52,23 +50,23 @@ def read_imagenet(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     files = _files(folder, split)
     labels = [_labels(file) for file in files]
-    ends = np.cumsum([len(part) for part in labels])
-    images: np.ndarray | None = None
-    parts = list(zip(files, labels, ends, strict=True))
-    console = Console(stderr=True)
-    for file, part, end in track(parts, "reading ImageNet", console=console, transient=True, disable=len(files) < 2):
-        pixels = _pixels(file, len(part))
-        if images is None:
-            images = np.empty((ends[-1], pixels.shape[1]), np.uint8)
-        if pixels.shape[1] != images.shape[1]:
+    arrays = [_pixels(file, len(part)) for file, part in zip(files, labels, strict=True)]
+    width = arrays[0].shape[1]
+    for array in arrays:
+        if array.shape[1] != width:
             raise UserError(
-                f"{file} has {pixels.shape[1]} values an image but {files[0].name} {images.shape[1]}: keep one size a "
+                f"{array.file} has {array.shape[1]} values an image but {files[0].name} {width}: keep one size a "
                 "folder."
             )
-        images[end - len(part) : end] = pixels
-    assert images is not None
-    side = round((images.shape[1] / 3) ** 0.5)
-    return images.reshape(-1, 3, side, side), np.concatenate(labels)
+    side = round((width / 3) ** 0.5)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for array in arrays:
+            for block in array.blocks():
+                yield block.reshape(-1, 3, side, side)
+
+    found = np.concatenate(labels)
+    return Arrays(len(found), (3, side, side), blocks, files), found
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -91,20 +89,14 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _member(file: Path, name: str) -> np.ndarray:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return archive[name]
-    except KeyError:
-        raise UserError(
-            f"{file} has no array {name!r}: expected data and labels of the downsampled ImageNet."
-        ) from None
-    except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read as an .npz file of plain arrays ({error}): unpack it again.") from error
+def _member(file: Path, name: str) -> NpzArray:
+    if name not in npz_names(file):
+        raise UserError(f"{file} has no array {name!r}: expected data and labels of the downsampled ImageNet.")
+    return npz_array(file, name)
 
 
 def _labels(file: Path) -> np.ndarray:
-    labels = _member(file, "labels")
+    labels = _member(file, "labels").whole()
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
         raise UserError(
             f"the labels of {file} are {labels.dtype} of shape {labels.shape}: expected whole numbers (N,)."
@@ -115,12 +107,12 @@ def _labels(file: Path) -> np.ndarray:
     return labels.astype(np.int64) - 1
 
 
-def _pixels(file: Path, count: int) -> np.ndarray:
-    pixels = _member(file, "data")
-    sizes = [3 * side * side for side in SIDES]
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or len(pixels) != count or pixels.shape[1] not in sizes:
+def _pixels(file: Path, count: int) -> NpzArray:
+    array = _member(file, "data")
+    sizes, shape = [3 * side * side for side in SIDES], array.shape
+    if array.dtype != np.uint8 or len(shape) != 2 or shape[0] != count or shape[1] not in sizes:
         raise UserError(
-            f"the data of {file} are {pixels.dtype} of shape {pixels.shape}: expected uint8 of {count} rows, one a "
+            f"the data of {file} are {array.dtype} of shape {shape}: expected uint8 of {count} rows, one a "
             f"label, with one of {', '.join(map(str, sizes))} values (3 colours of 8, 16, 32 or 64 pixels squared)."
         )
-    return pixels
+    return array

@@ -1,52 +1,60 @@
-"""Images in memory: the embedded digits, a folder, the files of well-known sets, a hub data set."""
+"""Images: the embedded digits, a folder, the files of well-known sets, a hub data set."""
 
 from __future__ import annotations
 
-import io
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
+from typing_extensions import Self
 
+from atdiff.data.cifar import SPLITS as CIFAR_FILES
 from atdiff.data.cifar import holds_cifar, read_cifar
 from atdiff.data.imagenet import holds_imagenet, read_imagenet
-from atdiff.data.images import CROPS, Crop, Unreadable, UnreadableError, UnreadableImages, read_image
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages, describe_shape
+from atdiff.data.labels import in_class_order, renumbered
 from atdiff.data.mixture import MIXTURES, draw_mixture
+from atdiff.data.npz import npz_array, npz_names
+from atdiff.data.pictures import IMAGE_SUFFIXES, Arrays, Files, Item, Listed, Pictures, Table, files_below
+from atdiff.data.store import Chunks, Mapped, hold
 from atdiff.errors import UserError
 from atdiff.fingerprint import fingerprint
 from atdiff.locate import hub_failure, hub_location, is_hub_id, unknown_data
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 PROGRESS_FROM = 2_000  # images; fewer are read in about a second
 DIGITS_TEST = 297  # of 1,797 images
+_NPZ_NAMES = (("images", "arr_0"), ("labels", "arr_1"))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images held in memory, one byte a value; points in the plane as floats.
+    """Images, one byte a value, in memory or mapped from the disk; points in the plane as floats.
 
     Attributes:
-        images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``.
+        images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``; not to be written to.
         labels: int64 class indices, shape ``(N,)``, or None.
         name: what the images are, for reports.
         skipped: name and reason of each image that could not be read and was left out.
+        classes: name of each class, in the order of the labels; None where they have none.
+        mapped: the file that the images are in; None where they are in memory.
     """
 
     images: Tensor
     labels: Tensor | None
     name: str
     skipped: tuple[tuple[str, str], ...] = ()
+    classes: tuple[str, ...] | None = None
+    mapped: Mapped | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype in (torch.uint8, torch.float32), self.images.dtype
@@ -58,17 +66,41 @@ class ImageData:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes (the highest label plus one), or None without labels."""
-        return None if self.labels is None else int(self.labels.max()) + 1
+        """Number of classes: those with names, else the highest label plus one; None without labels."""
+        if self.labels is None:
+            return None
+        return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
+
+    def with_classes(self, classes: Sequence[str]) -> Self:
+        """Return the images with labels that count these classes, found by name.
+
+        Raises:
+            UserError: an image is of none of them.
+        """
+        if self.labels is None or self.classes is None or tuple(classes) == self.classes:
+            return self
+        labels = renumbered(self.labels, self.classes, classes, self.name)
+        return replace(self, labels=labels, classes=tuple(classes))
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that another image, label or order changes."""
+        """Return a SHA-256 that another image, label or order changes; of mapped images it is computed once."""
+        if self.mapped is not None:
+            return self.mapped.fingerprint(self.labels)
         labels = {} if self.labels is None else {"labels": self.labels}
         return fingerprint({"images": self.images, **labels})
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the images in order, ``size`` at a time, without holding what was read of mapped ones."""
+        for images in self.images.split(size):
+            yield images
+            if self.mapped is not None:
+                self.mapped.release()
 
     def x0(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``, shape ``(B,)``, as float32 ``(B, C, H, W)`` in [-1, 1]."""
         images = self.images[indices]
+        if self.mapped is not None:
+            self.mapped.release()
         return images if images.is_floating_point() else images.float() / 127.5 - 1.0
 
 
@@ -87,14 +119,20 @@ def load_data(
     image_size: int | None = None,
     channels: int | None = None,
     crop: Crop = "bicubic",
+    background: str | None = WHITE,
     image_column: str | None = None,
     label_column: str | None = None,
     unreadable: Unreadable = "refuse",
 ) -> ImageData:
-    """Read a whole data set into memory, with 8 bits a value.
+    """Read a whole data set, with 8 bits a value.
 
-    Greyscale images are taken as such, palettes and transparency are turned into RGB (greyscale and transparency into
-    greyscale) without the transparency, 16 bits are scaled to 8, and the orientation that a camera noted is applied.
+    What takes more than half of the memory that is left (of the machine, its control groups and the limits of the
+    process, shared by the processes of a launcher) is decoded into a file of the cache folder instead, from which
+    images are read as they are asked for; everything else about it is the same. The file is found again by names, sizes
+    and times of change of what it was made of, and by the options.
+
+    Greyscale images are taken as such, palettes and colours with transparency are turned into RGB, transparent pixels
+    are composed on ``background``, 16 bits are scaled to 8, and the orientation that a camera noted is applied.
 
     Args:
         name: one of
@@ -108,70 +146,97 @@ def load_data(
             - the folder ``cifar-10-batches-bin``, CIFAR-10 in its binary form (:func:`atdiff.data.cifar.read_cifar`);
             - a folder of ``train_data_batch_*.npz`` and ``val_data.npz``, ImageNet downsampled to 64 pixels or fewer
               (:func:`atdiff.data.imagenet.read_imagenet`);
-            - a folder of images, whose subfolders, if there are any, are the classes in alphabetical order;
+            - a folder of images, whose subfolders, if there are any, are the classes, in the order of
+              :func:`atdiff.data.labels.in_class_order`: numbers by value, other names as text. Links are followed;
             - an ``.npz`` file with uint8 images ``arr_0`` or ``images``, ``(N, H, W)`` or ``(N, H, W, C)``,
               and, if it has them, labels ``arr_1`` or ``labels``, ``(N,)``;
             - a ``.parquet`` file, a folder of them, or a hub data set ``owner/name``, read by ``datasets``.
         split: ``train``, ``test`` (for ImageNet also ``val``) or ``all``; for a hub data set any split that it has;
             for an image folder the subfolder of that name, if there is one. What has no splits is read whole by
-            ``train`` and ``all``.
+            ``train`` and ``all``. The classes of every split are those of ``train``, where there is one.
         image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
         crop: how ``image_size`` is had: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it,
             as in `guided-diffusion <https://github.com/openai/guided-diffusion>`_ and its reference statistics.
+        background: the colour that transparent pixels are composed on, a name or ``#rrggbb``; None drops the
+            transparency and shows the colours that are hidden under it.
         image_column: column of the images (parquet and hub only); the first one that holds images when None.
-        label_column: column of the classes (parquet and hub only); when None the first class column, or else the whole
-            numbers of ``label`` or ``labels``, if there is one.
+        label_column: column of the classes (parquet and hub only), whole numbers or text, whose classes are ordered
+            like folders; when None the first class column, or else the whole numbers of ``label`` or ``labels``, if
+            there is one.
         unreadable: whether to ``refuse`` data with images that cannot be read, or ``skip`` those.
 
     Raises:
         UserError: nothing of that name, an empty folder, unreadable images, images of mixed size without
             ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or
-            column, or a data set that cannot be downloaded.
+            column, a class that the training split does not have, a data set that cannot be downloaded, or too little
+            room on the disk for what the memory does not hold.
     """
-    _check_options(image_size, channels, crop)
-    path = Path(name).expanduser()
+    decoding = Decoding(image_size, channels, crop, background)
     if name in MIXTURES:
         return _mixture(name, split, image_size, channels)
-    if name == "digits":
-        items, labels = _digits(split)
-    elif path.is_dir() and holds_cifar(path):
-        items, labels = _with_labels(*read_cifar(path, split))
-    elif path.is_dir() and holds_imagenet(path):
-        items, labels = _with_labels(*read_imagenet(path, split))
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
-        items, labels = _folder(path, split)
-    elif path.is_file() and path.suffix == ".npz":
-        items, labels = _npz(path, split)
-    elif path.is_dir() or (path.is_file() and path.suffix == ".parquet") or is_hub_id(name):
-        items, labels = _table(name, path, split, image_column, label_column)
-    else:
-        raise unknown_data(name)
+    source = _source(name, split, image_column, label_column)
     bad = UnreadableImages(unreadable)
-    images, kept = _stack(items, image_size, channels, crop, bad)
-    bad.settle(name, len(items))
+    pictures = source.pictures
+    held = hold(
+        partial(_decoded, pictures, decoding, bad),
+        len(pictures),
+        name=name,
+        key=_cache_key(name, split, pictures, decoding),
+        unread=bad.found,
+        settle=partial(bad.settle, name, len(pictures)),
+    )
+    labels = source.labels
     if labels is not None and bad.found:
-        labels = labels[kept]
-    return ImageData(images, labels, f"{name}[{split}]", tuple(bad.found))
+        labels = labels[held.kept]
+    return ImageData(held.images, labels, f"{name}[{split}]", tuple(bad.found), source.classes, held.mapped)
 
 
-def _check_options(image_size: int | None, channels: int | None, crop: str) -> None:
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size is {image_size}: expected a number of pixels, 1 or more.")
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels is {channels}: expected 1 (greyscale) or 3 (RGB).")
-    if crop not in CROPS:
-        raise UserError(f"crop is {crop!r}: expected one of {', '.join(CROPS)}.")
+def _cache_key(name: str, split: str, pictures: Pictures, decoding: Decoding) -> str:
+    """Return what the decoded bytes depend on; empty for pictures that are made rather than stored."""
+    stamp = pictures.stamp()
+    # The place too, and when anything about a file was last changed, which nobody can set: sizes and times of writing
+    # may be those of another set that was unpacked from the same kind of archive.
+    files = pictures.files if isinstance(pictures, Files | Arrays) else ()
+    changes = [(file.stat() if file.exists() else file.lstat()).st_ctime_ns for file in files]
+    return repr((str(Path(name).expanduser().resolve()), split, decoding, stamp, changes)) if stamp else ""
 
 
-# A source gives the labels and either one item an image, its name for messages and where its pixels are, or
-# all images at once as uint8 (N, C, H, W).
-Item = tuple[str, "np.ndarray | Path | io.BytesIO"]
-Source = tuple["list[Item] | np.ndarray", "Tensor | None"]
+class Source(NamedTuple):
+    """Where the pictures of a data set are, their labels, and the names of the classes that these count."""
+
+    pictures: Pictures
+    labels: Tensor | None
+    classes: tuple[str, ...] | None = None
 
 
-def _with_labels(images: np.ndarray, labels: np.ndarray) -> Source:
-    return images, torch.from_numpy(labels)
+def _source(name: str, split: str, image_column: str | None, label_column: str | None) -> Source:
+    path = Path(name).expanduser()
+    if name == "digits":
+        return _digits(split)
+    if path.is_dir() and holds_cifar(path):
+        images, labels = read_cifar(path, split)
+        files = [path / file for file in CIFAR_FILES[split]]
+        return Source(Arrays(len(images), images.shape[1:], partial(iter, [images]), files), _tensor(labels))
+    if path.is_dir() and holds_imagenet(path):
+        arrays, labels = read_imagenet(path, split)
+        return Source(arrays, _tensor(labels))
+    if path.is_dir() and not holds_tables(path):
+        return image_folder(path, split)
+    if path.is_file() and path.suffix == ".npz":
+        return _npz(path, split)
+    if path.is_dir() or (path.is_file() and path.suffix == ".parquet") or is_hub_id(name):
+        return _table(name, path, split, image_column, label_column)
+    raise unknown_data(name)
+
+
+def _tensor(labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def holds_tables(folder: Path) -> bool:
+    """Return whether a folder has parquet files."""
+    return any(file.is_file() for file in files_below(folder, frozenset({".parquet"})))
 
 
 def _digits(split: str) -> Source:
@@ -188,7 +253,7 @@ def _digits(split: str) -> Source:
     chosen = parts[split]
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
-    return items, torch.from_numpy(digits.target[chosen].astype(np.int64))
+    return Source(Listed(items), _tensor(digits.target[chosen]))
 
 
 def _mixture(name: str, split: str, image_size: int | None, channels: int | None) -> ImageData:
@@ -198,66 +263,104 @@ def _mixture(name: str, split: str, image_size: int | None, channels: int | None
     return ImageData(images, labels, f"{name}[{split}]")
 
 
-def _split_folder(folder: Path, split: str) -> Path:
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the subfolder of a split, or the folder itself where it is read whole.
+
+    Raises:
+        UserError: there is no such split.
+    """
     if (folder / split).is_dir():
         return folder / split
     if split == "all" and (folder / "train").is_dir():
         raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
-    _check_whole(str(folder), split)
+    check_whole(str(folder), split)
     return folder
 
 
-def _folder(folder: Path, split: str) -> Source:
-    folder = _split_folder(folder, split)
-    files = sorted(file for file in folder.rglob("*") if _is_visible_image(file, folder))
+def image_files(folder: Path) -> list[Path]:
+    """Return the images below a folder in the order of their paths, with links that lead nowhere.
+
+    Raises:
+        UserError: there are none, or a folder cannot be read.
+    """
+    files = sorted(files_below(folder, IMAGE_SUFFIXES))
     if not files:
         raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
-    classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
-    items: list[Item] = [(str(file), file) for file in files]
-    if not classes:
-        return items, None
-    loose = [file for file in files if file.parent == folder]
+    return files
+
+
+def image_folder(root: Path, split: str) -> Source:
+    """Find the images of a folder, and their labels where its subfolders are classes; see :func:`load_data`.
+
+    Raises:
+        UserError: no images, images beside class folders, or a class that the training split does not have.
+    """
+    folder = split_folder(root, split)
+    files = image_files(folder)
+    names = in_class_order(file.relative_to(folder).parts[0] for file in files if file.parent != folder)
+    pictures = Files(folder, files)
+    if not names:
+        return Source(pictures, None)
+    loose = [file for file in files if file.parent == folder and file.suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         raise UserError(
-            f"{folder} mixes images ({loose[0].name}) with class folders ({classes[0]}): "
+            f"{folder} mixes images ({loose[0].name}) with class folders ({names[0]}): "
             "expected either images alone or one subfolder a class."
         )
-    index = {name: i for i, name in enumerate(classes)}
-    return items, torch.tensor([index[file.relative_to(folder).parts[0]] for file in files])
+    index = {name: label for label, name in enumerate(names)}
+    # A class folder that is a broken link is among the unreadable images, so that its label is of no consequence.
+    labels = torch.tensor([index.get(file.relative_to(folder).parts[0], 0) for file in files])
+    classes = _training_folders(root) if folder == root / split and split != "train" else []
+    if classes:
+        labels = renumbered(labels, names, classes, f"{root}[{split}]")
+    return Source(pictures, labels, tuple(classes or names))
 
 
-def _is_visible_image(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and (file.is_file() or file.is_symlink())
+def _training_folders(root: Path) -> list[str]:
+    """Return the class folders of the training split that have images."""
+    train = root / "train"
+    if not train.is_dir():
+        return []
+    inside = (folder for folder in train.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    return in_class_order(folder.name for folder in inside if any(files_below(folder, IMAGE_SUFFIXES)))
 
 
-def _check_whole(name: str, split: str) -> None:
+def check_whole(name: str, split: str) -> None:
+    """Refuse a split of data that have none.
+
+    Raises:
+        UserError: it is neither ``train`` nor ``all``.
+    """
     if split not in ("train", "all"):
         raise UserError(f"{name} has no split {split!r}: it is read whole, with split 'train' or 'all'.")
 
 
 def _npz(path: Path, split: str) -> Source:
-    _check_whole(str(path), split)
+    check_whole(str(path), split)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} cannot be read as an .npz file: it is damaged or of another kind.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("arr_0", "images", "arr_1", "labels") if key in archive}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an .npz file of plain arrays ({error}).") from error
-    images = arrays.get("images", arrays.get("arr_0"))
-    labels = arrays.get("labels", arrays.get("arr_1"))
-    if images is None:
+    names = npz_names(path)
+    found, of_labels = (next((name for name in both if name in names), None) for both in _NPZ_NAMES)
+    if found is None:
         raise UserError(f"{path} holds no images: expected an array named arr_0 or images.")
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
+    array = npz_array(path, found)
+    shape = array.shape
+    if array.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
         raise UserError(
-            f"the images of {path} are {images.dtype} of shape {images.shape}: "
+            f"the images of {path} are {array.dtype} of shape {shape}: "
             "expected uint8 of shape (N, H, W) or (N, H, W, C) with C 1 or 3."
         )
-    if images.size == 0:
-        raise UserError(f"the images of {path} have shape {images.shape}: expected at least one.")
-    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    return images, None if labels is None else _checked_labels(labels, len(images), str(path))
+    if 0 in shape:
+        raise UserError(f"the images of {path} have shape {shape}: expected at least one.")
+
+    def blocks() -> Iterator[np.ndarray]:
+        for block in array.blocks():
+            yield block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)
+
+    pictures = Arrays(shape[0], (1 if len(shape) == 3 else shape[3], *shape[1:3]), blocks, [path])
+    if of_labels is None:
+        return Source(pictures, None)
+    return Source(pictures, _checked_labels(npz_array(path, of_labels).whole(), shape[0], str(path)))
 
 
 def _checked_labels(labels: Any, count: int, name: str) -> Tensor:  # noqa: ANN401  (whatever a file holds)
@@ -273,35 +376,71 @@ def _checked_labels(labels: Any, count: int, name: str) -> Tensor:  # noqa: ANN4
 def _table(name: str, path: Path, split: str, image_column: str | None, label_column: str | None) -> Source:
     import datasets  # takes a second, and only this source needs it
 
-    table = _load_table(name, path, split)
-    pictures = [c for c, feature in table.features.items() if _holds_images(feature)]
-    image_column = _column(name, table.column_names, image_column, pictures, "images")
-    if image_column is None:
-        raise UserError(f"{name} has no image column among {table.column_names}: name it as image_column.")
+    table = load_table(name, path, split)
+    pictures = picture_column(name, table, image_column)
     if len(table) == 0:
         raise UserError(f"{name} has no rows in split {split!r}: expected at least one image.")
     classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     # Files that other libraries wrote do not say which column is the classes.
     classes += [c for c in ("label", "labels") if "int" in str(getattr(table.features.get(c), "dtype", ""))]
     label_column = _column(name, table.column_names, label_column, classes, "classes")
-    encoded = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    items: list[Item] = [
-        (f"row {i} of {name}", io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]))
-        for i, cell in enumerate(encoded)
-    ]
     if label_column is None:
-        return items, None
-    if getattr(table.features[label_column], "dtype", None) == "string":
-        table = table.class_encode_column(label_column)
-    return items, _checked_labels(table[label_column][:], len(items), f"{name}, column {label_column},")
+        return Source(pictures, None)
+    feature, what = table.features[label_column], f"{name}, column {label_column},"
+    if isinstance(feature, datasets.ClassLabel):
+        labels = _checked_labels(table[label_column][:], len(table), what)
+        return Source(pictures, labels, tuple(feature.names))
+    if "string" in str(getattr(feature, "dtype", "")):
+        return Source(pictures, *_text_labels(name, path, split, table, label_column))
+    return Source(pictures, _checked_labels(table[label_column][:], len(table), what))
 
 
-def _load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+def _text_labels(name: str, path: Path, split: str, table: Any, column: str) -> tuple[Tensor, tuple[str, ...]]:  # noqa: ANN401
+    """Return the labels of a column of text, and the classes, which are those of the training split."""
+    texts = list(table[column][:])
+    if None in texts:
+        raise UserError(f"row {texts.index(None)} of {name} has no class in column {column!r}: remove it.")
+    names = in_class_order(texts)
+    index = {text: label for label, text in enumerate(names)}
+    labels = torch.tensor([index[text] for text in texts])
+    if split == "train" or path.is_file():
+        return labels, tuple(names)
+    try:
+        train = load_table(name, path, "train")
+    except UserError:  # there is no such split
+        return labels, tuple(names)
+    classes = in_class_order(text for text in train[column][:] if text is not None)
+    return renumbered(labels, names, classes, f"{name}[{split}]"), tuple(classes)
+
+
+def picture_column(name: str, table: Any, asked: str | None) -> Table:  # noqa: ANN401  (a datasets.Dataset)
+    """Return the pictures of a table: of the column asked for, or of the first that holds images.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    import datasets
+
+    found = [column for column, feature in table.features.items() if _holds_images(feature)]
+    column = _column(name, table.column_names, asked, found, "images")
+    if column is None:
+        raise UserError(
+            f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
+        )
+    return Table(name, column, table.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
+
+
+def load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+    """Open a parquet file, a folder of them, or a hub data set.
+
+    Raises:
+        UserError: it cannot be had, or has no such split.
+    """
     import datasets
 
     try:
         if path.is_file():
-            _check_whole(name, split)
+            check_whole(name, split)
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         return datasets.load_dataset(str(path) if path.is_dir() else hub_location(name, "dataset"), split=split)
     except UserError:
@@ -329,60 +468,49 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-def _stack(
-    items: list[Item] | np.ndarray, image_size: int | None, channels: int | None, crop: Crop, bad: UnreadableImages
-) -> tuple[Tensor, list[int]]:
-    """Decode into one uint8 tensor ``(N, C, H, W)``, filled in place so that memory peaks at its size.
+def _decoded(pictures: Pictures, decoding: Decoding, bad: UnreadableImages) -> Chunks:
+    """Yield the decoded images with their places, some at a time.
 
-    The second value is the place of each of its images among the items.
+    Raises:
+        UserError: they are not of one shape.
     """
-    if isinstance(items, np.ndarray):
-        has_size = image_size is None or items.shape[2:] == (image_size, image_size)
-        if has_size and channels in (None, items.shape[1]):
-            return torch.from_numpy(np.ascontiguousarray(items)), list(range(len(items)))
-        pictures = (planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0) for planes in items)
-        items = [(f"image {i}", picture) for i, picture in enumerate(pictures)]
-    out: np.ndarray | None = None
-    kept: list[int] = []
-    for i, pixels in _decoded(items, image_size, channels, crop, bad):
-        if out is None:
-            out = np.empty((len(items), *pixels.shape), np.uint8)
-        elif pixels.shape != out.shape[1:]:
-            first, this = _describe(out.shape[1:]), _describe(pixels.shape)
-            raise UserError(
-                f"{items[kept[0]][0]} is {first} but {items[i][0]} is {this}: "
-                "make them equal with image_size (and channels where colours differ)."
-            )
-        out[len(kept)] = pixels
-        kept.append(i)
-    found = np.empty((0, 1, 1, 1), np.uint8) if out is None else out[: len(kept)]
-    return torch.from_numpy(found), kept
+    count = len(pictures)
+    with Progress(console=Console(stderr=True), transient=True, disable=count < PROGRESS_FROM) as bar:
+        task = bar.add_task("reading images", total=count)
+        if isinstance(pictures, Arrays) and decoding.keeps(pictures.shape):
+            start = 0
+            for block in pictures.blocks():
+                yield range(start, start + len(block)), block
+                start += len(block)
+                bar.advance(task, len(block))
+            return
+        first: tuple[str, tuple[int, ...]] | None = None
+        for i, (name, source) in enumerate(pictures):
+            bar.advance(task)
+            try:
+                pixels = decoding(source)
+            except UnreadableError as error:
+                bad.add(name, error)
+                continue
+            first = first or (name, pixels.shape)
+            check_shape(*first, name, pixels.shape)
+            yield range(i, i + 1), pixels[None]
 
 
-def _describe(shape: tuple[int, ...]) -> str:
-    channels, height, width = shape
-    return f"{width}x{height} pixels in {'RGB' if channels == 3 else 'greyscale'}"
+def check_shape(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]) -> None:
+    """Refuse an image of another shape ``(C, H, W)`` than the first.
 
-
-def _decoded(
-    items: list[Item], image_size: int | None, channels: int | None, crop: Crop, bad: UnreadableImages
-) -> Iterator[tuple[int, np.ndarray]]:
-    listed: Iterable[Item] = track(
-        items,
-        "reading images",
-        console=Console(stderr=True),
-        transient=True,
-        disable=len(items) < PROGRESS_FROM,
+    Raises:
+        UserError: it is one.
+    """
+    if found == shape:
+        return
+    fixes = []
+    if shape[1:] != found[1:]:
+        fixes.append("image_size (--data.image_size PIXELS)")
+    if shape[0] != found[0]:
+        fixes.append("channels (--data.channels 3 for RGB, 1 for greyscale)")
+    raise UserError(
+        f"{first} is {describe_shape(shape)} but {name} is {describe_shape(found)}: make them equal with "
+        f"{' and '.join(fixes)}."
     )
-    for i, (name, source) in enumerate(listed):
-        try:
-            image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
-        except UnreadableError as error:
-            bad.add(name, error)
-            continue
-        mode = {1: "L", 3: "RGB"}.get(channels or 0, "L" if image.mode in ("1", "L", "LA") else "RGB")
-        image = image.convert(mode)
-        if image_size is not None:
-            image = CROPS[crop](image, image_size)
-        pixels = np.asarray(image)
-        yield i, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +25,7 @@ from atdiff.evaluation.clip_features import CLIP, ClipFeatures
 from atdiff.evaluation.dinov2 import DINOV2, DinoV2Features
 from atdiff.evaluation.spatial import SPATIAL
 from atdiff.evaluation.weights import read_tensors
-from atdiff.files import written_aside
+from atdiff.files import cache_folder, written_aside
 from atdiff.locate import URLS, bounded_network
 
 __all__ = [
@@ -230,11 +229,6 @@ class DigitsClassifier(ClassifierFeatures):
 
 if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor(DIGITS, DigitsClassifier)
-
-
-def cache_folder() -> Path:
-    """Return ``$ATDIFF_CACHE``, or ``~/.cache/atdiff`` where that is not set."""
-    return Path(os.environ.get("ATDIFF_CACHE") or "~/.cache/atdiff").expanduser()
 
 
 def _check_weights(name: str, path: Path) -> None:

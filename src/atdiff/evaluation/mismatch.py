@@ -361,7 +361,7 @@ def _batches(denoiser: Denoiser, config: MismatchConfig) -> int:
 
 
 def _check_data(denoiser: Denoiser, data: ImageData) -> None:
-    shape, classes = tuple(data.images.shape[1:]), class_embeddings(denoiser.model)
+    shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
     if shape != tuple(denoiser.image_shape):
         raise UserError(
             f"{data.name} has images of shape {shape} but {denoiser.source} makes {tuple(denoiser.image_shape)}: name "

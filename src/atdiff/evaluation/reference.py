@@ -108,7 +108,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 @torch.no_grad()
 def _compute(data: ImageData, extractor: FeatureExtractorBase, layer: str, with_features: bool) -> dict[str, Tensor]:
     moments, rows = Moments(), Rows(len(data))
-    for images in data.images.split(BATCH):
+    for images in data.batches(BATCH):
         features = extract(as_bytes(images), extractor)[layer]
         moments.add(features)
         if with_features:

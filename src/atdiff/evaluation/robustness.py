@@ -20,7 +20,6 @@ from atdiff.errors import UserError
 from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.files import write_bytes, write_json
-from atdiff.models.call import class_embeddings
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.norms import NORMS, Norm, project, steepest_step
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
@@ -406,7 +405,7 @@ def draw_images(denoiser: Denoiser, config: ProbeConfig) -> tuple[Tensor, dict[s
     """
     data = reference_data(denoiser, config.data)
     indices = torch.from_numpy(np.random.default_rng(config.seed).integers(len(data), size=config.num))
-    classes = class_embeddings(denoiser.model)
+    classes = denoiser.num_classes
     if not classes:
         return data.x0(indices), {}
     if data.labels is None or int(data.labels.max()) >= classes:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from atdiff.data.captions import CaptionedImages
 from atdiff.errors import UserError
-from atdiff.evaluation.features import cache_folder
-from atdiff.files import write_json, written_aside
+from atdiff.files import cache_folder, write_json, written_aside
 from atdiff.fingerprint import fingerprint
 from atdiff.latent.pipeline import LatentPipeline
 from atdiff.quiet import quiet_libraries
@@ -45,6 +44,7 @@ class LatentData:
         table: each kind of condition by name, with a row a caption.
         null: the conditions of no prompt, with one row.
         skipped: name and reason of each image that could not be read and was left out.
+        content: hash of the pixels and captions that these are of, in their order.
     """
 
     name: str
@@ -54,6 +54,7 @@ class LatentData:
     table: Mapping[str, np.ndarray]
     null: Mapping[str, np.ndarray]
     skipped: tuple[tuple[str, str], ...] = ()
+    content: str = ""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -63,6 +64,10 @@ class LatentData:
         """Channels, height and width of the latents."""
         channels, height, width = self.latents.shape[1:]
         return channels, height, width
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""
+        return self.content
 
     def x0(self, indices: Tensor) -> Tensor:
         """Return the latents at ``indices``, shape ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
@@ -117,6 +122,8 @@ def latent_data(
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     if folder.exists():
         data = _open(folder, source.name)
+        if data is not None and not data.content:  # an older version wrote it
+            return _with_content(folder, source, data, progress)
         if data is not None:
             source.unreadable.found[:] = data.skipped
             source.unreadable.settle(source.name, len(source))
@@ -125,10 +132,11 @@ def latent_data(
     try:
         with written_aside(folder) as partial, _on(device, latent), quiet_libraries():
             partial.mkdir()
-            captions = _write_latents(partial, source, latent, batch_size, seed, progress)
+            captions, content = _write_latents(partial, source, latent, batch_size, seed, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            write_json(partial / MANIFEST, {"key": parts, "sizes": sizes, "skipped": source.unreadable.found})
+            found = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
+            write_json(partial / MANIFEST, found)
     except UserError as error:
         if "cannot be written" not in str(error):
             raise
@@ -136,6 +144,21 @@ def latent_data(
     data = _open(folder, source.name)
     assert data is not None, folder
     return data
+
+
+def _with_content(folder: Path, source: CaptionedImages, data: LatentData, progress: bool) -> LatentData:
+    """Read the images once more for their hash, and keep it."""
+    digest = hashlib.sha256()
+    for pair in _tracked(source, "reading images", len(source), progress):
+        _take_in(digest, *pair)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, {**manifest, "content": digest.hexdigest()})
+    return replace(data, content=digest.hexdigest())
+
+
+def _take_in(digest: hashlib._Hash, image: Tensor, caption: str) -> None:
+    digest.update(repr((tuple(image.shape), caption)).encode())
+    digest.update(image.contiguous().numpy().data)
 
 
 def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
@@ -170,13 +193,14 @@ def _open(folder: Path, name: str) -> LatentData | None:
         captions = json.loads((folder / "captions.json").read_text())
         latents, caption_ids = arrays["latents"], arrays["caption_ids"]
         skipped = tuple((name, reason) for name, reason in manifest["skipped"])
+        content = manifest.get("content", "")
         if found != manifest["sizes"] or len(latents) != len(caption_ids):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     table = {key.removeprefix("caption-"): rows for key, rows in arrays.items() if key.startswith("caption-")}
     null = {key.removeprefix("null-"): rows for key, rows in arrays.items() if key.startswith("null-")}
-    return LatentData(name, latents, captions, caption_ids, table, null, skipped)
+    return LatentData(name, latents, captions, caption_ids, table, null, skipped, content)
 
 
 @contextlib.contextmanager
@@ -195,8 +219,9 @@ def _on(device: torch.device | str, latent: LatentPipeline) -> Iterator[None]:
 
 def _write_latents(
     folder: Path, source: CaptionedImages, latent: LatentPipeline, batch_size: int, seed: int, progress: bool
-) -> list[str]:
-    """Encode all images, and return the different captions."""
+) -> tuple[list[str], str]:
+    """Encode all images, and return the different captions and the hash of the content."""
+    digest = hashlib.sha256()
     latents = np.lib.format.open_memmap(
         folder / "latents.npy", mode="w+", dtype=np.float16, shape=(len(source), *latent.latent_shape)
     )
@@ -208,6 +233,7 @@ def _write_latents(
         for i, (image, caption) in enumerate(pairs, done):
             latent.check_image(image.shape, f"image {i} of {source.name}")
             caption_ids[i] = ids.setdefault(caption, len(ids))
+            _take_in(digest, image, caption)
         encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
         latents[done : done + len(pairs)] = _half(encoded, f"the latents of {source.name}")
         done += len(pairs)
@@ -216,7 +242,7 @@ def _write_latents(
         _shorten(folder / "latents.npy", done)
     np.save(folder / "caption_ids.npy", caption_ids[:done])
     write_json(folder / "captions.json", list(ids))
-    return list(ids)
+    return list(ids), digest.hexdigest()
 
 
 def _shorten(file: Path, rows: int) -> None:

@@ -122,6 +122,10 @@ class TextToImage(Denoiser):
             raise UserError(f"class label {label} is not one of {self.source}'s prompts, 0 to {len(self.prompts) - 1}.")
         return torch.full((num,), label)
 
+    def _names(self) -> Sequence[str]:
+        """The classes of a DiT, or the prompts."""
+        return super()._names() if isinstance(self.family, DiT) else self.prompts
+
     def pictures(
         self,
         *,

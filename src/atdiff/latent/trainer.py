@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor
 
-from atdiff.data.captions import load_captioned
+from atdiff.data.captions import CaptionedImages, load_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import write_text
@@ -20,8 +20,10 @@ from atdiff.latent.families import DiT
 from atdiff.latent.generate import PROMPTS_FILE, text_to_image_run
 from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
 from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student, save_student, with_network
+from atdiff.models.classes import remember_classes
 from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
 from atdiff.quiet import quiet_libraries
+from atdiff.runs import data_options
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SchedulerConfig, TrainConfig
@@ -42,6 +44,7 @@ class LatentTrainer(Trainer):
     """
 
     data: LatentData
+    _beside_pixels = "captions"
 
     def _prepare(self) -> None:
         config = self.config
@@ -72,19 +75,36 @@ class LatentTrainer(Trainer):
         labelled = isinstance(self.latent.family, DiT)
         if labelled and config.data.captions:
             raise UserError(f"data.captions are not used: {self.latent.source} is told class labels; leave them out.")
-        self.captioned = load_captioned(
-            config.data.name,
-            split=config.data.split,
-            image_size=self.latent.image_size,
-            channels=self.latent.image_channels,
-            captions=config.data.captions,
-            numbered=labelled,
-            caption_column=config.data.caption_column,
-            limit=config.data.limit,
-            unreadable=config.data.unreadable,
-        )
+        if config.data.channels not in (None, self.latent.image_channels):
+            raise UserError(
+                f"data.channels={config.data.channels} does not fit {self.latent.source}, which takes images of "
+                f"{self.latent.image_channels}; leave it out."
+            )
+        self.captioned = self._captioned()
         if labelled:
             self._check_classes()
+
+    def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages:
+        data = self.config.data
+        size, channels = self.latent.image_size, self.latent.image_channels
+        return load_captioned(
+            data.name,
+            captions=data.captions,
+            numbered=isinstance(self.latent.family, DiT),
+            caption_column=data.caption_column,
+            limit=data.limit,
+            classes=classes,
+            **{**data_options(asdict(self.config)), "image_size": size, "channels": channels},
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of labelled data, in the order of their labels; None for others."""
+        return self.captioned.classes
+
+    def _count(self, classes: tuple[str, ...]) -> None:
+        if classes != self.classes:
+            self.captioned = self._captioned(classes)
 
     def _check(self, config: TrainConfig) -> None:
         """Find the mistakes that the settings alone show, before anything is loaded."""
@@ -152,9 +172,10 @@ class LatentTrainer(Trainer):
     @property
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""
-        data = self.config.data
-        size = data.image_size or (self.latent.image_size if hasattr(self, "latent") else None)
-        return load_data(data.name, split=data.split, image_size=size, unreadable=data.unreadable)
+        options = data_options(asdict(self.config))
+        if hasattr(self, "latent"):
+            options |= {"image_size": self.latent.image_size, "channels": self.latent.image_channels}
+        return load_data(self.config.data.name, **options)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -306,6 +327,8 @@ class LatentTrainer(Trainer):
         return images
 
     def _publish(self, average: Any) -> None:  # noqa: ANN401
+        if isinstance(self.latent.family, DiT):
+            remember_classes(average, self.classes, None)
         save = save_lora if self.config.lora.rank else save_student
         save(self.out / self.published, self.latent, average, self.scheduler)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atdiff.choices import (
+    WHITE,
+    Crop,
     Direction,
     Distance,
     Method,
@@ -44,6 +46,13 @@ class DataConfig:
         name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or the name of a data set on the hub.
         split: which part of it.
         image_size: crop and resize to this many pixels; null expects images of one size.
+        channels: 1 or 3, to convert to greyscale or RGB; null expects images of one kind.
+        crop: how ``image_size`` is had: ``bicubic``, antialiased, or ``adm``, halvings by a box filter before it, as in
+            guided-diffusion.
+        background: the colour that transparent pixels are composed on, a name or ``#rrggbb``; null drops the
+            transparency and shows the colours that are hidden under it.
+        image_column: of a table; default the first that holds images.
+        label_column: of a table, whole numbers or text; default the first of classes.
         flip: mirror half of the images left to right.
         class_conditional: give the labels to the network.
         captions: one a class, which makes text-to-image data of labelled images.
@@ -58,6 +67,11 @@ class DataConfig:
     name: str = "digits"
     split: str = "train"
     image_size: int | None = None
+    channels: int | None = None
+    crop: Crop = "bicubic"
+    background: str | None = WHITE
+    image_column: str | None = None
+    label_column: str | None = None
     flip: bool = False
     class_conditional: bool = False
     captions: list[str] | None = None

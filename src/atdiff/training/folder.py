@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import yaml
 
 from atdiff.errors import UserError
 from atdiff.files import remove_leftovers, write_text
+from atdiff.locate import run_config
 from atdiff.training.config import TrainConfig
 
-__all__ = ["open_run"]
+__all__ = ["BEFORE", "as_begun", "classes_of", "open_run", "stored_data"]
+
+# What settings were before they could be set, where that is not their default.
+BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}}
 
 
 def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:
@@ -30,14 +35,14 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     Raises:
         UserError: the folder is in use by something else or by another configuration.
     """
-    settings = json.loads(json.dumps(asdict(config)))
+    settings = json.loads(json.dumps(asdict(as_begun(config, out))))
     file = out / "config.yaml"
     if not look_only:
         for name in ("config.yaml", "data.json", "metrics.jsonl", "pipeline", "lora", "samples/pass-*"):
             remove_leftovers(out / name)
     if file.is_file():
-        # What a setting was before it could be set is its default.
-        stored = _completed(yaml.safe_load(file.read_text()), TrainConfig())
+        written = run_config(str(out))
+        stored = _completed(written, TrainConfig())
         _forget_old_default(stored, settings)
         if settings["adversary"]["scale"] is None:  # that of the schedule, which the run has written down
             settings["adversary"]["scale"] = stored["adversary"]["scale"]
@@ -51,7 +56,8 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
                 "settings of that run to resume it."
             )
         if longer and not look_only:
-            write_text(file, yaml.safe_dump(settings, sort_keys=False))
+            written["training"]["passes"] = settings["training"]["passes"]
+            write_text(file, yaml.safe_dump(written, sort_keys=False))
         return True
     if out.exists() and (not out.is_dir() or any(not one.name.startswith(f".{file.name}.") for one in out.iterdir())):
         raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
@@ -61,8 +67,43 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     return False
 
 
+def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
+    """Return the settings with which a run was begun: what could not be set then is what it was."""
+    stored = run_config(str(out))
+    before = {
+        section: {name: value for name, value in values.items() if name not in (stored.get(section) or {})}
+        for section, values in BEFORE.items()
+        if stored
+    }
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in before.items()})
+
+
+def stored_data(run: str | Path) -> dict[str, Any]:
+    """Return what a training folder says of its data; nothing where it is none."""
+    file = Path(run) / "data.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the names of the classes of a run in the order of its labels; None where they have none.
+
+    Args:
+        stored: see :func:`stored_data`.
+        now: the names that the data have now: runs that did not store them counted them as text.
+    """
+    if not stored:
+        return None
+    if "classes" not in stored:
+        return None if now is None else tuple(sorted(now))
+    mapping = stored["classes"]
+    return None if mapping is None else tuple(sorted(mapping, key=mapping.__getitem__))
+
+
 def _completed(stored: dict[str, Any], defaults: TrainConfig) -> dict[str, Any]:
+    """Fill in what could not be set when a run was begun: it was the default, but for what BEFORE says."""
     sections = json.loads(json.dumps(asdict(defaults)))
+    for name, values in BEFORE.items():
+        sections[name] |= values
     return {**stored, **{name: {**section, **stored.get(name, {})} for name, section in sections.items()}}
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,15 +21,17 @@ from torch.nn.utils import get_total_norm
 
 from atdiff.adversary import default_scale
 from atdiff.card import has_card, write_card
+from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.files import write_json
+from atdiff.models.classes import remember_classes
 from atdiff.models.presets import build_model
 from atdiff.noise import NoiseSchedule
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.processes import from_main
-from atdiff.runs import open_run, save_pipeline
+from atdiff.runs import data_options, save_pipeline
 from atdiff.sampling.generate import generate, save_images
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import (
@@ -44,6 +46,7 @@ from atdiff.training.checks import LATENT_MODELS, check_config, check_machine
 from atdiff.training.config import OptimizerConfig, TrainConfig
 from atdiff.training.ema import EMA
 from atdiff.training.finite import FiniteSteps
+from atdiff.training.folder import as_begun, classes_of, open_run, stored_data
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.log import MetricsLog
 from atdiff.training.progress import TrainingBar, training_progress
@@ -82,7 +85,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRe
         RunError: the disk failed, or too many steps were not finite; the last good checkpoint is left as it was.
         Stopped: ``stop`` asked for it.
     """
-    trainer = make_trainer(config)
+    trainer = make_trainer(as_begun(config, out))
     trainer.open(out)
     trainer.run(progress=progress, stop=stop)
     return out
@@ -92,6 +95,7 @@ class Trainer:
     """All that one run holds. Building it checks the settings and writes nothing."""
 
     published = "pipeline"  # the folder that a finished run leaves
+    _beside_pixels = "labels"  # what else its data are made of
     sharding: Any  # splits the weights over processes, where asked to
 
     def __init__(self, config: TrainConfig) -> None:
@@ -113,9 +117,10 @@ class Trainer:
         self.scheduler: Any = build_scheduler(config)
         build_objective(config, self.scheduler)
         teacher = build_teacher(config)
-        data = config.data
-        self.data: Any = load_data(data.name, split=data.split, image_size=data.image_size, unreadable=data.unreadable)
+        self.data: Any = load_data(config.data.name, **data_options(asdict(config)))
         num_classes = self._num_classes()
+        if num_classes is not None:
+            self._warn_of_empty_classes(num_classes)
         self.objective: DenoisingObjective | ConsistencyObjective = build_objective(
             config, self.scheduler, num_classes, teacher
         )
@@ -163,6 +168,27 @@ class Trainer:
             )
         return int(self.data.labels.max()) + 1
 
+    def _warn_of_empty_classes(self, count: int) -> None:
+        """Say which classes have no image: the network is told of them, and learns nothing."""
+        empty = (torch.bincount(self.data.labels, minlength=count) == 0).nonzero().flatten().tolist()
+        if empty:
+            names = [str(label) if self.classes is None else repr(self.classes[label]) for label in empty[:5]]
+            warnings.warn(
+                f"{len(empty)} of the {count} classes of {self.data.name} have no image ({', '.join(names)}"
+                f"{', ...' if len(empty) > 5 else ''}): pictures of them will be of nothing.",
+                stacklevel=3,
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of the data, in the order of their labels; None where they have none."""
+        classes: tuple[str, ...] | None = self.data.classes
+        return classes
+
+    def _count(self, classes: tuple[str, ...]) -> None:
+        """Count the classes in another order."""
+        self.data = self.data.with_classes(classes)
+
     def open(self, out: Path) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
         settings = self.config.training
@@ -175,6 +201,7 @@ class Trainer:
         )
         _check_parallelism(self.accelerator.distributed_type)
         self._take_folder(look_only=True)
+        self._count_as_begun()
         if not (out / self.published).is_dir():
             self._read_data()  # What is wrong with it is found before anything is written.
         checkpoint = self._take_folder()
@@ -184,8 +211,7 @@ class Trainer:
         if self.finished:
             return
         self._read_data()
-        if self.accelerator.is_main_process:
-            self._store_data()
+        self._store_data()
         device = self.accelerator.device
         self.network.to(device)
         self.ema, self.sharding = EMA(self.network, settings.ema_decay), None
@@ -215,19 +241,52 @@ class Trainer:
     def _read_data(self) -> None:
         """Read what is too large to read before the folder is known to be good; nothing of images."""
 
+    def _count_as_begun(self) -> None:
+        """Count the classes as the run did when it was begun: earlier versions took numbers for text."""
+        before = classes_of(stored_data(self.out), self.classes)
+        if before is not None and self.classes is not None and sorted(before) == sorted(self.classes):
+            self._count(before)
+
     def _store_data(self) -> None:
-        """Write which data these are, or find that the run had other ones."""
-        file = self.out / "data.json"
-        skipped = [list(one) for one in self.data.skipped]
-        found = {"name": self.data.name, "images": len(self.data), "skipped": skipped}
-        stored = json.loads(file.read_text()) if file.is_file() else found
-        if (stored["images"], len(stored["skipped"])) != (found["images"], len(skipped)):
+        """Write which data these are, or find in all processes that the run had other ones."""
+        found: UserError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self._check_stored_data()
+            except UserError as error:
+                found = error
+        found = from_main(found)
+        if found is not None:
+            raise found
+
+    def _check_stored_data(self) -> None:
+        stored, classes = stored_data(self.out), self.classes
+        found = {
+            "name": self.data.name,
+            "images": len(self.data),
+            "skipped": [list(one) for one in self.data.skipped],
+            "fingerprint": self.data.fingerprint(),
+            "classes": None if classes is None else {name: label for label, name in enumerate(classes)},
+        }
+        remedy = "put the data back as they were, or choose another --out."
+        if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(self.data.skipped)):
             raise UserError(
                 f"{self.out} was trained on {stored['images']} images of {stored['name']}, and now there are "
-                f"{found['images']}: put the data back as they were, or choose another --out."
+                f"{found['images']}: {remedy}"
             )
-        if not file.is_file():
-            write_json(file, found)
+        if stored.get("classes", found["classes"]) != found["classes"]:
+            before = ", ".join(stored["classes"] or ["none"])
+            raise UserError(
+                f"{self.out} was trained on the classes {before} of {stored['name']}, and now they are "
+                f"{', '.join(classes or ['none'])}: {remedy}"
+            )
+        if stored.get("fingerprint", found["fingerprint"]) != found["fingerprint"]:
+            raise UserError(
+                f"{self.out} was trained on {stored['images']} images of {stored['name']}, and now as many have other "
+                f"pixels, {self._beside_pixels} or another order: {remedy}"
+            )
+        if stored != found:
+            write_json(self.out / "data.json", {**stored, **found})
 
     def _take_folder(self, *, look_only: bool = False) -> Path | None:
         """Open the folder in one process, and return in all of them the checkpoint to go on from, or raise in all."""
@@ -289,6 +348,8 @@ class Trainer:
         if show:
             left_out = f", {len(self.data.skipped):,} unreadable ones left out" if self.data.skipped else ""
             print(f"{len(self.data):,} images of {self.data.name}{left_out}")
+            if self.classes is not None:
+                print(class_line(self.classes))
         with self._disk_errors():
             with stop, training_progress(settings.passes, started_at, show) as self._bar:
                 for updates, _ in enumerate(self.passes(), 1):
@@ -590,6 +651,10 @@ class Trainer:
         self.accelerator.end_training()
 
     def _publish(self, average: Any) -> None:  # noqa: ANN401  (any diffusers model)
+        classes = self._num_classes()
+        if classes is not None:
+            null = classes if self.config.objective.label_dropout > 0 else None
+            remember_classes(average, None if self.classes is None else self.classes[:classes], null)
         save_pipeline(self.out / self.published, average, self.scheduler)
 
     def _weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)

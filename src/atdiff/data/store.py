@@ -1,0 +1,221 @@
+"""Where decoded images are held: in memory, or, if they take too much of it, in a file mapped from the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from atdiff.errors import UserError
+from atdiff.files import cache_folder, remove_leftovers, write_json, write_text, written_aside
+from atdiff.fingerprint import fingerprint
+from atdiff.memory import address_space_left, memory_left, processes_here
+
+__all__ = ["Held", "Mapped", "hold"]
+
+MEMORY_SHARE = 0.5  # of what is left: images beyond it are mapped
+FORMAT = 1  # of the folder; older ones are made anew
+PIXELS, MANIFEST = "pixels.bin", "manifest.json"
+
+# Images as they are decoded: their places among the pictures of the source, and uint8 (n, C, H, W).
+Chunks = Iterator[tuple[range, np.ndarray]]
+Unread = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """Images in a file of the cache.
+
+    Attributes:
+        folder: of the file.
+        pixels: the file, uint8 ``(N, C, H, W)``, read as it is asked for.
+    """
+
+    folder: Path
+    pixels: np.memmap
+
+    def tensor(self) -> Tensor:
+        """Return the images, which must not be written to."""
+        with warnings.catch_warnings():  # of torch, that they must not
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.pixels)
+
+    def release(self) -> None:
+        """Give back the memory of what has been read; the system keeps it while nothing else needs the room."""
+        mapping = self.pixels._mmap  # type: ignore[attr-defined]
+        if hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def fingerprint(self, labels: Tensor | None) -> str:
+        """Return the fingerprint of images and labels, which is computed once and kept beside the images."""
+        others = {} if labels is None else {"labels": labels}
+        file = self.folder / f"fingerprint-{fingerprint(others)[:16]}.txt"
+        if file.is_file():
+            return file.read_text().strip()
+        found = fingerprint({"images": self.tensor(), **others}, after_block=self.release)
+        with contextlib.suppress(OSError, UserError):  # where the cache is another's; it is computed again next time
+            write_text(file, f"{found}\n")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Decoded images.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``.
+        kept: the place of each among the pictures of the source.
+        mapped: the file that they are in; None in memory.
+    """
+
+    images: Tensor
+    kept: list[int]
+    mapped: Mapped | None = None
+
+
+def hold(
+    chunks: Callable[[], Chunks], count: int, *, name: str, key: str, unread: Unread, settle: Callable[[], None]
+) -> Held:
+    """Decode images into memory or, beyond a share of what is left of it, into the cache, where they may be already.
+
+    Args:
+        chunks: decodes them; called once, or not at all where the cache has them.
+        count: pictures of the source.
+        name: of the source, for messages.
+        key: what the bytes depend on; empty where they are to stay in memory.
+        unread: the pictures that could not be read; filled from the cache too.
+        settle: refuses or warns of those.
+
+    Raises:
+        UserError: see ``settle``; the disk or the address space does not suffice, or the cache cannot be written.
+    """
+    place = cache_folder() / "images" / hashlib.sha256(repr((FORMAT, key)).encode()).hexdigest()[:16]
+    if key and (place.exists() or place.with_suffix(".lock").exists()):
+        with _lock(place):  # of a process that is writing it
+            found = _open(place, unread)
+        if found is not None:
+            settle()
+            return found
+    decoded = chunks()
+    first = next(decoded, None)
+    if first is None:
+        settle()
+        return Held(torch.empty((0, 1, 1, 1), dtype=torch.uint8), [])
+    shape = first[1].shape[1:]
+    size = count * int(np.prod(shape))
+    if not key or size <= MEMORY_SHARE * memory_left() / processes_here():
+        held = _in_memory(first, decoded, count)
+        settle()
+        return held
+    _check_room(place, size, f"the {count:,} images of {name}, {_gigabytes(size)} once decoded,")
+    with _lock(place):
+        found = _open(place, unread)  # another process may have come first
+        if found is None:
+            _write(place, first, decoded, unread, settle)
+            found = _open(place, unread)
+        else:
+            settle()
+    assert found is not None, place
+    return found
+
+
+def _in_memory(first: tuple[range, np.ndarray], rest: Chunks, count: int) -> Held:
+    """Fill one tensor in place, so that memory peaks at its size."""
+    out, kept = np.empty((count, *first[1].shape[1:]), np.uint8), list[int]()
+    for places, pixels in _joined(first, rest):
+        out[len(kept) : len(kept) + len(pixels)] = pixels
+        kept.extend(places)
+    return Held(torch.from_numpy(out[: len(kept)]), kept)
+
+
+def _joined(first: tuple[range, np.ndarray], rest: Chunks) -> Chunks:
+    yield first
+    yield from rest
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _check_room(place: Path, size: int, what: str) -> None:
+    """Refuse, before it is written, what the disk cannot take or this process cannot map."""
+    if size > address_space_left():
+        raise UserError(
+            f"{what} are too many for this process, which may map {_gigabytes(address_space_left())} more: raise its "
+            "limit (ulimit -v), or lower data.image_size."
+        )
+    parent = next(folder for folder in place.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise UserError(
+            f"{what} do not fit the memory, and {parent} has {_gigabytes(free)} free: free space, set ATDIFF_CACHE to "
+            "a folder that has more, or lower data.image_size."
+        )
+
+
+def _lock(place: Path) -> FileLock:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_suffix(".lock"))
+        with lock:
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{place.parent} cannot be written ({error.strerror}): set ATDIFF_CACHE to a folder that can."
+        ) from error
+    return lock
+
+
+def _write(
+    place: Path, first: tuple[range, np.ndarray], rest: Chunks, unread: Unread, settle: Callable[[], None]
+) -> None:
+    kept: list[int] = []
+    try:
+        remove_leftovers(place)
+        with written_aside(place) as partial:
+            partial.mkdir()
+            # Not through a map, at which a full disk would end the process without a word.
+            with (partial / PIXELS).open("wb") as file:
+                for places, pixels in _joined(first, rest):
+                    file.write(np.ascontiguousarray(pixels).data)
+                    kept.extend(places)
+            settle()
+            shape = [len(kept), *first[1].shape[1:]]
+            np.save(partial / "kept.npy", np.array(kept, np.int64))
+            write_json(partial / MANIFEST, {"shape": shape, "unread": unread})
+    except OSError as error:
+        raise UserError(
+            f"{place} cannot be written ({error.strerror}): free space, or set ATDIFF_CACHE to another folder."
+        ) from error
+
+
+def _open(place: Path, unread: Unread) -> Held | None:
+    """Map what the cache has; None where that is nothing or damaged."""
+    if not place.exists():
+        return None
+    try:
+        manifest = json.loads((place / MANIFEST).read_text())
+        shape = tuple(manifest["shape"])
+        kept = np.load(place / "kept.npy").tolist()
+        if (place / PIXELS).stat().st_size != int(np.prod(shape)) or len(kept) != shape[0]:
+            raise ValueError("of another size")
+        pixels = np.memmap(place / PIXELS, np.uint8, "r", shape=shape)
+        found = [(str(name), str(reason)) for name, reason in manifest["unread"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{place} is damaged ({error}): the images are decoded again.", stacklevel=2)
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    unread[:] = found
+    mapped = Mapped(place, pixels)
+    return Held(mapped.tensor(), kept, mapped)
