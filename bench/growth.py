@@ -4,7 +4,8 @@ python bench/growth.py [--threads 2] [--passes 6] [--pairs 3] [--out bench/resul
 
 Every point is a trainer in a process of its own, with staggered free AT on random pictures held as the trainer holds
 real ones: in memory, or mapped from the disk. Seconds are the least of ``pairs`` blocks; memory is what the process
-takes beyond its imports. An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not grow.
+takes beyond its imports. An exponent is the slope of a straight line through the logarithms: 1 is linear, 0 does not
+grow.
 """
 
 from __future__ import annotations

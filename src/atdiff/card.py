@@ -11,6 +11,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 
 from atdiff.errors import RunError, UserError
 from atdiff.files import write_text
+from atdiff.plain import usage
 from atdiff.runs import run_config
 
 __all__ = ["check_push", "has_card", "model_card", "push_to_hub", "write_card"]
@@ -47,7 +48,7 @@ def model_card(run: Path, repo_id: str = "THIS_REPOSITORY") -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {run.name}",
         _about(config),
-        f"## Use\n```python\n{_usage(config, lora, repo_id)}\n```",
+        f"## Use\n{usage(_published(run), config, repo_id)}",
         _results(run),
         f"## Recipe\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     )
@@ -128,20 +129,6 @@ def _about(config: dict[str, Any]) -> str:
         f"{what} of `{config['data']['name']}`, trained for {training['passes']:,} forward-backward passes of "
         f"{training['batch_size']}{start}, {how}, by atdiff. The weights are averages of decay "
         f"{training['ema_decay']:g}. The method: [Wang et al., ICLR 2025](https://arxiv.org/abs/2502.17099)."
-    )
-
-
-def _usage(config: dict[str, Any], lora: bool, repo_id: str) -> str:
-    if lora:
-        return (
-            "from diffusers import DiffusionPipeline\n\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{config["training"]["init"]}")\n'
-            f'pipeline.load_lora_weights("{repo_id}")'
-        )
-    own = "from atdiff import MLP2DModel  # so that diffusers knows the network\n"
-    return (
-        f"{own if config['model']['name'] == 'mlp' else ''}from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")'
     )
 
 

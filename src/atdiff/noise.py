@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,15 +13,35 @@ from torch import Tensor
 
 from atdiff.errors import UserError
 
-__all__ = ["NoiseSchedule", "divide", "expand", "noise_level"]
+__all__ = ["NoiseSchedule", "divide", "dynamic_mu", "expand", "flow_shift", "noise_level", "own_setting"]
 
 Kind = Literal["vp", "edm", "flow", "function"]
 
 
-def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401  (any diffusers scheduler)
+def own_setting(scheduler: Any, name: str) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+    """Return a setting that the scheduler's own class knows; None of one that only lies in its configuration.
+
+    ``from_config`` keeps the settings of the class that a scheduler was made from, and they are of no effect.
+    """
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return scheduler.config.get(name) if name in known else None
+
+
+def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401
     config = scheduler.config
     name = type(scheduler).__name__
-    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
+    predicts, on_a_line = config.get("prediction_type"), own_setting(scheduler, "use_flow_sigmas")
+    if on_a_line is not None and bool(on_a_line) != (predicts == "flow_prediction"):
+        raise UserError(
+            f"{name} has use_flow_sigmas={on_a_line} and prediction_type={predicts!r}, which contradict each other: "
+            "set use_flow_sigmas=True and prediction_type='flow_prediction' for a flow network, and neither for others."
+        )
+    if own_setting(scheduler, "invert_sigmas"):
+        raise UserError(
+            f"{name} has invert_sigmas=True, where time runs from noise at 0 to data; atdiff reads flows from data at "
+            "0 to noise: set invert_sigmas=False, and train the network that way round."
+        )
+    if "FlowMatch" in name or predicts == "flow_prediction":
         return "flow"
     if "sigma_data" in config and not hasattr(scheduler, "alphas_cumprod"):
         return "edm"
@@ -89,6 +110,50 @@ def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
         )
 
 
+def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
+    """Return ``alpha_t^2`` in float64, and refuse a scheduler that does not take its own from its betas."""
+    exact = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
+    if not torch.allclose(exact, scheduler.alphas_cumprod.double().to(exact.device), rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"{type(scheduler).__name__} has other alphas_cumprod than its betas make "
+            f"(snr_shift_scale={scheduler.config.get('snr_shift_scale')}), and atdiff reads the betas: give them as "
+            "trained_betas of a DDPMScheduler."
+        )
+    return exact
+
+
+def dynamic_mu(scheduler: Any, tokens: int | None = None) -> float | None:  # noqa: ANN401
+    """Return the ``mu`` of a flow scheduler with dynamic shifting for pictures of that many tokens; None for others.
+
+    A line through ``base_shift`` at ``base_image_seq_len`` tokens and ``max_shift`` at ``max_image_seq_len``, with the
+    defaults of diffusers' pipelines (0.5 at 256, 1.15 at 4096), whose ``calculate_shift`` it is.
+
+    Args:
+        scheduler: any diffusers scheduler.
+        tokens: of a picture; None for ``base_image_seq_len``.
+    """
+    if not own_setting(scheduler, "use_dynamic_shifting"):
+        return None
+    config = scheduler.config
+    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low if tokens is None else low + (high - low) * (tokens - base) / (most - base))
+
+
+def flow_shift(scheduler: Any, tokens: int | None = None) -> float:  # noqa: ANN401
+    """Return the ``s`` by which a flow scheduler shifts times in (0, 1] to ``s t / (1 + (s - 1) t)``; 1 for none.
+
+    It is ``shift`` of the flow-matching schedulers and ``flow_shift`` of the solvers (UniPC, DPM-Solver, ...). A
+    dynamic shift is ``exp(mu)``, or ``mu`` where ``time_shift_type`` is ``linear``. (`Esser et al. 2024
+    <https://arxiv.org/abs/2403.03206>`_, eq. 23.) Arguments as in :func:`dynamic_mu`.
+    """
+    mu = dynamic_mu(scheduler, tokens)
+    if mu is not None:
+        return mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
+    shift = own_setting(scheduler, "flow_shift")
+    return float((own_setting(scheduler, "shift") if shift is None else shift) or 1.0)
+
+
 class NoiseSchedule:
     """The forward process ``x_t = alpha_t x0 + sigma_t noise`` of a diffusers scheduler.
 
@@ -110,13 +175,14 @@ class NoiseSchedule:
         scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
             never the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``,
             1 the noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
+        tokens: of a picture, for ``shift`` of a flow scheduler with dynamic shifting; see :func:`dynamic_mu`.
 
     Raises:
         UserError: the scheduler belongs to none of the families, its betas are not as many as its timesteps or not
-            within [0, 1], or a function returns something else than such pairs.
+            within [0, 1], its settings contradict each other, or a function returns something else than such pairs.
     """
 
-    def __init__(self, scheduler: Any) -> None:  # noqa: ANN401
+    def __init__(self, scheduler: Any, tokens: int | None = None) -> None:  # noqa: ANN401
         self._function: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self._alphas_cumprod: Tensor | None = None
         if callable(scheduler) and not hasattr(scheduler, "config"):
@@ -132,11 +198,11 @@ class NoiseSchedule:
         self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
-        shifted = self.kind == "flow" and not config.get("use_dynamic_shifting")  # which depends on the picture's size
-        self.shift = float(config.get("shift") or 1.0) if shifted else 1.0  # of a sampler's steps
+        # Of a sampler's steps and the timesteps of training; a dynamic one depends on the pictures' size.
+        self.shift = flow_shift(scheduler, tokens) if self.kind == "flow" else 1.0
         if self.kind == "vp":
             _check_betas(scheduler)
-            self._alphas_cumprod = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
+            self._alphas_cumprod = _alphas_cumprod(scheduler)
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""

@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    CMStochasticIterativeScheduler,
-    ConsistencyModelPipeline,
-    DDPMPipeline,
-)
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -29,6 +24,7 @@ from atdiff.locate import check_local, hub_failure, hub_location, run_config
 from atdiff.models.call import class_embeddings
 from atdiff.models.classes import class_names, null_label, says_null
 from atdiff.models.inference import DTYPES, prepare_inference
+from atdiff.plain import pipeline_class
 from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
@@ -251,10 +247,9 @@ class Denoiser:
 
 
 def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write a pipeline that plain diffusers opens; the folder appears once it is complete."""
-    kind: Any = ConsistencyModelPipeline if isinstance(scheduler, CMStochasticIterativeScheduler) else DDPMPipeline
+    """Write a pipeline that plain diffusers opens and draws with; the folder appears once it is complete."""
     with written_aside(folder) as aside:
-        pipeline = kind(unet=model, scheduler=scheduler)
+        pipeline = pipeline_class(model, scheduler)(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(aside)
 
 

@@ -39,7 +39,7 @@ from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.evaluation.features import extract, feature_layers, make_extractor
 from atdiff.files import write_bytes, write_json
-from atdiff.models.call import class_embeddings, predict
+from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
@@ -349,9 +349,8 @@ def _frechet(a: Tensor, b: Tensor) -> float:
 
 def _timesteps(denoiser: Denoiser, config: MismatchConfig) -> Tensor:
     """Return the timestep of every evaluation of the network while sampling."""
-    timesteps: Tensor = make_scheduler(
-        config.sampler_for(denoiser.scheduler), denoiser.scheduler, config.steps
-    ).timesteps
+    sampler, tokens = config.sampler_for(denoiser.scheduler), image_tokens(denoiser.model, denoiser.image_shape)
+    timesteps: Tensor = make_scheduler(sampler, denoiser.scheduler, config.steps, tokens=tokens).timesteps
     return timesteps
 
 

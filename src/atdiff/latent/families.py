@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from atdiff.errors import UserError
 from atdiff.models.transformers import FluxDenoiser
+from atdiff.noise import dynamic_mu, flow_shift
 
 __all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class"]
 
@@ -160,14 +160,9 @@ class _Flow(Family):
         return vae.config.shift_factor or 0.0, vae.config.scaling_factor
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
-        """Return ``exp(mu)`` of a scheduler with dynamic shifting, as the pipelines have it for that many tokens."""
-        config = scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return None
-        base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        """Return the dynamic shift that the pipelines have for that many tokens, of 2 x 2 latents each."""
         tokens = latent_shape[1] * latent_shape[2] // 4
-        return math.exp(low + (high - low) * (tokens - base) / (most - base))
+        return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)
 
 
 # Queries, keys, values and outputs of pictures and of text, as in diffusers' train_dreambooth_lora_sd3.py.

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from atdiff.errors import UserError
 
-__all__ = ["check_labels", "class_embeddings", "compute_dtype", "keep_labels", "predict", "unet_kwargs", "unwrapped"]
+__all__ = [
+    "check_labels",
+    "class_embeddings",
+    "compute_dtype",
+    "image_tokens",
+    "keep_labels",
+    "predict",
+    "unet_kwargs",
+    "unwrapped",
+]
 
 ADDED = ("text_embeds", "time_ids")
 PLACES = ("time_ids", "img_ids", "txt_ids")  # sizes and places, embedded in float32 as timesteps are
@@ -159,6 +168,14 @@ def check_labels(
             f"class_labels run from {int(labels.min())} to {int(labels.max())}, and the network knows 0 to "
             f"{known - 1}; count classes from 0, or give the network more class embeddings."
         )
+
+
+def image_tokens(model: Any, shape: tuple[int, int, int]) -> int:  # noqa: ANN401  (any network)
+    """Return the tokens of a picture ``(C, H, W)``, which a dynamic shift goes by: patches of the network's
+    ``patch_size``, or of 2 x 2 pixels, as those of SD3 and Flux, where it has none.
+    """
+    side = int((getattr(model, "config", None) or {}).get("patch_size") or 2)
+    return (shape[1] // side) * (shape[2] // side)
 
 
 def keep_labels(network: nn.Module) -> None:

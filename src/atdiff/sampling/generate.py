@@ -22,7 +22,7 @@ from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.errors import UserError
 from atdiff.files import check_images_path, written_aside
-from atdiff.models.call import class_embeddings, predict
+from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.sampling.corrections import Correction, realign, to_clean
@@ -98,20 +98,21 @@ def denoise_steps(
         x_t = x if schedule.kind == "edm" else inputs
         timesteps = t.to(x.device).expand(len(x))
         seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
+        begins = getattr(scheduler, "state_in_first_order", True)  # a solver of second order may be within a step
         output = predict(model, inputs, seen * scale if scale != 1 else seen, model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
         prediction = correction(prediction, x_t, seen, schedule, prediction_type)
         if seen is not timesteps:
-            prediction, moved = realign(prediction, x_t, seen, timesteps, schedule, prediction_type)
-            x = moved / _scaled(scheduler, torch.ones_like(x[:1]), t)
+            prediction, x_t = realign(prediction, x_t, seen, timesteps, schedule, prediction_type)
+            x = x_t / _scaled(scheduler, torch.ones_like(x[:1]), t)
         if variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)
-        end = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
-        # A solver of second order is between two evaluations where this is false.
-        if correction.moves_steps and getattr(scheduler, "state_in_first_order", True):
+        if correction.moves_steps and begins:
             x0_hat = to_clean(prediction[:, : x.shape[1]], x_t, timesteps, schedule, prediction_type)
-            end = correction.after_step(end, _clipped(x0_hat, scheduler), timesteps, schedule)
-        x = end
+            begun = _clipped(x0_hat, scheduler), timesteps
+        x = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
+        if correction.moves_steps and getattr(scheduler, "state_in_first_order", True):
+            x = correction.after_step(x, *begun, schedule)
         yield x
 
 
@@ -195,13 +196,14 @@ def iter_generate(
     device = torch.device(device) if device is not None else home
     if isinstance(model, nn.Module):
         model.to(device)
-    evaluations = len(make_scheduler(sampler, training_scheduler, steps).timesteps)
+    tokens = image_tokens(model, shape)
+    evaluations = len(make_scheduler(sampler, training_scheduler, steps, tokens=tokens).timesteps)
     image_generators(seed, [num - 1])
     with _evaluating(model), Progress(disable=not progress) as bar:
         task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
 
         def draw(indices: range) -> Tensor:
-            scheduler = make_scheduler(sampler, training_scheduler, steps)
+            scheduler = make_scheduler(sampler, training_scheduler, steps, tokens=tokens)
             generators = image_generators(seed, indices)
             x = randn_tensor((len(indices), *shape), generator=generators, device=device, dtype=dtype)
             x = x * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -24,10 +25,13 @@ from diffusers import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
+from atdiff.noise import NoiseSchedule, dynamic_mu, flow_shift, own_setting
+from atdiff.prediction import to_x0
 
 __all__ = [
     "SAMPLERS",
@@ -150,12 +154,32 @@ class LogSNRHeunScheduler(HeunDiscreteScheduler):
 
 
 class ClippedDDIMScheduler(DDIMScheduler):
-    """DDIM whose noise estimate follows from the clipped ``x0_hat``, as in guided-diffusion.
+    """DDIM whose noise estimate follows from the clipped ``x0_hat``, and whose steps end where the next one begins.
 
     diffusers' default keeps the network's noise beside a clipped ``x0_hat``, so that the two no longer make
     up ``x_t``: in few steps the pictures drift out of range. (`DDIM
-    <https://arxiv.org/abs/2010.02502>`_, eq. 12)
+    <https://arxiv.org/abs/2010.02502>`_, eq. 12) Its steps end ``T // steps`` before they begin, which is
+    where the next one begins with ``leading`` spacing alone.
+
+    Attributes:
+        own: the scheduler whose timesteps are visited; None for those of ``timestep_spacing``.
     """
+
+    own: Any = None
+    config: Any
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    _threshold_sample: Callable[[Tensor], Tensor]
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps; arguments as in diffusers."""
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        timesteps = None if self.own is None else _own_timesteps(self.own, num_inference_steps)
+        # "trailing" counts down in floating point, which now and then makes one timestep too many, -1.
+        self.timesteps = (self.timesteps if timesteps is None else timesteps)[:num_inference_steps].to(device)
+        visited = self.timesteps.tolist()
+        self._next = dict(zip(visited, [*visited[1:], -1], strict=True))
 
     def step(
         self,
@@ -164,11 +188,60 @@ class ClippedDDIMScheduler(DDIMScheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401  (passed on)
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> Any:  # noqa: ANN401
         """Do one step; as in diffusers, but ``use_clipped_model_output`` is true unless said otherwise."""
-        clipped = use_clipped_model_output is not False
-        return super().step(model_output, timestep, sample, eta, clipped, **kwargs)  # type: ignore[misc]
+        acp, end = self.alphas_cumprod[int(timestep)], self._next[int(timestep)]
+        acp_end = self.alphas_cumprod[end] if end >= 0 else self.final_alpha_cumprod
+        alpha, sigma = acp**0.5, (1 - acp) ** 0.5
+        predicts = self.config.prediction_type
+        x0_hat = to_x0(model_output, sample, alpha, sigma, predicts)
+        noise_hat = model_output if predicts == "epsilon" else (sample - alpha * x0_hat) / sigma
+        if self.config.thresholding:
+            x0_hat = self._threshold_sample(x0_hat)
+        elif self.config.clip_sample:
+            x0_hat = x0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if use_clipped_model_output is not False:
+            noise_hat = (sample - alpha * x0_hat) / sigma
+        fresh = eta * ((1 - acp_end) / (1 - acp) * (1 - acp / acp_end)) ** 0.5  # DDIM, eq. 16
+        moved = acp_end**0.5 * x0_hat + (1 - acp_end - fresh**2) ** 0.5 * noise_hat
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            moved = moved + fresh * variance_noise
+        return DDIMSchedulerOutput(moved, x0_hat) if return_dict else (moved, x0_hat)
+
+
+_SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noqa: ANN401  (any diffusers scheduler)
+    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between.
+
+    Raises:
+        UserError: it cannot make as many steps, or some begin at the same timestep.
+    """
+    own = copy.deepcopy(training_scheduler)
+    try:
+        own.set_timesteps(steps)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{type(own).__name__} cannot make {steps} steps ({reason}); use fewer.") from None
+    visited = torch.unique_consecutive(own.timesteps.detach().cpu().double().round().long())
+    visited = visited[visited >= 0]
+    if len(visited) == steps and bool((visited.diff() < 0).all()):
+        return visited
+    for name in _SPACED:
+        if own_setting(training_scheduler, name):
+            raise UserError(
+                f"{type(own).__name__} with {name}=True has no {steps} timesteps that differ; use fewer steps, or the "
+                "sampler ddim-trailing, which has its own."
+            )
+    return None  # those of PNDM's Runge-Kutta steps, of second-order solvers: the spacing says where steps begin
 
 
 class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -206,8 +279,6 @@ _COPIED = (
     "num_train_timesteps", "prediction_type",  # all
     "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",  # vp
     "set_alpha_to_one", "steps_offset",  # ddim
-    "shift", "shift_terminal", "use_dynamic_shifting", "base_shift", "max_shift",  # flow
-    "base_image_seq_len", "max_image_seq_len", "time_shift_type",  # flow
     "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho",  # edm
     "original_inference_steps", "timestep_scaling", "s_noise", "clip_denoised",  # consistency models
 )  # fmt: skip
@@ -225,10 +296,40 @@ def _options(cls: type, training_scheduler: Any) -> dict[str, Any]:  # noqa: ANN
     return options
 
 
-def _flow_heun(training_scheduler: Any) -> Any:  # noqa: ANN401
-    if training_scheduler.config.get("use_dynamic_shifting"):
-        raise UserError("flow-heun has no dynamic shifting, which this network's scheduler uses; use flow-euler.")
-    return _plain(EvenFlowMatchHeunScheduler, training_scheduler)
+# What moves the steps of a flow, and the value that moves nothing; `shift` comes by its own way.
+_FLOW_STEPS: dict[str, Any] = {
+    "use_dynamic_shifting": False, "time_shift_type": "exponential", "shift_terminal": None,
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+    "final_sigmas_type": "zero", "scale_factors": None, "stages": 1,
+}  # fmt: skip
+_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+
+
+def _flow(sampler: str, cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+    """Build a sampler of flows that makes its steps as the network's scheduler says, or refuse what it cannot."""
+    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    is_solver = own_setting(training_scheduler, "flow_shift") is not None
+    options = _options(cls, training_scheduler) | {"shift": flow_shift(training_scheduler)}
+    config = training_scheduler.config
+    options |= {name: config[name] for name in _DYNAMIC if name in known and name in config}
+    for name, neutral in _FLOW_STEPS.items():
+        value = own_setting(training_scheduler, name)
+        if not value or value == neutral:
+            continue
+        # A solver converts the noise levels of its betas, which a flow does not have.
+        if name not in known or (is_solver and name in _SPACED):
+            raise UserError(
+                f"{sampler} cannot make its steps with {name}={value!r}, as this network's "
+                f"{type(training_scheduler).__name__} has it; "
+                + ("use flow-euler." if sampler != "flow-euler" else f"set {name}={neutral!r} in its configuration.")
+            )
+        options[name] = value
+    return cls(**options)
+
+
+def _edm(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+    end = own_setting(training_scheduler, "final_sigmas_type")
+    return cls(**_options(cls, training_scheduler), **({} if end is None else {"final_sigmas_type": end}))
 
 
 def _plain(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
@@ -241,7 +342,14 @@ def _iddpm(training_scheduler: Any) -> Any:  # noqa: ANN401
     return _exact(DDPMScheduler(**options, variance_type=variance_type, timestep_spacing="linspace"))
 
 
-def _ddim(spacing: str, training_scheduler: Any) -> Any:  # noqa: ANN401
+def _ddim(training_scheduler: Any) -> Any:  # noqa: ANN401
+    spacing = own_setting(training_scheduler, "timestep_spacing") or "leading"
+    scheduler = _spaced_ddim(spacing, training_scheduler)
+    scheduler.own = training_scheduler
+    return scheduler
+
+
+def _spaced_ddim(spacing: str, training_scheduler: Any) -> Any:  # noqa: ANN401
     options = _options(ClippedDDIMScheduler, training_scheduler)
     return _exact(ClippedDDIMScheduler(**options, timestep_spacing=spacing))
 
@@ -270,18 +378,18 @@ def _solver(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
 
 _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "iddpm": {"vp": _iddpm},
-    "ddim": {"vp": partial(_ddim, "leading")},
-    "ddim-trailing": {"vp": partial(_ddim, "trailing")},
+    "ddim": {"vp": _ddim},
+    "ddim-trailing": {"vp": partial(_spaced_ddim, "trailing")},
     "dpmsolver++": {
         "vp": partial(_solver, LogSNRDPMSolverScheduler),
-        "edm": partial(_plain, EDMDPMSolverMultistepScheduler),
+        "edm": partial(_edm, EDMDPMSolverMultistepScheduler),
     },
     "sasolver": {"vp": partial(_solver, EvenSASolverScheduler)},
     "unipc": {"vp": partial(_solver, LogSNRUniPCScheduler)},
     "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
-    "flow-euler": {"flow": partial(_plain, EvenFlowMatchEulerScheduler)},
-    "flow-heun": {"flow": _flow_heun},
-    "edm-euler": {"edm": partial(_plain, EDMEulerScheduler)},
+    "flow-euler": {"flow": partial(_flow, "flow-euler", EvenFlowMatchEulerScheduler)},
+    "flow-heun": {"flow": partial(_flow, "flow-heun", EvenFlowMatchHeunScheduler)},
+    "edm-euler": {"edm": partial(_edm, EDMEulerScheduler)},
     "lcm": {"vp": partial(_plain, LCMScheduler)},
     "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
 }
@@ -292,6 +400,8 @@ def make_scheduler(
     sampler: str,
     training_scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
     steps: int,
+    *,
+    tokens: int | None = None,
 ) -> Any:  # noqa: ANN401
     """Return the diffusers scheduler of a sampler, for the noise schedule a network was trained on.
 
@@ -302,7 +412,7 @@ def make_scheduler(
     sampler            schedule  steps                                                   evaluations
     ================== ========= ======================================================= ===============
     ``iddpm``          vp        ancestral, from T - 1 to 0, both visited ("linspace")    steps
-    ``ddim``           vp        eta 0, multiples of T // steps ("leading")              steps
+    ``ddim``           vp        eta 0, where the training scheduler's own steps begin   steps
     ``ddim-trailing``  vp        eta 0, from T - 1 on ("trailing")                       steps
     ``dpmsolver++``    vp, edm   2M, even in logSNR (Karras' spacing for edm)            steps
     ``sasolver``       vp        order 2, stochastic, even in t                          steps
@@ -315,6 +425,11 @@ def make_scheduler(
     ``consistency``    edm       of a consistency model: even on its grid, new noise      steps
     ================== ========= ======================================================= ===============
 
+    Of the training scheduler, ``ddim`` takes all that spaces its steps (``timestep_spacing``, ``steps_offset``,
+    ``use_karras_sigmas``, ...; a ``DDPMScheduler`` unless told otherwise visits multiples of T // steps), and the
+    samplers of flows the shift, static or dynamic, and ``shift_terminal``. What they cannot take they refuse. The
+    other samplers have the steps of the table.
+
     The training scheduler's ``clip_sample`` holds for every vp sampler: where it is true, ``x0_hat`` is
     clipped at each step. Its ``variance_type`` holds for ``iddpm``, the only sampler that uses a learned
     variance.
@@ -323,7 +438,10 @@ def make_scheduler(
         sampler: one of :data:`SAMPLERS`.
         training_scheduler: the scheduler of the network's training; only its configuration and betas are
             read.
-        steps: steps of the sampler, from 1 (2 for ``iddpm`` and ``ddim``) to ``num_train_timesteps``.
+        steps: steps of the sampler, from 1 (2 for ``iddpm`` and, unless spaced otherwise, ``ddim``) to
+            ``num_train_timesteps``.
+        tokens: of a picture, for a dynamic shift; see :func:`atdiff.noise.dynamic_mu`. A pipeline that has its own
+            number sets the timesteps again.
 
     Raises:
         UserError: an unknown sampler, one that does not fit the noise schedule, or steps out of range.
@@ -341,9 +459,11 @@ def make_scheduler(
         )
     scheduler = build(training_scheduler)
     _check_grid(sampler, scheduler, steps)
-    # The shift of a dynamic schedule depends on the size of the pictures, so a pipeline sets the timesteps again.
-    dynamic = {"mu": scheduler.config.base_shift} if scheduler.config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(steps, **dynamic)
+    mu = dynamic_mu(scheduler, tokens)
+    scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+    if not scheduler.timesteps.isfinite().all():
+        terminal = scheduler.config.get("shift_terminal")
+        raise UserError(f"steps={steps} of {sampler} cannot end at shift_terminal={terminal}; use 2 or more.")
     # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.kind == "vp":
@@ -378,8 +498,10 @@ def _check_grid(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN4
 
 def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401
     first, train_steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
-    if first == 0 and train_steps > 1:
-        raise UserError(f"steps={steps} of {sampler} would visit timestep 0 alone; use 2 or more, or dpmsolver++.")
+    if steps == 1 and first <= scheduler.config.get("steps_offset", 0) and train_steps > 1:
+        raise UserError(
+            f"steps={steps} of {sampler} would visit timestep {first} alone; use 2 or more, or ddim-trailing."
+        )
     if first >= train_steps:
         raise UserError(
             f"steps={steps} with steps_offset={scheduler.config.steps_offset} would start at timestep "
