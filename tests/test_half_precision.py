@@ -73,7 +73,8 @@ def drawn_by_diffusers(pipeline: Any, kind: str, guidance: float) -> Tensor:
             **what, num_inference_steps=3, guidance_scale=guidance, generator=image_generators(0, [i]), output_type="pt"
         ).images
     pipeline.scheduler = training
-    return torch.stack([torch.as_tensor(np.asarray(image)) for image in images])
+    stacked = torch.stack([torch.as_tensor(image) for image in images])
+    return stacked if stacked.shape[1] == 3 else stacked.permute(0, 3, 1, 2)  # an older DiTPipeline has channels last
 
 
 def drawn(run: Path, kind: str, guidance: float, **options: Any) -> Tensor:
@@ -246,7 +247,10 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
         "unet": lambda: (small_unet(), (3, 1, 8, 8), {}),
         "mlp": lambda: (MLP2DModel(), (3, 1, 8, 8), {}),
         "adm": lambda: (
-            adm_unet(image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=()),
+            adm_unet(
+                image_size=8, in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, channel_mult=(1,),
+                attention_resolutions=(),
+            ),
             (3, 3, 8, 8),
             {},
         ),

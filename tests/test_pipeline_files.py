@@ -238,6 +238,7 @@ def test_pipelines_with_another_job_are_refused_by_name(
         kind = type(pipeline).__name__
         pipeline.save_pretrained(tmp_path / name)
         words = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "x.npz"), "--num", "1"]
+        capsys.readouterr()  # bars of diffusers
         assert main(["sample", str(tmp_path / name), *words]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"is a {kind}: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline" in line
@@ -319,6 +320,8 @@ def test_the_published_lcms_class_is_taken(sd_folder: Path, tmp_path: Path) -> N
     (tmp_path / "p.txt").write_text("a cat")
     words = ["--prompts", str(tmp_path / "p.txt"), "--num", "1", "--steps", "2", "--out", str(tmp_path / "x.npz")]
     assert main(["sample", str(tmp_path / "lcm"), *words]) == 0
+    other = [*words[:-1], str(tmp_path / "y.npz"), "--sampler", "ddim"]  # whose scheduler knows no grid of LCM
+    assert main(["sample", str(tmp_path / "lcm"), *other]) == 0
 
 
 # ---- what is no pipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from atdiff.errors import UserError
 from atdiff.latent.families import FAMILIES, Family, absent_parts, known_class
@@ -35,14 +35,16 @@ def load_pipeline(source: str, location: str, *, variant: str | None = None, pix
             on something else than the autoencoder's latents.
         Exception: whatever the loaders raise of a folder that is damaged or a hub that does not answer.
     """
-    loader: Any = DiffusionPipeline
     with quiet_libraries():
-        index = dict(loader.load_config(location))
+        index = dict(DiffusionPipeline.load_config(location))
         _check_index(source, location, index, pixels)
         options: dict[str, Any] = {"safety_checker": None, **absent_parts(index)}
         if "requires_safety_checker" in index:
             options["requires_safety_checker"] = False
         chosen = choose_variant(source, file_names(location), index, variant)
+        # The parts of an LCM are those of Stable Diffusion, whose pipeline takes every scheduler.
+        is_lcm = class_name(index) == "LatentConsistencyModelPipeline"
+        loader: Any = StableDiffusionPipeline if is_lcm else DiffusionPipeline
         pipeline = loader.from_pretrained(location, variant=chosen, **options)
         pipeline.to(torch.float32)
     family = FAMILIES.get(known_class(type(pipeline), FAMILIES) or "")

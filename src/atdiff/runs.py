@@ -270,7 +270,7 @@ def load_denoiser(
     """
     config = run_config(run)
     is_lora = (config.get("lora") or {}).get("rank")
-    options = {} if config or variant is None else {"variant": variant}
+    options: dict[str, Any] = {} if config or variant is None else {"variant": variant}
     pipeline = _lora_pipeline(run, config) if is_lora else _pipeline(run, **options)
     from atdiff.latent.families import FAMILIES, known_class
 

@@ -107,7 +107,8 @@ def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
     Flux rounds both to the type of its tokens first: under autocast to bfloat16, 999 becomes 1000. The sinusoids of the
     float32 values are rounded after that like every other activation.
     """
-    if isinstance(network, FluxTransformer2DModel) and _keep_given not in network._forward_pre_hooks.values():
+    is_flux = isinstance(network, FluxTransformer2DModel)
+    if is_flux and _keep_given not in network._forward_pre_hooks.values():
         network.register_forward_pre_hook(_keep_given, with_kwargs=True)
         network.time_text_embed.register_forward_pre_hook(_put_back)
 
