@@ -370,9 +370,9 @@ def _sample(args: argparse.Namespace) -> None:
 
     check_images_path(args.out)
     _check_one(args)
-    check_drawing(precision=args.precision, **_drawn(args))
+    check_drawing(precision=args.precision, guidance_scale=args.guidance_scale, **_drawn(args))
     prompts = _prompts(args.prompts)
-    check_runs([args.run], with_data=False)
+    check_runs([args.run], with_data=False, variant=args.variant)
     from atdiff.latent.generate import TextToImage
     from atdiff.processes import is_main
     from atdiff.runs import load_denoiser
@@ -478,7 +478,7 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, A
         "guidance_scale": args.guidance_scale,
         "variant": args.variant,
     }
-    drawn = {name: options[name] for name in ("steps", "num", "seeds", "corrections", "precision")}
+    drawn = {name: options[name] for name in ("steps", "num", "seeds", "corrections", "precision", "guidance_scale")}
     check_drawing(samplers=options["samplers"] or (), **drawn)
     # A file that is there may hold all that is asked for.
     networks = {"with_networks": not args.out.exists(), "with_prompts": args.prompts is not None}
@@ -492,7 +492,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     options = _evaluation(args, _list(args.seeds, int, "--seeds"))
     read_cells(args.out)
-    check_runs(args.runs, args.data, with_data=not args.out.exists())
+    check_runs(args.runs, args.data, with_data=not args.out.exists(), variant=args.variant)
     from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
     from atdiff.evaluation.progress import cell_progress
     from atdiff.processes import is_main
@@ -522,7 +522,7 @@ def _compare(args: argparse.Namespace) -> None:
     asked |= args.precision != "no" or args.guidance_scale is not None or args.variant is not None
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     options = _evaluation(args, (0,)) if asked or not studied else None
-    check_runs([one.run for one in runs], args.data)
+    check_runs([one.run for one in runs], args.data, variant=args.variant)
     check_arms(runs, args.baseline, unequal_passes=args.unequal_passes)
     from atdiff.compare import compare_runs
     from atdiff.evaluation.evaluate import EvaluationConfig
@@ -554,7 +554,7 @@ def _mismatch(args: argparse.Namespace) -> None:
     entries = read_entries(args.out / "mismatch.json")
     weights = _weights(args.weights, args.extractor)
     check_metrics_of(("fid",), args.extractor, weights, with_networks=not entries)
-    check_runs(args.runs, args.data, with_data=not entries)
+    check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.evaluation.progress import cell_progress
 
@@ -586,7 +586,7 @@ def _robustness(args: argparse.Namespace) -> None:
     check_measured(args.norm, args.target)
     check_drawing(num=args.num, seeds=(args.seed,))
     entries = read_entries(args.out / "robustness.json")
-    check_runs(args.runs, args.data, with_data=not entries)
+    check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs
     from atdiff.evaluation.progress import cell_progress
     from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs

@@ -101,7 +101,8 @@ def _shared(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = (
         "sampler", "steps", "correction", "num", "seed", "sample_seed", "extractor", "reference", "weights", "dtype",
     )  # fmt: skip
-    found = {name: list(dict.fromkeys(cell.get(name) for cell in cells)) for name in names}
+    of_latents = (name for name in ("guidance_scale", "prompts", "variant") if any(name in cell for cell in cells))
+    found = {name: list(dict.fromkeys(cell.get(name) for cell in cells)) for name in (*names, *of_latents)}
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 

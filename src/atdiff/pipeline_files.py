@@ -17,6 +17,7 @@ __all__ = [
     "LATENTS",
     "PIXELS",
     "check_class",
+    "check_variant",
     "choose_variant",
     "class_name",
     "file_names",
@@ -173,6 +174,22 @@ def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any]
         )
     warnings.warn(f"{source} has weights of the variant {usable[0]!r} alone: they are taken.", stacklevel=2)
     return usable[0]
+
+
+def check_variant(run: str, variant: str | None) -> None:
+    """Find out that a pipeline folder has the variant that is asked for; the hub is not asked, and None is fine.
+
+    Raises:
+        UserError: as :func:`choose_variant`.
+    """
+    folder = Path(run).expanduser()
+    if variant is None or (folder / "config.yaml").is_file():
+        return
+    try:
+        index = dict(json.loads((folder / INDEX).read_text()))
+    except (OSError, ValueError, TypeError):
+        return
+    choose_variant(run, file_names(str(folder)), index, variant)
 
 
 def _listed(variants: Sequence[str], *, plain: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_args
 from atdiff.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.errors import UserError
 from atdiff.locate import check_data, check_hub, check_run, check_weights, run_config
+from atdiff.pipeline_files import check_variant
 from atdiff.recipe import Recipe, resolve
 from atdiff.specs import parse_correction
 from atdiff.training.config import TrainConfig
@@ -43,6 +45,7 @@ def check_train(config: TrainConfig, out: Path) -> None:
     for source in (config.training.init, config.consistency.teacher):
         if source is not None:
             check_run(source)
+            check_variant(source, config.model.variant)
 
 
 def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
@@ -77,6 +80,7 @@ def check_drawing(
     seeds: Sequence[int] = (),
     corrections: Sequence[str] = (),
     precision: str = "no",
+    guidance_scale: float | None = None,
 ) -> None:
     """Find samplers and corrections that do not exist, and numbers out of range.
 
@@ -95,21 +99,27 @@ def check_drawing(
         parse_correction(correction)
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+    if guidance_scale is not None and not 0.0 <= guidance_scale < math.inf:
+        raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
 
 
-def check_runs(runs: Sequence[str], data: str | None = None, *, with_data: bool = True) -> None:
+def check_runs(
+    runs: Sequence[str], data: str | None = None, *, with_data: bool = True, variant: str | None = None
+) -> None:
     """Find runs that are not there, and the images that they are measured against.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         data: the data set that the user named; None for what each run was trained on.
         with_data: whether the images are needed at all.
+        variant: of the weights of pipelines that the user asked for.
 
     Raises:
         UserError: one of them cannot be had.
     """
     for run in runs:
         check_run(run)
+        check_variant(run, variant)
     if not with_data:
         return
     trained_on = (data or (run_config(run).get("data") or {}).get("name") for run in runs)

@@ -23,6 +23,7 @@ def check_config(config: TrainConfig) -> None:
     _check_training(config)
     _check_optimizer(config)
     _check_batch(config)
+    _check_guidance(config)
     _check_adversary(config)
     if config.model.name not in LATENT_MODELS:
         _check_pixels(config)
@@ -54,6 +55,15 @@ def check_machine(config: TrainConfig) -> None:
                 f"training.tracker={settings.tracker!r} is not installed; installed are: "
                 f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
             )
+
+
+def _check_guidance(config: TrainConfig) -> None:
+    scale = config.consistency.sample_guidance
+    if scale is not None and not 0.0 <= scale < math.inf:
+        raise UserError(
+            f"consistency.sample_guidance={scale} must be finite and 0 or more: 0 and 1 are no guidance; null for that "
+            "of the network."
+        )
 
 
 def _check_training(config: TrainConfig) -> None:
