@@ -23,6 +23,7 @@ from atdiff.models.guided_diffusion import (
     convert_state_dict,
     import_adm,
     infer_arch,
+    published_noise,
     read_adm_checkpoint,
 )
 
@@ -368,6 +369,33 @@ def test_published_checkpoints_need_no_arguments(arch: dict[str, Any]) -> None:
     defaults = {"dropout": 0.0, "num_classes": None, "use_new_attention_order": False}
     assert found == defaults | arch
     assert {key: value.shape for key, value in converted.items()} == {k: v.shape for k, v in expected.items()}
+
+
+# From the flags in the READMEs of guided-diffusion, improved-diffusion and DDPM-IP.
+@pytest.mark.parametrize(
+    ("channels", "blocks", "mult", "updown", "noise"),
+    [
+        (192, 3, (1, 2, 3, 4), True, ("cosine", 1000)),  # ImageNet-64
+        (256, 2, (1, 1, 2, 3, 4), True, ("linear", 1000)),  # ImageNet-128
+        (256, 2, (1, 1, 2, 2, 4, 4), True, ("linear", 1000)),  # ImageNet-256 and LSUN
+        (256, 2, (0.5, 1, 1, 2, 2, 4, 4), True, ("linear", 1000)),  # ImageNet-512
+        (128, 3, (1, 2, 2, 2), True, ("cosine", 1000)),  # CIFAR-10 of ADM-IP
+        (256, 3, (1, 1, 2, 3, 4), True, ("cosine", 1000)),  # FFHQ-128 of ADM-IP
+        (128, 3, (1, 2, 2, 2), False, ("cosine", 1000)),  # CIFAR-10 of improved-diffusion
+        (192, 3, (1, 2, 3, 4), False, ("cosine", 4000)),  # class-conditional ImageNet-64 of improved-diffusion
+        (128, 2, (1, 1, 2, 2, 4, 4), False, ("linear", 1000)),  # LSUN bedroom of improved-diffusion
+        (128, 2, (1, 2, 2, 2), True, None),
+        (128, 3, (1, 2, 2), True, None),
+    ],
+)
+def test_published_architectures_carry_their_betas(
+    channels: int, blocks: int, mult: tuple[float, ...], updown: bool, noise: tuple[str, int] | None
+) -> None:
+    arch = ADM_CIFAR10 | {"model_channels": channels, "num_res_blocks": blocks, "channel_mult": mult}
+    arch |= {"resblock_updown": updown, "attention_resolutions": (8,)}
+    with torch.device("meta"):
+        assert published_noise(adm_unet(**arch)) == noise
+        assert published_noise(adm_unet(**(arch | {"num_heads": 4, "num_head_channels": -1}))) == noise
 
 
 def test_the_cifar10_network_has_the_published_size() -> None:

@@ -186,13 +186,21 @@ def test_samplers_default_to_what_fits(tmp_path: Path) -> None:
     assert [cell["sampler"] for cell in json.loads(cells.read_text())] == ["flow-euler"]
 
 
-def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(tmp_path: Path) -> None:
+def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     golden = np.load(DATA / "guided_unet.npz")
     out = tmp_path / "adm"
-    assert main(["import-adm", str(DATA / "guided_unet.npz"), "--out", str(out)]) == 0
+    words = ["import-adm", str(DATA / "guided_unet.npz"), "--out", str(out)]
+    assert main(words) == 2  # no network of its widths is published, and the file does not tell its betas
+    assert "give its --noise-schedule, linear or cosine" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*words, "--noise-schedule", "linear"]) == 0
+    assert "linear betas of 1000 timesteps (as given)" in capsys.readouterr().out
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert type(pipeline.unet) is UNet2DModel
     assert pipeline.scheduler.config.variance_type == "learned_range"
+    torch.testing.assert_close(pipeline.scheduler.betas, torch.linspace(1e-4, 0.02, 1000))
     with torch.no_grad():
         found = pipeline.unet(torch.from_numpy(golden["x"]), torch.from_numpy(golden["t"])).sample
     torch.testing.assert_close(found, torch.from_numpy(golden["out"]), rtol=1e-5, atol=1e-5)

@@ -228,7 +228,12 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
 
 def _add_import_adm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a .pt, .safetensors or .npz state dict")
-    parser.add_argument("--noise-schedule", choices=("linear", "cosine"), default="cosine")
+    parser.add_argument(
+        "--noise-schedule",
+        "--beta-schedule",
+        choices=("linear", "cosine"),
+        help="of its training; default: the published one",
+    )
     parser.add_argument("--image-size", type=int, help="what the weights do not tell; default: the published one")
     parser.add_argument("--num-heads", type=int, help="likewise")
     parser.add_argument("--num-head-channels", type=int, help="likewise")
@@ -626,7 +631,7 @@ def _import_adm(args: argparse.Namespace) -> None:
         raise UserError(f"{args.file} does not exist: expected a .pt, .safetensors or .npz state dict.")
     from diffusers import DDPMScheduler
 
-    from atdiff.models.guided_diffusion import import_adm
+    from atdiff.models.guided_diffusion import import_adm, published_noise
     from atdiff.runs import save_pipeline
 
     model: Any = import_adm(
@@ -636,13 +641,25 @@ def _import_adm(args: argparse.Namespace) -> None:
         num_head_channels=args.num_head_channels,
         use_new_attention_order=args.new_attention_order,
     )
+    known = published_noise(model)
+    if known is None and args.noise_schedule is None:
+        raise UserError(
+            f"{args.file} does not tell the betas that it was trained with, and no network of its widths and blocks is "
+            "published: give its --noise-schedule, linear or cosine."
+        )
+    published, steps = known or (None, 1000)
+    betas = args.noise_schedule or published
     learned = model.config.out_channels == 2 * model.config.in_channels
     scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2" if args.noise_schedule == "cosine" else "linear",
+        steps,
+        beta_schedule="squaredcos_cap_v2" if betas == "cosine" else "linear",
+        beta_start=0.1 / steps,
+        beta_end=20.0 / steps,
         variance_type="learned_range" if learned else "fixed_large",
     )
     save_pipeline(args.out, model, scheduler)
-    print(f"{args.out} holds the pipeline.")
+    source = "as given" if args.noise_schedule else "those of the published networks of this architecture"
+    print(f"{args.out} holds the pipeline, with {betas} betas of {steps} timesteps ({source}).")
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,12 +17,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
+from diffusers.configuration_utils import FrozenDict
 
+from atdiff.locate import hub_location, run_config
 from atdiff.noise import NoiseSchedule, dynamic_mu, flow_shift
 
 __all__ = ["pipeline_class", "usage"]
 
 IMAGES, STEPS = 4, 10  # that a card draws; consistency models take 4 steps
+# What adapters are put on: a network that is not told the guidance scale, but for Flux.1 dev.
+UNTOLD = {"time_cond_proj_dim": None, "guidance_embeds": True}
 GENERATORS = f"[torch.Generator().manual_seed(i) for i in range({IMAGES})]"
 
 
@@ -225,13 +230,12 @@ def _text_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any]
     family = str(index["_class_name"])
     part = "unet" if index.get("unet") else "transformer"
     network = json.loads((folder / part / "config.json").read_text())
-    told = bool(network.get("time_cond_proj_dim") or network.get("guidance_embeds"))
     scheduler = _scheduler(folder, index)
     names, swap = _few_steps(scheduler, family)
     return (
         f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{_absent(index)})\n{swap}'
-        f"{_text_call(config, family, scheduler, told)}"
+        f"{_text_call(config, family, scheduler, network)}"
     )
 
 
@@ -247,23 +251,24 @@ def _lora_code(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
             {"LCMScheduler"},
             f'pipeline.scheduler = LCMScheduler.from_pretrained("{repo_id}", subfolder="scheduler")\n',
         )
-    told = family == "FluxPipeline"
     return (
         f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("{base}"{_absent(index)})\n'
         f'pipeline.load_lora_weights("{repo_id}")\n{swap}'
-        f"{_text_call(config, family, scheduler, told)}"
+        f"{_text_call(config, family, scheduler, UNTOLD)}"
     )
 
 
 def _index_of(run: Path) -> Mapping[str, Any]:
     """Return the ``model_index.json`` of the pipeline that a run started from, as far as its folder or the hub tell."""
-    from atdiff.runs import run_config  # imports this module
-
-    source = Path(run_config(str(run))["training"]["init"])
-    source = source / "pipeline" if (source / "config.yaml").is_file() else source
+    source = run_config(str(run))["training"]["init"]
+    folder = Path(source).expanduser()
+    if folder.exists():
+        location = str(folder / "pipeline" if (folder / "config.yaml").is_file() else folder)
+    else:
+        location = hub_location(source, "model")
     try:
-        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(str(source))
+        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(location)
     except Exception:  # of the hub and its network stack: the card can do without
         return {"_class_name": "StableDiffusionPipeline"}
     return index
@@ -287,7 +292,19 @@ def _few_steps(scheduler: Any, family: str) -> tuple[set[str], str]:  # noqa: AN
     return set(), f"pipeline.scheduler.sigma_min = 1 / {STEPS}  # even steps, the last one to the image\n"
 
 
-def _text_call(config: Mapping[str, Any], family: str, scheduler: Any, told: bool) -> str:  # noqa: ANN401
+def _text_call(
+    config: Mapping[str, Any],
+    family: str,
+    scheduler: Any,  # noqa: ANN401
+    network: Mapping[str, Any],
+) -> str:
+    from atdiff.latent.families import FAMILIES  # imports transformers
+    from atdiff.latent.generate import usual_guidance_scale
+
+    made_for = SimpleNamespace(config=FrozenDict(network))
+    guidance = usual_guidance_scale(
+        "", config, FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]), made_for, scheduler
+    )
     data = config["data"]
     asked = list(data.get("captions") or [])
     prompts = [asked[i % len(asked)] for i in range(IMAGES)] if asked else ["a photo"] * IMAGES
@@ -300,20 +317,6 @@ def _text_call(config: Mapping[str, Any], family: str, scheduler: Any, told: boo
         options += "" if tokens is None else f", max_sequence_length={tokens}"
     return (
         f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"
-        f"    num_inference_steps={steps}, guidance_scale={_guidance(config, family, scheduler, told):g}{options},\n"
+        f"    num_inference_steps={steps}, guidance_scale={guidance:g}{options},\n"
         f"    generator=generators,\n).images"
     )
-
-
-def _guidance(config: Mapping[str, Any], family: str, scheduler: Any, told: bool) -> float:  # noqa: ANN401
-    """Return the scale that a run is drawn with; none on top of a distilled network that is not told the scale."""
-    from atdiff.latent.families import FAMILIES  # imports transformers
-
-    trained = config["consistency"]
-    usual = FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]).guidance_scale
-    if trained["sample_guidance"] is not None:
-        return float(trained["sample_guidance"])
-    if trained["mode"] == "none":
-        return usual if told or family != "FluxPipeline" else 1.0
-    low, high = trained["guidance"]
-    return float(min(max(usual, low), high)) if told else 1.0

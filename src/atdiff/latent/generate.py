@@ -25,7 +25,7 @@ from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import _check_request, _finished, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 
-__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
+__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run", "usual_guidance_scale"]
 
 PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
@@ -225,7 +225,7 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         config,
         tuple(captions),
         pipeline=pipeline,
-        guidance_scale=_guidance_scale(source, config, family, network, pipeline.scheduler),
+        guidance_scale=usual_guidance_scale(source, config, family, network, pipeline.scheduler),
     )
 
 
@@ -235,7 +235,7 @@ def prompts_name(prompts: Sequence[str]) -> str:
     return f"{len(prompts)} (sha256 {digest[:12]})"
 
 
-def _guidance_scale(
+def usual_guidance_scale(
     source: str,
     config: Mapping[str, Any],
     family: Family,

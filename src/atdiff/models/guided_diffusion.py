@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -40,6 +40,7 @@ __all__ = [
     "convert_state_dict",
     "import_adm",
     "infer_arch",
+    "published_noise",
     "read_adm_checkpoint",
 ]
 
@@ -76,6 +77,23 @@ _PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], dict[str, Any]] = {
     },
     (128, 3, (1, 2, 2, 2), False): {"image_size": 32, "num_heads": 4},
     (128, 3, (1, 2, 3, 4), False): {"num_heads": 4},
+    (192, 3, (1, 2, 3, 4), False): {"num_heads": 4},
+    (128, 2, (1, 1, 2, 2, 4, 4), False): {"num_heads": 1},
+}
+
+# Betas and number of timesteps of all that is published of such a network, by the same key and from the same READMEs.
+# The 4,000 steps of the other networks of improved-diffusion are told to them as times of 1,000.
+_NOISE: dict[tuple[int, int, tuple[float, ...], bool], tuple[Literal["linear", "cosine"], int]] = {
+    (128, 3, (1, 2, 2, 2), True): ("cosine", 1000),  # CIFAR-10, ImageNet-32 (ADM-IP, -ES, -AT)
+    (192, 3, (1, 2, 3, 4), True): ("cosine", 1000),  # ImageNet-64, CelebA-64, LSUN tower
+    (256, 3, (1, 1, 2, 3, 4), True): ("cosine", 1000),  # FFHQ-128
+    (256, 2, (1, 1, 2, 3, 4), True): ("linear", 1000),  # ImageNet-128
+    (256, 2, (1, 1, 2, 2, 4, 4), True): ("linear", 1000),  # ImageNet-256, LSUN
+    (256, 2, (0.5, 1, 1, 2, 2, 4, 4), True): ("linear", 1000),  # ImageNet-512
+    (128, 3, (1, 2, 2, 2), False): ("cosine", 1000),  # CIFAR-10 of improved-diffusion
+    (128, 3, (1, 2, 3, 4), False): ("cosine", 1000),  # ImageNet-64 of improved-diffusion
+    (192, 3, (1, 2, 3, 4), False): ("cosine", 4000),  # the class-conditional one
+    (128, 2, (1, 1, 2, 2, 4, 4), False): ("linear", 1000),  # LSUN bedroom of improved-diffusion
 }
 
 _STEM = {
@@ -338,6 +356,20 @@ def import_adm(path: Path, arch: Mapping[str, Any] | None = None, **overrides: A
     unet = adm_unet(**arguments)
     unet.load_state_dict(converted, strict=True)
     return unet.eval()
+
+
+def published_noise(unet: UNet2DModel) -> tuple[Literal["linear", "cosine"], int] | None:
+    """Return the betas and the number of timesteps that all published networks of an architecture were trained with.
+
+    Weights do not tell them. None where no network of these widths and blocks is published, or the network is shown
+    more than ``x_t`` (the upsamplers).
+    """
+    config: Any = unet.config
+    channels = unet.time_embedding.linear_1.in_features
+    if config.in_channels != 3:
+        return None
+    factors = tuple(width / channels for width in config.block_out_channels)  # 1.0 is the key 1, too
+    return _NOISE.get((channels, config.layers_per_block, factors, config.downsample_type == "resnet"))
 
 
 def _architecture(arch: Mapping[str, Any]) -> ADMArchitecture:

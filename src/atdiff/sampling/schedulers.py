@@ -459,11 +459,13 @@ def make_scheduler(
         )
     scheduler = build(training_scheduler)
     _check_grid(sampler, scheduler, steps)
+    if steps == 1 and scheduler.config.get("shift_terminal"):
+        terminal = scheduler.config.shift_terminal
+        raise UserError(
+            f"steps=1 of {sampler} cannot both begin at noise and at shift_terminal={terminal}; use 2 or more."
+        )
     mu = dynamic_mu(scheduler, tokens)
     scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
-    if not scheduler.timesteps.isfinite().all():
-        terminal = scheduler.config.get("shift_terminal")
-        raise UserError(f"steps={steps} of {sampler} cannot end at shift_terminal={terminal}; use 2 or more.")
     # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.kind == "vp":

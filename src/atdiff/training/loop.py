@@ -25,9 +25,10 @@ from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.files import write_json
+from atdiff.models.call import image_tokens
 from atdiff.models.classes import remember_classes
 from atdiff.models.presets import build_model
-from atdiff.noise import NoiseSchedule
+from atdiff.noise import NoiseSchedule, flow_shift
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.processes import from_main
@@ -132,6 +133,9 @@ class Trainer:
             learned_variance=config.objective.variance == "learned_range",
             num_class_embeds=None if num_classes is None else num_classes + int(dropout),
         )
+        sampler: Any = getattr(self.objective, "timestep_sampler", None)
+        if hasattr(sampler, "shift"):  # which may depend on the size of the images
+            sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
         if config.training.init is not None:
             load_initial_weights(self.network, config.training.init, config.model.variant)
 
