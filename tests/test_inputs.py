@@ -93,13 +93,14 @@ def test_other_names_of_a_prediction(scheduler: Any, word: Any, means: str) -> N
         (EDMEulerScheduler(), "v"),
         (lambda t: (1 - t, t), "v"),
         (lambda t: (1 - t, t), "edm"),
+        (FLOW(), 5),
     ],
 )
 def test_names_that_do_not_fit_are_refused(scheduler: Any, word: Any) -> None:
     if not word:
         assert DenoisingObjective(scheduler, word).prediction_type == "epsilon"
         return
-    with pytest.raises(UserError, match=f"prediction_type='{word}' does not fit .*; expected '"):
+    with pytest.raises(UserError, match=f"prediction_type={word!r} does not fit .*; expected '"):
         DenoisingObjective(scheduler, word)
 
 
@@ -129,6 +130,7 @@ def image_mistakes() -> list[tuple[Any, str]]:
         ({"images": x0}, "x0 is of type dict"),
         (x0[:0], "x0 has the shape (0, 1, 8, 8)"),
         (torch.zeros(4), "x0 has the shape (4,)"),
+        (torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "with channels last; use x0.permute(0, 3, 1, 2)"),
         (torch.tensor(0.0), "x0 has the shape ()"),
         (x0.index_fill(0, torch.tensor([1]), float("nan")), "x0 runs from nan to nan"),
         (x0.index_fill(0, torch.tensor([1]), float("inf")), "expected finite values"),
@@ -142,6 +144,11 @@ def test_images_of_no_clear_meaning_are_refused(make: Callable[..., Any], x0: An
         list(Adversary(passes=1).passes(make(), half, x0))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_image_is_no_batch() -> None:
+    with pytest.raises(UserError, match=r"the images are \(1, 8, 8\), expected \(B, C, H, W\)"):
+        next(Adversary(passes=1).passes(denoising(), unet(), images()[0]))
 
 
 def batch_mistakes() -> list[tuple[dict[str, Any], str]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
@@ -40,10 +41,12 @@ def predict(
     of ``x_t``; timesteps stay as they are.
 
     Raises:
-        UserError: the model returns something else.
+        UserError: the model returns something else, or is a U-Net of images and ``x_t`` is one image.
     """
     network: Any = unwrapped(model)
     kind: Any = type(network)
+    if x_t.ndim == 3 and isinstance(network, ConfigMixin) and isinstance(getattr(network, "conv_in", None), nn.Conv2d):
+        raise UserError(f"the images are {tuple(x_t.shape)}, expected (B, C, H, W); add the batch by x0[None].")
     dtype = compute_dtype(network)
     cast = dtype is not None and dtype != x_t.dtype
     kwargs = unet_kwargs(_cast(conditions or {}, dtype))

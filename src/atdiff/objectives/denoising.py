@@ -339,7 +339,7 @@ def resolve_prediction_type(
         "function": ("epsilon", "sample", "v_prediction", "flow"),
     }[schedule.kind]
     default = valid[0] if schedule.kind != "vp" else scheduler.config.get("prediction_type", "epsilon")
-    word = (prediction_type or default).lower().replace("-", "_")
+    word = str(prediction_type or default).lower().replace("-", "_")
     names = {name for name in ALIASES.get(word, (word,)) if name in valid}
     chosen = names.pop() if len(names) == 1 else prediction_type
     if chosen not in valid:

@@ -29,6 +29,8 @@ def clean_samples(x0: Any) -> Tensor:  # noqa: ANN401
         )
     if x0.ndim < 2 or x0.numel() == 0:
         raise UserError(f"x0 has the shape {tuple(x0.shape)}, expected (B, C, H, W) with one sample or more.")
+    if x0.ndim == 4 and x0.shape[-1] == 3 and min(x0.shape[1:3]) > 4:
+        raise UserError(f"x0 has the shape {tuple(x0.shape)}, with channels last; use x0.permute(0, 3, 1, 2).")
     if x0.dtype == torch.uint8:
         return x0.float() / 127.5 - 1.0
     if not x0.is_floating_point():
