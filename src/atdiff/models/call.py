@@ -118,10 +118,11 @@ def compute_dtype(model: Any) -> torch.dtype | None:  # noqa: ANN401
     network = unwrapped(model)
     if not isinstance(network, nn.Module):
         return None
-    dtype = getattr(network, "dtype", None)  # of diffusers, which knows of layers that are kept in another one
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        return dtype
-    return next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), None)
+    dtype = next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), None)
+    kept = dtype is not None and (dtype.itemsize < 2 or getattr(network, "_keep_in_fp32_modules", None))
+    # Of diffusers, which knows of layers that are stored or kept in another one, and takes a millisecond to find out.
+    own = getattr(network, "dtype", None) if kept else None
+    return own if isinstance(own, torch.dtype) and own.is_floating_point else dtype
 
 
 def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
