@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from atdiff.cli import main
 from atdiff.data import ImageData, load_data, to_uint8
 from atdiff.data.sources import Crop
 from atdiff.errors import UserError
@@ -578,3 +579,24 @@ def test_imagenet_cut_short_is_named(tmp_path: Path) -> None:
     file.write_bytes(whole)
     with pytest.raises(UserError, match=r"train_data_batch_3\.npz cannot be read as an \.npz file"):
         load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["image_column", "label_column"])
+@pytest.mark.parametrize("name", ["digits", "mixture-ring", str(MNIST)])
+def test_columns_are_for_tables(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"is no table, so it has no column 'kind': leave out {option}"):
+        load_data(name, **{option: "kind"})
+
+
+def test_the_remedies_of_mixed_images_are_settings_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, (size, mode) in enumerate([((8, 8), "RGB"), ((8, 8), "L"), ((9, 8), "RGB")]):
+        save_image(tmp_path / "set" / f"{i}.png", size, mode)
+    words = ["train", "quickstart", "--data.name", str(tmp_path / "set"), "--out", str(tmp_path / "run")]
+    words += ["--training.passes", "1", "--training.batch_size", "2"]
+    for remedy in (["--data.channels", "3"], ["--data.image_size", "8"]):
+        assert main(words) == 2
+        assert f"({remedy[0]} " in capsys.readouterr().err
+        words += remedy
+    assert main([*words, "--data.crop", "adm", "--data.background", "#808080"]) == 0

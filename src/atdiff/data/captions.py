@@ -27,6 +27,7 @@ from atdiff.data.labels import class_line, renumbered
 from atdiff.data.mixture import MIXTURES
 from atdiff.data.pictures import IMAGE_SUFFIXES, Files, Item, Pictures, file_stamp, files_below
 from atdiff.data.sources import (
+    check_columns,
     check_shape,
     check_whole,
     holds_tables,
@@ -162,9 +163,12 @@ def load_captioned(
     """
     decoding = Decoding(image_size, channels, crop, background)
     _check_arguments(captions, caption_column, limit)
+    check_columns(name, image_column=image_column, label_column=label_column)
     own = _own_captions(name, split, caption_column, image_column, limit, given=numbered or captions is not None)
     found: tuple[str, ...] | None = None
     if own is not None:
+        if label_column is not None:
+            raise UserError(f"{name} has captions of its own: leave out label_column ({label_column!r}).")
         pictures, texts = own
     elif captions is None and not numbered:
         raise _no_captions(name)

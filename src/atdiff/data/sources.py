@@ -173,6 +173,7 @@ def load_data(
             room on the disk for what the memory does not hold.
     """
     decoding = Decoding(image_size, channels, crop, background)
+    check_columns(name, image_column=image_column, label_column=label_column)
     if name in MIXTURES:
         return _mixture(name, split, image_size, channels)
     source = _source(name, split, image_column, label_column)
@@ -190,6 +191,19 @@ def load_data(
     if labels is not None and bad.found:
         labels = labels[held.kept]
     return ImageData(held.images, labels, f"{name}[{split}]", tuple(bad.found), source.classes, held.mapped)
+
+
+def check_columns(name: str, **columns: str | None) -> None:
+    """Refuse names of columns for data that have none.
+
+    Raises:
+        UserError: the data are no table.
+    """
+    path = Path(name).expanduser()
+    for option, column in columns.items():
+        if column is None or is_hub_id(name) or path.suffix == ".parquet" or (path.is_dir() and holds_tables(path)):
+            continue
+        raise UserError(f"{name} is no table, so it has no column {column!r}: leave out {option}.")
 
 
 def _cache_key(name: str, split: str, pictures: Pictures, decoding: Decoding) -> str:

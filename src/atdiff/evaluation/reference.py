@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def load_reference(
 def _cache_file(data: ImageData, extractor: FeatureExtractorBase, layer: str, with_features: bool) -> Path:
     versions = [importlib.metadata.version(package) for package in ("torch", "torch-fidelity")]
     parts = [FORMAT, extractor.get_name(), layer, device_of(extractor).type, *versions]
-    parts += [data.fingerprint(), fingerprint(extractor.state_dict())]
+    parts += [replace(data, labels=None).fingerprint(), fingerprint(extractor.state_dict())]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     kind = "features" if with_features else "moments"
     name = re.sub(r"[^\w.-]", "-", f"{extractor.get_name()}-{layer}")

@@ -351,7 +351,9 @@ class Trainer:
         show = progress and self.accelerator.is_main_process
         if show:
             left_out = f", {len(self.data.skipped):,} unreadable ones left out" if self.data.skipped else ""
-            print(f"{len(self.data):,} images of {self.data.name}{left_out}")
+            mapped = getattr(self.data, "mapped", None)
+            where = f", read from {mapped.folder}" if mapped is not None else ""
+            print(f"{len(self.data):,} images of {self.data.name}{left_out}{where}")
             if self.classes is not None:
                 print(class_line(self.classes))
         with self._disk_errors():
