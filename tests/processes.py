@@ -129,15 +129,15 @@ def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
     return (trainer.sharding.whole(network) if trainer.sharding else network).state_dict()
 
 
-def main(out: Path) -> None:
-    """Train every arm."""
+def main(out: Path, arms: list[str]) -> None:
+    """Train these arms, or all."""
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    for arm in ARMS:
+    for arm in arms or ARMS:
         train(arm, out)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

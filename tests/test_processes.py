@@ -18,7 +18,7 @@ import torch
 from atdiff.cli import main
 from atdiff.runs import load_denoiser
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
-from launching import LIMIT, ended, launch
+from launching import LIMIT, ended, free_port, launch
 from processes import ARMS, CAN_SHARD, PASSES
 
 TESTS = Path(__file__).parent
@@ -54,6 +54,22 @@ def test_two_processes_have_the_weights_of_one_on_the_joint_batch(trained: Path,
     plain = torch.load(trained / "one" / "plain-0.pt")["weights"]
     moved = [(one["weights"][name] - value).abs().max().item() for name, value in plain.items() if arm != "learned"]
     assert arm.startswith(("plain", "learned")) or max(moved) > 1e-4  # arms differ by far more than that
+
+
+def test_torchrun_without_a_gpu_has_the_weights_of_one_process(trained: Path, tmp_path: Path) -> None:
+    """Started without Accelerate, whose variables alone would make a group of CPUs."""
+    arms = ["plain", "authors-accumulated", "consistency"]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [sys.executable, "-W", "ignore", "-m", *torchrun, str(TESTS / "processes.py"), str(tmp_path / "two")]
+    subprocess.run([*command, *arms], check=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=LIMIT)
+    for arm in arms:
+        one = torch.load(trained / "one" / f"{arm}-0.pt")
+        for rank in (0, 1):
+            two = torch.load(tmp_path / "two" / f"{arm}-{rank}.pt")
+            for name, expected in one["weights"].items():
+                torch.testing.assert_close(two["weights"][name], expected, rtol=0, atol=1e-6)
+                torch.testing.assert_close(two["ema"][name], one["ema"][name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("arm", ARMS)

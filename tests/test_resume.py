@@ -139,6 +139,42 @@ def test_a_longer_run_goes_on_within_the_batch_that_ended_the_shorter(tmp_path: 
     assert_same(one, other)
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str, finished: bool) -> None:
+    """The passes behind were those of another schedule, whether the run ended or was stopped."""
+    words = ["--optimizer.decay", decay]
+    if finished:
+        run(tmp_path / "run", "plain", *words)
+    else:
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", "plain", *words, stop=StopAt(3))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    message = rf"cannot be made longer: the learning rate of optimizer.decay='{decay}' .* 11 passes .* over 17 "
+    with pytest.raises(UserError, match=message + r".* --training.init .*/run in another --out\.$"):
+        run(tmp_path / "run", "plain", *words, "--training.passes", "17")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    run(tmp_path / "run", "plain", *words)
+    # What the message says works.
+    further = run(tmp_path / "further", "plain", "--training.init", str(tmp_path / "run"), "--optimizer.lr", "0")
+    ours, theirs = everything(further)["weights"], everything(tmp_path / "run")["ema"]
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("pairs", ["ict", "ect"])
+def test_a_curriculum_over_all_passes_is_not_stretched(tmp_path: Path, pairs: str) -> None:
+    words = ["--consistency.pairs", pairs]
+    run(tmp_path / "run", "consistency", *words)
+    with pytest.raises(UserError, match=f"the curriculum of consistency.pairs='{pairs}' runs over the 11 passes"):
+        run(tmp_path / "run", "consistency", *words, "--training.passes", "17")
+    # A grid that stays, and a warm-up of passes behind, are the same however long the run.
+    even = ["--consistency.pairs", "even", "--optimizer.warmup_passes", "4"]
+    longer = run(tmp_path / "longer", "consistency", *even, "--training.passes", "17")
+    run(tmp_path / "grown", "consistency", *even)
+    grown = run(tmp_path / "grown", "consistency", *even, "--training.passes", "17")
+    assert_same(everything(longer)["weights"], everything(grown)["weights"])
+
+
 def test_data_go_on_past_the_end_of_an_epoch(tmp_path: Path) -> None:
     """1,797 digits in batches of 700: the sixth batch lies in the third epoch."""
     big = ["--training.batch_size", "700"]

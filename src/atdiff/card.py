@@ -13,6 +13,7 @@ from atdiff.errors import RunError, UserError
 from atdiff.files import write_text
 from atdiff.plain import usage
 from atdiff.runs import run_config
+from atdiff.training.ema import last_decay
 
 __all__ = ["check_push", "has_card", "model_card", "push_to_hub", "write_card"]
 
@@ -128,8 +129,14 @@ def _about(config: dict[str, Any]) -> str:
     return (
         f"{what} of `{config['data']['name']}`, trained for {training['passes']:,} forward-backward passes of "
         f"{training['batch_size']}{start}, {how}, by atdiff. The weights are averages of decay "
-        f"{training['ema_decay']:g}. The method: [Wang et al., ICLR 2025](https://arxiv.org/abs/2502.17099)."
+        f"{training['ema_decay']:g}{_warmup(config)}. The method: [Wang et al., ICLR 2025](https://arxiv.org/abs/2502.17099)."
     )
+
+
+def _warmup(config: dict[str, Any]) -> str:
+    if not config["training"].get("ema_warmup", False):
+        return ""
+    return f", warmed up as `(1 + n) / (10 + n)` of `n` updates, to {last_decay(config):.4g} at the last"
 
 
 def _results(run: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from atdiff.allocator import keep_freed_memory
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.interrupted import after_interruption
+from atdiff.launcher import join_mpi, num_processes, refuse_other_training
 from atdiff.suggest import nearest, nearest_option
 
 __all__ = ["main"]
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     try:
         args = _parsed(words)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.command not in ("train", "sample", "evaluate"):
+        join_mpi()
+        if num_processes() > 1 and args.command not in ("train", "sample", "evaluate"):
             raise UserError(
                 f"`atdiff {args.command}` works in one process: start it without a launcher; train, sample and "
                 "evaluate take many."
@@ -348,6 +350,7 @@ def _train(args: argparse.Namespace) -> None:
     from atdiff.preflight import check_train
 
     check_train(config, args.out)
+    refuse_other_training()
     from atdiff.card import check_push, push_to_hub
     from atdiff.processes import is_main
     from atdiff.training.loop import train

@@ -8,11 +8,13 @@ from typing import Any
 
 from atdiff.arms import ArmRun, check_arms, find_runs
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
+from atdiff.locks import one_writer
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
 
 __all__ = ["ArmRun", "compare_runs", "find_runs"]
 
 
+@one_writer("file", "report")
 def compare_runs(
     runs: Sequence[ArmRun],
     config: EvaluationConfig | None,

@@ -14,6 +14,7 @@ from typing import Any
 from atdiff.errors import UserError
 
 __all__ = [
+    "LOCK",
     "cache_folder",
     "check_images_path",
     "remove_leftovers",
@@ -22,6 +23,8 @@ __all__ = [
     "write_text",
     "written_aside",
 ]
+
+LOCK = ".lock"  # in a folder that one process at a time may write to
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from atdiff.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.errors import UserError
+from atdiff.files import LOCK
 from atdiff.locate import check_data, check_hub, check_run, check_weights, run_config
 from atdiff.pipeline_files import check_variant
 from atdiff.recipe import Recipe, resolve
@@ -61,7 +62,11 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     check_drawing(samplers=study.samplers, steps=study.steps, num=study.num, corrections=study.corrections)
     _check_metrics(study.metrics)
     _check_extractor(study.extractor)
-    if not (out / "study.json").is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if (
+        not (out / "study.json").is_file()
+        and out.exists()
+        and (not out.is_dir() or any(one.name != LOCK for one in out.iterdir()))
+    ):
         raise UserError(f"{out} is in use and holds no study; choose another --out.")
     configs = [resolve(recipe, None, list(overrides))]
     check_data(configs[0].data.name)

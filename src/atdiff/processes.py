@@ -11,18 +11,28 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
-__all__ = ["device", "draw_in_turn", "from_main", "is_main", "num_processes"]
+from atdiff.errors import UserError
+from atdiff.launcher import num_processes
+
+__all__ = ["device", "draw_in_turn", "from_main", "is_main", "num_processes", "uses_cpu"]
 
 T = TypeVar("T")
 
 
-def num_processes() -> int:
-    """Return how many processes work together; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def uses_cpu() -> bool:
+    """Whether processes compute on the CPU: asked to, or many without a GPU, which Accelerate must be told to join."""
+    try:
+        asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    except ValueError:
+        raise UserError(f"ACCELERATE_USE_CPU={os.environ['ACCELERATE_USE_CPU']} must be true or false.") from None
+    if asked or num_processes() == 1:
+        return asked
+    # One of Apple's joins no group.
+    return not torch.accelerator.is_available() or torch.accelerator.current_accelerator() == torch.device("mps")
 
 
 def _state() -> PartialState:
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=uses_cpu())
 
 
 def is_main() -> bool:
@@ -34,13 +44,14 @@ def device() -> torch.device:
     """Return where this process computes: its own GPU, or the CPU."""
     if num_processes() > 1:
         return torch.device(_state().device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not uses_cpu() else "cpu")
 
 
 def from_main(value: T) -> T:
     """Return the main process's value in every process."""
     if num_processes() == 1:
         return value
+    _state()  # makes the group, where nothing has yet
     values = [value]
     broadcast_object_list(values)
     return values[0]

@@ -29,6 +29,7 @@ from atdiff.quiet import quiet_libraries
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
+from atdiff.training.ema import average_name
 from atdiff.training.folder import BEFORE, classes_of, open_run, stored_data
 
 __all__ = [
@@ -79,8 +80,7 @@ class Denoiser:
     @property
     def weights_name(self) -> str:
         """Which weights these are, for the recipe of a figure."""
-        decay = self.config.get("training", {}).get("ema_decay")
-        return f"EMA {decay}" if decay is not None else "as published"
+        return average_name(self.config) if "training" in self.config else "as published"
 
     @property
     def dtype_name(self) -> str:

@@ -24,6 +24,7 @@ from atdiff.card import write_card
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
 from atdiff.files import write_json
+from atdiff.locks import one_writer
 from atdiff.preflight import check_study
 from atdiff.recipe import Recipe, StudyConfig, resolve
 from atdiff.runs import open_run
@@ -52,6 +53,7 @@ class _Stage:
         return self.config.training.passes
 
 
+@one_writer("folder")
 def run_study(
     recipe: Recipe,
     out: Path,
@@ -159,7 +161,7 @@ def _check(stages: list[_Stage], study: StudyConfig) -> None:
     trainer = make_trainer(stages[0].config)
     for stage in stages[1:]:
         assert stage.evaluation is not None
-        stage.evaluation.check(trainer.check_arm(stage.config))
+        stage.evaluation.check(trainer.check_arm(stage.config, from_here=stages[0].arm == BASE))
     # Once, before the workers: a classifier that is not cached yet is trained here.
     assert stages[-1].evaluation is not None
     weights = stages[-1].evaluation.weights.get(study.extractor)
@@ -285,7 +287,7 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
                 "seeds": study.seeds,
                 "extractor": study.extractor,
                 "reference": "{name} ({split} split)".format(**asdict(by_arm[study.arms[0]].data)),
-                "weights": f"EMA {by_arm[study.arms[0]].training.ema_decay}",
+                "weights": cells[0]["weights"],
                 "dtype": "float32",
             },
         },

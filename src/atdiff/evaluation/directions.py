@@ -16,6 +16,7 @@ from atdiff.adversary import Adversary, Direction
 from atdiff.errors import UserError
 from atdiff.evaluation.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs, timestep_at
 from atdiff.files import write_bytes
+from atdiff.locks import one_writer
 from atdiff.norms import steepest_step
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
 from atdiff.report.robustness import direction_curves
@@ -157,6 +158,7 @@ def _summary(cosine: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
     }
 
 
+@one_writer("folder")
 def directions_of_runs(
     runs: Sequence[str],
     config: DirectionsConfig,

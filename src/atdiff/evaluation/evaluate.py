@@ -17,6 +17,7 @@ from atdiff.evaluation.entries import read_cells
 from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.files import write_json
 from atdiff.latent.generate import prompts_name
+from atdiff.locks import one_writer
 from atdiff.models.inference import DTYPES
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import from_main, is_main
@@ -165,6 +166,7 @@ class _Place:
     seed: int
 
 
+@one_writer("file")
 def evaluate_runs(
     runs: Iterable[str],
     config: EvaluationConfig,

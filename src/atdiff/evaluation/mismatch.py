@@ -39,6 +39,7 @@ from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.evaluation.features import extract, feature_layers, make_extractor
 from atdiff.files import write_bytes, write_json
+from atdiff.locks import one_writer
 from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.report.mismatch import mismatch_curves
@@ -172,6 +173,7 @@ def measure_mismatch(
     return records
 
 
+@one_writer("folder")
 def mismatch_of_runs(
     runs: Sequence[str],
     config: MismatchConfig,

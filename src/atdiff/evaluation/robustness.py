@@ -20,6 +20,7 @@ from atdiff.errors import UserError
 from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
 from atdiff.files import write_bytes, write_json
+from atdiff.locks import one_writer
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.norms import NORMS, Norm, project, steepest_step
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
@@ -316,6 +317,7 @@ def _record(schedule: NoiseSchedule, timestep: Tensor, radii: Sequence[float], l
     }
 
 
+@one_writer("folder")
 def robustness_of_runs(
     runs: Sequence[str],
     config: RobustnessConfig,

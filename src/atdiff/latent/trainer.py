@@ -28,6 +28,7 @@ from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer
+from atdiff.training.start import Start, differences, noise_scheduler
 
 __all__ = ["LatentTrainer"]
 
@@ -59,13 +60,9 @@ class LatentTrainer(Trainer):
                 f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of pictures of "
                 f"{self.latent.image_size} pixels; set it to that, or leave it out."
             )
-        scheduler = self.latent.scheduler
-        self._check_prediction_type(config.objective.prediction_type)
-        self._check_variance()
+        self._check_parametrisation(config)
         self.distils = config.consistency.mode == "distillation"
-        with quiet_libraries():  # it remarks on options of the scheduler's own class
-            intervals = config.consistency.intervals
-            self.scheduler = consistency_scheduler(scheduler, intervals) if self.distils else scheduler
+        self.scheduler = self._scheduler_of(config)
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
         own = self.latent.network.config.get("time_cond_proj_dim")
@@ -158,16 +155,33 @@ class LatentTrainer(Trainer):
         }
         return str(makers[config.model.name](self.images, config.data.captions, **config.model.args))
 
-    def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler."""
+    def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
+        """Find what is wrong with the settings of an arm; see :meth:`Trainer.check_arm`."""
         build_adversary(config)
-        if config.consistency.mode != "distillation":
-            return self.latent.scheduler
-        with quiet_libraries():
-            scheduler = consistency_scheduler(self.latent.scheduler, config.consistency.intervals)
-        guidance = config.consistency.guidance
-        LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
+        self._check(config)
+        if not from_here and config.training.init != self.config.training.init:
+            return LatentTrainer(config).scheduler
+        self._check_parametrisation(config)
+        scheduler = self._scheduler_of(config)
+        if config.consistency.mode == "distillation":
+            self._teacher(config)
+            guidance = config.consistency.guidance
+            LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
         return scheduler
+
+    def _scheduler_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Return the scheduler that a run of these settings trains under and publishes: of the pipeline's noise."""
+        scheduler = self.latent.scheduler
+        with quiet_libraries():  # it remarks on options of the scheduler's own class
+            if config.consistency.mode == "distillation":
+                return consistency_scheduler(scheduler, config.consistency.intervals)
+            if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
+                return noise_scheduler(config, self._as_start(self.latent))
+        return scheduler
+
+    @staticmethod
+    def _as_start(latent: LatentPipeline) -> Start:
+        return Start(latent.source, latent.scheduler, latent.network)
 
     @property
     def images(self) -> ImageData:
@@ -182,20 +196,20 @@ class LatentTrainer(Trainer):
         """Channels, height and width of the pictures."""
         return self.latent.image_channels, self.latent.image_size, self.latent.image_size
 
-    def _check_prediction_type(self, asked: str | None) -> None:
+    def _check_parametrisation(self, config: TrainConfig) -> None:
+        """Make sure that the settings ask for what the pipeline's network predicts."""
+        asked = config.objective.prediction_type
         if asked not in (None, self.latent.prediction_type):
             raise UserError(
                 f"objective.prediction_type={asked!r} does not fit {self.latent.source}, which predicts "
                 f"{self.latent.prediction_type!r}; leave it out."
             )
-
-    def _check_variance(self) -> None:
-        config, asked = self.latent.network.config, self.config.objective.variance
-        outputs = config.get("out_channels") or config.in_channels
-        fits = "learned_range" if outputs == 2 * config.in_channels else "fixed"
-        if asked != fits:
+        network, variance = self.latent.network.config, config.objective.variance
+        outputs = network.get("out_channels") or network.in_channels
+        fits = "learned_range" if outputs == 2 * network.in_channels else "fixed"
+        if variance != fits:
             raise UserError(
-                f"objective.variance={asked!r} does not fit {self.latent.source}, whose network predicts "
+                f"objective.variance={variance!r} does not fit {self.latent.source}, whose network predicts "
                 f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
             )
 
@@ -216,7 +230,7 @@ class LatentTrainer(Trainer):
             if shift is not None and hasattr(objective.timestep_sampler, "shift"):
                 objective.timestep_sampler.shift = shift
             return objective
-        teacher = self._teacher()
+        teacher = self._teacher(self.config)
         null = self.latent.encode_null()
         return LatentConsistencyObjective(
             self.scheduler,
@@ -226,9 +240,9 @@ class LatentTrainer(Trainer):
             **consistency_options(self.config),
         )
 
-    def _teacher(self) -> LatentPipeline:
-        source = self.config.consistency.teacher
-        teacher = self.latent if source is None else load_latent_pipeline(source, variant=self.config.model.variant)
+    def _teacher(self, config: TrainConfig) -> LatentPipeline:
+        source = config.consistency.teacher
+        teacher = self.latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
         for one in (self.latent, teacher):
             if one.family.network != "unet":
                 raise UserError(
@@ -245,10 +259,10 @@ class LatentTrainer(Trainer):
                 f"the teacher {source} has latents {teacher.latent_shape} and {self.latent.source} "
                 f"{self.latent.latent_shape}: give one of the same size and channels."
             )
-        if teacher.prediction_type != self.latent.prediction_type:
+        for found in differences(self.latent.scheduler, None, self._as_start(teacher))[:1]:
             raise UserError(
-                f"the teacher {source} predicts {teacher.prediction_type!r} and {self.latent.source} "
-                f"{self.latent.prediction_type!r}: give one of the same prediction type."
+                f"the teacher {source} {found.said_there} and {self.latent.source} {found.ours!r}: give one of the "
+                "same noise schedule and prediction type."
             )
         if teacher is not self.latent and not _same_conditions(teacher, self.latent):
             raise UserError(

@@ -6,10 +6,8 @@ import contextlib
 from dataclasses import asdict
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
-from torch import nn
 
 from atdiff.adversary import Adversary
 from atdiff.errors import UserError
@@ -17,9 +15,9 @@ from atdiff.noise import NoiseSchedule
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.objectives.teacher import Teacher
-from atdiff.runs import load_denoiser
 from atdiff.timesteps import make_timestep_sampler
-from atdiff.training.config import ObjectiveConfig, SchedulerConfig, TrainConfig
+from atdiff.training.config import ObjectiveConfig, TrainConfig
+from atdiff.training.start import Start, noise_scheduler
 
 __all__ = [
     "build_adversary",
@@ -28,31 +26,19 @@ __all__ = [
     "build_teacher",
     "consistency_options",
     "consistency_scheduler",
-    "load_initial_weights",
 ]
 
 
-def build_scheduler(config: TrainConfig) -> Any:  # noqa: ANN401
+def build_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # noqa: ANN401
     """Build the diffusers scheduler of a run, with the objective's prediction and variance types.
 
-    A consistency model of the DDPM family gets the ``LCMScheduler`` of the same betas, whose grid is the objective's.
+    What the settings leave out is that of the start. A consistency model of the DDPM family gets the ``LCMScheduler``
+    of the same betas, whose grid is the objective's.
 
     Raises:
         UserError: diffusers has no such scheduler, or its arguments do not fit.
     """
-    settings: SchedulerConfig = config.scheduler
-    factory = getattr(diffusers, settings.name, None)
-    if factory is None or not settings.name.endswith("Scheduler"):
-        raise UserError(f"scheduler.name={settings.name!r} is no scheduler of diffusers; try 'DDPMScheduler'.")
-    args = dict(settings.args)
-    if config.objective.prediction_type in ("epsilon", "sample", "v_prediction"):
-        args["prediction_type"] = config.objective.prediction_type
-    if config.objective.variance == "learned_range":
-        args["variance_type"] = "learned_range"
-    try:
-        scheduler = factory(**args)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"scheduler {settings.name} cannot be built from {args}: {error}") from None
+    scheduler = noise_scheduler(config, start)
     if config.consistency.mode == "none":
         return scheduler
     return consistency_scheduler(scheduler, config.consistency.intervals)
@@ -154,56 +140,13 @@ def consistency_options(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def build_teacher(config: TrainConfig) -> Teacher | None:
-    """Load the teacher of a distillation: ``consistency.teacher``, or what training starts from.
-
-    Raises:
-        UserError: none is named, it cannot be loaded, or it is no diffusion model of pixels.
-    """
-    settings = config.consistency
-    if settings.mode != "distillation":
+def build_teacher(config: TrainConfig, teacher: Start | None) -> Teacher | None:
+    """Return the teacher that :func:`atdiff.training.start.load_teacher` loaded, with the solver of the settings."""
+    if teacher is None:
         return None
-    source = settings.teacher or config.training.init
-    if source is None:
-        raise UserError(
-            "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
-            "--training.init (or --consistency.teacher)."
-        )
-    denoiser = load_denoiser(source, variant=config.model.variant)
-    if isinstance(denoiser.scheduler, LCMScheduler):
-        raise UserError(f"the teacher {source} is a consistency model itself: give a diffusion model.")
-    asked = config.objective.prediction_type
-    theirs = denoiser.scheduler.config.get("prediction_type", asked)
-    if asked not in (None, "edm", theirs):
-        raise UserError(
-            f"the teacher {source} predicts {theirs!r} but objective.prediction_type is {asked!r}: the student starts "
-            "from its weights, so set it to the teacher's."
-        )
-    return Teacher(denoiser.model, denoiser.scheduler, solver=settings.solver)
+    return Teacher(teacher.network, teacher.scheduler, solver=config.consistency.solver)
 
 
 def build_adversary(config: TrainConfig) -> Adversary:
     """Build the adversary of a run."""
     return Adversary(**asdict(config.adversary))
-
-
-def load_initial_weights(network: nn.Module, init: str, variant: str | None = None) -> None:
-    """Start a network from the (EMA) weights of a run, pipeline folder or hub id, less a variance it does not learn.
-
-    Raises:
-        UserError: they do not fit the network.
-    """
-    weights = load_denoiser(init, variant=variant).model.state_dict()
-    own = network.state_dict()
-    for name in ("conv_out.weight", "conv_out.bias"):
-        if name in own and name in weights and len(weights[name]) == 2 * len(own[name]):
-            weights[name] = weights[name][: len(own[name])]
-    for name in {**own, **weights}:
-        if name not in weights or name not in own or own[name].shape != weights[name].shape:
-            theirs = tuple(weights[name].shape) if name in weights else "nothing"
-            ours = tuple(own[name].shape) if name in own else "nothing"
-            raise UserError(
-                f"training.init={init!r} does not fit the network: {name} is {theirs} there and {ours} here; give "
-                "the model settings that it was trained with."
-            )
-    network.load_state_dict(weights)

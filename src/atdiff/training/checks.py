@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from dataclasses import asdict
 
 from atdiff.adversary_checks import check_adversary
 from atdiff.errors import UserError
-from atdiff.training.config import TrainConfig
+from atdiff.launcher import refuse_other_training
+from atdiff.training.config import LATENT_MODELS, TrainConfig
 
-__all__ = ["LATENT_MODELS", "check_config", "check_machine"]
-
-LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3", "tiny-flux")
+__all__ = ["check_config", "check_machine"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -30,18 +31,27 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Find what this machine cannot do of the settings.
+    """Find what this machine, and the environment that the launcher made, cannot do of the settings.
 
     Raises:
-        UserError: fp16 without a GPU, or a tracker that is not installed.
+        UserError: fp16 without a GPU, a tracker that is not installed, or a kind of training that is not that of the
+            settings.
     """
-    import torch  # settings are checked without
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.processes import num_processes
+    from atdiff.processes import device, is_main, num_processes  # settings are checked without torch
 
     settings = config.training
-    if settings.precision == "fp16" and not torch.cuda.is_available():
+    refuse_other_training()
+    for setting, value, variable, usual in (
+        ("training.accumulate", settings.accumulate, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("training.precision", settings.precision, "ACCELERATE_MIXED_PRECISION", "no"),
+        ("training.compile", settings.compile, "ACCELERATE_DYNAMO_BACKEND", "no"),
+    ):
+        given = os.environ.get(variable, usual)
+        if given.lower() not in (usual, str(value).lower()) and is_main():
+            warnings.warn(f"{variable}={given} of the launcher is not used: {setting}={value} is.", stacklevel=2)
+    if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
     if settings.shard and num_processes() == 1:
         raise UserError(

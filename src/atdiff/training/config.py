@@ -25,6 +25,7 @@ from atdiff.choices import (
 )
 
 __all__ = [
+    "LATENT_MODELS",
     "AdversaryConfig",
     "ConsistencyConfig",
     "DataConfig",
@@ -36,6 +37,8 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
 ]
+
+LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3", "tiny-flux")
 
 
 @dataclass
@@ -118,15 +121,15 @@ class LoraConfig:
 
 @dataclass
 class SchedulerConfig:
-    """The forward process.
+    """The forward process. What is left out is that of ``training.init``, and what is given must agree with it.
 
     Attributes:
-        name: class name of a diffusers scheduler.
-        args: of its constructor.
+        name: class name of a diffusers scheduler; null for that of ``training.init``, or ``DDPMScheduler``.
+        args: of its constructor; null for those of ``training.init``, or cosine betas.
     """
 
-    name: str = "DDPMScheduler"
-    args: dict[str, Any] = field(default_factory=lambda: {"beta_schedule": "squaredcos_cap_v2"})
+    name: str | None = None
+    args: dict[str, Any] | None = None
 
 
 @dataclass
@@ -134,8 +137,8 @@ class ObjectiveConfig:
     """What is learned; see :class:`atdiff.DenoisingObjective`.
 
     Attributes:
-        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``; null for what the scheduler
-            says.
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``; null for that of
+            ``training.init``, or what the scheduler says.
         variance: ``learned_range`` learns it beside the mean.
         timestep_sampler: from which timesteps are drawn.
         weighting: of the loss by the signal-to-noise ratio.
@@ -253,12 +256,15 @@ class TrainingConfig:
         batch_size: images a pass and process, micro-batches included.
         accumulate: micro-batches a weight update.
         ema_decay: of the exponential moving average, stepped at every weight update.
+        ema_warmup: raise that decay from 0, as ``min(ema_decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the
+            initial weights are no part of the average, however short the run.
         precision: ``no`` (float32), ``bf16`` or ``fp16``.
         compile: run the network through ``torch.compile``.
         shard: split weights, gradients, optimizer state and averages over the processes (FSDP), for networks that are
             too large for one GPU.
         seed: of the weights, the order of the data and every draw.
-        init: a run, pipeline folder or hub id whose (EMA) weights training starts from.
+        init: a run, pipeline folder or hub id whose (EMA) weights training starts from, with its noise schedule and
+            prediction type.
         log_every: passes between lines of ``metrics.jsonl``.
         sample_every: passes between grids of samples; 0 for none but the last.
         checkpoint_every: passes between checkpoints; the last one is always written.
@@ -271,6 +277,7 @@ class TrainingConfig:
     batch_size: int = 128
     accumulate: int = 1
     ema_decay: float = 0.999
+    ema_warmup: bool = True
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     shard: bool = False

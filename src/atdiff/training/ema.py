@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import compress
 from typing import Any
 
@@ -10,7 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "average_name", "decay_at", "last_decay"]
+
+
+def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
+    """Return the decay of the average's next update, when ``updates`` of them are behind.
+
+    With a fixed decay, an average of fewer updates than ``1 / (1 - decay)`` is mostly the initial weights. The warm-up
+    is the default of diffusers' ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the
+    first, so that the initial weights are no part of the average.
+    """
+    if not warmup:
+        return decay
+    return min(decay, (1 + updates) / (10 + updates)) if updates else 0.0
+
+
+def last_decay(config: Mapping[str, Any]) -> float:
+    """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
+    training, adversary = config["training"], config.get("adversary", {})
+    passes = 1 if adversary.get("method", "free") == "free" else adversary["passes"]  # a weight update
+    updates = -(-training["passes"] // passes)
+    return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
+
+
+def average_name(config: Mapping[str, Any]) -> str:
+    """Return what to call the average that a run of these settings leaves, such as ``EMA 0.999 (warmed up)``."""
+    decay, last = config["training"]["ema_decay"], last_decay(config)
+    if last < decay:
+        return f"EMA {decay} (warmed up to {last:.4g})"
+    return f"EMA {decay}" + (" (warmed up)" if config["training"].get("ema_warmup", False) else "")
 
 
 class EMA:
@@ -22,15 +51,18 @@ class EMA:
     Args:
         network: its parameters are averaged; its buffers are copied.
         decay: in [0, 1).
+        warmup: raise the decay to that from 0; see :func:`decay_at`.
 
     Attributes:
         module: a copy of the network that holds the average.
+        updates: how many are behind; set it where training resumes.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, *, warmup: bool = False) -> None:
         self.module = copy.deepcopy(network).eval().requires_grad_(False)
         self._trained = [weight.requires_grad for weight in network.parameters()]
-        self._update = get_ema_multi_avg_fn(decay)
+        self._decay, self._warmup = decay, warmup
+        self.updates = 0
         self.follow(network)
 
     def follow(self, network: nn.Module) -> None:
@@ -43,9 +75,17 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights; once after every weight update."""
-        self._update(self._average, self._weights, None)
+        get_ema_multi_avg_fn(decay_at(self._decay, self.updates, warmup=self._warmup))(
+            self._average, self._weights, None
+        )
+        self.updates += 1
         for average, buffer in self._copies:
             average.copy_(buffer)
+
+    @property
+    def last(self) -> float:
+        """The decay of the last update."""
+        return decay_at(self._decay, max(0, self.updates - 1), warmup=self._warmup)
 
 
 def _own(weight: nn.Parameter) -> Tensor:

@@ -11,14 +11,15 @@ from typing import Any
 import yaml
 
 from atdiff.errors import UserError
-from atdiff.files import remove_leftovers, write_text
+from atdiff.files import LOCK, remove_leftovers, write_text
 from atdiff.locate import run_config
-from atdiff.training.config import TrainConfig
+from atdiff.training.config import LATENT_MODELS, TrainConfig
 
 __all__ = ["BEFORE", "as_begun", "classes_of", "open_run", "stored_data"]
 
 # What settings were before they could be set, where that is not their default.
-BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}}
+BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {"ema_warmup": False}}
+CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
 
 
 def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:
@@ -33,20 +34,21 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         True where an earlier start of the same run is to be resumed.
 
     Raises:
-        UserError: the folder is in use by something else or by another configuration.
+        UserError: the folder is in use by something else or by another configuration, or the run cannot be made longer.
     """
-    settings = json.loads(json.dumps(asdict(as_begun(config, out))))
+    settings = _plain(as_begun(config, out))
     file = out / "config.yaml"
     if not look_only:
         for name in ("config.yaml", "data.json", "metrics.jsonl", "pipeline", "lora", "samples/pass-*"):
             remove_leftovers(out / name)
     if file.is_file():
         written = run_config(str(out))
-        stored = _completed(written, TrainConfig())
+        stored = _completed(written)
         _forget_old_default(stored, settings)
         if settings["adversary"]["scale"] is None:  # that of the schedule, which the run has written down
             settings["adversary"]["scale"] = stored["adversary"]["scale"]
         longer = settings["training"]["passes"] > stored["training"]["passes"]
+        passes = stored["training"]["passes"]
         if longer:  # More passes of the same run are no other run.
             stored["training"]["passes"] = settings["training"]["passes"]
         changed = _first_difference(stored, settings)
@@ -55,11 +57,14 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
                 f"{out} holds a run with another configuration ({changed}); choose another --out, or repeat the "
                 "settings of that run to resume it."
             )
+        if longer:
+            _check_longer(out, settings, passes)
         if longer and not look_only:
             written["training"]["passes"] = settings["training"]["passes"]
             write_text(file, yaml.safe_dump(written, sort_keys=False))
         return True
-    if out.exists() and (not out.is_dir() or any(not one.name.startswith(f".{file.name}.") for one in out.iterdir())):
+    unknown = out.is_dir() and any(not _of_a_start(one.name) for one in out.iterdir())
+    if unknown or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
     if not look_only:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,15 +72,30 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     return False
 
 
+def _of_a_start(name: str) -> bool:
+    """Whether a file is what a run that was killed at its start may have left."""
+    return name == LOCK or name.startswith(".config.yaml.")
+
+
 def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
-    """Return the settings with which a run was begun: what could not be set then is what it was."""
-    stored = run_config(str(out))
-    before = {
-        section: {name: value for name, value in values.items() if name not in (stored.get(section) or {})}
+    """Return the settings with which a run was begun: what could not be set then is what it was.
+
+    A null of the noise schedule or prediction type is what the folder has: see
+    :func:`atdiff.training.start.settled`.
+    """
+    written = run_config(str(out))
+    if not written:
+        return config
+    stored = _completed(written)
+    taken: dict[str, dict[str, Any]] = {
+        section: {name: value for name, value in values.items() if name not in (written.get(section) or {})}
         for section, values in BEFORE.items()
-        if stored
     }
-    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in before.items()})
+    for section, key in (("scheduler", "name"), ("scheduler", "args"), ("objective", "prediction_type")):
+        if getattr(getattr(config, section), key) is None:
+            taken.setdefault(section, {})[key] = stored[section][key]
+    changes: Any = {section: replace(getattr(config, section), **values) for section, values in taken.items()}
+    return replace(config, **changes)
 
 
 def stored_data(run: str | Path) -> dict[str, Any]:
@@ -99,12 +119,53 @@ def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[st
     return None if mapping is None else tuple(sorted(mapping, key=mapping.__getitem__))
 
 
-def _completed(stored: dict[str, Any], defaults: TrainConfig) -> dict[str, Any]:
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what could not be set when a run was begun: it was the default, but for what BEFORE says."""
-    sections = json.loads(json.dumps(asdict(defaults)))
-    for name, values in BEFORE.items():
-        sections[name] |= values
-    return {**stored, **{name: {**section, **stored.get(name, {})} for name, section in sections.items()}}
+    defaults, stored = _plain(TrainConfig()), {**written}
+    for name, section in defaults.items():
+        stored[name] = {**section, **BEFORE.get(name, {}), **(written.get(name) or {})}
+    scheduler, objective = stored["scheduler"], stored["objective"]
+    if stored["model"]["name"] in LATENT_MODELS:  # where it was written down, and never used
+        stored["scheduler"] = defaults["scheduler"]
+    elif objective["prediction_type"] is None:
+        args = scheduler["args"] or {}
+        objective["prediction_type"] = _only_prediction(scheduler["name"]) or args.get("prediction_type", "epsilon")
+    return stored
+
+
+def _only_prediction(scheduler: str | None) -> str | None:
+    """Return what networks under schedulers of that class predict, where there is no choice."""
+    if "FlowMatch" in (scheduler or ""):
+        return "flow"
+    return "edm" if (scheduler or "").startswith(("EDM", "CMStochastic")) else None
+
+
+def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
+    """Find out whether more passes than were planned would change the passes that are behind.
+
+    Raises:
+        UserError: they would.
+    """
+    decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
+    if decay != "constant":
+        what = f"the learning rate of optimizer.decay={decay!r} falls"
+    elif consistency["mode"] != "none" and consistency["pairs"] in CURRICULA:
+        what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"
+    else:
+        return
+    wanted = settings["training"]["passes"]
+    go_on = (
+        "" if settings["lora"]["rank"] else f", or go on from its weights with --training.init {out} in another --out"
+    )
+    raise UserError(
+        f"{out} cannot be made longer: {what} over the {passes} passes that it was begun with, and over {wanted} the "
+        f"passes behind would have been others; train {wanted} from the start in another --out{go_on}."
+    )
 
 
 def _forget_old_default(stored: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -25,32 +25,28 @@ from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.files import write_json
+from atdiff.locks import one_writer
 from atdiff.models.call import image_tokens
 from atdiff.models.classes import remember_classes
 from atdiff.models.presets import build_model
 from atdiff.noise import NoiseSchedule, flow_shift
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
-from atdiff.processes import from_main
+from atdiff.processes import from_main, uses_cpu
 from atdiff.runs import data_options, save_pipeline
 from atdiff.sampling.generate import generate, save_images
 from atdiff.sampling.schedulers import default_sampler
-from atdiff.training.build import (
-    build_adversary,
-    build_objective,
-    build_scheduler,
-    build_teacher,
-    load_initial_weights,
-)
+from atdiff.training.build import build_adversary, build_objective, build_scheduler, build_teacher
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
-from atdiff.training.checks import LATENT_MODELS, check_config, check_machine
-from atdiff.training.config import OptimizerConfig, TrainConfig
+from atdiff.training.checks import check_config, check_machine
+from atdiff.training.config import LATENT_MODELS, OptimizerConfig, TrainConfig
 from atdiff.training.ema import EMA
 from atdiff.training.finite import FiniteSteps
 from atdiff.training.folder import as_begun, classes_of, open_run, stored_data
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.log import MetricsLog
 from atdiff.training.progress import TrainingBar, training_progress
+from atdiff.training.start import Start, check_agreement, check_weights, load_start, load_teacher, settled
 
 __all__ = ["Trainer", "make_trainer", "train"]
 
@@ -70,6 +66,7 @@ def make_trainer(config: TrainConfig) -> Trainer:
     return LatentTrainer(config)
 
 
+@one_writer("folder")
 def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRequest | None = None) -> Path:
     """Train, or resume, the run that ``config`` describes in the folder ``out``; return ``out``.
 
@@ -106,7 +103,7 @@ class Trainer:
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
         self._prepare()
-        self.config = _scaled(config, NoiseSchedule(self.scheduler).kind)
+        self.config = _scaled(self.config, NoiseSchedule(self.scheduler).kind)
         self.passes_done = self.batches_done = 0
         self._saved_at = -1  # passes behind at the newest checkpoint
         self._finite = FiniteSteps()
@@ -115,39 +112,68 @@ class Trainer:
     def _prepare(self) -> None:
         """Build scheduler, data, network and objective, what may be wrong with the settings first."""
         config = self.config
-        self.scheduler: Any = build_scheduler(config)
-        build_objective(config, self.scheduler)
-        teacher = build_teacher(config)
+        start = load_start(config)
+        teacher = load_teacher(config, start)
+        # What the settings leave out is that of the start, and written down as such.
+        self.config = config = settled(config, start or teacher)
+        self.scheduler: Any = self._agreed_scheduler(config, start, teacher)
         self.data: Any = load_data(config.data.name, **data_options(asdict(config)))
         num_classes = self._num_classes()
         if num_classes is not None:
             self._warn_of_empty_classes(num_classes)
         self.objective: DenoisingObjective | ConsistencyObjective = build_objective(
-            config, self.scheduler, num_classes, teacher
+            config, self.scheduler, num_classes, build_teacher(config, teacher)
         )
+        self.network: Any = self._network_of(config)
+        sampler: Any = getattr(self.objective, "timestep_sampler", None)
+        if hasattr(sampler, "shift"):  # which may depend on the size of the images
+            sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
+        if start is not None:
+            self.network.load_state_dict(check_weights(self.network, start.network.state_dict(), start.name))
+
+    @staticmethod
+    def _agreed_scheduler(config: TrainConfig, start: Start | None, teacher: Start | None) -> Any:  # noqa: ANN401
+        """Return the scheduler of a run, which agrees with what it starts and learns from."""
+        scheduler = build_scheduler(config, start or teacher)
+        build_objective(config, scheduler)
+        if start is not None:
+            check_agreement(scheduler, config.objective.prediction_type, start)
+        if teacher is not None and teacher is not start:
+            remedy = None if start is None else f"give a teacher that agrees with {start.name}"
+            check_agreement(scheduler, config.objective.prediction_type, teacher, remedy)
+        return scheduler
+
+    def _network_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers model)
+        """Return the untrained network of these settings, for the classes of this run's data."""
+        num_classes = self._num_classes(config)
         dropout = config.objective.label_dropout > 0
-        self.network: Any = build_model(
+        return build_model(
             config.model.name,
             config.model.args,
             image_shape=self.image_shape,
             learned_variance=config.objective.variance == "learned_range",
             num_class_embeds=None if num_classes is None else num_classes + int(dropout),
         )
-        sampler: Any = getattr(self.objective, "timestep_sampler", None)
-        if hasattr(sampler, "shift"):  # which may depend on the size of the images
-            sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
-        if config.training.init is not None:
-            load_initial_weights(self.network, config.training.init, config.model.variant)
 
-    def check_arm(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Find what is wrong with the settings of an arm that goes on from this run; return its scheduler.
+    def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
+        """Find what is wrong with the settings of an arm; return its diffusers scheduler.
+
+        Args:
+            config: of the arm.
+            from_here: whether it starts from this run; else from what its own ``training.init`` names.
 
         Raises:
             UserError: something is.
         """
-        scheduler = build_scheduler(config)
-        build_objective(config, scheduler)
+        start = Start("the base run", self.scheduler, self.network) if from_here else load_start(config)
+        teacher = load_teacher(config, start)
+        scheduler = self._agreed_scheduler(config, start, teacher)
         build_adversary(config)
+        alike = all(getattr(config.data, name) == getattr(self.config.data, name) for name in ("name", "image_size"))
+        if start is not None and alike:
+            with torch.random.fork_rng(devices=[]), init_empty_weights():
+                network = self._network_of(config)
+            check_weights(network, start.network.state_dict(), start.name)
         return scheduler
 
     @property
@@ -162,8 +188,8 @@ class Trainer:
         channels, height, width = self.data.images.shape[1:]
         return channels, height, width
 
-    def _num_classes(self) -> int | None:
-        if not self.config.data.class_conditional:
+    def _num_classes(self, config: TrainConfig | None = None) -> int | None:
+        if not (config or self.config).data.class_conditional:
             return None
         if self.data.labels is None:
             raise UserError(
@@ -195,15 +221,18 @@ class Trainer:
 
     def open(self, out: Path) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
+        self.config = from_main(as_begun(self.config, out))
         settings = self.config.training
         self.out, self._log_file = out, MetricsLog(out / "metrics.jsonl")
         self.accelerator = Accelerator(
             mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulate,
+            # Each said in full: what is left out, Accelerate takes from the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+            dynamo_backend="no",
+            cpu=uses_cpu(),
             log_with=settings.tracker,
             project_dir=str(out),
         )
-        _check_parallelism(self.accelerator.distributed_type)
         self._take_folder(look_only=True)
         self._count_as_begun()
         if not (out / self.published).is_dir():
@@ -218,7 +247,8 @@ class Trainer:
         self._store_data()
         device = self.accelerator.device
         self.network.to(device)
-        self.ema, self.sharding = EMA(self.network, settings.ema_decay), None
+        self.ema = EMA(self.network, settings.ema_decay, warmup=settings.ema_warmup)
+        self.sharding = None
         self._place_objective(device)
         if settings.shard:
             self._shard(device)
@@ -409,7 +439,7 @@ class Trainer:
 
     def _train_batch(self) -> Iterator[None]:
         """Run the passes of one batch, or those that are left of it; yield after every weight update."""
-        cost = self.adversary.num_passes // self.adversary.updates_per_batch
+        cost = self._passes_an_update
         for loss in self._losses():
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
@@ -431,6 +461,10 @@ class Trainer:
             yield
             if self.passes_done >= self.config.training.passes:
                 return  # The last batch may have more passes than were left.
+
+    @property
+    def _passes_an_update(self) -> int:
+        return self.adversary.num_passes // self.adversary.updates_per_batch
 
     def _losses(self) -> Iterator[Tensor]:
         settings = self.config.training
@@ -524,6 +558,7 @@ class Trainer:
             "nonfinite_deltas": int(self.adversary.nonfinite),
             "skipped_steps": self._finite.skipped,
             "lr": self.optimizer.param_groups[0]["lr"],
+            "ema_decay": self.ema.last,
             "passes_per_second": round((self.passes_done - self.first_pass) / max(seconds, 1e-9), 2),
         }
         if self.accelerator.is_main_process:
@@ -614,6 +649,7 @@ class Trainer:
             set_state(value)
         self.passes_done, self.batches_done = state["passes"], state["batches"]
         self._saved_at = self.passes_done
+        self.ema.updates = self.passes_done // self._passes_an_update
 
     def _sample(self) -> None:
         """Write a grid of pictures of the average; every process takes part."""
@@ -685,15 +721,6 @@ def _scaled(config: TrainConfig, kind: str) -> TrainConfig:
     perturbs = adversary.passes > 1 and adversary.step_size > 0
     scale: Any = default_scale(kind) if perturbs else "constant"
     return replace(config, adversary=replace(adversary, scale=scale))
-
-
-def _check_parallelism(kind: DistributedType) -> None:
-    """Refuse what splits the weights, which the averages and checkpoints here hold whole."""
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"{kind.value} of the launcher is not used: launch with --multi_gpu alone, and set training.shard=true to "
-            "split the weights over the processes."
-        )
 
 
 def _seed(entropy: np.random.SeedSequence) -> None:

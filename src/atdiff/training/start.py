@@ -1,0 +1,338 @@
+"""What a run starts from, and whether the two agree: on the noise schedule, by value, and on the parametrisation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from torch import Tensor, nn
+
+from atdiff.errors import UserError
+from atdiff.noise import NoiseSchedule
+from atdiff.objectives.denoising import resolve_prediction_type
+from atdiff.runs import load_denoiser
+from atdiff.training.config import SchedulerConfig, TrainConfig
+
+__all__ = [
+    "Difference",
+    "Start",
+    "check_agreement",
+    "check_weights",
+    "differences",
+    "load_start",
+    "load_teacher",
+    "noise_scheduler",
+    "settled",
+]
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+DYNAMIC = (
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+)
+OUTPUTS = (
+    "conv_out.weight",
+    "conv_out.bias",
+    "proj_out.weight",
+    "proj_out.bias",
+)  # whose second half is a learned variance
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained network that a run starts from, or learns from.
+
+    Attributes:
+        name: what messages call it, such as ``training.init='runs/base'``.
+        scheduler: of its training.
+        network: with its trained weights.
+    """
+
+    name: str
+    scheduler: Any
+    network: Any
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts."""
+        return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler, None)
+
+
+def load_start(config: TrainConfig) -> Start | None:
+    """Load the run of pixels that ``training.init`` names, if it names one.
+
+    Raises:
+        UserError: it cannot be loaded, or is a pipeline of latents.
+    """
+    init = config.training.init
+    if init is None:
+        return None
+    denoiser = load_denoiser(init, text_to_image=False, variant=config.model.variant)
+    return Start(f"training.init={init!r}", denoiser.scheduler, denoiser.model)
+
+
+def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
+    """Load the teacher of a distillation of pixels: ``consistency.teacher``, or what training starts from.
+
+    Raises:
+        UserError: none is named, it cannot be loaded, or it is no diffusion model of pixels.
+    """
+    if config.consistency.mode != "distillation":
+        return None
+    source, teacher = config.consistency.teacher, start
+    if source is not None:
+        denoiser = load_denoiser(source, text_to_image=False, variant=config.model.variant)
+        teacher = Start(f"the teacher {source}", denoiser.scheduler, denoiser.model)
+    if teacher is None:
+        raise UserError(
+            "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
+            "--training.init (or --consistency.teacher)."
+        )
+    if isinstance(teacher.scheduler, LCMScheduler):
+        name = source or config.training.init
+        raise UserError(f"the teacher {name} is a consistency model itself: give a diffusion model.")
+    return teacher
+
+
+def settled(config: TrainConfig, start: Start | None) -> TrainConfig:
+    """Return the settings with the noise schedule and the prediction type, where those leave them out."""
+    scheduler, said = noise_scheduler(config, start), config.scheduler
+    args = _spelled_out(scheduler) if said.args is None else said.args
+    if said.args is None:  # These are of the objective.
+        args = {name: value for name, value in args.items() if name not in ("prediction_type", "variance_type")}
+    predicts: Any = resolve_prediction_type(NoiseSchedule(scheduler), scheduler, config.objective.prediction_type)
+    return replace(
+        config,
+        scheduler=SchedulerConfig(said.name or type(scheduler).__name__, args),
+        objective=replace(config.objective, prediction_type=predicts),
+    )
+
+
+def noise_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # noqa: ANN401
+    """Build the diffusers scheduler of a denoiser: the start's own, with what the settings say in the place of its own.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or its arguments do not fit.
+    """
+    factory = _class(config, start)
+    said = dict(config.scheduler.args or {})
+    if start is None and config.scheduler.args is None and _takes(factory, "beta_schedule"):
+        said = dict(COSINE)
+    if config.objective.prediction_type in ("epsilon", "sample", "v_prediction") and _takes(factory, "prediction_type"):
+        said["prediction_type"] = config.objective.prediction_type
+    if config.objective.variance == "learned_range":
+        said["variance_type"] = "learned_range"
+    args = said if start is None else {**_kept(start, factory, said), **said}
+    try:
+        scheduler = factory(**args)
+        if start is not None and not said.keys() & {*BETAS, "num_train_timesteps"}:
+            scheduler = _with_betas_of(start, scheduler, args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"scheduler {factory.__name__} cannot be built from {args}: {error}") from None
+    return scheduler
+
+
+def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
+    """Return the class of the scheduler that a run has, and writes into its pipeline."""
+    name = config.scheduler.name
+    if name is not None:
+        found = getattr(diffusers, name, None)
+        if found is None or not name.endswith("Scheduler"):
+            raise UserError(f"scheduler.name={name!r} is no scheduler of diffusers; try 'DDPMScheduler'.")
+        return found
+    if start is None:
+        return DDPMScheduler
+    kept = (DDPMScheduler, DDIMScheduler, *([LCMScheduler] if config.consistency.mode != "none" else []))
+    # DDPMPipeline, which a run of pixels leaves, cannot draw with a solver of another pipeline.
+    other = NoiseSchedule(start.scheduler).kind == "vp" and not isinstance(start.scheduler, kept)
+    return DDPMScheduler if other else type(start.scheduler)
+
+
+def _takes(factory: Any, name: str) -> bool:  # noqa: ANN401
+    return name in inspect.signature(factory.__init__).parameters
+
+
+def _kept(start: Start, factory: Any, said: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    """Return the start's own arguments of ``factory``, less those that others which are said take the place of."""
+    # Less what is the default of that class: a scheduler made from this one's config has its own class's for these.
+    defaults = inspect.signature(factory.__init__).parameters
+    config = start.scheduler.config
+    own = {name: value for name, value in config.items() if name in defaults and value != defaults[name].default}
+    if said.keys() & set(BETAS):
+        own.pop("trained_betas", None)
+    if str(own.get("variance_type", "")).startswith("learned"):  # of a network that learned it, which this one may not
+        del own["variance_type"]
+    return own
+
+
+def _with_betas_of(start: Start, scheduler: Any, args: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Return the scheduler, with the betas of the start as they are where its arguments do not tell them."""
+    ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
+    if ours.kind != "vp" or theirs.kind != "vp" or _same_noise(ours, theirs):
+        return scheduler
+    return type(scheduler)(**{**args, "trained_betas": start.scheduler.betas.tolist()})
+
+
+def _spelled_out(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the arguments of a scheduler that are not its class's defaults."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    config = scheduler.config
+    return {name: config[name] for name, one in parameters.items() if name in config and config[name] != one.default}
+
+
+class Difference(NamedTuple):
+    """A setting in which a run and its start differ.
+
+    Attributes:
+        setting: as a recipe calls it.
+        ours: its value in the run.
+        theirs: its value in the start.
+    """
+
+    setting: str
+    ours: Any
+    theirs: Any
+
+    @property
+    def said_there(self) -> str:
+        """What the start does, such as ``predicts 'epsilon'``."""
+        name = self.setting.rpartition(".")[2]
+        what = "predicts " if name == "prediction_type" else f"has {name}="
+        return f"{what}{_short(self.theirs)}"
+
+    def __str__(self) -> str:
+        return f"{self.said_there} but {self.setting} is {_short(self.ours)}"
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)
+
+
+def differences(scheduler: Any, prediction_type: str | None, start: Start) -> list[Difference]:  # noqa: ANN401
+    """Return in which settings a run differs from what it starts or learns from; none where a network fits both.
+
+    Schedules are compared by the values of ``(alpha_t, sigma_t)``, whatever the schedulers are called.
+
+    Args:
+        scheduler: of the run.
+        prediction_type: of the run; None for what the scheduler says.
+        start: see :class:`Start`.
+    """
+    ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
+    if (ours.kind, ours.time_factor) != (theirs.kind, theirs.time_factor):
+        return [Difference("scheduler.name", type(scheduler).__name__, type(start.scheduler).__name__)]
+    found = _schedule_differences(scheduler, start.scheduler)
+    predicts = resolve_prediction_type(ours, scheduler, prediction_type)
+    if predicts != start.prediction_type:
+        section = "scheduler.args" if prediction_type is None else "objective"
+        found.insert(0, Difference(f"{section}.prediction_type", predicts, start.prediction_type))
+    return found
+
+
+def _schedule_differences(one: Any, other: Any) -> list[Difference]:  # noqa: ANN401
+    """Return in which arguments two schedulers of one kind differ."""
+    ours, theirs = NoiseSchedule(one), NoiseSchedule(other)
+    if ours.kind == "edm":
+        return _differing(("sigma_data",), one, other)
+    if ours.num_train_timesteps != theirs.num_train_timesteps:
+        return _differing(("num_train_timesteps",), one, other)
+    if ours.kind == "flow":
+        if ours.shift != theirs.shift:
+            name = "flow_shift" if "flow_shift" in one.config else "shift"
+            return [Difference(f"scheduler.args.{name}", ours.shift, theirs.shift)]
+        both = one.config.get("use_dynamic_shifting") and other.config.get("use_dynamic_shifting")
+        return _differing(DYNAMIC if both else DYNAMIC[:1], one, other)
+    found = []
+    if not _same_noise(ours, theirs):
+        found = _differing(BETAS, one, other) or [Difference("scheduler.args.trained_betas", "others", "its own")]
+    if "timestep_scaling" in one.config and "timestep_scaling" in other.config:
+        # Of two consistency models, whose c_skip and c_out go by it.
+        found += _differing(("timestep_scaling",), one, other)
+    return found
+
+
+def _differing(names: Sequence[str], one: Any, other: Any) -> list[Difference]:  # noqa: ANN401
+    values = [(name, one.config.get(name), other.config.get(name)) for name in names]
+    # A scheduler that has no such argument is as one that leaves it at False or None.
+    return [Difference(f"scheduler.args.{name}", a, b) for name, a, b in values if a != b and (a or b)]
+
+
+def _same_noise(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, to what float32 betas keep of them."""
+    if one.num_train_timesteps != other.num_train_timesteps:
+        return False
+    timesteps = torch.arange(one.num_train_timesteps)
+    pairs = zip(one(timesteps), other(timesteps), strict=True)
+    return all(torch.allclose(ours, theirs, rtol=1e-3, atol=0.0) for ours, theirs in pairs)
+
+
+def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, remedy: str | None = None) -> None:  # noqa: ANN401
+    """Make sure that a run and what it starts or learns from are of one noise schedule and parametrisation.
+
+    Args:
+        scheduler: of the run.
+        prediction_type: of the run; None for what the scheduler says.
+        start: see :class:`Start`.
+        remedy: what to do; default taking the start's own.
+
+    Raises:
+        UserError: they are not.
+    """
+    found = differences(scheduler, prediction_type, start)
+    if not found:
+        return
+    keys = {"scheduler.args" if ".args." in one.setting else one.setting: None for one in found}
+    if "scheduler.name" in keys:
+        keys |= {"scheduler.args": None, "objective.prediction_type": None}
+    remedy = remedy or f"set {' and '.join(keys)} to null to take its own"
+    raise UserError(
+        f"{start.name} {' and '.join(map(str, found))}: a network goes on under the noise schedule and the "
+        f"parametrisation that it was trained with; {remedy}."
+    )
+
+
+def check_weights(network: nn.Module, weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the weights that a network starts from: those given, less a variance that it does not learn.
+
+    Args:
+        network: whose shapes count; its weights may be on the meta device.
+        weights: of the start.
+        name: of the start.
+
+    Raises:
+        UserError: they do not fit the network.
+    """
+    own, fitting = network.state_dict(), dict(weights)
+    for output in OUTPUTS:
+        if output in own and output in weights and len(weights[output]) == 2 * len(own[output]):
+            fitting[output] = weights[output][: len(own[output])]
+    for key in {**own, **fitting}:
+        theirs = tuple(fitting[key].shape) if key in fitting else None
+        ours = tuple(own[key].shape) if key in own else None
+        if theirs != ours:
+            raise UserError(
+                f"{name} does not fit the network: {key} is {theirs or 'nothing'} there and {ours or 'nothing'} here; "
+                f"{_fix(key, theirs, ours)}."
+            )
+    return fitting
+
+
+def _fix(key: str, theirs: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> str:
+    if key in OUTPUTS and theirs and ours and ours[0] == 2 * theirs[0]:
+        return "it learned no variance, so set objective.variance=fixed"
+    if "class_embed" in key or "embedding_table" in key or "label_emb" in key:
+        return (
+            "give data of as many classes as it was trained on, and data.class_conditional and objective.label_dropout "
+            "as they were (dropped labels take one class more)"
+        )
+    return "give the model settings that it was trained with"

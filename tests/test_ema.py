@@ -1,0 +1,127 @@
+"""The average of the weights is right at any length: its decay is warmed up, told, and exact when resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from atdiff.cli import main
+from atdiff.runs import load_denoiser
+from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.ema import EMA
+
+PASSES = 9
+AT = {"passes": 3, "step_size": 0.5}
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "free": {"adversary": AT},
+    "pgd": {"adversary": {**AT, "method": "pgd"}},
+    "consistency": {
+        "consistency": {"mode": "training", "pairs": "even", "target_decay": 0.5},
+        "objective": {"prediction_type": "v_prediction"},
+    },
+}
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.4, 0.0])
+def test_the_warm_up_is_that_of_diffusers(decay: float) -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(3, 4)
+    ours, theirs = EMA(network, decay, warmup=True), EMAModel(network.parameters(), decay=decay)
+    for _ in range(40):
+        for weight in network.parameters():
+            weight.data += torch.randn_like(weight)
+        ours.update()
+        theirs.step(network.parameters())
+        assert ours.last == pytest.approx(theirs.cur_decay_value)
+        for mine, expected in zip(ours.module.parameters(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_without_it_the_decay_is_fixed() -> None:
+    network = nn.Linear(1, 1)
+    average, expected = EMA(network, 0.9), network.weight.clone()
+    for _ in range(3):
+        network.weight.data += 1.0
+        average.update()
+        expected = 0.9 * expected + 0.1 * network.weight
+        assert average.last == 0.9
+    torch.testing.assert_close(average.module.weight, expected)
+
+
+def train(folder: Path, arm: str, *words: str) -> Path:
+    recipe = folder.parent / "r.yaml"
+    model = {"name": "mlp", "args": {"width": 16, "num_blocks": 1}}
+    training = {"passes": PASSES, "batch_size": 16, "log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 9}
+    recipe.write_text(json.dumps({"model": model, "training": training, "arms": ARMS}))
+    assert main(["train", str(recipe), "--arm", arm, "--out", str(folder), *words]) == 0
+    return folder
+
+
+def averages(run: Path) -> dict[str, torch.Tensor]:
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    return load_checkpoint(newest)[1]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_averages_as_diffusers_would_and_resumes_exactly(tmp_path: Path, arm: str) -> None:
+    """By hand, from the weights after every update, which a checkpoint is kept of."""
+    words = ("--training.checkpoint_every", "1")
+    whole = train(tmp_path / "whole", arm, *words)
+    expected: EMAModel | None = None
+    for checkpoint in sorted((whole / "checkpoints").iterdir()):
+        weights, average, _ = load_checkpoint(checkpoint)
+        expected = expected or EMAModel(list(weights.values()), decay=0.999)
+        for weight in weights.values():
+            weight.requires_grad_()
+        expected.step(list(weights.values()))
+        for found, value in zip((average[name] for name in weights), expected.shadow_params, strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-7)
+    updates = 3 if arm == "pgd" else PASSES
+    assert expected is not None
+    assert expected.optimization_step == updates
+    # The decay in effect is told, in the log, in figures and in the card.
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["ema_decay"] for line in lines] == pytest.approx(
+        [0.0, *((1 + n) / (10 + n) for n in range(1, updates))]
+    )
+    assert load_denoiser(str(whole)).weights_name == f"EMA 0.999 (warmed up to {lines[-1]['ema_decay']:.4g})"
+    card = (whole / "pipeline" / "README.md").read_text()
+    assert (
+        f"averages of decay 0.999, warmed up as `(1 + n) / (10 + n)` of `n` updates, to {lines[-1]['ema_decay']:.4g}"
+        in card
+    )
+    # Stopped and resumed, it is the same.
+    halves = train(tmp_path / "halves", arm, *words, "--training.passes", "3")
+    halves = train(tmp_path / "halves", arm, *words)
+    assert all(torch.equal(value, averages(halves)[name]) for name, value in averages(whole).items())
+
+
+def test_an_older_run_goes_on_with_the_fixed_decay_that_it_had(tmp_path: Path) -> None:
+    fixed = train(tmp_path / "fixed", "plain", "--training.ema_warmup", "false")
+    assert load_denoiser(str(fixed)).weights_name == "EMA 0.999"
+    older = train(tmp_path / "older", "plain", "--training.ema_warmup", "false", "--training.passes", "3")
+    file = older / "config.yaml"
+    stored = yaml.safe_load(file.read_text())
+    del stored["training"]["ema_warmup"]
+    file.write_text(yaml.safe_dump(stored))
+    assert load_denoiser(str(older)).weights_name == "EMA 0.999"
+    train(tmp_path / "older", "plain")  # whose recipe has the warm-up of today
+    assert all(torch.equal(value, averages(older)[name]) for name, value in averages(fixed).items())
+    assert yaml.safe_load(file.read_text())["training"]["ema_warmup"] is False
+    assert "averages of decay 0.999. The" in (older / "pipeline" / "README.md").read_text()
+
+
+def test_a_warmed_up_run_is_not_resumed_with_a_fixed_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "plain")
+    words = ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), "--arm", "plain"]
+    assert main([*words, "--training.ema_warmup", "false"]) == 2
+    assert "training.ema_warmup is True there, False here" in capsys.readouterr().err
