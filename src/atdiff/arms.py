@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ __all__ = ["ArmRun", "check_arms", "find_runs"]
 
 @dataclass(frozen=True)
 class ArmRun:
-    """A run and its place in a comparison."""
+    """A run and its place in a comparison; ``weights`` are the local files of extractors that its study was given."""
 
     arm: str
     seed: int
     run: str
     config: Mapping[str, Any]
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def compute(self) -> tuple[int, int] | None:
@@ -69,11 +70,9 @@ def _arm_of(name: str, seed: int) -> str:
 
 def _runs_of_study(folder: Path) -> list[ArmRun]:
     study = json.loads((folder / "study.json").read_text())["recipe"]["study"]
-    return [
-        ArmRun(arm, seed, str(folder / f"seed-{seed}" / arm), run_config(str(folder / f"seed-{seed}" / arm)))
-        for seed in study["seeds"]
-        for arm in study["arms"]
-    ]
+    weights = {name: Path(file) for name, file in (study.get("weights") or {}).items()}
+    runs = [(arm, seed, str(folder / f"seed-{seed}" / arm)) for seed in study["seeds"] for arm in study["arms"]]
+    return [ArmRun(arm, seed, run, run_config(run), weights) for arm, seed, run in runs]
 
 
 def check_arms(

@@ -144,9 +144,11 @@ def _results(run: Path) -> str:
     file = run / "cells.json"
     cells = []
     if file.exists():
-        from atdiff.evaluation.evaluate import read_cells  # brings feature networks, which training has no use for
+        # These bring feature networks, which training has no use for.
+        from atdiff.evaluation.evaluate import cells_of_weights, read_cells
 
-        cells = read_cells(file)
+        # A run that is trained on keeps the cells of what it was.
+        cells = cells_of_weights(str(run), read_cells(file))
     if not cells:
         return "## Results\nNot evaluated yet."
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))

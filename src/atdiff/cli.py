@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from atdiff.allocator import keep_freed_memory
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.interrupted import after_interruption
 from atdiff.launcher import join_mpi, num_processes, refuse_other_training
+from atdiff.reading import DataOptions
 from atdiff.suggest import nearest, nearest_option
 
 __all__ = ["main"]
@@ -208,6 +209,7 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=2048, help="pictures; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
     _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    parser.add_argument("--prompts", type=Path, help="for text-to-image, of images without captions: one prompt a line")
     _add_features(parser)
     _add_variant(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
@@ -223,7 +225,8 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pgd-steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--restarts", type=int, default=2, help="random ones; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--data", help="the images; default: what the run was trained on")
+    _add_reading(parser, "the images; default: what the run was trained on")
+    parser.add_argument("--prompts", type=Path, help="for text-to-image, of images without captions: one prompt a line")
     _add_variant(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
 
@@ -252,7 +255,21 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", action="append", default=[], metavar="[NAME=]FILE", help="local weights of an extractor"
     )
-    parser.add_argument("--data", help="the reference images; default: what the run was trained on")
+    _add_reading(parser, "the reference images; default: what the run was trained on")
+
+
+def _add_reading(parser: argparse.ArgumentParser, data: str) -> None:
+    """Add which images, and how they are read: by the names of the settings of training too."""
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--split", "--data.split", help="of the images, as are the next; default: as in training")
+    parser.add_argument("--image-size", "--data.image_size", type=int, help="crop and resize to so many pixels")
+    parser.add_argument("--channels", "--data.channels", type=int, help="1 (greyscale) or 3 (RGB)")
+    parser.add_argument("--crop", "--data.crop", help="bicubic or adm")
+    parser.add_argument("--background", "--data.background", help="that transparent pixels are composed on")
+    parser.add_argument("--image-column", "--data.image_column", help="of a table")
+    parser.add_argument("--label-column", "--data.label_column", help="of a table")
+    parser.add_argument("--caption-column", "--data.caption_column", help="of a table, for latent pipelines")
+    parser.add_argument("--unreadable", "--data.unreadable", help="refuse or skip files that are no images")
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> None:
@@ -465,6 +482,10 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     return prompts
 
 
+def _reading(args: argparse.Namespace) -> DataOptions:
+    return DataOptions(**{field.name: getattr(args, field.name) for field in fields(DataOptions)})
+
+
 def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Return the arguments of an EvaluationConfig, after what is wrong with them is found."""
     from atdiff.preflight import check_drawing, check_metrics_of
@@ -481,6 +502,7 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, A
         "metrics": _list(args.metrics or "fid,prc", str, "--metrics"),
         "prompts": _prompts(args.prompts),
         "data": args.data,
+        "reading": _reading(args),
         "precision": args.precision,
         "compile": args.compile,
         "guidance_scale": args.guidance_scale,
@@ -528,6 +550,7 @@ def _compare(args: argparse.Namespace) -> None:
     runs = find_runs(args.runs)
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
     asked |= args.precision != "no" or args.guidance_scale is not None or args.variant is not None
+    asked |= bool(_reading(args).asked)
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     options = _evaluation(args, (0,)) if asked or not studied else None
     check_runs([one.run for one in runs], args.data, variant=args.variant)
@@ -561,7 +584,8 @@ def _mismatch(args: argparse.Namespace) -> None:
     check_drawing(**_drawn(args))
     entries = read_entries(args.out / "mismatch.json")
     weights = _weights(args.weights, args.extractor)
-    check_metrics_of(("fid",), args.extractor, weights, with_networks=not entries)
+    if args.extractor != "none":
+        check_metrics_of(("fid",), args.extractor, weights, with_networks=not entries)
     check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.evaluation.progress import cell_progress
@@ -571,9 +595,11 @@ def _mismatch(args: argparse.Namespace) -> None:
         args.steps,
         num=args.num,
         seed=args.seed,
-        extractor=args.extractor,
+        extractor=None if args.extractor == "none" else args.extractor,
         weights=weights.get(args.extractor),
         data=args.data,
+        reading=_reading(args),
+        prompts=_prompts(args.prompts),
         correction=args.correction,
         variant=args.variant,
     )
@@ -586,6 +612,7 @@ def _robustness(args: argparse.Namespace) -> None:
     from atdiff.evaluation.entries import read_entries
     from atdiff.preflight import check_drawing, check_measured, check_runs
 
+    images: dict[str, Any] = {"data": args.data, "reading": _reading(args), "prompts": _prompts(args.prompts)}
     chosen: dict[str, Any] = {}
     if args.radii is not None:
         chosen["radii"] = _list(args.radii, float, "--radii")
@@ -605,12 +632,12 @@ def _robustness(args: argparse.Namespace) -> None:
         steps=args.pgd_steps,
         restarts=args.restarts,
         seed=args.seed,
-        data=args.data,
         target=args.target,
         variant=args.variant,
+        **images,
         **chosen,
     )
-    directions = DirectionsConfig(num=args.num, seed=args.seed, data=args.data, variant=args.variant)
+    directions = DirectionsConfig(num=args.num, seed=args.seed, variant=args.variant, **images)
     with cell_progress("levels") as notify:
         robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
     directions_of_runs(args.runs, directions, args.out, device=_device())

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.arms import ArmRun, check_arms, find_runs
-from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
+from atdiff.evaluation.evaluate import EvaluationConfig, cells_of_run, evaluate_asked, versions
 from atdiff.locks import one_writer
+from atdiff.reading import AS_TRAINED
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
 
 __all__ = ["ArmRun", "compare_runs", "find_runs"]
@@ -61,7 +62,9 @@ def compare_runs(
         num=cells[0]["num"],
         seed=cells[0]["sample_seed"],
         extractor=cells[0]["extractor"] if {"fd", "fid"} & cells[0]["metrics"].keys() else None,
-        weights=config.weights.get(config.extractor) if config else None,
+        weights=(config or runs[0]).weights.get(cells[0]["extractor"]),
+        data=config.data if config else None,
+        reading=config.reading if config else AS_TRAINED,
         mismatch=mismatch,
         robustness=robustness,
         variant=config.variant if config else None,
@@ -90,12 +93,17 @@ def _cells(
     notify: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Return the cells of all runs with arm and seed, from their studies or evaluated now."""
-    if config is None:
-        found = {one.run: read_cells(Path(one.run) / "cells.json") for one in runs}
-    else:
-        cells = evaluate_runs([one.run for one in runs], config, figures, device=device, notify=notify)
-        found = {one.run: [cell for cell in cells if cell["run"] == one.run and config.covers(cell)] for one in runs}
-    return [{"arm": one.arm, "seed": one.seed, **cell} for one in runs for cell in found[one.run]]
+    found: list[dict[str, Any]] = []
+    for one in runs if config is None else ():
+        file = Path(one.run) / "cells.json"
+        cells = cells_of_run(one.run, file, weights=one.weights, device=device, notify=notify)
+        found += [{"arm": one.arm, "seed": one.seed, **cell} for cell in cells]
+    if config is not None:
+        names = {one.run: one for one in runs}
+        for cell in evaluate_asked(list(names), config, figures, device=device, notify=notify):
+            one = names[cell["run"]]
+            found.append({"arm": one.arm, "seed": one.seed, **cell})
+    return found
 
 
 def _shared(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

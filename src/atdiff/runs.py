@@ -20,12 +20,14 @@ from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
 from atdiff.errors import UserError
 from atdiff.files import written_aside
+from atdiff.fingerprint import network_fingerprint, scheduler_fingerprint, settings_fingerprint
 from atdiff.locate import check_local, hub_failure, hub_location, run_config
-from atdiff.models.call import class_embeddings
+from atdiff.models.call import class_embeddings, image_tokens
 from atdiff.models.classes import class_names, null_label, says_null
 from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.plain import pipeline_class
 from atdiff.quiet import quiet_libraries
+from atdiff.reading import AS_TRAINED, DataOptions
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import make_scheduler
@@ -34,9 +36,11 @@ from atdiff.training.folder import BEFORE, classes_of, open_run, stored_data
 
 __all__ = [
     "Denoiser",
+    "check_shape",
     "data_options",
     "load_denoiser",
     "open_run",
+    "reading_of",
     "reference_data",
     "reference_name",
     "run_config",
@@ -110,13 +114,38 @@ class Denoiser:
             f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return hashes of what its pictures depend on, computed now: before :meth:`prepared`, which wraps the network.
+
+        ``weights`` of all networks with their configurations, ``scheduler`` of its class and configuration, and
+        ``settings`` of the size and the classes of its pictures.
+        """
+        return {
+            "weights": network_fingerprint(self.model),
+            "scheduler": scheduler_fingerprint(self.scheduler),
+            "settings": self._settings_fingerprint(),
+        }
+
+    def _settings_fingerprint(self) -> str:
+        labels = self.class_labels(class_embeddings(self.model) + 1)
+        return settings_fingerprint(self.image_shape, labels)
+
     def evaluations(self, sampler: str, steps: int) -> int:
         """Return how often a picture takes the network.
 
         Raises:
             UserError: the sampler or the number of steps does not fit the network.
         """
-        return len(make_scheduler(sampler, self.scheduler, steps).timesteps)
+        return len(self.sampling_scheduler(sampler, steps).timesteps)
+
+    def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Return the scheduler of a sampler, with its timesteps set.
+
+        Raises:
+            UserError: as :func:`atdiff.sampling.make_scheduler`.
+        """
+        tokens = image_tokens(self.model, self.image_shape)
+        return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
         """Find out whether this run can be sampled with corrections at all; every network of pixels can.
@@ -334,8 +363,11 @@ def _lora_pipeline(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401
     return pipeline
 
 
-def reference_name(denoiser: Denoiser, name: str | None = None) -> str:
+def reference_name(denoiser: Denoiser, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
     """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
+
+    Whatever is read in another way than in training follows the name, so that figures against the same images in two
+    sizes stand beside each other.
 
     Raises:
         UserError: neither is known.
@@ -343,26 +375,40 @@ def reference_name(denoiser: Denoiser, name: str | None = None) -> str:
     found = name or denoiser.config.get("data", {}).get("name")
     if not found:
         raise UserError(f"{denoiser.source} does not say which images it was trained on; name them with --data.")
-    return str(found)
+    asked = ", ".join(f"{key} {value}" for key, value in options.asked.items())
+    return f"{found} ({asked})" if asked else str(found)
 
 
-def reference_data(denoiser: Denoiser, name: str | None = None) -> ImageData:
-    """Load those images as in training: cropped, resized, and with the labels that the network knows.
+def reference_data(denoiser: Denoiser, name: str | None = None, options: DataOptions = AS_TRAINED) -> ImageData:
+    """Load those images, read as in training but for ``options``, and with the labels that the network knows.
 
     Raises:
         UserError: they cannot be loaded, are of another size than the network's, or of a class that it does not know.
     """
-    options = data_options(denoiser.config)
-    if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
-        options["channels"] = denoiser.image_shape[0]
-    data = load_data(reference_name(denoiser, name), **options)
-    found = tuple(data.images.shape[1:])
-    if found != denoiser.image_shape:
-        raise UserError(
-            f"the images of {data.name} have shape {found} but those of {denoiser.source} {denoiser.image_shape}: "
-            "name images of its size with --data."
-        )
+    reading = reading_of(denoiser, name, options)
+    del reading["caption_column"]
+    data = load_data(reference_name(denoiser, name), **reading)
+    check_shape(denoiser, tuple(data.images.shape[1:]), data.name)
     return _with_trained_classes(data, denoiser, of_others=name is not None)
+
+
+def check_shape(denoiser: Denoiser, found: tuple[int, ...], name: str) -> None:
+    """Find out whether images of a shape ``(C, H, W)`` are of the size that a network makes.
+
+    Raises:
+        UserError: they are not; it says how to read them so.
+    """
+    channels, height, width = denoiser.image_shape
+    if found == (channels, height, width):
+        return
+    remedies = [f"--image-size {height}"] if found[1:] != (height, width) and height == width else []
+    if found[0] != channels and channels in (1, 3):
+        remedies.append(f"--channels {channels}")
+    how = f"read them with {' '.join(remedies)}, or name" if remedies else "name"
+    raise UserError(
+        f"the images of {name} have shape {found} but those of {denoiser.source} {(channels, height, width)}: {how} "
+        "images of its size with --data."
+    )
 
 
 def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,6 +424,20 @@ def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "label_column": settings.get("label_column"),
         "unreadable": settings.get("unreadable", "refuse"),
     }
+
+
+def reading_of(denoiser: Denoiser, name: str | None = None, options: DataOptions = AS_TRAINED) -> dict[str, Any]:
+    """Return how images are read: as asked for, and for the rest as in training; columns of the same data alone.
+
+    The names are those of :class:`atdiff.reading.DataOptions`.
+    """
+    settings = denoiser.config.get("data", {})
+    known = {**data_options(denoiser.config), "caption_column": settings.get("caption_column")}
+    if name not in (None, settings.get("name")):
+        known |= {key: None for key in known if key.endswith("_column")}
+    if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
+        known["channels"] = denoiser.image_shape[0]
+    return {**known, **options.asked}
 
 
 def _with_trained_classes(data: ImageData, denoiser: Denoiser, *, of_others: bool) -> ImageData:

@@ -21,13 +21,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from atdiff.allocator import keep_freed_memory
 from atdiff.card import write_card
+from atdiff.errors import UserError
 from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs, read_cells, versions
 from atdiff.evaluation.features import make_extractor
 from atdiff.files import write_json
 from atdiff.locks import one_writer
 from atdiff.preflight import check_study
 from atdiff.recipe import Recipe, StudyConfig, resolve
-from atdiff.runs import open_run
+from atdiff.runs import load_denoiser, open_run, run_config
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.training.config import TrainConfig
 from atdiff.training.loop import make_trainer, train
@@ -86,21 +87,30 @@ def run_study(
     stages = _plan(recipe, out, overrides)
     _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
     _open(out, recipe, overrides, stages)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _stamps(stages)
     console = Console()
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     _run_stages(stages, workers, console)
+    worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
         runs.setdefault(stage.arm, []).append(str(stage.folder))
     measured = _measurements(recipe.study, stages).of(runs, out, _device())
     shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
-    # A finished study that is started again keeps the time that it took.
+    # A finished study that is started again keeps the time that it took; one that has more to do adds to it.
     file = out / "summary.json"
-    seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else time.perf_counter() - started
+    seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else 0.0
+    if worked or not file.is_file():
+        seconds += time.perf_counter() - started
     summary = {**_summarise(recipe, stages, command, seconds), **measured}
     publish(summary, shown, out / "report.html", interval=interval, device=_device(), console=console)
     return out / "report.html"
+
+
+def _stamps(stages: Sequence[_Stage]) -> list[int | None]:
+    """Return when the logs and the cells of the runs were last written."""
+    files = [stage.folder / name for stage in stages for name in ("metrics.jsonl", "cells.json")]
+    return [file.stat().st_mtime_ns if file.is_file() else None for file in files]
 
 
 def _device() -> str:
@@ -173,10 +183,48 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
     if file.is_file():
         for stage in stages:
             if (stage.folder / "config.yaml").is_file():
-                open_run(stage.folder, stage.config)  # Refuses other settings.
+                open_run(stage.folder, stage.config, look_only=True)  # Refuses other settings.
+        _check_bases(stages)
+        for stage in stages:
+            if (stage.folder / "config.yaml").is_file():
+                open_run(stage.folder, stage.config)
         Console().print(f"resuming the study in {out}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
+
+
+def _check_bases(stages: Sequence[_Stage]) -> None:
+    """Refuse to train a base further that arms started from: they would be arms of another one."""
+    for base in stages:
+        if base.arm != BASE or not (base.folder / "config.yaml").is_file():
+            continue
+        before, now = run_config(str(base.folder))["training"]["passes"], base.config.training.passes
+        arms = [one for one in stages if one.seed == base.seed and one.arm != BASE]
+        begun = next((one.folder for one in arms if (one.folder / "config.yaml").is_file()), None)
+        if now > before and begun is not None:
+            raise UserError(
+                f"{base.folder} had {before} passes when {begun} started from it, and would have {now}: choose another "
+                "--out, or remove the folders of its arms, to train them from the longer base."
+            )
+
+
+def _check_start(stage: _Stage) -> None:
+    """Refuse an arm that started from other weights than its base has now.
+
+    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have started from those of
+    today.
+    """
+    base, file = stage.folder.parent / BASE, stage.folder.parent / f"{stage.arm}.start.json"
+    if stage.arm == BASE or stage.config.training.init != str(base):
+        return
+    now = load_denoiser(str(base)).fingerprints()["weights"]
+    if not (stage.folder / "config.yaml").is_file() or not file.is_file():
+        write_json(file, {"weights": now})
+    elif json.loads(file.read_text())["weights"] != now:
+        raise UserError(
+            f"{stage.folder} started from other weights than {base} has now: remove {stage.folder} to train it anew, "
+            "or put the base back."
+        )
 
 
 def _start_worker(threads: int) -> None:
@@ -197,6 +245,7 @@ def _follow_parent() -> None:
 
 
 def _run_stage(stage: _Stage) -> None:
+    _check_start(stage)
     train(stage.config, stage.folder, progress=False)
     if stage.evaluation is not None:
         evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())

@@ -26,6 +26,7 @@ from atdiff.evaluation.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.evaluation.progress import cell_progress
 from atdiff.evaluation.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.files import write_bytes, write_json, write_text
+from atdiff.reading import AS_TRAINED, DataOptions
 from atdiff.report.page import write_report
 from atdiff.report.samples import sample_grids, samples_picture
 from atdiff.report.tables import comparison_table, correction_markdown, correction_table, markdown_table
@@ -49,6 +50,8 @@ class Measurements:
         mismatch: whether to measure it.
         robustness: whether to measure the worst-case loss and the directions.
         variant: of the weights of pipelines; training folders know their own.
+        data: the data set of the true images; None for each run's own.
+        reading: how they are read, where that is another way than in training.
     """
 
     sampler: str | None
@@ -60,6 +63,8 @@ class Measurements:
     mismatch: bool = True
     robustness: bool = False
     variant: str | None = None
+    data: str | None = None
+    reading: DataOptions = AS_TRAINED
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
         """Measure runs by arm (one a seed) into folders in ``out``; return entries for the summary."""
@@ -73,6 +78,8 @@ class Measurements:
                 extractor=self.extractor,
                 weights=self.weights,
                 variant=self.variant,
+                data=self.data,
+                reading=self.reading,
             )
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:
@@ -84,7 +91,12 @@ class Measurements:
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
-        options: dict[str, Any] = {"seed": self.seed, "variant": self.variant}
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "variant": self.variant,
+            "data": self.data,
+            "reading": self.reading,
+        }
         with cell_progress("levels of the robustness") as notify:
             worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:

@@ -25,7 +25,7 @@ from atdiff.data.imagenet import holds_imagenet
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages
 from atdiff.data.labels import class_line, renumbered
 from atdiff.data.mixture import MIXTURES
-from atdiff.data.pictures import IMAGE_SUFFIXES, Files, Item, Pictures, file_stamp, files_below
+from atdiff.data.pictures import IMAGE_SUFFIXES, Files, Item, Pictures, file_stamps, files_below
 from atdiff.data.sources import (
     check_columns,
     check_shape,
@@ -41,7 +41,7 @@ from atdiff.data.sources import (
 from atdiff.errors import UserError
 from atdiff.locate import is_hub_id, unknown_data
 
-__all__ = ["CaptionedImages", "load_captioned"]
+__all__ = ["CaptionedImages", "UncaptionedError", "load_captioned"]
 
 TEXT_COLUMNS = ("text", "caption", "TEXT", "captions")  # the first of them that a data set has
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -49,6 +49,10 @@ _METADATA_SUFFIXES = frozenset(Path(name).suffix for name in METADATA)
 CAPTION_SUFFIXES = (".txt", ".json")
 TAR = frozenset({".tar"})
 SHOWN = 5  # members in no pair that a warning names
+
+
+class UncaptionedError(UserError):
+    """Images have no captions of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +100,8 @@ class CaptionedImages:
     def fingerprint(self) -> str:
         """Return a hash of 16 hexadecimal digits that another image, caption, size or crop changes.
 
-        Files are told apart by name, size and time of change, not read; hub data sets by what ``datasets`` calls their
-        fingerprint; images in memory by their bytes.
+        Files are told apart by name, time of change and content (:func:`atdiff.data.contents.content_hashes`), hub data
+        sets by what ``datasets`` calls their fingerprint, images in memory by their bytes.
         """
         how = self.decoding
         parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.pictures.stamp())
@@ -228,12 +232,14 @@ def _check_not_given(name: str, where: str, given: bool) -> None:
 def _no_captions(name: str) -> UserError:
     path = Path(name).expanduser()
     if _is_plain_folder(path):
-        return UserError(
+        return UncaptionedError(
             f"{name} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
             "image, or, if its subfolders are classes, give captions, one a class."
         )
     if name == "digits" or name in MIXTURES or path.is_dir() or (path.is_file() and path.suffix == ".npz"):
-        return UserError(f"{name} has no captions of its own: give captions, one a class in the order of the labels.")
+        return UncaptionedError(
+            f"{name} has no captions of its own: give captions, one a class in the order of the labels."
+        )
     return unknown_data(name)
 
 
@@ -270,7 +276,7 @@ def _text_column(name: str, columns: Sequence[str], asked: str | None) -> str:
         raise UserError(f"{name} has no column {asked!r} of captions: expected one of {list(columns)}.")
     found = [asked] if asked is not None else [c for c in TEXT_COLUMNS if c in columns]
     if not found:
-        raise UserError(
+        raise UncaptionedError(
             f"{name} has no captions among {list(columns)}, where one of {list(TEXT_COLUMNS)} was expected: name them "
             "as caption_column (or give captions, one a class, for data with labels alone)."
         )
@@ -461,7 +467,7 @@ class _Shards:
 
     def stamp(self) -> str:
         shards = dict.fromkeys(member.shard for member in self.members)
-        return repr([file_stamp(shard, shard.parent) for shard in shards])
+        return repr([file_stamps([shard], shard.parent) for shard in shards])
 
 
 def _shards(path: Path, split: str, asked: str | None, limit: int | None) -> Pairs:

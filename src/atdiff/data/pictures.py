@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from atdiff.data.contents import content_hashes
 from atdiff.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "Arrays", "Files", "Item", "Listed", "Pictures", "Table", "file_stamp", "files_below"]
+__all__ = ["IMAGE_SUFFIXES", "Arrays", "Files", "Item", "Listed", "Pictures", "Table", "file_stamps", "files_below"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 
@@ -65,13 +66,15 @@ class Files:
 
     def stamp(self) -> str:
         """See :meth:`Pictures.stamp`."""
-        return repr([file_stamp(file, self.folder) for file in self.files])
+        return repr(file_stamps(self.files, self.folder))
 
 
-def file_stamp(file: Path, folder: Path) -> tuple[str, int, int]:
-    """Return name, size and time of change; of a link those of what it leads to."""
-    status = file.stat() if file.exists() else file.lstat()
-    return os.path.relpath(file, folder), status.st_size, status.st_mtime_ns
+def file_stamps(files: Sequence[Path], folder: Path) -> list[tuple[str, int, int, str]]:
+    """Return name, size, time of change and content of files; of a link those of what it leads to."""
+    stats = [file.stat() if file.exists() else file.lstat() for file in files]
+    names = [os.path.relpath(file, folder) for file in files]
+    stamps = zip(names, stats, content_hashes(files), strict=True)
+    return [(name, status.st_size, status.st_mtime_ns, content) for name, status, content in stamps]
 
 
 def files_below(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
@@ -156,4 +159,4 @@ class Arrays:
 
     def stamp(self) -> str:
         """See :meth:`Pictures.stamp`."""
-        return repr([file_stamp(file, file.parent) for file in self.files])
+        return repr(file_stamps(self.files, self.files[0].parent))

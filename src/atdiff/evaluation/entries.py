@@ -11,12 +11,13 @@ from atdiff.errors import UserError
 
 __all__ = ["entry_key", "read_cells", "read_entries"]
 
+NOT_OF_THE_KEY = ("versions", "records", "fingerprints", "left_out", "stale")
 FILES = ("mismatch.json", "robustness.json", "directions.json")
 
 
 def entry_key(entry: Mapping[str, Any]) -> str:
     """Return what tells an entry from others: its run and its recipe, whatever the versions of the libraries."""
-    return json.dumps({name: value for name, value in entry.items() if name not in ("versions", "records")})
+    return json.dumps({name: value for name, value in entry.items() if name not in NOT_OF_THE_KEY})
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:

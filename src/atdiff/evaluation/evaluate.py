@@ -5,28 +5,40 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from atdiff.errors import UserError
 from atdiff.evaluation.entries import read_cells
 from atdiff.evaluation.metrics import FEW_SAMPLES, Metrics, check_metrics
+from atdiff.evaluation.stale import say, what_changed
 from atdiff.files import write_json
 from atdiff.latent.generate import prompts_name
 from atdiff.locks import one_writer
 from atdiff.models.inference import DTYPES
 from atdiff.noise import NoiseSchedule
 from atdiff.processes import from_main, is_main
-from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
+from atdiff.reading import AS_TRAINED, DataOptions
+from atdiff.runs import Denoiser, load_denoiser, reading_of, reference_data, reference_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.sampling.search import search_correction
 
-__all__ = ["EvaluationConfig", "evaluate_runs", "versions"]
+__all__ = [
+    "EvaluationConfig",
+    "cells_of_run",
+    "cells_of_weights",
+    "evaluate_asked",
+    "evaluate_runs",
+    "read_cells",
+    "versions",
+]
+
+T = TypeVar("T")
 
 SEARCH = ":search"
 ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
@@ -54,6 +66,7 @@ class EvaluationConfig:
         prompts: one for all pictures, or one a class: what text-to-image runs are asked for, in the place of the
             captions of their training, and what ``clip_score`` compares pictures with.
         data: the data set whose images are the reference; None for each run's own.
+        reading: how they are read, where that is another way than in training.
         batch_size: pictures sampled at once.
         precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
         compile: whether they are compiled; to rounding, it does not change a figure.
@@ -73,6 +86,7 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = ("fid", "prc")
     prompts: tuple[str, ...] | None = None
     data: str | None = None
+    reading: DataOptions = AS_TRAINED
     batch_size: int = 512
     precision: str = "no"
     compile: bool = False
@@ -145,6 +159,8 @@ class EvaluationConfig:
             and cell["extractor"] == self.extractor
             and tuple(cell.get("asked", ASKED)) == self.metrics
             and cell.get("dtype", DTYPES["no"]) == DTYPES[self.precision]
+            and cell.get("search_num", self.search_num) == self.search_num
+            and "stale" not in cell
             and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
         )
 
@@ -166,6 +182,9 @@ class _Place:
     seed: int
 
 
+_Job = tuple[_Place, EvaluationConfig]
+
+
 @one_writer("file")
 def evaluate_runs(
     runs: Iterable[str],
@@ -177,6 +196,10 @@ def evaluate_runs(
 ) -> list[dict[str, Any]]:
     """Evaluate every cell that ``out`` does not hold yet, and write ``out`` after each.
 
+    A cell keeps the fingerprints of what it depends on: the run's weights, scheduler and settings, the reference
+    images, and the feature networks. One for which any of them changed since is said and computed again in its place;
+    one of these runs that is not asked for now is marked ``stale`` in the file, said, and left out of what is returned.
+
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to evaluate.
@@ -185,16 +208,33 @@ def evaluate_runs(
         notify: called with the number of cells done and in all.
 
     Returns:
-        All cells: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
+        All cells that are not stale: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
 
     Raises:
         UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
     """
-    cells = read_cells(out)
-    how: dict[str, Any] = {"precision": config.precision, "compile": config.compile, "device": device}
-    denoisers = [config.asked_of(load_denoiser(run, **config.loading)).prepared(**how) for run in runs]
-    done = {_key(cell) for cell in cells}
-    judges: dict[tuple[str, tuple[str, ...]], _Judge] = {}
+    evaluation = _Evaluation(out, device)
+    _asked(evaluation, runs, config, notify)
+    return [cell for cell in evaluation.cells if "stale" not in cell]
+
+
+@one_writer("file")
+def evaluate_asked(
+    runs: Iterable[str],
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    notify: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Do as :func:`evaluate_runs`, and return the cells that were asked for alone, whatever else ``out`` holds."""
+    return _asked(_Evaluation(out, device), runs, config, notify)
+
+
+def _asked(
+    evaluation: _Evaluation, runs: Iterable[str], config: EvaluationConfig, notify: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    denoisers = [evaluation.load(run, config) for run in runs]
     grid = [
         _Place(d, sampler, correction, steps, seed)
         for d in denoisers
@@ -203,35 +243,214 @@ def evaluate_runs(
         for steps in config.steps
         for seed in config.seeds
     ]
-    for i, place in enumerate(grid):
-        cell = _empty_cell(place, config)
-        if _key(cell) not in done:
-            what = cell["reference"], place.denoiser.prompts
-            if what not in judges:
-                judges[what] = _Judge(place.denoiser, config, device, cells)
-            cells.append(judges[what].judged(cell, place))
-            if is_main():
-                write_json(out, cells)
-        notify(i + 1, len(grid))
-    return cells
+    return evaluation.complete([(place, config) for place in grid], notify)
+
+
+@one_writer("file", "file")
+def cells_of_run(
+    run: str,
+    file: Path,
+    *,
+    weights: Mapping[str, Path] | None = None,
+    device: torch.device | str = "cpu",
+    notify: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return the cells that a study left of a run, after those are computed again for which something changed since.
+
+    Args:
+        run: a training folder, which may have moved.
+        file: its cells.
+        weights: local files of weights by extractor, as it was evaluated with.
+        device: where pictures are made.
+        notify: called with the number of cells done and in all.
+
+    Raises:
+        UserError: the file holds no cells of the run, or some that do not say all that they depend on.
+    """
+    evaluation = _Evaluation(file, device)
+    mine = [cell for cell in evaluation.cells if Path(cell["run"]).name == Path(run).name]
+    if not mine:
+        raise UserError(f"{file} holds no cells of {run}: evaluate it anew, with --steps.")
+    configs = [_config_of(cell, weights or {}) for cell in mine]
+    denoiser = evaluation.load(run, configs[0])
+    jobs: list[_Job] = []
+    for cell, config in zip(mine, configs, strict=True):
+        cell["run"] = run
+        config.asked_of(denoiser)
+        place = _Place(denoiser, cell["sampler"], config.corrections[0], cell["steps"], cell["sample_seed"])
+        if _key(_empty_cell(place, config)) != _key(cell):
+            raise UserError(
+                f"{file} holds a cell of {run} (against {cell['reference']}, {cell.get('dtype')}) that is not "
+                "evaluated as its study would: evaluate the runs anew, with --steps."
+            )
+        jobs.append((place, config))
+    return evaluation.complete(jobs, notify)
+
+
+def cells_of_weights(run: str, cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of a run's cells that are of the weights, scheduler and settings that it has now."""
+    now = load_denoiser(run).fingerprints()
+    return [cell for cell in cells if what_changed(cell.get("fingerprints"), now) is None]
+
+
+def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> EvaluationConfig:
+    """Return how a cell was evaluated, against the run's own images."""
+    defaults = EvaluationConfig(None, ())
+    return EvaluationConfig(
+        samplers=(cell["sampler"],),
+        steps=(cell["steps"],),
+        num=cell["num"],
+        seeds=(cell["sample_seed"],),
+        corrections=(cell.get("correction", "none"),),
+        search_seed=cell.get("search_seed", defaults.search_seed),
+        search_num=cell.get("search_num", defaults.search_num),
+        extractor=cell["extractor"],
+        weights=weights,
+        metrics=tuple(cell.get("asked", ASKED)),
+    )
+
+
+class _Evaluation:
+    """The cells of a file: which of them still hold, and what computes the others."""
+
+    def __init__(self, out: Path, device: torch.device | str) -> None:
+        self.out, self.device = out, device
+        self.cells = read_cells(out)
+        self._runs: dict[str, dict[str, str]] = {}  # fingerprints by run
+        self._against: dict[str, _Against] = {}
+
+    def load(self, run: str, config: EvaluationConfig) -> Denoiser:
+        """Load a run as it is asked for."""
+        denoiser = config.asked_of(load_denoiser(run, **config.loading))
+        self._runs[denoiser.source] = denoiser.fingerprints()
+        return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
+
+    def complete(self, jobs: Sequence[_Job], notify: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """Compute the cells that are missing or stale, write the file after each, and return those of the jobs."""
+        wanted = [{**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for job in jobs]
+        self._mark({_key(cell): cell for cell in wanted})
+        done = {_key(cell): i for i, cell in enumerate(self.cells)}
+        judges: dict[str, _Judge] = {}
+        for i, (cell, (place, config)) in enumerate(zip(wanted, jobs, strict=True)):
+            at = done.get(_key(cell), len(self.cells))
+            if at == len(self.cells) or "stale" in self.cells[at]:
+                what = _reading(place.denoiser, config)
+                if what not in judges:
+                    judges[what] = _Judge(self._against[what], config, self.device, self.cells)
+                self.cells[at : at + 1] = [judges[what].judged(cell, place)]
+                self._write()
+            notify(i + 1, len(jobs))
+        found = {_key(cell): cell for cell in self.cells}
+        return [found[_key(cell)] for cell in wanted]
+
+    def _fingerprints(self, place: _Place, config: EvaluationConfig) -> dict[str, str]:
+        what = _reading(place.denoiser, config)
+        if what not in self._against:
+            self._against[what] = _Against.make(place.denoiser, config, self.device)
+        return {**self._runs[place.denoiser.source], **self._against[what].fingerprints}
+
+    def _mark(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """Mark what is stale of the runs that are loaded, and say it."""
+        said: dict[tuple[str, str, bool], list[str]] = {}
+        before = [cell.get("stale") for cell in self.cells]
+        images = {cell["reference"]: cell["fingerprints"]["reference"] for cell in wanted.values()}
+        for cell in self.cells:
+            asked, run = _key(cell) in wanted, self._runs.get(cell["run"])
+            if run is None:
+                continue
+            known = images.get(cell["reference"])
+            now = wanted[_key(cell)]["fingerprints"] if asked else {**run, **({"reference": known} if known else {})}
+            reason = what_changed(cell.get("fingerprints"), now)
+            was = cell.pop("stale", None)
+            if reason is not None:
+                cell["stale"] = reason
+                if asked or was is None:
+                    said.setdefault((cell["run"], reason, asked), []).append(f"{cell['sampler']} {cell['steps']}")
+        for (name, reason, asked), places in said.items():
+            then = "computed again" if asked else "marked as stale and left out until they are asked for again"
+            say(f"{name} {', '.join(dict.fromkeys(places))}: {reason}; {then}.")
+        if before != [cell.get("stale") for cell in self.cells]:
+            self._write()
+
+    def _write(self) -> None:
+        if is_main():
+            write_json(self.out, self.cells)
+
+
+def _reading(denoiser: Denoiser, config: EvaluationConfig) -> str:
+    """Return what tells apart what pictures of a run are measured against, and how."""
+    data = config.data or denoiser.config.get("data", {}).get("name")
+    reading = reading_of(denoiser, config.data, config.reading)
+    how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
+    return json.dumps([data, reading, denoiser.image_shape, denoiser.prompts, how], default=str)
+
+
+@dataclass(frozen=True, eq=False)
+class _Against:
+    """The reference images and the networks of the metrics: of many processes the main one has them."""
+
+    metrics: Metrics | None
+    distance: Metrics | None  # that a search lowers
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def make(cls, denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str) -> _Against:
+        metrics, distance = _in_main(lambda: _metrics(denoiser, config, device)) or (None, None)
+        return cls(metrics, distance, from_main({} if metrics is None else metrics.fingerprints()))
+
+    def prepare(self) -> None:
+        """Compute the statistics of the reference images."""
+
+        def prepared() -> None:
+            for metrics in (self.metrics, self.distance):
+                if metrics is not None:
+                    metrics.prepare()
+
+        _in_main(prepared)
+
+
+def _metrics(
+    denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str
+) -> tuple[Metrics, Metrics | None]:
+    data = reference_data(denoiser, config.data, config.reading)
+    options: dict[str, Any] = {
+        "extractor": config.extractor,
+        "weights": config.weights,
+        "device": device,
+        "prepare": False,
+    }
+    metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
+    if not any(correction.endswith(SEARCH) for correction in config.corrections):
+        return metrics, None
+    return metrics, Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
+
+
+def _in_main(make: Callable[[], T]) -> T | None:
+    """Return what the main process makes, in it alone; what it refuses is refused in all of them.
+
+    Raises:
+        UserError: ``make`` raised it.
+    """
+    made, refusal = None, None
+    if is_main():
+        try:
+            made = make()
+        except UserError as error:
+            refusal = error
+    refusal = from_main(refusal)
+    if refusal is not None:
+        raise refusal
+    return made
 
 
 class _Judge:
-    """Makes and measures the pictures of cells that share their reference images and prompts."""
+    """Makes and measures the pictures of cells that share their reference images, metrics and prompts."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        config: EvaluationConfig,
-        device: torch.device | str,
-        cells: list[dict[str, Any]],
+        self, against: _Against, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
     ) -> None:
-        self.config, self.device = config, device
-        # Every process draws, and the main one measures.
-        self.metrics: Metrics | None = None
-        self.distance: Metrics | None = None
-        if is_main():
-            self._prepare(denoiser)
+        self.against, self.config, self.device = against, config, device
+        against.prepare()
         # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
         self.found = {
             _search_key(cell): (cell["correction_value"], cell["correction_search"])
@@ -239,18 +458,10 @@ class _Judge:
             if "correction_value" in cell
         }
 
-    def _prepare(self, denoiser: Denoiser) -> None:
-        config = self.config
-        data = reference_data(denoiser, config.data)
-        options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": self.device}
-        self.metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
-        if any(correction.endswith(SEARCH) for correction in config.corrections):
-            self.distance = Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
-
     def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
         """Return the cell with its metrics, and with what a search found."""
         correction, found = self._correction(cell, place)
-        metrics = self._measured(self.metrics, place, self.config.num, place.seed, correction)
+        metrics = self._measured(self.against.metrics, place, self.config.num, place.seed, correction)
         return {**cell, **found, "metrics": metrics}
 
     def _correction(self, cell: dict[str, Any], place: _Place) -> tuple[Correction | None, dict[str, Any]]:
@@ -268,7 +479,7 @@ class _Judge:
 
     def _distance(self, place: _Place, correction: Correction | None) -> float:
         num, seed = self.config.search_num, self.config.search_seed
-        (distance,) = self._measured(self.distance, place, num, seed, correction).values()
+        (distance,) = self._measured(self.against.distance, place, num, seed, correction).values()
         return distance
 
     def _measured(
@@ -301,7 +512,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "sample_seed": place.seed,
         "num": config.num,
         "extractor": config.extractor,
-        "reference": reference_name(place.denoiser, config.data),
+        "reference": reference_name(place.denoiser, config.data, config.reading),
         "asked": list(config.metrics),
         "weights": place.denoiser.weights_name,
         "dtype": place.denoiser.dtype_name,
@@ -323,4 +534,4 @@ def _key(cell: Mapping[str, Any]) -> str:
 
 
 def _search_key(cell: Mapping[str, Any]) -> str:
-    return _key({**cell, "sample_seed": None, "num": None})
+    return json.dumps([_key({**cell, "sample_seed": None, "num": None}), cell.get("fingerprints")])

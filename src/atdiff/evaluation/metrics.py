@@ -7,6 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ from atdiff.evaluation.manifold import manifold_metrics
 from atdiff.evaluation.moments import Moments, Rows
 from atdiff.evaluation.reference import Reference, load_reference
 from atdiff.evaluation.spatial import SPATIAL
+from atdiff.fingerprint import network_fingerprint, settings_fingerprint
 
 __all__ = ["FEW_SAMPLES", "METRICS", "Metrics", "check_metrics", "frechet_distance"]
 
@@ -127,6 +129,7 @@ class Metrics:
             model. What is not given is downloaded or trained.
         device: where the networks run.
         prompts: for ``clip_score``, one for all images or one a class.
+        prepare: compute the statistics now; else :meth:`prepare` or the first call does.
 
     Raises:
         UserError: as :func:`check_metrics`; weights that cannot be had, are damaged or belong to another network; or
@@ -142,6 +145,7 @@ class Metrics:
         weights: Mapping[str, Path] | None = None,
         device: torch.device | str = "cpu",
         prompts: Sequence[str] | None = None,
+        prepare: bool = True,
     ) -> None:
         check_metrics(metrics, extractor=extractor, weights=weights, prompts=prompts)
         if len(data) < 2:
@@ -152,20 +156,54 @@ class Metrics:
                 "labelled images of the same classes, or leave label_accuracy out."
             )
         self.data, self.names = data, tuple(dict.fromkeys(metrics))
-        self.prompts = list(prompts or ())
-        self._judges = list(self._make_judges(extractor, weights or {}, device))
-
-    def _make_judges(self, extractor: str, weights: Mapping[str, Path], device: torch.device | str) -> Iterator[_Judge]:
-        if points := [metric for metric in self.names if metric in POINTWISE]:
-            yield _PointJudge.make(self.data, points)
+        self.prompts, weights = list(prompts or ()), weights or {}
+        self._fid = "fid" if extractor == INCEPTION else "fd"
+        self._score = None
         if "clip_score" in self.names:
-            yield _ClipJudge(ClipScore(self.prompts, weights=weights.get(CLIP_SCORE), device=device))
+            self._score = ClipScore(self.prompts, weights=weights.get(CLIP_SCORE), device=device)
         sources = _sources(self.names, extractor)
+        self._networks: list[tuple[FeatureExtractorBase, dict[str, str]]] = []
         for network in dict.fromkeys(network for network, _ in sources.values()):
             layers = {metric: layer for metric, (of, layer) in sources.items() if of == network}
             file = weights.get(network, weights.get(INCEPTION) if network == SPATIAL else None)
             made = make_extractor(network, weights=file, device=device, data=self.data, layers=tuple(layers.values()))
-            yield _FeatureJudge.make(self.data, made, layers, "fid" if extractor == INCEPTION else "fd")
+            self._networks.append((made, layers))
+        if prepare:
+            self.prepare()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return hashes of what the figures depend on besides the generated images.
+
+        ``reference`` of the real images and their labels, ``features`` of the weights of all networks.
+        """
+        networks = [network for network, _ in self._networks]
+        names = [network.get_name() for network in networks]
+        score = [] if self._score is None else [self._score.metric.model]
+        return {
+            "reference": self.data.fingerprint(),
+            "features": settings_fingerprint(names, [network_fingerprint(one) for one in (*networks, *score)]),
+        }
+
+    def prepare(self) -> None:
+        """Compute the statistics of the real images, or read them from the cache.
+
+        Raises:
+            UserError: an extractor does not take images of their shape.
+        """
+        assert self._judges
+
+    @cached_property
+    def _judges(self) -> list[_Judge]:
+        """Those of all metrics; the statistics of the real images are computed, or read from the cache, here."""
+        return list(self._make_judges())
+
+    def _make_judges(self) -> Iterator[_Judge]:
+        if points := [metric for metric in self.names if metric in POINTWISE]:
+            yield _PointJudge.make(self.data, points)
+        if self._score is not None:
+            yield _ClipJudge(self._score)
+        for network, layers in self._networks:
+            yield _FeatureJudge.make(self.data, network, layers, self._fid)
 
     def __call__(
         self, batches: Iterable[Tensor], *, num: int, labels: Tensor | None = None, seed: int = 0

@@ -8,11 +8,16 @@ in the units of the schedule's ``x_t``:
 - ``mean_bias``: ``||mean(x) - mean(y)||_2 / sqrt(D)``;
 - ``variance_ratio``, ``variance_bias``: the mean over pixels of ``var(x)``, over and minus that of ``var(y)``;
 - ``sliced_wasserstein``: distance of ``x`` and ``y`` over 256 projections;
-- ``frechet_pixels``: Frechet distance of Gaussian fits of ``x`` and ``y``; left out above 4,096 pixels;
+- ``frechet_pixels``: Frechet distance of Gaussian fits of ``x`` and ``y``; left out above 4,096 pixels, and where a
+  set has fewer samples than pixels, whose covariance says nothing of most directions;
 - ``noise_norm_ratio``, ``noise_norm_std_ratio``: mean and standard deviation of ``||noise_hat||_2`` at ``x`` over
   those at ``y``, whatever the network predicts: the measure of exposure bias of `Ning et al.
   <https://arxiv.org/abs/2308.15321>`_, section 3;
-- ``frechet_features``: Frechet distance of an extractor's features of ``x0_hat``, in 8 bits, at ``x`` and at ``y``.
+- ``frechet_features``: Frechet distance of an extractor's features of ``x0_hat``, in 8 bits, at ``x`` and at ``y``;
+  left out where a set has fewer samples than features.
+
+Of a latent pipeline ``x`` and ``y`` are latents, the network is guided as in sampling, both sides are told the captions
+(or prompts) of the true images, and there are no features: its ``x0_hat`` would have to be decoded at every step.
 
 Finite sets of one law differ too. So each figure has a *floor*, of the suffix ``_floor``: the same figure of a second
 truly noised set in the place of ``x``. Only what is clear of the floor is mismatch.
@@ -21,6 +26,7 @@ truly noised set in the place of ``x``. Only what is clear of the floor is misma
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,29 +34,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch_fidelity import KEY_METRIC_FID, FeatureExtractorBase
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity import FeatureExtractorBase
 
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.errors import UserError
-from atdiff.evaluation.distances import sliced_wasserstein
-from atdiff.evaluation.entries import entry_key, read_entries
+from atdiff.evaluation.distances import GaussianFit, sliced_wasserstein
 from atdiff.evaluation.evaluate import versions
 from atdiff.evaluation.features import extract, feature_layers, make_extractor
-from atdiff.files import write_bytes, write_json
+from atdiff.evaluation.kept import Entries
+from atdiff.evaluation.stale import say
+from atdiff.evaluation.subjects import open_subject
+from atdiff.files import write_bytes
+from atdiff.fingerprint import network_fingerprint
+from atdiff.latent.probe import LatentRun, TrueLatents
 from atdiff.locks import one_writer
-from atdiff.models.call import class_embeddings, image_tokens, predict
+from atdiff.models.call import class_embeddings, predict
 from atdiff.noise import NoiseSchedule, expand, noise_level
+from atdiff.reading import AS_TRAINED, DataOptions
 from atdiff.report.mismatch import mismatch_curves
-from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
+from atdiff.runs import Denoiser, reference_name
 from atdiff.sampling.corrections import Correction, make_correction, to_clean, to_noise
-from atdiff.sampling.generate import generate, image_generators
+from atdiff.sampling.generate import _evaluating, denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 
 __all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
 
-# The Frechet distance takes the eigenvalues of a D x D matrix: 0.35 s at D = 784, a minute at 4,096.
+# The Frechet distance takes the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
 FRECHET_PIXELS = 4_096
 MEASURED = "mismatch.json"
 
@@ -69,6 +80,9 @@ class MismatchConfig:
         extractor: whose features of ``x0_hat`` are compared; None for no such figures.
         weights: a local weights file of the extractor.
         data: the data set of the true images; None for each run's own.
+        reading: how they are read, where that is another way than in training.
+        prompts: of latent pipelines, for images without captions of their own: one a class, or taken in turn; None for
+            those of the training.
         batch_size: pictures at once.
         correction: of the sampler; see :func:`atdiff.sampling.corrections.make_correction`.
         variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
@@ -81,6 +95,8 @@ class MismatchConfig:
     extractor: str | None = "digits-classifier"
     weights: Path | None = None
     data: str | None = None
+    reading: DataOptions = AS_TRAINED
+    prompts: tuple[str, ...] | None = None
     batch_size: int = 512
     correction: str = "none"
     variant: str | None = None
@@ -108,7 +124,7 @@ class MismatchConfig:
 @torch.no_grad()
 def measure_mismatch(
     denoiser: Denoiser,
-    data: ImageData,
+    data: ImageData | TrueLatents,
     config: MismatchConfig,
     extractor: FeatureExtractorBase | None = None,
     device: torch.device | str = "cpu",
@@ -126,10 +142,11 @@ def measure_mismatch(
     the images drawn. With a correction, the sampler's ``noise_hat`` and ``x0_hat`` are the corrected ones.
 
     Args:
-        denoiser: the network and the scheduler of its training.
-        data: the true images.
+        denoiser: the network and the scheduler of its training; of latents as
+            :func:`atdiff.latent.probe.latent_run` gives it.
+        data: the true images, or latents.
         config: what to measure; its ``extractor``, ``weights`` and ``data`` are the caller's to resolve.
-        extractor: for ``frechet_features``, else left out.
+        extractor: for ``frechet_features``, else left out, as for latents.
         device: where the network is moved and run.
         notify: called with the number of batches through the network done and in all.
 
@@ -148,29 +165,64 @@ def measure_mismatch(
 
     sets = [_TrueImages(denoiser, data, config, number, device) for number in (0, 1)]
     sampling = probe(make_correction(config.correction))
-    pictures = generate(
-        denoiser.model,
-        denoiser.scheduler,
-        sampler=config.sampler_for(denoiser.scheduler),
-        steps=config.steps,
-        num=config.num,
-        shape=denoiser.image_shape,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        class_labels=sets[0].labels,
-        correction=sampling,
-        device=device,
-    )
-    schedule, timesteps = NoiseSchedule(denoiser.scheduler), _timesteps(denoiser, config)
+    pictures = _sampled(denoiser, config, sets[0], sampling, device)
+    scheduler = denoiser.sampling_scheduler(config.sampler_for(denoiser.scheduler), config.steps)
+    schedule, timesteps = NoiseSchedule(denoiser.scheduler), scheduler.timesteps
     records: list[dict[str, Any]] = []
     for i, t in enumerate(timesteps):
-        seen = [_Seen.cat(sampling.seen[i :: len(timesteps)]), *(images.shown(t, probe()) for images in sets)]
-        alpha, sigma = schedule(t.reshape(1))
+        # As the network was told it: an EDM sampler may count its timesteps in other units.
+        told = t * scheduler.time_scale if scheduler.time_scale != 1 else t
+        seen = [_Seen.cat(sampling.seen[i :: len(timesteps)]), *(images.shown(told, probe()) for images in sets)]
+        alpha, sigma = schedule(told.reshape(1))
         where = {"t": t.item(), "level": noise_level(alpha, sigma).item(), "alpha": alpha.item(), "sigma": sigma.item()}
         records.append(where | _compare(*seen, extractor=extractor))
-    seen = [_Seen(x0, None, to_uint8(x0)) for x0 in (pictures, *(images.x0 for images in sets))]
+    keep = extractor is not None
+    seen = [_Seen(x0, None, to_uint8(x0) if keep else None) for x0 in (pictures, *(images.x0 for images in sets))]
     records.append({"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0} | _compare(*seen, extractor=extractor))
     return records
+
+
+def _sampled(
+    denoiser: Denoiser, config: MismatchConfig, true: _TrueImages, probe: _Probe, device: torch.device | str
+) -> Tensor:
+    """Return the pictures, or latents, that the sampler makes for the labels or captions of true ones."""
+    sampler = config.sampler_for(denoiser.scheduler)
+    if not isinstance(denoiser, LatentRun):
+        return generate(
+            denoiser.model,
+            denoiser.scheduler,
+            sampler=sampler,
+            steps=config.steps,
+            num=config.num,
+            shape=denoiser.image_shape,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            class_labels=true.labels,
+            correction=probe,
+            device=device,
+        )
+    drawn: list[Tensor] = []
+    with _evaluating(denoiser.model):
+        for part in true.batches():
+            scheduler = denoiser.sampling_scheduler(sampler, config.steps)
+            generators = image_generators(config.seed, range(part.start, part.stop))
+            x = randn_tensor(
+                (len(generators), *denoiser.image_shape), generator=generators, device=torch.device(device)
+            )
+            steps = denoise_steps(
+                denoiser.model,
+                scheduler,
+                x * getattr(scheduler, "init_noise_sigma", 1.0),
+                generators=generators,
+                model_kwargs=true.conditions(part),
+                correction=probe,
+            )
+            *_, x = steps
+            drawn.append(x.float().cpu())
+    latents = torch.cat(drawn)
+    if not latents.isfinite().all():
+        raise FloatingPointError(f"latents of {denoiser.source} are not finite; the network is broken.")
+    return latents
 
 
 @one_writer("folder")
@@ -198,26 +250,60 @@ def mismatch_of_runs(
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
-    entries = {entry_key(entry): entry for entry in read_entries(out / MEASURED)}
-    denoisers = [load_denoiser(run, variant=config.variant) for run in dict.fromkeys(runs)]
-    for denoiser in denoisers:
+    entries = Entries(out / MEASURED)
+    subjects = [
+        open_subject(run, config.data, config.reading, config.prompts, guided=True, variant=config.variant)
+        for run in dict.fromkeys(runs)
+    ]
+    for denoiser, data in subjects:
         config.check(denoiser.scheduler)
-    recipes = [_recipe(denoiser, config) for denoiser in denoisers]
-    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if entry_key(recipe) not in entries]
-    for denoiser, _ in missing:
-        _check_data(denoiser, reference_data(denoiser, config.data))
-    counter, total = itertools.count(1), sum(_batches(denoiser, config) for denoiser, _ in missing)
-    for denoiser, recipe in missing:
-        data, extractor = reference_data(denoiser, config.data), None
-        if config.extractor is not None:
-            extractor = make_extractor(config.extractor, weights=config.weights, device=device, data=data)
+        _check_data(denoiser, data)
+        denoiser.check_corrections([config.correction])
+    extractors = [_extractor(data, config, device) for _, data in subjects]
+    recipes = [
+        _recipe(denoiser, data, config, extractor)
+        for (denoiser, data), extractor in zip(subjects, extractors, strict=True)
+    ]
+    missing = entries.missing(recipes)
+    counter = itertools.count(1)
+    total = sum(_batches(denoiser, config) for (denoiser, _), absent in zip(subjects, missing, strict=True) if absent)
+    for (denoiser, data), extractor, recipe, absent in zip(subjects, extractors, recipes, missing, strict=True):
+        if not absent:
+            continue
         records = measure_mismatch(denoiser, data, config, extractor, device, lambda *_: notify(next(counter), total))
-        entries[entry_key(recipe)] = {**recipe, "records": records}
-        write_json(out / MEASURED, list(entries.values()))
-    wanted = [entries[entry_key(recipe)] for recipe in recipes]
+        left_out = _left_out(denoiser, config, extractor, records[-1])
+        for line in left_out:
+            say(f"{denoiser.source}: {line}")
+        entries.add(recipe, records, left_out=left_out)
+    wanted = [entries[recipe] for recipe in recipes]
     curves = mismatch_curves({entry["run"]: entry["records"] for entry in wanted}, file_format="png")
     write_bytes(out / "mismatch.png", curves)
     return wanted
+
+
+def _extractor(
+    data: ImageData | TrueLatents, config: MismatchConfig, device: torch.device | str
+) -> FeatureExtractorBase | None:
+    if config.extractor is None or isinstance(data, TrueLatents):
+        return None
+    return make_extractor(config.extractor, weights=config.weights, device=device, data=data)
+
+
+def _left_out(
+    denoiser: Denoiser, config: MismatchConfig, extractor: FeatureExtractorBase | None, record: dict[str, Any]
+) -> list[str]:
+    """Return what a record lacks, and why, one line each."""
+    pixels, few = math.prod(denoiser.image_shape), f"the {config.num} samples are fewer than its"
+    lines = []
+    if pixels > FRECHET_PIXELS:
+        lines.append(f"no Frechet distance of x_t, whose {pixels} values are more than {FRECHET_PIXELS}.")
+    elif "frechet_pixels" not in record:
+        lines.append(f"no Frechet distance of x_t: {few} {pixels} values (--num {pixels}).")
+    if isinstance(denoiser, LatentRun):
+        lines.append("no features of x0_hat, which is a latent.")
+    elif extractor is not None and "frechet_features" not in record:
+        lines.append(f"no Frechet distance of the features of x0_hat: {few} dimensions.")
+    return lines
 
 
 class _Seen(NamedTuple):
@@ -264,30 +350,52 @@ class _Probe(Correction):
 
 
 class _TrueImages:
-    """Images drawn from the data, each with its own noise, which is the same at every timestep."""
+    """Images, or latents, drawn from the data, each with its own noise, which is the same at every timestep."""
 
     def __init__(
-        self, denoiser: Denoiser, data: ImageData, config: MismatchConfig, number: int, device: torch.device | str
+        self,
+        denoiser: Denoiser,
+        data: ImageData | TrueLatents,
+        config: MismatchConfig,
+        number: int,
+        device: torch.device | str,
     ) -> None:
         rng = np.random.default_rng([config.seed, number])
-        indices = torch.from_numpy(rng.integers(len(data), size=config.num))
-        self.x0 = data.x0(indices)
+        self.indices = torch.from_numpy(rng.integers(len(data), size=config.num))
+        self.data, self.denoiser, self.batch_size, self.device = data, denoiser, _batch_size(denoiser, config), device
+        self.labels: Tensor | None = None
+        if isinstance(data, TrueLatents):
+            self.x0 = data.x0(self.indices, device)
+        else:
+            self.x0 = data.x0(self.indices)
+            if class_embeddings(denoiser.model) and data.labels is not None:
+                self.labels = data.labels[self.indices]
         self.noise = torch.from_numpy(rng.standard_normal(self.x0.shape, dtype=np.float32))
-        self.labels = data.labels[indices] if class_embeddings(denoiser.model) and data.labels is not None else None
-        self.denoiser, self.batch_size, self.device = denoiser, config.batch_size, device
+
+    def batches(self) -> list[slice]:
+        """Return the places of each batch."""
+        num = len(self.indices)
+        return [slice(start, min(start + self.batch_size, num)) for start in range(0, num, self.batch_size)]
+
+    def conditions(self, part: slice) -> dict[str, Tensor]:
+        """Return what the network is told of a batch, on the device."""
+        if isinstance(self.data, TrueLatents):
+            found = self.data.conditions(self.indices[part], self.device)
+        else:
+            found = {} if self.labels is None else {"class_labels": self.labels[part]}
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def shown(self, t: Tensor, probe: _Probe) -> _Seen:
         """Show the images, noised to the timestep ``t``, to the network, and return what the probe keeps of it."""
         scheduler = self.denoiser.scheduler
         schedule = NoiseSchedule(scheduler)
         prediction_type = scheduler.config.get("prediction_type", "epsilon") if schedule.kind == "vp" else schedule.kind
-        for start in range(0, len(self.x0), self.batch_size):
-            batch = slice(start, start + self.batch_size)
+        for batch in self.batches():
             x0, noise = self.x0[batch].to(self.device), self.noise[batch].to(self.device)
             timesteps = t.to(self.device).expand(len(x0))
             x_t = schedule.add_noise(x0, noise, timesteps)
-            conditions = {} if self.labels is None else {"class_labels": self.labels[batch].to(self.device)}
-            output = predict(self.denoiser.model, _network_input(x_t, timesteps, schedule), timesteps, conditions)
+            inputs = _network_input(x_t, timesteps, schedule)
+            output = predict(self.denoiser.model, inputs, timesteps, self.conditions(batch))
             # Channels beyond those of the images are a learned variance.
             probe(output[:, : x0.shape[1]], x_t, timesteps, schedule, prediction_type)
         return _Seen.cat(probe.seen)
@@ -320,11 +428,12 @@ class _Law(NamedTuple):
 def _compare(sampled: _Seen, true: _Seen, again: _Seen, *, extractor: FeatureExtractorBase | None) -> dict[str, float]:
     """Return the figures of the sampler's set, and as floors those of the second true set."""
     sampled_law, true_law, again_law = (_Law.of(seen, extractor) for seen in (sampled, true, again))
-    floors = _distances(again_law, true_law)
-    return _distances(sampled_law, true_law) | {f"{name}_floor": value for name, value in floors.items()}
+    fits: dict[str, GaussianFit] = {}  # of the true set, which both are compared with
+    floors = _distances(again_law, true_law, fits)
+    return _distances(sampled_law, true_law, fits) | {f"{name}_floor": value for name, value in floors.items()}
 
 
-def _distances(law: _Law, true: _Law) -> dict[str, float]:
+def _distances(law: _Law, true: _Law, fits: dict[str, GaussianFit]) -> dict[str, float]:
     bias = law.x.mean(dim=0) - true.x.mean(dim=0)
     # A ratio of means, not a mean of ratios: a pixel that hardly varies in the data would outweigh all others.
     variance, true_variance = law.x.var(dim=0).mean().item(), true.x.var(dim=0).mean().item()
@@ -335,33 +444,37 @@ def _distances(law: _Law, true: _Law) -> dict[str, float]:
         "sliced_wasserstein": sliced_wasserstein(law.x, true.x),
     }
     if law.x.shape[1] <= FRECHET_PIXELS:
-        out["frechet_pixels"] = _frechet(law.x, true.x)
+        out |= _frechet("frechet_pixels", law.x, true.x, fits)
     if law.noise_norm is not None and true.noise_norm is not None:
         out["noise_norm_ratio"] = (law.noise_norm.mean() / true.noise_norm.mean()).item()
         out["noise_norm_std_ratio"] = (law.noise_norm.std() / true.noise_norm.std()).item()
     if law.features is not None and true.features is not None:
-        out["frechet_features"] = _frechet(law.features, true.features)
+        out |= _frechet("frechet_features", law.features, true.features, fits)
     return out
 
 
-def _frechet(a: Tensor, b: Tensor) -> float:
-    statistics = fid_features_to_statistics(a), fid_features_to_statistics(b)
-    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+def _frechet(name: str, x: Tensor, true: Tensor, fits: dict[str, GaussianFit]) -> dict[str, float]:
+    """Return the distance by its name; nothing where there are fewer samples than dimensions."""
+    if min(len(x), len(true)) < true.shape[1]:
+        return {}
+    if name not in fits:
+        fits[name] = GaussianFit(true)
+    return {name: fits[name].frechet(GaussianFit(x))}
 
 
-def _timesteps(denoiser: Denoiser, config: MismatchConfig) -> Tensor:
-    """Return the timestep of every evaluation of the network while sampling."""
-    sampler, tokens = config.sampler_for(denoiser.scheduler), image_tokens(denoiser.model, denoiser.image_shape)
-    timesteps: Tensor = make_scheduler(sampler, denoiser.scheduler, config.steps, tokens=tokens).timesteps
-    return timesteps
+def _batch_size(denoiser: Denoiser, config: MismatchConfig) -> int:
+    return min(config.batch_size, denoiser.most_at_once) if isinstance(denoiser, LatentRun) else config.batch_size
 
 
 def _batches(denoiser: Denoiser, config: MismatchConfig) -> int:
     """Return the number of batches through the network: those of the sampler and of two true sets."""
-    return 3 * len(_timesteps(denoiser, config)) * -(-config.num // config.batch_size)
+    evaluations = denoiser.evaluations(config.sampler_for(denoiser.scheduler), config.steps)
+    return 3 * evaluations * -(-config.num // _batch_size(denoiser, config))
 
 
-def _check_data(denoiser: Denoiser, data: ImageData) -> None:
+def _check_data(denoiser: Denoiser, data: ImageData | TrueLatents) -> None:
+    if isinstance(data, TrueLatents):  # which were encoded by the pipeline itself
+        return
     shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
     if shape != tuple(denoiser.image_shape):
         raise UserError(
@@ -376,7 +489,10 @@ def _check_data(denoiser: Denoiser, data: ImageData) -> None:
         )
 
 
-def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
+def _recipe(
+    denoiser: Denoiser, data: ImageData | TrueLatents, config: MismatchConfig, extractor: FeatureExtractorBase | None
+) -> dict[str, Any]:
+    features = {} if extractor is None else {"features": network_fingerprint(extractor)}
     return {
         "run": denoiser.source,
         "sampler": config.sampler_for(denoiser.scheduler),
@@ -384,10 +500,11 @@ def _recipe(denoiser: Denoiser, config: MismatchConfig) -> dict[str, Any]:
         "correction": config.correction,
         "sample_seed": config.seed,
         "num": config.num,
-        "extractor": config.extractor,
-        **denoiser.recipe,
-        "reference": reference_name(denoiser, config.data),
+        "extractor": None if extractor is None else config.extractor,
+        "reference": reference_name(denoiser, config.data, config.reading),
         "weights": denoiser.weights_name,
         "dtype": "float32",
+        **denoiser.recipe,
+        "fingerprints": {**denoiser.fingerprints(), "reference": data.fingerprint(), **features},
         "versions": versions(),
     }

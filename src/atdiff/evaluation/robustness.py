@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,16 +16,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from atdiff.adversary import Objective
+from atdiff.data.sources import ImageData
 from atdiff.errors import UserError
-from atdiff.evaluation.entries import entry_key, read_entries
 from atdiff.evaluation.evaluate import versions
-from atdiff.files import write_bytes, write_json
+from atdiff.evaluation.kept import Entries
+from atdiff.evaluation.subjects import open_subject
+from atdiff.files import write_bytes
+from atdiff.latent.probe import LatentRun, TrueLatents
 from atdiff.locks import one_writer
 from atdiff.noise import NoiseSchedule, expand, noise_level
 from atdiff.norms import NORMS, Norm, project, steepest_step
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
+from atdiff.reading import AS_TRAINED, DataOptions
 from atdiff.report.robustness import robustness_curves
-from atdiff.runs import Denoiser, load_denoiser, reference_data, reference_name
+from atdiff.runs import Denoiser, reference_name
 from atdiff.sampling.generate import _evaluating, image_generators
 
 __all__ = [
@@ -61,6 +65,9 @@ class ProbeConfig:
         num: images, drawn from the data with replacement.
         seed: of the images and of all noise.
         data: the data set; None for what each run was trained on.
+        reading: how it is read, where that is another way than in training.
+        prompts: of latent pipelines, for images without captions of their own: one a class, or taken in turn; None for
+            those of the training.
         batch_size: images at once; no figure depends on it.
         variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
     """
@@ -69,6 +76,8 @@ class ProbeConfig:
     num: int = 256
     seed: int = 0
     data: str | None = None
+    reading: DataOptions = AS_TRAINED
+    prompts: tuple[str, ...] | None = None
     batch_size: int = 256
     variant: str | None = None
 
@@ -354,9 +363,7 @@ def timestep_at(schedule: NoiseSchedule, level: float) -> Tensor:
         timesteps = torch.arange(schedule.num_train_timesteps)
         return timesteps[(noise_level(*schedule(timesteps)) - level).abs().argmin()]
     ratio = math.tan(math.pi / 2 * level)  # sigma / alpha
-    if schedule.kind == "flow":
-        return torch.tensor(schedule.num_train_timesteps * ratio / (1.0 + ratio))
-    return torch.tensor(math.log(ratio) / 4.0)
+    return schedule.timesteps_at(torch.tensor(ratio, dtype=torch.float64))
 
 
 def place_of(schedule: NoiseSchedule, timestep: Tensor) -> dict[str, float]:
@@ -399,24 +406,33 @@ def objective_of(denoiser: Denoiser) -> DenoisingObjective:
     return DenoisingObjective(denoiser.scheduler, variance="learned_range" if learned else "fixed")
 
 
-def draw_images(denoiser: Denoiser, config: ProbeConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], and the labels that the network needs.
+def draw_images(
+    denoiser: Denoiser, data: ImageData | TrueLatents, config: ProbeConfig, device: torch.device | str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and what the network is told.
 
     Raises:
-        UserError: the data cannot be loaded, are of another size, or lack labels that the network knows.
+        UserError: the data lack labels that the network knows.
     """
-    data = reference_data(denoiser, config.data)
     indices = torch.from_numpy(np.random.default_rng(config.seed).integers(len(data), size=config.num))
-    classes = denoiser.num_classes
-    if not classes:
+    if isinstance(data, TrueLatents):
+        return data.x0(indices, device), data.conditions(indices, device)
+    if not denoiser.num_classes:
         return data.x0(indices), {}
+    assert data.labels is not None
+    return data.x0(indices), {"class_labels": data.labels[indices]}
+
+
+def _check_labels(denoiser: Denoiser, data: ImageData | TrueLatents) -> None:
+    classes = denoiser.num_classes
+    if not classes or isinstance(data, TrueLatents):
+        return
     if data.labels is None or int(data.labels.max()) >= classes:
         found = "no labels" if data.labels is None else f"{data.num_classes} classes"
         raise UserError(
             f"{denoiser.source} knows {classes} classes but {data.name} has {found}; name the images that it was "
             "trained on."
         )
-    return data.x0(indices), {"class_labels": data.labels[indices]}
 
 
 def probe_runs(
@@ -430,8 +446,11 @@ def probe_runs(
 ) -> list[dict[str, Any]]:
     """Return the entry of every run: its recipe and its ``records``, read from ``file`` or measured and written there.
 
+    An entry for which the run or the images changed since is said and measured again.
+
     Args:
-        runs: training folders, pipeline folders or hub ids.
+        runs: training folders, pipeline folders or hub ids. Of a latent pipeline the latents are probed, with the
+            captions of the images, and without guidance, as in training.
         config: what is measured.
         file: a JSON file, made or gone on with, written after each run.
         measure: called as :func:`measure_robustness` is.
@@ -442,35 +461,50 @@ def probe_runs(
         UserError: a run cannot be loaded or measured, or ``file`` holds something else.
     """
     config.check()
-    entries = {entry_key(entry): entry for entry in read_entries(file)}
-    denoisers = [load_denoiser(run, variant=config.variant) for run in dict.fromkeys(runs)]
-    recipes = [_recipe(denoiser, config) for denoiser in denoisers]
-    missing = [(d, recipe) for d, recipe in zip(denoisers, recipes, strict=True) if entry_key(recipe) not in entries]
-    # Whatever is wrong with the objective or the data of the last run is found before the first is measured.
-    inputs = [(objective_of(denoiser), *draw_images(denoiser, config)) for denoiser, _ in missing]
-    for i, ((denoiser, recipe), (objective, x0, conditions)) in enumerate(zip(missing, inputs, strict=True)):
+    entries = Entries(file)
+    subjects = [
+        open_subject(run, config.data, config.reading, config.prompts, guided=False, variant=config.variant)
+        for run in dict.fromkeys(runs)
+    ]
+    recipes = [_recipe(denoiser, data, config) for denoiser, data in subjects]
+    absent = [i for i, missing in enumerate(entries.missing(recipes)) if missing]
+    for i in absent:
+        _check_labels(*subjects[i])
+    # Whatever is wrong with the objective of the last run is found before the first is measured.
+    objectives = {i: objective_of(subjects[i][0]) for i in absent}
+    for before, i in enumerate(absent):
+        denoiser, data = subjects[i]
+        x0, conditions = draw_images(denoiser, data, config, device)
         model = denoiser.model.to(device)
 
-        def advance(done: int, total: int, before: int = i) -> None:
-            notify(before * total + done, len(missing) * total)
+        def advance(done: int, total: int, before: int = before) -> None:
+            notify(before * total + done, len(absent) * total)
 
-        records = measure(objective, model, x0, config, conditions=conditions, device=device, notify=advance)
-        entries[entry_key(recipe)] = {**recipe, "records": records}
-        write_json(file, list(entries.values()))
-    return [entries[entry_key(recipe)] for recipe in recipes]
+        at_once = _at_once(denoiser, config)
+        records = measure(objectives[i], model, x0, at_once, conditions=conditions, device=device, notify=advance)
+        entries.add(recipes[i], records)
+    return [entries[recipe] for recipe in recipes]
 
 
-def _recipe(denoiser: Denoiser, config: ProbeConfig) -> dict[str, Any]:
+def _at_once(denoiser: Denoiser, config: ProbeConfig) -> ProbeConfig:
+    """Return the configuration with batches that fit the memory; no figure depends on them."""
+    if not isinstance(denoiser, LatentRun):
+        return config
+    return replace(config, batch_size=min(config.batch_size, denoiser.most_at_once))
+
+
+def _recipe(denoiser: Denoiser, data: ImageData | TrueLatents, config: ProbeConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
-    for name in ("data", "batch_size", "variant"):
+    for name in ("data", "reading", "prompts", "batch_size", "variant"):
         del settings[name]
     return {
         "run": denoiser.source,
         "sample_seed": settings.pop("seed"),
         **settings,
-        **denoiser.recipe,
-        "reference": reference_name(denoiser, config.data),
+        "reference": reference_name(denoiser, config.data, config.reading),
         "weights": denoiser.weights_name,
         "dtype": "float32",
+        **denoiser.recipe,
+        "fingerprints": {**denoiser.fingerprints(), "reference": data.fingerprint()},
         "versions": versions(),
     }

@@ -20,11 +20,11 @@ from torch import Tensor
 from atdiff.data.captions import CaptionedImages
 from atdiff.errors import UserError
 from atdiff.files import cache_folder, write_json, written_aside
-from atdiff.fingerprint import fingerprint
+from atdiff.fingerprint import network_fingerprint, tokenizer_fingerprint
 from atdiff.latent.pipeline import LatentPipeline
 from atdiff.quiet import quiet_libraries
 
-__all__ = ["LatentData", "latent_data"]
+__all__ = ["LatentData", "batched", "encoders_on", "latent_data"]
 
 FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
 MANIFEST = "manifest.json"
@@ -99,7 +99,7 @@ def latent_data(
 
     An image is encoded once, so the noise of its posterior stays the same over epochs; different captions are encoded
     once each. The folder of the cache is found by a hash of the source's fingerprint, the size of the images, the
-    weights and settings of autoencoder and text encoders, the vocabulary, and the seed. One whose files are not as its
+    weights and settings of autoencoder and text encoders, the tokenizers, and the seed. One whose files are not as its
     manifest says is said in a warning and made anew. Of several processes one should come first.
 
     Args:
@@ -130,7 +130,7 @@ def latent_data(
             return data
         warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=2)
     try:
-        with written_aside(folder) as partial, _on(device, latent), quiet_libraries():
+        with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
             partial.mkdir()
             captions, content = _write_latents(partial, source, latent, batch_size, seed, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)
@@ -163,10 +163,7 @@ def _take_in(digest: hashlib._Hash, image: Tensor, caption: str) -> None:
 
 def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
     pipeline = latent.pipeline
-    settings = {key: value for key, value in latent.vae.config.items() if not key.startswith("_")}
     found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
-    words = [[sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length] for tokenizer in tokenizers]
     return [
         FORMAT,
         type(pipeline).__name__,
@@ -174,9 +171,9 @@ def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> li
         source.fingerprint(),
         latent.image_size,
         seed,
-        hashlib.sha256(repr([sorted(settings.items()), words]).encode()).hexdigest(),
         *([] if latent.tokens is None else [latent.tokens]),
-        *(fingerprint(network.state_dict()) for network in (latent.vae, *latent.text_encoders)),
+        *(tokenizer_fingerprint(tokenizer) for tokenizer in found if tokenizer is not None),
+        *(network_fingerprint(network) for network in (latent.vae, *latent.text_encoders)),
     ]
 
 
@@ -204,7 +201,7 @@ def _open(folder: Path, name: str) -> LatentData | None:
 
 
 @contextlib.contextmanager
-def _on(device: torch.device | str, latent: LatentPipeline) -> Iterator[None]:
+def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[None]:
     """Move the encoders to a device, and back, so that training has the memory."""
     networks = (latent.vae, *latent.text_encoders)
     before = [network.device for network in networks]
@@ -229,7 +226,7 @@ def _write_latents(
     ids: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
     done = 0
-    for pairs in _batches(_tracked(source, "encoding images", len(source), progress), batch_size):
+    for pairs in batched(_tracked(source, "encoding images", len(source), progress), batch_size):
         for i, (image, caption) in enumerate(pairs, done):
             latent.check_image(image.shape, f"image {i} of {source.name}")
             caption_ids[i] = ids.setdefault(caption, len(ids))
@@ -264,7 +261,7 @@ def _write_conditions(
         np.save(folder / f"null-{name}.npy", _half(row, what))
     table: dict[str, np.memmap] = {}
     done = 0
-    for prompts in _batches(_tracked(captions, "encoding captions", len(captions), progress), batch_size):
+    for prompts in batched(_tracked(captions, "encoding captions", len(captions), progress), batch_size):
         for name, encoded in latent.encode_prompts(prompts).items():
             rows = _half(encoded, what)
             if name not in table:
@@ -281,7 +278,8 @@ def _tracked(items: Iterable[T], what: str, total: int, progress: bool) -> Itera
     return track(items, what, total=total, console=Console(stderr=True), transient=True, disable=not progress)
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of ``size``, the last one shorter."""
     batch: list[T] = []
     for item in items:
         batch.append(item)

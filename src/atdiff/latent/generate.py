@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from diffusers import LCMScheduler
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from atdiff.errors import UserError
+from atdiff.fingerprint import (
+    network_fingerprint,
+    scheduler_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+)
 from atdiff.latent.families import DiT, Family, Flux, family_of, pixels_per_latent
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.runs import Denoiser
@@ -83,6 +89,27 @@ class TextToImage(Denoiser):
             )
         # One name for no guidance, so that a figure of it is computed once.
         return replace(self, guidance_scale=scale if told else max(scale, 1.0))
+
+    def fingerprints(self) -> dict[str, str]:
+        """See :meth:`atdiff.runs.Denoiser.fingerprints`; ``weights`` are those of all parts, adapters included."""
+        parts = {name: part for name, part in sorted(self.pipeline.components.items()) if name != "scheduler"}
+        networks = {name: network_fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+        return {
+            "weights": settings_fingerprint(networks),
+            "scheduler": scheduler_fingerprint(self.scheduler),
+            "settings": self._settings_fingerprint(),
+        }
+
+    def _settings_fingerprint(self) -> str:
+        # Prompts and guidance are in the recipe of a figure, which tells figures apart.
+        tokenizers = [
+            tokenizer_fingerprint(part)
+            for name, part in sorted(self.pipeline.components.items())
+            if name.startswith("tokenizer") and part is not None
+        ]
+        flags = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int | float)}
+        tokens = self.config.get("data", {}).get("caption_tokens")
+        return settings_fingerprint(type(self.pipeline).__name__, flags, self.image_shape, tokens, tokenizers)
 
     @property
     def is_guided(self) -> bool:

@@ -113,12 +113,12 @@ class LatentPipeline:
             )
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the network is fed.
 
         Args:
             images: uint8, shape ``(B, C, H, W)``.
-            generator: where the noise of the posterior comes from; torch's own when None.
+            generator: where the noise of the posterior comes from, one or one an image; torch's own when None.
 
         Returns:
             float32, shape ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.

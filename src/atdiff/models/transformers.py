@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from atdiff.models.call import keep_labels
 
-__all__ = ["PATCH", "FluxDenoiser", "SD3Denoiser", "denoiser_like", "embed_times_in_float32", "published"]
+__all__ = [
+    "PATCH",
+    "FluxDenoiser",
+    "SD3Denoiser",
+    "denoiser_like",
+    "embed_times_in_float32",
+    "published",
+    "viewed",
+]
 
 PATCH = 2  # latents along the side of a token of Flux
 
@@ -129,6 +137,16 @@ def _put_back(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None: 
         return None
     embedding.given = None
     return *(value.float() * 1000 for value in given), args[-1]
+
+
+def viewed(transformer: Any) -> Any:  # noqa: ANN401  (a network of diffusers)
+    """Return the network as it is called here, with the same weights in memory: the inverse of :func:`published`."""
+    kind = _DENOISERS.get(type(transformer))
+    if kind is None:
+        return transformer
+    view = copy.copy(transformer)
+    view.__class__ = kind
+    return view
 
 
 def published(denoiser: nn.Module) -> Any:  # noqa: ANN401
