@@ -5,10 +5,12 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch_fidelity import KEY_METRIC_FID
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from atdiff.errors import UserError
 from atdiff.evaluation import distances
-from atdiff.evaluation.distances import energy_distance, sliced_wasserstein
+from atdiff.evaluation.distances import GaussianFit, energy_distance, sliced_wasserstein
 
 
 def normal(count: int, dimensions: int, seed: int) -> Tensor:
@@ -81,3 +83,23 @@ def test_bad_points(measure: object) -> None:
     with pytest.raises(UserError, match="projections=0 must be 1 or more"):
         sliced_wasserstein(torch.zeros(2, 2), torch.zeros(2, 2), projections=0)
     assert np.isnan(measure(torch.full((2, 2), torch.nan), torch.zeros(2, 2)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("constant", [0, 3])
+def test_frechet_distance_is_that_of_torch_fidelity(constant: int) -> None:
+    """Of dimensions that do not vary too, as the corners of digits."""
+    a, b = normal(60, 12, 0) @ normal(12, 12, 2), normal(80, 12, 1) + 0.5
+    a[:, :constant] = 0.25
+    b[:, :constant] = 0.25
+    fits = [fid_features_to_statistics(points) for points in (a, b)]
+    expected = fid_statistics_to_metric(*fits, verbose=False)[KEY_METRIC_FID]
+    assert GaussianFit(a).frechet(GaussianFit(b)) == pytest.approx(expected, rel=1e-6)
+    assert GaussianFit(b).frechet(GaussianFit(a)) == pytest.approx(expected, rel=1e-6)
+    assert GaussianFit(a).frechet(GaussianFit(a)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_frechet_distance_of_a_shift_and_a_scale_in_closed_form() -> None:
+    points = normal(300, 5, 0)
+    moved, trace = 3.0 * points + 2.0, GaussianFit(points).covariance.trace().item()
+    gap = (2.0 * points.mean(0) + 2.0).square().sum().item()
+    assert GaussianFit(points).frechet(GaussianFit(moved)) == pytest.approx(gap + 4.0 * trace, rel=1e-9)

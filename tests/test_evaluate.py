@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from diffusers import DDPMScheduler
+from PIL import Image, ImageOps
 
 import atdiff.runs
 from atdiff.cli import main
 from atdiff.evaluation import evaluate
 from atdiff.files import write_json
+from atdiff.runs import save_pipeline
+from conftest import small_unet
 
 
 class Interrupter:
@@ -121,3 +125,37 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
     assert "not finite" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_images_of_another_size_are_read_by_the_remedy_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline of 16 grey pixels against larger photographs in colour; the oracle is the same images saved so."""
+    monkeypatch.chdir(tmp_path)
+    network = small_unet(8, 8)
+    network.register_to_config(sample_size=16)
+    save_pipeline(tmp_path / "theirs", network, DDPMScheduler())
+    rng = np.random.default_rng(0)
+    for folder in ("pictures", "small"):
+        (tmp_path / folder).mkdir()
+    for i in range(6):
+        picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+        grey = ImageOps.fit(picture.convert("L"), (16, 16), Image.Resampling.BICUBIC)
+        grey.save(tmp_path / "small" / f"{i}.png")
+
+    def evaluated(data: str, out: str, *words: str) -> int:
+        fixed = ["--steps", "2", "--num", "6", "--metrics", "sliced_wasserstein"]
+        return main(["evaluate", "theirs", "--data", data, *fixed, *words, "--out", out])
+
+    assert evaluated("pictures", "cells.json") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    remedy = re.search(r"read them with ((?:--[\w-]+ \d+ ?)+)", error)
+    assert remedy is not None, error
+    assert remedy[1].split() == ["--image-size", "16", "--channels", "1"]
+    assert evaluated("pictures", "cells.json", *remedy[1].split()) == 0
+    assert evaluated("pictures", "named.json", "--data.image_size", "16", "--data.channels", "1") == 0
+    assert evaluated("small", "small.json") == 0
+    cells, named, small = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("cells", "named", "small"))
+    assert cells[0]["metrics"] == named[0]["metrics"] == small[0]["metrics"]
+    assert cells[0]["reference"] == "pictures (image_size 16, channels 1)"

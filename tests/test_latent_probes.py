@@ -202,7 +202,6 @@ def test_the_commands_end_with_figures(command: str, kind: str, places: Path, tm
 
 
 def test_images_get_their_captions_or_the_prompt_of_their_class_or_prompts_in_turn(places: Path) -> None:
-    run = latent_run(load_denoiser(str(places / "sd")), guided=False)
     prompts = ("a cat", "the dog")
 
     def captions(data: str, prompts: tuple[str, ...] | None) -> list[str]:
@@ -213,7 +212,12 @@ def test_images_get_their_captions_or_the_prompt_of_their_class_or_prompts_in_tu
     assert captions("bare.npz", ("a", "b", "c", "d")) == ["a", "b", "c", "d", "a", "b"]
     reversed_labels = ImageData(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.tensor([1, 1, 0, 0]), "x")
     assert _Prompted(reversed_labels, prompts).captions == ["the dog", "the dog", "a cat", "a cat"]
-    assert run.recipe["guidance_scale"] == 7.5
+
+
+def test_only_a_guided_network_has_a_guidance_scale_in_its_recipe(places: Path) -> None:
+    run = load_denoiser(str(places / "sd"))
+    assert latent_run(run, guided=True).recipe == {"guidance_scale": 7.5, "images": "latents"}
+    assert latent_run(run, guided=False).recipe == {"images": "latents"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
@@ -219,7 +224,9 @@ def test_doubling_radius() -> None:
     assert doubling_radius(radii, [0.0, 0.0, 1.0, 2.0]) == 0.0
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS.values(), DDPMScheduler(), EDMEulerScheduler()])
+@pytest.mark.parametrize(
+    "scheduler", [*SCHEDULERS.values(), DDPMScheduler(), EDMEulerScheduler(), CMStochasticIterativeScheduler()]
+)
 def test_levels_find_their_timesteps(scheduler: Any) -> None:
     schedule = NoiseSchedule(scheduler)
     for level in (0.05, 0.3, 0.5, 0.95):

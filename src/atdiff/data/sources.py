@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing_extensions import Self
 
 from atdiff.data.cifar import SPLITS as CIFAR_FILES
 from atdiff.data.cifar import holds_cifar, read_cifar
+from atdiff.data.contents import content_hashes
 from atdiff.data.imagenet import holds_imagenet, read_imagenet
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages, describe_shape
 from atdiff.data.labels import in_class_order, renumbered
@@ -33,6 +35,7 @@ __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
 PROGRESS_FROM = 2_000  # images; fewer are read in about a second
 DIGITS_TEST = 297  # of 1,797 images
+PARQUET = frozenset({".parquet"})
 _NPZ_NAMES = (("images", "arr_0"), ("labels", "arr_1"))
 
 
@@ -250,7 +253,7 @@ def _tensor(labels: np.ndarray) -> Tensor:
 
 def holds_tables(folder: Path) -> bool:
     """Return whether a folder has parquet files."""
-    return any(file.is_file() for file in files_below(folder, frozenset({".parquet"})))
+    return any(file.is_file() for file in files_below(folder, PARQUET))
 
 
 def _digits(split: str) -> Source:
@@ -455,8 +458,12 @@ def load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a da
     try:
         if path.is_file():
             check_whole(name, split)
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        return datasets.load_dataset(str(path) if path.is_dir() else hub_location(name, "dataset"), split=split)
+            cache = _cache_of_tables([path])
+            return datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
+        if path.is_dir():
+            cache = _cache_of_tables(sorted(files_below(path, PARQUET)))
+            return datasets.load_dataset(str(path), split=split, cache_dir=cache)
+        return datasets.load_dataset(hub_location(name, "dataset"), split=split)
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
@@ -467,6 +474,18 @@ def load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a da
             f"{name} is no local file or folder and cannot be had from the hub ({hub_failure(reason)}): download the "
             "data set where there is a network and give the path of its folder, or of an .npz or .parquet file."
         ) from error
+
+
+def _cache_of_tables(files: Sequence[Path]) -> str:
+    """Return a folder in the cache of ``datasets`` for tables of this content.
+
+    By itself it tells files apart by their names and dates, and goes on giving the rows of a file that was replaced by
+    one of the same date.
+    """
+    import datasets
+
+    content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}")
 
 
 def _holds_images(feature: Any) -> bool:  # noqa: ANN401  (a datasets feature)
