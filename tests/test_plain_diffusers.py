@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "flow": (_flow(shift=2.0), "flow-euler", True),
     "flow of a solver": (_flow("UniPCMultistepScheduler", **UNIPC), "flow-euler", True),
     "flow, classes": (_both(CLASSES, _flow(shift=2.0)), "flow-euler", False),
-    "flow, dynamic shift": (_flow(use_dynamic_shifting=True, time_shift_type="linear"), "flow-euler", False),
+    "flow, dynamic shift": (_flow(use_dynamic_shifting=True), "flow-euler", False),
     "edm": (_edm(), "edm-euler", True),
     "edm of a solver": (_edm("EDMDPMSolverMultistepScheduler"), "edm-euler", True),
     "edm, classes": (_both(CLASSES, _edm()), "edm-euler", True),
