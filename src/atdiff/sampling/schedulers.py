@@ -328,8 +328,12 @@ def _flow(sampler: str, cls: type, training_scheduler: Any) -> Any:  # noqa: ANN
 
 
 def _edm(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
-    end = own_setting(training_scheduler, "final_sigmas_type")
-    return cls(**_options(cls, training_scheduler), **({} if end is None else {"final_sigmas_type": end}))
+    options, end = _options(cls, training_scheduler), own_setting(training_scheduler, "final_sigmas_type")
+    if end in (None, "zero"):
+        return cls(**options)
+    if "final_sigmas_type" not in inspect.signature(cls.__init__).parameters:  # type: ignore[misc]
+        raise UserError(f"{cls.__name__} of this version of diffusers has no final_sigmas_type={end!r}; update diffusers.")
+    return cls(**options, final_sigmas_type=end)
 
 
 def _plain(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
