@@ -280,7 +280,7 @@ def test_fingerprint_of_tables_shards_and_labelled_data(tmp_path: Path) -> None:
         ({"captions": DIGITS, "image_size": 0}, "image_size is 0"),
         ({"captions": DIGITS, "channels": 2}, "channels is 2"),
         ({"captions": DIGITS, "crop": "none"}, "crop is 'none'"),
-        ({}, "digits has no captions of its own: give captions, one a class"),
+        ({}, "digits has no captions of its own: give captions, one per class"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

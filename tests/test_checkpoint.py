@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(tmp_path:
         )
     if file == "manifest.json" and damage == "flipped":
         path.write_bytes(content.replace(b'"files"', b'"filed"'))
-    with pytest.warns(UserWarning, match=r"pass-000000006 is left out: .*the one before it is used"):
+    with pytest.warns(UserWarning, match=r"pass-000000006 is skipped: .*the one before it is used"):
         found = latest_checkpoint(tmp_path)
     assert found == tmp_path / "pass-000000003"
     assert checkpoint_problem(found) is None

@@ -528,7 +528,7 @@ def test_timesteps_are_found_by_their_noise() -> None:
         (lambda: ConsistencyObjective(lcm(), pairs="odd"), "pairs='odd'"),
         (lambda: ConsistencyObjective(lcm(), intervals=1001), "intervals=1001"),
         (lambda: ConsistencyObjective(lcm(), intervals=0), "intervals=0"),
-        (lambda: ConsistencyObjective(lcm(prediction_type="epsilon")), "cannot make one-step pictures"),
+        (lambda: ConsistencyObjective(lcm(prediction_type="epsilon")), "cannot sample in one step"),
         (lambda: Teacher(lambda x, t: x, DDPMScheduler(), solver="euler"), "solver='euler'"),
         (lambda: Teacher(lambda x, t: x, FlowMatchEulerDiscreteScheduler()), "is a flow"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, DDPMScheduler())), "noise schedule"),

@@ -161,7 +161,7 @@ def test_the_student_starts_from_the_teacher_less_its_variance(tmp_path: Path) -
             ["--objective.prediction_type", "sample"],
             "predicts 'v_prediction' but objective.prediction_type is 'sample'",
         ),
-        (["--objective.prediction_type", "epsilon"], "cannot make one-step pictures on this schedule"),
+        (["--objective.prediction_type", "epsilon"], "cannot sample in one step on this schedule"),
         (["--consistency.teacher", "nowhere"], "'nowhere' could not be loaded"),
         (["--lora.rank", "4"], "lora.rank needs model.name='pipeline'"),
         (["--consistency.site", "both"], "consistency"),

@@ -67,7 +67,7 @@ def test_a_disk_that_fails_ends_the_run_and_the_same_command_goes_on(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("atdiff: ")
     assert os.strerror(number) in error
-    assert "make the folder writable, and give the same command again." in error
+    assert "make the folder writable, and run the same command again." in error
     newest = latest_checkpoint(tmp_path / "failed" / "run" / "checkpoints")
     assert str(newest or "none yet") in error
     assert newest is None or checkpoint_problem(newest) is None

@@ -349,7 +349,7 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
     [
         ("dit", ["--objective.variance", "fixed"], "set objective.variance=learned_range"),
         ("dit", ["--lora.rank", "2"], "diffusers has no LoRA for a DiTTransformer2DModel"),
-        ("dit", ["--data.captions", '["a", "b"]'], "is told class labels"),
+        ("dit", ["--data.captions", '["a", "b"]'], "is conditioned on class labels"),
         ("dit", ["--data.caption_tokens", "77"], "is for SD3 and Flux"),
         ("dit", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "only the U-Nets of Stable"),
         ("sd3", ["--objective.variance", "learned_range"], "set objective.variance=fixed"),
@@ -393,7 +393,7 @@ def test_a_dit_of_pixels_is_trained_sampled_and_measured(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data.class_conditional", "false"], "is told class labels; set data.class_conditional"),
+        (["--data.class_conditional", "false"], "is conditioned on class labels; set data.class_conditional"),
         (["--model.args", '{"patch_size": 3}'], "no multiple of the DiT's patch_size=3"),
         (["--model.args", '{"depth": 3}'], "cannot be built from"),
     ],

@@ -613,7 +613,7 @@ def test_mistakes_of_lora_are_said(sd: LatentPipeline, sdxl: LatentPipeline, tmp
     with pytest.raises(UserError, match="holds no LoRA weights: expected pytorch_lora_weights"):
         load_lora(sd, tmp_path)
     save_lora(tmp_path / "lora", sdxl, _adapted(sdxl), _lcm(sdxl))
-    with pytest.raises(UserError, match=r"cannot be put onto .*: give the pipeline that they were trained on"):
+    with pytest.raises(UserError, match=r"cannot be loaded onto .*: give the pipeline that they were trained on"):
         load_lora(load_latent_pipeline(sd.source), tmp_path / "lora")
 
 

@@ -457,7 +457,7 @@ def test_the_terminal_shows_progress_and_results_alone(
         words = ["--steps", "2", "--num", "1", "--out", str(tmp_path / f"{arm}.png")]
         assert main(["sample", str(out), *words]) == 0
         text = capfd.readouterr()
-        results = {f"{out / folder} holds the trained {what}.", f"1 pictures in {tmp_path / arm}.png"}
+        results = {f"{out / folder} holds the trained {what}.", f"1 samples in {tmp_path / arm}.png"}
         assert results <= set(text.out.splitlines())
         shown += [*(line for line in text.out.splitlines() if line not in results), *text.err.splitlines()]
     assert [
@@ -497,7 +497,7 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--consistency.teacher {bare}", "{bare} is neither a training folder (config.yaml) nor a pipeline"),
         ("--data.name {bare}", "{bare} holds images without captions"),
         ("--data.captions []", "captions is an empty list"),
-        ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents are those of pictures of 64"),
+        ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents are those of images of 64"),
         ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
         ("--data.flip true", "data.flip is for networks of pixels"),
         ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
@@ -514,7 +514,10 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--lora.rank -1", "the rank of LoRA is -1"),
         ("--lora.rank 2 --lora.alpha 0", "the alpha of LoRA is 0"),
         ("--lora.rank 2 --model.name mlp", "lora.rank needs model.name='pipeline'"),
-        ("--lora.rank 2 --model.name tiny-sd --training.init null", "lora.rank adapts a pipeline that is kept apart"),
+        (
+            "--lora.rank 2 --model.name tiny-sd --training.init null",
+            "lora.rank adapts a pipeline that is stored outside the run",
+        ),
         ("--model.name tiny-sd --training.init null", "the U-Net of model.name='tiny-sd' is untrained"),
         ("--training.init null", "model.name='pipeline' trains the network of a pipeline: name its folder or hub id"),
     ],

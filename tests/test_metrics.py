@@ -356,7 +356,7 @@ def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
     with pytest.raises(UserError, match="10 prompts need a class label for each of the 70 images"):
         metrics([images], num=70)
     few = Metrics(load_data("digits"), ("clip_score",), prompts=prompts[:5], **options)
-    with pytest.raises(UserError, match="class 9 has no prompt: expected one a class"):
+    with pytest.raises(UserError, match="class 9 has no prompt: expected one per class"):
         few([images], num=70, labels=labels)
 
 
@@ -435,7 +435,7 @@ def test_too_few_images(quick: Metrics) -> None:
         (("fid",), {"extractor": "vgg16"}, "unknown feature extractor 'vgg16'"),
         (("fid",), {"weights": {"inception": Path("x")}}, "weights are given for 'inception', which is no extractor"),
         (("fid",), {"weights": {"clip-vit-b-32": Path("x")}}, "the weights x of clip-vit-b-32 do not exist"),
-        (("clip_score",), {}, "clip_score compares pictures with prompts: give one for all of them, or one a class"),
+        (("clip_score",), {}, "clip_score compares samples with prompts: give one for all of them, or one per class"),
     ],
 )
 def test_check_metrics(metrics: Sequence[str], options: dict[str, Any], message: str) -> None:

@@ -183,7 +183,7 @@ TRIED = [
     ),
     (
         f"compare a=base b=longer {DRAWN} --metrics energy --no-mismatch --out page.html",
-        "or say --unequal-passes",
+        "or add --unequal-passes",
         f"compare a=base b=longer {DRAWN} --metrics energy --no-mismatch --unequal-passes --out page.html",
     ),
     (
@@ -215,7 +215,7 @@ def test_an_existing_page_is_replaced_where_asked(place: Path, capsys: pytest.Ca
     assert main(["train", "small.yaml", "--training.seed", "1", "--out", "base-again"]) == 0
     assert main(words) == 0
     assert main(words) == 2
-    assert "or say --overwrite" in capsys.readouterr().err
+    assert "or add --overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
 
 

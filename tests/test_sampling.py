@@ -404,7 +404,7 @@ def test_class_labels_reach_the_network() -> None:
     torch.testing.assert_close(ours, x.clamp(-1, 1), rtol=0, atol=2e-5)
     with pytest.raises(UserError, match="conditional on 4 classes"):
         generate(conditional, _training_scheduler(), num=1, **options)
-    with pytest.raises(UserError, match=r"class_labels of shape \(5,\) must hold one label a picture, \(4,\)"):
+    with pytest.raises(UserError, match=r"class_labels of shape \(5,\) must hold one label per sample, \(4,\)"):
         generate(conditional, _training_scheduler(), num=4, class_labels=labels, **options)
 
 

@@ -99,5 +99,5 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
             (passes, batch), (others, other_batch) = known[0].compute, one.compute  # type: ignore[misc]
             raise UserError(
                 f"{known[0].run} had {passes:,} passes of {batch} images and {one.run} {others:,} of {other_batch}: "
-                "compare arms at equal compute, or say --unequal-passes."
+                "compare arms at equal compute, or add --unequal-passes."
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.allocator import keep_freed_memory
+from atdiff.choices import EXTRACTORS, METRICS
 from atdiff.errors import RunError, Stopped, UserError
 from atdiff.interrupted import after_interruption
 from atdiff.launcher import join_mpi, num_processes, refuse_other_training
@@ -134,7 +135,7 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
+    parser.add_argument("--jobs", type=int, default=None, help="parallel processes; default: one per core")
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +144,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=None, help="processes at once; default: one a core")
+    parser.add_argument("--jobs", type=int, default=None, help="parallel processes; default: one per core")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -172,9 +173,11 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--class-label", help="name of a class or a prompt, or else its number from 0; default: all in turn"
     )
     parser.add_argument(
-        "--prompts", type=Path, help="for text-to-image: a text file, one prompt a line; default: those of the training"
+        "--prompts",
+        type=Path,
+        help="for text-to-image: a text file, one prompt per line; default: the training prompts",
     )
-    _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
     _add_guidance(parser)
     _add_variant(parser)
     _add_inference(parser)
@@ -184,8 +187,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     _add_evaluation(parser)
-    parser.add_argument("--seeds", default="0", help="of the pictures, comma-separated; default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, help="a .json file, made or gone on with")
+    parser.add_argument("--seeds", default="0", help="sampling seeds, comma-separated; default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="a .json file; an existing one is resumed")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -193,9 +196,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="[ARM=]RUN", help="runs of several arms (and seeds), or the folder of a study"
     )
     _add_evaluation(parser)
-    parser.add_argument("--baseline", help="default: plain, or else the first arm")
+    parser.add_argument("--baseline", help="default: plain if there is one, else the first arm")
     parser.add_argument("--interval", choices=("t", "bootstrap"), default="t", help="default: %(default)s")
-    parser.add_argument("--unequal-passes", action="store_true", help="allow arms of different compute")
+    parser.add_argument("--unequal-passes", action="store_true", help="allow arms with different compute")
     parser.add_argument("--mismatch", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--robustness", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier page")
@@ -206,13 +209,15 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     _add_one(parser, "sampler", help="default: ddim, or Euler for flows and EDM")
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--num", type=int, default=2048, help="pictures; default: %(default)s")
+    parser.add_argument("--num", type=int, default=2048, help="number of samples; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
-    _add_one(parser, "correction", default="none", help="such as epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
-    parser.add_argument("--prompts", type=Path, help="for text-to-image, of images without captions: one prompt a line")
+    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    parser.add_argument(
+        "--prompts", type=Path, help="for text-to-image, of images without captions: one prompt per line"
+    )
     _add_features(parser)
     _add_variant(parser)
-    parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="a folder; an existing one is resumed")
 
 
 def _add_robustness(parser: argparse.ArgumentParser) -> None:
@@ -220,15 +225,17 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", default="l2", help="l2, linf or l1; default: %(default)s")
     parser.add_argument("--radii", help="in units of sigma_t, comma-separated")
     parser.add_argument("--levels", help="noise levels from 0 (data) to 1 (noise), comma-separated")
-    parser.add_argument("--target", default="equivariant", help="or invariant; default: %(default)s")
-    parser.add_argument("--num", type=int, default=256, help="images; default: %(default)s")
+    parser.add_argument("--target", default="equivariant", help="equivariant or invariant; default: %(default)s")
+    parser.add_argument("--num", type=int, default=256, help="number of images; default: %(default)s")
     parser.add_argument("--pgd-steps", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--restarts", type=int, default=2, help="random ones; default: %(default)s")
+    parser.add_argument("--restarts", type=int, default=2, help="random restarts; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
-    _add_reading(parser, "the images; default: what the run was trained on")
-    parser.add_argument("--prompts", type=Path, help="for text-to-image, of images without captions: one prompt a line")
+    _add_reading(parser, "the images; default: the training data of the run")
+    parser.add_argument(
+        "--prompts", type=Path, help="for text-to-image, of images without captions: one prompt per line"
+    )
     _add_variant(parser)
-    parser.add_argument("--out", type=Path, required=True, help="a folder, made or gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="a folder; an existing one is resumed")
 
 
 def _add_import_adm(parser: argparse.ArgumentParser) -> None:
@@ -237,9 +244,11 @@ def _add_import_adm(parser: argparse.ArgumentParser) -> None:
         "--noise-schedule",
         "--beta-schedule",
         choices=("linear", "cosine"),
-        help="of its training; default: the published one",
+        help="beta schedule of its training; default: that of the published model",
     )
-    parser.add_argument("--image-size", type=int, help="what the weights do not tell; default: the published one")
+    parser.add_argument(
+        "--image-size", type=int, help="not stored in the weights; default: that of the published model"
+    )
     parser.add_argument("--num-heads", type=int, help="likewise")
     parser.add_argument("--num-head-channels", type=int, help="likewise")
     parser.add_argument("--new-attention-order", action=argparse.BooleanOptionalAction, help="likewise")
@@ -251,11 +260,15 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--extractor", default="digits-classifier", help="or inception-v3-compat, label-classifier")
+    parser.add_argument(
+        "--extractor",
+        default="digits-classifier",
+        help=f"one of {', '.join(EXTRACTORS)}; default: %(default)s",
+    )
     parser.add_argument(
         "--weights", action="append", default=[], metavar="[NAME=]FILE", help="local weights of an extractor"
     )
-    _add_reading(parser, "the reference images; default: what the run was trained on")
+    _add_reading(parser, "the reference images; default: the training data of the run")
 
 
 def _add_reading(parser: argparse.ArgumentParser, data: str) -> None:
@@ -291,25 +304,28 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="no", help="of the network: no (float32), bf16 or fp16; default: %(default)s"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many pictures")
+    parser.add_argument(
+        "--compile", action="store_true", help="run the network through torch.compile: pays off for many samples"
+    )
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add what says how runs are evaluated; its defaults are None where ``compare`` asks whether it was given."""
     parser.add_argument("--samplers", help="comma-separated; default: ddim, or Euler for flows and EDM")
     parser.add_argument("--steps", help="comma-separated; default: 5,10,20")
-    parser.add_argument("--num", type=int, help="pictures a cell; default: 2048")
+    parser.add_argument("--num", type=int, help="samples per cell; default: 2048")
     parser.add_argument(
         "--metrics",
-        help="of fid, sfid, kid, isc, prc, fd_dinov2, clip_fid, clip_score, sliced_wasserstein, energy, on_mode; "
-        "default: fid,prc",
+        help=f"comma-separated, from {', '.join(METRICS)}; default: fid,prc",
     )
     parser.add_argument(
         "--corrections",
         help="none, epsilon-scaling:1.01, time-shift:40, dcw:0.05, or :search for a value chosen on held-out noise",
     )
-    parser.add_argument("--search-num", type=int, default=1024, help="pictures of a search; default: %(default)s")
-    parser.add_argument("--prompts", type=Path, help="for clip_score: a text file, one prompt, or a line a class")
+    parser.add_argument("--search-num", type=int, default=1024, help="samples per search; default: %(default)s")
+    parser.add_argument(
+        "--prompts", type=Path, help="for clip_score: a text file with one prompt, or one line per class"
+    )
     _add_guidance(parser)
     _add_features(parser)
     _add_variant(parser)
@@ -425,7 +441,7 @@ def _sample(args: argparse.Namespace) -> None:
     )
     if is_main():
         save_images(batches, args.out)
-        print(f"{args.num} pictures in {args.out}")
+        print(f"{args.num} samples in {args.out}")
     else:
         deque(batches, maxlen=0)
 
@@ -475,10 +491,10 @@ def _prompts(path: Path | None) -> tuple[str, ...] | None:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read ({error}): expected one prompt a line.") from None
+        raise UserError(f"--prompts {path} cannot be read ({error}): expected one prompt per line.") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise UserError(f"--prompts {path} is empty: expected one prompt a line.")
+        raise UserError(f"--prompts {path} is empty: expected one prompt per line.")
     return prompts
 
 
@@ -544,9 +560,9 @@ def _compare(args: argparse.Namespace) -> None:
     from atdiff.preflight import check_runs
 
     if args.out.suffix != ".html":
-        raise UserError(f"--out {args.out} must be the name of a page, ending in .html.")
+        raise UserError(f"--out {args.out} must be an .html file.")
     if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} exists already; choose another --out, or say --overwrite.")
+        raise UserError(f"{args.out} exists already; choose another --out, or add --overwrite.")
     runs = find_runs(args.runs)
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
     asked |= args.precision != "no" or args.guidance_scale is not None or args.variant is not None
@@ -693,15 +709,15 @@ def _import_adm(args: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
-    "quickstart": ("the main job on real digits, in a few minutes on a CPU", _add_quickstart, _quickstart),
-    "study": ("base, arms at equal passes, table and report, from a recipe", _add_study, _study),
+    "quickstart": ("the main comparison on real digits, in a few minutes on a CPU", _add_quickstart, _quickstart),
+    "study": ("run a recipe: base model, arms at equal passes, table and report", _add_study, _study),
     "recipes": ("list the bundled recipes", _add_recipes, _recipes),
-    "train": ("train, or resume, one run of a recipe", _add_train, _train),
-    "sample": ("pictures of a run", _add_sample, _sample),
-    "evaluate": ("metrics of runs for every sampler and number of steps", _add_evaluate, _evaluate),
-    "compare": ("arms side by side: intervals, curves, samples, one page", _add_compare, _compare),
-    "mismatch": ("the law of x_t in sampling against that in training", _add_mismatch, _mismatch),
-    "robustness": ("worst-case loss against radius, and where directions point", _add_robustness, _robustness),
-    "doctor": ("versions, devices, weights, and what is missing for which command", _add_doctor, _doctor),
-    "import-adm": ("a guided-diffusion checkpoint as a diffusers pipeline", _add_import_adm, _import_adm),
+    "train": ("train or resume one run of a recipe", _add_train, _train),
+    "sample": ("draw samples from a run", _add_sample, _sample),
+    "evaluate": ("compute metrics of runs for every sampler and number of steps", _add_evaluate, _evaluate),
+    "compare": ("compare arms on one page: intervals, curves, samples", _add_compare, _compare),
+    "mismatch": ("compare the distribution of x_t in sampling with that in training", _add_mismatch, _mismatch),
+    "robustness": ("measure the worst-case loss by radius, and where directions point", _add_robustness, _robustness),
+    "doctor": ("show versions, devices, weights, and what is missing for which command", _add_doctor, _doctor),
+    "import-adm": ("convert a guided-diffusion checkpoint to a diffusers pipeline", _add_import_adm, _import_adm),
 }

@@ -148,7 +148,7 @@ def load_captioned(
         split: as in :func:`atdiff.data.load_data`; for a folder the subfolder of that name, if there is one.
         image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, greyscale or RGB.
-        captions: one a class, in the order of the labels, for data that have labels alone.
+        captions: one per class, in the order of the labels, for data that have labels alone.
         numbered: take the number of its class for an image's caption, in the place of ``captions``.
         caption_column: column (of a table) or field (of JSON) of the captions; when None the first of ``text``,
             ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
@@ -197,9 +197,9 @@ def _check_arguments(captions: Sequence[str] | None, caption_column: str | None,
             "alone, caption_column for data with captions."
         )
     if isinstance(captions, str):
-        raise UserError(f"captions is the text {captions!r}: expected a list with one caption a class.")
+        raise UserError(f"captions is the text {captions!r}: expected a list with one caption per class.")
     if not captions:
-        raise UserError("captions is an empty list: give one a class, in the order of the labels.")
+        raise UserError("captions is an empty list: give one per class, in the order of the labels.")
 
 
 def _is_plain_folder(path: Path) -> bool:
@@ -234,11 +234,11 @@ def _no_captions(name: str) -> UserError:
     if _is_plain_folder(path):
         return UncaptionedError(
             f"{name} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
-            "image, or, if its subfolders are classes, give captions, one a class."
+            "image, or, if its subfolders are classes, give captions, one per class."
         )
     if name == "digits" or name in MIXTURES or path.is_dir() or (path.is_file() and path.suffix == ".npz"):
         return UncaptionedError(
-            f"{name} has no captions of its own: give captions, one a class in the order of the labels."
+            f"{name} has no captions of its own: give captions, one per class in the order of the labels."
         )
     return unknown_data(name)
 
@@ -278,7 +278,7 @@ def _text_column(name: str, columns: Sequence[str], asked: str | None) -> str:
     if not found:
         raise UncaptionedError(
             f"{name} has no captions among {list(columns)}, where one of {list(TEXT_COLUMNS)} was expected: name them "
-            "as caption_column (or give captions, one a class, for data with labels alone)."
+            "as caption_column (or give captions, one per class, for data with labels alone)."
         )
     return found[0]
 
@@ -349,7 +349,7 @@ def _class_captions(
     classes = int(labels.max()) + 1 if names is None else len(names)
     if len(captions) != classes:
         raise UserError(
-            f"{len(captions)} captions are given but {name} has {classes} classes: give one a class, in the order of "
+            f"{len(captions)} captions are given but {name} has {classes} classes: give one per class, in the order of "
             f"the labels{f' ({class_line(names)})' if names is not None else ''}."
         )
     texts = _texts(
@@ -413,7 +413,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
-        raise UserError(f"{file} cannot be read as comma-separated values ({error}): write it anew.") from error
+        raise UserError(f"{file} cannot be read as comma-separated values ({error}): write it again.") from error
     for i, row in enumerate(rows, 1):
         if None in row:
             raise UserError(f"row {i} of {file} has more values than columns: quote captions that hold a comma.")

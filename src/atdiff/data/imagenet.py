@@ -55,7 +55,7 @@ def read_imagenet(folder: Path, split: str) -> tuple[Arrays, np.ndarray]:
     for array in arrays:
         if array.shape[1] != width:
             raise UserError(
-                f"{array.file} has {array.shape[1]} values an image but {files[0].name} {width}: keep one size a "
+                f"{array.file} has {array.shape[1]} values per image but {files[0].name} {width}: keep one size per "
                 "folder."
             )
     side = round((width / 3) ** 0.5)

@@ -63,7 +63,7 @@ def read_image(source: Path | io.BytesIO, background: str | None = WHITE) -> Ima
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
-        raise UnreadableError(f"more than 16 bits a value (mode {image.mode})")
+        raise UnreadableError(f"more than 16 bits per value (mode {image.mode})")
     grey = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     key = image.info.get("transparency")
     if key is None:

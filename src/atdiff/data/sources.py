@@ -322,7 +322,7 @@ def image_folder(root: Path, split: str) -> Source:
     if loose:
         raise UserError(
             f"{folder} mixes images ({loose[0].name}) with class folders ({names[0]}): "
-            "expected either images alone or one subfolder a class."
+            "expected either images alone or one subfolder per class."
         )
     index = {name: label for label, name in enumerate(names)}
     # A class folder that is a broken link is among the unreadable images, so that its label is of no consequence.
@@ -385,7 +385,7 @@ def _checked_labels(labels: Any, count: int, name: str) -> Tensor:  # noqa: ANN4
     if array.shape != (count,) or array.dtype.kind not in "iu" or array.min() < 0:
         raise UserError(
             f"the labels of {name} are {array.dtype} of shape {array.shape}: "
-            f"expected {count} whole numbers, 0 or more, one an image."
+            f"expected {count} whole numbers, 0 or more, one per image."
         )
     return torch.from_numpy(array.astype(np.int64))
 

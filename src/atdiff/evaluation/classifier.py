@@ -101,7 +101,7 @@ class LabelClassifier(ClassifierFeatures):
     ) -> None:
         super().__init__(name, features_list)
         if feature_extractor_weights_path is None:
-            raise UserError(f"{LABEL_CLASSIFIER} has no weights: give the labelled images that it is to be trained on.")
+            raise UserError(f"{LABEL_CLASSIFIER} has no weights: give the labelled images to train it on.")
         shape, weights = _load(Path(feature_extractor_weights_path))
         self.image_shape = shape[:3]
         with torch.random.fork_rng(devices=[]):

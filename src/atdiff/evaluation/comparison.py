@@ -338,7 +338,7 @@ def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colu
         where = f"arm {cell['arm']!r}, seed {seed}, {setting[0]} {setting[1]}, {correction_label(correction)}"
         values = columns.setdefault(correction, {}).setdefault((cell["arm"], setting), {})
         if seed in values:
-            raise UserError(f"{where} is given twice, expected one value a cell: drop one of the two.")
+            raise UserError(f"{where} is given twice, expected one value per cell: drop one of the two.")
         condition = (cell.get("num"), cell.get("sample_seed"))
         shared = conditions.setdefault((setting, seed), condition)
         if condition != shared:

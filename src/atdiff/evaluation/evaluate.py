@@ -102,7 +102,7 @@ class EvaluationConfig:
         """
         check_metrics(self.metrics, extractor=self.extractor, weights=self.weights, prompts=self.prompts)
         if self.num < 2:
-            raise UserError(f"num={self.num} pictures are too few for metrics; use {FEW_SAMPLES} or more.")
+            raise UserError(f"num={self.num} samples are too few for metrics; use {FEW_SAMPLES} or more.")
         for correction in self.corrections:
             check_correction(correction, NoiseSchedule(training_scheduler))
         if any(correction.endswith(SEARCH) for correction in self.corrections):
@@ -127,7 +127,7 @@ class EvaluationConfig:
         asked.check_corrections(self.corrections)
         if asked.class_labels(1) is None and "label_accuracy" in self.metrics:
             raise UserError(
-                f"label_accuracy compares pictures with the classes that they were asked for and {asked.source} is not "
+                f"label_accuracy compares samples with the classes that they were asked for and {asked.source} is not "
                 "class-conditional: leave label_accuracy out."
             )
         reference_name(asked, self.data)

@@ -86,7 +86,7 @@ def check_metrics(
             what = "folder of a CLIP model" if name == CLIP_SCORE else "file"
             raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local {what}.")
     if "clip_score" in metrics and not prompts:
-        raise UserError("clip_score compares pictures with prompts: give one for all of them, or one a class.")
+        raise UserError("clip_score compares samples with prompts: give one for all of them, or one per class.")
     needs = {"clip_score": ("transformers", "torchmetrics"), "fd_dinov2": ("transformers",)}
     for metric in metrics:
         for package in needs.get(metric, ()):
@@ -241,7 +241,7 @@ class Metrics:
             if labels is None or len(labels) != num:
                 raise UserError(f"{len(self.prompts)} prompts need a class label for each of the {num} images.")
             if int(labels.max()) >= len(self.prompts):
-                raise UserError(f"class {int(labels.max())} has no prompt: expected one a class, not {self.prompts}.")
+                raise UserError(f"class {int(labels.max())} has no prompt: expected one per class, not {self.prompts}.")
         if "label_accuracy" in self.names:
             classes = self.data.num_classes
             assert classes is not None

@@ -109,7 +109,7 @@ class MismatchConfig:
                 not fit.
         """
         if self.num < 2:
-            raise UserError(f"num={self.num} pictures have no variance; use 2 or more, 2048 as a rule.")
+            raise UserError(f"num={self.num} samples are too few for a variance; use 2 or more, 2048 as a rule.")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be 1 or more.")
         image_generators(self.seed, [self.num - 1])

@@ -143,8 +143,8 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the LoRA weights in {folder} cannot be put onto {latent.source} ({reason}): give the pipeline that they "
-            "were trained on."
+            f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline that "
+            "they were trained on."
         ) from error
     latent.pipeline.register_modules(scheduler=saved_scheduler(folder / "scheduler"))
 

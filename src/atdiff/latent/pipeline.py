@@ -246,7 +246,7 @@ def _location(source: str) -> str:
         folder = folder / "pipeline"
         if not folder.exists():
             raise UserError(
-                f"{source} has no finished pipeline yet; run its `atdiff train` command again to go on, or, if it "
+                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, if it "
                 "trained LoRA weights, give the pipeline that it started from."
             )
     return str(folder)

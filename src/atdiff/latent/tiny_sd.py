@@ -238,7 +238,7 @@ def _check_prompts(images: ImageData, prompts: Sequence[str]) -> None:
         if not plain:
             raise UserError(f"prompt {i} is empty, which stands for no prompt at all: describe class {i}.")
         if plain in seen:
-            raise UserError(f"the prompt {prompt!r} is given twice (but for case and spaces): expected one a class.")
+            raise UserError(f"the prompt {prompt!r} is given twice (but for case and spaces): expected one per class.")
         seen.add(plain)
 
 

@@ -57,7 +57,7 @@ class LatentTrainer(Trainer):
         )
         if size not in (None, self.latent.image_size):
             raise UserError(
-                f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of pictures of "
+                f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of images of "
                 f"{self.latent.image_size} pixels; set it to that, or leave it out."
             )
         self._check_parametrisation(config)
@@ -71,7 +71,9 @@ class LatentTrainer(Trainer):
         self.network = self._network()
         labelled = isinstance(self.latent.family, DiT)
         if labelled and config.data.captions:
-            raise UserError(f"data.captions are not used: {self.latent.source} is told class labels; leave them out.")
+            raise UserError(
+                f"data.captions are not used: {self.latent.source} is conditioned on class labels; leave them out."
+            )
         if config.data.channels not in (None, self.latent.image_channels):
             raise UserError(
                 f"data.channels={config.data.channels} does not fit {self.latent.source}, which takes images of "
@@ -113,11 +115,11 @@ class LatentTrainer(Trainer):
             )
         if config.training.init is None and config.lora.rank:
             raise UserError(
-                "lora.rank adapts a pipeline that is kept apart from the run: name its folder or hub id as "
+                "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as "
                 "--training.init."
             )
         if config.data.class_conditional:
-            raise UserError("data.class_conditional is for networks of pixels: a pipeline is told captions.")
+            raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
         if config.data.flip:
             raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
         if config.scheduler != SchedulerConfig():

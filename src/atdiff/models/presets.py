@@ -59,7 +59,7 @@ def build_model(
 
 def _dit(args: dict[str, Any], shape: dict[str, int], num_class_embeds: int | None) -> nn.Module:
     if num_class_embeds is None:
-        raise UserError("model.name='dit' is told class labels; set data.class_conditional.")
+        raise UserError("model.name='dit' is conditioned on class labels; set data.class_conditional.")
     patch = args.get("patch_size", 2)
     if shape["sample_size"] % patch:
         raise UserError(f"images of {shape['sample_size']} pixels are no multiple of the DiT's patch_size={patch}.")

@@ -136,7 +136,7 @@ class ConsistencyObjective:
         alpha, _ = self.schedule(last)
         if alpha < LEAST_ALPHA:
             raise UserError(
-                "prediction_type='epsilon' cannot make one-step pictures on this schedule: at its last timestep alpha "
+                "prediction_type='epsilon' cannot sample in one step on this schedule: at its last timestep alpha "
                 f"is {float(alpha):.1e}, and the error of x0_hat is the network's divided by that; use 'v_prediction', "
                 "or betas such as Stable Diffusion's (scaled_linear)."
             )

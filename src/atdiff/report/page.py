@@ -63,7 +63,7 @@ RECIPE = {
     "steps": "{} steps",
     "correction": "{}",
     "search_seed": "searched on sampling seed {}",
-    "num": "{} samples a seed",
+    "num": "{} samples per seed",
     "seed": "training seed {}",
     "sample_seed": "sampling seed {}",
     "extractor": "features of {}",
@@ -254,7 +254,7 @@ def _mismatch_said(by_run: Mapping[str, Sequence[Mapping[str, Any]]], baseline: 
         lower = sum(mine[level] < base[level] for level in levels)
         text = f"{arm}: the {DISTANCES[name]} is below {baseline}'s at {lower} of {len(levels)} noise levels"
         if 0 in mine and 0 in base:
-            text += f" of the trajectory, and {mine[0]:.3g} against {base[0]:.3g} for the finished pictures"
+            text += f" of the trajectory, and {mine[0]:.3g} against {base[0]:.3g} for the finished samples"
         said.append(text + ".")
     return said
 

@@ -298,7 +298,7 @@ class TimeShift(Correction):
         if not 0.0 <= data_variance < 1.0:
             raise UserError(
                 f"time-shift data_variance={data_variance} must lie in [0, 1), the variance of the noise: from 1 on, "
-                "variance says nothing of t; scale the pictures to [-1, 1]."
+                "the variance does not determine t; scale the images to [-1, 1]."
             )
         self.window, self.cutoff, self.data_variance = int(window), cutoff, data_variance
 

@@ -49,8 +49,8 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
         number = seed * _SEED_STRIDE + index
         if seed < 0 or not 0 <= index < _SEED_STRIDE or number >= 2**32:
             raise UserError(
-                f"seed={seed} with picture {index} is out of range; use a seed from 0 to "
-                f"{2**32 // _SEED_STRIDE - 1} and at most {_SEED_STRIDE} pictures a seed."
+                f"seed={seed} with sample {index} is out of range; use a seed from 0 to "
+                f"{2**32 // _SEED_STRIDE - 1} and at most {_SEED_STRIDE} samples per seed."
             )
         generators.append(torch.Generator().manual_seed(number))
     return generators
@@ -135,7 +135,7 @@ def _split_variance(output: Tensor, channels: int, scheduler: Any) -> tuple[Tens
     learned = isinstance(scheduler, DDPMScheduler) and variance_type.startswith("learned")
     if output.shape[1] not in ((2 * channels,) if learned else (channels, 2 * channels)):
         raise UserError(
-            f"the network returned {output.shape[1]} channels for pictures of {channels}, expected "
+            f"the network returned {output.shape[1]} channels for images of {channels}, expected "
             f"{2 * channels if learned else channels}; check the network's out_channels and the scheduler's "
             f"variance_type={variance_type or None!r}."
         )
@@ -226,10 +226,10 @@ def _check_request(
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"shape={tuple(shape)} must be (channels, height, width), each 1 or more.")
     if class_labels is not None and class_labels.shape != (num,):
-        raise UserError(f"class_labels of shape {tuple(class_labels.shape)} must hold one label a picture, ({num},).")
+        raise UserError(f"class_labels of shape {tuple(class_labels.shape)} must hold one label per sample, ({num},).")
     classes = class_embeddings(model)
     if class_labels is None and classes:
-        raise UserError(f"the network is conditional on {classes} classes; give class_labels, one a picture.")
+        raise UserError(f"the network is conditional on {classes} classes; give class_labels, one per sample.")
 
 
 def _home(model: Denoiser) -> tuple[torch.device, torch.dtype]:
@@ -259,7 +259,7 @@ def _finished(x: Tensor, start: int, run: str) -> Tensor:
     if not finite.all():
         bad = (start + (~finite).nonzero().flatten()).tolist()
         raise FloatingPointError(
-            f"{len(bad)} pictures of {run} are not finite (first: number {bad[0]}); the network's weights or "
+            f"{len(bad)} samples of {run} are not finite (first: number {bad[0]}); the network's weights or "
             "its noise schedule are broken."
         )
     return images.clamp(-1.0, 1.0)
@@ -320,7 +320,7 @@ def _write_folder(batches: Iterable[Tensor], path: Path) -> None:
 
 def _pixels(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
-        raise UserError(f"pictures of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
+        raise UserError(f"images of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
     return to_uint8(images.detach().cpu())
 
 

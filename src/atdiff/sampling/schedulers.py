@@ -332,7 +332,9 @@ def _edm(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
     if end in (None, "zero"):
         return cls(**options)
     if "final_sigmas_type" not in inspect.signature(cls.__init__).parameters:  # type: ignore[misc]
-        raise UserError(f"{cls.__name__} of this version of diffusers has no final_sigmas_type={end!r}; update diffusers.")
+        raise UserError(
+            f"{cls.__name__} of this version of diffusers has no final_sigmas_type={end!r}; update diffusers."
+        )
     return cls(**options, final_sigmas_type=end)
 
 
@@ -516,5 +518,5 @@ def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa:
     if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[first] == 0:
         raise UserError(
             f"{sampler} starts at timestep {first}, where a zero-terminal-SNR schedule holds only noise and "
-            "prediction_type='epsilon' says nothing of x0; use 'v_prediction', or the sampler dpmsolver++."
+            "prediction_type='epsilon' does not determine x0; use 'v_prediction', or the sampler dpmsolver++."
         )

@@ -55,7 +55,7 @@ def search_correction(
             distances[middle] = _measured(distance, make_correction(f"{family}:{middle}"))
     if math.isinf(distances[best()]):
         raise UserError(
-            f"no value of {family} from {values[0]:g} to {values[-1]:g} gave finite pictures; check the network's "
+            f"no value of {family} from {values[0]:g} to {values[-1]:g} gave finite samples; check the network's "
             "weights, or search in another range."
         )
     return best(), distances

@@ -122,7 +122,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         problem = checkpoint_problem(path)
         if problem is None:
             return path
-        warnings.warn(f"the checkpoint {path} is left out: {problem}; the one before it is used.", stacklevel=2)
+        warnings.warn(f"the checkpoint {path} is skipped: {problem}; the one before it is used.", stacklevel=2)
     return None
 
 

@@ -55,7 +55,7 @@ def check_machine(config: TrainConfig) -> None:
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
     if settings.shard and num_processes() == 1:
         raise UserError(
-            "training.shard=true splits the weights over processes, and there is one: start many with `accelerate "
+            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
             "launch --multi_gpu`, or leave it out."
         )
     if settings.tracker is not None:

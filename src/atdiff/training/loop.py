@@ -410,7 +410,7 @@ class Trainer:
         self.accelerator.end_training()
         raise Stopped(
             f"{reason}: pass {self.passes_done} of {self.config.training.passes} is saved in {self.out}, and the same "
-            "command goes on from there."
+            "command resumes there."
         )
 
     @contextlib.contextmanager
@@ -422,7 +422,7 @@ class Trainer:
             what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             raise RunError(
                 f"training ended at pass {self.passes_done} ({what}); {self._last_good()}: free space, or make the "
-                "folder writable, and give the same command again."
+                "folder writable, and run the same command again."
             ) from error
 
     def _last_good(self) -> str:
