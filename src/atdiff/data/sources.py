@@ -458,11 +458,9 @@ def load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a da
     try:
         if path.is_file():
             check_whole(name, split)
-            cache = _cache_of_tables([path])
-            return datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
+            return _local_table([path], "parquet", data_files=str(path), split="train")
         if path.is_dir():
-            cache = _cache_of_tables(sorted(files_below(path, PARQUET)))
-            return datasets.load_dataset(str(path), split=split, cache_dir=cache)
+            return _local_table(sorted(files_below(path, PARQUET)), str(path), split=split)
         return datasets.load_dataset(hub_location(name, "dataset"), split=split)
     except UserError:
         raise
@@ -476,8 +474,8 @@ def load_table(name: str, path: Path, split: str) -> Any:  # noqa: ANN401  (a da
         ) from error
 
 
-def _cache_of_tables(files: Sequence[Path]) -> str:
-    """Return a folder in the cache of ``datasets`` for tables of this content.
+def _local_table(files: Sequence[Path], *words: str, **options: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+    """Open tables from a folder in the cache of ``datasets`` that is theirs by content, and so is the fingerprint.
 
     By itself it tells files apart by their names and dates, and goes on giving the rows of a file that was replaced by
     one of the same date.
@@ -485,7 +483,10 @@ def _cache_of_tables(files: Sequence[Path]) -> str:
     import datasets
 
     content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}")
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
+    table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
+    table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
+    return table
 
 
 def _holds_images(feature: Any) -> bool:  # noqa: ANN401  (a datasets feature)

@@ -95,8 +95,8 @@ class GaussianFit:
 
         ``||m - m'||^2 + tr(S + S' - 2 (S S')^(1/2))`` (`Dowson and Landau, 1982
         <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The last trace is the sum of the square roots of the
-        eigenvalues of ``R' S' R`` with ``R R' = S``, which is symmetric: several times faster than those of ``S S'``,
-        and the root serves all distances of this one.
+        eigenvalues of ``R' S' R`` with ``R R' = S``, which is symmetric: faster than those of ``S S'``, and the root
+        serves all distances of this one.
         """
         product = self._root.T @ other.covariance @ self._root
         cross = torch.linalg.eigvalsh(product).clamp_min(0.0).sqrt().sum()
