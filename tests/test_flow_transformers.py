@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
@@ -29,7 +29,7 @@ from atdiff.recipe import load_recipe, resolve
 from atdiff.runs import load_denoiser
 from atdiff.timesteps import make_timestep_sampler
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
-from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
+from flow_pipelines import SD3, dit_folder, flux_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 
 PROMPTS = ["a cat", "the dog on 2"]
@@ -162,6 +162,32 @@ def test_timesteps_are_shifted_as_the_samplers_steps_are(sd3_folder: Path, flux_
     found = flux.family.timestep_shift(flux.scheduler, flux.latent_shape)
     assert found == pytest.approx(np.exp(1.15))  # 4096 tokens
     assert load_latent_pipeline(str(sd3_folder)).family.timestep_shift(latent.scheduler, latent.latent_shape) is None
+
+
+@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_training_has_the_dynamic_shift_that_the_pipeline_draws_with(
+    patch_size: int, time_shift_type: str, sd3_folder: Path
+) -> None:
+    latent = load_latent_pipeline(str(sd3_folder))
+    pipeline = latent.pipeline
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=time_shift_type)
+    pipeline.register_modules(
+        scheduler=scheduler, transformer=SD3Transformer2DModel(**{**SD3, "patch_size": patch_size})
+    )
+    given: list[float] = []
+    by_class = scheduler.set_timesteps
+
+    def set_timesteps(*args: Any, mu: float, **options: Any) -> None:
+        given.append(mu)
+        by_class(*args, mu=mu, **options)
+
+    scheduler.set_timesteps = set_timesteps
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a cat", height=IMAGE_SIZE, width=IMAGE_SIZE, num_inference_steps=1, output_type="latent")
+    middle = scheduler.time_shift(given[0], 1.0, torch.tensor(0.5)).item()  # s / (1 + s)
+    found = latent.family.timestep_shift(scheduler, latent.latent_shape, latent.network)
+    assert found == pytest.approx(middle / (1 - middle), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"], indirect=True)

@@ -11,7 +11,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.errors import UserError
-from atdiff.models.transformers import FluxDenoiser
+from atdiff.models.transformers import PATCH, FluxDenoiser
 from atdiff.noise import dynamic_mu, flow_shift
 
 __all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class"]
@@ -112,7 +112,12 @@ class Family:
         found = self._encode(pipeline, prompts, getattr(pipeline, self.network).device, guided, tokens)
         return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
 
-    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
+    def timestep_shift(
+        self,
+        scheduler: Any,  # noqa: ANN401
+        latent_shape: tuple[int, int, int],
+        network: Any = None,  # noqa: ANN401
+    ) -> float | None:
         """Return the shift of training's timesteps where the scheduler alone does not tell it."""
         return None
 
@@ -159,10 +164,25 @@ class _Flow(Family):
         """See :meth:`Family.latent_scale`."""
         return vae.config.shift_factor or 0.0, vae.config.scaling_factor
 
-    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int]) -> float | None:  # noqa: ANN401
-        """Return the dynamic shift that the pipelines have for that many tokens, of 2 x 2 latents each."""
-        tokens = latent_shape[1] * latent_shape[2] // 4
+    def timestep_shift(
+        self,
+        scheduler: Any,  # noqa: ANN401
+        latent_shape: tuple[int, int, int],
+        network: Any = None,  # noqa: ANN401
+    ) -> float | None:
+        """Return the dynamic shift that the pipelines have for that many tokens.
+
+        Args:
+            scheduler: of the pipeline.
+            latent_shape: channels, height and width.
+            network: whose tokens are counted; published ones have a token for 2 x 2 latents.
+        """
+        side = self._side_of_token(network)
+        tokens = (latent_shape[1] // side) * (latent_shape[2] // side)
         return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)
+
+    def _side_of_token(self, network: Any) -> int:  # noqa: ANN401
+        return PATCH
 
 
 # Queries, keys, values and outputs of pictures and of text, as in diffusers' train_dreambooth_lora_sd3.py.
@@ -184,6 +204,9 @@ class StableDiffusion3(_Flow):
         """See :meth:`Family.conditions`."""
         states, pooled = self._asked(pipeline, prompts, asked)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
+
+    def _side_of_token(self, network: Any) -> int:  # noqa: ANN401
+        return PATCH if network is None else int(network.config.patch_size)
 
     def _prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
         named = dict.fromkeys(("prompt", "prompt_2", "prompt_3"), prompts)

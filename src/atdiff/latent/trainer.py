@@ -228,7 +228,7 @@ class LatentTrainer(Trainer):
         settings = self.config.consistency
         if not self.distils:
             objective: Any = build_objective(self.config, self.scheduler)
-            shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape)
+            shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape, self.latent.network)
             if shift is not None and hasattr(objective.timestep_sampler, "shift"):
                 objective.timestep_sampler.shift = shift
             return objective
