@@ -161,6 +161,7 @@ def test_timesteps_are_shifted_as_the_samplers_steps_are(sd3_folder: Path, flux_
     flux = load_latent_pipeline(str(flux_folder), image_size=1024)
     found = flux.family.timestep_shift(flux.scheduler, flux.latent_shape)
     assert found == pytest.approx(np.exp(1.15))  # 4096 tokens
+    assert flux.family.timestep_shift(flux.scheduler, flux.latent_shape, flux.network) == found
     assert load_latent_pipeline(str(sd3_folder)).family.timestep_shift(latent.scheduler, latent.latent_shape) is None
 
 

@@ -11,7 +11,8 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.errors import UserError
-from atdiff.models.transformers import PATCH, FluxDenoiser
+from atdiff.models.call import image_tokens
+from atdiff.models.transformers import FluxDenoiser
 from atdiff.noise import dynamic_mu, flow_shift
 
 __all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class"]
@@ -177,12 +178,8 @@ class _Flow(Family):
             latent_shape: channels, height and width.
             network: whose tokens are counted; published ones have a token for 2 x 2 latents.
         """
-        side = self._side_of_token(network)
-        tokens = (latent_shape[1] // side) * (latent_shape[2] // side)
+        tokens = image_tokens(network, latent_shape)
         return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)
-
-    def _side_of_token(self, network: Any) -> int:  # noqa: ANN401
-        return PATCH
 
 
 # Queries, keys, values and outputs of pictures and of text, as in diffusers' train_dreambooth_lora_sd3.py.
@@ -204,9 +201,6 @@ class StableDiffusion3(_Flow):
         """See :meth:`Family.conditions`."""
         states, pooled = self._asked(pipeline, prompts, asked)
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
-
-    def _side_of_token(self, network: Any) -> int:  # noqa: ANN401
-        return PATCH if network is None else int(network.config.patch_size)
 
     def _prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
         named = dict.fromkeys(("prompt", "prompt_2", "prompt_3"), prompts)

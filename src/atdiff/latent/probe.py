@@ -19,7 +19,7 @@ from atdiff.latent.cache import batched, encoders_on
 from atdiff.latent.families import DiT
 from atdiff.latent.generate import PIXELS, TextToImage
 from atdiff.latent.pipeline import LatentPipeline, guidance_embedding
-from atdiff.models.call import class_embeddings, predict
+from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.models.transformers import viewed
 from atdiff.quiet import quiet_libraries
 from atdiff.reading import AS_TRAINED, DataOptions
@@ -104,9 +104,9 @@ class LatentRun(Denoiser):
         return self.run.fingerprints()
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler with the timesteps that the pipeline sets for latents of this size, 2 x 2 a token."""
-        _, height, width = self.image_shape
-        return make_scheduler(sampler, self.scheduler, steps, tokens=height * width // 4)
+        """Return the scheduler with the timesteps that the pipeline sets for latents of this size."""
+        tokens = image_tokens(self.run.model, self.image_shape)
+        return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Any) -> None:  # noqa: ANN401
         """See :meth:`atdiff.latent.generate.TextToImage.check_corrections`."""

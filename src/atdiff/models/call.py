@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -175,10 +176,14 @@ def check_labels(
 
 
 def image_tokens(model: Any, shape: tuple[int, int, int]) -> int:  # noqa: ANN401  (any network)
-    """Return the tokens of a picture ``(C, H, W)``, which a dynamic shift goes by: patches of the network's
-    ``patch_size``, or of 2 x 2 pixels, as those of SD3 and Flux, where it has none.
+    """Return the tokens of an image or latents ``(C, H, W)``, which a dynamic shift goes by.
+
+    They are patches of the network's ``patch_size``, and of 2 x 2 where it has none. Flux counts that size in latents
+    that were packed before, 2 x 2 of ``C`` channels into one of ``in_channels``.
     """
-    side = int((getattr(model, "config", None) or {}).get("patch_size") or 2)
+    config = getattr(model, "config", None) or {}
+    packed = math.isqrt(max(1, int(config.get("in_channels") or 0) // shape[0]))
+    side = int(config.get("patch_size") or 2) * (packed if config.get("patch_size") else 1)
     return (shape[1] // side) * (shape[2] // side)
 
 
