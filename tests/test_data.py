@@ -543,7 +543,7 @@ DATA, LABELS = np.zeros((2, 768), np.uint8), np.array([1, 1000])
         ({"data": DATA.astype(float), "labels": LABELS}, "train_data_batch_2.npz are float64 of shape"),
         (
             {"data": DATA[:, :192], "labels": LABELS},
-            "train_data_batch_2.npz has 192 values an image but train_data_batch",
+            "train_data_batch_2.npz has 192 values per image but train_data_batch",
         ),
         ({"data": DATA, "labels": np.array([None, 3])}, "train_data_batch_2.npz cannot be read as an .npz file"),
     ],

@@ -91,7 +91,7 @@ def test_a_recipe_that_guides_a_distilled_lora_is_warned_of_and_followed(
     photos: Path, sd_folder: Path, tmp_path: Path
 ) -> None:
     run = distilled(tmp_path, photos, sd_folder, lora={"rank": 2}, consistency={"sample_guidance": 2.0})
-    with pytest.warns(UserWarning, match=r"guides it once more, at two evaluations a step; --guidance-scale 1 draws"):
+    with pytest.warns(UserWarning, match=r"guides it once more, at two evaluations per step; --guidance-scale 1 draws"):
         denoiser: Any = load_denoiser(str(run))
     assert denoiser.evaluations("lcm", 4) == 8
     assert load_denoiser(str(run), guidance_scale=1.0).evaluations("lcm", 4) == 4
@@ -210,7 +210,7 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
         warnings.simplefilter("error", UserWarning)
         assert load_denoiser(str(tmp_path / "schnell")).recipe["guidance_scale"] == 1.0
     assert load_denoiser(str(tmp_path / "schnell"), guidance_scale=0.0).recipe["guidance_scale"] == 1.0
-    with pytest.raises(UserError, match=r"is told no guidance .* leave out --guidance-scale 3.5"):
+    with pytest.raises(UserError, match=r"has a transformer without guidance input .* leave out --guidance-scale 3.5"):
         load_denoiser(str(tmp_path / "schnell"), guidance_scale=3.5)
 
 

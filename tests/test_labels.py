@@ -120,7 +120,9 @@ def test_captions_of_linked_classes(tmp_path: Path) -> None:
         (root / name).symlink_to(store / name)
     found = load_captioned(str(root), image_size=None, captions=["nine", "ten"])
     assert {int(image[0, 0, 0]): caption for image, caption in found} == {0: "ten", 10: "nine"}
-    with pytest.raises(UserError, match=r"2 classes: give one a class, in the order of the labels \(2 classes: 0 = 9"):
+    with pytest.raises(
+        UserError, match=r"2 classes: give one per class, in the order of the labels \(2 classes: 0 = 9"
+    ):
         load_captioned(str(root), image_size=None, captions=["nine"])
 
 

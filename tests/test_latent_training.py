@@ -435,7 +435,7 @@ def test_samples_are_of_the_first_captions_unless_others_are_given(
     assert np.abs(own[0] - given[0]).max() > 1
     (tmp_path / "prompts").write_text("\n")
     assert main([*words, "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / "none.npz")]) == 2
-    assert "is empty: expected one prompt a line" in capsys.readouterr().err
+    assert "is empty: expected one prompt per line" in capsys.readouterr().err
 
 
 def test_prompts_are_for_text_to_image_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_split_weights_are_saved_whole_and_gone_on_with_exactly(recipe: Path, ru
 def test_one_process_cannot_split_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["train", str(recipe), "--training.shard", "true", "--out", str(out)]) == 2
-    assert "start many with `accelerate launch --multi_gpu`, or leave it out" in capsys.readouterr().err
+    assert "start several with `accelerate launch --multi_gpu`, or leave it out" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -317,8 +317,9 @@ def test_measurements_have_their_sections(summary: Summary, tmp_path: Path) -> N
     for words in (
         "Mismatch between sampling and training", "Robustness", "Where the adversary's steps lead",
         "at: the sliced Wasserstein distance of x_t is below plain's at 2 of 3 noise levels of the trajectory, "
-        "and 0.05 against 0.1 for the finished pictures.",
-        "ddim; 10 steps; 64 samples a seed; torch 2; norm l2.", "64 samples a seed; torch 2; norm l2; attack steps 10.",
+        "and 0.05 against 0.1 for the finished samples.",
+        "ddim; 10 steps; 64 samples per seed; torch 2; norm l2.",
+        "64 samples per seed; torch 2; norm l2; attack steps 10.",
     ):  # fmt: skip
         assert words in text, words
     assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 1 + 3
@@ -336,8 +337,8 @@ def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
     write_report(summary, tmp_path / "r.html")
     text = squeeze(Page((tmp_path / "r.html").read_text("utf-8")).text)
     recipe = (
-        "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples a seed; training seed 0, 1, 2; "
-        "sampling seed 1, 2, 3; {}; against digits; torch 2.9."
+        "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples per seed; training seed 0, "
+        "1, 2; sampling seed 1, 2, 3; {}; against digits; torch 2.9."
     )
     assert text.count(recipe.format("features of vgg")) == 3  # the table and curves of FD, the details of recall
     assert text.count(recipe.format("pixels")) == 1

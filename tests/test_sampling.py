@@ -503,7 +503,7 @@ def test_broken_networks_are_named() -> None:
     def broken(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(x.mean(dim=(1, 2, 3), keepdim=True) > 0, x, x * float("nan"))
 
-    with pytest.raises(FloatingPointError, match=r"pictures of ddim at 3 steps are not finite"):
+    with pytest.raises(FloatingPointError, match=r"samples of ddim at 3 steps are not finite"):
         generate(broken, _training_scheduler(), sampler="ddim", steps=3, num=8, shape=(1, 2, 2))
 
 
@@ -571,7 +571,7 @@ def test_bad_requests_are_refused_before_any_compute(options: dict[str, Any], me
 )
 def test_networks_of_other_channels_are_refused(channels: int, variance_type: str) -> None:
     training = _training_scheduler(variance_type=variance_type)
-    with pytest.raises(UserError, match=f"returned {channels} channels for pictures of 1"):
+    with pytest.raises(UserError, match=f"returned {channels} channels for images of 1"):
         generate(lambda x, t: x.repeat(1, channels, 1, 1), training, sampler="iddpm", steps=5, num=1, shape=(1, 8, 8))
 
 

@@ -73,7 +73,7 @@ def test_diverged_values_are_infinitely_far() -> None:
 
 @pytest.mark.parametrize("found", [math.nan, math.inf])
 def test_no_finite_distance_is_refused(found: float) -> None:
-    with pytest.raises(UserError, match=r"no value of time-shift from 0 to 320 gave finite pictures"):
+    with pytest.raises(UserError, match=r"no value of time-shift from 0 to 320 gave finite samples"):
         search_correction("time-shift", lambda c: found)
 
 

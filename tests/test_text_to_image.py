@@ -311,7 +311,7 @@ def test_what_pictures_cannot_be_drawn_is_said_at_once(
 def test_pictures_that_are_not_finite_are_said(pipeline: Path) -> None:
     denoiser = loaded(pipeline, prompts=CAPTIONS)
     torch.nn.init.constant_(denoiser.pipeline.vae.decoder.conv_out.bias, torch.nan)
-    with pytest.raises(FloatingPointError, match="5 pictures of ddim at 3 steps are not finite"):
+    with pytest.raises(FloatingPointError, match="5 samples of ddim at 3 steps are not finite"):
         drawn(denoiser)
 
 

@@ -290,7 +290,7 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         help="of pipelines of latents, as diffusers counts it: 0 or 1 for none (turbo models), or what Flux is told; "
-        "default: that of the training, or the usual one",
+        "default: that of the training, or the pipeline's usual one",
     )
 
 

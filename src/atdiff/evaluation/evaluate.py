@@ -367,7 +367,7 @@ class _Evaluation:
                 if asked or was is None:
                     said.setdefault((cell["run"], reason, asked), []).append(f"{cell['sampler']} {cell['steps']}")
         for (name, reason, asked), places in said.items():
-            then = "computed again" if asked else "marked as stale and left out until they are asked for again"
+            then = "computed again" if asked else "marked as stale and left out until they are evaluated again"
             say(f"{name} {', '.join(dict.fromkeys(places))}: {reason}; {then}.")
         if before != [cell.get("stale") for cell in self.cells]:
             self._write()

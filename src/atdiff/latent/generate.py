@@ -84,7 +84,7 @@ class TextToImage(Denoiser):
         told = self.family.is_told_guidance(self.model)
         if scale > 1 and not told and isinstance(self.family, Flux):
             raise UserError(
-                f"{self.source} has a transformer that is told no guidance (guidance_embeds is false), as Flux.1 "
+                f"{self.source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
                 f"schnell; leave out --guidance-scale {scale:g}."
             )
         # One name for no guidance, so that a figure of it is computed once.
@@ -275,8 +275,8 @@ def usual_guidance_scale(
     if said is not None:
         if isinstance(scheduler, LCMScheduler) and usual == 1.0 < said:
             warnings.warn(
-                f"{source} was distilled with guidance and is not told the scale, so "
-                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations a step; "
+                f"{source} was distilled with guidance and takes no scale as input, so "
+                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
                 "--guidance-scale 1 draws without.",
                 stacklevel=2,
             )

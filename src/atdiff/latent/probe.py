@@ -252,7 +252,7 @@ def true_latents(
     latent = _pipeline_of(run.run)
     if options.image_size not in (None, latent.image_size):
         raise UserError(
-            f"--image-size {options.image_size} does not fit {run.source}, whose latents are those of pictures of "
+            f"--image-size {options.image_size} does not fit {run.source}, whose latents are those of images of "
             f"{latent.image_size} pixels: leave it out."
         )
     dim = run.run.model.config.get("time_cond_proj_dim")
@@ -270,7 +270,7 @@ def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tupl
         if not run.run.prompts and prompts is None:
             raise UserError(
                 f"{reference_name(run, name)} has no captions of its own: give --prompts, a text file of one prompt a "
-                "line, one a class or taken in turn."
+                "line, one per class or taken in turn."
             ) from None
     if own is not None:
         if prompts is not None:

@@ -77,7 +77,7 @@ def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
 
 
 def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
-    """Make sure that every condition is a tensor with one row a sample.
+    """Make sure that every condition is a tensor with one row per sample.
 
     Raises:
         UserError: one is not.
@@ -85,8 +85,8 @@ def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
     for name, value in conditions.items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{name} is of type {type(value).__name__}, expected a tensor with one row a sample; give what is the "
-                f"same for all samples to the network itself, such as functools.partial(network, {name}=...)."
+                f"{name} is of type {type(value).__name__}, expected a tensor with one row per sample; give what is "
+                f"the same for all samples to the network itself, such as functools.partial(network, {name}=...)."
             )
         if value.ndim == 0 or len(value) != len(x0):
             raise UserError(

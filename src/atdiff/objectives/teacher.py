@@ -63,7 +63,7 @@ class Teacher:
             if float(alpha) == 0:
                 raise UserError(
                     "a teacher with prediction_type='epsilon' cannot step from the last timestep of this schedule: "
-                    "alpha is 0 there and the noise says nothing of x0; use one that predicts 'v_prediction' or "
+                    "alpha is 0 there and the noise does not determine x0; use one that predicts 'v_prediction' or "
                     "'sample', or betas without rescale_betas_zero_snr."
                 )
         clips = scheduler.config.get("clip_sample")

@@ -160,7 +160,7 @@ def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
         return
     wanted = settings["training"]["passes"]
     go_on = (
-        "" if settings["lora"]["rank"] else f", or go on from its weights with --training.init {out} in another --out"
+        "" if settings["lora"]["rank"] else f", or start from its weights with --training.init {out} in another --out"
     )
     raise UserError(
         f"{out} cannot be made longer: {what} over the {passes} passes that it was begun with, and over {wanted} the "
