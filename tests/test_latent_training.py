@@ -221,7 +221,14 @@ def recipe(photos: Path, sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
         "model": {"name": "pipeline"},
         "consistency": {"mode": "distillation", "distance": "huber", "target_decay": 0.9},
         "optimizer": {"lr": 1e-3},
-        "training": {"init": str(sd_folder), "passes": 2, "batch_size": 2, "ema_decay": 0.5, "log_every": 1},
+        "training": {
+            "init": str(sd_folder),
+            "passes": 2,
+            "batch_size": 2,
+            "ema_decay": 0.5,
+            "ema_warmup": False,
+            "log_every": 1,
+        },
         "arms": ARMS,
     }
     file = tmp_path_factory.mktemp("recipe") / "lcm.yaml"

@@ -163,10 +163,12 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_every_command_that_adds_to_its_output_has_it_alone(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
+    out, run = tmp_path / "out", tmp_path / "run"
     out.mkdir()
+    if "RUN" in words:
+        assert main(["train", recipe, "--training.passes", "1", "--out", str(run)]) == 0
     target = Path(words[-1].replace("OUT", str(out)))
     lock = target / LOCK if target == out else target.with_name(f".{target.name}{LOCK}")
     context = multiprocessing.get_context("spawn")
@@ -175,7 +177,7 @@ def test_every_command_that_adds_to_its_output_has_it_alone(
     process.start()
     try:
         assert held.wait(LIMIT)
-        given = [word.replace("OUT", str(out)).replace("RUN", str(tmp_path)) for word in words]
+        given = [word.replace("OUT", str(out)).replace("RUN", str(run)) for word in words]
         assert main(given) == 2
         assert f"{target} is in use by process {process.pid} on" in capsys.readouterr().err
     finally:

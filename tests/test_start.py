@@ -26,7 +26,8 @@ from diffusers import (
 from atdiff.cli import main
 from atdiff.errors import UserError
 from atdiff.noise import NoiseSchedule
-from atdiff.recipe import load_recipe, resolve
+from atdiff.recipe import bundled_recipes, load_recipe, resolve
+from atdiff.training.build import build_scheduler
 from atdiff.training.config import ConsistencyConfig, ObjectiveConfig, SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer
 from atdiff.training.start import Start, check_agreement, differences, noise_scheduler
@@ -252,3 +253,19 @@ def test_a_run_resumes_whether_its_schedule_was_written_down_or_left_out(tmp_pat
     assert main([*words, "--training.passes", "4", "--objective.prediction_type", "epsilon"]) == 0
     assert main([*words, "--training.passes", "4", "--objective.prediction_type", "sample"]) == 2
     assert main([*words, "--training.passes", "4", "--scheduler.args", "{beta_schedule: linear}"]) == 2
+
+
+BUNDLED = [name for name in bundled_recipes() if load_recipe(name).finetune and "text" not in name]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_arms_of_the_bundled_studies_train_under_what_their_recipes_say(name: str, tmp_path: Path) -> None:
+    """To the last argument, also of the scheduler that a consistency model is published with."""
+    recipe = load_recipe(name)
+    base = noise_scheduler(resolve(recipe))
+    base.save_pretrained(tmp_path)
+    loaded = start(type(base).from_pretrained(tmp_path))
+    for arm in recipe.arms:
+        config = resolve(recipe, arm)
+        assert build_scheduler(config, loaded).to_json_string() == build_scheduler(config).to_json_string()
+        check_agreement(build_scheduler(config, loaded), config.objective.prediction_type, loaded)

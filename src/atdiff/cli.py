@@ -382,8 +382,8 @@ def _train(args: argparse.Namespace) -> None:
         return
     from atdiff.preflight import check_train
 
-    check_train(config, args.out)
     refuse_other_training()
+    check_train(config, args.out)
     from atdiff.card import check_push, push_to_hub
     from atdiff.processes import is_main
     from atdiff.training.loop import train

@@ -221,7 +221,6 @@ class Trainer:
 
     def open(self, out: Path) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
-        self.config = from_main(as_begun(self.config, out))
         settings = self.config.training
         self.out, self._log_file = out, MetricsLog(out / "metrics.jsonl")
         self.accelerator = Accelerator(
