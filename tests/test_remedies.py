@@ -87,6 +87,8 @@ def test_keys_that_messages_name_exist() -> None:
     assert len(found) > 50
     files = {path.name for path in SOURCES} | {"data.json", "study.json"}
     for key, message in found:
+        if message.place.startswith("src/atdiff/plain.py"):  # code for a card, of which the scheduler is diffusers'
+            continue
         method = key.startswith("objective.") and hasattr(DenoisingObjective, key.partition(".")[2])
         assert key in KEYS or key in files or method, message
 
@@ -109,10 +111,9 @@ def test_extras_that_messages_name_exist() -> None:
 
 def test_variables_that_messages_name_are_read() -> None:
     import huggingface_hub
-    import torch.distributed.rendezvous
 
-    hub, torchs = Path(huggingface_hub.__file__).parent, Path(torch.distributed.rendezvous.__file__)
-    files = [*SOURCES, *hub.glob("*.py"), *(hub / "utils").glob("*.py"), torchs]
+    hub, distributed = Path(huggingface_hub.__file__).parent, Path(torch.distributed.__file__).parent
+    files = [*SOURCES, *hub.glob("*.py"), *(hub / "utils").glob("*.py"), distributed / "rendezvous.py"]
     read = "".join(path.read_text() for path in files)
     found = _named(r"\b(?:[A-Z]{2,}_)+[A-Z]+\b")
     assert len(found) > 3
