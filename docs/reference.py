@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def commands_page() -> str:
     """Every command with its options."""
-    parser = _parser()
+    parser, _ = _parser()
     (commands,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
     about = {choice.dest: choice.help for choice in commands._choices_actions}
     lines = [

@@ -389,7 +389,7 @@ def test_clip_score_takes_the_prompts_of_the_run(trained: Path, pipeline: Path) 
     config = EvaluationConfig(("ddim",), (2,), metrics=("clip_score",))
     assert config.asked_of(loaded(trained)).prompts == CAPTIONS
     assert replace(config, prompts=("a dog",)).asked_of(loaded(trained)).prompts == ("a dog",)
-    with pytest.raises(UserError, match="clip_score compares pictures with prompts"):
+    with pytest.raises(UserError, match="clip_score compares samples with prompts"):
         config.asked_of(loaded(pipeline))
 
 

@@ -94,6 +94,9 @@ def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
             )
 
 
+LOOKS = 2  # batches whose values are read
+
+
 class FirstBatches:
     """Looks at the values of the first batches, where a mistake shows.
 
@@ -104,7 +107,7 @@ class FirstBatches:
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule, self.left, self._unsigned = schedule, 2, 0
+        self.schedule, self.left, self._unsigned = schedule, LOOKS, 0
 
     def look(self, x0: Tensor, chosen: dict[str, Tensor]) -> None:
         """Look at clean samples, and at the timesteps that a caller chose, by name.
@@ -114,11 +117,12 @@ class FirstBatches:
         """
         if not self.left:
             return
-        self.left -= 1
+        self.left, first = self.left - 1, self.left == LOOKS
         for name, timesteps in chosen.items():
             self._timesteps(name, timesteps)
         low, high = (float(value) for value in x0.detach().aminmax())
-        if not (low > -float("inf") and high < float("inf")):  # nor where they are not numbers
+        # Nor where they are not numbers. In a later batch that is a step for the optimizer, or a scaler, to skip.
+        if first and not (low > -float("inf") and high < float("inf")):
             raise UserError(f"x0 runs from {low:.4g} to {high:.4g}, expected finite values in [-1, 1].")
         if low >= 0 and high > LARGEST * self.schedule.sigma_data:
             raise UserError(
@@ -126,7 +130,7 @@ class FirstBatches:
                 "x0 / 127.5 - 1."
             )
         self._unsigned += 0.0 <= low < high <= 1.0
-        if self._unsigned == 2:
+        if self._unsigned == LOOKS:
             warnings.warn(
                 "no value of two batches was negative: if these are images in [0, 1], take them to [-1, 1] by "
                 "2 * x0 - 1, as samplers expect.",

@@ -70,7 +70,7 @@ def save_checkpoint(
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise RunError(
             f"the checkpoint of pass {passes} could not be written to {folder} ({reason}); the last good checkpoint is "
-            f"{latest_checkpoint(folder) or 'none yet'}: free space, or make the folder writable, and give the same "
+            f"{latest_checkpoint(folder) or 'none yet'}: free space, or make the folder writable, and run the same "
             "command again."
         ) from error
 
