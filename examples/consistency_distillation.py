@@ -12,10 +12,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from atdiff import EMA, Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel, Teacher
+from atdiff import EMA, Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel, Teacher, consistency_scheduler
 from atdiff.data.sources import load_data
 from atdiff.sampling.generate import generate, save_images
-from atdiff.training.build import consistency_scheduler
 
 DATA = load_data("digits")
 
