@@ -298,8 +298,7 @@ def _text_call(
     scheduler: Any,  # noqa: ANN401
     network: Mapping[str, Any],
 ) -> str:
-    from atdiff.latent.families import FAMILIES  # imports transformers
-    from atdiff.latent.generate import usual_guidance_scale
+    from atdiff.latent.families import FAMILIES, usual_guidance_scale  # imports transformers
 
     made_for = SimpleNamespace(config=FrozenDict(network))
     guidance = usual_guidance_scale(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from atdiff.models.call import image_tokens
 from atdiff.models.transformers import FluxDenoiser
 from atdiff.noise import dynamic_mu, flow_shift
 
-__all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class"]
+__all__ = ["FAMILIES", "Asked", "Family", "absent_parts", "family_of", "known_class", "usual_guidance_scale"]
 
 
 class Asked(NamedTuple):
@@ -306,3 +307,28 @@ def family_of(pipeline: Any) -> Family:  # noqa: ANN401
 def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
     """Pixels along the side of a latent."""
     return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
+def usual_guidance_scale(
+    source: str,
+    config: Mapping[str, Any],
+    family: Family,
+    network: Any,  # noqa: ANN401
+    scheduler: Any,  # noqa: ANN401
+) -> float:
+    """Return the scale that the settings name, or the one that the network was made for."""
+    trained, usual = config.get("consistency") or {}, family.usual_guidance(network, scheduler)
+    said = trained.get("sample_guidance")
+    if said is not None:
+        if isinstance(scheduler, LCMScheduler) and usual == 1.0 < said:
+            warnings.warn(
+                f"{source} was distilled with guidance and takes no scale as input, so "
+                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
+                "--guidance-scale 1 draws without.",
+                stacklevel=2,
+            )
+        return float(said)
+    if trained.get("mode") == "distillation" and family.is_told_guidance(network):
+        low, high = trained.get("guidance") or (usual, usual)
+        return float(min(max(usual, low), high))
+    return float((config.get("sampling") or {}).get("guidance_scale", usual))

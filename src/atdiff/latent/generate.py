@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
 from rich.progress import Progress
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -24,14 +22,14 @@ from atdiff.fingerprint import (
     settings_fingerprint,
     tokenizer_fingerprint,
 )
-from atdiff.latent.families import DiT, Family, Flux, family_of, pixels_per_latent
+from atdiff.latent.families import DiT, Family, Flux, family_of, pixels_per_latent, usual_guidance_scale
 from atdiff.processes import draw_in_turn, num_processes
 from atdiff.runs import Denoiser
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import _check_request, _finished, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 
-__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run", "usual_guidance_scale"]
+__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
 PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
@@ -260,28 +258,3 @@ def prompts_name(prompts: Sequence[str]) -> str:
     """Return how many prompts these are, and a short hash of them, for the recipe of a figure."""
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     return f"{len(prompts)} (sha256 {digest[:12]})"
-
-
-def usual_guidance_scale(
-    source: str,
-    config: Mapping[str, Any],
-    family: Family,
-    network: Any,  # noqa: ANN401
-    scheduler: Any,  # noqa: ANN401
-) -> float:
-    """Return the scale that the settings name, or the one that the network was made for."""
-    trained, usual = config.get("consistency") or {}, family.usual_guidance(network, scheduler)
-    said = trained.get("sample_guidance")
-    if said is not None:
-        if isinstance(scheduler, LCMScheduler) and usual == 1.0 < said:
-            warnings.warn(
-                f"{source} was distilled with guidance and takes no scale as input, so "
-                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
-                "--guidance-scale 1 draws without.",
-                stacklevel=2,
-            )
-        return float(said)
-    if trained.get("mode") == "distillation" and family.is_told_guidance(network):
-        low, high = trained.get("guidance") or (usual, usual)
-        return float(min(max(usual, low), high))
-    return float((config.get("sampling") or {}).get("guidance_scale", usual))
