@@ -302,7 +302,7 @@ def _text_call(
 
     made_for = SimpleNamespace(config=FrozenDict(network))
     guidance = usual_guidance_scale(
-        "", config, FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]), made_for, scheduler
+        config, FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]), made_for, scheduler
     )
     data = config["data"]
     asked = list(data.get("captions") or [])

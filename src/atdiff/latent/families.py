@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -310,7 +309,6 @@ def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
 
 
 def usual_guidance_scale(
-    source: str,
     config: Mapping[str, Any],
     family: Family,
     network: Any,  # noqa: ANN401
@@ -320,13 +318,6 @@ def usual_guidance_scale(
     trained, usual = config.get("consistency") or {}, family.usual_guidance(network, scheduler)
     said = trained.get("sample_guidance")
     if said is not None:
-        if isinstance(scheduler, LCMScheduler) and usual == 1.0 < said:
-            warnings.warn(
-                f"{source} was distilled with guidance and takes no scale as input, so "
-                f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
-                "--guidance-scale 1 draws without.",
-                stacklevel=2,
-            )
         return float(said)
     if trained.get("mode") == "distillation" and family.is_told_guidance(network):
         low, high = trained.get("guidance") or (usual, usual)

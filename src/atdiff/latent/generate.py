@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import LCMScheduler
 from rich.progress import Progress
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -243,6 +245,18 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     network = getattr(pipeline, family.network)
     if not captions and isinstance(family, DiT):
         captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
+    guidance_scale = usual_guidance_scale(config, family, network, pipeline.scheduler)
+    said = (config.get("consistency") or {}).get("sample_guidance")
+    made_for_one = isinstance(pipeline.scheduler, LCMScheduler) and (
+        family.usual_guidance(network, pipeline.scheduler) == 1.0
+    )
+    if said is not None and made_for_one and guidance_scale > 1.0:
+        warnings.warn(
+            f"{source} was distilled with guidance and takes no scale as input, so "
+            f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
+            "--guidance-scale 1 draws without.",
+            stacklevel=2,
+        )
     return TextToImage(
         network,
         pipeline.scheduler,
@@ -250,7 +264,7 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         config,
         tuple(captions),
         pipeline=pipeline,
-        guidance_scale=usual_guidance_scale(source, config, family, network, pipeline.scheduler),
+        guidance_scale=guidance_scale,
     )
 
 
