@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.arms import ArmRun, check_arms, find_runs
-from atdiff.evaluation.evaluate import EvaluationConfig, cells_of_run, evaluate_asked, versions
+from atdiff.evaluation.evaluate import EvaluationConfig, cells_of_run, evaluate_runs, versions
 from atdiff.locks import one_writer
 from atdiff.reading import AS_TRAINED
 from atdiff.summary import Measurements, leading_metric, publish, training_curves
@@ -100,7 +100,7 @@ def _cells(
         found += [{"arm": one.arm, "seed": one.seed, **cell} for cell in cells]
     if config is not None:
         names = {one.run: one for one in runs}
-        for cell in evaluate_asked(list(names), config, figures, device=device, notify=notify):
+        for cell in evaluate_runs(list(names), config, figures, asked_only=True, device=device, notify=notify):
             one = names[cell["run"]]
             found.append({"arm": one.arm, "seed": one.seed, **cell})
     return found

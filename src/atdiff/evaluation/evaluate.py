@@ -32,7 +32,6 @@ __all__ = [
     "EvaluationConfig",
     "cells_of_run",
     "cells_of_weights",
-    "evaluate_asked",
     "evaluate_runs",
     "read_cells",
     "versions",
@@ -191,6 +190,7 @@ def evaluate_runs(
     config: EvaluationConfig,
     out: Path,
     *,
+    asked_only: bool = False,
     device: torch.device | str = "cpu",
     notify: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
@@ -204,6 +204,7 @@ def evaluate_runs(
         runs: training folders, pipeline folders or hub ids.
         config: what to evaluate.
         out: a JSON file, made or gone on with.
+        asked_only: return the cells that were asked for alone, whatever else ``out`` holds.
         device: where the pictures are made.
         notify: called with the number of cells done and in all.
 
@@ -214,26 +215,6 @@ def evaluate_runs(
         UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
     """
     evaluation = _Evaluation(out, device)
-    _asked(evaluation, runs, config, notify)
-    return [cell for cell in evaluation.cells if "stale" not in cell]
-
-
-@one_writer("file")
-def evaluate_asked(
-    runs: Iterable[str],
-    config: EvaluationConfig,
-    out: Path,
-    *,
-    device: torch.device | str = "cpu",
-    notify: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Do as :func:`evaluate_runs`, and return the cells that were asked for alone, whatever else ``out`` holds."""
-    return _asked(_Evaluation(out, device), runs, config, notify)
-
-
-def _asked(
-    evaluation: _Evaluation, runs: Iterable[str], config: EvaluationConfig, notify: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
     denoisers = [evaluation.load(run, config) for run in runs]
     grid = [
         _Place(d, sampler, correction, steps, seed)
@@ -243,7 +224,8 @@ def _asked(
         for steps in config.steps
         for seed in config.seeds
     ]
-    return evaluation.complete([(place, config) for place in grid], notify)
+    asked = evaluation.complete([(place, config) for place in grid], notify)
+    return asked if asked_only else [cell for cell in evaluation.cells if "stale" not in cell]
 
 
 @one_writer("file", "file")
