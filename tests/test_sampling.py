@@ -554,7 +554,7 @@ def test_one_step_where_it_makes_sense(sampler: str) -> None:
         ({"shape": (8, 8)}, "shape="),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 4295}, "seed=4295"),
-        ({"num": 1_000_001}, "picture 1000000 is out of range"),
+        ({"num": 1_000_001}, "sample 1000000 is out of range"),
     ],
 )
 def test_bad_requests_are_refused_before_any_compute(options: dict[str, Any], message: str) -> None:

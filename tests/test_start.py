@@ -106,6 +106,7 @@ def test_what_a_recipe_leaves_out_is_that_of_the_start(theirs: Any, kind: Any) -
 def test_betas_that_no_argument_tells_are_copied() -> None:
     theirs = UniPCMultistepScheduler(**SD)
     theirs.betas = theirs.betas * 1.5
+    theirs.alphas_cumprod = (1.0 - theirs.betas).cumprod(dim=0)
     ours = noise_scheduler(TrainConfig(), start(theirs))
     torch.testing.assert_close(ours.betas, theirs.betas)
 

@@ -60,8 +60,6 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         if longer:
             _check_longer(out, settings, passes)
         if longer and not look_only:
-            for section, values in BEFORE.items():
-                written[section] = {**values, **(written.get(section) or {})}
             written["training"]["passes"] = settings["training"]["passes"]
             write_text(file, yaml.safe_dump(written, sort_keys=False))
         return True
