@@ -32,12 +32,12 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from atdiff.data import ImageData, load_data
-from atdiff.evaluation import metrics as metrics_module
-from atdiff.evaluation.evaluate import versions
-from atdiff.evaluation.features import feature_layers, make_extractor
-from atdiff.evaluation.metrics import BATCH, Metrics
-from atdiff.evaluation.moments import Moments
-from atdiff.evaluation.reference import Reference
+from atdiff.measure.cells import versions
+from atdiff.metrics import stream as metrics_module
+from atdiff.metrics.features.extractors import feature_layers, make_extractor
+from atdiff.metrics.moments import Moments
+from atdiff.metrics.reference import Reference
+from atdiff.metrics.stream import BATCH, Metrics
 
 INCEPTION = "inception-v3-compat"
 COUNTS = (2_048, 10_000, 50_000)

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from atdiff.data import ImageData, store
-from atdiff.recipe import load_recipe, resolve
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 from pass_cost import parsed, seconds, where, write_json
 from training_speed import peak_mib

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from atdiff import EMA, Adversary
-from atdiff.evaluation.evaluate import versions
-from atdiff.latent.lora import add_lora
-from atdiff.latent.pipeline import make_student
-from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
+from atdiff.measure.cells import versions
+from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
+from atdiff.pipelines.latent_model import make_student
+from atdiff.pipelines.lora import add_lora
 
 CASES = [
     (rank, checkpointing, site) for rank in (0, 16) for checkpointing in (False, True) for site in ("none", "teacher")

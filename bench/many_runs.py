@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from atdiff import MLP2DModel
-from atdiff.recipe import load_recipe, resolve
-from atdiff.study import _start_worker
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.study.study import _start_worker
 from atdiff.training.loop import train
 from pass_cost import parsed, ratios, report, row, timed
 

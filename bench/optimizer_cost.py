@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from atdiff import MLP2DModel
-from atdiff.training.ema import EMA
+from atdiff.models.ema import EMA
 from pass_cost import arguments, ratios, report, row, seconds
 
 

@@ -29,9 +29,9 @@ from rich.progress import track
 from rich.table import Table
 
 from atdiff import Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel
-from atdiff.evaluation.evaluate import versions
+from atdiff.measure.cells import versions
+from atdiff.models.ema import EMA
 from atdiff.models.inference import prepare_inference
-from atdiff.training.ema import EMA
 
 ARMS = {
     "repeat": {"step_size": 0.0, "passes": 2},

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from atdiff.allocator import keep_freed_memory
+from atdiff.system.allocator import keep_freed_memory
 from atdiff.training.config import (
     AdversaryConfig,
     DataConfig,

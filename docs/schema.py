@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 import atdiff
-from atdiff.recipe import StudyConfig
+from atdiff.study.recipe import StudyConfig
 from atdiff.training.config import TrainConfig
 
 FILE = Path(atdiff.__file__).parent / "recipes" / "recipe.schema.json"
@@ -56,7 +56,7 @@ def _plain(text: str) -> str:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the schema of a whole recipe: the settings of a run, and what :class:`atdiff.recipe.Recipe` adds."""
+    """Return the schema of a whole recipe: the settings of a run, and what :class:`atdiff.study.recipe.Recipe` adds."""
     settings, study = described(TrainConfig), described(StudyConfig)
     definitions = settings.pop("$defs")
     study.pop("$defs")

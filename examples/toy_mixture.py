@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 from atdiff import Adversary, DenoisingObjective, MLP2DModel
 from atdiff.data.mixture import ExactDenoiser, density_picture, mixture_of
 from atdiff.data.sources import load_data
-from atdiff.evaluation.distances import energy_distance, sliced_wasserstein
+from atdiff.metrics.distances import energy_distance, sliced_wasserstein
 from atdiff.sampling.generate import generate
 
 SCHEDULER = DDPMScheduler(beta_schedule="squaredcos_cap_v2")

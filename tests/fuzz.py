@@ -31,8 +31,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from atdiff import recipe as recipes
 from atdiff.cli import main as atdiff
+from atdiff.study.study import recipe as recipes
 
 Words = list[str]
 

@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 from rich.progress import Progress
 
-from atdiff.allocator import keep_freed_memory
 from atdiff.data.sources import load_data
-from atdiff.evaluation.metrics import Metrics
-from atdiff.recipe import load_recipe, resolve
+from atdiff.metrics.stream import Metrics
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.system.allocator import keep_freed_memory
 from atdiff.training.loop import Trainer
 
 EVERY = 500  # passes between evaluations

@@ -16,8 +16,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor, nn
 
 from atdiff import Adversary, DenoisingBatch, DenoisingObjective, UserError
-from atdiff.adversary import SCALES
-from atdiff.norms import norm_of
+from atdiff.adversary.adversary import SCALES
+from atdiff.core.norms import norm_of
 from conftest import small_unet
 
 

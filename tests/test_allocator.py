@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import sys
-from atdiff.allocator import keep_freed_memory
+from atdiff.system.allocator import keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -38,7 +38,7 @@ def test_what_a_large_tensor_frees_is_kept() -> None:
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
-    from atdiff.allocator import keep_freed_memory
+    from atdiff.system.allocator import keep_freed_memory
 
     def missing(name: None) -> None:
         raise TypeError("no library of the process")

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from atdiff.core.errors import UserError
 from atdiff.data import load_data
 from atdiff.data.captions import CaptionedImages, load_captioned
-from atdiff.errors import UserError
 
 NAMES = ("b.png", "a.png", "c.png")
 CAPTIONS = ["a cat, black", "ein Hündchen", 'a "bird"\u2028on a tree']

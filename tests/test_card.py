@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from atdiff.card import has_card, model_card
 from atdiff.cli import main
+from atdiff.training.card import has_card, model_card
 
 WORDS = ["train", "quickstart", "--arm", "at-residual", "--training.passes", "4"]
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_pushed_is_found_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("atdiff.card.get_token", lambda: "hf_stand_in" if token else None)
+    monkeypatch.setattr("atdiff.training.card.get_token", lambda: "hf_stand_in" if token else None)
     assert main([*WORDS, "--out", str(tmp_path / "run"), "--push-to-hub", repo]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from atdiff.cli import main
-from atdiff.errors import RunError
+from atdiff.core.errors import RunError
 from atdiff.training import checkpoint
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(
-        f"atdiff.files.{operation}" if operation == "os.replace" else f"{checkpoint.__name__}.{operation}", full
+        f"atdiff.system.files.{operation}" if operation == "os.replace" else f"{checkpoint.__name__}.{operation}", full
     )
     with pytest.raises(RunError, match=r"pass 6 could not be written .*No space left on device.*pass-000000003"):
         save(tmp_path, 6)

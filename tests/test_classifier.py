@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
-from atdiff.errors import UserError
-from atdiff.evaluation import classifier
-from atdiff.evaluation.classifier import LABEL_CLASSIFIER, LabelClassifier, label_classifier_weights
-from atdiff.evaluation.features import extract, make_extractor
+from atdiff.metrics import classifier
+from atdiff.metrics.classifier import LABEL_CLASSIFIER, LabelClassifier, label_classifier_weights
+from atdiff.metrics.features.extractors import extract, make_extractor
 
 MNIST = str(Path(__file__).parent / "data" / "mnist10k.npz")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import atdiff.runs
+import atdiff.pipelines.model
 from atdiff.cli import main
-from atdiff.compare import find_runs
-from atdiff.evaluation import evaluate
+from atdiff.measure import cells as evaluate
+from atdiff.study.compare import find_runs
 
 
 def runs(study: Path) -> list[str]:
@@ -39,7 +39,7 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    generate = atdiff.runs.iter_generate
+    generate = atdiff.pipelines.model.iter_generate
 
     def counted(*args: object, **options: object) -> object:
         if len(made) == 3:
@@ -49,11 +49,11 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
 
     words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "2,4", "--num", "40", "--no-mismatch",
              "--out", str(tmp_path / "page.html")]  # fmt: skip
-    monkeypatch.setattr(atdiff.runs, "iter_generate", counted)
+    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", counted)
     assert main(words) == 130
     assert not (tmp_path / "page.html").exists()
     assert len(json.loads((tmp_path / "page.cells.json").read_text())) == 3
-    monkeypatch.setattr(atdiff.runs, "iter_generate", generate)
+    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", generate)
     assert main(words) == 0
     summary = json.loads((tmp_path / "page.summary.json").read_text())
     places = [(c["arm"], c["seed"], c["steps"]) for c in summary["cells"]]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from atdiff.errors import UserError
-from atdiff.evaluation.comparison import (
+from atdiff.core.errors import UserError
+from atdiff.report.comparison import (
     Row,
     compare,
     compare_corrected,

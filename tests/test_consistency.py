@@ -24,9 +24,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from atdiff import EMA, Adversary, ConsistencyObjective, MLP2DModel, NoiseSchedule, Teacher, UserError
-from atdiff.noise import expand
+from atdiff.core.noise import expand
+from atdiff.core.prediction import edm_preconditioning
 from atdiff.objectives.pairs import EasyPairs, EvenPairs, ImprovedPairs, Levels, make_pairs
-from atdiff.prediction import edm_preconditioning
 from atdiff.training.build import consistency_scheduler
 
 MEAN, STD = 0.3, 0.4  # of the Gaussian data

@@ -14,7 +14,7 @@ from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiffusionPipeline,
 from safetensors.torch import load_file
 
 from atdiff.cli import main
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling.generate import generate, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.training.checkpoint import latest_checkpoint

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.sampling import SAMPLERS, EpsilonScaling, denoise_steps, from_noise, generate, make_scheduler, to_noise
 from atdiff.sampling.corrections import (
     CORRECTIONS,

@@ -17,9 +17,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data, to_uint8
 from atdiff.data.sources import Crop
-from atdiff.errors import UserError
 
 MNIST = Path(__file__).parent / "data" / "mnist10k.npz"
 

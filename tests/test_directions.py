@@ -13,11 +13,11 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor, nn
 
 from atdiff import DenoisingBatch, DenoisingObjective, MLP2DModel, UserError
-from atdiff.evaluation.directions import DirectionsConfig, directions_of_runs, measure_directions
-from atdiff.evaluation.robustness import noised_batches, timestep_at
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.core.noise import NoiseSchedule, expand
+from atdiff.measure.directions import DirectionsConfig, directions_of_runs, measure_directions
+from atdiff.measure.robustness import noised_batches, timestep_at
+from atdiff.pipelines.model import save_pipeline
 from atdiff.report.robustness import direction_curves
-from atdiff.runs import save_pipeline
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SHAPE = (1, 3, 4)

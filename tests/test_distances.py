@@ -8,9 +8,9 @@ from torch import Tensor
 from torch_fidelity import KEY_METRIC_FID
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from atdiff.errors import UserError
-from atdiff.evaluation import distances
-from atdiff.evaluation.distances import GaussianFit, energy_distance, sliced_wasserstein
+from atdiff.core.errors import UserError
+from atdiff.metrics import distances
+from atdiff.metrics.distances import GaussianFit, energy_distance, sliced_wasserstein
 
 
 def normal(count: int, dimensions: int, seed: int) -> Tensor:

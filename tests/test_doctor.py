@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atdiff.cli import main
-from atdiff.doctor import findings
+from atdiff.cli.doctor import findings
 
 
 def _found() -> dict[str, tuple[str, bool]]:

@@ -13,9 +13,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from atdiff.cli import main
-from atdiff.runs import load_denoiser
+from atdiff.models.ema import EMA
+from atdiff.pipelines.model import load_denoiser
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
-from atdiff.training.ema import EMA
 
 PASSES = 9
 AT = {"passes": 3, "step_size": 0.5}

@@ -18,9 +18,9 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from atdiff import Adversary, ConsistencyObjective, DenoisingObjective, NoiseSchedule, Teacher, UserError
-from atdiff.noise import divide
+from atdiff.core.noise import divide
+from atdiff.core.timesteps import LossSecondMomentTimesteps
 from atdiff.sampling import EpsilonScaling
-from atdiff.timesteps import LossSecondMomentTimesteps
 
 
 def betas(**options: Any) -> DDPMScheduler:

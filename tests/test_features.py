@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_clip import CLIPVisual
 
+from atdiff.core.errors import UserError
 from atdiff.data import load_data
-from atdiff.errors import UserError
-from atdiff.evaluation import clip_features
-from atdiff.evaluation import features as features_module
-from atdiff.evaluation.features import RECIPE, cache_folder, extract, make_extractor
+from atdiff.metrics.features import clip as clip_features
+from atdiff.metrics.features import extractors as features_module
+from atdiff.metrics.features.extractors import RECIPE, cache_folder, extract, make_extractor
 
 
 def classifier_files() -> list[Path]:
@@ -123,7 +123,7 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
 
 
 def test_label_classifier_by_name(tmp_path: Path) -> None:
-    from atdiff.evaluation.classifier import label_classifier_weights
+    from atdiff.metrics.classifier import label_classifier_weights
 
     digits = load_data("digits", split="test")
     with pytest.raises(UserError, match="label-classifier is trained on labelled images: give them as data"):

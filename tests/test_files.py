@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atdiff import UserError
-from atdiff.files import write_bytes, write_json, written_aside
+from atdiff.system.files import write_bytes, write_json, written_aside
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

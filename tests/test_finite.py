@@ -12,9 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from atdiff.errors import RunError
+from atdiff.core.errors import RunError
 from atdiff.objectives.batch import ObjectiveOutput
-from atdiff.recipe import load_recipe, resolve
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import load_checkpoint
 from atdiff.training.finite import KEPT, FiniteSteps
 from atdiff.training.loop import Trainer

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from atdiff import Adversary, DenoisingObjective
 from atdiff.cli import main
-from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student
-from atdiff.latent.trainer import LatentTrainer
+from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.models.call import predict
 from atdiff.models.presets import build_model
 from atdiff.models.transformers import FluxDenoiser, SD3Denoiser, image_ids, pack, published, unpack
-from atdiff.recipe import load_recipe, resolve
-from atdiff.runs import load_denoiser
-from atdiff.timesteps import make_timestep_sampler
+from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
+from atdiff.pipelines.model import load_denoiser
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.latents import LatentTrainer
 from flow_pipelines import SD3, dit_folder, flux_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 
@@ -346,7 +346,7 @@ def test_the_images_of_a_class_folder_are_never_all_in_memory(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("all images were read")
 
-    monkeypatch.setattr("atdiff.latent.trainer.load_data", refuse)
+    monkeypatch.setattr("atdiff.training.latents.load_data", refuse)
     monkeypatch.setattr("atdiff.data.captions.load_data", refuse)
     out = train(tmp_path / "run", passes=2)
     assert (out / "prompts.txt").read_text().split() == ["0", "1"]

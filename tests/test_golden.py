@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from atdiff import Adversary, DenoisingObjective
-from atdiff.training.ema import EMA
+from atdiff.models.ema import EMA
 
 DATA = Path(__file__).parent / "data"
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.runs import load_denoiser, open_run
+from atdiff.core.errors import UserError
+from atdiff.pipelines.model import load_denoiser, open_run
 from atdiff.sampling import image_generators, make_scheduler
 from atdiff.training.config import TrainConfig
 from flow_pipelines import FLUX, dit_folder, flux_folder, sd3_folder  # noqa: F401
@@ -41,7 +41,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("atdiff.latent.trainer.SHOWN", 2)
+    monkeypatch.setattr("atdiff.training.latents.SHOWN", 2)
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.models.guided_diffusion import (
     ADM_CIFAR10,
     ADMUNet2DModel,

@@ -28,11 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from atdiff.cli import main
-from atdiff.latent.pipeline import guidance_embedding, load_latent_pipeline, make_student
 from atdiff.models.guided_diffusion import adm_unet
 from atdiff.models.mlp import MLP2DModel
 from atdiff.models.transformers import denoiser_like, embed_times_in_float32
-from atdiff.runs import load_denoiser
+from atdiff.objectives.guided import guidance_embedding
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_student
+from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import image_generators, make_scheduler
 from atdiff.sampling.schedulers import default_sampler
 from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
@@ -144,7 +145,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("atdiff.latent.trainer.SHOWN", 2)
+    monkeypatch.setattr("atdiff.training.latents.SHOWN", 2)
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atdiff.recipe import load_recipe, resolve
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 
 # What makes the host wait for values of the device.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from atdiff.data import ImageData, load_data
-from atdiff.evaluation import spatial
-from atdiff.evaluation.features import extract, make_extractor
-from atdiff.evaluation.metrics import Metrics
+from atdiff.metrics.features import spatial
+from atdiff.metrics.features.extractors import extract, make_extractor
+from atdiff.metrics.stream import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Frechet distance of")
 
@@ -113,7 +113,7 @@ def test_sfid_is_the_frechet_distance_of_the_spatial_features(
 
 
 def test_sfid_shares_its_network_with_fid(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atdiff.evaluation.metrics.load_reference", lambda *_, **__: None)
+    monkeypatch.setattr("atdiff.metrics.stream.load_reference", lambda *_, **__: None)
     real = ImageData(pictures(2, 0), None, "real")
     metrics = Metrics(real, ("fid", "sfid"), extractor="inception-v3-compat", weights={"inception-v3-compat": weights})
     (judge,) = metrics._judges

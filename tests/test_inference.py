@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atdiff import MLP2DModel
 from atdiff.cli import main
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.models.inference import prepare_inference
 from atdiff.sampling import save_images
 from conftest import small_unet

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from atdiff.cli import EXIT_STOPPED
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint
 from atdiff.training.interrupt import StopRequest, parse_duration
 

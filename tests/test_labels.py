@@ -17,10 +17,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.data import load_captioned, load_data
 from atdiff.data.labels import in_class_order
-from atdiff.errors import UserError
-from atdiff.runs import load_denoiser, reference_data, run_config
+from atdiff.pipelines.model import load_denoiser, reference_data, run_config
 from conftest import small_unet
 
 TINY = {"name": "mlp", "args": {"width": 16, "num_blocks": 1}}

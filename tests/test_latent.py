@@ -15,18 +15,18 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
 from torch import Tensor
 
+from atdiff.core.errors import UserError
 from atdiff.data.images import UnreadableImages
-from atdiff.errors import UserError
-from atdiff.latent.cache import LatentData, latent_data
-from atdiff.latent.lora import TARGET_MODULES, add_lora, load_lora, load_lora_state, lora_state, save_lora
-from atdiff.latent.pipeline import (
+from atdiff.models.call import unet_kwargs
+from atdiff.pipelines.cache import LatentData, latent_data
+from atdiff.pipelines.latent_model import (
     LatentPipeline,
     guidance_embedding,
     load_latent_pipeline,
     make_student,
     save_student,
 )
-from atdiff.models.call import unet_kwargs
+from atdiff.pipelines.lora import TARGET_MODULES, add_lora, load_lora, load_lora_state, lora_state, save_lora
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 
 PROMPTS = ["a cat", "the dog on 2"]

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from atdiff.cli import main
 from atdiff.data import ImageData
-from atdiff.evaluation import mismatch as module
-from atdiff.evaluation.mismatch import MismatchConfig, measure_mismatch
-from atdiff.evaluation.robustness import RobustnessConfig, draw_images, measure_robustness, objective_of
-from atdiff.evaluation.subjects import open_subject
-from atdiff.latent.generate import TextToImage
-from atdiff.latent.pipeline import LatentPipeline
-from atdiff.latent.probe import LatentRun, TrueLatents, _Prompted, latent_run
-from atdiff.runs import DataOptions, load_denoiser
+from atdiff.measure import mismatch as module
+from atdiff.measure.latents import LatentRun, TrueLatents, _Prompted, latent_run
+from atdiff.measure.mismatch import MismatchConfig, measure_mismatch
+from atdiff.measure.robustness import RobustnessConfig, draw_images, measure_robustness, objective_of
+from atdiff.measure.subjects import open_subject
+from atdiff.pipelines.latent_model import LatentPipeline
+from atdiff.pipelines.model import DataOptions, load_denoiser
+from atdiff.pipelines.text_to_image import TextToImage
 from atdiff.sampling.generate import image_generators
 from flow_pipelines import tiny_dit, tiny_flux, tiny_sd3
 from latent_pipelines import IMAGE_SIZE, tiny_sd, tiny_sdxl

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atdiff.cli import main
-from atdiff.latent.lora import add_lora, load_lora, save_lora
-from atdiff.latent.pipeline import LatentPipeline, load_latent_pipeline, make_student
-from atdiff.latent.trainer import LatentTrainer
-from atdiff.objectives.latent_consistency import GuidedTeacher, LatentConsistencyObjective
-from atdiff.recipe import load_recipe, resolve
-from atdiff.runs import load_denoiser
+from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
+from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
+from atdiff.pipelines.lora import add_lora, load_lora, save_lora
+from atdiff.pipelines.model import load_denoiser
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.latents import LatentTrainer
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 from launching import ended, launch
 from processes import CAN_SHARD
@@ -249,7 +249,7 @@ def recipe(photos: Path, sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def small_grids() -> Iterator[None]:
     """Two pictures a grid of samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atdiff.latent.trainer.SHOWN", 2)
+        patch.setattr("atdiff.training.latents.SHOWN", 2)
         yield
 
 
@@ -607,7 +607,7 @@ def test_latents_are_resumed_on_the_same_content_alone(
         del content["content"]
         manifest.write_text(json.dumps(content))
     with monkeypatch.context() as patched:
-        patched.setattr("atdiff.latent.cache._write_latents", lambda *args: pytest.fail("encoded again"))
+        patched.setattr("atdiff.pipelines.cache._write_latents", lambda *args: pytest.fail("encoded again"))
         assert go_on(3) == 0
     assert json.loads((tmp_path / "run" / "data.json").read_text()) == stored
     pixels = np.asarray(Image.open(folder / "0.png")).copy()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atdiff.cli import main
-from atdiff.processes import device
+from atdiff.system.processes import device
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from launching import LIMIT, free_port
 

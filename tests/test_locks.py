@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.files import LOCK
-from atdiff.locks import one_writer, writing
+from atdiff.core.errors import UserError
+from atdiff.system.files import LOCK
+from atdiff.system.locks import one_writer, writing
 
 RECIPE = {
     "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},

@@ -16,17 +16,18 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from atdiff import choices, locate
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.evaluation.clip_features import URL_CLIP
-from atdiff.evaluation.features import EXTRACTORS
-from atdiff.evaluation.metrics import METRICS
-from atdiff.locate import check_data, check_run, hub_failure, is_hub_id
+from atdiff.core import choices
+from atdiff.core.errors import UserError
+from atdiff.metrics.features.clip import URL_CLIP
+from atdiff.metrics.features.extractors import EXTRACTORS
+from atdiff.metrics.stream import METRICS
 from atdiff.models.inference import DTYPES
-from atdiff.recipe import load_recipe
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import CORRECTIONS, SAMPLERS
+from atdiff.study.recipe import load_recipe
+from atdiff.system import locate
+from atdiff.system.locate import check_data, check_run, hub_failure, is_hub_id
 from conftest import small_unet
 
 HEAVY = (
@@ -157,7 +158,7 @@ def test_light_names_are_those_of_the_registries() -> None:
         (choices.PRECISIONS, DTYPES),
     ):
         assert list(light) == list(heavy)
-    from atdiff.adversary import SCALES
+    from atdiff.adversary.adversary import SCALES
     from atdiff.data.images import CROPS
     from atdiff.data.mixture import MIXTURES
 
@@ -234,8 +235,8 @@ def test_an_unknown_key_of_a_recipe_is_told_the_nearest_of_any_depth(
 
 
 def test_the_suggested_key_exists(tmp_path: Path) -> None:
-    from atdiff.recipe import StudyConfig, dotted_keys
-    from atdiff.suggest import SYNONYMS
+    from atdiff.study.recipe import StudyConfig, dotted_keys
+    from atdiff.system.suggest import SYNONYMS
     from atdiff.training.config import TrainConfig
 
     keys = {*dotted_keys(TrainConfig()), *dotted_keys({"study": StudyConfig()})}
@@ -429,22 +430,33 @@ ROBUSTNESS = ["robustness", "theirs", "mine", "--data", "digits", "--num", "4", 
 EVALUATE = ["evaluate", "theirs", "--data", "digits", "--num", "4", "--steps", "2,3", "--metrics", "energy", "--out",
             "cells.json"]  # fmt: skip
 TRAIN = ["train", "small.yaml", "--training.passes", "6", "--training.checkpoint_every", "2", "--out", "run"]
+STUDY = ["study", "small.yaml", "--out", "out"]
 
 
 @pytest.mark.parametrize(
     ("function", "calls", "words", "said"),
     [
-        ("atdiff.evaluation.mismatch:measure_mismatch", 0, MISMATCH, "no measurements are saved yet"),
-        ("atdiff.evaluation.mismatch:measure_mismatch", 1, MISMATCH, "(1 in out/mismatch.json)"),
-        ("atdiff.evaluation.robustness:measure_robustness", 0, ROBUSTNESS, "no measurements are saved yet"),
-        ("atdiff.evaluation.robustness:measure_robustness", 1, ROBUSTNESS, "(1 in out/robustness.json)"),
-        ("atdiff.evaluation.evaluate:_Judge.judged", 0, EVALUATE, "no cells are saved yet"),
-        ("atdiff.evaluation.evaluate:_Judge.judged", 1, EVALUATE, "(1 in cells.json)"),
-        ("atdiff.runs:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
+        ("atdiff.measure.mismatch:measure_mismatch", 0, MISMATCH, "no measurements are saved yet"),
+        ("atdiff.measure.mismatch:measure_mismatch", 1, MISMATCH, "(1 in out/mismatch.json)"),
+        ("atdiff.measure.robustness:measure_robustness", 0, ROBUSTNESS, "no measurements are saved yet"),
+        ("atdiff.measure.robustness:measure_robustness", 1, ROBUSTNESS, "(1 in out/robustness.json)"),
+        ("atdiff.measure.cells:_Judge.judged", 0, EVALUATE, "no cells are saved yet"),
+        ("atdiff.measure.cells:_Judge.judged", 1, EVALUATE, "(1 in cells.json)"),
+        ("atdiff.pipelines.model:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
         ("atdiff.training.loop:load_data", 0, TRAIN, "nothing is saved"),
         ("atdiff.training.loop:write_card", 0, TRAIN, "run has a checkpoint of pass 6, where"),
-        ("atdiff.study:make_trainer", 0, ["study", "small.yaml", "--out", "out"], "no run has saved anything yet"),
-        ("atdiff.study:publish", 0, ["study", "small.yaml", "--out", "out", "--jobs", "1"], "out has 3 trained runs"),
+        (
+            "atdiff.study.study:make_trainer",
+            0,
+            ["study", "small.yaml", "--out", "out"],
+            "no run has saved anything yet",
+        ),
+        (
+            "atdiff.study.study:publish",
+            0,
+            ["study", "small.yaml", "--out", "out", "--jobs", "1"],
+            "out has 3 trained runs",
+        ),
     ],
 )
 def test_an_interrupted_command_says_what_is_saved(

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data, to_uint8
-from atdiff.errors import UserError
-from atdiff.evaluation import manifold
-from atdiff.evaluation.features import extract, make_extractor
-from atdiff.evaluation.manifold import manifold_metrics, neighbour_radii
-from atdiff.evaluation.metrics import Metrics, check_metrics
+from atdiff.metrics import manifold
+from atdiff.metrics.features.extractors import extract, make_extractor
+from atdiff.metrics.manifold import manifold_metrics, neighbour_radii
+from atdiff.metrics.stream import Metrics, check_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Frechet distance of")
 
@@ -271,12 +271,12 @@ def test_metrics_leave_the_random_state_alone(digits: tuple[Metrics, ImageData])
 def test_reference_is_read_from_the_cache(quick: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     images = load_data("digits").images[:100]
     expected = quick([images], num=100)
-    monkeypatch.setattr("atdiff.evaluation.reference.extract", None)
+    monkeypatch.setattr("atdiff.metrics.reference.extract", None)
     assert Metrics(load_data("digits"))([images], num=100) == expected
 
 
 def test_pixel_metrics_need_no_extractor_and_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atdiff.evaluation.metrics.make_extractor", None)
+    monkeypatch.setattr("atdiff.metrics.stream.make_extractor", None)
     points = torch.rand(500, 2, 1, 1, generator=torch.Generator().manual_seed(0)) - 0.5
     shift = torch.tensor([0.001, 0.0]).reshape(2, 1, 1)  # below one byte's step of 2 / 255
     metrics = Metrics(ImageData(points, None, "points"), ("energy", "sliced_wasserstein"))
@@ -461,7 +461,7 @@ def test_frechet_distances_in_other_networks(monkeypatch: pytest.MonkeyPatch, tm
         extractor.features_list = list(layers)
         return extractor
 
-    monkeypatch.setattr("atdiff.evaluation.metrics.make_extractor", make)
+    monkeypatch.setattr("atdiff.metrics.stream.make_extractor", make)
     (tmp_path / "w").write_text("")
     a, b = random_bytes(40, 6, seed=0), random_bytes(40, 6, seed=1)
     metrics = Metrics(

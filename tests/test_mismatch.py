@@ -22,13 +22,13 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
 from atdiff.data import ImageData
-from atdiff.errors import UserError
-from atdiff.evaluation import mismatch as module
-from atdiff.evaluation.mismatch import MismatchConfig, measure_mismatch, mismatch_of_runs
-from atdiff.noise import NoiseSchedule
+from atdiff.measure import mismatch as module
+from atdiff.measure.mismatch import MismatchConfig, measure_mismatch, mismatch_of_runs
+from atdiff.pipelines.model import Denoiser, save_pipeline
 from atdiff.report.mismatch import mismatch_curves
-from atdiff.runs import Denoiser, save_pipeline
 from atdiff.sampling import generate, make_scheduler
 
 SHAPE = (1, 2, 2)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from atdiff import DenoisingObjective
+from atdiff.core.errors import UserError
 from atdiff.data import load_data
 from atdiff.data.mixture import MIXTURES, ExactDenoiser, Mixture, density_picture, mixture_of
-from atdiff.errors import UserError
-from atdiff.evaluation.distances import sliced_wasserstein
-from atdiff.recipe import load_recipe, resolve
+from atdiff.metrics.distances import sliced_wasserstein
 from atdiff.sampling.generate import generate
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 
 TRUE_ON_MODE = 1.0 - math.exp(-4.5)

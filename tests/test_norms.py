@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from atdiff.norms import norm_of, project, steepest_step
+from atdiff.core.norms import norm_of, project, steepest_step
 
 NORMS = ["l2", "linf", "l1"]
 DUAL = {"l2": 2, "linf": 1, "l1": np.inf}

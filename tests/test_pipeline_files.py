@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.evaluation.evaluate import EvaluationConfig
-from atdiff.latent.families import FAMILIES, family_of
-from atdiff.latent.lora import add_lora, save_lora
-from atdiff.latent.pipeline import load_latent_pipeline, make_student
+from atdiff.core.errors import UserError
+from atdiff.measure.cells import EvaluationConfig
 from atdiff.models.mlp import MLP2DModel
-from atdiff.pipeline_files import LATENTS, PIXELS, choose_variant, no_pipeline, variants_of
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.families import FAMILIES, family_of
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_student
+from atdiff.pipelines.lora import add_lora, save_lora
+from atdiff.pipelines.model import load_denoiser
+from atdiff.system.pipeline_files import LATENTS, PIXELS, choose_variant, no_pipeline, variants_of
 from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
 from latent_pipelines import sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 

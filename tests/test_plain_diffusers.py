@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from atdiff.card import model_card
-from atdiff.recipe import load_recipe, resolve
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.model import load_denoiser
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.training.card import model_card
 from atdiff.training.loop import train
 from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
@@ -186,7 +186,7 @@ def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
 ) -> None:
     family, settings, sampler = LATENTS[kind]
     base: Path = request.getfixturevalue(f"{family}_folder")
-    monkeypatch.setattr("atdiff.latent.trainer.SHOWN", 1)
+    monkeypatch.setattr("atdiff.training.latents.SHOWN", 1)
     data: dict[str, Any] = {"name": str(labelled_photos), "image_size": IMAGE_SIZE}
     if family != "dit":
         data["captions"] = PROMPTS

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from atdiff.cli import main
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.model import load_denoiser
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
 from launching import LIMIT, ended, free_port, launch
 from processes import ARMS, CAN_SHARD, PASSES

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atdiff.cli import main
 from atdiff.models.presets import build_model
-from atdiff.recipe import bundled_recipes, load_recipe, resolve
 from atdiff.sampling.generate import generate
+from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
 
 SMALL = ["--model.args.model_channels", "32", "--model.args.num_res_blocks", "1",
          "--model.args.num_head_channels", "32", "--training.precision", "no", "--training.accumulate", "1",

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
+from atdiff.core.errors import UserError
 from atdiff.data import ImageData
-from atdiff.errors import UserError
-from atdiff.evaluation import reference
-from atdiff.evaluation.manifold import neighbour_radii
-from atdiff.evaluation.moments import Moments, Rows
-from atdiff.evaluation.reference import Reference, load_reference
+from atdiff.metrics import reference
+from atdiff.metrics.manifold import neighbour_radii
+from atdiff.metrics.moments import Moments, Rows
+from atdiff.metrics.reference import Reference, load_reference
 
 
 class Linear(FeatureExtractorBase):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from atdiff.cli import _COMMANDS, _parser, main
 from atdiff.objectives.denoising import DenoisingObjective
-from atdiff.recipe import StudyConfig, dotted_keys
+from atdiff.study.recipe import StudyConfig, dotted_keys
 from atdiff.training.config import TrainConfig
 from conftest import small_unet
 
@@ -87,7 +87,9 @@ def test_keys_that_messages_name_exist() -> None:
     assert len(found) > 50
     files = {path.name for path in SOURCES} | {"data.json", "study.json"}
     for key, message in found:
-        if message.place.startswith("src/atdiff/plain.py"):  # code for a card, of which the scheduler is diffusers'
+        if message.place.startswith(
+            "src/atdiff/pipelines/plain.py"
+        ):  # code for a card, of which the scheduler is diffusers'
             continue
         method = key.startswith("objective.") and hasattr(DenoisingObjective, key.partition(".")[2])
         assert key in KEYS or key in files or method, message

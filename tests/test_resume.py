@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from atdiff.errors import Stopped, UserError
-from atdiff.recipe import load_recipe, resolve
+from atdiff.core.errors import Stopped, UserError
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.loop import train

@@ -19,9 +19,11 @@ from diffusers import (
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-import atdiff.evaluation.robustness as robustness
+import atdiff.measure.robustness as robustness
 from atdiff import DenoisingBatch, DenoisingObjective, MLP2DModel, UserError
-from atdiff.evaluation.robustness import (
+from atdiff.core.noise import NoiseSchedule, noise_level
+from atdiff.core.norms import norm_of
+from atdiff.measure.robustness import (
     RobustnessConfig,
     doubling_radius,
     measure_robustness,
@@ -30,10 +32,8 @@ from atdiff.evaluation.robustness import (
     timestep_at,
     worst_case_loss,
 )
-from atdiff.noise import NoiseSchedule, noise_level
-from atdiff.norms import norm_of
+from atdiff.pipelines.model import save_pipeline
 from atdiff.report.robustness import robustness_curves
-from atdiff.runs import save_pipeline
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SHAPE = (1, 2, 3)

@@ -27,8 +27,8 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.sampling import (
     SAMPLERS,
     EpsilonScaling,

@@ -20,12 +20,12 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.latent.families import FAMILIES
-from atdiff.noise import NoiseSchedule
-from atdiff.recipe import load_recipe, resolve
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.core.timesteps import make_timestep_sampler
+from atdiff.pipelines.families import FAMILIES
 from atdiff.sampling import WaveletCorrection, denoise_steps, iter_generate, make_scheduler
-from atdiff.timesteps import make_timestep_sampler
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

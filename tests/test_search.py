@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.sampling.corrections import GRIDS, Correction, EpsilonScaling, TimeShift
 from atdiff.sampling.search import search_correction
 

@@ -14,12 +14,12 @@ import jsonschema
 import pytest
 import yaml
 
-from atdiff.adversary import Direction, Method, Order
+from atdiff.adversary.adversary import Direction, Method, Order
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.norms import Norm
+from atdiff.core.errors import UserError
+from atdiff.core.norms import Norm
 from atdiff.objectives.denoising import Target
-from atdiff.recipe import StudyConfig, bundled_recipes, load_recipe, resolve
+from atdiff.study.recipe import StudyConfig, bundled_recipes, load_recipe, resolve
 from atdiff.training.build import build_adversary
 from atdiff.training.config import TrainConfig
 

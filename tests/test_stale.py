@@ -20,18 +20,18 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from atdiff.card import model_card
 from atdiff.cli import main
 from atdiff.data import contents
 from atdiff.data.captions import load_captioned
 from atdiff.data.sources import load_data
-from atdiff.evaluation.classifier import label_classifier_weights
-from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
-from atdiff.evaluation.stale import what_changed
-from atdiff.latent.lora import add_lora, save_lora
-from atdiff.latent.pipeline import load_latent_pipeline
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+from atdiff.measure.stale import what_changed
+from atdiff.metrics.classifier import label_classifier_weights
 from atdiff.models.mlp import MLP2DModel
-from atdiff.runs import load_denoiser, save_pipeline
+from atdiff.pipelines.latent_model import load_latent_pipeline
+from atdiff.pipelines.lora import add_lora, save_lora
+from atdiff.pipelines.model import load_denoiser, save_pipeline
+from atdiff.training.card import model_card
 from conftest import RECIPE
 from latent_pipelines import tiny_sd
 

@@ -24,9 +24,9 @@ from diffusers import (
 )
 
 from atdiff.cli import main
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
-from atdiff.recipe import bundled_recipes, load_recipe, resolve
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
 from atdiff.training.build import build_scheduler
 from atdiff.training.config import ConsistencyConfig, ObjectiveConfig, SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer

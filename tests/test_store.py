@@ -18,12 +18,12 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from atdiff import memory
+from atdiff.core.errors import Stopped, UserError
 from atdiff.data import ImageData, load_captioned, load_data, store
-from atdiff.errors import Stopped, UserError
-from atdiff.evaluation.features import make_extractor
-from atdiff.evaluation.reference import load_reference
-from atdiff.recipe import load_recipe, resolve
+from atdiff.metrics.features.extractors import make_extractor
+from atdiff.metrics.reference import load_reference
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.system import memory
 from atdiff.training.loop import train
 from test_data import write_cifar, write_imagenet
 from test_resume import StopAt, everything
@@ -180,7 +180,7 @@ def test_what_is_left_is_the_least_of_all_limits(tmp_path: Path, monkeypatch: py
 
 LIMITED = """
 import resource, sys
-from atdiff.memory import address_space_left, memory_left
+from atdiff.system.memory import address_space_left, memory_left
 import psutil
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 300_000_000, resource.RLIM_INFINITY))
 print(address_space_left(), memory_left())
@@ -282,7 +282,7 @@ PEAK = """
 import resource, sys, warnings
 import numpy as np, torch
 from atdiff.data import load_data, store
-from atdiff.memory import memory_left
+from atdiff.system.memory import memory_left
 store.MEMORY_SHARE = 0.0
 memory_left()
 np.lib.format  # imported

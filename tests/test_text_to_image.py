@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.data import load_data, to_uint8
-from atdiff.errors import UserError
-from atdiff.evaluation.evaluate import EvaluationConfig, evaluate_runs
-from atdiff.evaluation.metrics import Metrics
-from atdiff.latent.generate import TextToImage
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+from atdiff.metrics.stream import Metrics
+from atdiff.pipelines.model import load_denoiser
+from atdiff.pipelines.text_to_image import TextToImage
 from atdiff.report.samples import sample_grids
-from atdiff.runs import load_denoiser
 from atdiff.sampling import image_generators, make_scheduler
 from atdiff.sampling.corrections import EpsilonScaling
 
@@ -264,7 +264,7 @@ def test_the_batch_size_does_not_matter(pipeline: Path, batch_size: int) -> None
 
 
 def test_large_pictures_are_drawn_in_small_batches(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atdiff.latent.generate.PIXELS", 2 * SIZE * SIZE)
+    monkeypatch.setattr("atdiff.pipelines.text_to_image.PIXELS", 2 * SIZE * SIZE)
     batches = list(loaded(pipeline, prompts=CAPTIONS).pictures(**OPTIONS))
     assert [len(batch) for batch in batches] == [2, 2, 1]
 

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from scipy import stats
 
 from atdiff import NoiseSchedule, UserError
-from atdiff.timesteps import LossSecondMomentTimesteps, make_timestep_sampler
+from atdiff.core.timesteps import LossSecondMomentTimesteps, make_timestep_sampler
 
 VP = NoiseSchedule(DDPMScheduler(num_train_timesteps=20))
 FLOW = NoiseSchedule(FlowMatchEulerDiscreteScheduler())

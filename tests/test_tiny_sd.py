@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline,
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
-from atdiff.errors import UserError
-from atdiff.latent.tiny_sd import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
+from atdiff.pipelines.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)

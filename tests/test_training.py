@@ -19,11 +19,11 @@ from torch import Tensor
 
 from atdiff import MLP2DModel
 from atdiff.cli import main
-from atdiff.errors import RunError
-from atdiff.recipe import load_recipe, resolve
-from atdiff.runs import load_denoiser
+from atdiff.core.errors import RunError
+from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling.generate import generate, image_generators
 from atdiff.sampling.schedulers import make_scheduler
+from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import OptimizerConfig
 from atdiff.training.loop import batch_indices, learning_rate_factor, train

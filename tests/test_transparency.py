@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from atdiff.core.errors import UserError
 from atdiff.data import load_captioned, load_data
-from atdiff.errors import UserError
 
 RNG = np.random.default_rng(0)
 RGBA = Image.fromarray(RNG.integers(0, 256, (6, 6, 4), dtype=np.uint8), "RGBA")

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.data.captions import load_captioned
 from atdiff.data.sources import load_data
-from atdiff.errors import UserError
 
 GOOD = 8
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from atdiff.evaluation.comparison import (
+from atdiff.report import save_curves
+from atdiff.report.comparison import (
     Row,
     compare,
     compare_corrected,
@@ -19,11 +20,10 @@ from atdiff.evaluation.comparison import (
     corrected_conclusions,
     corrections_of,
 )
-from atdiff.files import write_bytes, write_text
-from atdiff.report import save_curves
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.report.robustness import direction_curves, robustness_curves
 from atdiff.report.tables import correction_markdown, markdown_table
+from atdiff.system.files import write_bytes, write_text
 
 HERE = Path(__file__).parent
 PICTURES = {

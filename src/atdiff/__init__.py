@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from atdiff._moved import install
+
 if TYPE_CHECKING:
-    from atdiff.adversary import Adversary
-    from atdiff.errors import UserError
+    from atdiff.adversary.adversary import Adversary
+    from atdiff.core.errors import UserError
+    from atdiff.core.noise import NoiseSchedule
+    from atdiff.models.ema import EMA
     from atdiff.models.mlp import MLP2DModel
-    from atdiff.noise import NoiseSchedule
     from atdiff.objectives.batch import Batch, ObjectiveOutput
     from atdiff.objectives.consistency import ConsistencyObjective
     from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
     from atdiff.objectives.teacher import Teacher
     from atdiff.training.build import consistency_scheduler
-    from atdiff.training.ema import EMA
 
 __all__ = [
     "EMA",
@@ -33,17 +35,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EMA": "training.ema",
-    "Adversary": "adversary",
+    "EMA": "models.ema",
+    "Adversary": "adversary.adversary",
     "Batch": "objectives.batch",
     "ConsistencyObjective": "objectives.consistency",
     "DenoisingBatch": "objectives.denoising",
     "DenoisingObjective": "objectives.denoising",
     "MLP2DModel": "models.mlp",
-    "NoiseSchedule": "noise",
+    "NoiseSchedule": "core.noise",
     "ObjectiveOutput": "objectives.batch",
     "Teacher": "objectives.teacher",
-    "UserError": "errors",
+    "UserError": "core.errors",
     "consistency_scheduler": "training.build",
 }
 
@@ -53,3 +55,10 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name not in _HOMES:
         raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
     return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install()

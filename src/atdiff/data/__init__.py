@@ -1,6 +1,20 @@
-"""Image data sets in memory: where they come from and how they become ``x0``."""
+"""Image data sets in memory or on the disk, and images with captions."""
 
-from atdiff.data.captions import load_captioned
-from atdiff.data.sources import ImageData, load_data, to_uint8
+from __future__ import annotations
 
-__all__ = ["ImageData", "load_captioned", "load_data", "to_uint8"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atdiff.data.captions import CaptionedImages, load_captioned
+    from atdiff.data.sources import ImageData, load_data, to_uint8
+
+__all__ = ["CaptionedImages", "ImageData", "load_captioned", "load_data", "to_uint8"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    # Imported when first asked for: options of the command line need no torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'atdiff.data' has no attribute {name!r}")
+    home = "captions" if "aption" in name else "sources"
+    return getattr(importlib.import_module(f"atdiff.data.{home}"), name)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from atdiff.core.errors import UserError
 from atdiff.data.cifar import holds_cifar
 from atdiff.data.imagenet import holds_imagenet
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages
@@ -38,8 +39,7 @@ from atdiff.data.sources import (
     picture_column,
     split_folder,
 )
-from atdiff.errors import UserError
-from atdiff.locate import is_hub_id, unknown_data
+from atdiff.system.locate import is_hub_id, unknown_data
 
 __all__ = ["CaptionedImages", "UncaptionedError", "load_captioned"]
 

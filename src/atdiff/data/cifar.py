@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = ["holds_cifar", "read_cifar"]
 

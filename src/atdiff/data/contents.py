@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from atdiff.errors import UserError
-from atdiff.files import cache_folder, write_text
+from atdiff.core.errors import UserError
+from atdiff.system.files import cache_folder, write_text
 
 __all__ = ["content_hashes"]
 

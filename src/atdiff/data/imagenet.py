@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from atdiff.core.errors import UserError
 from atdiff.data.npz import NpzArray, npz_array, npz_names
 from atdiff.data.pictures import Arrays
-from atdiff.errors import UserError
 
 __all__ = ["holds_imagenet", "read_imagenet"]
 

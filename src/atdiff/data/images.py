@@ -12,8 +12,8 @@ from typing import get_args
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from atdiff.choices import WHITE, Crop, Unreadable
-from atdiff.errors import UserError
+from atdiff.core.choices import WHITE, Crop, Unreadable
+from atdiff.core.errors import UserError
 
 __all__ = [
     "CROPS",

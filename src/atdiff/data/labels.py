@@ -9,7 +9,7 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = ["class_line", "in_class_order", "renumbered"]
 

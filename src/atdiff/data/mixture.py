@@ -11,8 +11,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, expand
 
 __all__ = ["MIXTURES", "ExactDenoiser", "Mixture", "density_picture", "draw_mixture", "mixture_of"]
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = ["NpzArray", "npz_array", "npz_names"]
 

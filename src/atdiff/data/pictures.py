@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from atdiff.core.errors import UserError
 from atdiff.data.contents import content_hashes
-from atdiff.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "Arrays", "Files", "Item", "Listed", "Pictures", "Table", "file_stamps", "files_below"]
 

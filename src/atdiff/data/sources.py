@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import Self
 
+from atdiff.core.errors import UserError
 from atdiff.data.cifar import SPLITS as CIFAR_FILES
 from atdiff.data.cifar import holds_cifar, read_cifar
 from atdiff.data.contents import content_hashes
@@ -27,9 +28,8 @@ from atdiff.data.mixture import MIXTURES, draw_mixture
 from atdiff.data.npz import npz_array, npz_names
 from atdiff.data.pictures import IMAGE_SUFFIXES, Arrays, Files, Item, Listed, Pictures, Table, files_below
 from atdiff.data.store import Chunks, Mapped, hold
-from atdiff.errors import UserError
-from atdiff.fingerprint import fingerprint
-from atdiff.locate import hub_failure, hub_location, is_hub_id, unknown_data
+from atdiff.system.fingerprint import fingerprint
+from atdiff.system.locate import hub_failure, hub_location, is_hub_id, unknown_data
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 

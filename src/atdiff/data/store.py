@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.files import cache_folder, remove_leftovers, write_json, write_text, written_aside
-from atdiff.fingerprint import fingerprint
-from atdiff.memory import address_space_left, memory_left, processes_here
+from atdiff.core.errors import UserError
+from atdiff.system.files import cache_folder, remove_leftovers, write_json, write_text, written_aside
+from atdiff.system.fingerprint import fingerprint
+from atdiff.system.memory import address_space_left, memory_left, processes_here
 
 __all__ = ["Held", "Mapped", "hold"]
 

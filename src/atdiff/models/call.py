@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = [
     "check_labels",

@@ -30,7 +30,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import Tensor
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = [
     "ADM_CIFAR10",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = ["DTYPES", "prepare_inference"]
 

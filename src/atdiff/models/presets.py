@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.models.call import keep_labels
 from atdiff.models.guided_diffusion import ADM_CIFAR10, adm_unet
 from atdiff.models.mlp import MLP2DModel

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from atdiff.choices import Distance, PairName, PredictionType, Site, Target
-from atdiff.errors import UserError
+from atdiff.core.choices import Distance, PairName, PredictionType, Site, Target
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.core.prediction import edm_preconditioning, to_x0
 from atdiff.models.call import check_labels, predict
-from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.denoising import resolve_prediction_type
 from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
 from atdiff.objectives.pairs import PairSampler, make_pairs
 from atdiff.objectives.teacher import Teacher
-from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = ["ConsistencyBatch", "ConsistencyObjective", "Distance", "Site"]
 

@@ -9,15 +9,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atdiff.choices import PredictionType, Target, Variance, Weighting
-from atdiff.errors import UserError
+from atdiff.core.choices import PredictionType, Target, Variance, Weighting
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
 from atdiff.models.call import check_labels, predict
-from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
 from atdiff.objectives.variational import check_variances, variational_bound
-from atdiff.prediction import edm_preconditioning, to_x0
-from atdiff.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
 
 __all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
 

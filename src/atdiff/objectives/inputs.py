@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
 
 __all__ = ["FirstBatches", "check_conditions", "check_like", "check_output", "clean_samples", "one_each"]
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from atdiff.choices import PairName
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
+from atdiff.core.choices import PairName
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
 
 __all__ = ["EasyPairs", "EvenPairs", "ImprovedPairs", "PairName", "PairSampler", "Pairs", "make_pairs"]
 

@@ -8,13 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atdiff.choices import PredictionType, Solver
-from atdiff.errors import UserError
+from atdiff.core.choices import PredictionType, Solver
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.core.prediction import edm_preconditioning, to_x0
 from atdiff.models.call import predict
-from atdiff.noise import NoiseSchedule, divide, expand
 from atdiff.objectives.denoising import resolve_prediction_type
 from atdiff.objectives.inputs import check_output
-from atdiff.prediction import edm_preconditioning, to_x0
 
 __all__ = ["Solver", "Teacher"]
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, expand
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, expand
 
 __all__ = ["check_variances", "variational_bound"]
 

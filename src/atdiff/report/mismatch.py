@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.report.plots import GREY, RC, Style, _log_y, _render, _styles
 
 __all__ = ["mismatch_curves"]
@@ -40,7 +40,7 @@ def mismatch_curves(records_by_run: Mapping[str, Sequence[Mapping[str, Any]]], f
     """One panel a measure: sampling against training along the trajectory, one line a run, floors grey and dashed.
 
     Args:
-        records_by_run: what :func:`atdiff.evaluation.mismatch.measure_mismatch` returned, by the name of the run.
+        records_by_run: what :func:`atdiff.measure.mismatch.measure_mismatch` returned, by the name of the run.
             Names that are paths are shortened to where they differ.
         file_format: any that matplotlib writes.
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from atdiff.evaluation.comparison import (
+from atdiff.report.comparison import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     Row,
@@ -29,7 +29,6 @@ from atdiff.evaluation.comparison import (
     scores,
     winners,
 )
-from atdiff.files import write_bytes
 from atdiff.report.mismatch import DISTANCES, mismatch_curves
 from atdiff.report.plots import loss_curves, metric_curves
 from atdiff.report.robustness import direction_curves, robustness_curves
@@ -42,6 +41,7 @@ from atdiff.report.tables import (
     mean_text,
     values_text,
 )
+from atdiff.system.files import write_bytes
 
 __all__ = ["write_report"]
 
@@ -81,7 +81,7 @@ def write_report(
     """Write the page of a comparison to ``path``, aside and renamed.
 
     Args:
-        summary: holds ``cells`` (see :func:`atdiff.evaluation.comparison.compare`) and, as far as known, ``title``,
+        summary: holds ``cells`` (see :func:`atdiff.report.comparison.compare`) and, as far as known, ``title``,
             ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
             the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
             ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness`` and

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from atdiff.errors import UserError
-from atdiff.evaluation.comparison import Row, metric_label
-from atdiff.files import write_bytes
+from atdiff.core.errors import UserError
+from atdiff.report.comparison import Row, metric_label
+from atdiff.system.files import write_bytes
 
 __all__ = ["loss_curves", "metric_curves", "save_curves"]
 

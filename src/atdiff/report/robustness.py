@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.report.mismatch import _short_names
 from atdiff.report.plots import GREY, RC, Style, _legend, _log_y, _render, _styles
 
@@ -34,7 +34,7 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -
     """One panel a noise level: worst-case over clean loss against the radius, one line a run, both axes logarithmic.
 
     Args:
-        by_run: what :func:`atdiff.evaluation.robustness.measure_robustness` returned, by the name of the run. Names
+        by_run: what :func:`atdiff.measure.robustness.measure_robustness` returned, by the name of the run. Names
             that are paths are shortened to where they differ.
         file_format: any that matplotlib writes.
 
@@ -80,7 +80,7 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") ->
     """One column a run: the cosine of each direction with ``x0 - x0_hat``, and the loss after a step along it.
 
     Args:
-        by_run: what :func:`atdiff.evaluation.directions.measure_directions` returned, by the name of the run. Names
+        by_run: what :func:`atdiff.measure.directions.measure_directions` returned, by the name of the run. Names
             that are paths are shortened to where they differ.
         file_format: any that matplotlib writes.
 

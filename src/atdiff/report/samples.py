@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
 
+from atdiff.core.errors import UserError
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
-from atdiff.errors import UserError
+from atdiff.pipelines.model import Denoiser, load_denoiser
 from atdiff.report.plots import RC
-from atdiff.runs import Denoiser, load_denoiser
 
 __all__ = ["Grids", "sample_grids", "samples_picture"]
 
@@ -51,7 +51,7 @@ def sample_grids(
         columns: pictures along the side of a grid; default at most 6, and as many as keep all grids together under
             5 MB in a page. Runs on points of the plane are drawn as one picture of 1,000 points instead.
         prompts: for text-to-image runs, in the place of the captions of their training.
-        loading: how the runs are loaded, as arguments of :func:`atdiff.runs.load_denoiser`.
+        loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
         device: where to sample.
 
     Returns:

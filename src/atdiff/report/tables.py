@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from atdiff.evaluation.comparison import (
+from atdiff.report.comparison import (
     HIGHER_IS_BETTER,
     CorrectedRow,
     Row,
@@ -145,7 +145,7 @@ def values_text(one: CorrectedRow) -> str:
 def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
     """A markdown table of a line for each sampler, steps and arm, and a column for each correction.
 
-    Arguments and errors: those of :func:`atdiff.evaluation.comparison.compare_corrected`.
+    Arguments and errors: those of :func:`atdiff.report.comparison.compare_corrected`.
     """
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atdiff.choices import CORRECTIONS
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, divide, expand
-from atdiff.prediction import edm_preconditioning, to_x0
-from atdiff.specs import EXAMPLES, CorrectionSpec, parse_correction
+from atdiff.core.choices import CORRECTIONS
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.specs import EXAMPLES, CorrectionSpec, parse_correction
 
 __all__ = [
     "CORRECTIONS",

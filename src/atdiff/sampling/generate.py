@@ -18,15 +18,15 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
-from atdiff.errors import UserError
-from atdiff.files import check_images_path, written_aside
 from atdiff.models.call import class_embeddings, image_tokens, predict
-from atdiff.noise import NoiseSchedule
-from atdiff.processes import draw_in_turn, num_processes
 from atdiff.sampling.corrections import Correction, realign, to_clean
 from atdiff.sampling.schedulers import make_scheduler
+from atdiff.system.files import check_images_path, written_aside
+from atdiff.system.processes import draw_in_turn, num_processes
 
 __all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
 
@@ -170,8 +170,8 @@ def iter_generate(
     """Yield pictures batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
     Picture ``i`` depends on ``seed`` and ``i`` alone (:func:`image_generators`), also where many processes share the
-    work (:func:`atdiff.processes.draw_in_turn`). A model that is a module runs in evaluation mode, and is put back
-    after.
+    work (:func:`atdiff.system.processes.draw_in_turn`). A model that is a module runs in evaluation mode, and is put
+    back after.
 
     Args:
         model: see :func:`denoise_steps`.

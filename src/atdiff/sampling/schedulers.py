@@ -29,9 +29,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule, dynamic_mu, flow_shift, own_setting
-from atdiff.prediction import to_x0
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift, own_setting
+from atdiff.core.prediction import to_x0
 
 __all__ = [
     "SAMPLERS",
@@ -446,7 +446,7 @@ def make_scheduler(
             read.
         steps: steps of the sampler, from 1 (2 for ``iddpm`` and, unless spaced otherwise, ``ddim``) to
             ``num_train_timesteps``.
-        tokens: of a picture, for a dynamic shift; see :func:`atdiff.noise.dynamic_mu`. A pipeline that has its own
+        tokens: of a picture, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline that has its own
             number sets the timesteps again.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 from atdiff.sampling.corrections import GRIDS, Correction, make_correction
 
 __all__ = ["search_correction"]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 
-from atdiff.adversary import Adversary
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
+from atdiff.adversary.adversary import Adversary
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.objectives.teacher import Teacher
-from atdiff.timesteps import make_timestep_sampler
 from atdiff.training.config import ObjectiveConfig, TrainConfig
 from atdiff.training.start import Start, noise_scheduler
 

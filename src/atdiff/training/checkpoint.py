@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atdiff.errors import RunError
-from atdiff.files import remove_leftovers, write_json, written_aside
+from atdiff.core.errors import RunError
+from atdiff.system.files import remove_leftovers, write_json, written_aside
 
 __all__ = ["checkpoint_problem", "latest_checkpoint", "load_checkpoint", "passes_of", "save_checkpoint"]
 

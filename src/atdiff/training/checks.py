@@ -7,9 +7,9 @@ import os
 import warnings
 from dataclasses import asdict
 
-from atdiff.adversary_checks import check_adversary
-from atdiff.errors import UserError
-from atdiff.launcher import refuse_other_training
+from atdiff.adversary.checks import check_adversary
+from atdiff.core.errors import UserError
+from atdiff.system.launcher import refuse_other_training
 from atdiff.training.config import LATENT_MODELS, TrainConfig
 
 __all__ = ["check_config", "check_machine"]
@@ -39,7 +39,7 @@ def check_machine(config: TrainConfig) -> None:
     """
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.processes import device, is_main, num_processes  # settings are checked without torch
+    from atdiff.system.processes import device, is_main, num_processes  # settings are checked without torch
 
     settings = config.training
     refuse_other_training()

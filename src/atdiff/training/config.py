@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from atdiff.choices import (
+from atdiff.core.choices import (
     WHITE,
     Crop,
     Direction,

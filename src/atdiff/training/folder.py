@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from atdiff.errors import UserError
-from atdiff.files import LOCK, remove_leftovers, write_text
-from atdiff.locate import run_config
+from atdiff.core.errors import UserError
+from atdiff.pipelines.record import BEFORE
+from atdiff.system.files import LOCK, remove_leftovers, write_text
+from atdiff.system.locate import run_config
 from atdiff.training.config import LATENT_MODELS, TrainConfig
 
-__all__ = ["BEFORE", "as_begun", "classes_of", "open_run", "stored_data"]
+__all__ = ["as_begun", "open_run"]
 
-# What settings were before they could be set, where that is not their default.
-BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {"ema_warmup": False}}
 CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
 
 
@@ -96,27 +95,6 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
             taken.setdefault(section, {})[key] = stored[section][key]
     changes: Any = {section: replace(getattr(config, section), **values) for section, values in taken.items()}
     return replace(config, **changes)
-
-
-def stored_data(run: str | Path) -> dict[str, Any]:
-    """Return what a training folder says of its data; nothing where it is none."""
-    file = Path(run) / "data.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the names of the classes of a run in the order of its labels; None where they have none.
-
-    Args:
-        stored: see :func:`stored_data`.
-        now: the names that the data have now: runs that did not store them counted them as text.
-    """
-    if not stored:
-        return None
-    if "classes" not in stored:
-        return None if now is None else tuple(sorted(now))
-    mapping = stored["classes"]
-    return None if mapping is None else tuple(sorted(mapping, key=mapping.__getitem__))
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

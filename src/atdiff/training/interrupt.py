@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from atdiff.errors import UserError
+from atdiff.core.errors import UserError
 
 __all__ = ["StopRequest", "parse_duration"]
 

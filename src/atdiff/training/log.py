@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from atdiff.files import write_text
+from atdiff.system.files import write_text
 
 __all__ = ["MetricsLog"]
 

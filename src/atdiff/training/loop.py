@@ -19,30 +19,31 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from atdiff.adversary import default_scale
-from atdiff.card import has_card, write_card
+from atdiff.adversary.adversary import default_scale
+from atdiff.core.errors import RunError, Stopped, UserError
+from atdiff.core.noise import NoiseSchedule, flow_shift
 from atdiff.data.labels import class_line
 from atdiff.data.sources import ImageData, load_data
-from atdiff.errors import RunError, Stopped, UserError
-from atdiff.files import write_json
-from atdiff.locks import one_writer
 from atdiff.models.call import image_tokens
 from atdiff.models.classes import remember_classes
+from atdiff.models.ema import EMA
 from atdiff.models.presets import build_model
-from atdiff.noise import NoiseSchedule, flow_shift
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
-from atdiff.processes import from_main, uses_cpu
-from atdiff.runs import data_options, save_pipeline
+from atdiff.pipelines.model import data_options, save_pipeline
+from atdiff.pipelines.record import classes_of, stored_data
 from atdiff.sampling.generate import generate, save_images
 from atdiff.sampling.schedulers import default_sampler
+from atdiff.system.files import write_json
+from atdiff.system.locks import one_writer
+from atdiff.system.processes import from_main, uses_cpu
 from atdiff.training.build import build_adversary, build_objective, build_scheduler, build_teacher
+from atdiff.training.card import has_card, write_card
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint, passes_of, save_checkpoint
 from atdiff.training.checks import check_config, check_machine
 from atdiff.training.config import LATENT_MODELS, OptimizerConfig, TrainConfig
-from atdiff.training.ema import EMA
 from atdiff.training.finite import FiniteSteps
-from atdiff.training.folder import as_begun, classes_of, open_run, stored_data
+from atdiff.training.folder import as_begun, open_run
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.log import MetricsLog
 from atdiff.training.progress import TrainingBar, training_progress
@@ -61,7 +62,7 @@ def make_trainer(config: TrainConfig) -> Trainer:
     """
     if config.model.name not in LATENT_MODELS:
         return Trainer(config)
-    from atdiff.latent.trainer import LatentTrainer  # transformers takes seconds to import
+    from atdiff.training.latents import LatentTrainer  # transformers takes seconds to import
 
     return LatentTrainer(config)
 

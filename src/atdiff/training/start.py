@@ -12,10 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 
-from atdiff.errors import UserError
-from atdiff.noise import NoiseSchedule
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
 from atdiff.objectives.denoising import resolve_prediction_type
-from atdiff.runs import load_denoiser
+from atdiff.pipelines.model import load_denoiser
 from atdiff.training.config import SchedulerConfig, TrainConfig
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Adversarial training: perturbations of the input, and the passes that they share with the weights."""

@@ -1,0 +1,5 @@
+"""The command ``atdiff``."""
+
+from atdiff.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,127 @@
+"""What this machine has for atdiff: versions, devices, weights, and what is missing for which command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from atdiff.metrics.features.extractors import OWN, cache_folder
+from atdiff.system.locate import URLS, weights_file
+
+__all__ = ["Finding", "findings", "show"]
+
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "accelerate", "transformers", "peft", "datasets", "torch-fidelity",
+    "huggingface-hub", "numpy",
+)  # fmt: skip
+
+
+class Need(NamedTuple):
+    """What some commands need beside the rest."""
+
+    packages: tuple[str, ...]  # as they are imported
+    extra: str
+    commands: str
+
+
+NEEDS = (
+    Need(("transformers", "peft"), "lcm", "`train` and `sample` of Stable Diffusion, SD3 and Flux, and of LoRA"),
+    Need(("transformers", "torchmetrics"), "clip", "`evaluate --metrics clip_score, clip_fid, fd_dinov2`"),
+    Need(("tensorboard", "wandb"), "trackers", "`train --training.tracker tensorboard` and `wandb`"),
+)
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, what was found, and whether something is missing."""
+
+    section: str
+    name: str
+    found: str
+    missing: bool = False
+
+
+def findings() -> list[Finding]:
+    """Look at the machine; nothing is downloaded and nothing written."""
+    return [*_versions(), *_devices(), *_weights(), *_extras()]
+
+
+def show(console: Console) -> None:
+    """Print the findings as a table."""
+    table = Table("", "", Column("found", overflow="fold"))  # addresses are there to be copied whole
+    section = None
+    for one in findings():
+        if one.section != section and section is not None:
+            table.add_section()
+        name = one.section if one.section != section else ""
+        table.add_row(name, Text(one.name), Text(one.found), style="yellow" if one.missing else None)
+        section = one.section
+    console.print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Finding]:
+    found = [Finding("versions", "atdiff", _version("atdiff") or "not installed, run from its source")]
+    found.append(Finding("versions", "Python", f"{platform.python_version()} ({sys.executable})"))
+    for package in PACKAGES:
+        version = _version(package)
+        found.append(Finding("versions", package, version or "not installed", version is None))
+    return found
+
+
+def _devices() -> list[Finding]:
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    found = [Finding("devices", "CPU", threads)]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        found.append(Finding("devices", f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB"))
+    if torch.backends.mps.is_available():
+        found.append(Finding("devices", "mps", "Apple GPU"))
+    if len(found) == 1:
+        found.append(Finding("devices", "GPU", "none: small recipes run on the CPU, fp16 does not"))
+    return found
+
+
+def _weights() -> list[Finding]:
+    """Weights of the feature networks: downloaded at first use, or given with ``--weights``."""
+    folder = cache_folder()
+    parent = next(one for one in (folder, *folder.parents) if one.exists())
+    writable = os.access(parent, os.W_OK)
+    found = [
+        Finding(
+            "weights", "cache", f"{folder}{'' if writable else ' cannot be written: set ATDIFF_CACHE'}", not writable
+        )
+    ]
+    found += [Finding("weights", name, "trained at first use, in seconds") for name in OWN]
+    for name, url in URLS.items():
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
+        absent = not file.is_file()
+        where = (
+            f"not here: downloaded at first use, or fetch {url} and give --weights {name}=FILE" if absent else str(file)
+        )
+        found.append(Finding("weights", name, where, absent))
+    return found
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for need in NEEDS:
+        absent = [name for name in need.packages if importlib.util.find_spec(name) is None]
+        said = f"{', '.join(absent)} not installed: pip install 'atdiff[{need.extra}]'" if absent else "ready"
+        found.append(Finding("for", need.commands, said, bool(absent)))
+    return found

@@ -1,0 +1,278 @@
+"""The forward process: ``t -> (alpha_t, sigma_t)``, read from any diffusers scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import CMStochasticIterativeScheduler
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+
+__all__ = ["NoiseSchedule", "divide", "dynamic_mu", "expand", "flow_shift", "noise_level", "own_setting"]
+
+Kind = Literal["vp", "edm", "flow", "function"]
+
+
+def own_setting(scheduler: Any, name: str) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+    """Return a setting that the scheduler's own class knows; None of one that only lies in its configuration.
+
+    ``from_config`` keeps the settings of the class that a scheduler was made from, and they are of no effect.
+    """
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return scheduler.config.get(name) if name in known else None
+
+
+def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401
+    config = scheduler.config
+    name = type(scheduler).__name__
+    predicts, on_a_line = config.get("prediction_type"), own_setting(scheduler, "use_flow_sigmas")
+    if on_a_line is not None and bool(on_a_line) != (predicts == "flow_prediction"):
+        raise UserError(
+            f"{name} has use_flow_sigmas={on_a_line} and prediction_type={predicts!r}, which contradict each other: "
+            "set use_flow_sigmas=True and prediction_type='flow_prediction' for a flow network, and neither for others."
+        )
+    if own_setting(scheduler, "invert_sigmas"):
+        raise UserError(
+            f"{name} has invert_sigmas=True, where time runs from noise at 0 to data; atdiff reads flows from data at "
+            "0 to noise: set invert_sigmas=False, and train the network that way round."
+        )
+    if "FlowMatch" in name or predicts == "flow_prediction":
+        return "flow"
+    if "sigma_data" in config and not hasattr(scheduler, "alphas_cumprod"):
+        return "edm"
+    if hasattr(scheduler, "alphas_cumprod"):
+        return "vp"
+    raise UserError(
+        f"{name} has no noise schedule that atdiff can read: expected a DDPM-family scheduler with "
+        "`alphas_cumprod`, an EDM scheduler with `sigma_data`, or a flow-matching one."
+    )
+
+
+def _betas(scheduler: Any) -> Tensor:  # noqa: ANN401
+    """Return the betas in float64: diffusers keeps them in float32, which costs sigma_0 four digits."""
+    config = scheduler.config
+    stored: Tensor = scheduler.betas.double()
+    steps, start, end = len(stored), config.get("beta_start"), config.get("beta_end")
+    schedule = config.get("beta_schedule")
+    if schedule == "linear":
+        exact = torch.linspace(start, end, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        exact = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+    elif schedule == "squaredcos_cap_v2":
+        # Improved DDPM, eq. 17, with the cap of beta at 0.999.
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
+        exact = (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    else:
+        return stored
+    # Trained betas and rescaling to zero terminal SNR replace what the name says.
+    return exact if torch.allclose(exact, stored, rtol=1e-5, atol=1e-8) else stored
+
+
+def _check_betas(scheduler: Any) -> None:  # noqa: ANN401
+    betas, steps = scheduler.betas, int(scheduler.config.num_train_timesteps)
+    if len(betas) != steps:
+        raise UserError(
+            f"{type(scheduler).__name__} has {len(betas)} trained_betas for num_train_timesteps={steps}; set "
+            f"num_train_timesteps={len(betas)}."
+        )
+    if not bool(((betas >= 0) & (betas <= 1)).all()):  # nor where they are not numbers
+        raise UserError(
+            f"{type(scheduler).__name__} has betas from {betas.min():.3g} to {betas.max():.3g}, expected numbers in "
+            "[0, 1]."
+        )
+
+
+def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    times = torch.tensor([1e-6, 0.25, 0.5, 0.75, 1.0])
+    try:
+        found = function(times)
+    except RuntimeError:  # it may have tables on a GPU
+        return
+    told = f"the schedule {getattr(function, '__name__', type(function).__name__)}"
+    pair = isinstance(found, tuple | list) and len(found) == 2
+    if not pair or not all(isinstance(part, Tensor) and part.shape == times.shape for part in found):
+        raise UserError(
+            f"{told} must return two tensors (alpha_t, sigma_t), each like the times (B,) that it is given."
+        )
+    alpha, sigma = found
+    bad = ~(alpha.isfinite() & sigma.isfinite() & ((alpha != 0) | (sigma != 0)) & (sigma >= 0))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise UserError(
+            f"{told} returns alpha={float(alpha[at]):.3g}, sigma={float(sigma[at]):.3g} at t={float(times[at]):.3g}; "
+            "expected finite numbers, sigma not negative, and not both 0."
+        )
+
+
+def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
+    """Return ``alpha_t^2`` in float64, and refuse a scheduler that does not take its own from its betas."""
+    exact = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
+    if not torch.allclose(exact, scheduler.alphas_cumprod.double().to(exact.device), rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"{type(scheduler).__name__} has other alphas_cumprod than its betas make "
+            f"(snr_shift_scale={scheduler.config.get('snr_shift_scale')}), and atdiff reads the betas: give them as "
+            "trained_betas of a DDPMScheduler."
+        )
+    return exact
+
+
+def dynamic_mu(scheduler: Any, tokens: int | None = None) -> float | None:  # noqa: ANN401
+    """Return the ``mu`` of a flow scheduler with dynamic shifting for pictures of that many tokens; None for others.
+
+    A line through ``base_shift`` at ``base_image_seq_len`` tokens and ``max_shift`` at ``max_image_seq_len``, with the
+    defaults of diffusers' pipelines (0.5 at 256, 1.15 at 4096), whose ``calculate_shift`` it is.
+
+    Args:
+        scheduler: any diffusers scheduler.
+        tokens: of a picture; None for ``base_image_seq_len``.
+    """
+    if not own_setting(scheduler, "use_dynamic_shifting"):
+        return None
+    config = scheduler.config
+    base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low if tokens is None else low + (high - low) * (tokens - base) / (most - base))
+
+
+def flow_shift(scheduler: Any, tokens: int | None = None) -> float:  # noqa: ANN401
+    """Return the ``s`` by which a flow scheduler shifts times in (0, 1] to ``s t / (1 + (s - 1) t)``; 1 for none.
+
+    It is ``shift`` of the flow-matching schedulers and ``flow_shift`` of the solvers (UniPC, DPM-Solver, ...). A
+    dynamic shift is ``exp(mu)``, or ``mu`` where ``time_shift_type`` is ``linear``. (`Esser et al. 2024
+    <https://arxiv.org/abs/2403.03206>`_, eq. 23.) Arguments as in :func:`dynamic_mu`.
+    """
+    mu = dynamic_mu(scheduler, tokens)
+    if mu is not None:
+        return mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
+    shift = own_setting(scheduler, "flow_shift")
+    return float((own_setting(scheduler, "shift") if shift is None else shift) or 1.0)
+
+
+class NoiseSchedule:
+    """The forward process ``x_t = alpha_t x0 + sigma_t noise`` of a diffusers scheduler.
+
+    Timesteps are what the network is given, in the scheduler's own convention:
+
+    - ``vp`` (DDPM family): integers in ``[0, num_train_timesteps)``;
+      ``alpha_t = sqrt(alphas_cumprod[t])``, ``sigma_t = sqrt(1 - alphas_cumprod[t])``.
+      (`DDPM <https://arxiv.org/abs/2006.11239>`_, eq. 4)
+    - ``flow``: real numbers in ``(0, num_train_timesteps]``; ``sigma_t = t / num_train_timesteps``,
+      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the
+      scheduler moves which timesteps are visited, never this map.
+    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A
+      thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
+    - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
+
+    Either of alpha_t and sigma_t may be 0, not both.
+
+    Args:
+        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
+            never the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``,
+            1 the noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
+        tokens: of a picture, for ``shift`` of a flow scheduler with dynamic shifting; see :func:`dynamic_mu`.
+
+    Raises:
+        UserError: the scheduler belongs to none of the families, its betas are not as many as its timesteps or not
+            within [0, 1], its settings contradict each other, or a function returns something else than such pairs.
+    """
+
+    def __init__(self, scheduler: Any, tokens: int | None = None) -> None:  # noqa: ANN401
+        self._function: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._alphas_cumprod: Tensor | None = None
+        if callable(scheduler) and not hasattr(scheduler, "config"):
+            self.kind: Kind = "function"
+            self._function = scheduler
+            _check_function(scheduler)
+            self.num_train_timesteps, self.time_factor = 1, 1.0
+            self.sigma_data = self.sigma_max = self.shift = 1.0
+            return
+        self.kind = _kind_of(scheduler)
+        config = scheduler.config
+        self.num_train_timesteps = int(config.num_train_timesteps)
+        self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
+        self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
+        self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
+        # Of a sampler's steps and the timesteps of training; a dynamic one depends on the pictures' size.
+        self.shift = flow_shift(scheduler, tokens) if self.kind == "flow" else 1.0
+        if self.kind == "vp":
+            _check_betas(scheduler)
+            self._alphas_cumprod = _alphas_cumprod(scheduler)
+
+    def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""
+        if self._function is not None:
+            alpha, sigma = self._function(timesteps.float())
+            return alpha, sigma
+        if self.kind == "flow":
+            sigma = timesteps.float() / self.num_train_timesteps
+            return 1.0 - sigma, sigma
+        if self.kind == "edm":
+            sigma = (timesteps.float() / self.time_factor).exp()
+            return torch.ones_like(sigma), sigma
+        acp = self.alphas_cumprod(timesteps)
+        return acp.sqrt().float(), (1.0 - acp).sqrt().float()
+
+    def ratio_at(self, timesteps: Tensor) -> Tensor:
+        """Return ``sigma_t / alpha_t`` of timesteps ``(B,)`` in float64, ``(B,)``; infinite where alpha_t is 0."""
+        if self.kind == "vp":
+            acp = self.alphas_cumprod(timesteps)
+            return ((1.0 - acp) / acp).sqrt()
+        if self.kind == "edm":
+            return (timesteps.double() / self.time_factor).exp()
+        alpha, sigma = self(timesteps)
+        return sigma.double() / alpha.double()
+
+    def timesteps_at(self, ratio: Tensor) -> Tensor:
+        """Return the timesteps, ``(B,)``, whose ``sigma_t / alpha_t`` is (nearest to) ``ratio``, ``(B,)``."""
+        assert self._function is None, "a function of your own is not inverted"
+        if self.kind == "flow":
+            return (self.num_train_timesteps * ratio / (1.0 + ratio)).float()
+        if self.kind == "edm":
+            return self.time_factor * ratio.log().float()
+        steps = torch.arange(self.num_train_timesteps, device=ratio.device)
+        acp = self.alphas_cumprod(steps)
+        # Nearest in log(sigma / alpha), where the middle between neighbours is the mean of their logarithms.
+        log = (0.5 * ((1.0 - acp) / acp.clamp_min(torch.finfo(acp.dtype).tiny)).log()).contiguous()
+        return torch.searchsorted((log[1:] + log[:-1]) / 2, ratio.double().log())
+
+    def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
+        """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 where a timestep is -1."""
+        assert self._alphas_cumprod is not None, f"a {self.kind} schedule has no alphas_cumprod"
+        if self._alphas_cumprod.device != timesteps.device:
+            self._alphas_cumprod = self._alphas_cumprod.to(timesteps.device)
+        values = self._alphas_cumprod[timesteps.long().clamp(min=0)]
+        return torch.where(timesteps < 0, torch.ones_like(values), values)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return ``x_t = alpha_t x0 + sigma_t noise``; ``x0`` and ``noise`` are ``(B, ...)``, timesteps ``(B,)``."""
+        alpha, sigma = (expand(s, x0) for s in self(timesteps))
+        return alpha * x0 + sigma * noise
+
+
+def expand(per_sample: Tensor, like: Tensor) -> Tensor:
+    """Reshape ``(B,)`` to ``(B, 1, ..., 1)`` so that it broadcasts over ``like`` of shape ``(B, ...)``."""
+    return per_sample.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def divide(value: Tensor, by: Tensor) -> Tensor:
+    """Return ``value / by``, and 0 where ``by`` is 0, with finite gradients there too."""
+    zero = by == 0
+    return torch.where(zero, 0.0, value) / torch.where(zero, 1.0, by)
+
+
+def noise_level(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return ``2 / pi * atan(sigma / alpha)``, from 0 (data) to 1 (noise), whatever the schedule.
+
+    On the cosine schedule it is ``t / T``; for flows it stays within 0.05 of ``t``.
+
+    Args:
+        alpha: ``(B,)``.
+        sigma: ``(B,)``.
+    """
+    return torch.atan2(sigma, alpha) * (2.0 / math.pi)

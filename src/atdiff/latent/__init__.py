@@ -1,1 +1,0 @@
-"""Text-to-image pipelines: their data, their networks and their pictures."""

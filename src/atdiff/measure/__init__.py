@@ -1,0 +1,1 @@
+"""What is measured of trained models: figures by cell, mismatch, robustness and directions."""

@@ -1,0 +1,520 @@
+"""Metrics of runs, cell by cell: run x sampler x correction x steps x seed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.data.reading import AS_TRAINED, DataOptions
+from atdiff.measure.entries import read_cells
+from atdiff.measure.stale import say, what_changed
+from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
+from atdiff.models.inference import DTYPES
+from atdiff.pipelines.model import Denoiser, load_denoiser, reading_of, reference_data, reference_name
+from atdiff.pipelines.text_to_image import prompts_name
+from atdiff.sampling.corrections import Correction, check_correction, make_correction
+from atdiff.sampling.schedulers import default_sampler, make_scheduler
+from atdiff.sampling.search import search_correction
+from atdiff.system.files import write_json
+from atdiff.system.locks import one_writer
+from atdiff.system.processes import from_main, is_main
+
+__all__ = [
+    "EvaluationConfig",
+    "cells_of_run",
+    "cells_of_weights",
+    "evaluate_runs",
+    "read_cells",
+    "versions",
+]
+
+T = TypeVar("T")
+
+SEARCH = ":search"
+ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
+# Metrics that a search may lower, the first of them that is asked for.
+SEARCHED = ("fid", "sliced_wasserstein", "energy", "kid", "fd_dinov2", "clip_fid", "sfid")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How pictures are made and judged.
+
+    Attributes:
+        samplers: samplers by name; None for the default sampler of each run.
+        steps: numbers of steps.
+        num: pictures a cell.
+        seeds: of the pictures.
+        corrections: of the sampler: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with
+            ``:search`` for the value, the one of lowest distance on the pictures of ``search_seed`` is taken, for each
+            run, sampler and number of steps.
+        search_seed: of the held-out noise that a search looks at; none of ``seeds``.
+        search_num: pictures of a search.
+        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
+        weights: local files of weights by extractor.
+        metrics: which metrics.
+        prompts: one for all pictures, or one a class: what text-to-image runs are asked for, in the place of the
+            captions of their training, and what ``clip_score`` compares pictures with.
+        data: the data set whose images are the reference; None for each run's own.
+        reading: how they are read, where that is another way than in training.
+        batch_size: pictures sampled at once.
+        precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
+        compile: whether they are compiled; to rounding, it does not change a figure.
+        guidance_scale: see :meth:`atdiff.pipelines.model.Denoiser.guided`; None for that of each run's training, or
+            the usual one.
+        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
+    """
+
+    samplers: tuple[str, ...] | None
+    steps: tuple[int, ...]
+    num: int = 2048
+    seeds: tuple[int, ...] = (0,)
+    corrections: tuple[str, ...] = ("none",)
+    search_seed: int = 4000
+    search_num: int = 1024
+    extractor: str = "digits-classifier"
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ("fid", "prc")
+    prompts: tuple[str, ...] | None = None
+    data: str | None = None
+    reading: DataOptions = AS_TRAINED
+    batch_size: int = 512
+    precision: str = "no"
+    compile: bool = False
+    guidance_scale: float | None = None
+    variant: str | None = None
+
+    def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
+        """Find, before any compute, what cannot be evaluated for networks of this scheduler.
+
+        Raises:
+            UserError: an unknown metric or correction, too few pictures, a sampler or steps that do not fit, or a
+                search on the noise that is evaluated.
+        """
+        check_metrics(self.metrics, extractor=self.extractor, weights=self.weights, prompts=self.prompts)
+        if self.num < 2:
+            raise UserError(f"num={self.num} samples are too few for metrics; use {FEW_SAMPLES} or more.")
+        for correction in self.corrections:
+            check_correction(correction, NoiseSchedule(training_scheduler))
+        if any(correction.endswith(SEARCH) for correction in self.corrections):
+            self._check_search()
+        for sampler in self.samplers_for(training_scheduler):
+            for steps in self.steps:
+                make_scheduler(sampler, training_scheduler, steps)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`."""
+        return {"guidance_scale": self.guidance_scale, "variant": self.variant}
+
+    def asked_of(self, denoiser: Denoiser) -> Denoiser:
+        """Return the run as it is evaluated: with these prompts, where there are any.
+
+        Raises:
+            UserError: what cannot be evaluated for this run, found before any compute.
+        """
+        asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
+        replace(self, prompts=asked.prompts or None).check(asked.scheduler)
+        asked.check_corrections(self.corrections)
+        if asked.class_labels(1) is None and "label_accuracy" in self.metrics:
+            raise UserError(
+                f"label_accuracy compares samples with the classes that they were asked for and {asked.source} is not "
+                "class-conditional: leave label_accuracy out."
+            )
+        reference_name(asked, self.data)
+        return asked
+
+    def _check_search(self) -> None:
+        if self.search_seed in self.seeds:
+            raise UserError(
+                f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be chosen on "
+                "noise that is not evaluated; use another."
+            )
+        if not 2 <= self.search_num <= 1_000_000:
+            raise UserError(f"search_num={self.search_num} must lie between 2 and 1,000,000.")
+        if not set(SEARCHED) & set(self.metrics):
+            raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
+
+    def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
+        """Return the samplers to evaluate a network of this scheduler with."""
+        return self.samplers or (default_sampler(training_scheduler),)
+
+    def covers(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell is one of those that this configuration asks of its run."""
+        return (
+            (self.samplers is None or cell["sampler"] in self.samplers)
+            and cell["steps"] in self.steps
+            and cell.get("correction", "none") in self.corrections
+            and cell["sample_seed"] in self.seeds
+            and cell["num"] == self.num
+            and cell["extractor"] == self.extractor
+            and tuple(cell.get("asked", ASKED)) == self.metrics
+            and cell.get("dtype", DTYPES["no"]) == DTYPES[self.precision]
+            and cell.get("search_num", self.search_num) == self.search_num
+            and "stale" not in cell
+            and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a figure depends on."""
+    names = ("atdiff", "torch", "diffusers", "torch-fidelity", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a cell lies in the grid."""
+
+    denoiser: Denoiser
+    sampler: str
+    correction: str
+    steps: int
+    seed: int
+
+
+_Job = tuple[_Place, EvaluationConfig]
+
+
+@one_writer("file")
+def evaluate_runs(
+    runs: Iterable[str],
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    asked_only: bool = False,
+    device: torch.device | str = "cpu",
+    notify: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Evaluate every cell that ``out`` does not hold yet, and write ``out`` after each.
+
+    A cell keeps the fingerprints of what it depends on: the run's weights, scheduler and settings, the reference
+    images, and the feature networks. One for which any of them changed since is said and computed again in its place;
+    one of these runs that is not asked for now is marked ``stale`` in the file, said, and left out of what is returned.
+
+    Args:
+        runs: training folders, pipeline folders or hub ids.
+        config: what to evaluate.
+        out: a JSON file, made or gone on with.
+        asked_only: return the cells that were asked for alone, whatever else ``out`` holds.
+        device: where the pictures are made.
+        notify: called with the number of cells done and in all.
+
+    Returns:
+        All cells that are not stale: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
+
+    Raises:
+        UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
+    """
+    evaluation = _Evaluation(out, device)
+    denoisers = [evaluation.load(run, config) for run in runs]
+    grid = [
+        _Place(d, sampler, correction, steps, seed)
+        for d in denoisers
+        for sampler in config.samplers_for(d.scheduler)
+        for correction in config.corrections
+        for steps in config.steps
+        for seed in config.seeds
+    ]
+    asked = evaluation.complete([(place, config) for place in grid], notify)
+    return asked if asked_only else [cell for cell in evaluation.cells if "stale" not in cell]
+
+
+@one_writer("file", "file")
+def cells_of_run(
+    run: str,
+    file: Path,
+    *,
+    weights: Mapping[str, Path] | None = None,
+    device: torch.device | str = "cpu",
+    notify: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return the cells that a study left of a run, after those are computed again for which something changed since.
+
+    Args:
+        run: a training folder, which may have moved.
+        file: its cells.
+        weights: local files of weights by extractor, as it was evaluated with.
+        device: where pictures are made.
+        notify: called with the number of cells done and in all.
+
+    Raises:
+        UserError: the file holds no cells of the run, or some that do not say all that they depend on.
+    """
+    evaluation = _Evaluation(file, device)
+    mine = [cell for cell in evaluation.cells if Path(cell["run"]).name == Path(run).name]
+    if not mine:
+        raise UserError(f"{file} holds no cells of {run}: evaluate it anew, with --steps.")
+    configs = [_config_of(cell, weights or {}) for cell in mine]
+    denoiser = evaluation.load(run, configs[0])
+    jobs: list[_Job] = []
+    for cell, config in zip(mine, configs, strict=True):
+        cell["run"] = run
+        config.asked_of(denoiser)
+        place = _Place(denoiser, cell["sampler"], config.corrections[0], cell["steps"], cell["sample_seed"])
+        if _key(_empty_cell(place, config)) != _key(cell):
+            raise UserError(
+                f"{file} holds a cell of {run} (against {cell['reference']}, {cell.get('dtype')}) that is not "
+                "evaluated as its study would: evaluate the runs anew, with --steps."
+            )
+        jobs.append((place, config))
+    return evaluation.complete(jobs, notify)
+
+
+def cells_of_weights(run: str, cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of a run's cells that are of the weights, scheduler and settings that it has now."""
+    now = load_denoiser(run).fingerprints()
+    return [cell for cell in cells if what_changed(cell.get("fingerprints"), now) is None]
+
+
+def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> EvaluationConfig:
+    """Return how a cell was evaluated, against the run's own images."""
+    defaults = EvaluationConfig(None, ())
+    return EvaluationConfig(
+        samplers=(cell["sampler"],),
+        steps=(cell["steps"],),
+        num=cell["num"],
+        seeds=(cell["sample_seed"],),
+        corrections=(cell.get("correction", "none"),),
+        search_seed=cell.get("search_seed", defaults.search_seed),
+        search_num=cell.get("search_num", defaults.search_num),
+        extractor=cell["extractor"],
+        weights=weights,
+        metrics=tuple(cell.get("asked", ASKED)),
+    )
+
+
+class _Evaluation:
+    """The cells of a file: which of them still hold, and what computes the others."""
+
+    def __init__(self, out: Path, device: torch.device | str) -> None:
+        self.out, self.device = out, device
+        self.cells = read_cells(out)
+        self._runs: dict[str, dict[str, str]] = {}  # fingerprints by run
+        self._against: dict[str, _Against] = {}
+
+    def load(self, run: str, config: EvaluationConfig) -> Denoiser:
+        """Load a run as it is asked for."""
+        denoiser = config.asked_of(load_denoiser(run, **config.loading))
+        self._runs[denoiser.source] = denoiser.fingerprints()
+        return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
+
+    def complete(self, jobs: Sequence[_Job], notify: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """Compute the cells that are missing or stale, write the file after each, and return those of the jobs."""
+        wanted = [{**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for job in jobs]
+        self._mark({_key(cell): cell for cell in wanted})
+        done = {_key(cell): i for i, cell in enumerate(self.cells)}
+        judges: dict[str, _Judge] = {}
+        for i, (cell, (place, config)) in enumerate(zip(wanted, jobs, strict=True)):
+            at = done.get(_key(cell), len(self.cells))
+            if at == len(self.cells) or "stale" in self.cells[at]:
+                what = _reading(place.denoiser, config)
+                if what not in judges:
+                    judges[what] = _Judge(self._against[what], config, self.device, self.cells)
+                self.cells[at : at + 1] = [judges[what].judged(cell, place)]
+                self._write()
+            notify(i + 1, len(jobs))
+        found = {_key(cell): cell for cell in self.cells}
+        return [found[_key(cell)] for cell in wanted]
+
+    def _fingerprints(self, place: _Place, config: EvaluationConfig) -> dict[str, str]:
+        what = _reading(place.denoiser, config)
+        if what not in self._against:
+            self._against[what] = _Against.make(place.denoiser, config, self.device)
+        return {**self._runs[place.denoiser.source], **self._against[what].fingerprints}
+
+    def _mark(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """Mark what is stale of the runs that are loaded, and say it."""
+        said: dict[tuple[str, str, bool], list[str]] = {}
+        before = [cell.get("stale") for cell in self.cells]
+        images = {cell["reference"]: cell["fingerprints"]["reference"] for cell in wanted.values()}
+        for cell in self.cells:
+            asked, run = _key(cell) in wanted, self._runs.get(cell["run"])
+            if run is None:
+                continue
+            known = images.get(cell["reference"])
+            now = wanted[_key(cell)]["fingerprints"] if asked else {**run, **({"reference": known} if known else {})}
+            reason = what_changed(cell.get("fingerprints"), now)
+            was = cell.pop("stale", None)
+            if reason is not None:
+                cell["stale"] = reason
+                if asked or was is None:
+                    said.setdefault((cell["run"], reason, asked), []).append(f"{cell['sampler']} {cell['steps']}")
+        for (name, reason, asked), places in said.items():
+            then = "computed again" if asked else "marked as stale and left out until they are evaluated again"
+            say(f"{name} {', '.join(dict.fromkeys(places))}: {reason}; {then}.")
+        if before != [cell.get("stale") for cell in self.cells]:
+            self._write()
+
+    def _write(self) -> None:
+        if is_main():
+            write_json(self.out, self.cells)
+
+
+def _reading(denoiser: Denoiser, config: EvaluationConfig) -> str:
+    """Return what tells apart what pictures of a run are measured against, and how."""
+    data = config.data or denoiser.config.get("data", {}).get("name")
+    reading = reading_of(denoiser, config.data, config.reading)
+    how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
+    return json.dumps([data, reading, denoiser.image_shape, denoiser.prompts, how], default=str)
+
+
+@dataclass(frozen=True, eq=False)
+class _Against:
+    """The reference images and the networks of the metrics: of many processes the main one has them."""
+
+    metrics: Metrics | None
+    distance: Metrics | None  # that a search lowers
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def make(cls, denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str) -> _Against:
+        metrics, distance = _in_main(lambda: _metrics(denoiser, config, device)) or (None, None)
+        return cls(metrics, distance, from_main({} if metrics is None else metrics.fingerprints()))
+
+    def prepare(self) -> None:
+        """Compute the statistics of the reference images."""
+
+        def prepared() -> None:
+            for metrics in (self.metrics, self.distance):
+                if metrics is not None:
+                    metrics.prepare()
+
+        _in_main(prepared)
+
+
+def _metrics(
+    denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str
+) -> tuple[Metrics, Metrics | None]:
+    data = reference_data(denoiser, config.data, config.reading)
+    options: dict[str, Any] = {
+        "extractor": config.extractor,
+        "weights": config.weights,
+        "device": device,
+        "prepare": False,
+    }
+    metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
+    if not any(correction.endswith(SEARCH) for correction in config.corrections):
+        return metrics, None
+    return metrics, Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
+
+
+def _in_main(make: Callable[[], T]) -> T | None:
+    """Return what the main process makes, in it alone; what it refuses is refused in all of them.
+
+    Raises:
+        UserError: ``make`` raised it.
+    """
+    made, refusal = None, None
+    if is_main():
+        try:
+            made = make()
+        except UserError as error:
+            refusal = error
+    refusal = from_main(refusal)
+    if refusal is not None:
+        raise refusal
+    return made
+
+
+class _Judge:
+    """Makes and measures the pictures of cells that share their reference images, metrics and prompts."""
+
+    def __init__(
+        self, against: _Against, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
+    ) -> None:
+        self.against, self.config, self.device = against, config, device
+        against.prepare()
+        # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
+        self.found = {
+            _search_key(cell): (cell["correction_value"], cell["correction_search"])
+            for cell in cells
+            if "correction_value" in cell
+        }
+
+    def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
+        """Return the cell with its metrics, and with what a search found."""
+        correction, found = self._correction(cell, place)
+        metrics = self._measured(self.against.metrics, place, self.config.num, place.seed, correction)
+        return {**cell, **found, "metrics": metrics}
+
+    def _correction(self, cell: dict[str, Any], place: _Place) -> tuple[Correction | None, dict[str, Any]]:
+        if not place.correction.endswith(SEARCH):
+            return make_correction(place.correction), {}
+        family, key = place.correction.removesuffix(SEARCH), _search_key(cell)
+        if key not in self.found:
+            self.found[key] = search_correction(family, lambda correction: self._distance(place, correction))
+        value, distances = self.found[key]
+        found = {
+            "correction_value": value,
+            "correction_search": {str(tried): distance for tried, distance in distances.items()},
+        }
+        return make_correction(f"{family}:{value}"), found
+
+    def _distance(self, place: _Place, correction: Correction | None) -> float:
+        num, seed = self.config.search_num, self.config.search_seed
+        (distance,) = self._measured(self.against.distance, place, num, seed, correction).values()
+        return distance
+
+    def _measured(
+        self, metrics: Metrics | None, place: _Place, num: int, seed: int, correction: Correction | None
+    ) -> dict[str, float]:
+        batches = place.denoiser.pictures(
+            sampler=place.sampler,
+            steps=place.steps,
+            num=num,
+            seed=seed,
+            batch_size=self.config.batch_size,
+            correction=correction,
+            device=self.device,
+        )
+        found: dict[str, float] = {}
+        if metrics is None:
+            deque(batches, maxlen=0)
+        else:
+            found = metrics(batches, num=num, labels=place.denoiser.class_labels(num), seed=0)
+        return from_main(found)
+
+
+def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
+    cell = {
+        "run": place.denoiser.source,
+        "sampler": place.sampler,
+        "correction": place.correction,
+        "steps": place.steps,
+        "nfe": place.denoiser.evaluations(place.sampler, place.steps),
+        "sample_seed": place.seed,
+        "num": config.num,
+        "extractor": config.extractor,
+        "reference": reference_name(place.denoiser, config.data, config.reading),
+        "asked": list(config.metrics),
+        "weights": place.denoiser.weights_name,
+        "dtype": place.denoiser.dtype_name,
+        "versions": versions(),
+        **place.denoiser.recipe,
+    }
+    if place.correction.endswith(SEARCH):
+        cell |= {"search_seed": config.search_seed, "search_num": config.search_num}
+    return cell
+
+
+def _key(cell: Mapping[str, Any]) -> str:
+    names = (
+        "run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "guidance_scale", "prompts",
+        "variant", "search_seed", "search_num",
+    )  # fmt: skip
+    settled = cell.get("correction", "none"), cell.get("asked", ASKED), cell.get("dtype", DTYPES["no"])
+    return json.dumps([*settled, *(cell.get(name) for name in names)])
+
+
+def _search_key(cell: Mapping[str, Any]) -> str:
+    return json.dumps([_key({**cell, "sample_seed": None, "num": None}), cell.get("fingerprints")])

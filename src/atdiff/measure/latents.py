@@ -1,0 +1,317 @@
+"""Latent pipelines as the probes see them: a network of latents, and true latents with their conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import CaptionedImages, UncaptionedError, load_captioned
+from atdiff.data.reading import AS_TRAINED, DataOptions
+from atdiff.data.sources import ImageData
+from atdiff.data.subset import subset
+from atdiff.metrics.features.extractors import as_bytes
+from atdiff.models.call import class_embeddings, image_tokens, predict
+from atdiff.models.transformers import viewed
+from atdiff.objectives.guided import guidance_embedding
+from atdiff.pipelines.cache import batched, encoders_on
+from atdiff.pipelines.families import DiT
+from atdiff.pipelines.latent_model import LatentPipeline
+from atdiff.pipelines.model import Denoiser, reading_of, reference_data, reference_name
+from atdiff.pipelines.text_to_image import PIXELS, TextToImage
+from atdiff.sampling.schedulers import make_scheduler
+from atdiff.system.fingerprint import settings_fingerprint
+from atdiff.system.quiet import quiet_libraries
+
+__all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "latent_run", "true_latents"]
+
+ENCODED_AT_ONCE = 8  # images or prompts
+
+
+class GuidedNetwork(nn.Module):
+    """A network of latents, called ``f(x_t, timesteps, **conditions)`` and guided as its pipeline guides it.
+
+    With ``null`` conditions its output is ``null + scale (conditional - null)`` (`Ho and Salimans
+    <https://arxiv.org/abs/2207.12598>`_), from one evaluation of twice the batch. It runs in the type of its weights,
+    and takes and returns float32.
+
+    Args:
+        network: a U-Net or a transformer.
+        null: conditions that guidance points away from, each with one row; None for no guidance.
+        scale: of the guidance, as diffusers counts it.
+    """
+
+    def __init__(self, network: Any, null: Mapping[str, Tensor] | None = None, scale: float = 1.0) -> None:  # noqa: ANN401
+        super().__init__()
+        self.network, self.null, self.scale = network, null, scale
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401
+        """That of the network."""
+        return self.network.config
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:  # noqa: ANN401
+        """Return the prediction at latents ``(B, C, h, w)`` and timesteps ``(B,)``, ``(B, C or 2C, h, w)``."""
+        flat = {name: value for name, value in conditions.items() if name != "added_cond_kwargs"}
+        flat |= conditions.get("added_cond_kwargs", {})
+        if self.null is None:
+            return self._predicted(x_t, timesteps, flat)
+        null_rows = {**flat, **{name: row.to(flat[name]).expand_as(flat[name]) for name, row in self.null.items()}}
+        both = {name: torch.cat([value, null_rows[name]]) for name, value in flat.items()}
+        given, null = self._predicted(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
+        return null + self.scale * (given - null)
+
+    def _predicted(self, x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x_t.dtype)
+        given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditions.items()}
+        return predict(self.network, x_t.to(dtype), timesteps, given).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRun(Denoiser):
+    """A text-to-image run whose images are its latents: ``model`` is a :class:`GuidedNetwork`.
+
+    Attributes:
+        run: the run as it draws pictures.
+    """
+
+    run: TextToImage
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        return self.run.family.latent_shape(self.run.pipeline, self.run.config.get("data", {}).get("image_size"))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """That of the run, but for the prompts, and of a network that is not guided but for the scale."""
+        ours = {name: value for name, value in self.run.recipe.items() if name != "prompts"}
+        if self.model.null is None and not self.run.family.is_told_guidance(self.run.model):
+            del ours["guidance_scale"]
+        return {**ours, "images": "latents"}
+
+    @property
+    def most_at_once(self) -> int:
+        """Images at a time, so that an autoencoder in float32 fits a common GPU."""
+        _, height, width = self.run.image_shape
+        return max(1, PIXELS // (height * width))
+
+    def fingerprints(self) -> dict[str, str]:
+        """See :meth:`atdiff.pipelines.text_to_image.TextToImage.fingerprints`."""
+        return self.run.fingerprints()
+
+    def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Return the scheduler with the timesteps that the pipeline sets for latents of this size."""
+        tokens = image_tokens(self.run.model, self.image_shape)
+        return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
+
+    def check_corrections(self, corrections: Any) -> None:  # noqa: ANN401
+        """See :meth:`atdiff.pipelines.text_to_image.TextToImage.check_corrections`."""
+        self.run.check_corrections(corrections)
+
+
+class Pairs(Protocol):
+    """Images with captions, by number."""
+
+    name: str
+    captions: list[str]
+
+    def images(self, indices: list[int]) -> Iterator[Tensor]:
+        """Yield the images of these numbers, which ascend, uint8 ``(C, H, W)``."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that another image, caption or size changes."""
+
+
+class _Captioned:
+    """Images with captions of their own."""
+
+    def __init__(self, source: CaptionedImages) -> None:
+        self.name, self.captions, self.source = source.name, source.captions, source
+
+    def images(self, indices: list[int]) -> Iterator[Tensor]:
+        return (image for image, _ in subset(self.source, indices))
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
+class _Prompted:
+    """Images that get the prompt of their class, or prompts in turn."""
+
+    def __init__(self, data: ImageData, prompts: Sequence[str]) -> None:
+        self.name, self.data = data.name, data
+        one_a_class = data.labels is not None and data.num_classes == len(prompts)
+        numbers = data.labels.tolist() if one_a_class and data.labels is not None else range(len(data))
+        self.captions = [prompts[number % len(prompts)] for number in numbers]
+
+    def images(self, indices: list[int]) -> Iterator[Tensor]:
+        return (as_bytes(self.data.images[index]) for index in indices)
+
+    def fingerprint(self) -> str:
+        return settings_fingerprint(self.data.fingerprint(), self.captions)
+
+
+class TrueLatents:
+    """Latents and conditions of images with captions, encoded as they are asked for.
+
+    Args:
+        pairs: the images.
+        latent: their autoencoder and text encoders.
+        guidance: embedding of the guidance scale that a distilled U-Net is shown, shape ``(1, D)``; None for others.
+
+    Attributes:
+        name: what the images are.
+    """
+
+    def __init__(self, pairs: Pairs, latent: LatentPipeline, guidance: Tensor | None = None) -> None:
+        self.pairs, self.latent, self.name = pairs, latent, pairs.name
+        self._guidance = guidance
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # conditions by caption, each with one row
+
+    def __len__(self) -> int:
+        return len(self.pairs.captions)
+
+    def fingerprint(self) -> str:
+        """Return a hash that another image, caption or size changes."""
+        return self.pairs.fingerprint()
+
+    def x0(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Return latents at ``indices``, ``(B,)``, each drawn from its posterior: float32 ``(B, C, h, w)``, on the CPU.
+
+        The noise of an image's posterior depends on its number alone, and not on the batch. In the place of unreadable
+        images that are left out others of those drawn are taken.
+
+        Raises:
+            UserError: images cannot be read.
+        """
+        used, places = indices.unique(return_inverse=True)
+        numbers = used.tolist()
+        kept: list[Tensor] = []
+        with encoders_on(device, self.latent), quiet_libraries():
+            for pairs in batched(zip(self.pairs.images(numbers), numbers, strict=False), ENCODED_AT_ONCE):
+                generators = [torch.Generator().manual_seed(number) for _, number in pairs]
+                encoded = self.latent.encode_images(torch.stack([image for image, _ in pairs]), generators)
+                kept.append(encoded.cpu())
+        latents = torch.cat(kept)
+        return latents[places % len(latents)]
+
+    def conditions(self, indices: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Return what the network is told of the captions at ``indices``, ``(B,)``, on the CPU."""
+        captions = [self.pairs.captions[int(i)] for i in indices]
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._encoded]
+        with encoders_on(device, self.latent), quiet_libraries():
+            for start in range(0, len(missing), ENCODED_AT_ONCE):
+                part = missing[start : start + ENCODED_AT_ONCE]
+                tables = {name: table.cpu() for name, table in self.latent.encode_prompts(part).items()}
+                for row, caption in enumerate(part):
+                    self._encoded[caption] = {name: table[row : row + 1] for name, table in tables.items()}
+        rows = [self._encoded[caption] for caption in captions]
+        found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if self._guidance is not None:
+            found["timestep_cond"] = self._guidance.expand(len(rows), -1)
+        return found
+
+
+def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None) -> LatentRun:
+    """Return a run with its latents as images.
+
+    Args:
+        run: a text-to-image run.
+        guided: whether its network is guided, as in sampling; in training it is not.
+        image_size: pixels along a side of its pictures, where the network takes several sizes.
+    """
+    if image_size is not None and run.family.any_size:
+        run = replace(run, config={**run.config, "data": {**run.config.get("data", {}), "image_size": image_size}})
+    network = viewed(run.model)
+    if hasattr(network, "guidance"):  # Flux is told the scale
+        network.guidance = run.guidance_scale
+    null = _pipeline_of(run).encode_null() if guided and run.is_guided else None
+    model = GuidedNetwork(network, null, run.guidance_scale).eval()
+    return LatentRun(model, run.scheduler, run.source, run.config, run=run)
+
+
+def true_latents(
+    run: LatentRun, name: str | None, options: DataOptions = AS_TRAINED, prompts: tuple[str, ...] | None = None
+) -> TrueLatents:
+    """Return the true latents of a run: of its images with their captions, or with prompts.
+
+    Args:
+        run: from :func:`latent_run`.
+        name: of the images; None for those of the training.
+        options: how they are read; the size is that of the run's pictures.
+        prompts: for images without captions of their own, one a class or in turn; None for those of the training.
+
+    Raises:
+        UserError: they cannot be loaded, have neither captions nor prompts, or are of classes that the network does not
+            know.
+    """
+    latent = _pipeline_of(run.run)
+    if options.image_size not in (None, latent.image_size):
+        raise UserError(
+            f"--image-size {options.image_size} does not fit {run.source}, whose latents are those of images of "
+            f"{latent.image_size} pixels: leave it out."
+        )
+    dim = run.run.model.config.get("time_cond_proj_dim")
+    scale = torch.tensor([run.run.guidance_scale - 1.0])
+    return TrueLatents(_pairs(run, name, options, prompts), latent, guidance_embedding(scale, dim) if dim else None)
+
+
+def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tuple[str, ...] | None) -> Pairs:
+    settings, latent, numbered = run.config.get("data", {}), _pipeline_of(run.run), isinstance(run.run.family, DiT)
+    same = name in (None, settings.get("name"))
+    try:
+        own = None if numbered else _own(run, name, options, settings.get("limit") if same else None)
+    except UncaptionedError:
+        own = None
+        if not run.run.prompts and prompts is None:
+            raise UserError(
+                f"{reference_name(run, name)} has no captions of its own: give --prompts, a text file of one prompt a "
+                "line, one per class or taken in turn."
+            ) from None
+    if own is not None:
+        if prompts is not None:
+            raise UserError(f"{own.name} has captions of its own: leave out --prompts.")
+        return _Captioned(own)
+    sized = replace(options, image_size=latent.image_size, channels=latent.image_channels)
+    data = reference_data(run.run, name, sized)
+    if not numbered:
+        return _Prompted(data, prompts or run.run.prompts)
+    known = class_embeddings(run.run.model)
+    if data.labels is None or int(data.labels.max()) >= known:
+        found = "no labels" if data.labels is None else f"{data.num_classes} classes"
+        raise UserError(
+            f"{run.source} knows {known} classes but {data.name} has {found}; name the images that it was trained on."
+        )
+    return _Prompted(data, [str(label) for label in range(int(data.labels.max()) + 1)])
+
+
+def _own(run: LatentRun, name: str | None, options: DataOptions, limit: int | None) -> CaptionedImages:
+    """Return the images with captions of their own.
+
+    Raises:
+        UncaptionedError: they have none.
+    """
+    reading, latent = reading_of(run.run, name, options), _pipeline_of(run.run)
+    return load_captioned(
+        reference_name(run, name),
+        split=reading["split"],
+        image_size=latent.image_size,
+        channels=latent.image_channels,
+        caption_column=reading["caption_column"],
+        limit=limit,
+        crop=reading["crop"],
+        background=reading["background"],
+        image_column=reading["image_column"],
+        unreadable=reading["unreadable"],
+    )
+
+
+def _pipeline_of(run: TextToImage) -> LatentPipeline:
+    data = run.config.get("data", {})
+    size = data.get("image_size") if run.family.any_size else None
+    return LatentPipeline(run.pipeline, run.source, size, data.get("caption_tokens"))

@@ -1,0 +1,1 @@
+"""The metrics of images, and what they are measured against."""

@@ -1,0 +1,1 @@
+"""Trained models as diffusers pipelines: loading, saving, latents, LoRA and model cards."""

@@ -1,0 +1,306 @@
+"""Latents and conditions of captioned images, encoded once and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import CaptionedImages
+from atdiff.pipelines.latent_model import LatentPipeline
+from atdiff.system.files import cache_folder, write_json, written_aside
+from atdiff.system.fingerprint import network_fingerprint, tokenizer_fingerprint
+from atdiff.system.quiet import quiet_libraries
+
+__all__ = ["LatentData", "batched", "encoders_on", "latent_data"]
+
+FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentData:
+    """Latents of images and conditions of their captions, float16 on disk and read as they are asked for.
+
+    Attributes:
+        name: what the images are, for reports.
+        latents: shape ``(N, C, h, w)``, scaled as the network is fed.
+        captions: the different captions, in the order of their first image.
+        caption_ids: index into ``captions`` of each image, int64, shape ``(N,)``.
+        table: each kind of condition by name, with a row a caption.
+        null: the conditions of no prompt, with one row.
+        skipped: name and reason of each image that could not be read and was left out.
+        content: hash of the pixels and captions that these are of, in their order.
+    """
+
+    name: str
+    latents: np.ndarray
+    captions: list[str]
+    caption_ids: np.ndarray
+    table: Mapping[str, np.ndarray]
+    null: Mapping[str, np.ndarray]
+    skipped: tuple[tuple[str, str], ...] = ()
+    content: str = ""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        channels, height, width = self.latents.shape[1:]
+        return channels, height, width
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""
+        return self.content
+
+    def x0(self, indices: Tensor) -> Tensor:
+        """Return the latents at ``indices``, shape ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
+        return _float(self.latents[indices.cpu().numpy()])
+
+    def conditions(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the conditions of the captions at ``indices``, shape ``(B,)``, as float32 ``(B, ...)`` on the CPU.
+
+        Class labels are int64. The names are those of
+        :meth:`atdiff.pipelines.latent_model.LatentPipeline.encode_prompts`.
+        """
+        rows = self.caption_ids[indices.cpu().numpy()]
+        return {name: _float(values[rows]) for name, values in self.table.items()}
+
+    def null_conditions(self, batch_size: int) -> dict[str, Tensor]:
+        """Return the conditions of no prompt, repeated without a copy, as float32 ``(batch_size, ...)``."""
+        return {name: _float(values).expand(batch_size, *values.shape[1:]) for name, values in self.null.items()}
+
+
+def latent_data(
+    source: CaptionedImages,
+    latent: LatentPipeline,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str,
+    progress: bool = True,
+    seed: int = 0,
+) -> LatentData:
+    """Return the latents and conditions of a source, from the cache where they are there, else encoded and put there.
+
+    An image is encoded once, so the noise of its posterior stays the same over epochs; different captions are encoded
+    once each. The folder of the cache is found by a hash of the source's fingerprint, the size of the images, the
+    weights and settings of autoencoder and text encoders, the tokenizers, and the seed. One whose files are not as its
+    manifest says is said in a warning and made anew. Of several processes one should come first.
+
+    Args:
+        source: images with captions, walked through once.
+        latent: autoencoder and text encoders.
+        batch_size: images or captions at a time.
+        device: where they are encoded; the encoders are put back afterwards.
+        progress: whether to show a bar on stderr.
+        seed: of the noise of the posteriors.
+
+    Raises:
+        UserError: no images, images that do not fit the pipeline, a batch size below 1, latents beyond float16, or a
+            cache that cannot be written.
+    """
+    if batch_size < 1:
+        raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
+    if len(source) < 1:
+        raise UserError(f"{source.name} has no images: expected at least one with a caption.")
+    parts = _key_parts(source, latent, seed)
+    folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    if folder.exists():
+        data = _open(folder, source.name)
+        if data is not None and not data.content:  # an older version wrote it
+            return _with_content(folder, source, data, progress)
+        if data is not None:
+            source.unreadable.found[:] = data.skipped
+            source.unreadable.settle(source.name, len(source))
+            return data
+        warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=2)
+    try:
+        with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
+            partial.mkdir()
+            captions, content = _write_latents(partial, source, latent, batch_size, seed, progress)
+            _write_conditions(partial, captions, latent, batch_size, progress)
+            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            found = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
+            write_json(partial / MANIFEST, found)
+    except UserError as error:
+        if "cannot be written" not in str(error):
+            raise
+        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
+    data = _open(folder, source.name)
+    assert data is not None, folder
+    return data
+
+
+def _with_content(folder: Path, source: CaptionedImages, data: LatentData, progress: bool) -> LatentData:
+    """Read the images once more for their hash, and keep it."""
+    digest = hashlib.sha256()
+    for pair in _tracked(source, "reading images", len(source), progress):
+        _take_in(digest, *pair)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, {**manifest, "content": digest.hexdigest()})
+    return replace(data, content=digest.hexdigest())
+
+
+def _take_in(digest: hashlib._Hash, image: Tensor, caption: str) -> None:
+    digest.update(repr((tuple(image.shape), caption)).encode())
+    digest.update(image.contiguous().numpy().data)
+
+
+def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
+    pipeline = latent.pipeline
+    found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    return [
+        FORMAT,
+        type(pipeline).__name__,
+        bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        source.fingerprint(),
+        latent.image_size,
+        seed,
+        *([] if latent.tokens is None else [latent.tokens]),
+        *(tokenizer_fingerprint(tokenizer) for tokenizer in found if tokenizer is not None),
+        *(network_fingerprint(network) for network in (latent.vae, *latent.text_encoders)),
+    ]
+
+
+def _open(folder: Path, name: str) -> LatentData | None:
+    """Map the files of a cache folder into memory; None where one is missing or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        found = {file: (folder / file).stat().st_size for file in manifest["sizes"]}
+        arrays = {
+            Path(file).stem: np.load(folder / file, mmap_mode="r", allow_pickle=False)
+            for file in found
+            if file.endswith(".npy")
+        }
+        captions = json.loads((folder / "captions.json").read_text())
+        latents, caption_ids = arrays["latents"], arrays["caption_ids"]
+        skipped = tuple((name, reason) for name, reason in manifest["skipped"])
+        content = manifest.get("content", "")
+        if found != manifest["sizes"] or len(latents) != len(caption_ids):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    table = {key.removeprefix("caption-"): rows for key, rows in arrays.items() if key.startswith("caption-")}
+    null = {key.removeprefix("null-"): rows for key, rows in arrays.items() if key.startswith("null-")}
+    return LatentData(name, latents, captions, caption_ids, table, null, skipped, content)
+
+
+@contextlib.contextmanager
+def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[None]:
+    """Move the encoders to a device, and back, so that training has the memory."""
+    networks = (latent.vae, *latent.text_encoders)
+    before = [network.device for network in networks]
+    try:
+        for network in networks:
+            network.to(device)
+        yield
+    finally:
+        for network, place in zip(networks, before, strict=True):
+            network.to(place)
+
+
+def _write_latents(
+    folder: Path, source: CaptionedImages, latent: LatentPipeline, batch_size: int, seed: int, progress: bool
+) -> tuple[list[str], str]:
+    """Encode all images, and return the different captions and the hash of the content."""
+    digest = hashlib.sha256()
+    latents = np.lib.format.open_memmap(
+        folder / "latents.npy", mode="w+", dtype=np.float16, shape=(len(source), *latent.latent_shape)
+    )
+    caption_ids = np.empty(len(source), np.int64)
+    ids: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    for pairs in batched(_tracked(source, "encoding images", len(source), progress), batch_size):
+        for i, (image, caption) in enumerate(pairs, done):
+            latent.check_image(image.shape, f"image {i} of {source.name}")
+            caption_ids[i] = ids.setdefault(caption, len(ids))
+            _take_in(digest, image, caption)
+        encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
+        latents[done : done + len(pairs)] = _half(encoded, f"the latents of {source.name}")
+        done += len(pairs)
+    latents.flush()
+    if done < len(source):
+        _shorten(folder / "latents.npy", done)
+    np.save(folder / "caption_ids.npy", caption_ids[:done])
+    write_json(folder / "captions.json", list(ids))
+    return list(ids), digest.hexdigest()
+
+
+def _shorten(file: Path, rows: int) -> None:
+    """Drop the rows that were meant for images which could not be read."""
+    whole, shorter = np.load(file, mmap_mode="r"), file.with_suffix(".short")
+    kept = np.lib.format.open_memmap(shorter, mode="w+", dtype=whole.dtype, shape=(rows, *whole.shape[1:]))
+    for start in range(0, rows, 1024):
+        kept[start : start + 1024] = whole[start : min(start + 1024, rows)]
+    kept.flush()
+    del whole, kept  # Windows replaces no file that is mapped.
+    shorter.replace(file)
+
+
+def _write_conditions(
+    folder: Path, captions: list[str], latent: LatentPipeline, batch_size: int, progress: bool
+) -> None:
+    what = f"the embeddings of {latent.source}"
+    for name, row in latent.encode_null().items():
+        np.save(folder / f"null-{name}.npy", _half(row, what))
+    table: dict[str, np.memmap] = {}
+    done = 0
+    for prompts in batched(_tracked(captions, "encoding captions", len(captions), progress), batch_size):
+        for name, encoded in latent.encode_prompts(prompts).items():
+            rows = _half(encoded, what)
+            if name not in table:
+                table[name] = np.lib.format.open_memmap(
+                    folder / f"caption-{name}.npy", mode="w+", dtype=rows.dtype, shape=(len(captions), *rows.shape[1:])
+                )
+            table[name][done : done + len(prompts)] = rows
+        done += len(prompts)
+    for written in table.values():
+        written.flush()
+
+
+def _tracked(items: Iterable[T], what: str, total: int, progress: bool) -> Iterable[T]:
+    return track(items, what, total=total, console=Console(stderr=True), transient=True, disable=not progress)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of ``size``, the last one shorter."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _half(values: Tensor, what: str) -> np.ndarray:
+    if not values.is_floating_point():  # class labels
+        return values.cpu().numpy()
+    half = values.to("cpu", torch.float16)
+    if not torch.isfinite(half).all():
+        raise UserError(f"{what} hold values beyond float16: expected those of an intact autoencoder and text encoder.")
+    return half.numpy()
+
+
+def _float(values: np.ndarray) -> Tensor:
+    if values.dtype.kind == "i":
+        return torch.from_numpy(np.array(values))
+    return torch.from_numpy(values.astype(np.float32))

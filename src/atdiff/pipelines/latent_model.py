@@ -1,0 +1,301 @@
+"""Latent pipelines as a trainer sees them: images to latents, prompts to conditions, teacher to student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.models.transformers import denoiser_like, published
+from atdiff.pipelines.families import Asked, Family, family_of, pixels_per_latent
+from atdiff.system.files import written_aside
+from atdiff.system.locate import check_local, hub_failure, hub_location
+from atdiff.system.quiet import quiet_libraries
+
+__all__ = [
+    "LatentPipeline",
+    "load_latent_pipeline",
+    "make_student",
+    "require_transformers",
+    "save_student",
+    "with_network",
+]
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPipeline:
+    """A pipeline that makes pictures of latents, with its autoencoder and text encoders.
+
+    Attributes:
+        pipeline: of diffusers, of one of the classes of :data:`atdiff.pipelines.families.FAMILIES`.
+        source: the folder or hub id that it was loaded from, for messages.
+        size: pixels along a side of the pictures, where the network takes several sizes; None for the published one.
+        tokens: of a prompt, where there is a T5; None for the pipeline's own number.
+    """
+
+    pipeline: Any
+    source: str
+    size: int | None = None
+    tokens: int | None = None
+
+    @property
+    def family(self) -> Family:
+        """What is peculiar to pipelines of that class."""
+        return family_of(self.pipeline)
+
+    @property
+    def network(self) -> Any:  # noqa: ANN401  (a U-Net or transformer; its attributes are made by diffusers)
+        """The denoiser of latents."""
+        return getattr(self.pipeline, self.family.network)
+
+    @property
+    def scheduler(self) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """The scheduler that the network was trained under."""
+        return self.pipeline.scheduler
+
+    @property
+    def vae(self) -> Any:  # noqa: ANN401  (an AutoencoderKL)
+        """The autoencoder."""
+        return self.pipeline.vae
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        """All that it has: from none (DiT) to three (SD3)."""
+        found = (getattr(self.pipeline, name, None) for name in ENCODERS)
+        return tuple(encoder for encoder in found if encoder is not None)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        return self.family.latent_shape(self.pipeline, self.size)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of the pictures that have latents of that shape."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipeline)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pictures."""
+        return int(self.vae.config.in_channels)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``."""
+        if NoiseSchedule(self.scheduler).kind == "flow":
+            return "flow"
+        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+
+    def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
+        """Find out whether pictures of shape ``(C, H, W)`` have latents of the network's shape.
+
+        Raises:
+            UserError: their size or their channels do not fit; it says which do.
+        """
+        expected = (self.image_channels, self.image_size, self.image_size)
+        if tuple(shape) != expected:
+            found = "x".join(map(str, shape))
+            raise UserError(
+                f"{name} is {found} (channels, height, width): {self.source} takes {'x'.join(map(str, expected))}, so "
+                f"read the images with image_size {self.image_size} and channels {self.image_channels}."
+            )
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the network is fed.
+
+        Args:
+            images: uint8, shape ``(B, C, H, W)``.
+            generator: where the noise of the posterior comes from, one or one an image; torch's own when None.
+
+        Returns:
+            float32, shape ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
+
+        Raises:
+            UserError: the pictures are of another size or other channels than the pipeline's.
+        """
+        assert images.dtype == torch.uint8, images.dtype
+        self.check_image(images.shape[1:])
+        pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1.0
+        mean, scale = self._latent_scale()
+        latents: Tensor = (self.vae.encode(pixels).latent_dist.sample(generator) - mean) * scale
+        return latents.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the pictures of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        mean, scale = self._latent_scale()
+        unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
+        pictures: Tensor = self.vae.decode(unscaled).sample
+        return pictures.float().clamp(-1.0, 1.0)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the pipeline itself conditions the network on.
+
+        Returns:
+            float32 on the text encoder's device: ``encoder_hidden_states``, shape ``(B, L, D)``; for SDXL also
+            ``text_embeds``, ``(B, P)``, and ``time_ids``, ``(B, 6)``: original size, corner of the crop and target
+            size, for an uncropped picture of the pipeline's size; for SD3 and Flux ``pooled_projections``, ``(B, P)``.
+            For DiT, whose prompts are numbers of classes, int64 ``class_labels``, ``(B,)``.
+        """
+        return self._encode_prompts(list(prompts), negative=False)
+
+    def encode_null(self) -> dict[str, Tensor]:
+        """Return the conditions of no prompt, each with one row: what the pipeline's guidance points away from.
+
+        For SD that is the empty prompt. SDXL was published with ``force_zeros_for_empty_prompt``: there it is zeros.
+        """
+        return self._encode_prompts([""], negative=True)
+
+    @torch.no_grad()
+    def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
+        return self.family.conditions(self.pipeline, prompts, Asked(self.image_size, self.tokens, negative))
+
+    def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
+        return self.family.latent_scale(self.vae)
+
+
+def require_transformers(source: str) -> None:
+    """Find out at once whether text encoders can be had; diffusers would fail late and at length.
+
+    Args:
+        source: what needs them.
+
+    Raises:
+        UserError: transformers, which comes with the extra ``lcm``, is not installed.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
+
+
+def load_latent_pipeline(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    tokens: int | None = None,
+    variant: str | None = None,
+) -> LatentPipeline:
+    """Load a Stable Diffusion (1.x, 2.x, XL, 3.x), Flux or DiT pipeline, without its safety checker.
+
+    Args:
+        source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
+        dtype: of the network's weights. Autoencoder and text encoders are float32, whatever they were saved in: they
+            run once a picture, and the autoencoder of SDXL overflows in float16.
+        image_size: pixels along a side of the pictures, for networks that take several sizes; others have their own.
+        tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        variant: of the weights, such as ``fp16``; a training folder has none.
+
+    Raises:
+        UserError: there is nothing of the kind, the download failed, a text encoder is missing, it has no such variant,
+            or it is a pipeline of another class.
+    """
+    location = _location(source)
+    require_transformers(source)
+    from atdiff.pipelines.loading import load_pipeline
+
+    try:
+        with quiet_libraries():
+            chosen = None if (Path(source) / "config.yaml").is_file() else variant
+            pipeline = load_pipeline(source, location, variant=chosen, pixels=False)
+            getattr(pipeline, family_of(pipeline).network).to(dtype)
+    except UserError:
+        raise
+    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+        reason = hub_failure(" ".join(str(error).split())[:300])
+        raise UserError(
+            f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
+            "where there is a network and give the path of its folder."
+        ) from error
+    latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None, tokens)
+    _check_size(latent, image_size)
+    return latent
+
+
+def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
+    step = 2 * pixels_per_latent(latent.pipeline)
+    if image_size is not None and latent.family.any_size and image_size % step:
+        raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
+    if latent.tokens is not None and not latent.family.has_t5:
+        raise UserError(
+            f"data.caption_tokens={latent.tokens} is for SD3 and Flux; {latent.source} has no T5: leave it out."
+        )
+
+
+def _location(source: str) -> str:
+    """Return the folder of a pipeline, or the hub id as it is."""
+    check_local(source)
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        return hub_location(source, "model")
+    if (folder / "config.yaml").is_file():
+        folder = folder / "pipeline"
+        if not folder.exists():
+            raise UserError(
+                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, if it "
+                "trained LoRA weights, give the pipeline that it started from."
+            )
+    return str(folder)
+
+
+def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (U-Net or transformer)
+    """Return a trainable float32 copy of a teacher that, if a U-Net, takes the guidance strength as an input too.
+
+    The added projection of the guidance embedding starts at zero, as in the paper, so that the student starts as the
+    teacher's own function whatever the guidance. (diffusers' training script leaves it at its random initial values.)
+
+    Source: Luo et al., Latent Consistency Models (https://arxiv.org/abs/2310.04378).
+
+    Args:
+        unet: the teacher; it is left as it is.
+        guidance_dim: length of the guidance embedding; None for a student without one. A teacher that has one keeps
+            its own, weights included.
+    """
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
+        if "time_cond_proj_dim" not in unet.config:
+            return denoiser_like(unet)
+        dim = unet.config.time_cond_proj_dim or guidance_dim
+        student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=dim)
+    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+    added = ["time_embedding.cond_proj.weight"] if dim and not unet.config.time_cond_proj_dim else []
+    assert missing == added, missing
+    assert not unexpected, unexpected
+    if added:
+        nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.to(unet.device)
+
+
+def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
+    """Write the whole pipeline with another network and scheduler; plain diffusers opens it.
+
+    Args:
+        folder: where to; it appears, or replaces an older one, once it is complete.
+        latent: the teacher's pipeline, for all other parts; it is left as it is.
+        network: the student, or its average.
+        scheduler: the one to sample with, such as an ``LCMScheduler``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    pipeline = with_network(latent, network, scheduler)
+    with written_aside(folder) as partial, quiet_libraries():
+        pipeline.save_pretrained(partial)
+
+
+def with_network(latent: LatentPipeline, network: nn.Module, scheduler: Any) -> Any:  # noqa: ANN401
+    """Return diffusers' pipeline with another network and scheduler, and the other parts as they are."""
+    pipeline = copy.copy(latent.pipeline)
+    pipeline.register_modules(scheduler=scheduler, **{latent.family.network: published(network)})
+    return pipeline

@@ -1,0 +1,180 @@
+"""Low-rank adapters of a network: added, kept in checkpoints, and saved as plain diffusers loads them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from atdiff.core.errors import UserError
+from atdiff.pipelines.latent_model import LatentPipeline
+from atdiff.system.files import written_aside
+from atdiff.system.quiet import quiet_libraries
+
+__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora", "saved_scheduler"]
+
+# All linear layers and convolutions of the blocks, as in diffusers' train_lcm_distill_lora_sd_wds.py.
+TARGET_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+ADAPTER = "default"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def add_lora(
+    unet: Any,  # noqa: ANN401  (a network of diffusers)
+    *,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = TARGET_MODULES,
+    dropout: float = 0.0,
+) -> None:
+    """Freeze a network and add low-rank adapters, in place; their float32 weights alone are trained.
+
+    An adapter adds ``alpha / rank * B A x`` to the output of a layer. ``B`` starts at zero, so the network starts as
+    the function that it was; ``A`` is drawn from torch's global generator.
+
+    Source: Hu et al., LoRA (https://arxiv.org/abs/2106.09685); for consistency distillation Luo et al., LCM-LoRA
+    (https://arxiv.org/abs/2311.05556).
+
+    Args:
+        unet: the network.
+        rank: of every adapter.
+        alpha: see above; equal to ``rank`` when None.
+        target_modules: ends of the names of the layers that get one.
+        dropout: probability with which an entry of an adapter's input is dropped in training.
+
+    Raises:
+        UserError: a rank below 1, an alpha that is not positive, a dropout outside of [0, 1), a target that no layer
+            is called, or peft is not installed.
+    """
+    if rank < 1:
+        raise UserError(f"the rank of LoRA is {rank}: expected 1 or more; 64 is usual.")
+    if alpha is not None and alpha <= 0:
+        raise UserError(f"the alpha of LoRA is {alpha}: expected a number above 0; equal to the rank is usual.")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"the dropout of LoRA is {dropout}: expected 0 or more and less than 1.")
+    _require_adapters(unet)
+    _check_targets(unet, target_modules)
+    _require_peft()
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    scale: Any = rank if alpha is None else alpha  # peft says int, and takes any number
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(target_modules), lora_dropout=dropout)
+    unet.add_adapter(config, adapter_name=ADAPTER)
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a network of diffusers)
+    """Return the weights of the adapters alone, for a checkpoint; they share memory with the network's."""
+    from peft import get_peft_model_state_dict
+
+    return {name: weight.detach() for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
+
+
+def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a network of diffusers)
+    """Put back what :func:`lora_state` returned, into a network with the same adapters."""
+    from peft import set_peft_model_state_dict
+
+    differing = set(state) ^ set(lora_state(unet))
+    assert not differing, sorted(differing)
+    set_peft_model_state_dict(unet, dict(state), adapter_name=ADAPTER)
+
+
+def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -> None:  # noqa: ANN401
+    """Write the adapters as ``load_lora_weights`` of plain diffusers reads them, and the scheduler beside them.
+
+    ``alpha / rank`` is multiplied into the saved weights: not every version of diffusers reads it from a file.
+
+    Args:
+        folder: gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, once both are complete.
+        latent: the pipeline that the adapters belong to.
+        unet: the network with adapters.
+        scheduler: the one to sample with, such as an ``LCMScheduler``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    config = unet.peft_config[ADAPTER]
+    scale = config.lora_alpha / config.r
+    state = {name: weight * scale if ".lora_B." in name else weight for name, weight in lora_state(unet).items()}
+    with written_aside(folder) as partial:
+        # In peft's names: diffusers' convert_state_dict_to_diffusers renames those of attention alone, and its loader,
+        # which judges by the first name, then drops them.
+        layers = {f"{latent.family.network}_lora_layers": state}
+        type(latent.pipeline).save_lora_weights(partial, **layers, safe_serialization=True)
+        scheduler.save_pretrained(partial / "scheduler")
+
+
+def load_lora(latent: LatentPipeline, folder: Path) -> None:
+    """Put saved adapters and their scheduler onto a pipeline, in place.
+
+    Raises:
+        UserError: the folder holds no such files, they belong to another network, or peft is not installed.
+    """
+    if not (folder / WEIGHTS).is_file() or not (folder / "scheduler").is_dir():
+        raise UserError(f"{folder} holds no LoRA weights: expected {WEIGHTS} and scheduler/ in it.")
+    _require_peft()
+    try:
+        with quiet_libraries():  # it remarks that the text encoders have no adapters
+            latent.pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline that "
+            "they were trained on."
+        ) from error
+    latent.pipeline.register_modules(scheduler=saved_scheduler(folder / "scheduler"))
+
+
+def saved_scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
+    """Load a scheduler of the class that its folder names."""
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder)
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401  (of the lcm extra)
+    except ImportError as error:
+        raise UserError("LoRA needs the package peft: pip install 'atdiff[lcm]'.") from error
+
+
+def _require_adapters(network: nn.Module) -> None:
+    if not hasattr(network, "add_adapter"):
+        raise UserError(
+            f"diffusers has no LoRA for a {type(network).__name__}: train all of its weights, without lora.rank."
+        )
+
+
+def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not targets:
+        raise UserError("the list of LoRA's target modules is empty: expected ends of names of layers, such as to_q.")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in layers} - {"0", "2"})
+            nearest = difflib.get_close_matches(target, kinds, n=3, cutoff=0.0)
+            raise UserError(f"no layer is called {target!r}: expected ends of names of layers, such as {nearest}.")

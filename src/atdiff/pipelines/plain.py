@@ -1,0 +1,321 @@
+"""How plain diffusers draws with what was trained: the class of the saved pipeline, and the code of the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
+from diffusers.configuration_utils import FrozenDict
+
+from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift
+from atdiff.system.locate import hub_location, run_config
+
+__all__ = ["pipeline_class", "usage"]
+
+IMAGES, STEPS = 4, 10  # that a card draws; consistency models take 4 steps
+# What adapters are put on: a network that is not told the guidance scale, but for Flux.1 dev.
+UNTOLD = {"time_cond_proj_dim": None, "guidance_embeds": True}
+GENERATORS = f"[torch.Generator().manual_seed(i) for i in range({IMAGES})]"
+
+
+def pipeline_class(network: Any, scheduler: Any) -> Any:  # noqa: ANN401  (any network, any diffusers scheduler)
+    """Return the class of diffusers' pipelines that calls a network of pixels as its scheduler means it.
+
+    ``DDPMPipeline`` starts from noise of variance 1, and shows the network ``x_t`` as it is, without class labels.
+    ``ConsistencyModelPipeline`` scales both as the scheduler says and passes class labels on, whatever the scheduler;
+    those of flows, which scale nothing, lack the methods that it calls.
+    """
+    config = network.config
+    scales = NoiseSchedule(scheduler).kind == "edm" or float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+    labelled = config.get("num_class_embeds") is not None
+    fits = hasattr(scheduler, "scale_model_input") and isinstance(config.get("sample_size"), int)
+    return ConsistencyModelPipeline if fits and (scales or labelled) else DDPMPipeline
+
+
+def usage(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
+    """Return the section of a model card that draws images in a few steps with plain diffusers alone.
+
+    Args:
+        folder: what a finished run leaves, ``pipeline`` or ``lora``.
+        config: the settings of the run.
+        repo_id: where it is published.
+    """
+    if folder.name == "lora":
+        return _fenced(_lora_code(folder, config, repo_id))
+    index = json.loads((folder / "model_index.json").read_text())
+    if index.get("vae") is not None:
+        return _fenced(_text_code(folder, config, index, repo_id))
+    network = json.loads((folder / "unet" / "config.json").read_text())
+    pixels = _Pixels(network, _scheduler(folder, index), index["unet"], config, repo_id)
+    return pixels.text()
+
+
+def _fenced(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def _scheduler(folder: Path, index: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401
+    file = folder / "scheduler" / "scheduler_config.json"
+    name = json.loads(file.read_text())["_class_name"] if index is None else index["scheduler"][1]
+    return getattr(diffusers, name).from_pretrained(folder / "scheduler")
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A saved pipeline of a network of pixels.
+
+    Attributes:
+        network: its configuration.
+        scheduler: of its training.
+        network_class: module and class, as ``model_index.json`` has them.
+        config: the settings of the run.
+        repo_id: where it is published.
+    """
+
+    network: Mapping[str, Any]
+    scheduler: Any
+    network_class: tuple[str, str]
+    config: Mapping[str, Any]
+    repo_id: str
+
+    @property
+    def steps(self) -> int:
+        """How many steps the card shows: few, and no more than the schedule has."""
+        if self.distilled:
+            return min(4, int(self.config["consistency"]["intervals"]))
+        return min(STEPS, int(self.scheduler.config.num_train_timesteps))
+
+    @property
+    def distilled(self) -> bool:
+        return bool(self.config["consistency"]["mode"] != "none")
+
+    @property
+    def learns_variance(self) -> bool:
+        return bool(self.network["out_channels"] == 2 * self.network["in_channels"])
+
+    @property
+    def classes(self) -> int:
+        """Classes that can be drawn; 0 for an unconditional network."""
+        embeds = self.network.get("num_class_embeds") or self.network.get("num_embeds_ada_norm") or 0
+        return int(embeds) - int(embeds > 0 and self.config["objective"]["label_dropout"] > 0)
+
+    def text(self) -> str:
+        """Return the call of a pipeline where one fits, or a loop."""
+        loop = self._loop()
+        if loop is None:
+            return _fenced(self._call())
+        why, code = loop
+        return (
+            f"No pipeline of diffusers draws as this network was made for ({why}), so call the network and the "
+            f"scheduler, with no pipeline:\n\n{_fenced(code)}"
+        )
+
+    def _imports(self, *names: str) -> str:
+        module, name = self.network_class
+        own = ""
+        if module.startswith("atdiff"):
+            own = "from atdiff import MLP2DModel" if name == "MLP2DModel" else f"import {module}"
+            own += "  # so that diffusers knows the network\n"
+        return f"{own}import torch\nfrom diffusers import {', '.join(sorted(names))}\n"
+
+    def _call(self) -> str:
+        kind, swap, options = NoiseSchedule(self.scheduler).kind, "", ""
+        names = ["DiffusionPipeline"]
+        if not self.distilled and kind == "flow":
+            if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+                names.append("FlowMatchEulerDiscreteScheduler")
+                shift = flow_shift(self.scheduler)
+                swap = f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})\n"
+            swap += f"pipeline.scheduler.sigma_min = 1 / {self.steps}  # even steps, the last one to the image\n"
+        elif not self.distilled and kind == "edm" and type(self.scheduler).__name__ != "EDMEulerScheduler":
+            names.append("EDMEulerScheduler")
+            swap = "pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)\n"
+        elif not self.distilled and kind == "vp" and self.learns_variance:
+            names.append("DDPMScheduler")
+            swap = (
+                "pipeline.scheduler = DDPMScheduler.from_config(\n"
+                '    pipeline.scheduler.config, timestep_spacing="linspace"\n)\n'
+            )
+        elif not self.distilled and kind == "vp":
+            names = ["DDIMPipeline"]  # which makes a DDIMScheduler of the scheduler
+            options = ", use_clipped_model_output=True"
+        labels = f", class_labels=[i % {self.classes} for i in range({IMAGES})]" if self.classes else ""
+        if self.network["in_channels"] not in (1, 3):
+            options += ', output_type="np"'
+        return (
+            f"{self._imports(*names)}\n"
+            f'pipeline = {names[0]}.from_pretrained("{self.repo_id}")\n{swap}'
+            f"generators = {GENERATORS}\n"
+            f"images = pipeline(\n"
+            f"    batch_size={IMAGES}, num_inference_steps={self.steps}, generator=generators{labels}{options}\n"
+            f").images"
+        )
+
+    def _loop(self) -> tuple[str, str] | None:
+        """Return why no pipeline fits, and the loop to take its place; None where one does."""
+        kind = NoiseSchedule(self.scheduler).kind
+        is_dit = self.network_class[1] == "DiTTransformer2DModel"
+        if kind == "edm" and not self.distilled and isinstance(self.scheduler, CMStochasticIterativeScheduler):
+            euler = "EDMEulerScheduler.from_config(pipeline.scheduler.config)"
+            # It is told 250 log(sigma), as consistency models are.
+            return "it is told 1,000 times the timesteps of EDMEulerScheduler", self._loop_code(euler, times=1000)
+        if kind == "flow" and (self.classes or dynamic_mu(self.scheduler) is not None):
+            why = "class labels or a dynamic shift of a flow"
+            return why, self._loop_code(*self._flow_scheduler())
+        if kind == "vp" and self.classes and (is_dit or not (self.distilled or self.learns_variance)):
+            return "class labels, in steps of DDIM", self._loop_code(self._vp_scheduler())
+        if is_dit:
+            return "class labels of a transformer", self._loop_code("pipeline.scheduler")
+        return None
+
+    def _vp_scheduler(self) -> str:
+        if self.distilled:
+            return "pipeline.scheduler"
+        if self.learns_variance:
+            return 'DDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")'
+        return "DDIMScheduler.from_config(pipeline.scheduler.config)"
+
+    def _flow_scheduler(self) -> tuple[str, str]:
+        sigmas = f"sigmas=[1 - i / {self.steps} for i in range({self.steps})]"
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            return f"FlowMatchEulerDiscreteScheduler(shift={flow_shift(self.scheduler, self._tokens):g})", sigmas
+        mu = dynamic_mu(self.scheduler, self._tokens)
+        return "pipeline.scheduler", sigmas if mu is None else f"{sigmas}, mu={mu!r}"
+
+    @property
+    def _tokens(self) -> int:
+        return int((self.network["sample_size"] // (self.network.get("patch_size") or 2)) ** 2)
+
+    def _loop_code(self, scheduler: str, timesteps: str | None = None, times: int = 1) -> str:
+        name = scheduler.partition(".from_config")[0].partition("(")[0]
+        names = {"DiffusionPipeline", *([name] if name.endswith("Scheduler") else [])}
+        shape = f"{self.network['in_channels']}, {self.network['sample_size']}, {self.network['sample_size']}"
+        kind = NoiseSchedule(self.scheduler).kind
+        inputs = "scheduler.scale_model_input(x, t)" if kind == "edm" else "x"
+        t = f"{times} * t" if times != 1 else "t"
+        draws = name in ("DDPMScheduler", "pipeline.scheduler") and kind == "vp"
+        options = ", generator=generators" if draws else ""
+        options += ", use_clipped_model_output=True" if name == "DDIMScheduler" else ""
+        labels = f", class_labels=torch.arange({IMAGES}) % {self.classes}" if self.classes else ""
+        noise = " * scheduler.init_noise_sigma" if kind == "edm" else ""
+        return (
+            f"{self._imports(*names)}\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{self.repo_id}")  # to load the parts\n'
+            f"network, scheduler = pipeline.unet, {scheduler}\n"
+            f"scheduler.set_timesteps({timesteps or self.steps})\n"
+            f"generators = {GENERATORS}\n"
+            f"x = torch.cat([torch.randn(1, {shape}, generator=g) for g in generators]){noise}\n"
+            f"with torch.no_grad():\n"
+            f"    for t in scheduler.timesteps:\n"
+            f"        output = network({inputs}, ({t}).expand({IMAGES}){labels}).sample\n"
+            f"        x = scheduler.step(output, t, x{options}).prev_sample\n"
+            f"images = ((x + 1) / 2).clamp(0, 1)  # {IMAGES} tensors in [0, 1]"
+        )
+
+
+def _text_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any], repo_id: str) -> str:
+    """Return the call of a pipeline of latents."""
+    family = str(index["_class_name"])
+    part = "unet" if index.get("unet") else "transformer"
+    network = json.loads((folder / part / "config.json").read_text())
+    scheduler = _scheduler(folder, index)
+    names, swap = _few_steps(scheduler, family)
+    return (
+        f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{_absent(index)})\n{swap}'
+        f"{_text_call(config, family, scheduler, network)}"
+    )
+
+
+def _lora_code(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
+    """Return the call of the pipeline that adapters were trained on."""
+    base = config["training"]["init"]
+    index = _index_of(folder.parent)
+    family = str(index["_class_name"])
+    scheduler = _scheduler(folder)
+    names, swap = _few_steps(scheduler, family)
+    if isinstance(scheduler, LCMScheduler):
+        names, swap = (
+            {"LCMScheduler"},
+            f'pipeline.scheduler = LCMScheduler.from_pretrained("{repo_id}", subfolder="scheduler")\n',
+        )
+    return (
+        f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}"{_absent(index)})\n'
+        f'pipeline.load_lora_weights("{repo_id}")\n{swap}'
+        f"{_text_call(config, family, scheduler, UNTOLD)}"
+    )
+
+
+def _index_of(run: Path) -> Mapping[str, Any]:
+    """Return the ``model_index.json`` of the pipeline that a run started from, as far as its folder or the hub tell."""
+    source = run_config(str(run))["training"]["init"]
+    folder = Path(source).expanduser()
+    if folder.exists():
+        location = str(folder / "pipeline" if (folder / "config.yaml").is_file() else folder)
+    else:
+        location = hub_location(source, "model")
+    try:
+        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(location)
+    except Exception:  # of the hub and its network stack: the card can do without
+        return {"_class_name": "StableDiffusionPipeline"}
+    return index
+
+
+def _absent(index: Mapping[str, Any]) -> str:
+    """Return the parts that a pipeline lacks, as arguments of its loader."""
+    from atdiff.pipelines.families import absent_parts
+
+    return "".join(f", {part}=None" for part in absent_parts(index))
+
+
+def _few_steps(scheduler: Any, family: str) -> tuple[set[str], str]:  # noqa: ANN401
+    """Return what to import, and how to have the scheduler of a pipeline of latents make few steps."""
+    if isinstance(scheduler, LCMScheduler):
+        return set(), ""
+    if NoiseSchedule(scheduler).kind == "vp":
+        return {"DDIMScheduler"}, "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
+    if family == "FluxPipeline":  # which has even steps of its own
+        return set(), ""
+    return set(), f"pipeline.scheduler.sigma_min = 1 / {STEPS}  # even steps, the last one to the image\n"
+
+
+def _text_call(
+    config: Mapping[str, Any],
+    family: str,
+    scheduler: Any,  # noqa: ANN401
+    network: Mapping[str, Any],
+) -> str:
+    from atdiff.pipelines.families import FAMILIES, usual_guidance_scale  # imports transformers
+
+    made_for = SimpleNamespace(config=FrozenDict(network))
+    guidance = usual_guidance_scale(
+        config, FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]), made_for, scheduler
+    )
+    data = config["data"]
+    asked = list(data.get("captions") or [])
+    prompts = [asked[i % len(asked)] for i in range(IMAGES)] if asked else ["a photo"] * IMAGES
+    what = f"class_labels={list(range(IMAGES))}" if family == "DiTPipeline" else f"prompt={prompts!r}"
+    steps = 4 if isinstance(scheduler, LCMScheduler) else STEPS
+    options = ""
+    if family in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        size, tokens = data.get("image_size"), data.get("caption_tokens")
+        options += "" if size is None else f", height={size}, width={size}"
+        options += "" if tokens is None else f", max_sequence_length={tokens}"
+    return (
+        f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"
+        f"    num_inference_steps={steps}, guidance_scale={guidance:g}{options},\n"
+        f"    generator=generators,\n).images"
+    )

@@ -1,0 +1,274 @@
+"""Pictures of latent pipelines, one prompt a class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler
+from rich.progress import Progress
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families import DiT, Family, Flux, family_of, pixels_per_latent, usual_guidance_scale
+from atdiff.pipelines.model import Denoiser
+from atdiff.sampling.corrections import Correction
+from atdiff.sampling.generate import _check_request, _finished, image_generators
+from atdiff.sampling.schedulers import make_scheduler
+from atdiff.system.fingerprint import (
+    network_fingerprint,
+    scheduler_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+)
+from atdiff.system.processes import draw_in_turn, num_processes
+
+__all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
+
+PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
+
+PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImage(Denoiser):
+    """A run whose pipeline makes pictures of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
+
+    The classes of its pictures are its prompts, or of DiT numbers of classes. `model` is the network, which works on
+    latents.
+
+    Attributes:
+        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
+        guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
+            diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
+            <https://arxiv.org/abs/2210.03142>`_).
+    """
+
+    pipeline: Any
+    guidance_scale: float
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures in pixels."""
+        size = self.config.get("data", {}).get("image_size")
+        _, height, width = self.family.latent_shape(self.pipeline, size)
+        scale = pixels_per_latent(self.pipeline)
+        return self.pipeline.vae.config.in_channels, height * scale, width * scale
+
+    @property
+    def family(self) -> Family:
+        """What is peculiar to pipelines of that class."""
+        return family_of(self.pipeline)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The guidance scale, and which prompts."""
+        return {**super().recipe, "guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
+
+    def guided(self, scale: float) -> Self:
+        """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded.
+
+        Raises:
+            UserError: a scale that is negative or not finite, or a network that can have no guidance.
+        """
+        if not 0.0 <= scale < math.inf:
+            raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+        told = self.family.is_told_guidance(self.model)
+        if scale > 1 and not told and isinstance(self.family, Flux):
+            raise UserError(
+                f"{self.source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
+                f"schnell; leave out --guidance-scale {scale:g}."
+            )
+        # One name for no guidance, so that a figure of it is computed once.
+        return replace(self, guidance_scale=scale if told else max(scale, 1.0))
+
+    def fingerprints(self) -> dict[str, str]:
+        """See :meth:`atdiff.pipelines.model.Denoiser.fingerprints`; ``weights`` are of all parts, adapters too."""
+        parts = {name: part for name, part in sorted(self.pipeline.components.items()) if name != "scheduler"}
+        networks = {name: network_fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+        return {
+            "weights": settings_fingerprint(networks),
+            "scheduler": scheduler_fingerprint(self.scheduler),
+            "settings": self._settings_fingerprint(),
+        }
+
+    def _settings_fingerprint(self) -> str:
+        # Prompts and guidance are in the recipe of a figure, which tells figures apart.
+        tokenizers = [
+            tokenizer_fingerprint(part)
+            for name, part in sorted(self.pipeline.components.items())
+            if name.startswith("tokenizer") and part is not None
+        ]
+        flags = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int | float)}
+        tokens = self.config.get("data", {}).get("caption_tokens")
+        return settings_fingerprint(type(self.pipeline).__name__, flags, self.image_shape, tokens, tokenizers)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step takes the network twice, with the prompt and without."""
+        return self.family.is_guided(self.model, self.guidance_scale)
+
+    def evaluations(self, sampler: str, steps: int) -> int:
+        """Return how often a picture takes the network; see :meth:`atdiff.pipelines.model.Denoiser.evaluations`."""
+        return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
+
+    def check_corrections(self, corrections: Sequence[str]) -> None:
+        """Refuse all corrections: the pipeline makes its steps itself.
+
+        Raises:
+            UserError: one of ``corrections`` is not ``none``.
+        """
+        if asked := [correction for correction in corrections if correction != "none"]:
+            raise UserError(
+                f"the correction {asked[0]} cannot be applied to {self.source}: a text-to-image pipeline makes its "
+                "steps itself; leave it out."
+            )
+
+    def class_labels(self, num: int, label: int | None = None) -> Tensor:
+        """Return the index of the prompt of each of ``num`` pictures, all in turn or ``label`` for each.
+
+        Raises:
+            UserError: no prompts are known, or there is no such prompt.
+        """
+        if not self.prompts:
+            raise UserError(
+                f"{self.source} is a text-to-image pipeline that comes without prompts: give --prompts, a text file of "
+                "one prompt a line."
+            )
+        if label is None:
+            return torch.arange(num) % len(self.prompts)
+        if not 0 <= label < len(self.prompts):
+            raise UserError(f"class label {label} is not one of {self.source}'s prompts, 0 to {len(self.prompts) - 1}.")
+        return torch.full((num,), label)
+
+    def _names(self) -> Sequence[str]:
+        """The classes of a DiT, or the prompts."""
+        return super()._names() if isinstance(self.family, DiT) else self.prompts
+
+    def pictures(
+        self,
+        *,
+        sampler: str,
+        steps: int,
+        num: int,
+        seed: int,
+        batch_size: int = 256,
+        label: int | None = None,
+        correction: Correction | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[Tensor]:
+        """Return batches of images as :meth:`atdiff.pipelines.model.Denoiser.pictures` does, drawn by the pipeline.
+
+        Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
+
+        Raises:
+            UserError: an option is out of range or does not fit the network, no prompts are known, or a correction is
+                given.
+            FloatingPointError: the pictures are not finite.
+        """
+        self.check_corrections([] if correction is None else [type(correction).__name__])
+        labels = self.class_labels(max(num, 0), label)
+        _check_request(self.model, num, self.image_shape, batch_size, labels)
+        image_generators(seed, [num - 1])
+        self.evaluations(sampler, steps)
+        if device is not None:
+            self.pipeline.to(device)
+        return self._drawn(sampler, steps, labels, seed, batch_size, progress)
+
+    def _drawn(
+        self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
+    ) -> Iterator[Tensor]:
+        num, (_, height, width) = len(labels), self.image_shape
+        most = min(batch_size, max(1, PIXELS // (height * width)))
+        self.pipeline.set_progress_bar_config(disable=True)
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task(f"{sampler}, {steps} steps", total=num)
+
+            def draw(indices: range) -> Tensor:
+                # A fresh one each time: schedulers remember their last steps.
+                self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
+                images = self.pipeline(
+                    **self._embedded(labels[indices.start : indices.stop]),
+                    **({} if isinstance(self.family, DiT) else {"height": height, "width": width}),
+                    num_inference_steps=steps,
+                    guidance_scale=self.guidance_scale,
+                    generator=image_generators(seed, indices),
+                    output_type="pt",
+                ).images
+                bar.advance(task, len(indices) * num_processes())
+                if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
+                    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                return _finished(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
+
+            yield from draw_in_turn(num, most, draw)
+
+    @torch.no_grad()
+    def _embedded(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
+        used, places = labels.unique(return_inverse=True)
+        tables = self.family.call_options(
+            self.pipeline,
+            [self.prompts[int(label)] for label in used],
+            self.is_guided,
+            self.config.get("data", {}).get("caption_tokens"),
+        )
+        rows = {name: table[places.to(table.device)] for name, table in tables.items()}
+        # Class labels are asked for as a list.
+        return {name: row if row.is_floating_point() else row.tolist() for name, row in rows.items()}
+
+
+def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> TextToImage:  # noqa: ANN401
+    """Return the run of a loaded text-to-image pipeline.
+
+    Args:
+        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
+        source: the run, as the user named it.
+        config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are
+            those of the folder's ``prompts.txt``) and the guidance scale (``consistency.sample_guidance``, or
+            ``sampling.guidance_scale``; else it is the usual one, within the range that a distilled network was told,
+            and 1 for one that was distilled and not told); empty for others.
+    """
+    captions = config.get("data", {}).get("captions") or ()
+    file = Path(source) / PROMPTS_FILE
+    if config and not captions and file.is_file():
+        captions = file.read_text(encoding="utf-8").splitlines()
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network)
+    if not captions and isinstance(family, DiT):
+        captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
+    guidance_scale = usual_guidance_scale(config, family, network, pipeline.scheduler)
+    said = (config.get("consistency") or {}).get("sample_guidance")
+    made_for_one = isinstance(pipeline.scheduler, LCMScheduler) and (
+        family.usual_guidance(network, pipeline.scheduler) == 1.0
+    )
+    if said is not None and made_for_one and guidance_scale > 1.0:
+        warnings.warn(
+            f"{source} was distilled with guidance and takes no scale as input, so "
+            f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
+            "--guidance-scale 1 draws without.",
+            stacklevel=2,
+        )
+    return TextToImage(
+        network,
+        pipeline.scheduler,
+        source,
+        config,
+        tuple(captions),
+        pipeline=pipeline,
+        guidance_scale=guidance_scale,
+    )
+
+
+def prompts_name(prompts: Sequence[str]) -> str:
+    """Return how many prompts these are, and a short hash of them, for the recipe of a figure."""
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    return f"{len(prompts)} (sha256 {digest[:12]})"

@@ -1,0 +1,503 @@
+"""Comparison of training arms at equal compute, paired over seeds.
+
+Every arm of a seed starts from the same base model and is evaluated with the same sampling seeds, so an arm
+is judged by its ratio to the baseline *within* a seed; what a seed does to both cancels.
+
+For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of the baseline on the ``m`` seeds
+that both have, and ``r_i = log(a_i / b_i)``:
+
+* ``change = exp(mean(r)) - 1``, the geometric mean of the ratios, in percent;
+* its interval ``exp(mean(r) +- t_{m-1} * std(r) / sqrt(m)) - 1``, Student's t, ``std`` with ``m - 1``; or that of the
+  bootstrap: percentiles of ``mean(r)`` over 9,999 resamples of the seeds (B. Efron, R. Tibshirani, An Introduction to
+  the Bootstrap, 1993, section 13.3; by :func:`scipy.stats.bootstrap`);
+* ``p_value``: the two-sided paired t test of ``mean(r) = 0``, with either interval.
+
+The interval of an arm's mean is of the same kind, over all ``n`` seeds of that arm.  Holm's step-down correction
+(S. Holm, Scandinavian Journal of Statistics 6, 1979) is taken over the cells of one arm.
+
+A *correction* of the sampler (epsilon scaling, time shift) is another column of cells: an arm with it is compared with
+the baseline with the same one, and with the baseline without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from atdiff.core.errors import UserError
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "LOWER_IS_BETTER",
+    "CorrectedRow",
+    "Row",
+    "compare",
+    "compare_corrected",
+    "conclusions",
+    "corrected_conclusions",
+    "correction_label",
+    "corrections_of",
+    "holm",
+    "interval_label",
+    "metric_label",
+    "percent",
+    "scores",
+    "winners",
+]
+
+LOWER_IS_BETTER = frozenset(
+    {"fd", "fid", "sfid", "kid", "fd_dinov2", "clip_fid", "sliced_wasserstein", "energy", "mse"}
+)
+HIGHER_IS_BETTER = frozenset(
+    {"precision", "recall", "coverage", "density", "isc", "accuracy", "clip_score", "label_accuracy", "on_mode"}
+)
+LABELS = {
+    "fd": "FD", "fid": "FID", "sfid": "sFID", "kid": "KID", "fd_dinov2": "FD-DINOv2", "clip_fid": "CLIP-FID",
+    "sliced_wasserstein": "sliced Wasserstein distance", "energy": "energy distance", "mse": "MSE", "isc": "IS",
+    "clip_score": "CLIP score", "label_accuracy": "label accuracy", "on_mode": "share on a mode",
+}  # fmt: skip
+NO_CORRECTION = "none"
+INTERVALS = ("t", "bootstrap")
+RESAMPLES = 9_999
+# Percentile intervals of m seeds are narrower than they should be by more than sqrt((m - 1) / m).
+FEW_SEEDS = 5
+
+Verdict = Literal["better", "worse", "unclear", "baseline"]
+Setting = tuple[str, int]  # sampler and number of steps
+Values = dict[Any, float]  # by seed
+Column = dict[tuple[str, Setting], Values]  # the cells of one correction, by arm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in one cell: see the module for the formulas; changes are in percent, unknown figures nan."""
+
+    arm: str
+    sampler: str
+    steps: int
+    metric: str
+    n: int  # seeds of the arm
+    pairs: int  # seeds shared with the baseline
+    mean: float
+    half_width: float
+    minimum: float  # the best seed: the maximum of a metric that should rise
+    change: float
+    change_low: float
+    change_high: float
+    p_value: float
+    p_holm: float
+    verdict: Verdict
+    confidence: float
+    interval: str = "t"
+    correction: str = NO_CORRECTION
+
+    @property
+    def setting(self) -> Setting:
+        """The sampler and the number of steps."""
+        return self.sampler, self.steps
+
+
+@dataclass(frozen=True)
+class CorrectedRow:
+    """One arm with one correction in one cell.
+
+    Attributes:
+        row: against the baseline with the same correction.
+        uncorrected: the same figures against the baseline without correction; for the baseline itself with a
+            correction this is what the correction alone changes.
+        values: of the correction, as a search chose them, lowest first; none where nothing was searched.
+    """
+
+    row: Row
+    uncorrected: Row
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Design:
+    """What all the rows of a comparison share."""
+
+    metric: str
+    confidence: float
+    interval: str
+    correction: str
+
+
+def compare(
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    baseline: str = "plain",
+    metric: str = "fd",
+    confidence: float = 0.95,
+    interval: str = "t",
+    correction: str = NO_CORRECTION,
+) -> list[Row]:
+    """Compare every arm with the baseline in every cell of one correction, paired over seeds.
+
+    ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that side of zero.  One
+    shared seed gives no interval, hence ``unclear``; so does a value that is not positive and finite (a diverged
+    arm), which is kept rather than dropped.
+
+    Args:
+        cells: with ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``, and ``correction`` where there is one;
+            where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed.
+        baseline: an arm.
+        metric: of the cells, and of :data:`LOWER_IS_BETTER` or :data:`HIGHER_IS_BETTER`.
+        confidence: of the intervals, between 0 and 1.
+        interval: ``t`` or ``bootstrap``.  Under 5 seeds bootstrap intervals are too narrow, which ``conclusions``
+            says; p-values are those of the paired t test with either.
+        correction: as the cells spell it; both the arms' and the baseline's.
+
+    Returns:
+        Rows arm by arm, the baseline first, then by sampler and steps.
+
+    Raises:
+        UserError: an absent baseline or correction, an unknown interval, a metric that no cell holds or whose good
+            direction is unknown, a cell given twice, or arms evaluated under different conditions.
+    """
+    _check_options(confidence, interval)
+    columns = _tabulate(cells, metric)
+    if correction not in columns:
+        known = ", ".join(map(repr, columns))
+        raise UserError(f"no cell has the correction {correction!r}, expected one of {known}: evaluate with it.")
+    table = columns[correction]
+    _check_baseline(baseline, table)
+    return _rows(table, table, baseline, _Design(metric, confidence, interval, correction))
+
+
+def compare_corrected(
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    baseline: str = "plain",
+    metric: str = "fd",
+    confidence: float = 0.95,
+    interval: str = "t",
+) -> list[CorrectedRow]:
+    """Compare every arm in every cell with every correction, against the baseline with the same one and without.
+
+    A search of the correction's value (``epsilon-scaling:search``) is one correction, whatever the value that it chose
+    for a cell, which the cell holds as ``correction_value``.
+
+    Args, order of the rows and errors: as :func:`compare`, correction by correction, none first.
+    """
+    _check_options(confidence, interval)
+    columns = _tabulate(cells, metric)
+    chosen: dict[tuple[str, str, Setting], set[float]] = {}
+    for cell in cells:
+        if cell.get("correction_value") is not None:
+            key = (_correction(cell), cell["arm"], (cell["sampler"], int(cell["steps"])))
+            chosen.setdefault(key, set()).add(float(cell["correction_value"]))
+    found = []
+    for correction, table in columns.items():
+        _check_baseline(baseline, table)
+        design = _Design(metric, confidence, interval, correction)
+        same = _rows(table, table, baseline, design)
+        other = _rows(table, columns.get(NO_CORRECTION, {}), baseline, design)
+        for row, uncorrected in zip(same, other, strict=True):
+            values = sorted(chosen.get((correction, row.arm, row.setting), ()))
+            found.append(CorrectedRow(row, uncorrected, tuple(values)))
+    return found
+
+
+def corrections_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The corrections of the cells as they spell them, without correction first; a cell that names none has none."""
+    found = dict.fromkeys(_correction(cell) for cell in cells)
+    return sorted(found, key=lambda name: name != NO_CORRECTION)
+
+
+def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
+    """The best mean of each cell among the arms whose change is clear of zero, else None."""
+    best: dict[Setting, Row | None] = {}
+    for row in rows:
+        leader = best.setdefault(row.setting, None)
+        if row.verdict == "better" and (leader is None or _sign(row.metric) * (row.mean - leader.mean) < 0):
+            best[row.setting] = row
+    return {setting: None if row is None else row.arm for setting, row in best.items()}
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """What holds and what does not, in words: on the seeds, on each arm, and on the winners."""
+    baselines = [row for row in rows if row.verdict == "baseline"]
+    if not baselines:
+        raise UserError("the rows hold no baseline: pass all the rows that compare() returned.")
+    baseline = baselines[0].arm
+    arms = list(dict.fromkeys(row.arm for row in rows if row.arm != baseline))
+    prefix = _prefix(rows)
+    said = [prefix + _arm_sentence([row for row in rows if row.arm == arm], arm, baseline) for arm in arms]
+    if arms and any(row.pairs > 1 for row in rows if row.arm != baseline):
+        sentence = _winners_sentence(rows, baseline)
+        said.append(prefix + sentence[0].lower() + sentence[1:] if prefix else sentence)
+    return [_seeds_sentence(rows), *said]
+
+
+def scores(rows: Sequence[Row]) -> str:
+    """In how many cells each arm is clearly better and worse than the baseline, in one sentence."""
+    judged = [row for row in rows if row.verdict != "baseline"]
+    if max((row.pairs for row in judged), default=0) < 2:
+        return "One seed gives no interval, so no difference is clear."
+    baseline = next(row.arm for row in rows if row.verdict == "baseline")
+    counts = []
+    for arm in dict.fromkeys(row.arm for row in judged):
+        verdicts = [row.verdict for row in judged if row.arm == arm]
+        counts.append(f"{arm} {verdicts.count('better')} / {verdicts.count('worse')}")
+    prefix, cells = _prefix(rows), len({row.setting for row in rows})
+    text = f"ells of {cells} where {metric_label(rows[0].metric)} is clearly better / worse than {baseline}'s: "
+    return f"{prefix}{'c' if prefix else 'C'}{text}{'; '.join(counts)}."
+
+
+def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
+    """What holds with each correction, in words: what it alone does to the baseline, then each arm with it on both."""
+    said = []
+    for correction in corrections_of([vars(one.row) for one in rows]):
+        mine = [one for one in rows if one.row.correction == correction]
+        if correction == NO_CORRECTION:
+            continue
+        baseline = mine[0].row.arm
+        alone = [one.uncorrected for one in mine if one.row.arm == baseline]
+        if any(row.pairs for row in alone):
+            subject = f"{baseline} with {correction_label(correction)}"
+            said.append(_arm_sentence(alone, subject, f"{baseline} without"))
+        said += conclusions([one.row for one in mine])[1:]
+    return said
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan is no member of m."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # nan sorts last
+    adjusted = np.full(p.shape, math.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return [float(value) for value in adjusted]
+
+
+def percent(value: float) -> str:
+    """A signed change in percent with a true minus sign: ``−31%``, ``+4.2%``, ``>999%``."""
+    if math.isnan(value):
+        return "n/a"
+    if value >= 999.5:
+        return ">999%"
+    text = f"{value:+.1f}%" if abs(value) < 9.95 else f"{value:+.0f}%"
+    return text.replace("-", "−")
+
+
+def metric_label(metric: str) -> str:
+    """The name of a metric as printed."""
+    return LABELS.get(metric, metric)
+
+
+def correction_label(correction: str) -> str:
+    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
+    if correction == NO_CORRECTION:
+        return "no correction"
+    family, _, value = correction.partition(":")
+    return f"searched {family}" if value == "search" else f"{family} {value.replace(':', ', ')}".rstrip()
+
+
+def interval_label(row: Row) -> str:
+    """The kind of the intervals as printed: ``95% t interval``, ``95% bootstrap interval``."""
+    return f"{100 * row.confidence:g}% {row.interval} interval"
+
+
+def _sign(metric: str) -> int:
+    return -1 if metric in HIGHER_IS_BETTER else 1
+
+
+def _correction(cell: Mapping[str, Any]) -> str:
+    return str(cell.get("correction", NO_CORRECTION))
+
+
+def _check_options(confidence: float, interval: str) -> None:
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
+    if interval not in INTERVALS:
+        raise UserError(f"interval {interval!r} is unknown, expected {' or '.join(INTERVALS)}.")
+
+
+def _check_baseline(baseline: str, table: Column) -> None:
+    arms = dict.fromkeys(arm for arm, _ in table)
+    if baseline not in arms:
+        raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
+
+
+def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Column]:
+    """Values by correction, none first, then by arm and setting, then by seed."""
+    known = LOWER_IS_BETTER | HIGHER_IS_BETTER
+    if metric not in known:
+        raise UserError(f"metric {metric!r} is not known, expected one of {', '.join(sorted(known))}.")
+    columns: dict[str, Column] = {}
+    conditions: dict[tuple[Setting, Any], tuple[Any, Any]] = {}
+    for cell in cells:
+        if metric not in cell["metrics"]:
+            continue
+        setting, seed, correction = (cell["sampler"], int(cell["steps"])), cell["seed"], _correction(cell)
+        where = f"arm {cell['arm']!r}, seed {seed}, {setting[0]} {setting[1]}, {correction_label(correction)}"
+        values = columns.setdefault(correction, {}).setdefault((cell["arm"], setting), {})
+        if seed in values:
+            raise UserError(f"{where} is given twice, expected one value per cell: drop one of the two.")
+        condition = (cell.get("num"), cell.get("sample_seed"))
+        shared = conditions.setdefault((setting, seed), condition)
+        if condition != shared:
+            raise UserError(
+                f"{where} was evaluated with (num, sample_seed) {condition} but another arm with {shared}: "
+                "evaluate all arms alike."
+            )
+        value = cell["metrics"][metric]
+        values[seed] = math.nan if value is None else float(value)
+    if not columns:
+        raise UserError(f"no cell holds the metric {metric!r}: evaluate with it or name another one.")
+    return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}
+
+
+def _rows(table: Column, references: Column, baseline: str, design: _Design) -> list[Row]:
+    """Rows of every arm of a table, against the baseline's values in ``references``, with Holm over each arm's."""
+    arms = list(dict.fromkeys(arm for arm, _ in table))
+    arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
+    samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
+    settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
+    rows: list[Row] = []
+    for arm in arms:
+        family = [
+            _baseline_row(arm, setting, table[arm, setting], design)
+            if arm == baseline and references is table
+            else _row(arm, setting, table[arm, setting], references.get((baseline, setting), {}), design)
+            for setting in settings
+            if (arm, setting) in table
+        ]
+        adjusted = holm([row.p_value for row in family])
+        rows += [replace(row, p_holm=p) for row, p in zip(family, adjusted, strict=True)]
+    return rows
+
+
+def _estimate(values: Sequence[float] | np.ndarray, design: _Design) -> tuple[float, float, float, float]:
+    """Mean, the ends of its interval, and the two-sided p-value of a t test of zero mean."""
+    values = np.sort(np.asarray(values, dtype=float))  # resamples do not depend on the order of the seeds
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
+    with np.errstate(invalid="ignore"):  # a diverged seed: infinite mean, unknown spread
+        mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    if not math.isfinite(error):
+        return mean, math.nan, math.nan, math.nan
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1)) if error else float(mean == 0)
+    if design.interval == "bootstrap":
+        low, high = stats.bootstrap(
+            (values,), np.mean, n_resamples=RESAMPLES, confidence_level=design.confidence, method="percentile",
+            random_state=0,
+        ).confidence_interval  # fmt: skip
+        return mean, float(low), float(high), p_value
+    half_width = float(stats.t.ppf((1 + design.confidence) / 2, len(values) - 1)) * error
+    return mean, mean - half_width, mean + half_width, p_value
+
+
+def _row(arm: str, setting: Setting, values: Values, base: Values, design: _Design) -> Row:
+    seeds = [seed for seed in values if seed in base]
+    pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
+    usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
+    *ends, p_value = _estimate(np.log(pairs[:, 0] / pairs[:, 1]) if usable else [], design)
+    with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
+        change, low, high = (float(end) for end in 100 * np.expm1(ends))
+    bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))
+    verdict: Verdict = "better" if bounds[1] < 0 else "worse" if bounds[0] > 0 else "unclear"
+    alone = _baseline_row(arm, setting, values, design)
+    return replace(
+        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict
+    )
+
+
+def _baseline_row(arm: str, setting: Setting, values: Values, design: _Design) -> Row:
+    mean, low, high, _ = _estimate(list(values.values()), design)
+    best = max if design.metric in HIGHER_IS_BETTER else min
+    return Row(
+        arm,
+        *setting,
+        metric=design.metric,
+        n=len(values),
+        pairs=len(values),
+        mean=mean,
+        half_width=(high - low) / 2,
+        minimum=best((value for value in values.values() if math.isfinite(value)), default=math.nan),
+        change=0.0,
+        change_low=0.0,
+        change_high=0.0,
+        p_value=math.nan,
+        p_holm=math.nan,
+        verdict="baseline",
+        confidence=design.confidence,
+        interval=design.interval,
+        correction=design.correction,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _prefix(rows: Sequence[Row]) -> str:
+    correction = rows[0].correction
+    return "" if correction == NO_CORRECTION else f"With {correction_label(correction)} on both, "
+
+
+def _seeds_sentence(rows: Sequence[Row]) -> str:
+    pairs = sorted({row.pairs for row in rows if row.verdict != "baseline"} or {row.n for row in rows})
+    cells = len({row.setting for row in rows})
+    seeds = str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+    scope = f"{seeds} seed{'' if pairs[-1] == 1 else 's'}, {_count(cells, 'cell')} (sampler and steps)"
+    if pairs[-1] < 2:
+        return f"{scope}: one seed gives no interval, so every change below is a lead and not a result."
+    said = f"{scope}: a difference counts where the {interval_label(rows[0])} of the paired change is clear of zero."
+    if rows[0].interval == "bootstrap":
+        said += " p-values, and so Holm's correction, are those of the paired t test."
+        if pairs[0] < FEW_SEEDS:
+            said += f" Bootstrap intervals of fewer than {FEW_SEEDS} seeds are too narrow: read them as leads."
+    return said
+
+
+def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
+    """Gains first, then losses with the cells they are in, then what is open."""
+    metric = rows[0].metric
+    changes = [row.change for row in rows if not math.isnan(row.change)]
+    span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "no change known"
+    if max(row.pairs for row in rows) < 2:
+        return f"{arm}: {metric_label(metric)} changes by {span} against {baseline}; not testable."
+    better, worse = ([row for row in rows if row.verdict == verdict] for verdict in ("better", "worse"))
+    clear = better + worse
+    if not clear:
+        return (
+            f"{arm} makes no clear difference to {metric_label(metric)} against {baseline} in any of "
+            f"{_count(len(rows), 'cell')} (estimates {span})."
+        )
+    gain, loss = ("raises", "lowers") if metric in HIGHER_IS_BETTER else ("lowers", "raises")
+    kept = sum(row.p_holm < 1 - row.confidence for row in clear)
+    return (
+        f"{arm} {gain} {metric_label(metric)} against {baseline} in {len(better) or 'none'} of "
+        f"{_count(len(rows), 'cell')}{_listed(better)}, {loss} it in {len(worse) or 'none'}{_listed(worse)}; "
+        f"{len(rows) - len(clear) or 'none'} unclear. Holm's correction over its cells leaves "
+        f"{kept or 'none'} of {len(clear)}."
+    )
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    """The cells by name where they are few, else their range of changes, in brackets."""
+    if not rows:
+        return ""
+    if len(rows) <= 3:
+        return " (" + ", ".join(f"{row.sampler} {row.steps}: {percent(row.change)}" for row in rows) + ")"
+    low, high = min(rows, key=lambda row: row.change), max(rows, key=lambda row: row.change)
+    return (
+        f" ({percent(low.change)} on {low.sampler} {low.steps} to "
+        f"{percent(high.change)} on {high.sampler} {high.steps})"
+    )
+
+
+def _winners_sentence(rows: Sequence[Row], baseline: str) -> str:
+    best = list(winners(rows).values())
+    won = {arm: best.count(arm) for arm in dict.fromkeys(best) if arm is not None}
+    if not won:
+        return f"No arm is clearly better than {baseline} in any cell."
+    ranked = sorted(won.items(), key=lambda item: -item[1])
+    text = "Winners by cell: " + ", ".join(f"{arm} {count}" for arm, count in ranked)
+    return text + (f"; in {best.count(None)} no arm is clearly better than {baseline}." if None in best else ".")

@@ -1,0 +1,1 @@
+"""Recipes, and the comparison of their arms at equal compute."""

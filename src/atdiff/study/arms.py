@@ -1,0 +1,103 @@
+"""Which runs are compared as which arms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+from atdiff.system.locate import run_config
+
+__all__ = ["ArmRun", "check_arms", "find_runs"]
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """A run and its place in a comparison; ``weights`` are the local files of extractors that its study was given."""
+
+    arm: str
+    seed: int
+    run: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def compute(self) -> tuple[int, int] | None:
+        """Passes and images a pass, where they are known."""
+        training = self.config.get("training")
+        return training and (training["passes"], training["batch_size"])
+
+
+def find_runs(words: Sequence[str]) -> list[ArmRun]:
+    """Return the runs that a user named, each with its arm and its training seed.
+
+    Args:
+        words: ``RUN`` or ``ARM=RUN``, a training folder, pipeline folder or hub id; or the folder of a study, which
+            stands for all runs of its arms. Without ``ARM=`` an arm is called after its folder, less a seed at the
+            end of the name.
+
+    Raises:
+        UserError: two runs have the same arm and seed.
+    """
+    found: list[ArmRun] = []
+    for word in words:
+        arm, _, run = word.rpartition("=")
+        folder = Path(run)
+        if (folder / "study.json").is_file():
+            found += _runs_of_study(folder)
+            continue
+        config = run_config(run)
+        seed = config.get("training", {}).get("seed", 0)
+        found.append(ArmRun(arm or _arm_of(folder.name, seed), seed, run, config))
+    places: dict[tuple[str, int], str] = {}
+    for one in found:
+        other = places.setdefault((one.arm, one.seed), one.run)
+        if other != one.run:
+            raise UserError(
+                f"{other} and {one.run} are both arm {one.arm!r} with seed {one.seed}: name their arms, as in "
+                f"first={other} second={one.run}."
+            )
+    return list({(one.arm, one.seed): one for one in found}.values())
+
+
+def _arm_of(name: str, seed: int) -> str:
+    return re.sub(rf"[-_.]?(seed)?[-_.]?{seed}$", "", name) or name
+
+
+def _runs_of_study(folder: Path) -> list[ArmRun]:
+    study = json.loads((folder / "study.json").read_text())["recipe"]["study"]
+    weights = {name: Path(file) for name, file in (study.get("weights") or {}).items()}
+    runs = [(arm, seed, str(folder / f"seed-{seed}" / arm)) for seed in study["seeds"] for arm in study["arms"]]
+    return [ArmRun(arm, seed, run, run_config(run), weights) for arm, seed, run in runs]
+
+
+def check_arms(
+    runs: Sequence[ArmRun], baseline: str | None = None, *, unequal_passes: bool = False
+) -> tuple[list[str], str]:
+    """Return the names of the arms in order, and that of the baseline.
+
+    Raises:
+        UserError: fewer than two arms, no such baseline, or unequal compute.
+    """
+    arms = list(dict.fromkeys(one.arm for one in runs))
+    baseline = baseline or ("plain" if "plain" in arms else arms[0])
+    if len(arms) < 2 or baseline not in arms:
+        raise UserError(f"the arms are {', '.join(arms)} and the baseline {baseline!r}: name two arms or more.")
+    if not unequal_passes:
+        _check_compute(runs)
+    return arms, baseline
+
+
+def _check_compute(runs: Sequence[ArmRun]) -> None:
+    known = [one for one in runs if one.compute]
+    for one in known[1:]:
+        if one.compute != known[0].compute:
+            (passes, batch), (others, other_batch) = known[0].compute, one.compute  # type: ignore[misc]
+            raise UserError(
+                f"{known[0].run} had {passes:,} passes of {batch} images and {one.run} {others:,} of {other_batch}: "
+                "compare arms at equal compute, or add --unequal-passes."
+            )

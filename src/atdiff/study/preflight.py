@@ -1,0 +1,195 @@
+"""What a command line shows to be wrong before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from atdiff.core.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
+from atdiff.core.errors import UserError
+from atdiff.core.specs import parse_correction
+from atdiff.study.recipe import Recipe, resolve
+from atdiff.system.files import LOCK
+from atdiff.system.locate import check_data, check_hub, check_run, check_weights, run_config
+from atdiff.system.pipeline_files import check_variant
+from atdiff.training.config import TrainConfig
+from atdiff.training.folder import open_run
+
+__all__ = [
+    "check_drawing",
+    "check_measured",
+    "check_metrics_of",
+    "check_runs",
+    "check_study",
+    "check_train",
+]
+
+# The networks that metrics need beside the extractor.
+NETWORKS = {"sfid": "inception-v3-spatial", "fd_dinov2": "dinov2-vit-l-14", "clip_fid": "clip-vit-b-32"}
+IN_EXTRACTOR = {"fid", "kid", "isc", "prc"}
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+
+
+def check_train(config: TrainConfig, out: Path) -> None:
+    """Find a folder in use, and images or pipelines that are not there.
+
+    Raises:
+        UserError: as :func:`open_run`, :func:`check_data` and :func:`check_run`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # Of many, the main one makes the folder while others look.
+        open_run(out, config, look_only=True)
+    check_data(config.data.name)
+    for source in (config.training.init, config.consistency.teacher):
+        if source is not None:
+            check_run(source)
+            check_variant(source, config.model.variant)
+
+
+def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
+    """Find what is wrong with the settings of any arm, with the evaluation, or with the folder.
+
+    Raises:
+        UserError: the recipe has no arms, or the folder holds something else; or as :func:`resolve`,
+            :func:`check_drawing`, :func:`check_data` and :func:`check_run`.
+    """
+    if not recipe.arms:
+        raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
+    study = recipe.study
+    check_drawing(samplers=study.samplers, steps=study.steps, num=study.num, corrections=study.corrections)
+    _check_metrics(study.metrics)
+    _check_extractor(study.extractor)
+    if (
+        not (out / "study.json").is_file()
+        and out.exists()
+        and (not out.is_dir() or any(one.name != LOCK for one in out.iterdir()))
+    ):
+        raise UserError(f"{out} is in use and holds no study; choose another --out.")
+    configs = [resolve(recipe, None, list(overrides))]
+    check_data(configs[0].data.name)
+    configs += [resolve(recipe, arm, list(overrides)) for arm in study.arms]
+    # The arms of a recipe with a base start from that.
+    for config in configs[:1] if recipe.finetune else configs[1:]:
+        if config.training.init is not None:
+            check_run(config.training.init)
+
+
+def check_drawing(
+    *,
+    samplers: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    num: int | None = None,
+    seeds: Sequence[int] = (),
+    corrections: Sequence[str] = (),
+    precision: str = "no",
+    guidance_scale: float | None = None,
+) -> None:
+    """Find samplers and corrections that do not exist, and numbers out of range.
+
+    Raises:
+        UserError: one of them.
+    """
+    for sampler in samplers:
+        if sampler not in SAMPLERS:
+            near = difflib.get_close_matches(sampler, SAMPLERS, n=3, cutoff=0.5) or SAMPLERS
+            raise UserError(f"sampler {sampler!r} is unknown; did you mean {' or '.join(near)}?")
+    for name, values, least in (("steps", steps, 1), ("num", [num], 1), ("seed", seeds, 0)):
+        for value in values:
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be {least} or more.")
+    for correction in corrections:
+        parse_correction(correction)
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+    if guidance_scale is not None and not 0.0 <= guidance_scale < math.inf:
+        raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+
+
+def check_runs(
+    runs: Sequence[str], data: str | None = None, *, with_data: bool = True, variant: str | None = None
+) -> None:
+    """Find runs that are not there, and the images that they are measured against.
+
+    Args:
+        runs: training folders, pipeline folders or hub ids.
+        data: the data set that the user named; None for what each run was trained on.
+        with_data: whether the images are needed at all.
+        variant: of the weights of pipelines that the user asked for.
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
+    for run in runs:
+        check_run(run)
+        check_variant(run, variant)
+    if not with_data:
+        return
+    trained_on = (data or (run_config(run).get("data") or {}).get("name") for run in runs)
+    for name in dict.fromkeys(trained_on):
+        if name is not None:
+            check_data(str(name))
+
+
+def check_metrics_of(
+    metrics: Sequence[str],
+    extractor: str,
+    weights: Mapping[str, Path],
+    *,
+    with_networks: bool = True,
+    with_prompts: bool = False,
+) -> None:
+    """Find metrics and extractors that do not exist, and weights that are not there.
+
+    Args:
+        metrics: names of metrics.
+        extractor: whose features most of them use.
+        weights: files that the user named, by extractor.
+        with_networks: whether the networks are needed at all.
+        with_prompts: whether the user gave prompts, without which ``clip_score`` is refused later on.
+
+    Raises:
+        UserError: one of them; or weights that would have to be downloaded, and cannot be.
+    """
+    _check_metrics(metrics)
+    _check_extractor(extractor)
+    for name, path in weights.items():
+        if name in (*EXTRACTORS, "clip-score") and not path.exists():
+            raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file or folder.")
+    if not with_networks:
+        return
+    needed = [NETWORKS[metric] for metric in metrics if metric in NETWORKS]
+    needed += [extractor] if IN_EXTRACTOR & set(metrics) else []
+    for network in needed:
+        given = network in weights or (network == NETWORKS["sfid"] and "inception-v3-compat" in weights)
+        if not given:
+            check_weights(network)
+    if "clip_score" in metrics and with_prompts and "clip-score" not in weights:
+        check_hub(CLIP_MODEL, "model", where="as --weights clip-score=FOLDER")
+
+
+def check_measured(norm: str, target: str) -> None:
+    """Find a norm or a target that does not exist.
+
+    Raises:
+        UserError: one of them.
+    """
+    for name, value, kind in (("norm", norm, Norm), ("target", target, Target)):
+        valid: Any = get_args(kind)
+        if value not in valid:
+            raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
+
+
+def _check_metrics(metrics: Sequence[str]) -> None:
+    for metric in metrics:
+        if metric not in METRICS:
+            near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown metric {metric!r}: did you mean {near!r}?")
+
+
+def _check_extractor(name: str) -> None:
+    if name not in EXTRACTORS:
+        near = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown feature extractor {name!r}: did you mean {near!r}?")

@@ -1,0 +1,349 @@
+"""A whole comparison: base models, arms at equal passes, metrics, table, pictures, report."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from atdiff.core.errors import UserError
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs, read_cells, versions
+from atdiff.metrics.features.extractors import make_extractor
+from atdiff.pipelines.model import load_denoiser, run_config
+from atdiff.study.preflight import check_study
+from atdiff.study.recipe import Recipe, StudyConfig, resolve
+from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
+from atdiff.system.allocator import keep_freed_memory
+from atdiff.system.files import write_json
+from atdiff.system.locks import one_writer
+from atdiff.training.card import write_card
+from atdiff.training.config import TrainConfig
+from atdiff.training.folder import open_run
+from atdiff.training.loop import make_trainer, train
+
+__all__ = ["run_study"]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One run of a study: its training, then its evaluation."""
+
+    arm: str
+    seed: int
+    config: TrainConfig
+    folder: Path
+    evaluation: EvaluationConfig | None
+
+    @property
+    def work(self) -> int:
+        """Passes to train, the unit of the progress bar."""
+        return self.config.training.passes
+
+
+@one_writer("folder")
+def run_study(
+    recipe: Recipe,
+    out: Path,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    jobs: int | None = None,
+    interval: str = "t",
+) -> Path:
+    """Run, or go on with, the comparison that a recipe describes; return the report's path.
+
+    Every seed trains its own base model; every arm goes on from that base with the same number of passes and the
+    same order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms
+    start from ``training.init``. Writes ``summary.json``, ``table.md``,
+    ``samples.png`` and ``report.html`` beside the runs. In the folder of an earlier start, or of a study of fewer
+    arms, seeds or cells, only what is missing is done.
+
+    Args:
+        recipe: with at least one arm.
+        out: a new folder, or that of an earlier start of the same study, which is gone on with.
+        command: what the user typed, for the report.
+        overrides: settings of every run, as command-line words.
+        jobs: processes at once; default one a core without a GPU, else one.
+        interval: ``t`` or ``bootstrap``.
+
+    Raises:
+        UserError: the recipe has no arms, or the folder holds something else.
+    """
+    check_study(recipe, out, overrides)
+    stages = _plan(recipe, out, overrides)
+    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    _open(out, recipe, overrides, stages)
+    started, before = time.perf_counter(), _stamps(stages)
+    console = Console()
+    workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    _run_stages(stages, workers, console)
+    worked = before != _stamps(stages)
+    runs: dict[str, list[str]] = {}
+    for stage in _judged(stages):
+        runs.setdefault(stage.arm, []).append(str(stage.folder))
+    measured = _measurements(recipe.study, stages).of(runs, out, _device())
+    shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
+    # A finished study that is started again keeps the time that it took; one that has more to do adds to it.
+    file = out / "summary.json"
+    seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else 0.0
+    if worked or not file.is_file():
+        seconds += time.perf_counter() - started
+    summary = {**_summarise(recipe, stages, command, seconds), **measured}
+    publish(summary, shown, out / "report.html", interval=interval, device=_device(), console=console)
+    return out / "report.html"
+
+
+def _stamps(stages: Sequence[_Stage]) -> list[int | None]:
+    """Return when the logs and the cells of the runs were last written."""
+    files = [stage.folder / name for stage in stages for name in ("metrics.jsonl", "cells.json")]
+    return [file.stat().st_mtime_ns if file.is_file() else None for file in files]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _judged(stages: Sequence[_Stage]) -> list[_Stage]:
+    """Return the stages that are evaluated, the baseline's first."""
+    return sorted((stage for stage in stages if stage.evaluation), key=lambda stage: stage.arm == BASE)
+
+
+def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
+    evaluation = stages[-1].evaluation
+    assert evaluation is not None
+    # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
+    steps = sorted(study.steps)[min(1, len(study.steps) - 1)]
+    drawn = study.extractor if "fid" in study.metrics else None
+    return Measurements(
+        sampler=study.samplers[0],
+        steps=steps,
+        num=study.num,
+        seed=evaluation.seeds[0],
+        extractor=drawn,
+        weights=evaluation.weights.get(study.extractor),
+        mismatch=study.mismatch,
+        robustness=study.robustness,
+    )
+
+
+def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
+    study = recipe.study
+    evaluation = EvaluationConfig(
+        samplers=tuple(study.samplers),
+        steps=tuple(study.steps),
+        num=study.num,
+        corrections=tuple(study.corrections),
+        search_num=study.search_num,
+        extractor=study.extractor,
+        metrics=tuple(study.metrics),
+        weights={name: Path(path) for name, path in study.weights.items()},
+    )
+    stages = []
+    for seed in study.seeds:
+        # Other noise for every seed, the same for all of its arms.
+        cells = replace(evaluation, seeds=(1 + seed,))
+        for arm in (*([BASE] if recipe.finetune else []), *study.arms):
+            config = resolve(recipe, None if arm == BASE else arm, list(overrides))
+            config.training.seed = seed
+            if arm != BASE and recipe.finetune:
+                config.training.init = str(out / f"seed-{seed}" / BASE)
+            judged = arm != BASE or study.base
+            stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
+    return stages
+
+
+def _check(stages: list[_Stage], study: StudyConfig) -> None:
+    """Find what is wrong with the stages of one seed before any compute is spent."""
+    trainer = make_trainer(stages[0].config)
+    for stage in stages[1:]:
+        assert stage.evaluation is not None
+        stage.evaluation.check(trainer.check_arm(stage.config, from_here=stages[0].arm == BASE))
+    # Once, before the workers: a classifier that is not cached yet is trained here.
+    assert stages[-1].evaluation is not None
+    weights = stages[-1].evaluation.weights.get(study.extractor)
+    make_extractor(study.extractor, weights=weights, data=trainer.images)
+
+
+def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[_Stage]) -> None:
+    file = out / "study.json"
+    if file.is_file():
+        for stage in stages:
+            if (stage.folder / "config.yaml").is_file():
+                open_run(stage.folder, stage.config, look_only=True)  # Refuses other settings.
+        _check_bases(stages)
+        for stage in stages:
+            if (stage.folder / "config.yaml").is_file():
+                open_run(stage.folder, stage.config)
+        Console().print(f"resuming the study in {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
+
+
+def _check_bases(stages: Sequence[_Stage]) -> None:
+    """Refuse to train a base further that arms started from: they would be arms of another one."""
+    for base in stages:
+        if base.arm != BASE or not (base.folder / "config.yaml").is_file():
+            continue
+        before, now = run_config(str(base.folder))["training"]["passes"], base.config.training.passes
+        arms = [one for one in stages if one.seed == base.seed and one.arm != BASE]
+        begun = next((one.folder for one in arms if (one.folder / "config.yaml").is_file()), None)
+        if now > before and begun is not None:
+            raise UserError(
+                f"{base.folder} had {before} passes when {begun} started from it, and would have {now}: choose another "
+                "--out, or remove the folders of its arms, to train them from the longer base."
+            )
+
+
+def _check_start(stage: _Stage) -> None:
+    """Refuse an arm that started from other weights than its base has now.
+
+    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have started from those of
+    today.
+    """
+    base, file = stage.folder.parent / BASE, stage.folder.parent / f"{stage.arm}.start.json"
+    if stage.arm == BASE or stage.config.training.init != str(base):
+        return
+    now = load_denoiser(str(base)).fingerprints()["weights"]
+    if not (stage.folder / "config.yaml").is_file() or not file.is_file():
+        write_json(file, {"weights": now})
+    elif json.loads(file.read_text())["weights"] != now:
+        raise UserError(
+            f"{stage.folder} started from other weights than {base} has now: remove {stage.folder} to train it anew, "
+            "or put the base back."
+        )
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    # Ctrl-C reaches the whole group; the parent ends its workers, and they end with it if it is killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    # The study says it once, for all cells.
+    warnings.filterwarnings("ignore", message="the Frechet distance of")
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_stage(stage: _Stage) -> None:
+    _check_start(stage)
+    train(stage.config, stage.folder, progress=False)
+    if stage.evaluation is not None:
+        evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
+        write_card(stage.folder)
+
+
+def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
+    """Run each base before its arms, ``workers`` at once, and show how far they are."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} passes"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    total = sum(stage.work for stage in stages)
+    with (
+        ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        bar = progress.add_task("studying", total=total)
+        first = [stage for stage in stages if stage.arm == BASE] or stages
+        pending: dict[Future[None], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
+        finished = 0
+        try:
+            while pending:
+                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    stage = pending.pop(future)
+                    future.result()
+                    finished += 1
+                    if stage.arm == BASE:
+                        arms = [s for s in stages if s.seed == stage.seed and s.arm != BASE]
+                        pending |= {pool.submit(_run_stage, s): s for s in arms}
+                passes = sum(_passes_done(stage) for stage in stages)
+                label = f"{finished}/{len(stages)} runs"
+                progress.update(bar, completed=passes, description=label)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def _passes_done(stage: _Stage) -> int:
+    """Read how far a run is from the last line that it logged."""
+    try:
+        with (stage.folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            return int(json.loads(file.read().splitlines()[-1])["pass"])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: float) -> dict[str, Any]:
+    cells: list[dict[str, Any]] = []
+    training: dict[str, dict[str, Any]] = {}
+    for stage in _judged(stages):
+        assert stage.evaluation is not None
+        cells += [
+            {"arm": stage.arm, "seed": stage.seed, **cell}
+            for cell in read_cells(stage.folder / "cells.json")
+            if cell["run"] == str(stage.folder) and stage.evaluation.covers(cell)
+        ]
+        if stage.arm != BASE:
+            training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
+    by_arm = {stage.arm: stage.config for stage in stages}
+    base = by_arm.get(BASE)
+    study = recipe.study
+    return {
+        "title": f"{recipe.name}: adversarial training at equal compute",
+        "about": recipe.about,
+        "command": command,
+        "versions": versions(),
+        "baseline": study.arms[0],
+        "metric": leading_metric(cells),
+        "recipe": {
+            "base": asdict(base or by_arm[study.arms[0]]),
+            "arms": {arm: recipe.arms[arm] for arm in study.arms},
+            "evaluation": {
+                "samplers": study.samplers,
+                "steps": study.steps,
+                "corrections": study.corrections,
+                "num": study.num,
+                "seeds": study.seeds,
+                "extractor": study.extractor,
+                "reference": "{name} ({split} split)".format(**asdict(by_arm[study.arms[0]].data)),
+                "weights": cells[0]["weights"],
+                "dtype": "float32",
+            },
+        },
+        "passes": {"base": base.training.passes if base else 0, "arm": by_arm[study.arms[0]].training.passes},
+        "wall_seconds": round(seconds, 1),
+        "cells": cells,
+        "training": training,
+        "samples_png": "samples.png",
+    }

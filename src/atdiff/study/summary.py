@@ -1,0 +1,202 @@
+"""What a comparison leaves behind: ``summary.json``, the table, the pictures and the page, from its cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atdiff.core.errors import UserError
+from atdiff.data.reading import AS_TRAINED, DataOptions
+from atdiff.measure.directions import DirectionsConfig, directions_of_runs
+from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
+from atdiff.measure.progress import cell_progress
+from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
+from atdiff.metrics.stream import FEW_SAMPLES
+from atdiff.report.comparison import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    compare,
+    compare_corrected,
+    conclusions,
+    corrected_conclusions,
+    corrections_of,
+)
+from atdiff.report.page import write_report
+from atdiff.report.samples import sample_grids, samples_picture
+from atdiff.report.tables import comparison_table, correction_markdown, correction_table, markdown_table
+from atdiff.system.files import write_bytes, write_json, write_text
+
+__all__ = ["Measurements", "leading_metric", "publish", "training_curves"]
+
+MISMATCH_NUM = 2_048
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured of the runs besides their cells: the mismatch on all seeds, the robustness on the first.
+
+    Attributes:
+        sampler: along whose trajectory the mismatch is measured.
+        steps: of that sampler.
+        num: pictures, at most 2,048.
+        seed: of the pictures.
+        extractor: for distances in features; None for none.
+        weights: a local file of its weights.
+        mismatch: whether to measure it.
+        robustness: whether to measure the worst-case loss and the directions.
+        variant: of the weights of pipelines; training folders know their own.
+        data: the data set of the true images; None for each run's own.
+        reading: how they are read, where that is another way than in training.
+    """
+
+    sampler: str | None
+    steps: int
+    num: int
+    seed: int
+    extractor: str | None
+    weights: Path | None = None
+    mismatch: bool = True
+    robustness: bool = False
+    variant: str | None = None
+    data: str | None = None
+    reading: DataOptions = AS_TRAINED
+
+    def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
+        """Measure runs by arm (one a seed) into folders in ``out``; return entries for the summary."""
+        found: dict[str, Any] = {}
+        if self.mismatch:
+            config = MismatchConfig(
+                self.sampler,
+                self.steps,
+                num=min(self.num, MISMATCH_NUM),
+                seed=self.seed,
+                extractor=self.extractor,
+                weights=self.weights,
+                variant=self.variant,
+                data=self.data,
+                reading=self.reading,
+            )
+            names = [run for of_arm in runs.values() for run in of_arm]
+            with cell_progress("batches of the mismatch") as notify:
+                entries = mismatch_of_runs(names, config, out / "mismatch", device=device, notify=notify)
+            found["mismatch"] = _by_arm(runs, entries)
+        if self.robustness:
+            found |= self._robustness({arm: of_arm[:1] for arm, of_arm in runs.items()}, out / "robustness", device)
+        return found
+
+    def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
+        names = [run for (run,) in runs.values()]
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "variant": self.variant,
+            "data": self.data,
+            "reading": self.reading,
+        }
+        with cell_progress("levels of the robustness") as notify:
+            worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
+        with cell_progress("levels of the directions") as notify:
+            directions = directions_of_runs(names, DirectionsConfig(**options), folder, device=device, notify=notify)
+        return {"robustness": _by_arm(runs, worst), "directions": _by_arm(runs, directions)}
+
+
+def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the records of each arm, the mean over its runs, and what all of them share."""
+    records = {entry["run"]: entry["records"] for entry in entries}
+    recipe = {key: value for key, value in entries[0].items() if key not in ("run", "records")}
+    seeds = len(next(iter(runs.values())))
+    by_run = {arm: _mean([records[run] for run in of_arm]) for arm, of_arm in runs.items()}
+    return {"by_run": by_run, "recipe": {**recipe, "training seeds": seeds}}
+
+
+def _mean(of_seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the mean of records at the same places."""
+    if len(of_seeds) == 1:
+        return [dict(record) for record in of_seeds[0]]
+    return [
+        {
+            key: sum(record[key] for record in same) / len(same) if isinstance(value, float) else value
+            for key, value in same[0].items()
+        }
+        for same in zip(*of_seeds, strict=True)
+    ]
+
+
+def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric that leads the tables: the first distance of the cells, else their first metric.
+
+    Raises:
+        UserError: there are no cells, or no metric is known.
+    """
+    names = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    for known in (LOWER_IS_BETTER, HIGHER_IS_BETTER):
+        for name in names:
+            if name in known:
+                return name
+    raise UserError("no cell holds a metric to compare by: evaluate with fid, or another distance.")
+
+
+def training_curves(folder: Path) -> list[list[float]]:
+    """Return ``[pass, loss]`` of every finite loss that a training folder logged; none where it has no log."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [[line["pass"], line["loss"]] for line in lines if line["loss"] is not None]
+
+
+def publish(
+    summary: Mapping[str, Any],
+    runs: Mapping[str, str],
+    report: Path,
+    *,
+    interval: str = "t",
+    device: str = "cpu",
+    loading: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Write the page, and beside it ``summary.json``, ``table.md`` and ``samples.png``; print table and conclusions.
+
+    Args:
+        summary: see :func:`atdiff.report.page.write_report`.
+        runs: the runs of one seed by arm, of which samples are shown.
+        report: the HTML file; the others are named after it, or lie beside a ``report.html`` under their own names.
+        interval: ``t`` or ``bootstrap``.
+        device: where to sample.
+        loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
+        console: where to print.
+    """
+    console = console or Console()
+    cells, metric, baseline = summary["cells"], summary["metric"], summary["baseline"]
+    samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
+    steps = sorted({cell["steps"] for cell in cells})
+    grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
+    names = {
+        name: report.parent / name if report.name == "report.html" else report.with_suffix(f".{name}")
+        for name in ("summary.json", "table.md", "samples.png")
+    }
+    write_json(names["summary.json"], summary)
+    write_bytes(names["samples.png"], samples_picture(grids[samplers[0]]))
+    write_report(summary, report, samples=grids, interval=interval)
+    corrections, options = corrections_of(cells), {"baseline": baseline, "metric": metric, "interval": interval}
+    rows = compare(cells, correction=corrections[0], **options)
+    tables, said = [markdown_table(rows)], conclusions(rows)
+    console.print(comparison_table(rows, metric))
+    if len(corrections) > 1:
+        tables.append(correction_markdown(cells, **options))
+        said += corrected_conclusions(compare_corrected(cells, **options))
+        console.print(correction_table(cells, **options))
+    write_text(names["table.md"], "\n".join(tables))
+    fewest = min(cell["num"] for cell in cells)
+    if fewest < FEW_SAMPLES:
+        said.append(
+            f"Distances of {fewest} samples are biased upwards, alike for all arms: compare them only with each "
+            f"other; {FEW_SAMPLES} or more make figures to publish."
+        )
+    for sentence in said:
+        console.print(f"- {sentence}")
+    console.print(f"\n{report}", *names.values(), sep="\n", soft_wrap=True)

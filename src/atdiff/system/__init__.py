@@ -1,0 +1,1 @@
+"""Files, locks, memory, processes and the network: what atdiff needs of the machine."""

@@ -1,0 +1,119 @@
+"""Files and folders that are whole or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+
+__all__ = [
+    "LOCK",
+    "cache_folder",
+    "check_images_path",
+    "remove_leftovers",
+    "write_bytes",
+    "write_json",
+    "write_text",
+    "written_aside",
+]
+
+LOCK = ".lock"  # in a folder that one process at a time may write to
+
+
+def cache_folder() -> Path:
+    """Return ``$ATDIFF_CACHE``, or ``~/.cache/atdiff`` where that is not set."""
+    return Path(os.environ.get("ATDIFF_CACHE") or "~/.cache/atdiff").expanduser()
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """Yield a path to write a file or a folder at, which takes the place of ``path`` once the block is through.
+
+    Args:
+        path: of the file or folder.
+        flush: whether all of it is on the disk before it takes its place, so that it outlasts a loss of power.
+
+    Raises:
+        UserError: the folder of ``path`` cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose a folder that can.") from error
+    try:
+        # The same name, so that writers which look at the suffix see the right one.
+        partial = aside / path.name
+        yield partial
+        if flush:
+            _flush(partial)
+        if partial.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        if flush:
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_images_path(path: Path) -> None:
+    """Find out whether images can be saved at a path: a ``.png`` or ``.npz`` file, or a folder, that is not there yet.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if path.suffix not in (".png", ".npz", ""):
+        raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another path or remove it.")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process had begun to write of ``path``, whose name may hold a ``*``."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left)
+
+
+def _flush(path: Path) -> None:
+    for inner in path.iterdir() if path.is_dir() else ():
+        _flush(inner)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        UserError: ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected the name of a file.")
+    with written_aside(path, flush=True) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)
+    """Write a JSON file as a whole."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

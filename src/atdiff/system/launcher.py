@@ -1,0 +1,69 @@
+"""What the environment says of the processes that a launcher started; nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import os
+
+from atdiff.core.errors import UserError
+
+__all__ = ["join_mpi", "num_processes", "refuse_other_training"]
+
+# Number, rank and rank on this machine of the processes that Open MPI, MVAPICH, MPICH and Intel MPI start.
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+# What Accelerate takes from the environment, and would train otherwise for it.
+_OTHER_TRAINING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def num_processes() -> int:
+    """Return how many processes work together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_mpi() -> None:
+    """Give processes that ``mpirun`` started the variables of ``torchrun``, which make them one group.
+
+    Raises:
+        UserError: they are on several machines and do not know the first.
+    """
+    environment = os.environ
+    # srun sets the last ones too, for tasks that may have nothing to do with each other.
+    known = _MPI[:2] if "SLURM_STEP_ID" in environment else _MPI
+    for size, rank, local_rank, local_size in known:
+        if "WORLD_SIZE" in environment or int(environment.get(size, "1")) < 2:
+            continue
+        on_one_machine = environment.get(local_size) == environment[size]
+        if not on_one_machine and "MASTER_ADDR" not in environment:
+            raise UserError(
+                f"mpirun started {environment[size]} processes on several machines: export MASTER_ADDR, the name of "
+                "the first, and MASTER_PORT to all of them, or launch with torchrun."
+            )
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", "29500")
+        environment["WORLD_SIZE"], environment["RANK"] = environment[size], environment[rank]
+        environment["LOCAL_RANK"] = environment.get(local_rank, environment[rank])
+
+
+def refuse_other_training() -> None:
+    """Make sure that the launcher asks for no splitting of weights but that of ``training.shard``.
+
+    It may by an option of ``accelerate launch``, by the file that ``accelerate config`` writes, or by the shell.
+
+    Raises:
+        UserError: it does.
+    """
+    for name, what in _OTHER_TRAINING.items():
+        if os.environ.get(name, "false").lower() not in ("false", "no", "0", ""):
+            raise UserError(
+                f"{what} of the launcher ({name}={os.environ[name]}) is not used: launch with --multi_gpu alone, and "
+                "set training.shard=true to split the weights over the processes."
+            )

@@ -1,0 +1,311 @@
+"""Where runs, pipelines, data sets and weights are: on this machine first, and only then on the network.
+
+Nothing here imports torch, so that what is missing is said at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from atdiff.core.choices import MIXTURES
+from atdiff.core.errors import UserError
+from atdiff.system.pipeline_files import check_class, no_pipeline
+
+__all__ = [
+    "URLS",
+    "bounded_network",
+    "check_data",
+    "check_hub",
+    "check_local",
+    "check_run",
+    "check_weights",
+    "hub_failure",
+    "hub_location",
+    "is_hub_id",
+    "is_reachable",
+    "offline_reason",
+    "run_config",
+    "unknown_data",
+    "weights_file",
+]
+
+FILE_SUFFIXES = frozenset({
+    ".bin", ".bmp", ".ckpt", ".csv", ".gif", ".gz", ".html", ".jpeg", ".jpg", ".json", ".jsonl", ".npy", ".npz",
+    ".parquet", ".pgm", ".pkl", ".png", ".pt", ".pth", ".safetensors", ".tar", ".tgz", ".tif", ".tiff", ".txt", ".webp",
+    ".yaml", ".yml", ".zip",
+})  # fmt: skip
+SECONDS = 2.0  # that a server has to answer in, where HF_HUB_ETAG_TIMEOUT does not say
+
+SILENCE = 10.0  # seconds in which a download must get something
+
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_CLIP_HASH = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+URLS = {
+    **dict.fromkeys(
+        ("inception-v3-compat", "inception-v3-spatial"),
+        f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
+    ),
+    "dinov2-vit-l-14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "clip-vit-b-32": f"https://openaipublic.azureedge.net/clip/models/{_CLIP_HASH}/ViT-B-32.pt",
+}
+"""Where the weights of extractors are downloaded from."""
+
+Kind = Literal["model", "dataset"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form OWNER/NAME of the hub and nothing suggests a mistyped path.
+
+    A path has another number of separators, begins with ``.``, ``/`` or ``~``, ends in the suffix of a file, or lies in
+    a folder that exists.
+    """
+    path = Path(name)
+    has_form = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    return has_form and path.suffix.lower() not in FILE_SUFFIXES and not path.parent.exists()
+
+
+def run_config(run: str) -> dict[str, Any]:
+    """Return the settings of a training folder; nothing of a pipeline folder or a hub id.
+
+    Raises:
+        UserError: the file of the settings is damaged.
+    """
+    file = Path(run).expanduser() / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); put it back as it was.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no settings of a training run; {run} is not a training folder.")
+    return config
+
+
+def check_run(run: str) -> None:
+    """Find out, without loading it, that a run can be loaded.
+
+    Args:
+        run: a training folder, a folder of a diffusers pipeline, or a hub id.
+
+    Raises:
+        UserError: as :func:`check_local`, also for the pipeline that a LoRA was trained on; or it is a hub id that is
+            not in the hub's cache, and the hub cannot be asked.
+    """
+    check_local(run)
+    if not Path(run).expanduser().exists():
+        check_hub(run, "model")
+    config = run_config(run)
+    if (config.get("lora") or {}).get("rank"):
+        check_run(config["training"]["init"])
+
+
+def check_local(run: str) -> None:
+    """Find out that a run is a folder that can be loaded, or that only the hub can know.
+
+    Raises:
+        UserError: there is no such folder and the name is no hub id, it holds something else or is not finished, or it
+            is a pipeline of a class that is not taken.
+    """
+    folder = Path(run).expanduser()
+    if not folder.exists():
+        if not is_hub_id(run):
+            raise UserError(
+                f"{run!r} could not be loaded as a folder or downloaded as a hub id (there is no such folder, and hub "
+                "ids are OWNER/NAME); give the path of a training folder or of a saved diffusers pipeline."
+            )
+    elif (folder / "config.yaml").is_file():
+        of_lora = (run_config(run).get("lora") or {}).get("rank")
+        file = "lora/pytorch_lora_weights.safetensors" if of_lora else "pipeline/model_index.json"
+        if not (folder / file).is_file():
+            raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to resume it.")
+    elif not (folder / "model_index.json").is_file():
+        raise no_pipeline(run)
+    else:
+        check_class(run, folder)
+
+
+def hub_location(name: str, kind: Kind) -> str:
+    """Return what to load for a hub id: the id itself, or where the hub does not answer, the folder in its cache.
+
+    Where it does not answer, the libraries of Hugging Face are in their offline mode from then on: they would retry for
+    a minute.
+    """
+    if offline_reason() is None:
+        return name
+    return _cached(name, kind) or name
+
+
+def check_hub(name: str, kind: Kind, *, where: str = "here") -> None:
+    """Find out that a hub id is in the hub's cache or can be downloaded.
+
+    Args:
+        name: the hub id.
+        kind: of repository.
+        where: the user gives the path of its folder instead.
+
+    Raises:
+        UserError: neither.
+    """
+    reason = offline_reason()
+    if reason is not None and _cached(name, kind) is None:
+        command = f"hf download {name}" if kind == "model" else f"hf download {name} --repo-type dataset"
+        raise UserError(
+            f"{name} is neither a local folder nor in the hub's cache, and {reason}; where there is a network, run "
+            f"`{command} --local-dir FOLDER` and give the path of that folder {where}."
+        )
+
+
+def _cached(name: str, kind: Kind) -> str | None:
+    """Return where the hub's cache holds a repository; the id of a data set that ``datasets`` has prepared."""
+    from huggingface_hub import constants, snapshot_download
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    if kind == "dataset" and (prepared / name.replace("/", "___")).is_dir():
+        return name
+    try:
+        folder = snapshot_download(name, repo_type=kind, local_files_only=True)
+    except (OSError, ValueError):  # LocalEntryNotFoundError is either or both, by version
+        return None
+    whole = kind == "dataset" or any((Path(folder) / name).is_file() for name in ("model_index.json", "config.json"))
+    return str(folder) if whole else None
+
+
+def hub_failure(reason: str) -> str:
+    """Return why the hub gave nothing; libraries in their offline mode say that, and not why they are in it."""
+    return offline_reason() or reason if re.search(r"offline ?mode", reason, re.IGNORECASE) else reason
+
+
+def offline_reason() -> str | None:
+    """Return why the hub is not asked, and keep the libraries of Hugging Face from asking it; None where it answers."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        if is_reachable(constants.ENDPOINT):
+            return None
+        _work_offline()
+        os.environ["ATDIFF_HUB_UNREACHABLE"] = constants.ENDPOINT  # processes that this one starts need not ask again
+    unreachable = os.environ.get("ATDIFF_HUB_UNREACHABLE")
+    return f"{unreachable} cannot be reached" if unreachable else "HF_HUB_OFFLINE is set, so nothing is downloaded"
+
+
+def _work_offline() -> None:
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+@cache
+def is_reachable(url: str) -> bool:
+    """Whether a server answers, whatever it says, within two seconds or HF_HUB_ETAG_TIMEOUT; asked once a process."""
+    answers: list[bool] = []
+    seconds = _patience()
+    # In a thread, since looking up a name has no time limit of its own.
+    thread = threading.Thread(target=lambda: answers.append(_answers(url, seconds)), daemon=True)
+    thread.start()
+    thread.join(seconds + 0.5)
+    return any(answers)
+
+
+def _patience() -> float:
+    try:
+        return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or SECONDS)
+    except ValueError:
+        return SECONDS
+
+
+def _answers(url: str, seconds: float) -> bool:
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=seconds).close()
+    except (HTTPError, HTTPException):
+        return True
+    except OSError as error:  # A certificate that Python does not know, as of a company's proxy, is an answer too.
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
+
+
+@contextlib.contextmanager
+def bounded_network() -> Iterator[None]:
+    """Let a server that does not answer end a download, which has no time limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def check_data(name: str) -> None:
+    """Find out, without reading it, that a data set is there.
+
+    Raises:
+        UserError: nothing has that name, or it is a hub id, not in the hub's cache, and the hub cannot be asked.
+    """
+    path = Path(name).expanduser()
+    if name == "digits" or name in MIXTURES or path.is_dir() or path.suffix in (".npz", ".parquet", ".tar"):
+        if path.suffix and not path.exists():
+            raise unknown_data(name)
+        return
+    if not is_hub_id(name):
+        raise unknown_data(name)
+    check_hub(name, "dataset")
+
+
+def unknown_data(name: str) -> UserError:
+    """Return what to say of the name of a data set that means nothing here."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
+    if re.search(r"[/\\~]|^\.", name) or path.suffix:
+        return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
+    beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
+    nearest = difflib.get_close_matches(name, ["digits", *MIXTURES, *beside], n=1, cutoff=0.5)
+    if nearest:
+        return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
+    return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
+
+
+def weights_file(extractor: str) -> Path:
+    """Return where torch keeps the downloaded weights of an extractor, whether they are there or not."""
+    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
+    name = URLS[extractor].rpartition("/")[2]
+    if extractor == "clip-vit-b-32":  # torch-fidelity's name
+        name = f"{extractor}-{_CLIP_HASH}.pt"
+    return Path(home).expanduser() / "hub" / "checkpoints" / name
+
+
+def check_weights(extractor: str) -> None:
+    """Find out that the weights of an extractor are here or can be downloaded.
+
+    Raises:
+        UserError: neither.
+    """
+    url = URLS.get(extractor)
+    if url is None or weights_file(extractor).is_file() or is_reachable("/".join(url.split("/")[:3])):
+        return
+    raise UserError(
+        f"the weights of {extractor} are not on this machine, and {url} cannot be reached: download that file where "
+        f"there is a network, and save it as {weights_file(extractor)} or give --weights {extractor}=FILE."
+    )

@@ -1,0 +1,267 @@
+"""What the files of a saved pipeline tell before anything is loaded: of what kind it is, and which weights it has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import struct
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+
+__all__ = [
+    "LATENTS",
+    "PIXELS",
+    "check_class",
+    "check_variant",
+    "choose_variant",
+    "class_name",
+    "file_names",
+    "no_pipeline",
+    "variants_of",
+]
+
+LATENTS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "DiTPipeline",
+    "LatentConsistencyModelPipeline",
+)
+"""Classes of diffusers' pipelines that make images of latents, from a text or a class."""
+PIXELS = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "ScoreSdeVePipeline",
+    "KarrasVePipeline",
+    "ConsistencyModelPipeline",
+)
+"""Classes of diffusers' pipelines that make images of noise with a network of pixels."""
+
+INDEX = "model_index.json"
+LORA = "pytorch_lora_weights.safetensors"
+# Of diffusers and transformers: diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors,
+# and as older versions named them, diffusion_pytorch_model-00001-of-00002.fp16.safetensors.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+)
+_UNUSED = ("safety_checker", "image_encoder")  # parts that are not loaded, or are of no use here
+
+
+def class_name(index: Mapping[str, Any]) -> str:
+    """Return the class of a pipeline by its ``model_index.json``; a class of one's own lies there with its file."""
+    name = index.get("_class_name")
+    return str(name[-1] if isinstance(name, list | tuple) and name else name)
+
+
+def check_class(source: str, index: Mapping[str, Any] | Path, *, pixels: bool = True) -> None:
+    """Find out whether a pipeline is of a class that is taken.
+
+    Args:
+        source: as the user named it, for messages.
+        index: what its ``model_index.json`` holds, or its folder; a file that is damaged is left to its loader.
+        pixels: take pipelines of pixels too.
+
+    Raises:
+        UserError: it is of another class; it says which are taken.
+    """
+    if isinstance(index, Path):
+        try:
+            index = dict(json.loads((index / INDEX).read_text()))
+        except (OSError, ValueError, TypeError):
+            return
+    name = class_name(index)
+    if name in LATENTS or (pixels and name in PIXELS):
+        return
+    of_pixels = f", or one of pixels ({', '.join(PIXELS)})" if pixels else ""
+    raise UserError(f"{source} is a {name}: expected a {' or a '.join(LATENTS)}{of_pixels}{_remedy(source, name)}.")
+
+
+def _remedy(source: str, name: str) -> str:
+    plain = name.replace("Img2Img", "")
+    if plain in LATENTS:
+        return (
+            f"; where its parts are those of a {plain}, "
+            f"`{plain}.from_pretrained({source!r}).save_pretrained(FOLDER)` of diffusers makes one"
+        )
+    spec = importlib.util.find_spec("diffusers")
+    known = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+    if f'"{name}"' in known:
+        return ""
+    return f"; where your {name} derives from one of these, write that one as _class_name into model_index.json"
+
+
+def file_names(location: str) -> list[str]:
+    """Return the files of a pipeline, as ``unet/config.json``: of a folder, or of a hub id; none where it is not known.
+
+    Args:
+        location: a folder, or a hub id.
+    """
+    folder = Path(location)
+    if folder.is_dir():
+        return [file.relative_to(folder).as_posix() for file in sorted(folder.glob("*/*"))]
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(location)
+    except Exception:  # of the network, of the hub, of a name that is no id: what loads it says it better
+        return []
+
+
+def variants_of(names: Collection[str], parts: Collection[str]) -> dict[str, set[str | None]]:
+    """Return which variants of its weights each part of a pipeline has, None for plain ones; no part without any.
+
+    Args:
+        names: of its files; see :func:`file_names`.
+        parts: of the pipeline.
+    """
+    found: dict[str, set[str | None]] = {}
+    for name in names:
+        part, _, file = name.rpartition("/")
+        weights = _WEIGHTS.fullmatch(file)
+        if weights is not None and part in parts:
+            found.setdefault(part, set()).add(weights["variant"])
+    return found
+
+
+def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any], asked: str | None) -> str | None:
+    """Return the variant of a pipeline's weights to load: the one asked for, or the only one that there is.
+
+    diffusers takes the plain weights of parts that lack the variant, and so does this.
+
+    Args:
+        source: as the user named it.
+        names: of its files; see :func:`file_names`.
+        index: what its ``model_index.json`` holds.
+        asked: a variant such as ``fp16``; None for plain weights.
+
+    Raises:
+        UserError: it has no such variant, or no plain weights and several variants.
+    """
+    parts = [name for name, value in index.items() if isinstance(value, list | tuple) and name not in _UNUSED]
+    found = variants_of(names, parts)
+    if not found:
+        return asked
+
+    def complete(variant: str | None) -> bool:
+        return all(variant in of_part or None in of_part for of_part in found.values())
+
+    some = sorted({variant for of_part in found.values() for variant in of_part if variant is not None})
+    usable = [variant for variant in some if complete(variant)]
+    others = " or ".join(f"--variant {variant}" for variant in usable)
+    if asked is not None:
+        if asked in usable:
+            return asked
+        instead = "leave out --variant" if complete(None) else ""
+        remedies = " or ".join(filter(None, [f"give {others}" if others else "", instead]))
+        raise UserError(
+            f"{source} has no weights of the variant {asked!r}, but {_listed(some, plain=complete(None))}: "
+            f"{remedies or 'save it whole'} (model.variant in a recipe)."
+        )
+    if complete(None) or not usable:
+        return None
+    if len(usable) > 1:
+        raise UserError(
+            f"{source} has no plain weights, but {_listed(some, plain=False)}: give {others} (model.variant in a "
+            "recipe)."
+        )
+    warnings.warn(f"{source} has weights of the variant {usable[0]!r} alone: they are taken.", stacklevel=2)
+    return usable[0]
+
+
+def check_variant(run: str, variant: str | None) -> None:
+    """Find out that a pipeline folder has the variant that is asked for; the hub is not asked, and None is fine.
+
+    Raises:
+        UserError: as :func:`choose_variant`.
+    """
+    folder = Path(run).expanduser()
+    if variant is None or (folder / "config.yaml").is_file():
+        return
+    try:
+        index = dict(json.loads((folder / INDEX).read_text()))
+    except (OSError, ValueError, TypeError):
+        return
+    choose_variant(run, file_names(str(folder)), index, variant)
+
+
+def _listed(variants: Sequence[str], *, plain: bool) -> str:
+    names = [*(["plain ones"] if plain else []), *(f"those of {variant!r}" for variant in variants)]
+    return " and ".join(names) or "none that diffusers knows"
+
+
+def no_pipeline(run: str) -> UserError:
+    """Return what to say of a file or folder that is neither a training folder nor a pipeline, and what to do.
+
+    Args:
+        run: as the user named it; it exists.
+    """
+    path = Path(run).expanduser()
+    if _is_lora(path):
+        return UserError(f"{run} holds LoRA weights alone: {_remedy_of_lora(run, path)}")
+    if path.is_file():
+        return UserError(
+            f"{run} is a file, and a run is a folder: make one of a whole checkpoint with "
+            f"`StableDiffusionPipeline.from_single_file({run!r}).save_pretrained(FOLDER)` of diffusers, or the class "
+            "of its family, and give that folder."
+        )
+    kind = _network(path)
+    if kind is None:
+        return UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline ({INDEX}).")
+    above = path.resolve().parent
+    if (above / INDEX).is_file():
+        return UserError(f"{run} is a part of a pipeline alone ({kind}): give the folder above, {above}.")
+    return UserError(
+        f"{run} is a part of a pipeline alone ({kind}): make it whole with `{_whole(kind)}`, and give that folder."
+    )
+
+
+def _whole(kind: str) -> str:
+    """Return how diffusers makes a pipeline of a network."""
+    if kind in ("UNet2DModel", "MLP2DModel", "ADMUNet2DModel"):
+        return "DDPMPipeline(unet=NETWORK, scheduler=SCHEDULER).save_pretrained(FOLDER)"
+    part = "unet" if kind.startswith("UNet") else "vae" if "Autoencoder" in kind else "transformer"
+    if kind.startswith(("CLIP", "T5")):
+        part = "text_encoder"
+    return f"DiffusionPipeline.from_pretrained(PIPELINE, {part}=NETWORK).save_pretrained(FOLDER)"
+
+
+def _network(folder: Path) -> str | None:
+    """Return the class of the network that a folder holds, if it does."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return str(config.get("_class_name") or config["architectures"][0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def _is_lora(path: Path) -> bool:
+    if path.is_dir():
+        return (path / LORA).is_file() or (path / "adapter_config.json").is_file()
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            names = json.loads(file.read(min(length, 2**26)))
+    except (OSError, ValueError, struct.error):
+        return False
+    return any("lora" in name.lower() for name in names)
+
+
+def _remedy_of_lora(run: str, path: Path) -> str:
+    above = path.resolve().parent
+    for folder in (above, above.parent):
+        if (folder / "config.yaml").is_file():
+            return f"give the training folder, {folder}, which names their pipeline."
+    return (
+        f"put them onto their pipeline with `pipeline.load_lora_weights({run!r})` and `pipeline.fuse_lora()` of "
+        "diffusers, save it with `pipeline.save_pretrained(FOLDER)`, and give that folder."
+    )

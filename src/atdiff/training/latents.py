@@ -1,0 +1,357 @@
+"""Training on a pipeline's latents: denoising, of U-Nets and transformers, and latent consistency distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import CaptionedImages, load_captioned
+from atdiff.data.sources import ImageData, load_data
+from atdiff.models.classes import remember_classes
+from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
+from atdiff.pipelines.cache import LatentData, latent_data
+from atdiff.pipelines.families import DiT
+from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student, save_student, with_network
+from atdiff.pipelines.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
+from atdiff.pipelines.model import data_options
+from atdiff.pipelines.text_to_image import PROMPTS_FILE, text_to_image_run
+from atdiff.sampling.schedulers import default_sampler
+from atdiff.system.files import write_text
+from atdiff.system.quiet import quiet_libraries
+from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
+from atdiff.training.config import SchedulerConfig, TrainConfig
+from atdiff.training.loop import Trainer
+from atdiff.training.start import Start, differences, noise_scheduler
+
+__all__ = ["LatentTrainer"]
+
+GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
+SHOWN = 16  # pictures of a grid of samples
+
+
+class LatentTrainer(Trainer):
+    """Trains the network, or adapters of it, of the pipeline that ``training.init`` names.
+
+    With ``consistency.mode="distillation"`` that pipeline is the teacher and the start of the student, and the result
+    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``. Otherwise its network is trained as the denoiser
+    that it is.
+    """
+
+    data: LatentData
+    _beside_pixels = "captions"
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.published = "lora" if config.lora.rank else "pipeline"
+        self._check(config)
+        size = config.data.image_size
+        self.latent = load_latent_pipeline(
+            self._source(), image_size=size, tokens=config.data.caption_tokens, variant=config.model.variant
+        )
+        if size not in (None, self.latent.image_size):
+            raise UserError(
+                f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of images of "
+                f"{self.latent.image_size} pixels; set it to that, or leave it out."
+            )
+        self._check_parametrisation(config)
+        self.distils = config.consistency.mode == "distillation"
+        self.scheduler = self._scheduler_of(config)
+        embeds = config.consistency.embed_guidance and not config.lora.rank
+        # A pipeline that was distilled before keeps its own embedding.
+        own = self.latent.network.config.get("time_cond_proj_dim")
+        self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
+        self.objective: Any = self._objective()
+        self.network = self._network()
+        labelled = isinstance(self.latent.family, DiT)
+        if labelled and config.data.captions:
+            raise UserError(
+                f"data.captions are not used: {self.latent.source} is conditioned on class labels; leave them out."
+            )
+        if config.data.channels not in (None, self.latent.image_channels):
+            raise UserError(
+                f"data.channels={config.data.channels} does not fit {self.latent.source}, which takes images of "
+                f"{self.latent.image_channels}; leave it out."
+            )
+        self.captioned = self._captioned()
+        if labelled:
+            self._check_classes()
+
+    def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages:
+        data = self.config.data
+        size, channels = self.latent.image_size, self.latent.image_channels
+        return load_captioned(
+            data.name,
+            captions=data.captions,
+            numbered=isinstance(self.latent.family, DiT),
+            caption_column=data.caption_column,
+            limit=data.limit,
+            classes=classes,
+            **{**data_options(asdict(self.config)), "image_size": size, "channels": channels},
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of labelled data, in the order of their labels; None for others."""
+        return self.captioned.classes
+
+    def _count(self, classes: tuple[str, ...]) -> None:
+        if classes != self.classes:
+            self.captioned = self._captioned(classes)
+
+    def _check(self, config: TrainConfig) -> None:
+        """Find the mistakes that the settings alone show, before anything is loaded."""
+        if config.consistency.mode == "training":
+            raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
+        if config.model.name == "pipeline" and config.training.init is None:
+            raise UserError(
+                "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
+            )
+        if config.training.init is None and config.lora.rank:
+            raise UserError(
+                "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as "
+                "--training.init."
+            )
+        if config.data.class_conditional:
+            raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
+        if config.data.flip:
+            raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
+        if config.scheduler != SchedulerConfig():
+            raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
+        if config.consistency.mode == "distillation":
+            self._check_distillation(config)
+
+    @staticmethod
+    def _check_distillation(config: TrainConfig) -> None:
+        settings = config.consistency
+        if settings.teacher is None and config.training.init is None:
+            raise UserError(
+                "consistency.mode='distillation' needs a teacher, and the U-Net of model.name='tiny-sd' is untrained: "
+                "give a trained pipeline as --training.init (or --consistency.teacher)."
+            )
+        # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
+        LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))
+
+    def _source(self) -> str:
+        """Return the pipeline to start from; a tiny one is made of the data."""
+        config = self.config
+        if config.model.name == "pipeline" or config.training.init is not None:
+            assert config.training.init is not None
+            return config.training.init
+        if not config.data.captions:
+            raise UserError(
+                f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
+            )
+        from atdiff.pipelines.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
+
+        makers: dict[str, Callable[..., Path]] = {
+            "tiny-sd": tiny_stable_diffusion,
+            "tiny-sd3": tiny_stable_diffusion_3,
+            "tiny-flux": tiny_flux,
+        }
+        return str(makers[config.model.name](self.images, config.data.captions, **config.model.args))
+
+    def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
+        """Find what is wrong with the settings of an arm; see :meth:`Trainer.check_arm`."""
+        build_adversary(config)
+        self._check(config)
+        if not from_here and config.training.init != self.config.training.init:
+            return LatentTrainer(config).scheduler
+        self._check_parametrisation(config)
+        scheduler = self._scheduler_of(config)
+        if config.consistency.mode == "distillation":
+            self._teacher(config)
+            guidance = config.consistency.guidance
+            LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
+        return scheduler
+
+    def _scheduler_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Return the scheduler that a run of these settings trains under and publishes: of the pipeline's noise."""
+        scheduler = self.latent.scheduler
+        with quiet_libraries():  # it remarks on options of the scheduler's own class
+            if config.consistency.mode == "distillation":
+                return consistency_scheduler(scheduler, config.consistency.intervals)
+            if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
+                return noise_scheduler(config, self._as_start(self.latent))
+        return scheduler
+
+    @staticmethod
+    def _as_start(latent: LatentPipeline) -> Start:
+        return Start(latent.source, latent.scheduler, latent.network)
+
+    @property
+    def images(self) -> ImageData:
+        """The images, as a reference for metrics."""
+        options = data_options(asdict(self.config))
+        if hasattr(self, "latent"):
+            options |= {"image_size": self.latent.image_size, "channels": self.latent.image_channels}
+        return load_data(self.config.data.name, **options)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures."""
+        return self.latent.image_channels, self.latent.image_size, self.latent.image_size
+
+    def _check_parametrisation(self, config: TrainConfig) -> None:
+        """Make sure that the settings ask for what the pipeline's network predicts."""
+        asked = config.objective.prediction_type
+        if asked not in (None, self.latent.prediction_type):
+            raise UserError(
+                f"objective.prediction_type={asked!r} does not fit {self.latent.source}, which predicts "
+                f"{self.latent.prediction_type!r}; leave it out."
+            )
+        network, variance = self.latent.network.config, config.objective.variance
+        outputs = network.get("out_channels") or network.in_channels
+        fits = "learned_range" if outputs == 2 * network.in_channels else "fixed"
+        if variance != fits:
+            raise UserError(
+                f"objective.variance={variance!r} does not fit {self.latent.source}, whose network predicts "
+                f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
+            )
+
+    def _check_classes(self) -> None:
+        classes = 1 + max(map(int, self.captioned.captions))
+        known = self.latent.network.config.num_embeds_ada_norm
+        if classes > known:
+            raise UserError(
+                f"{self.config.data.name!r} has {classes} classes, and {self.latent.source} knows {known}: put the "
+                "images of each class into their own subfolder, in the order of the classes."
+            )
+
+    def _objective(self) -> Any:  # noqa: ANN401  (either objective)
+        settings = self.config.consistency
+        if not self.distils:
+            objective: Any = build_objective(self.config, self.scheduler)
+            shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape, self.latent.network)
+            if shift is not None and hasattr(objective.timestep_sampler, "shift"):
+                objective.timestep_sampler.shift = shift
+            return objective
+        teacher = self._teacher(self.config)
+        null = self.latent.encode_null()
+        return LatentConsistencyObjective(
+            self.scheduler,
+            teacher=GuidedTeacher(teacher.network, teacher.scheduler, null, solver=settings.solver),
+            guidance=settings.guidance,
+            guidance_dim=self.guidance_dim,
+            **consistency_options(self.config),
+        )
+
+    def _teacher(self, config: TrainConfig) -> LatentPipeline:
+        source = config.consistency.teacher
+        teacher = self.latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
+        for one in (self.latent, teacher):
+            if one.family.network != "unet":
+                raise UserError(
+                    f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
+                    "are distilled; train it without consistency.mode."
+                )
+        if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
+            raise UserError(
+                f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
+                "as --consistency.teacher."
+            )
+        if teacher.latent_shape != self.latent.latent_shape:
+            raise UserError(
+                f"the teacher {source} has latents {teacher.latent_shape} and {self.latent.source} "
+                f"{self.latent.latent_shape}: give one of the same size and channels."
+            )
+        for found in differences(self.latent.scheduler, None, self._as_start(teacher))[:1]:
+            raise UserError(
+                f"the teacher {source} {found.said_there} and {self.latent.source} {found.ours!r}: give one of the "
+                "same noise schedule and prediction type."
+            )
+        if teacher is not self.latent and not _same_conditions(teacher, self.latent):
+            raise UserError(
+                f"the teacher {source} makes other embeddings of a prompt than {self.latent.source}: captions are "
+                "encoded once for both, so give one with the same text encoders."
+            )
+        return teacher
+
+    def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
+        config = self.config
+        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.distils else None)
+        if config.lora.rank:
+            usual = self.latent.family.lora_targets or TARGET_MODULES
+            targets = usual if config.lora.targets is None else config.lora.targets
+            add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
+        if config.model.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def open(self, out: Path) -> None:
+        """Take the folder as every trainer does, and encode the images and captions that the cache does not have.
+
+        The first captions are written to ``prompts.txt``, which samples of the run are drawn of.
+        """
+        super().open(out)
+        if self.finished:
+            return
+        if self.accelerator.is_main_process and not self.config.data.captions:
+            lines = (" ".join(caption.split()) for caption in self.data.captions[:SHOWN])
+            write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
+
+    def _read_data(self) -> None:
+        if not hasattr(self, "data"):
+            with self.accelerator.main_process_first():
+                self.data = latent_data(self.captioned, self.latent, device=self.accelerator.device)
+
+    def _load(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices, device = self._indices(batch), self.accelerator.device
+        conditions = {name: value.to(device) for name, value in self.data.conditions(indices).items()}
+        share = self.config.objective.label_dropout
+        if share > 0:
+            dropped = torch.rand(len(indices), device=device) < share
+            for name, null in self.data.null_conditions(len(indices)).items():
+                where = dropped.view(-1, *[1] * (null.ndim - 1))
+                conditions[name] = torch.where(where, null.to(device), conditions[name])
+        return self.data.x0(indices).to(device), conditions
+
+    def _weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        return lora_state(network) if self.config.lora.rank else super()._weights(network)
+
+    def _load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
+        if self.config.lora.rank:
+            load_lora_state(network, weights)
+        else:
+            super()._load_weights(network, weights)
+
+    def _draw_samples(self) -> Tensor:
+        pipeline = with_network(self.latent, self._average(), self.scheduler)
+        settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
+        settings["data"] = {
+            "captions": self.config.data.captions or self.data.captions[:SHOWN],
+            "image_size": self.latent.image_size,
+            "caption_tokens": self.latent.tokens,
+        }
+        run = text_to_image_run(pipeline, str(self.out), settings)
+        drawn = run.pictures(
+            sampler=default_sampler(self.scheduler),
+            steps=4 if self.distils else 20,
+            num=SHOWN,
+            seed=0,
+            device=self.accelerator.device,
+        )
+        images = torch.cat(list(drawn))
+        for part in (self.latent.vae, *self.latent.text_encoders):
+            part.to("cpu")
+        return images
+
+    def _publish(self, average: Any) -> None:  # noqa: ANN401
+        if isinstance(self.latent.family, DiT):
+            remember_classes(average, self.classes, None)
+        save = save_lora if self.config.lora.rank else save_student
+        save(self.out / self.published, self.latent, average, self.scheduler)
+
+
+def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:
+    first, second = (pipeline.encode_prompts(["a photo of a cat"]) for pipeline in (one, other))
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.allclose(first[name], second[name], rtol=1e-2, atol=1e-2)
+        for name in first
+    )

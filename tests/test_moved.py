@@ -1,0 +1,27 @@
+"""Modules keep their earlier names."""
+
+import importlib
+import sys
+
+import pytest
+
+import atdiff
+from atdiff._moved import MOVED
+
+
+@pytest.mark.parametrize(("before", "now"), MOVED.items())
+def test_a_module_is_found_under_its_earlier_name(before: str, now: str) -> None:
+    module = importlib.import_module(f"atdiff.{now}")
+    for name in [name for name in sys.modules if name == f"atdiff.{before}"]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match=f"atdiff.{before} is atdiff.{now} now"):
+        found = importlib.import_module(f"atdiff.{before}")
+    assert found is module
+    assert module.__spec__ is not None
+    assert module.__spec__.name == f"atdiff.{now}"
+
+
+def test_the_public_names_are_listed_and_found() -> None:
+    assert set(atdiff.__all__) <= set(dir(atdiff))
+    for name in atdiff.__all__:
+        assert getattr(atdiff, name).__name__ == name
