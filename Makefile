@@ -28,6 +28,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	@if curl --fail --silent --max-time 10 --output /dev/null https://pypi.org/pypi/pip/24.0/json; \
 	then $(BIN)/pip-audit --local --skip-editable --progress-spinner off; \
 	else echo "No registry answers: the dependencies are not audited."; fi
