@@ -1,4 +1,4 @@
-"""Plain training and the residual direction on data whose law is known, beside the exact denoiser.
+"""Plain training and the residual direction on data whose distribution is known, beside the exact denoiser.
 
 python examples/toy_mixture.py [--passes 8000] [--out points.png]
 """

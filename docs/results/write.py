@@ -27,7 +27,7 @@ from atdiff.system.files import write_bytes, write_text
 
 HERE = Path(__file__).parent
 PICTURES = {
-    "mismatch": (mismatch_curves, "Mismatch along the trajectory: the law of the sampler's inputs against training's"),
+    "mismatch": (mismatch_curves, "Mismatch along the trajectory: the distribution of the sampler's inputs against training's"),
     "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and what a step along it does"),
     "robustness": (robustness_curves, "Worst-case loss against the radius of the perturbation"),
 }
