@@ -26,8 +26,11 @@ from atdiff.report.tables import correction_markdown, markdown_table
 from atdiff.system.files import write_bytes, write_text
 
 HERE = Path(__file__).parent
-PICTURES = {
-    "mismatch": (mismatch_curves, "Mismatch along the trajectory: the distribution of the sampler's inputs against training's"),
+FIGURES = {
+    "mismatch": (
+        mismatch_curves,
+        "Mismatch along the trajectory: the distribution of the sampler's inputs against training's",
+    ),
     "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and what a step along it does"),
     "robustness": (robustness_curves, "Worst-case loss against the radius of the perturbation"),
 }
@@ -60,7 +63,7 @@ def page(name: str, summary: dict[str, Any]) -> str:
         said = listed(corrected_conclusions(corrected))
         parts += ["## Without and with correction", correction_markdown(cells, **options), said]
     parts += [quality(cells, summary["baseline"])]
-    parts += [picture(name, part, summary[part]) for part in PICTURES if part in summary]
+    parts += [picture(name, part, summary[part]) for part in FIGURES if part in summary]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -108,7 +111,7 @@ def means(rows: list[Row]) -> list[str]:
 
 
 def picture(name: str, part: str, measured: dict[str, Any]) -> str:
-    draw, caption = PICTURES[part]
+    draw, caption = FIGURES[part]
     write_bytes(HERE / f"{name}-{part}.png", draw(measured["by_run"], file_format="png"))
     told = {key: value for key, value in measured["recipe"].items() if isinstance(value, str | int | float)}
     of = ", ".join(f"{key} {value}" for key, value in told.items())
