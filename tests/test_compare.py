@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,3 +147,33 @@ def test_mistakes_cost_nothing(
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["there.html"]
     assert Path("there.html").read_text() == "mine"
+
+
+def test_arms_are_held_against_the_same_images(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run is held against its own training images unless some are named, so these must be the same."""
+    one, other = finished[1] / "seed-0" / "plain", tmp_path / "other"
+    shutil.copytree(finished[1] / "seed-0" / "at", other)
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("split: train", "split: test"))
+    words = ["compare", f"a={one}", f"b={other}", "--steps", "3", "--num", "40", "--no-mismatch"]
+    assert main([*words, "--out", str(tmp_path / "x.html")]) == 2
+    assert f"data.split='train' and {other} with 'test'" in capsys.readouterr().err
+    assert main([*words, "--data", "digits", "--split", "train", "--out", str(tmp_path / "x.html")]) == 0
+    cells = json.loads((tmp_path / "x.summary.json").read_text())["cells"]
+    assert len({cell["fingerprints"]["reference"] for cell in cells}) == 1
+
+
+@pytest.mark.parametrize("option", [["--extractor", "label-classifier"], ["--search-num", "40"]])
+def test_no_option_of_evaluation_is_passed_over_for_the_figures_of_a_study(
+    option: list[str], finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(
+        "atdiff.study.compare.compare_runs", lambda runs, config, *args, **options: configs.append(config)
+    )
+    assert main(["compare", str(finished[1]), "--out", str(tmp_path / "x.html")]) == 0
+    assert main(["compare", str(finished[1]), *option, "--out", str(tmp_path / "x.html")]) == 0
+    assert configs[0] is None
+    assert str(getattr(configs[1], option[0][2:].replace("-", "_"))) == option[1]

@@ -64,6 +64,10 @@ OBJECTIVES = [denoising, consistency]
         (DDPMScheduler(), "x_start", "sample"),
         (DDPMScheduler(), "eps", "epsilon"),
         (DDPMScheduler(), "noise", "epsilon"),
+        (DDPMScheduler(), "pred_noise", "epsilon"),
+        (DDPMScheduler(), "pred_x0", "sample"),
+        (DDPMScheduler(), "pred_v", "v_prediction"),
+        (FLOW(), "vpred", "flow"),
         (DDPMScheduler(prediction_type="v_prediction"), None, "v_prediction"),
         (FLOW(), "v", "flow"),
         (FLOW(), "velocity", "flow"),
@@ -149,6 +153,35 @@ def test_images_of_no_clear_meaning_are_refused(make: Callable[..., Any], x0: An
 def test_one_image_is_no_batch() -> None:
     with pytest.raises(UserError, match=r"the images are \(1, 8, 8\), expected \(B, C, H, W\)"):
         next(Adversary(passes=1).passes(denoising(), unet(), images()[0]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((4, 3, 8, 8), "but the network has in_channels=1; give images (B, 1, H, W)"),
+        ((4, 8, 8, 1), "but the network has in_channels=1; use x0.permute(0, 3, 1, 2)"),
+    ],
+)
+def test_images_of_other_channels_than_the_network_knows(shape: tuple[int, ...], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        next(Adversary(passes=1).passes(denoising(), unet(), torch.rand(shape) * 2 - 1))
+    assert str(shape) in str(error.value)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        # cos((0.41 + 0.008) / 1.008 * pi / 2)
+        (LCMScheduler(prediction_type="v_prediction", beta_schedule="linear"), "at timestep 409, not 0.7953"),
+        (LCMScheduler(num_train_timesteps=100), "num_train_timesteps 100, not 1000"),
+        (EDMEulerScheduler(), "a schedule of kind 'edm', not 'vp'"),
+    ],
+)
+def test_a_teacher_of_another_schedule_says_what_differs(teacher: Any, says: str) -> None:
+    with pytest.raises(UserError, match="not the student's") as error:
+        ConsistencyObjective(V, teacher=Teacher(half, teacher))
+    assert says in str(error.value)
 
 
 def batch_mistakes() -> list[tuple[dict[str, Any], str]]:

@@ -71,6 +71,28 @@ def test_a_folder_with_another_study_is_left_alone(
 
 
 @pytest.mark.parametrize(
+    ("arm", "words", "message"),
+    [
+        ({"training": {"passes": 40}}, [], "arm 'at' has training.passes=40 and 'plain' 10"),
+        ({"training": {"batch_size": 64}}, [], "arm 'at' has training.batch_size=64 and 'plain' 32"),
+        ({"data": {"split": "test"}}, [], "arm 'at' has data.split='test' and 'plain' 'train'"),
+        ({"data": {"name": "mixture-ring"}}, [], "arm 'at' has data.name='mixture-ring'"),
+        ({"training": {"init": "elsewhere"}}, [], "arm 'at' has training.init='elsewhere'"),
+        ({"training": {"seed": 3}}, [], "training.seed=3 has no effect in a study"),
+        ({}, ["--training.seed", "3"], "--study.seeds"),
+    ],
+)
+def test_arms_are_compared_as_equals_or_not_at_all(
+    arm: dict[str, Any], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {**RECIPE, "arms": {**RECIPE["arms"], "at": {**RECIPE["arms"]["at"], **arm}}}
+    (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
+    assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"samplers": ["ddmi"]}, "'ddmi' is unknown"),

@@ -26,6 +26,7 @@ from atdiff.system.suggest import nearest, nearest_option
 
 __all__ = ["main"]
 
+EXTRACTOR = "digits-classifier"  # of what is evaluated where none is named
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 # The heavy imports wait until a command needs them, so that --help and mistakes answer at once.
@@ -262,8 +263,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extractor",
-        default="digits-classifier",
-        help=f"one of {', '.join(EXTRACTORS)}; default: %(default)s",
+        help=f"one of {', '.join(EXTRACTORS)}; default: {EXTRACTOR}",
     )
     parser.add_argument(
         "--weights", action="append", default=[], metavar="[NAME=]FILE", help="local weights of an extractor"
@@ -322,7 +322,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--corrections",
         help="none, epsilon-scaling:1.01, time-shift:40, dcw:0.05, or :search for a value chosen on held-out noise",
     )
-    parser.add_argument("--search-num", type=int, default=1024, help="samples per search; default: %(default)s")
+    parser.add_argument("--search-num", type=int, help="samples per search; default: 1024")
     parser.add_argument(
         "--prompts", type=Path, help="for clip_score: a text file with one prompt, or one line per class"
     )
@@ -506,15 +506,16 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, A
     """Return the arguments of an EvaluationConfig, after what is wrong with them is found."""
     from atdiff.study.preflight import check_drawing, check_metrics_of
 
+    extractor = args.extractor or EXTRACTOR
     options: dict[str, Any] = {
         "samplers": _list(args.samplers, str, "--samplers") if args.samplers is not None else None,
         "steps": _list(args.steps or "5,10,20", int, "--steps"),
         "num": 2048 if args.num is None else args.num,
         "seeds": seeds,
         "corrections": _list(args.corrections or "none", str, "--corrections"),
-        "search_num": args.search_num,
-        "extractor": args.extractor,
-        "weights": _weights(args.weights, args.extractor),
+        "search_num": 1024 if args.search_num is None else args.search_num,
+        "extractor": extractor,
+        "weights": _weights(args.weights, extractor),
         "metrics": _list(args.metrics or "fid,prc", str, "--metrics"),
         "prompts": _prompts(args.prompts),
         "data": args.data,
@@ -528,7 +529,7 @@ def _evaluation(args: argparse.Namespace, seeds: tuple[int, ...]) -> dict[str, A
     check_drawing(samplers=options["samplers"] or (), **drawn)
     # A file that is there may hold all that is asked for.
     networks = {"with_networks": not args.out.exists(), "with_prompts": args.prompts is not None}
-    check_metrics_of(options["metrics"], args.extractor, options["weights"], **networks)
+    check_metrics_of(options["metrics"], extractor, options["weights"], **networks)
     return options
 
 
@@ -566,11 +567,12 @@ def _compare(args: argparse.Namespace) -> None:
     runs = find_runs(args.runs)
     asked = any((args.samplers, args.steps, args.num, args.metrics, args.corrections, args.data, args.compile))
     asked |= args.precision != "no" or args.guidance_scale is not None or args.variant is not None
-    asked |= bool(_reading(args).asked)
+    asked |= bool(_reading(args).asked or args.weights)
+    asked |= any(option is not None for option in (args.extractor, args.search_num, args.prompts))
     studied = all((Path(one.run) / "cells.json").is_file() for one in runs)
     options = _evaluation(args, (0,)) if asked or not studied else None
     check_runs([one.run for one in runs], args.data, variant=args.variant)
-    check_arms(runs, args.baseline, unequal_passes=args.unequal_passes)
+    check_arms(runs, args.baseline, unequal_passes=args.unequal_passes, data=args.data)
     from atdiff.measure.cells import EvaluationConfig
     from atdiff.measure.progress import cell_progress
     from atdiff.study.compare import compare_runs
@@ -599,9 +601,10 @@ def _mismatch(args: argparse.Namespace) -> None:
     _check_one(args)
     check_drawing(**_drawn(args))
     entries = read_entries(args.out / "mismatch.json")
-    weights = _weights(args.weights, args.extractor)
-    if args.extractor != "none":
-        check_metrics_of(("fid",), args.extractor, weights, with_networks=not entries)
+    extractor = args.extractor or EXTRACTOR
+    weights = _weights(args.weights, extractor)
+    if extractor != "none":
+        check_metrics_of(("fid",), extractor, weights, with_networks=not entries)
     check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.measure.progress import cell_progress
@@ -611,8 +614,8 @@ def _mismatch(args: argparse.Namespace) -> None:
         args.steps,
         num=args.num,
         seed=args.seed,
-        extractor=None if args.extractor == "none" else args.extractor,
-        weights=weights.get(args.extractor),
+        extractor=None if extractor == "none" else extractor,
+        weights=weights.get(extractor),
         data=args.data,
         reading=_reading(args),
         prompts=_prompts(args.prompts),

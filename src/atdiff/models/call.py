@@ -42,12 +42,11 @@ def predict(
     of ``x_t``; timesteps stay as they are.
 
     Raises:
-        UserError: the model returns something else, or is a U-Net of images and ``x_t`` is one image.
+        UserError: the model returns something else, or is a U-Net and ``x_t`` is one image, or has other channels.
     """
     network: Any = unwrapped(model)
     kind: Any = type(network)
-    if x_t.ndim == 3 and isinstance(network, ConfigMixin) and isinstance(getattr(network, "conv_in", None), nn.Conv2d):
-        raise UserError(f"the images are {tuple(x_t.shape)}, expected (B, C, H, W); add the batch by x0[None].")
+    _check_images(network, x_t)
     dtype = compute_dtype(network)
     cast = dtype is not None and dtype != x_t.dtype
     kwargs = unet_kwargs(_cast(conditions or {}, dtype))
@@ -55,6 +54,22 @@ def predict(
     told = ((), {"timestep": timesteps}) if named else ((timesteps,), {})
     prediction = _prediction(model(x_t.to(dtype) if cast else x_t, *told[0], **told[1], **kwargs))
     return prediction.to(x_t.dtype) if cast else prediction
+
+
+def _check_images(network: Any, x_t: Tensor) -> None:  # noqa: ANN401
+    """Make sure that a U-Net is given images, of the channels that it knows."""
+    conv_in = getattr(network, "conv_in", None)
+    if not (isinstance(network, ConfigMixin) and isinstance(conv_in, nn.Conv2d)):
+        return
+    if x_t.ndim == 3:
+        raise UserError(f"the images are {tuple(x_t.shape)}, expected (B, C, H, W); add the batch by x0[None].")
+    channels = conv_in.in_channels
+    if x_t.ndim == 4 and x_t.shape[1] != channels:
+        last = x_t.shape[3] == channels
+        raise UserError(
+            f"the images are {tuple(x_t.shape)}, but the network has in_channels={channels}; "
+            + ("use x0.permute(0, 3, 1, 2)." if last else f"give images (B, {channels}, H, W), or build it for theirs.")
+        )
 
 
 @functools.lru_cache(maxsize=64)

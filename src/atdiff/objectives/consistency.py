@@ -143,16 +143,22 @@ class ConsistencyObjective:
 
     def _check_teacher(self, teacher: Teacher) -> None:
         ours, theirs = self.schedule, teacher.schedule
-        same = ours.kind == theirs.kind and ours.sigma_data == theirs.sigma_data
-        if same and ours.kind == "vp":
-            steps = torch.arange(min(ours.num_train_timesteps, theirs.num_train_timesteps))
-            same = ours.num_train_timesteps == theirs.num_train_timesteps and torch.allclose(
-                ours.alphas_cumprod(steps), theirs.alphas_cumprod(steps)
-            )
-        if not same:
+        found = []
+        # The number of timesteps of an EDM scheduler says nothing about its noise.
+        for name in ("kind", "sigma_data", *(["num_train_timesteps"] if ours.kind == "vp" else [])):
+            one, other = getattr(theirs, name), getattr(ours, name)
+            if one != other:
+                found.append(f"{'a schedule of kind' if name == 'kind' else name} {one!r}, not {other!r}")
+        if not found and ours.kind == "vp":
+            steps = torch.arange(ours.num_train_timesteps)
+            one, other = theirs.alphas_cumprod(steps), ours.alphas_cumprod(steps)
+            at = int((one - other).abs().argmax())
+            if not torch.allclose(one, other):
+                found = [f"alpha_t {float(one[at]) ** 0.5:.4g} at timestep {at}, not {float(other[at]) ** 0.5:.4g}"]
+        if found:
             raise UserError(
-                f"the teacher's noise schedule ({theirs.kind}, {theirs.num_train_timesteps} timesteps) is not the "
-                f"student's ({ours.kind}, {ours.num_train_timesteps}); give both the same betas, or sigma_data."
+                f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
+                "schedulers the same betas, or sigma_data."
             )
 
     def draw(

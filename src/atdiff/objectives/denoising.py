@@ -24,13 +24,17 @@ __all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
 ALIASES: dict[str, tuple[str, ...]] = {
     "eps": ("epsilon",),
     "noise": ("epsilon",),
+    "pred_noise": ("epsilon",),
     "x0": ("sample",),
     "x_0": ("sample",),
     "x_start": ("sample",),
     "xstart": ("sample",),
     "start_x": ("sample",),
+    "pred_x0": ("sample",),
     "v": ("v_prediction", "flow"),  # whichever the schedule has
     "v_pred": ("v_prediction", "flow"),
+    "vpred": ("v_prediction", "flow"),
+    "pred_v": ("v_prediction", "flow"),
     "velocity": ("flow",),
     "flow_prediction": ("flow",),
     "flow_matching": ("flow",),

@@ -12,7 +12,10 @@ from typing import Any
 from atdiff.core.errors import UserError
 from atdiff.system.locate import run_config
 
-__all__ = ["ArmRun", "check_arms", "find_runs"]
+__all__ = ["ArmRun", "check_arms", "find_runs", "other_reference"]
+
+REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column")
+"""Settings of ``data`` that say what a run is held against."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,19 @@ def _runs_of_study(folder: Path) -> list[ArmRun]:
 
 
 def check_arms(
-    runs: Sequence[ArmRun], baseline: str | None = None, *, unequal_passes: bool = False
+    runs: Sequence[ArmRun], baseline: str | None = None, *, unequal_passes: bool = False, data: str | None = None
 ) -> tuple[list[str], str]:
     """Return the names of the arms in order, and that of the baseline.
 
+    Args:
+        runs: from :func:`find_runs`.
+        baseline: an arm; default ``plain`` where there is one, else the first.
+        unequal_passes: allow arms of different compute.
+        data: the reference images; None for those that each run was trained on.
+
     Raises:
-        UserError: fewer than two arms, no such baseline, or unequal compute.
+        UserError: fewer than two arms, no such baseline, unequal compute, or runs that would be held against different
+            images.
     """
     arms = list(dict.fromkeys(one.arm for one in runs))
     baseline = baseline or ("plain" if "plain" in arms else arms[0])
@@ -89,7 +99,31 @@ def check_arms(
         raise UserError(f"the arms are {', '.join(arms)} and the baseline {baseline!r}: name two arms or more.")
     if not unequal_passes:
         _check_compute(runs)
+    if data is None:
+        _check_references(runs)
     return arms, baseline
+
+
+def other_reference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return the first setting of ``data`` by which two runs would be held against different images; None for none."""
+    for name in REFERENCE:
+        a, b = one.get(name), other.get(name)
+        # What one of them leaves out may come to the same: older runs did not have it, pipelines have a size of theirs.
+        if a != b and a is not None and b is not None:
+            return name
+    return None
+
+
+def _check_references(runs: Sequence[ArmRun]) -> None:
+    known = [one for one in runs if one.config.get("data")]
+    for one in known[1:]:
+        first, then = known[0].config["data"], one.config["data"]
+        name = other_reference(first, then)
+        if name is not None:
+            raise UserError(
+                f"{known[0].run} was trained with data.{name}={first[name]!r} and {one.run} with {then[name]!r}, and "
+                "each would be held against its own images: name those that all are held against with --data."
+            )
 
 
 def _check_compute(runs: Sequence[ArmRun]) -> None:

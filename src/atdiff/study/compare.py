@@ -48,9 +48,10 @@ def compare_runs(
         notify: called with the number of cells done and in all.
 
     Raises:
-        UserError: fewer than two arms, no such baseline, unequal compute, or as :func:`evaluate_runs` does.
+        UserError: fewer than two arms, no such baseline, unequal compute, different reference images, or as
+            :func:`evaluate_runs` does.
     """
-    arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes)
+    arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=config.data if config else None)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
     of_arm: dict[str, list[str]] = {arm: [] for arm in (baseline, *arms)}

@@ -6,12 +6,14 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from atdiff.core.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.core.errors import UserError
 from atdiff.core.specs import parse_correction
+from atdiff.study.arms import other_reference
 from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
 from atdiff.system.locate import check_data, check_hub, check_run, check_weights, run_config
@@ -53,8 +55,8 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     """Find what is wrong with the settings of any arm, with the evaluation, or with the folder.
 
     Raises:
-        UserError: the recipe has no arms, or the folder holds something else; or as :func:`resolve`,
-            :func:`check_drawing`, :func:`check_data` and :func:`check_run`.
+        UserError: the recipe has no arms, they differ in what a study keeps equal, or the folder holds something else;
+            or as :func:`resolve`, :func:`check_drawing`, :func:`check_data` and :func:`check_run`.
     """
     if not recipe.arms:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
@@ -71,10 +73,48 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     configs = [resolve(recipe, None, list(overrides))]
     check_data(configs[0].data.name)
     configs += [resolve(recipe, arm, list(overrides)) for arm in study.arms]
+    _check_alike(recipe, configs)
     # The arms of a recipe with a base start from that.
     for config in configs[:1] if recipe.finetune else configs[1:]:
         if config.training.init is not None:
             check_run(config.training.init)
+
+
+def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
+    """Refuse arms that a table would compare at other compute, on other images, or from another start than it says.
+
+    Args:
+        recipe: of the study.
+        configs: of its base, then of its arms.
+    """
+    seed = resolve(recipe).training.seed
+    base, (first, *_) = configs[0], configs[1:]
+    for arm, config in zip(recipe.study.arms, configs[1:], strict=True):
+        if config.training.seed != seed:
+            raise UserError(
+                f"training.seed={config.training.seed} has no effect in a study, whose arms share their seeds: give "
+                "them as --study.seeds."
+            )
+        if recipe.finetune and config.training.init != base.training.init:
+            raise UserError(
+                f"arm {arm!r} has training.init={config.training.init!r}, but the arms of a recipe with `finetune` "
+                "start from its base: leave it out, or train the arm with `atdiff train`."
+            )
+        for name in ("passes", "batch_size"):
+            ours, theirs = getattr(config.training, name), getattr(first.training, name)
+            if ours != theirs:
+                raise UserError(
+                    f"arm {arm!r} has training.{name}={ours} and {recipe.study.arms[0]!r} {theirs}, but the arms of a "
+                    "study have equal compute: make them equal, or use `atdiff train` and `atdiff compare "
+                    "--unequal-passes`."
+                )
+        name = other_reference(asdict(first.data), asdict(config.data))
+        if name is not None:
+            raise UserError(
+                f"arm {arm!r} has data.{name}={getattr(config.data, name)!r} and {recipe.study.arms[0]!r} "
+                f"{getattr(first.data, name)!r}, but the arms of a study are held against the same images: make them "
+                "equal, or use `atdiff train` and `atdiff compare --data`."
+            )
 
 
 def check_drawing(
