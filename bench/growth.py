@@ -59,30 +59,20 @@ SERIES: dict[str, list[Point]] = {
 }
 
 
-class MemoryTrainer(Trainer):
-    """A trainer of random pictures."""
-
-    point: Point
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        side = int(self.point.pixels**0.5)
-        shape = (3, side, side)
-        if self.point.mapped:
-            store.MEMORY_SHARE = 0.0
-            held = store.hold(
-                lambda: blocks(self.point.images, shape),
-                self.point.images,
-                name="random",
-                key=f"growth {self.point}",
-                unread=[],
-                settle=lambda: None,
-            )
-            self.data = ImageData(held.images, None, "random", mapped=held.mapped)
-        else:
-            images = torch.randint(256, (self.point.images, *shape), dtype=torch.uint8)
-            self.data = ImageData(images, None, "random")
-        self.network = type(self.network)(sample_size=side, in_channels=3, out_channels=3, **ARCHITECTURE)
+def random_images(point: Point, shape: tuple[int, int, int]) -> ImageData:
+    """Random images, in memory or mapped."""
+    if not point.mapped:
+        return ImageData(torch.randint(256, (point.images, *shape), dtype=torch.uint8), None, "random")
+    store.MEMORY_SHARE = 0.0
+    held = store.hold(
+        lambda: blocks(point.images, shape),
+        point.images,
+        name="random",
+        key=f"growth {point}",
+        unread=[],
+        settle=lambda: None,
+    )
+    return ImageData(held.images, None, "random", mapped=held.mapped)
 
 
 def blocks(count: int, shape: tuple[int, ...]) -> store.Chunks:
@@ -97,7 +87,6 @@ def measured(point: Point, threads: int, count: int, blocks: int) -> dict[str, A
     """Train for a moment; return seconds a pass and MiB."""
     torch.set_num_threads(threads)
     imported = 0.0 if torch.cuda.is_available() else peak_mib()
-    MemoryTrainer.point = point
     settings = [
         *("--training.passes", "1000000", "--training.log_every", "100", "--training.checkpoint_every", "1000000"),
         *("--training.batch_size", str(point.batch), "--model.name", "unet"),
@@ -109,7 +98,11 @@ def measured(point: Point, threads: int, count: int, blocks: int) -> dict[str, A
         recipe.write_text("model: {name: mlp}\n")
         config = resolve(load_recipe(str(recipe)), None, settings)
         config.model.args = ARCHITECTURE
-        trainer = MemoryTrainer(config)
+        trainer = Trainer(config)
+        side = int(point.pixels**0.5)
+        trainer.task.data = random_images(point, (3, side, side))
+        network = type(trainer.task.network)
+        trainer.task.network = network(sample_size=side, in_channels=3, out_channels=3, **ARCHITECTURE)
         trainer.open(Path(temporary) / "run")
         steps = trainer.passes()
         seconds(steps, max(count, 2 * point.passes))

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from atdiff.system.allocator import keep_freed_memory
@@ -60,11 +61,17 @@ class TimedTrainer(Trainer):
 
     waited = 0.0
 
-    def _load(self, batch: int) -> Any:  # noqa: ANN401
-        start = time.perf_counter()
-        loaded = super()._load(batch)
-        self.waited += time.perf_counter() - start
-        return loaded
+    def open(self, out: Path) -> None:
+        super().open(out)
+        load = self.task.load
+
+        def timed(indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+            start = time.perf_counter()
+            loaded = load(indices, device)
+            self.waited += time.perf_counter() - start
+            return loaded
+
+        self.task.load = timed
 
 
 def _architecture(channels: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def child(folder: Path, passes: int, prepare: Callable[[], None] | None = None) 
             prepare()
         trainer = Trainer(settings(passes))
         trainer.open(folder / "run")
-        (folder / "start.txt").write_text(str(passes if trainer.finished else trainer.passes_done))
+        (folder / "start.txt").write_text(str(passes if trainer.finished else trainer.state.passes))
         trainer.run(progress=False)
     except BaseException:
         traceback.print_exc()

@@ -27,7 +27,8 @@ from atdiff.training.config import (
     TrainConfig,
     TrainingConfig,
 )
-from atdiff.training.loop import Trainer, batch_indices
+from atdiff.training.loop import Trainer
+from atdiff.training.order import batch_indices
 
 JOINT = 24  # images a batch, over all processes
 PASSES = 7
@@ -116,9 +117,9 @@ def train(arm: str, out: Path) -> None:
         for _ in trainer.passes():
             pass
     result = {
-        "weights": whole(trainer, trainer.network),
-        "ema": whole(trainer, trainer.ema.module),
-        "target": whole(trainer, trainer.target.module) if trainer.target else {},
+        "weights": whole(trainer, trainer.weights.network),
+        "ema": whole(trainer, trainer.weights.ema.module),
+        "target": whole(trainer, trainer.weights.target.module) if trainer.weights.target else {},
         "seen": seen,
     }
     torch.save(result, out / f"{arm}-{trainer.accelerator.process_index}.pt")
@@ -126,7 +127,7 @@ def train(arm: str, out: Path) -> None:
 
 def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
     """Return all weights of a network, in every process."""
-    return (trainer.sharding.whole(network) if trainer.sharding else network).state_dict()
+    return (trainer.weights.sharding.whole(network) if trainer.weights.sharding else network).state_dict()
 
 
 def main(out: Path, arms: list[str]) -> None:

@@ -70,14 +70,17 @@ def soak(folder: Path, minutes: float) -> list[dict[str, float]]:
     with Progress() as bar:
         task = bar.add_task("soaking", total=minutes)
         for _ in trainer.passes():
-            if trainer.passes_done % EVERY:
+            if trainer.state.passes % EVERY:
                 continue
-            judge([trainer._draw_samples().cpu()], num=64)
+            judge(
+                [trainer.task.samples(trainer.out, trainer.weights.published(), trainer.accelerator.device).cpu()],
+                num=64,
+            )
             passed = (time.monotonic() - started) / 60
             noted.append(
                 {
                     "minutes": passed,
-                    "passes": trainer.passes_done,
+                    "passes": trainer.state.passes,
                     "mib": process.memory_info().rss / 2**20,
                     "files": process.num_fds(),
                 }

@@ -79,16 +79,16 @@ def trainer(tmp_path: Path, arm: str, *overrides: str) -> Trainer:
 
 def poison(made: Trainer, monkeypatch: pytest.MonkeyPatch, batches: set[int], value: float) -> None:
     """Let one pixel of one image of some batches be no number."""
-    load = made._load
+    load = made.task.load
 
-    def poisoned(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        x0, conditions = load(batch)
-        if batch in batches:
+    def poisoned(indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        x0, conditions = load(indices, device)
+        if made.state.batches in batches:
             x0 = x0.clone()
             x0[3, 0, 2, 2] = value
         return x0, conditions
 
-    monkeypatch.setattr(made, "_load", poisoned)
+    monkeypatch.setattr(made.task, "load", poisoned)
 
 
 def checkpoint(folder: Path, passes: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -145,7 +145,7 @@ def test_too_many_end_the_run_and_are_named(tmp_path: Path, monkeypatch: pytest.
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.max_skipped", "0")
     weight = next(made.network.parameters())
-    weight.register_hook(lambda gradient: gradient * (math.inf if made.passes_done == 6 else 1.0))
+    weight.register_hook(lambda gradient: gradient * (math.inf if made.state.passes == 6 else 1.0))
     with pytest.raises(RunError, match=r"at pass 7 the gradient was not finite, at timesteps \d+, .* more"):
         made.run(progress=False)
 

@@ -28,7 +28,7 @@ from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, 
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
-from atdiff.training.latents import LatentTrainer
+from atdiff.training.loop import Trainer
 from flow_pipelines import SD3, dit_folder, flux_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 
@@ -346,7 +346,7 @@ def test_the_images_of_a_class_folder_are_never_all_in_memory(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("all images were read")
 
-    monkeypatch.setattr("atdiff.training.latents.load_data", refuse)
+    monkeypatch.setattr("atdiff.training.tasks.latents.load_data", refuse)
     monkeypatch.setattr("atdiff.data.captions.load_data", refuse)
     out = train(tmp_path / "run", passes=2)
     assert (out / "prompts.txt").read_text().split() == ["0", "1"]
@@ -360,14 +360,16 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
     words = ["--objective.label_dropout=0.5", "--training.batch_size=2", "--training.accumulate=1"]
     words += ["--training.precision=no", f"--training.init={config['training']['init']}"]
     words += [f"--data.name={config['data']['name']}", f"--data.image_size={IMAGE_SIZE}"]
-    trainer = LatentTrainer(resolve(load_recipe("dit-imagenet-at"), "at-residual", words))
+    trainer = Trainer(resolve(load_recipe("dit-imagenet-at"), "at-residual", words))
     trainer.open(tmp_path / "other")
     torch.manual_seed(0)
-    labels = torch.cat([trainer._load(i)[1]["class_labels"] for i in range(200)])
+    labels = torch.cat(
+        [trainer.task.load(trainer._indices(i), trainer.accelerator.device)[1]["class_labels"] for i in range(200)]
+    )
     assert labels.dtype == torch.int64
     assert set(labels.tolist()) == {0, 1, 1000}
     assert 0.4 < (labels == 1000).float().mean() < 0.6
-    probabilities = {getattr(part, "dropout_prob", 0.0) for part in trainer.network.modules()}
+    probabilities = {getattr(part, "dropout_prob", 0.0) for part in trainer.task.network.modules()}
     assert probabilities == {0.0}
 
 

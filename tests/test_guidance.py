@@ -41,7 +41,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("atdiff.training.latents.SHOWN", 2)
+    monkeypatch.setattr("atdiff.training.tasks.latents.SHOWN", 2)
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
 

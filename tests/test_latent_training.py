@@ -27,7 +27,7 @@ from atdiff.pipelines.lora import add_lora, load_lora, save_lora
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
-from atdiff.training.latents import LatentTrainer
+from atdiff.training.loop import Trainer
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 from launching import ended, launch
 from processes import CAN_SHARD
@@ -249,7 +249,7 @@ def recipe(photos: Path, sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def small_grids() -> Iterator[None]:
     """Two pictures a grid of samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atdiff.training.latents.SHOWN", 2)
+        patch.setattr("atdiff.training.tasks.latents.SHOWN", 2)
         yield
 
 
@@ -429,9 +429,9 @@ def test_adapters_of_a_denoiser_keep_its_scheduler(sd_folder: Path, tmp_path: Pa
 def test_a_student_is_trained_further_with_its_own_embedding(recipe: Path, full: Path, sd_folder: Path) -> None:
     words = ["--training.init", str(full), "--consistency.teacher", str(sd_folder)]
     config = resolve(load_recipe(str(recipe)), None, [*words, "--consistency.embed_guidance", "false"])
-    trainer = LatentTrainer(config)
-    assert trainer.guidance_dim == 256
-    assert _differ(trainer.network.state_dict(), _open(full / "pipeline").unet.state_dict()) == []
+    trainer = Trainer(config)
+    assert trainer.task.guidance_dim == 256
+    assert _differ(trainer.task.network.state_dict(), _open(full / "pipeline").unet.state_dict()) == []
 
 
 # ---- samples

@@ -204,4 +204,4 @@ def test_every_arm_of_the_recipe_has_the_same_budget() -> None:
     configs = [resolve(recipe, arm) for arm in recipe.study.arms]
     assert all(config.training == configs[0].training for config in configs)
     assert all(config.optimizer == configs[0].optimizer for config in configs)
-    assert Trainer(configs[0]).image_shape == (2, 1, 1)
+    assert Trainer(configs[0]).task.image_shape == (2, 1, 1)

@@ -186,7 +186,7 @@ def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
 ) -> None:
     family, settings, sampler = LATENTS[kind]
     base: Path = request.getfixturevalue(f"{family}_folder")
-    monkeypatch.setattr("atdiff.training.latents.SHOWN", 1)
+    monkeypatch.setattr("atdiff.training.tasks.latents.SHOWN", 1)
     data: dict[str, Any] = {"name": str(labelled_photos), "image_size": IMAGE_SIZE}
     if family != "dit":
         data["captions"] = PROMPTS

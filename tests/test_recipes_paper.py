@@ -38,7 +38,7 @@ def _small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         labels = None if class_labels is None else class_labels[:2]
         return generate(*args, class_labels=labels, **{**options, "num": 2, "steps": 2})
 
-    monkeypatch.setattr("atdiff.training.loop.generate", two)
+    monkeypatch.setattr("atdiff.training.tasks.pixels.generate", two)
 
 
 def random_bytes(*shape: int) -> np.ndarray:

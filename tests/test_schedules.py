@@ -106,7 +106,7 @@ def test_images_of_pixels_have_tokens_of_two_by_two(tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
     trainer = Trainer(resolve(load_recipe(str(tmp_path / "recipe.yaml")), None, []))
-    assert trainer.objective.timestep_sampler.shift == pytest.approx(np.exp(mu))
+    assert trainer.task.objective.timestep_sampler.shift == pytest.approx(np.exp(mu))
 
 
 @pytest.mark.parametrize(

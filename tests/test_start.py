@@ -235,8 +235,8 @@ def test_an_arm_that_contradicts_its_base_is_told_before_anything_is_trained(
 def test_an_arm_that_says_nothing_is_that_of_its_base(tmp_path: Path) -> None:
     recipe = write(tmp_path, "study", scheduler=OTHER, arms={"arm": {"scheduler": {"name": None, "args": None}}})
     trainer = Trainer(resolve(load_recipe(recipe)))
-    scheduler = trainer.check_arm(resolve(load_recipe(recipe), "arm"))
-    assert scheduler.to_json_string() == trainer.scheduler.to_json_string()
+    scheduler = trainer.task.check_arm(resolve(load_recipe(recipe), "arm"))
+    assert scheduler.to_json_string() == trainer.task.scheduler.to_json_string()
 
 
 def test_a_run_resumes_whether_its_schedule_was_written_down_or_left_out(tmp_path: Path) -> None:

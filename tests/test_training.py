@@ -26,7 +26,8 @@ from atdiff.sampling.schedulers import make_scheduler
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import OptimizerConfig
-from atdiff.training.loop import batch_indices, learning_rate_factor, train
+from atdiff.training.loop import train
+from atdiff.training.order import batch_indices, learning_rate_factor
 
 UNET = {
     "layers_per_block": 1,

@@ -108,11 +108,11 @@ def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
                     "study have equal compute: make them equal, or use `atdiff train` and `atdiff compare "
                     "--unequal-passes`."
                 )
-        name = other_reference(asdict(first.data), asdict(config.data))
-        if name is not None:
+        other = other_reference(asdict(first.data), asdict(config.data))
+        if other is not None:
             raise UserError(
-                f"arm {arm!r} has data.{name}={getattr(config.data, name)!r} and {recipe.study.arms[0]!r} "
-                f"{getattr(first.data, name)!r}, but the arms of a study are held against the same images: make them "
+                f"arm {arm!r} has data.{other}={getattr(config.data, other)!r} and {recipe.study.arms[0]!r} "
+                f"{getattr(first.data, other)!r}, but the arms of a study are held against the same images: make them "
                 "equal, or use `atdiff train` and `atdiff compare --data`."
             )
 

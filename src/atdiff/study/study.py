@@ -32,7 +32,7 @@ from atdiff.system.locks import one_writer
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
-from atdiff.training.loop import make_trainer, train
+from atdiff.training.loop import Trainer, train
 
 __all__ = ["run_study"]
 
@@ -169,14 +169,14 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
 
 def _check(stages: list[_Stage], study: StudyConfig) -> None:
     """Find what is wrong with the stages of one seed before any compute is spent."""
-    trainer = make_trainer(stages[0].config)
+    trainer = Trainer(stages[0].config)
     for stage in stages[1:]:
         assert stage.evaluation is not None
-        stage.evaluation.check(trainer.check_arm(stage.config, from_here=stages[0].arm == BASE))
+        stage.evaluation.check(trainer.task.check_arm(stage.config, from_here=stages[0].arm == BASE))
     # Once, before the workers: a classifier that is not cached yet is trained here.
     assert stages[-1].evaluation is not None
     weights = stages[-1].evaluation.weights.get(study.extractor)
-    make_extractor(study.extractor, weights=weights, data=trainer.images)
+    make_extractor(study.extractor, weights=weights, data=trainer.task.images)
 
 
 def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[_Stage]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 
-from atdiff.adversary.adversary import Adversary
+from atdiff.adversary.adversary import Adversary, default_scale
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.timesteps import make_timestep_sampler
@@ -26,6 +26,7 @@ __all__ = [
     "build_teacher",
     "consistency_options",
     "consistency_scheduler",
+    "scaled",
 ]
 
 
@@ -150,3 +151,13 @@ def build_teacher(config: TrainConfig, teacher: Start | None) -> Teacher | None:
 def build_adversary(config: TrainConfig) -> Adversary:
     """Build the adversary of a run."""
     return Adversary(**asdict(config.adversary))
+
+
+def scaled(config: TrainConfig, kind: str) -> TrainConfig:
+    """Return the settings with the scale that is in effect; it has none where nothing is perturbed."""
+    adversary = config.adversary
+    if adversary.scale is not None:
+        return config
+    perturbs = adversary.passes > 1 and adversary.step_size > 0
+    scale: Any = default_scale(kind) if perturbs else "constant"
+    return replace(config, adversary=replace(adversary, scale=scale))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ from torch import Tensor
 from atdiff.core.errors import RunError
 from atdiff.system.files import remove_leftovers, write_json, written_aside
 
-__all__ = ["checkpoint_problem", "latest_checkpoint", "load_checkpoint", "passes_of", "save_checkpoint"]
+__all__ = [
+    "checkpoint_problem",
+    "disk_errors",
+    "last_good",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "passes_of",
+    "save_checkpoint",
+]
 
 MANIFEST = "manifest.json"
 
@@ -135,3 +145,25 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     """Return ``(weights, ema, state)``; nothing but tensors and plain values is unpickled."""
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return load_file(path / "model.safetensors"), load_file(path / "ema.safetensors"), state
+
+
+def last_good(out: Path) -> str:
+    """Return which checkpoint of a run is the newest whole one, in words."""
+    return f"the last good checkpoint is {latest_checkpoint(out / 'checkpoints') or 'none yet'}"
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path, passes: Callable[[], int]) -> Iterator[None]:
+    """Say in a sentence what the disk did not do; ``passes`` tells how many are behind.
+
+    Raises:
+        RunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise RunError(
+            f"training ended at pass {passes()} ({what}); {last_good(out)}: free space, or make the "
+            "folder writable, and run the same command again."
+        ) from error

@@ -14,9 +14,11 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
+from atdiff.system.processes import from_main, is_main
+from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import LATENT_MODELS, TrainConfig
 
-__all__ = ["as_begun", "open_run"]
+__all__ = ["as_begun", "open_run", "take_folder"]
 
 CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
 
@@ -160,3 +162,19 @@ def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:
                 return found
         return None
     return None if stored == wanted else f"{prefix} is {stored!r} there, {wanted!r} here"
+
+
+def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> Path | None:
+    """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
+    found: Path | UserError | None = None
+    if is_main():
+        try:
+            resumed = open_run(out, config, look_only=look_only)
+            if resumed and not look_only:
+                found = latest_checkpoint(out / "checkpoints")
+        except UserError as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, UserError):
+        raise found
+    return found

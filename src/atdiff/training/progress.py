@@ -8,7 +8,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["TrainingBar", "training_progress"]
+from atdiff.data.labels import class_line
+from atdiff.training.tasks.base import Task
+
+__all__ = ["TrainingBar", "tell_data", "training_progress"]
 
 
 class TrainingBar:
@@ -50,3 +53,14 @@ def training_progress(total: int, done: int, show: bool) -> Iterator[TrainingBar
     )
     with Progress(*columns) as progress:
         yield TrainingBar(progress, progress.add_task("training", total=total, completed=done, figures=""))
+
+
+def tell_data(task: Task) -> None:
+    """Print what a run is trained on."""
+    data, classes = task.data, task.classes
+    left_out = f", {len(data.skipped):,} unreadable ones left out" if data.skipped else ""
+    mapped = getattr(data, "mapped", None)
+    where = f", read from {mapped.folder}" if mapped is not None else ""
+    print(f"{len(data):,} images of {data.name}{left_out}{where}")
+    if classes is not None:
+        print(class_line(classes))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import LCMScheduler
 from torch import Tensor
 
@@ -27,16 +28,16 @@ from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SchedulerConfig, TrainConfig
-from atdiff.training.loop import Trainer
 from atdiff.training.start import Start, differences, noise_scheduler
+from atdiff.training.tasks.base import Task
 
-__all__ = ["LatentTrainer"]
+__all__ = ["LatentTask"]
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
 SHOWN = 16  # pictures of a grid of samples
 
 
-class LatentTrainer(Trainer):
+class LatentTask(Task):
     """Trains the network, or adapters of it, of the pipeline that ``training.init`` names.
 
     With ``consistency.mode="distillation"`` that pipeline is the teacher and the start of the student, and the result
@@ -45,10 +46,10 @@ class LatentTrainer(Trainer):
     """
 
     data: LatentData
-    _beside_pixels = "captions"
+    beside_pixels = "captions"
 
-    def _prepare(self) -> None:
-        config = self.config
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
         self.published = "lora" if config.lora.rank else "pipeline"
         self._check(config)
         size = config.data.image_size
@@ -61,7 +62,6 @@ class LatentTrainer(Trainer):
                 f"{self.latent.image_size} pixels; set it to that, or leave it out."
             )
         self._check_parametrisation(config)
-        self.distils = config.consistency.mode == "distillation"
         self.scheduler = self._scheduler_of(config)
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
@@ -101,7 +101,8 @@ class LatentTrainer(Trainer):
         """Names of the classes of labelled data, in the order of their labels; None for others."""
         return self.captioned.classes
 
-    def _count(self, classes: tuple[str, ...]) -> None:
+    def count(self, classes: tuple[str, ...]) -> None:
+        """Count the classes in another order."""
         if classes != self.classes:
             self.captioned = self._captioned(classes)
 
@@ -158,11 +159,11 @@ class LatentTrainer(Trainer):
         return str(makers[config.model.name](self.images, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
-        """Find what is wrong with the settings of an arm; see :meth:`Trainer.check_arm`."""
+        """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
         build_adversary(config)
         self._check(config)
         if not from_here and config.training.init != self.config.training.init:
-            return LatentTrainer(config).scheduler
+            return LatentTask(config).scheduler
         self._check_parametrisation(config)
         scheduler = self._scheduler_of(config)
         if config.consistency.mode == "distillation":
@@ -226,7 +227,7 @@ class LatentTrainer(Trainer):
 
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
         settings = self.config.consistency
-        if not self.distils:
+        if not self.is_consistency:
             objective: Any = build_objective(self.config, self.scheduler)
             shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape, self.latent.network)
             if shift is not None and hasattr(objective.timestep_sampler, "shift"):
@@ -275,7 +276,7 @@ class LatentTrainer(Trainer):
 
     def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config
-        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.distils else None)
+        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
         if config.lora.rank:
             usual = self.latent.family.lora_targets or TARGET_MODULES
             targets = usual if config.lora.targets is None else config.lora.targets
@@ -284,25 +285,20 @@ class LatentTrainer(Trainer):
             network.enable_gradient_checkpointing()
         return network
 
-    def open(self, out: Path) -> None:
-        """Take the folder as every trainer does, and encode the images and captions that the cache does not have.
-
-        The first captions are written to ``prompts.txt``, which samples of the run are drawn of.
-        """
-        super().open(out)
-        if self.finished:
-            return
-        if self.accelerator.is_main_process and not self.config.data.captions:
+    def note_in(self, out: Path) -> None:
+        """Write the first captions to ``prompts.txt``, from which samples of the run are drawn."""
+        if not self.config.data.captions:
             lines = (" ".join(caption.split()) for caption in self.data.captions[:SHOWN])
             write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
 
-    def _read_data(self) -> None:
+    def read_data(self, accelerator: Accelerator) -> None:
+        """Encode the images and captions that the cache does not have."""
         if not hasattr(self, "data"):
-            with self.accelerator.main_process_first():
-                self.data = latent_data(self.captioned, self.latent, device=self.accelerator.device)
+            with accelerator.main_process_first():
+                self.data = latent_data(self.captioned, self.latent, device=accelerator.device)
 
-    def _load(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        indices, device = self._indices(batch), self.accelerator.device
+    def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return latents and embeddings of a batch, some of them without their prompt where the settings ask for it."""
         conditions = {name: value.to(device) for name, value in self.data.conditions(indices).items()}
         share = self.config.objective.label_dropout
         if share > 0:
@@ -312,41 +308,45 @@ class LatentTrainer(Trainer):
                 conditions[name] = torch.where(where, null.to(device), conditions[name])
         return self.data.x0(indices).to(device), conditions
 
-    def _weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        return lora_state(network) if self.config.lora.rank else super()._weights(network)
+    def weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return what a checkpoint holds of a network: its LoRA alone where one is trained."""
+        return lora_state(network) if self.config.lora.rank else super().weights(network)
 
-    def _load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
+    def load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
+        """Put back what :meth:`weights` returned."""
         if self.config.lora.rank:
             load_lora_state(network, weights)
         else:
-            super()._load_weights(network, weights)
+            super().load_weights(network, weights)
 
-    def _draw_samples(self) -> Tensor:
-        pipeline = with_network(self.latent, self._average(), self.scheduler)
+    def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
+        """Return images of the first prompts."""
+        pipeline = with_network(self.latent, average, self.scheduler)
         settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
         settings["data"] = {
             "captions": self.config.data.captions or self.data.captions[:SHOWN],
             "image_size": self.latent.image_size,
             "caption_tokens": self.latent.tokens,
         }
-        run = text_to_image_run(pipeline, str(self.out), settings)
+        run = text_to_image_run(pipeline, str(out), settings)
         drawn = run.pictures(
             sampler=default_sampler(self.scheduler),
-            steps=4 if self.distils else 20,
+            steps=4 if self.is_consistency else 20,
             num=SHOWN,
             seed=0,
-            device=self.accelerator.device,
+            device=device,
         )
         images = torch.cat(list(drawn))
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
         return images
 
-    def _publish(self, average: Any) -> None:  # noqa: ANN401
+    def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
+        """Write the pipeline, or the LoRA."""
         if isinstance(self.latent.family, DiT):
             remember_classes(average, self.classes, None)
         save = save_lora if self.config.lora.rank else save_student
-        save(self.out / self.published, self.latent, average, self.scheduler)
+        save(out / self.published, self.latent, average, self.scheduler)
 
 
 def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:

@@ -1,0 +1,23 @@
+"""What a run trains: pixels, or the latents of a pipeline."""
+
+from __future__ import annotations
+
+from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.tasks.base import Task
+
+__all__ = ["Task", "make_task"]
+
+
+def make_task(config: TrainConfig) -> Task:
+    """Return what a run of these settings trains.
+
+    Raises:
+        UserError: for settings, data or weights that do not fit.
+    """
+    if config.model.name in LATENT_MODELS:
+        from atdiff.training.tasks.latents import LatentTask  # transformers takes seconds to import
+
+        return LatentTask(config)
+    from atdiff.training.tasks.pixels import PixelTask
+
+    return PixelTask(config)

@@ -1,0 +1,101 @@
+"""What the training loop asks of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from atdiff.data.sources import ImageData
+from atdiff.training.config import TrainConfig
+
+__all__ = ["Task"]
+
+
+class Task(ABC):
+    """A network with its objective, scheduler and data; building one checks the settings and writes nothing.
+
+    Attributes:
+        config: the settings, with what they leave to the start written out.
+        scheduler: the diffusers scheduler of training, which is published.
+        objective: of :mod:`atdiff.objectives`.
+        network: what is trained.
+        data: what it is trained on, once :meth:`read_data` was called.
+        published: the folder that a finished run leaves.
+        beside_pixels: what else the data are made of.
+    """
+
+    config: TrainConfig
+    scheduler: Any
+    objective: Any
+    network: Any
+    data: Any
+    published = "pipeline"
+    beside_pixels = "labels"
+
+    @property
+    def is_consistency(self) -> bool:
+        """Whether a consistency model is trained, which samples in few steps."""
+        return self.config.consistency.mode != "none"
+
+    @property
+    @abstractmethod
+    def images(self) -> ImageData:
+        """The images, as a reference for metrics."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of the data, in the order of their labels; None where they have none."""
+
+    @abstractmethod
+    def count(self, classes: tuple[str, ...]) -> None:
+        """Count the classes in another order."""
+
+    @abstractmethod
+    def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
+        """Find what is wrong with the settings of an arm; return its diffusers scheduler.
+
+        Args:
+            config: of the arm.
+            from_here: whether it starts from this run; else from what its own ``training.init`` names.
+
+        Raises:
+            UserError: something is.
+        """
+
+    def read_data(self, accelerator: Accelerator) -> None:  # noqa: B027  (nothing, of images)
+        """Read what is too large to read before the folder is known to be good."""
+
+    def note_in(self, out: Path) -> None:  # noqa: B027  (nothing, of images)
+        """Write what the folder of a run tells of its data beside ``data.json``; the main process alone."""
+
+    @abstractmethod
+    def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``x0`` ``(B, ...)`` and the conditions of a batch, on the device."""
+
+    @abstractmethod
+    def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401  (any diffusers model)
+        """Return images of the average ``(N, C, H, W)`` in [-1, 1]."""
+
+    @abstractmethod
+    def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401  (any diffusers model)
+        """Write what plain diffusers opens."""
+
+    def weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)
+        """Return what a checkpoint holds of a network."""
+        weights: dict[str, Tensor] = network.state_dict()
+        return weights
+
+    def load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
+        """Put back what :meth:`weights` returned."""
+        network.load_state_dict(weights)

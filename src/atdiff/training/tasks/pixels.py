@@ -1,0 +1,169 @@
+"""Training on images themselves: denoisers and consistency models."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.core.noise import flow_shift
+from atdiff.data.sources import ImageData, load_data
+from atdiff.models.call import image_tokens
+from atdiff.models.classes import remember_classes
+from atdiff.models.presets import build_model
+from atdiff.pipelines.model import data_options, save_pipeline
+from atdiff.sampling.generate import generate
+from atdiff.sampling.schedulers import default_sampler
+from atdiff.training.build import build_adversary, build_objective, build_scheduler, build_teacher
+from atdiff.training.config import TrainConfig
+from atdiff.training.start import Start, check_agreement, check_weights, load_start, load_teacher, settled
+from atdiff.training.tasks.base import Task
+
+__all__ = ["PixelTask"]
+
+
+class PixelTask(Task):
+    """Trains a network of pixels; see :class:`Task`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        # What may be wrong with the settings comes first.
+        start = load_start(config)
+        teacher = load_teacher(config, start)
+        # What the settings leave out is that of the start, and written down as such.
+        self.config = config = settled(config, start or teacher)
+        self.scheduler: Any = self._agreed_scheduler(config, start, teacher)
+        self.data: Any = load_data(config.data.name, **data_options(asdict(config)))
+        num_classes = self._num_classes()
+        if num_classes is not None:
+            self._warn_of_empty_classes(num_classes)
+        self.objective = build_objective(config, self.scheduler, num_classes, build_teacher(config, teacher))
+        self.network: Any = self._network_of(config)
+        sampler: Any = getattr(self.objective, "timestep_sampler", None)
+        if hasattr(sampler, "shift"):  # which may depend on the size of the images
+            sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
+        if start is not None:
+            self.network.load_state_dict(check_weights(self.network, start.network.state_dict(), start.name))
+
+    @staticmethod
+    def _agreed_scheduler(config: TrainConfig, start: Start | None, teacher: Start | None) -> Any:  # noqa: ANN401
+        """Return the scheduler of a run, which agrees with what it starts and learns from."""
+        scheduler = build_scheduler(config, start or teacher)
+        build_objective(config, scheduler)
+        if start is not None:
+            check_agreement(scheduler, config.objective.prediction_type, start)
+        if teacher is not None and teacher is not start:
+            remedy = None if start is None else f"give a teacher that agrees with {start.name}"
+            check_agreement(scheduler, config.objective.prediction_type, teacher, remedy)
+        return scheduler
+
+    def _network_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers model)
+        """Return the untrained network of these settings, for the classes of this run's data."""
+        num_classes = self._num_classes(config)
+        dropout = config.objective.label_dropout > 0
+        return build_model(
+            config.model.name,
+            config.model.args,
+            image_shape=self.image_shape,
+            learned_variance=config.objective.variance == "learned_range",
+            num_class_embeds=None if num_classes is None else num_classes + int(dropout),
+        )
+
+    def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
+        """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
+        start = Start("the base run", self.scheduler, self.network) if from_here else load_start(config)
+        teacher = load_teacher(config, start)
+        scheduler = self._agreed_scheduler(config, start, teacher)
+        build_adversary(config)
+        alike = all(getattr(config.data, name) == getattr(self.config.data, name) for name in ("name", "image_size"))
+        if start is not None and alike:
+            with torch.random.fork_rng(devices=[]), init_empty_weights():
+                network = self._network_of(config)
+            check_weights(network, start.network.state_dict(), start.name)
+        return scheduler
+
+    @property
+    def images(self) -> ImageData:
+        """The images, as a reference for metrics."""
+        images: ImageData = self.data
+        return images
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        channels, height, width = self.data.images.shape[1:]
+        return channels, height, width
+
+    def _num_classes(self, config: TrainConfig | None = None) -> int | None:
+        if not (config or self.config).data.class_conditional:
+            return None
+        if self.data.labels is None:
+            raise UserError(
+                f"data.class_conditional is set, but {self.config.data.name!r} has no labels; put each class into "
+                "its own subfolder or unset it."
+            )
+        return int(self.data.labels.max()) + 1
+
+    def _warn_of_empty_classes(self, count: int) -> None:
+        """Say which classes have no image: the network is told of them, and learns nothing."""
+        empty = (torch.bincount(self.data.labels, minlength=count) == 0).nonzero().flatten().tolist()
+        if empty:
+            names = [str(label) if self.classes is None else repr(self.classes[label]) for label in empty[:5]]
+            warnings.warn(
+                f"{len(empty)} of the {count} classes of {self.data.name} have no image ({', '.join(names)}"
+                f"{', ...' if len(empty) > 5 else ''}): their samples will be meaningless.",
+                stacklevel=3,
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of the data, in the order of their labels; None where they have none."""
+        classes: tuple[str, ...] | None = self.data.classes
+        return classes
+
+    def count(self, classes: tuple[str, ...]) -> None:
+        """Count the classes in another order."""
+        self.data = self.data.with_classes(classes)
+
+    def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the images in [-1, 1] and the conditions of a batch, on the device."""
+        x0 = self.data.x0(indices).to(device, non_blocking=True)
+        if self.config.data.flip:
+            mirrored = torch.rand(len(x0), device=device) < 0.5
+            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        if not self.config.data.class_conditional:
+            return x0, {}
+        assert self.data.labels is not None
+        return x0, {"class_labels": self.data.labels[indices].to(device, non_blocking=True)}
+
+    def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
+        """Return 64 images of the average, all classes in turn."""
+        labels = None
+        if self.config.data.class_conditional:
+            labels = torch.arange(64) % (self._num_classes() or 1)
+        sampler = default_sampler(self.scheduler)
+        if sampler == "consistency" and not self.is_consistency:
+            sampler = "edm-euler"
+        return generate(
+            average,
+            self.scheduler,
+            sampler=sampler,
+            steps=4 if self.is_consistency else 20,
+            num=64,
+            shape=self.image_shape,
+            class_labels=labels,
+            device=device,
+        )
+
+    def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
+        """Write the pipeline of the average."""
+        classes = self._num_classes()
+        if classes is not None:
+            null = classes if self.config.objective.label_dropout > 0 else None
+            remember_classes(average, None if self.classes is None else self.classes[:classes], null)
+        save_pipeline(out / self.published, average, self.scheduler)
