@@ -144,7 +144,7 @@ def test_too_many_end_the_run_and_are_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.max_skipped", "0")
-    weight = next(made.network.parameters())
+    weight = next(made.task.network.parameters())
     weight.register_hook(lambda gradient: gradient * (math.inf if made.state.passes == 6 else 1.0))
     with pytest.raises(RunError, match=r"at pass 7 the gradient was not finite, at timesteps \d+, .* more"):
         made.run(progress=False)

@@ -161,6 +161,14 @@ class ConsistencyObjective:
                 "schedulers the same betas, or sigma_data."
             )
 
+    def place(self, accelerator: Any, target: Any) -> None:  # noqa: ANN401  (Accelerate's, and a network or None)
+        """Take the precision and the device of a run, and the network that gives the target; None for its own."""
+        self.autocast = accelerator.autocast
+        if target is not None:
+            self.target = target
+        if self.teacher is not None and isinstance(self.teacher.model, torch.nn.Module):
+            self.teacher.model.to(accelerator.device)
+
     def draw(
         self,
         x0: Tensor,
