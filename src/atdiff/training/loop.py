@@ -19,7 +19,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from atdiff.adversary.adversary import default_scale
+from atdiff.adversary.scale import default_scale
 from atdiff.core.errors import RunError, Stopped, UserError
 from atdiff.core.noise import NoiseSchedule, flow_shift
 from atdiff.data.labels import class_line
@@ -105,7 +105,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         self._prepare()
         self.config = _scaled(self.config, NoiseSchedule(self.scheduler).kind)
-        self.passes_done = self.batches_done = 0
+        self.passes_done = 0
         self._saved_at = -1  # passes behind at the newest checkpoint
         self._finite = FiniteSteps()
         self._bar = TrainingBar(None, None)
@@ -329,13 +329,28 @@ class Trainer:
             try:
                 resumed = open_run(self.out, self.config, look_only=look_only)
                 if resumed and not look_only:
-                    found = latest_checkpoint(self.out / "checkpoints")
+                    found = self._newest_between_batches()
             except UserError as error:
                 found = error
         found = from_main(found)
         if isinstance(found, UserError):
             raise found
         return found
+
+    def _newest_between_batches(self) -> Path | None:
+        """Return the newest checkpoint to resume from, or that of the last pass.
+
+        A shorter run, and one of an earlier version, may have ended within the passes of a batch.
+        """
+        total, cost = self.config.training.passes, self.adversary.num_passes
+        folder = self.out / "checkpoints"
+        newest = latest_checkpoint(folder, lambda passes: passes >= total or passes % cost == 0)
+        if newest is None and (other := latest_checkpoint(folder)) is not None:
+            raise UserError(
+                f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
+                "resume from: remove it to begin again, or name the run as --training.init of another --out."
+            )
+        return newest
 
     def _place_objective(self, device: torch.device) -> None:
         """Give a consistency objective its target network, and put its teacher on the device."""
@@ -390,7 +405,7 @@ class Trainer:
             with stop, training_progress(settings.passes, started_at, show) as self._bar:
                 for updates, _ in enumerate(self.passes(), 1):
                     self._bar.update(self.passes_done)
-                    reason = self._reason_to_stop(stop, updates)
+                    reason = self._reason_to_stop(stop, updates) if self.between_batches else None
                     if reason and self.passes_done < settings.passes:
                         self._stop(reason)
             self._finish()
@@ -400,7 +415,7 @@ class Trainer:
         reason = stop.reason
         if self.accelerator.num_processes == 1:
             return reason
-        if updates % UPDATES_BETWEEN_AGREEMENTS:
+        if updates % UPDATES_BETWEEN_AGREEMENTS >= self.adversary.updates_per_batch:
             return None
         asked: Any = self.accelerator.reduce(torch.tensor(float(reason is not None), device=self.accelerator.device))
         return (reason or "another process was asked to stop") if asked.item() else None
@@ -438,12 +453,11 @@ class Trainer:
             yield from self._train_batch()
 
     def _train_batch(self) -> Iterator[None]:
-        """Run the passes of one batch, or those that are left of it; yield after every weight update."""
-        cost = self._passes_an_update
-        for loss in self._losses():
+        """Run the passes of one batch; yield after every weight update."""
+        cost, before, losses = self._passes_an_update, self.passes_done, self._losses()
+        for loss in losses:
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
-                self.adversary.settle()
                 self._note(loss)
                 if self.accelerator.sync_gradients:
                     self._skip_unless_finite(self.passes_done + cost)
@@ -455,12 +469,23 @@ class Trainer:
             if self.target is not None:
                 self.target.update()
             self.passes_done += cost
-            self.batches_done += not self.adversary.within_batch
+            if self.between_batches:
+                next(losses, None)  # The batch is done: the adversary takes note of its last pass.
             self._set_progress()
-            self._periodic(self.passes_done - cost)
+            self._periodic(self.passes_done - cost, before)
             yield
             if self.passes_done >= self.config.training.passes:
                 return  # The last batch may have more passes than were left.
+
+    @property
+    def batches_done(self) -> int:
+        """How many batches have had all their passes."""
+        return self.passes_done // self.adversary.num_passes
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
+        return self.passes_done % self.adversary.num_passes == 0
 
     @property
     def _passes_an_update(self) -> int:
@@ -469,8 +494,6 @@ class Trainer:
     def _losses(self) -> Iterator[Tensor]:
         settings = self.config.training
         self._set_progress()
-        if self.adversary.within_batch:  # resumed there
-            return self.adversary.rest(self.objective, self.model, accumulate=settings.accumulate)
         # A function of (seed, rank, batch) alone, so that a resumed run draws what an undisturbed one would.
         rank = self.accelerator.process_index
         _seed(np.random.SeedSequence([settings.seed, rank, self.batches_done]))
@@ -527,17 +550,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
 
-    def _periodic(self, before: int) -> None:
+    def _periodic(self, before: int, batch: int) -> None:
+        """Log, save and draw what is due since so many passes; a save waits for the end of the batch."""
         settings, now = self.config.training, self.passes_done
 
-        def due(every: int) -> bool:
+        def due(every: int, before: int) -> bool:
             return every > 0 and (now // every > before // every or now >= settings.passes)
 
-        if due(settings.log_every):
+        if due(settings.log_every, before):
             self._log()
-        if due(settings.checkpoint_every):
+        # The last batch may be cut short, and a longer run resumes before it.
+        cut = self.adversary.updates_per_batch > 1 and now + self.adversary.num_passes > settings.passes
+        if now >= settings.passes or (self.between_batches and (cut or due(settings.checkpoint_every, batch))):
             self._save()
-        if due(settings.sample_every):
+        if due(settings.sample_every, before):
             self._sample()
 
     def _log(self) -> None:
@@ -638,7 +664,7 @@ class Trainer:
             self.sharding.load_optimizer(self.network, self.optimizer.optimizer, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device, self.objective.batch_type)
+        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device)
         self.objective.load_state_dict(mine["objective"])
         self._finite.load_state_dict(state["finite"])
         if self.target is not None:
@@ -647,7 +673,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
-        self.passes_done, self.batches_done = state["passes"], state["batches"]
+        self.passes_done = state["passes"]
         self._saved_at = self.passes_done
         self.ema.updates = self.passes_done // self._passes_an_update
 
