@@ -33,6 +33,7 @@ from atdiff.training.config import AdversaryConfig, ModelConfig, TrainConfig, Tr
 from atdiff.training.loop import Trainer
 
 CHECKPOINT_EVERY = 2
+BATCH = 3  # passes, at whose end the checkpoint is written that was due within it
 SAVE = 4  # whose operations are gone through: it removes an older checkpoint too
 STAGES = {"open": 1, "_write_checkpoint": SAVE, "_publish": 1}  # methods of the trainer, and which of their calls
 AUDITED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.chmod", "shutil.rmtree"}
@@ -54,10 +55,10 @@ class Counts:
 
 
 def settings(passes: int) -> TrainConfig:
-    """Return a run that writes something at every other pass, in the middle of a batch's three passes too."""
+    """Return a run that saves after each batch of three passes."""
     return TrainConfig(
         model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
-        adversary=AdversaryConfig(step_size=0.5, passes=3),
+        adversary=AdversaryConfig(step_size=0.5, passes=BATCH),
         training=TrainingConfig(
             passes=passes, batch_size=16, ema_decay=0.9, log_every=1, checkpoint_every=CHECKPOINT_EVERY
         ),
@@ -180,7 +181,7 @@ class Killer:
 
     def at_operations(self, stage: str, stride: int) -> int:
         """End the process before every ``stride``-th file operation of a stage in turn; return how many kills."""
-        safe = {"open": 0, "_write_checkpoint": (SAVE - 1) * CHECKPOINT_EVERY, "_publish": self.passes}[stage]
+        safe = {"open": 0, "_write_checkpoint": (SAVE - 1) * BATCH, "_publish": self.passes}[stage]
         for kills, number in enumerate(range(1, 1000, stride)):
             folder = self._folder()
             code = self._wait(child(folder, self.passes, partial(_end_before, stage, number)))

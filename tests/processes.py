@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from atdiff.adversary.directions import DIRECTIONS
 from atdiff.objectives.batch import Batch
 from atdiff.training.config import (
     AdversaryConfig,
@@ -74,6 +76,12 @@ class JointTrainer(Trainer):
         return joint._map(lambda tensor: tensor[rank::world].clone()), {}
 
 
+def alike(delta: Tensor, batch: Batch, output: Any) -> Tensor:
+    """Let a random direction be the same for a sample in whatever process it is."""
+    return (1000 * batch.noise).sin()
+
+
+@patch.dict(DIRECTIONS, random=replace(DIRECTIONS["random"], find=alike))
 def train(arm: str, out: Path) -> None:
     """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass."""
     AcceleratorState._reset_state()
@@ -99,12 +107,7 @@ def train(arm: str, out: Path) -> None:
     trainer.open(out / f"{arm}-of-{world}")
     seen: list[tuple[Tensor, Tensor]] = []
 
-    moved, note = trainer.adversary._moved, trainer._note
-
-    def moved_alike(batch: Batch, *args: Any) -> Tensor:
-        """Let a random direction be the same for a sample in whatever process it is."""
-        with patch("torch.randn_like", lambda delta: (1000 * batch.noise).sin()):
-            return moved(batch, *args)
+    note = trainer._note
 
     def noted(loss: Tensor) -> None:
         batch, delta = trainer.adversary.batch, trainer.adversary.delta
@@ -113,7 +116,7 @@ def train(arm: str, out: Path) -> None:
         seen.append((batch.noise.clone(), delta.detach().clone()))
         note(loss)
 
-    with patch.object(trainer.adversary, "_moved", moved_alike), patch.object(trainer, "_note", noted):
+    with patch.object(trainer, "_note", noted):
         for _ in trainer.passes():
             pass
     result = {

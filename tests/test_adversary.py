@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +14,10 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor, nn
 
 from atdiff import Adversary, DenoisingBatch, DenoisingObjective, UserError
-from atdiff.adversary.adversary import SCALES
+from atdiff.adversary.directions import DIRECTIONS
+from atdiff.adversary.methods import METHODS
+from atdiff.adversary.scale import SCALES
+from atdiff.core.choices import Direction, Method, Scale
 from atdiff.core.norms import norm_of
 from conftest import small_unet
 
@@ -475,33 +476,32 @@ def test_staggered_state_goes_on(net: Net, objective: DenoisingObjective, accumu
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("direction", ["gradient", "residual"])
 @pytest.mark.parametrize("order", ["authors", "staggered"])
-@pytest.mark.parametrize("cut", [1, 2])
-def test_the_rest_of_a_batch_is_what_was_left_of_it(
-    net: Net, objective: DenoisingObjective, order: str, direction: str, accumulate: int, cut: int
+def test_a_batch_after_a_restart_is_what_it_was_without(
+    net: Net, objective: DenoisingObjective, order: str, direction: str, accumulate: int
 ) -> None:
-    def passes(losses: Iterator[Tensor], adversary: Adversary, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def passes(adversary: Adversary, batch: DenoisingBatch) -> list[tuple[Tensor, Tensor]]:
         found = []
-        for loss in itertools.islice(losses, None if count is None else count * accumulate):
+        for loss in adversary.passes(objective, net, batch, accumulate=accumulate):
             loss.backward()
             found.append((loss.detach(), adversary.delta.detach()))
-        adversary.settle()
         return found
 
-    batches = [objective.draw(torch.randn(12, 1, 4, 4)) for _ in range(2)]
+    batches = [objective.draw(torch.randn(12, 1, 4, 4)) for _ in range(3)]
     whole, first, resumed = (Adversary("l2", 0.5, 3, order=order, direction=direction) for _ in range(3))
-    for adversary in (whole, first):
-        passes(adversary.passes(objective, net, batches[0], accumulate=accumulate), adversary)
-        assert not adversary.within_batch
-    expected = passes(whole.passes(objective, net, batches[1], accumulate=accumulate), whole)
-    found = passes(first.passes(objective, net, batches[1], accumulate=accumulate), first, cut)
-    assert first.within_batch
+    for batch in batches[:2]:
+        assert len(passes(whole, batch)) == len(passes(first, batch)) == 3 * accumulate
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
-    found += passes(resumed.rest(objective, net, accumulate=accumulate), resumed)
-    assert not resumed.within_batch
-    assert list(resumed.rest(objective, net)) == []
-    for (loss, delta), (other_loss, other_delta) in zip(expected, found, strict=True):
+    for (loss, delta), (other_loss, other_delta) in zip(
+        passes(whole, batches[2]), passes(resumed, batches[2]), strict=True
+    ):
         assert torch.equal(loss, other_loss)
         assert torch.equal(delta, other_delta)
+
+
+def test_a_word_of_the_settings_is_a_row_of_its_registry() -> None:
+    assert set(DIRECTIONS) == set(get_args(Direction))
+    assert set(METHODS) == {*get_args(Method), "staggered"}
+    assert set(SCALES) == set(get_args(Scale))
 
 
 def test_one_pass_is_plain_training(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:

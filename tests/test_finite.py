@@ -105,7 +105,11 @@ def test_a_step_that_is_not_finite_is_not_taken(
     poison(made, monkeypatch, {1 if arm == "authors" else 4}, value)
     made.run(progress=False)
     out = tmp_path / "run"
-    before, after, later = checkpoint(out, first - 1), checkpoint(out, last), checkpoint(out, last + 1)
+    before, after, later = (
+        checkpoint(out, first - 1),
+        checkpoint(out, last),
+        checkpoint(out, 9 if arm == "authors" else last + 1),
+    )
     for name, weight in before[0].items():
         assert torch.equal(after[0][name], weight), name
     moments = [state[2]["optimizer"]["state"] for state in (before, after)]
@@ -118,8 +122,8 @@ def test_a_step_that_is_not_finite_is_not_taken(
         assert lines[1]["loss"] is None
     # Passes with such a loss have no mean, and are never the best.
     manifests = {p: json.loads((out / "checkpoints" / f"pass-{p:09d}" / "manifest.json").read_text())
-                 for p in range(1, 10)}  # fmt: skip
-    assert [p for p in manifests if manifests[p]["loss"] is None] == list(range(first, last + 1))
+                 for p in ((3, 6, 9) if arm == "authors" else range(1, 10))}  # fmt: skip
+    assert [p for p in manifests if manifests[p]["loss"] is None] == [last]
 
 
 def test_the_history_of_losses_keeps_what_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

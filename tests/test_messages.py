@@ -158,7 +158,7 @@ def test_light_names_are_those_of_the_registries() -> None:
         (choices.PRECISIONS, DTYPES),
     ):
         assert list(light) == list(heavy)
-    from atdiff.adversary.adversary import SCALES
+    from atdiff.adversary.scale import SCALES
     from atdiff.data.images import CROPS
     from atdiff.data.mixture import MIXTURES
 

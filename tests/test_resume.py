@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,32 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_stop_after_any_update_changes_nothing(tmp_path: Path, arm: str) -> None:
-    """Stopped after every single update in turn, in the middle of a batch's passes too."""
+def test_a_stop_after_any_batch_changes_nothing(tmp_path: Path, arm: str) -> None:
+    """Stopped after every single batch in turn."""
     whole = everything(run(tmp_path / "whole", arm))
-    updates = -(-PASSES // 3) if arm == "pgd" else PASSES
-    for _ in range(updates - 1):
+    batches = -(-PASSES // ARMS[arm].get("adversary", {}).get("passes", 1))
+    for _ in range(batches - 1):
         with pytest.raises(Stopped, match=f"the test asked for it: pass .* of {PASSES} is saved in .*stopped"):
             run(tmp_path / "stopped", arm, stop=StopAt(1))
     run(tmp_path / "stopped", arm, stop=StopAt(1))  # asked at the last pass, a run simply ends
     assert_same(whole, everything(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("arm", ["authors", "staggered"])
+def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> None:
+    with pytest.raises(Stopped, match=f"pass 6 of {PASSES} is saved"):
+        run(tmp_path / "run", arm, stop=StopAt(2))
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["pass-000000006"]
+
+
+def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None:
+    """The end of a run whose last batch was cut short, and what earlier versions wrote there."""
+    folder = run(tmp_path / "run", "authors", "--training.keep_checkpoints", "1")
+    message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches is left"
+    for path in (folder / "checkpoints").glob("pass-*9"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match=message):
+        run(folder, "authors", "--training.keep_checkpoints", "1", "--training.passes", "17")
 
 
 def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
@@ -129,7 +147,7 @@ def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged
 
 
 @pytest.mark.parametrize("arm", ["authors", "staggered", "random"])
-def test_a_longer_run_goes_on_within_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
+def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
     longer = run(tmp_path / "longer", arm, "--training.passes", "17")
     run(tmp_path / "grown", arm)
     grown = run(tmp_path / "grown", arm, "--training.passes", "17")

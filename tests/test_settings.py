@@ -14,8 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
-from atdiff.adversary.adversary import Direction, Method, Order
 from atdiff.cli import main
+from atdiff.core.choices import Direction, Method, Order
 from atdiff.core.errors import UserError
 from atdiff.core.norms import Norm
 from atdiff.objectives.denoising import Target

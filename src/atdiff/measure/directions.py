@@ -12,7 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from atdiff.adversary.adversary import Adversary, Direction
+from atdiff.adversary.adversary import Adversary
+from atdiff.core.choices import Direction
 from atdiff.core.errors import UserError
 from atdiff.core.norms import steepest_step
 from atdiff.measure.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs, timestep_at

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from atdiff.adversary.adversary import Objective
+from atdiff.adversary.attack import Objective
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand, noise_level
 from atdiff.core.norms import NORMS, Norm, project, steepest_step

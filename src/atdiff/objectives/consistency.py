@@ -83,8 +83,6 @@ class ConsistencyObjective:
         UserError: a value is unknown or out of range, or teacher and scheduler contradict each other.
     """
 
-    batch_type = ConsistencyBatch
-
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)

@@ -85,8 +85,6 @@ class DenoisingObjective:
         UserError: a value is out of its range, or two contradict each other.
     """
 
-    batch_type = DenoisingBatch
-
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)

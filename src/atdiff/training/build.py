@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 
-from atdiff.adversary.adversary import Adversary, default_scale
+from atdiff.adversary.adversary import Adversary
+from atdiff.adversary.scale import default_scale
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.timesteps import make_timestep_sampler

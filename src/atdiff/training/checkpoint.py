@@ -126,9 +126,16 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     return None
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a training folder, if it has one; a warning names those that are not."""
+def latest_checkpoint(folder: Path, fits: Callable[[int], bool] = lambda passes: True) -> Path | None:
+    """Return the newest whole checkpoint of a training folder, if it has one; a warning names those that are not.
+
+    Args:
+        folder: of the checkpoints.
+        fits: whether one after so many passes is asked for.
+    """
     for path in sorted(folder.glob("pass-*"), reverse=True):
+        if not fits(passes_of(path)):
+            continue
         problem = checkpoint_problem(path)
         if problem is None:
             return path

@@ -171,10 +171,25 @@ def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> P
         try:
             resumed = open_run(out, config, look_only=look_only)
             if resumed and not look_only:
-                found = latest_checkpoint(out / "checkpoints")
+                found = _newest_between_batches(out, config)
         except UserError as error:
             found = error
     found = from_main(found)
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
+    """Return the newest checkpoint to resume from, or that of the last pass.
+
+    A shorter run, and one of an earlier version, may have ended within the passes of a batch.
+    """
+    total, cost = config.training.passes, config.adversary.passes
+    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or passes % cost == 0)
+    if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
+        raise UserError(
+            f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
+            "resume from: remove it to begin again, or name the run as --training.init of another --out."
+        )
+    return newest

@@ -147,10 +147,15 @@ class Trainer:
             with stop, training_progress(self.config.training.passes, self.state.passes, show) as self._bar:
                 for updates, _ in enumerate(self.passes(), 1):
                     self._bar.update(self.state.passes)
-                    reason = agreed_reason(stop, self.accelerator, updates)
+                    reason = self._reason_to_stop(stop, updates)
                     if reason and self.state.passes < self.config.training.passes:
                         self._stop(reason)
             self._finish()
+
+    def _reason_to_stop(self, stop: StopRequest, updates: int) -> str | None:
+        if not self.state.between_batches:
+            return None
+        return agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
 
     def _stop(self, reason: str) -> NoReturn:
         self._save()
@@ -168,21 +173,21 @@ class Trainer:
             yield from self._train_batch()
 
     def _train_batch(self) -> Iterator[None]:
-        """Run the passes of one batch, or those that are left of it; yield after every weight update."""
-        cost = self._passes_an_update
-        for loss in self._losses():
+        """Run the passes of one batch; yield after every weight update."""
+        cost, before, losses = self._passes_an_update, self.state.passes, self._losses()
+        for loss in losses:
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
-                self.adversary.settle()
                 self._note(loss)
                 self.steps.take(self.state.passes + cost)
             if not self.accelerator.sync_gradients:
                 continue
             self.weights.average()
             self.state.passes += cost
-            self.state.batches += not self.adversary.within_batch
+            if self.state.between_batches:
+                next(losses, None)  # The batch is done: the adversary takes note of its last pass.
             self._set_progress()
-            self._periodic(self.state.passes - cost)
+            self._periodic(self.state.passes - cost, before)
             yield
             if self.state.passes >= self.config.training.passes:
                 return  # The last batch may have more passes than were left.
@@ -194,8 +199,6 @@ class Trainer:
     def _losses(self) -> Iterator[Tensor]:
         settings = self.config.training
         self._set_progress()
-        if self.adversary.within_batch:  # resumed there
-            return self.adversary.rest(self.task.objective, self.model, accumulate=settings.accumulate)
         batch = self.state.batches
         seed_batch(settings.seed, self.accelerator.process_index, batch)
         x0, conditions = self.task.load(self._indices(batch), self.accelerator.device)
@@ -223,17 +226,21 @@ class Trainer:
             self.task.objective.progress = passes / total
         self.steps.set_rate(passes)
 
-    def _periodic(self, before: int) -> None:
+    def _periodic(self, before: int, batch: int) -> None:
+        """Log, save and draw what is due since so many passes; a save waits for the end of the batch."""
         settings, now = self.config.training, self.state.passes
 
-        def due(every: int) -> bool:
+        def due(every: int, before: int) -> bool:
             return every > 0 and (now // every > before // every or now >= settings.passes)
 
-        if due(settings.log_every):
+        if due(settings.log_every, before):
             self._log()
-        if due(settings.checkpoint_every):
+        # The last batch may be cut short, and a longer run resumes before it.
+        cut = self.adversary.updates_per_batch > 1 and now + self.adversary.num_passes > settings.passes
+        between = self.state.between_batches
+        if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
             self._save()
-        if due(settings.sample_every):
+        if due(settings.sample_every, before):
             self._sample()
 
     def _log(self) -> None:

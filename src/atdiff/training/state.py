@@ -31,7 +31,6 @@ class TrainingState:
 
     Attributes:
         passes: that are behind.
-        batches: whose passes are behind.
         saved_at: ``passes`` of the newest checkpoint.
     """
 
@@ -45,10 +44,19 @@ class TrainingState:
     ) -> None:
         self.accelerator, self.weights, self.optimizer = accelerator, weights, steps.optimizer
         self.objective, self.adversary, self.finite = objective, adversary, steps.finite
-        self.passes = self.batches = 0
-        self.saved_at = -1
+        self.passes, self.saved_at = 0, -1
         # Of the passes since the last checkpoint.
         self._loss_sum, self._loss_count = torch.zeros((), device=accelerator.device), 0
+
+    @property
+    def batches(self) -> int:
+        """How many batches have had all their passes."""
+        return self.passes // self.adversary.num_passes
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
+        return self.passes % self.adversary.num_passes == 0
 
     def note(self, loss: Tensor) -> None:
         """Add the loss of a pass to the mean by which the best checkpoint is known, unread."""
@@ -114,7 +122,7 @@ class TrainingState:
             self.weights.sharding.load_optimizer(self.weights.network, self.optimizer.optimizer, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device, self.objective.batch_type)
+        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device)
         self.objective.load_state_dict(mine["objective"])
         self.finite.load_state_dict(state["finite"])
         if self.weights.target is not None:
@@ -123,6 +131,5 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
-        self.passes, self.batches = state["passes"], state["batches"]
-        self.saved_at = self.passes
+        self.passes = self.saved_at = state["passes"]
         self.weights.ema.updates = self.passes // passes_an_update

@@ -1,0 +1,128 @@
+"""What a method of adversarial training works with: the network at a perturbed batch, and the step of delta."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.directions import DIRECTIONS
+from atdiff.core.choices import Target
+from atdiff.core.errors import UserError
+from atdiff.objectives.batch import Batch, ObjectiveOutput
+
+__all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "in_turn", "micro_batches", "placed"]
+
+Kept = dict[str, Any]
+"""What a method keeps of a micro-batch for the next batch: plain values and tensors; ``sizes`` of parts that wait."""
+
+Pass = tuple[Batch, ObjectiveOutput, Tensor]
+"""A pass on which the weights are trained: its samples, its output, and the losses ``(B,)`` to take the mean of."""
+
+
+class Objective(Protocol):
+    """What an adversary asks of an objective."""
+
+    def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (its batch, as in what follows)
+        """Draw what is random about a batch."""
+
+    def compute(
+        self,
+        model: Callable[..., Any],
+        batch: Any,  # noqa: ANN401
+        delta: Tensor | None = None,
+        *,
+        target: Target = "equivariant",
+        detach_target: bool = True,
+    ) -> ObjectiveOutput:
+        """Run the network once at the perturbed input."""
+
+    def update(self, batch: Any, output: ObjectiveOutput) -> None:  # noqa: ANN401
+        """Learn from the losses of a pass."""
+
+
+class Attack(Protocol):
+    """What a method asks of its :class:`atdiff.Adversary`."""
+
+    num_passes: int
+    direction: str
+    target: Target
+    weight: float
+    batch: Batch | None
+    delta: Tensor | None
+    output: ObjectiveOutput | None
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether delta moves along a gradient."""
+
+    def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
+        """Return delta after one step, detached."""
+
+
+class Forward:
+    """The network at a perturbed batch; the attack remembers its last pass."""
+
+    def __init__(self, attack: Attack, objective: Objective, model: Callable[..., Any]) -> None:
+        self.attack, self.objective, self.model = attack, objective, model
+
+    def __call__(self, batch: Batch, delta: Tensor, *, track: bool) -> tuple[ObjectiveOutput, Tensor]:
+        """Return the output at delta, and delta as a leaf, which takes a gradient where ``track`` and needed."""
+        attack = self.attack
+        delta = delta.detach().requires_grad_(track and attack.needs_input_gradient)
+        detached = not DIRECTIONS[attack.direction].through_target
+        output = self.objective.compute(self.model, batch, delta, target=attack.target, detach_target=detached)
+        attack.batch, attack.delta, attack.output = batch, delta, output
+        return output, delta
+
+    def ascended(self, batch: Batch, steps: int) -> Tensor:
+        """Return delta after some steps of its own from 0, without any gradient of the weights."""
+        attack, start = self.attack, torch.zeros_like(batch.x0)
+        for _ in range(steps):
+            # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
+            with getattr(self.model, "no_sync", contextlib.nullcontext)():
+                with torch.set_grad_enabled(attack.needs_input_gradient):
+                    output, delta = self(batch, start, track=True)
+                if attack.needs_input_gradient:
+                    # Of delta alone, so that no gradient is left in the weights.
+                    (delta.grad,) = torch.autograd.grad(output.loss.sum(), delta)
+            start = attack.moved(delta, batch, output)
+        return start
+
+
+Method = Callable[[Attack, Forward, Batch, Kept], Iterator[Pass]]
+
+
+def micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
+    """Return the micro-batches of what one pass takes of a batch.
+
+    Raises:
+        UserError: there are too few samples.
+    """
+    if accumulate > len(batch):
+        raise UserError(
+            f"accumulate={accumulate} needs as many samples in what one pass takes of a batch, and there are "
+            f"{len(batch)}; use a smaller accumulate, or leave out the last, smaller batch (drop_last=True)."
+        )
+    return batch.chunk(accumulate)
+
+
+def in_turn(generators: list[Iterator[Pass]]) -> Iterator[Pass]:
+    """Yield a pass of each generator in turn; all of them end in the same turn."""
+    left = len(generators)
+    while left:
+        for one in generators:
+            found = next(one, None)
+            left -= found is None
+            if found is not None:
+                yield found
+
+
+def placed(value: Any, device: torch.device | str) -> Any:  # noqa: ANN401  (nested dictionaries)
+    """Return the value with all its tensors on a device."""
+    if isinstance(value, dict):
+        return {name: placed(one, device) for name, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

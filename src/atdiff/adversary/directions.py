@@ -1,0 +1,57 @@
+"""The directions in which a perturbation moves. A new one is a function and a row of ``DIRECTIONS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atdiff.objectives.batch import Batch, ObjectiveOutput
+
+__all__ = ["DIRECTIONS", "Direction"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction of ascent.
+
+    Attributes:
+        find: returns the direction of each sample, ``(B, ...)`` and of any length, from the perturbation, the batch and
+            the output of the pass at which it was.
+        gradient: whether it reads the gradient of the loss in delta.
+        through_target: whether that gradient goes through the target too.
+        passes: whether it needs the output of a pass.
+    """
+
+    find: Callable[[Tensor, Batch, ObjectiveOutput | None], Tensor]
+    gradient: bool = False
+    through_target: bool = False
+    passes: bool = True
+
+
+def _gradient(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
+    if delta.grad is None:
+        raise RuntimeError(
+            "no gradient has reached the perturbation: run backward() on each loss that passes() yields "
+            "before asking for the next."
+        )
+    return delta.grad
+
+
+def _residual(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
+    assert output is not None
+    return output.residual
+
+
+def _random(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
+    return torch.randn_like(delta)
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "gradient": Direction(_gradient, gradient=True),
+    "gradient_full": Direction(_gradient, gradient=True, through_target=True),
+    "residual": Direction(_residual),
+    "random": Direction(_random, passes=False),
+}

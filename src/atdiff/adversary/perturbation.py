@@ -1,0 +1,73 @@
+"""The set of perturbations: one step within it, and its scale at each noise level."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.scale import SCALES, ScaleFunction, default_scale
+from atdiff.core.choices import Norm
+from atdiff.core.noise import expand, noise_level
+from atdiff.core.norms import project, steepest_step
+from atdiff.objectives.batch import Batch
+
+__all__ = ["Perturbation"]
+
+
+class Perturbation:
+    """Steps and bounds of delta; see :class:`atdiff.Adversary` for the arguments.
+
+    Attributes:
+        kind: of the objective's noise schedule, on which the default scale depends.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        step_size: float,
+        radius: float | None,
+        scale: str | ScaleFunction | None,
+        noise_levels: tuple[float, float] | None,
+    ) -> None:
+        self.norm, self.step_size, self.radius, self.noise_levels = norm, step_size, radius, noise_levels
+        self._scale = SCALES[scale] if isinstance(scale, str) else scale
+        self.kind = "vp"
+        self._warned = False
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
+        function = self._scale or SCALES[default_scale(self.kind)]
+        scale = function(alpha, sigma)
+        if self.noise_levels is None:
+            return scale
+        level, (low, high) = noise_level(alpha, sigma), self.noise_levels
+        # Level 1 is the end of the range, not beyond it.
+        inside = (level >= low) & ((level < high) | (high == 1.0))
+        return torch.where(inside, scale, 0.0)
+
+    def meet(self, objective: Any, *, warns: bool) -> None:  # noqa: ANN401  (of any schedule)
+        """Take note of the kind of schedule, and say once where a constant scale has no finite loss."""
+        self.kind = getattr(getattr(objective, "schedule", None), "kind", "vp")
+        unbounded = self._scale is SCALES["constant"] and self.kind in ("flow", "function")
+        everywhere = self.step_size > 0 and (self.noise_levels or (0.0,))[0] == 0.0
+        moves = getattr(objective, "prediction_type", None) != "sample"
+        if warns and unbounded and everywhere and moves and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "scale='constant' moves the target of a flow by delta / sigma_t, without bound where noise ends, so "
+                "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
+                stacklevel=4,
+            )
+
+    def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return delta after one step and the projection, and how many samples had no finite direction and stay."""
+        # Where there is no noise there is none to move.
+        scale = torch.where(batch.sigma > 0, self.scale(batch.alpha, batch.sigma), 0.0)
+        finite = direction.isfinite().flatten(1).all(dim=1) & scale.isfinite()
+        moved = delta + steepest_step(direction.to(delta.dtype), self.step_size * scale, self.norm)
+        if self.radius is not None:
+            moved = project(moved, self.radius * scale, self.norm)
+        return torch.where(expand(finite, delta), moved, delta), (~finite).sum()

@@ -1,0 +1,24 @@
+"""By how much the norm of a perturbation is multiplied at each noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCALES", "ScaleFunction", "default_scale"]
+
+ScaleFunction = Callable[[Tensor, Tensor], Tensor]
+
+SCALES: dict[str, ScaleFunction] = {
+    "constant": lambda alpha, sigma: torch.ones_like(sigma),
+    "sigma": lambda alpha, sigma: sigma,
+    "high": lambda alpha, sigma: sigma * (1.0 - alpha),
+    "middle": lambda alpha, sigma: sigma * alpha,
+}
+
+
+def default_scale(kind: str) -> str:
+    """Return the scale of a kind of schedule: the paper's for ``vp``, else one whose share of the noise is bounded."""
+    return "constant" if kind == "vp" else "sigma"
