@@ -17,7 +17,7 @@ from atdiff.data.labels import class_line, renumbered
 from atdiff.data.pictures import Files, Item, Pictures
 from atdiff.data.sources.load import check_shape, load_data
 from atdiff.data.sources.registry import find_source
-from atdiff.data.sources.source import Found, Request, Source, UncaptionedError, captions_of
+from atdiff.data.sources.source import Request, Source, UncaptionedError, captions_of
 
 __all__ = ["CaptionedImages", "UncaptionedError", "load_captioned"]
 
@@ -174,17 +174,19 @@ class _Decoded:
         return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
 
 
-def _labelled(source: Source, request: Request, decoding: Decoding, unreadable: Unreadable) -> Found:
+def _labelled(
+    source: Source, request: Request, decoding: Decoding, unreadable: Unreadable
+) -> tuple[Pictures, np.ndarray | None, tuple[str, ...] | None]:
     """Return the images, up to the limit, all labels, and the names of the classes."""
     if source.lazy and source.load:
         found = source.load(request)
         assert isinstance(found.images, Files), found
-        return found._replace(images=Files(request.path, found.images.files[: request.limit]))
+        return Files(request.path, found.images.files[: request.limit]), found.labels, found.classes
     columns = {"image_column": request.image_column, "label_column": request.label_column}
     options: dict[str, Any] = {**asdict(decoding), **columns}
     data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
     labels = None if data.labels is None else data.labels.numpy()
-    return Found(_Decoded(data.images[: request.limit].numpy()), labels, data.classes)
+    return _Decoded(data.images[: request.limit].numpy()), labels, data.classes
 
 
 def _class_captions(

@@ -55,7 +55,7 @@ def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> d
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"the settings are not valid: unrecognized arguments: {word}")
+            raise UserError(f"argument {word!r} is no setting: expected --KEY VALUE, such as --training.passes 500.")
         key, given, text = word[2:].partition("=")
         hint: Any = kind
         path = tuple(key.split("."))
@@ -133,7 +133,7 @@ def _unknown(path: tuple[str, ...], kind: Any, *, option: bool = False) -> str: 
     root, run, section = 0, kind, kind
     for place, part in enumerate(path[:-1], 1):
         section = _kinds(_inner(section, part))[0]
-        if dataclasses.is_dataclass(section) and issubclass(section, TrainConfig):
+        if isinstance(section, type) and issubclass(section, TrainConfig):
             root, run = place, section
     prefix = "--" if option else "".join(f"{part}." for part in path[:root])
     phrase = nearest_key(path[-1], list(_hints(section)), dotted_keys(run()), prefix=prefix)
