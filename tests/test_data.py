@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.mnist import read_image_file
 
 from atdiff.cli import main
 from atdiff.core.errors import UserError
-from atdiff.data import ImageData, load_data, to_uint8
-from atdiff.data.sources import Crop
+from atdiff.data import ImageData, load_captioned, load_data, to_uint8
+from atdiff.data.sources import Crop, registry
 
 MNIST = Path(__file__).parent / "data" / "mnist10k.npz"
 
@@ -204,7 +208,7 @@ def test_many_images_show_progress_on_stderr(
 ) -> None:
     load_data("digits", split="test")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("atdiff.data.sources.PROGRESS_FROM", 100)
+    monkeypatch.setattr("atdiff.data.sources.load.PROGRESS_FROM", 100)
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     load_data("digits", split="test")
     captured = capsys.readouterr()
@@ -600,3 +604,72 @@ def test_the_remedies_of_mixed_images_are_settings_of_a_recipe(
         assert f"({remedy[0]} " in capsys.readouterr().err
         words += remedy
     assert main([*words, "--data.crop", "adm", "--data.background", "#808080"]) == 0
+
+
+def write_idx(folder: Path, *, gz: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Write MNIST's files, five images for training and three for tests; return images (N, H, W) and labels."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (8, 6, 5), dtype=np.uint8), np.array([3, 1, 4, 1, 5, 9, 2, 6], np.uint8)
+    for part, rows in (("train", slice(5)), ("t10k", slice(5, None))):
+        for name, values in (("images-idx3", images[rows]), ("labels-idx1", labels[rows])):
+            header = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes()
+            content = header + values.tobytes()
+            file = folder / f"{part}-{name}-ubyte{'.gz' if gz else ''}"
+            file.write_bytes(gzip.compress(content) if gz else content)
+    return images, labels
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_mnist_of_idx_files(tmp_path: Path, gz: bool) -> None:
+    images, labels = write_idx(tmp_path, gz=gz)
+    oracle = torchvision_mnist(tmp_path, gz=gz)
+    for split, rows in (("train", slice(5)), ("test", slice(5, None)), ("all", slice(None))):
+        data = load_data(str(tmp_path), split=split)
+        assert np.array_equal(data.images[:, 0], images[rows])
+        assert data.labels is not None
+        assert data.labels.tolist() == labels[rows].tolist()
+    assert torch.equal(load_data(str(tmp_path)).images[:, 0], oracle)
+    assert load_captioned(str(tmp_path), image_size=8, numbered=True).captions == ["3", "1", "4", "1", "5"]
+
+
+def torchvision_mnist(folder: Path, *, gz: bool) -> torch.Tensor:
+    """Return the training images as torchvision reads the files."""
+    file = folder / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
+    plain = folder / "plain"
+    plain.write_bytes(gzip.decompress(file.read_bytes()) if gz else file.read_bytes())
+    return read_image_file(str(plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda content: content[:-1], r"does not hold the 150 values"),
+        ("train-images-idx3-ubyte", lambda content: content + b"0", r"does not hold the 150 values"),
+        ("train-images-idx3-ubyte", lambda content: content[:10], r"is no IDX file of bytes in 3 axes"),
+        ("train-images-idx3-ubyte", lambda content: b"\x00\x00\x0d" + content[3:], r"is no IDX file of bytes"),
+        ("train-labels-idx1-ubyte", lambda content: content[:7] + b"\x04" + content[8:-1], r"expected 5 whole numbers"),
+        ("train-labels-idx1-ubyte", None, r"train-labels-idx1-ubyte is missing"),
+        ("train-images-idx3-ubyte", "gz", r"cannot be read"),
+    ],
+)
+def test_damaged_idx_files(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    write_idx(tmp_path, gz=False)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.unlink()
+    if change == "gz":
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content)[:-4])
+    elif change is not None:
+        file.write_bytes(change(content))
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path))
+    with pytest.raises(UserError, match="split 'val' of"):
+        load_data(str(tmp_path), split="val")
+
+
+def test_the_registry_is_complete_and_needs_no_torch() -> None:
+    files = {path.stem for path in Path(registry.__file__).parent.glob("*.py")}
+    code = "import sys, atdiff.data.sources.registry as r; print(len(r.SOURCES), 'torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    # The two that are bundled share a file.
+    assert printed == [str(len(files - {"__init__", "load", "registry", "source"}) + 1), "False"]

@@ -19,6 +19,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from atdiff.cli import main
 from atdiff.core import choices
 from atdiff.core.errors import UserError
+from atdiff.data.sources.registry import check_data
 from atdiff.metrics.features.clip import URL_CLIP
 from atdiff.metrics.features.extractors import EXTRACTORS
 from atdiff.metrics.stream import METRICS
@@ -27,7 +28,7 @@ from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import CORRECTIONS, SAMPLERS
 from atdiff.study.recipe import load_recipe
 from atdiff.system import locate
-from atdiff.system.locate import check_data, check_run, hub_failure, is_hub_id
+from atdiff.system.locate import check_run, hub_failure, is_hub_id
 from conftest import small_unet
 
 HEAVY = (

@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -211,3 +213,31 @@ def test_every_key_of_the_schema_is_described() -> None:
     found = [key for part in [schema, *schema["$defs"].values()] for key in part["properties"].values()]
     assert len(found) > 60
     assert all(key.get("description") or "$ref" in key for key in found)
+
+
+@pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1", 1.0), ("+2E-3", 2e-3), ("0.5", 0.5)])
+def test_numbers_are_numbers_however_they_are_written(text: str, lr: float, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(f"optimizer: {{lr: {text}}}")
+    for config in (
+        resolve(load_recipe("one.yaml")),
+        resolve(load_recipe("quickstart"), None, ["--optimizer.lr", text]),
+    ):
+        assert config.optimizer.lr == lr
+        assert isinstance(config.optimizer.lr, float)
+
+
+def test_an_option_needs_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "option '--training.passes' needs a value" in mistake(capsys, "quickstart", "--training.passes")
+    assert "argument '4' is no setting" in mistake(capsys, "quickstart", "--training.passes", "3", "4")
+
+
+def test_words_replace_a_mapping_and_dots_reach_into_it() -> None:
+    recipe = load_recipe("quickstart")
+    assert resolve(recipe, None, ["--model.args", "{width: 3}"]).model.args == {"width": 3}
+    assert resolve(recipe, None, ["--model.args.width=3"]).model.args == {"width": 3, "num_blocks": 3}
+    assert resolve(recipe, None, ["--data.name", "123", "--training.init", "null"]).data.name == "123"
+
+
+def test_settings_need_no_torch() -> None:
+    code = "import sys, atdiff.study.recipe, atdiff.study.preflight; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -97,7 +97,7 @@ def test_the_file_is_made_once_and_anew_when_anything_changed(
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("atdiff.data.sources._decoded", never)
+        patched.setattr("atdiff.data.sources.load._decoded", never)
         assert torch.equal(load_data(str(tmp_path / "set")).images, first.images)
         for options in ({"image_size": 4}, {"channels": 1}, {"background": None}):
             with pytest.raises(AssertionError, match="decoded again"):

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from atdiff.core.errors import UserError
 
@@ -34,7 +33,7 @@ def _pieces(name: str) -> list[int | str]:
     return [int(piece) if place % 2 else piece for place, piece in enumerate(re.split("([0-9]+)", name))]
 
 
-def renumbered(labels: Tensor, names: Sequence[str], classes: Sequence[str], what: str) -> Tensor:
+def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], what: str) -> np.ndarray:
     """Return labels that count ``names``, int64 ``(N,)``, as labels that count ``classes``.
 
     Args:
@@ -47,9 +46,9 @@ def renumbered(labels: Tensor, names: Sequence[str], classes: Sequence[str], wha
         UserError: an image has a class that is not among ``classes``.
     """
     label_of = {name: label for label, name in enumerate(classes)}
-    table = torch.tensor([label_of.get(name, -1) for name in names], dtype=torch.int64)
+    table = np.array([label_of.get(name, -1) for name in names], np.int64)
     found = table[labels]
-    strangers = [names[label] for label in labels[found < 0].unique().tolist()]
+    strangers = [names[label] for label in np.unique(labels[found < 0]).tolist()]
     if strangers:
         raise UserError(
             f"{what} has images of the class {strangers[0]!r}, which training does not know: expected "

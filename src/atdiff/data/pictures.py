@@ -15,7 +15,9 @@ import numpy as np
 from atdiff.core.errors import UserError
 from atdiff.data.contents import content_hashes
 
-__all__ = ["IMAGE_SUFFIXES", "Arrays", "Files", "Item", "Listed", "Pictures", "Table", "file_stamps", "files_below"]
+__all__ = [
+    "IMAGE_SUFFIXES", "Arrays", "Files", "Item", "Listed", "Pictures", "Points", "Table", "file_stamps", "files_below",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 
@@ -160,3 +162,10 @@ class Arrays:
     def stamp(self) -> str:
         """See :meth:`Pictures.stamp`."""
         return repr(file_stamps(self.files, self.files[0].parent))
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points in the plane, float32 ``(N, 2, 1, 1)``, which are no pictures to be decoded."""
+
+    values: np.ndarray

@@ -13,10 +13,11 @@ from typing import Any, get_args
 from atdiff.core.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.core.errors import UserError
 from atdiff.core.specs import parse_correction
+from atdiff.data.sources.registry import check_data
 from atdiff.study.arms import other_reference
 from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
-from atdiff.system.locate import check_data, check_hub, check_run, check_weights, run_config
+from atdiff.system.locate import check_hub, check_run, check_weights, run_config
 from atdiff.system.pipeline_files import check_variant
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run

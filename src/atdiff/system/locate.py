@@ -6,7 +6,6 @@ Nothing here imports torch, so that what is missing is said at once.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import socket
@@ -20,14 +19,12 @@ from typing import Any, Literal
 
 import yaml
 
-from atdiff.core.choices import MIXTURES
 from atdiff.core.errors import UserError
 from atdiff.system.pipeline_files import check_class, no_pipeline
 
 __all__ = [
     "URLS",
     "bounded_network",
-    "check_data",
     "check_hub",
     "check_local",
     "check_run",
@@ -38,7 +35,6 @@ __all__ = [
     "is_reachable",
     "offline_reason",
     "run_config",
-    "unknown_data",
     "weights_file",
 ]
 
@@ -255,36 +251,6 @@ def bounded_network() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def check_data(name: str) -> None:
-    """Find out, without reading it, that a data set is there.
-
-    Raises:
-        UserError: nothing has that name, or it is a hub id, not in the hub's cache, and the hub cannot be asked.
-    """
-    path = Path(name).expanduser()
-    if name == "digits" or name in MIXTURES or path.is_dir() or path.suffix in (".npz", ".parquet", ".tar"):
-        if path.suffix and not path.exists():
-            raise unknown_data(name)
-        return
-    if not is_hub_id(name):
-        raise unknown_data(name)
-    check_hub(name, "dataset")
-
-
-def unknown_data(name: str) -> UserError:
-    """Return what to say of the name of a data set that means nothing here."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
-    if re.search(r"[/\\~]|^\.", name) or path.suffix:
-        return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
-    beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
-    nearest = difflib.get_close_matches(name, ["digits", *MIXTURES, *beside], n=1, cutoff=0.5)
-    if nearest:
-        return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
-    return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
 
 
 def weights_file(extractor: str) -> Path:

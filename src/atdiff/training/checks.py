@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from atdiff.adversary.checks import check_adversary
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
 from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
 
@@ -21,10 +21,9 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         UserError: one sentence, with the value, what was expected and the fix.
     """
+    read_settings(TrainConfig, asdict(config))
     _check_training(config)
-    _check_optimizer(config)
     _check_batch(config)
-    _check_guidance(config)
     _check_adversary(config)
     if config.model.name not in LATENT_MODELS:
         _check_pixels(config)
@@ -67,46 +66,16 @@ def check_machine(config: TrainConfig) -> None:
             )
 
 
-def _check_guidance(config: TrainConfig) -> None:
-    scale = config.consistency.sample_guidance
-    if scale is not None and not 0.0 <= scale < math.inf:
-        raise UserError(
-            f"consistency.sample_guidance={scale} must be finite and 0 or more: 0 and 1 are no guidance; null for that "
-            "of the network."
-        )
-
-
 def _check_training(config: TrainConfig) -> None:
     settings = config.training
-    for name in ("passes", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"training.{name}={getattr(settings, name)} must be at least 1.")
-    for name in ("sample_every", "max_skipped", "seed"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"training.{name}={getattr(settings, name)} must not be negative.")
     if settings.shard and settings.precision == "fp16":
         raise UserError("training.shard cannot have training.precision='fp16'; use 'bf16'.")
     if settings.shard and config.lora.rank:
         raise UserError("training.shard is for whole networks: leave it out with lora.rank, whose adapters are small.")
-    if not 0 <= settings.ema_decay < 1:
-        raise UserError(f"training.ema_decay={settings.ema_decay} must lie in [0, 1); 0.999 is usual.")
-
-
-def _check_optimizer(config: TrainConfig) -> None:
-    settings, passes = config.optimizer, config.training.passes
-    if not 0 <= settings.lr < math.inf:
-        raise UserError(f"optimizer.lr={settings.lr} must be finite and not negative; 1e-4 is usual.")
-    if not all(0 <= beta < 1 for beta in settings.betas):
-        raise UserError(f"optimizer.betas={list(settings.betas)} must lie in [0, 1); [0.9, 0.999] is usual.")
-    if not 0 <= settings.weight_decay < math.inf:
+    warmup, passes = config.optimizer.warmup_passes, settings.passes
+    if not 0 <= warmup <= passes:
         raise UserError(
-            f"optimizer.weight_decay={settings.weight_decay} must be finite and not negative; 0 or 0.01 is usual."
-        )
-    if settings.grad_clip is not None and not settings.grad_clip > 0:
-        raise UserError(f"optimizer.grad_clip={settings.grad_clip} must be above 0; null clips nothing.")
-    if not 0 <= settings.warmup_passes <= passes:
-        raise UserError(
-            f"optimizer.warmup_passes={settings.warmup_passes} must lie between 0 and training.passes={passes}: the "
+            f"optimizer.warmup_passes={warmup} must lie between 0 and training.passes={passes}: the "
             "learning rate would never be reached."
         )
 

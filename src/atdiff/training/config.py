@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from atdiff.core.choices import (
     WHITE,
@@ -34,15 +36,29 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "SchedulerConfig",
+    "Settings",
     "TrainConfig",
     "TrainingConfig",
 ]
 
+# What is said of values out of range is the text beside the range.
+Count = Annotated[int, Field(ge=1), "must be at least 1"]
+Natural = Annotated[int, Field(ge=0), "must not be negative"]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 are no guidance; null for that of the network"]
+Beta = Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); [0.9, 0.999] is usual"]
+
 LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3", "tiny-flux")
 
 
+class Settings:
+    """A section of settings; pydantic reads it from files and checks what is written there."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Which images are learned.
 
     Attributes:
@@ -85,7 +101,7 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """Which network, and its constructor's arguments.
 
     Attributes:
@@ -105,7 +121,7 @@ class ModelConfig:
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank adapters of a pipeline's U-Net, trained instead of its weights.
 
     Attributes:
@@ -120,7 +136,7 @@ class LoraConfig:
 
 
 @dataclass
-class SchedulerConfig:
+class SchedulerConfig(Settings):
     """The forward process. What is left out is that of ``training.init``, and what is given must agree with it.
 
     Attributes:
@@ -133,7 +149,7 @@ class SchedulerConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """What is learned; see :class:`atdiff.DenoisingObjective`.
 
     Attributes:
@@ -159,7 +175,7 @@ class ObjectiveConfig:
 
 
 @dataclass
-class ConsistencyConfig:
+class ConsistencyConfig(Settings):
     """Consistency distillation and training; see :class:`atdiff.ConsistencyObjective`.
 
     Attributes:
@@ -190,11 +206,11 @@ class ConsistencyConfig:
     target_decay: float = 0.95
     guidance: tuple[float, float] = (3.0, 15.0)
     embed_guidance: bool = True
-    sample_guidance: float | None = None
+    sample_guidance: Guidance | None = None
 
 
 @dataclass
-class AdversaryConfig:
+class AdversaryConfig(Settings):
     """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training.
 
     Attributes:
@@ -227,7 +243,7 @@ class AdversaryConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW and its learning rate.
 
     Attributes:
@@ -239,16 +255,16 @@ class OptimizerConfig:
         grad_clip: norm that gradients are clipped to; null for none.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    lr: Annotated[Finite, "must be finite and not negative; 1e-4 is usual"] = 1e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Annotated[Finite, "must be finite and not negative; 0 or 0.01 is usual"] = 0.0
     warmup_passes: int = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    grad_clip: float | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0), "must be above 0; null clips nothing"] | None = 1.0
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Settings):
     """How long, how fast, and what is written meanwhile.
 
     Attributes:
@@ -273,26 +289,26 @@ class TrainingConfig:
         tracker: a tracker of Accelerate, such as ``tensorboard`` or ``wandb``, beside ``metrics.jsonl``.
     """
 
-    passes: int = 1000
-    batch_size: int = 128
-    accumulate: int = 1
-    ema_decay: float = 0.999
+    passes: Count = 1000
+    batch_size: Count = 128
+    accumulate: Count = 1
+    ema_decay: Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); 0.999 is usual"] = 0.999
     ema_warmup: bool = True
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     shard: bool = False
-    seed: int = 0
+    seed: Natural = 0
     init: str | None = None
-    log_every: int = 100
-    sample_every: int = 0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    max_skipped: int = 20
+    log_every: Count = 100
+    sample_every: Natural = 0
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
+    max_skipped: Natural = 20
     tracker: str | None = None
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """One training run.
 
     Attributes:

@@ -1,14 +1,21 @@
-"""CIFAR-10 in its original binary form (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+"""CIFAR-10 in its original binary form (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+The folder ``cifar-10-batches-bin`` of ``data_batch_1.bin`` to ``data_batch_5.bin`` (``train``, 50,000 images) and
+``test_batch.bin`` (``test``, 10,000). The python form, which is a pickle, is refused.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from atdiff.core.errors import UserError
+from atdiff.data.pictures import Arrays
+from atdiff.data.sources.source import Found, Request, Source
 
-__all__ = ["holds_cifar", "read_cifar"]
+__all__ = ["CIFAR"]
 
 SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 SPLITS["all"] = SPLITS["train"] + SPLITS["test"]
@@ -17,25 +24,12 @@ RECORD = 1 + PIXELS  # the class, then the red, green and blue planes
 CLASSES = 10
 
 
-def holds_cifar(folder: Path) -> bool:
-    """Return whether a folder has files of CIFAR-10, in either of its forms."""
-    return any((folder / name).is_file() or (folder / Path(name).stem).is_file() for name in SPLITS["all"])
+def _recognises(name: str, path: Path) -> bool:
+    return any((path / file).is_file() or (path / Path(file).stem).is_file() for file in SPLITS["all"])
 
 
-def read_cifar(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a split of the folder ``cifar-10-batches-bin``.
-
-    Args:
-        folder: with ``data_batch_1.bin`` to ``data_batch_5.bin`` (``train``) and ``test_batch.bin`` (``test``).
-        split: ``train`` (50,000 images), ``test`` (10,000) or ``all``.
-
-    Returns:
-        uint8 images ``(N, 3, 32, 32)`` and int64 labels ``(N,)``, 0 to 9.
-
-    Raises:
-        UserError: the python form, which is a pickle; an unknown split; a file that is missing, cut short or not
-            of this form.
-    """
+def _load(request: Request) -> Found:
+    folder, split = request.path, request.split
     if split not in SPLITS:
         raise UserError(f"split {split!r} of CIFAR-10 ({folder}) does not exist: expected train, test or all.")
     if not any((folder / name).is_file() for name in SPLITS["all"]):
@@ -43,8 +37,11 @@ def read_cifar(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             f"{folder} holds the python form of CIFAR-10, pickles that can run code: use the binary form, "
             "cifar-10-batches-bin, or uoft-cs/cifar10 of the hub."
         )
-    records = np.concatenate([_records(folder / name) for name in SPLITS[split]])
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
+    files = [folder / name for name in SPLITS[split]]
+    records = np.concatenate([_records(file) for file in files])
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    pictures = Arrays(len(images), images.shape[1:], partial(iter, [images]), files)
+    return Found(pictures, records[:, 0].astype(np.int64))
 
 
 def _records(file: Path) -> np.ndarray:
@@ -65,3 +62,6 @@ def _records(file: Path) -> np.ndarray:
             "damaged or of another data set."
         )
     return records
+
+
+CIFAR = Source(_recognises, load=_load)

@@ -1,4 +1,11 @@
-"""Downsampled ImageNet: batches of 8, 16, 32 or 64 pixels (https://arxiv.org/abs/1707.08819), as ``.npz`` files."""
+"""Downsampled ImageNet: batches of 8, 16, 32 or 64 pixels (https://arxiv.org/abs/1707.08819), as ``.npz`` files.
+
+A folder of ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (``train``) and ``val_data.npz`` (``val``, also
+``validation`` or ``test``), each of ``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000. ImageNet-64
+takes 1,281,167 x 12,288 bytes = 15.7 GB; the first few training files alone make a smaller set. Classes keep the order
+of the files, that of ImageNet's development kit (the first is n02119789), which is not the order of sorted WordNet ids
+that class folders and guided-diffusion's checkpoints have.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +18,9 @@ import numpy as np
 from atdiff.core.errors import UserError
 from atdiff.data.npz import NpzArray, npz_array, npz_names
 from atdiff.data.pictures import Arrays
+from atdiff.data.sources.source import Found, Request, Source
 
-__all__ = ["holds_imagenet", "read_imagenet"]
+__all__ = ["IMAGENET"]
 
 TRAIN, VALIDATION = "train_data_batch_", "val_data"
 SPLITS = {  # whether it takes the training files and the validation file
@@ -24,39 +32,21 @@ SIDES = (8, 16, 32, 64)
 CLASSES = 1000
 
 
-def holds_imagenet(folder: Path) -> bool:
-    """Return whether a folder has files of the downsampled ImageNet, as ``.npz`` or as pickles."""
+def _recognises(name: str, path: Path) -> bool:
     pattern = re.compile(rf"({TRAIN}\d+|{VALIDATION})(\.npz)?")
-    return any(pattern.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+    return path.is_dir() and any(pattern.fullmatch(file.name) and file.is_file() for file in path.iterdir())
 
 
-def read_imagenet(folder: Path, split: str) -> tuple[Arrays, np.ndarray]:
-    """Find the images of a split, which are read block by block, and read its labels.
-
-    ImageNet-64 takes 1,281,167 x 12,288 bytes = 15.7 GB. The first few training files alone make a smaller set.
-    Classes keep the order of the files, that of ImageNet's development kit (the first is n02119789), which is not the
-    order of sorted WordNet ids that class folders and guided-diffusion's checkpoints have.
-
-    Args:
-        folder: with ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (``train``) and ``val_data.npz``
-            (``val``), each of which holds ``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000.
-        split: ``train``, ``val`` (also ``validation`` or ``test``) or ``all``.
-
-    Returns:
-        uint8 images ``(N, 3, side, side)`` and int64 labels ``(N,)``, 0 to 999.
-
-    Raises:
-        UserError: pickled batches, an unknown split, or a file that is missing, damaged or not of this form.
-    """
-    files = _files(folder, split)
+def _load(request: Request) -> Found:
+    files = _files(request.path, request.split)
     labels = [_labels(file) for file in files]
     arrays = [_pixels(file, len(part)) for file, part in zip(files, labels, strict=True)]
     width = arrays[0].shape[1]
     for array in arrays:
         if array.shape[1] != width:
             raise UserError(
-                f"{array.file} has {array.shape[1]} values per image but {files[0].name} {width}: keep one size per "
-                "folder."
+                f"{array.file} has {array.shape[1]} values per image but {files[0].name} {width}: keep one size "
+                "per folder."
             )
     side = round((width / 3) ** 0.5)
 
@@ -66,7 +56,7 @@ def read_imagenet(folder: Path, split: str) -> tuple[Arrays, np.ndarray]:
                 yield block.reshape(-1, 3, side, side)
 
     found = np.concatenate(labels)
-    return Arrays(len(found), (3, side, side), blocks, files), found
+    return Found(Arrays(len(found), (3, side, side), blocks, files), found)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -116,3 +106,6 @@ def _pixels(file: Path, count: int) -> NpzArray:
             f"label, with one of {', '.join(map(str, sizes))} values (3 colours of 8, 16, 32 or 64 pixels squared)."
         )
     return array
+
+
+IMAGENET = Source(_recognises, load=_load)

@@ -1,0 +1,147 @@
+"""A folder of images, whose subfolders, if there are any, are the classes.
+
+These are in the order of :func:`atdiff.data.labels.in_class_order`: numbers by value, other names as text. Links are
+followed. Captions are a ``metadata.jsonl`` or ``metadata.csv`` of ``file_name`` and caption, one pair a row
+(`imagefolder <https://huggingface.co/docs/datasets/image_dataset>`_), or a ``.txt`` beside each image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atdiff.core.errors import UserError
+from atdiff.data.labels import in_class_order, renumbered
+from atdiff.data.pictures import IMAGE_SUFFIXES, Files, files_below
+from atdiff.data.sources.source import (
+    Found,
+    Pairs,
+    Request,
+    Source,
+    caption_column,
+    captions_of,
+    json_object,
+    missing_captions,
+    split_folder,
+    utf8,
+)
+
+__all__ = ["FOLDER"]
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+_METADATA_SUFFIXES = frozenset(Path(name).suffix for name in METADATA)
+
+
+def _load(request: Request) -> Found:
+    root, split = request.path, request.split
+    folder = split_folder(root, split)
+    files = _image_files(folder)
+    names = in_class_order(file.relative_to(folder).parts[0] for file in files if file.parent != folder)
+    pictures = Files(folder, files)
+    if not names:
+        return Found(pictures)
+    loose = [file for file in files if file.parent == folder and file.suffix.lower() in IMAGE_SUFFIXES]
+    if loose:
+        raise UserError(
+            f"{folder} mixes images ({loose[0].name}) with class folders ({names[0]}): "
+            "expected either images alone or one subfolder per class."
+        )
+    index = {name: label for label, name in enumerate(names)}
+    # A class folder that is a broken link is among the unreadable images, so that its label is of no consequence.
+    labels = np.array([index.get(file.relative_to(folder).parts[0], 0) for file in files], np.int64)
+    classes = _training_folders(root) if folder == root / split and split != "train" else []
+    if classes:
+        labels = renumbered(labels, names, classes, f"{root}[{split}]")
+    return Found(pictures, labels, tuple(classes or names))
+
+
+def _pairs(request: Request) -> Pairs | None:
+    folder, asked = split_folder(request.path, request.split), request.caption_column
+    files = _image_files(folder)
+    metadata = sorted(file for file in files_below(folder, _METADATA_SUFFIXES) if file.name in METADATA)
+    if metadata:
+        request.check_not_given(metadata[0].name, folder)
+        return _by_metadata(folder, files, metadata, asked, request.limit)
+    texts = [file.with_suffix(".txt") for file in files]
+    if asked is not None:
+        raise UserError(
+            f"{folder} has no metadata.jsonl or metadata.csv with a column {asked!r}: leave out caption_column."
+        )
+    if not any(text.is_file() for text in texts):
+        return None
+    request.check_not_given(".txt files beside the images", folder)
+    files = files[: request.limit]
+    cells = (
+        (str(file), utf8(text.read_bytes(), text) if text.is_file() else None)
+        for file, text in zip(files, texts, strict=False)
+    )
+    return Files(folder, files), captions_of(folder, cells)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Return the images below a folder in the order of their paths, with links that lead nowhere."""
+    files = sorted(files_below(folder, IMAGE_SUFFIXES))
+    if not files:
+        raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
+    return files
+
+
+def _training_folders(root: Path) -> list[str]:
+    """Return the class folders of the training split that have images."""
+    train = root / "train"
+    if not train.is_dir():
+        return []
+    inside = (folder for folder in train.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    return in_class_order(folder.name for folder in inside if any(files_below(folder, IMAGE_SUFFIXES)))
+
+
+def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: str | None, limit: int | None) -> Pairs:
+    if len({file.suffix for file in metadata}) > 1:
+        raise UserError(f"{folder} holds metadata both as .jsonl and as .csv: keep one of them.")
+    rows = [(file, row) for file in metadata for row in _rows(file)]
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    column = caption_column(metadata[0], columns, asked)
+    files = []
+    for file, row in rows:
+        listed = row.get("file_name")
+        if not isinstance(listed, str) or not (file.parent / listed).is_file():
+            raise UserError(
+                f"{file} has a row of which file_name is {listed!r}: expected an image's path relative to "
+                f"{file.parent}."
+            )
+        files.append(file.parent / listed)
+    unlisted = sorted(set(images) - set(files))
+    if unlisted:
+        raise missing_captions(folder, [str(image) for image in unlisted], len(images))
+    cells = ((str(file), row.get(column)) for file, (_, row) in zip(files[:limit], rows, strict=False))
+    return Files(folder, files[:limit]), captions_of(folder, cells)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    text = utf8(file.read_bytes(), file)
+    if file.suffix == ".jsonl":
+        # Not splitlines(), which also cuts at separators that a caption may hold.
+        lines = enumerate(text.split("\n"), 1)
+        return [json_object(line, f"line {i} of {file}") for i, line in lines if line.strip()]
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file} cannot be read as comma-separated values ({error}): write it again.") from error
+    for i, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f"row {i} of {file} has more values than columns: quote captions that hold a comma.")
+    return rows
+
+
+FOLDER = Source(
+    lambda name, path: path.is_dir(),
+    load=_load,
+    pairs=_pairs,
+    lazy=True,
+    uncaptioned="{} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
+    "image, or, if its subfolders are classes, give captions, one per class.",
+)

@@ -1,0 +1,202 @@
+"""Shards as `webdataset <https://github.com/webdataset/webdataset>`_ has them: a ``.tar`` file, or a folder of them.
+
+They hold ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. Members that are in no pair are
+counted in a warning. Read by plain ``tarfile`` instead of the loader of ``datasets``, which infers the members of all
+samples from the first five, copies every shard into its cache, and takes a shard that is damaged within for a shorter
+one.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from atdiff.core.errors import UserError
+from atdiff.data.pictures import IMAGE_SUFFIXES, Item, file_stamps, files_below
+from atdiff.data.sources.source import (
+    Pairs,
+    Request,
+    Source,
+    caption_column,
+    captions_of,
+    check_whole,
+    json_object,
+    split_folder,
+    utf8,
+)
+
+__all__ = ["SHARDS"]
+
+CAPTION_SUFFIXES = (".txt", ".json")
+TAR = frozenset({".tar"})
+SHOWN = 5  # members in no pair that a warning names
+
+
+def _recognises(name: str, path: Path) -> bool:
+    return any(file.is_file() for file in files_below(path, TAR)) if path.is_dir() else path.suffix == ".tar"
+
+
+def _pairs(request: Request) -> Pairs:
+    request.check_not_given(".txt or .json members")
+    path, limit = request.path, request.limit
+    if path.is_dir():
+        folder = split_folder(path, request.split)
+        shards = sorted(file for file in files_below(folder, TAR) if file.suffix.lower() in TAR)
+    else:
+        check_whole(path, request.split)
+        shards = [path]
+    pairs: list[tuple[_Member, Any]] = []
+    alone: list[str] = []
+    console = Console(stderr=True)
+    for shard in track(shards, "reading captions", console=console, transient=True, disable=len(shards) < 2):
+        found, left = _shard_pairs(shard, request.caption_column)
+        pairs += found
+        alone += [f"{member} of {shard}" for member in left]
+        if limit is not None and len(pairs) >= limit:
+            break
+    if alone:
+        more = f" and {len(alone) - SHOWN:,} more" if len(alone) > SHOWN else ""
+        warnings.warn(
+            f"{len(alone):,} members of {path} are in none of its {len(pairs):,} pairs of an image and a caption "
+            f"of the same key, and are left out: {', '.join(alone[:SHOWN])}{more}.",
+            stacklevel=2,
+        )
+    cells = ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit])
+    return _Shards([member for member, _ in pairs[:limit]]), captions_of(path, cells)
+
+
+class _Member(NamedTuple):
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Shards:
+    members: list[_Member]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Item]:
+        for shard, members in itertools.groupby(self.members, key=lambda member: member.shard):
+            with shard.open("rb") as file:
+                for member in members:
+                    file.seek(member.offset)
+                    yield f"{member.name} of {shard}", io.BytesIO(file.read(member.size))
+
+    def stamp(self) -> str:
+        shards = dict.fromkeys(member.shard for member in self.members)
+        return repr([file_stamps([shard], shard.parent) for shard in shards])
+
+
+def _shard_pairs(shard: Path, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
+    """Return the images of a shard with what their captions were read as, and the members that are in no pair."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            images, captions, alone = _index(tar, shard)
+            pairs = [
+                (_Member(shard, image.name, image.offset_data, image.size), _member_caption(tar, captions, key, asked))
+                for key, image in images.items()
+            ]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(
+            f"{shard} cannot be read as an uncompressed .tar file ({error}): make or download it again."
+        ) from error
+    return pairs, alone
+
+
+_Members = dict[str, tarfile.TarInfo]
+
+
+def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[str]]:
+    """Return the images by key, the ``.txt`` and ``.json`` by key with that suffix, and what is in no pair.
+
+    As webdataset has it, the key is a member's path up to the first dot of its name, and the rest names a field
+    (``1.seg.png`` is the field ``seg.png`` of ``1``). Many names hold dots and were not meant so (``cam.01.jpg`` with
+    ``cam.01.txt``): an image and a caption that agree up to the *last* dot are a pair too, but for an image with a JSON
+    that both are fields of a sample which has an image of its own.
+    """
+    images: _Members = {}
+    captions: _Members = {}
+    dotted: list[tuple[str, str, tarfile.TarInfo]] = []
+    for member in tar:
+        path = PurePosixPath(member.name)
+        stem, dot, suffix = path.name.partition(".")
+        key, suffix, last = str(path.parent / stem), dot + suffix.lower(), path.suffix.lower()
+        if not member.isreg() or not stem:
+            continue
+        if suffix in IMAGE_SUFFIXES:
+            _add(images, key, member, shard)
+        elif suffix in CAPTION_SUFFIXES:
+            captions[key + suffix] = member
+        elif last in IMAGE_SUFFIXES or last in CAPTION_SUFFIXES:
+            dotted.append((key, last, member))
+    _check_end(tar, shard)
+    alone = _add_dotted(images, captions, dotted, shard)
+    paired = {key + suffix for key in images for suffix in CAPTION_SUFFIXES}
+    alone += [member.name for key, member in captions.items() if key not in paired]
+    return dict(sorted(images.items(), key=lambda item: item[1].offset)), captions, alone
+
+
+def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Path) -> None:
+    if key in images:
+        raise UserError(f"{shard} holds two images of the key {key}: keep one.")
+    images[key] = member
+
+
+def _add_dotted(
+    images: _Members, captions: _Members, dotted: Sequence[tuple[str, str, tarfile.TarInfo]], shard: Path
+) -> list[str]:
+    """Add the pairs of names that hold further dots; return the names that are in none."""
+    whole = set(images)  # keys that are samples already, whose further fields may well be an image and its JSON
+    named = {member.name.lower(): member for _, last, member in dotted if last in CAPTION_SUFFIXES}
+    used: set[str] = set()
+    for key, last, member in dotted:
+        stem = member.name[: -len(last)]
+        texts = [f"{stem}{suffix}".lower() for suffix in (CAPTION_SUFFIXES[:1] if key in whole else CAPTION_SUFFIXES)]
+        own = [text for text in texts if text in named]
+        if last not in IMAGE_SUFFIXES or not own:
+            continue
+        full = str(PurePosixPath(stem))
+        _add(images, full, member, shard)
+        for text in own:
+            captions[full + PurePosixPath(text).suffix] = named[text]
+        used |= {member.name, *(named[text].name for text in own)}
+    return [member.name for _, _, member in dotted if member.name not in used]
+
+
+def _check_end(tar: tarfile.TarFile, shard: Path) -> None:
+    """Refuse what tarfile takes for the end: a header that it cannot read."""
+    with shard.open("rb") as file:
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+
+
+def _member_caption(tar: tarfile.TarFile, captions: dict[str, tarfile.TarInfo], key: str, asked: str | None) -> Any:  # noqa: ANN401  (whatever the JSON holds)
+    member = captions.get(f"{key}.txt") if asked is None else None
+    member = member or captions.get(f"{key}.json")
+    if member is None:
+        return None
+    opened = tar.extractfile(member)
+    assert opened is not None, member
+    where = f"{member.name} of {tar.name!s}"
+    text = utf8(opened.read(), where)
+    if member.name.lower().endswith(".txt"):
+        return text
+    fields = json_object(text, where)
+    return fields[caption_column(where, list(fields), asked)]
+
+
+SHARDS = Source(_recognises, pairs=_pairs)
