@@ -20,8 +20,6 @@ from atdiff.cli import main
 from atdiff.core import choices
 from atdiff.core.errors import UserError
 from atdiff.metrics.features.clip import URL_CLIP
-from atdiff.metrics.features.extractors import EXTRACTORS
-from atdiff.metrics.stream import METRICS
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import CORRECTIONS, SAMPLERS
@@ -153,8 +151,6 @@ def test_light_names_are_those_of_the_registries() -> None:
     for light, heavy in (
         (choices.SAMPLERS, SAMPLERS),
         (choices.CORRECTIONS, CORRECTIONS),
-        (choices.EXTRACTORS, EXTRACTORS),
-        (choices.METRICS, METRICS),
         (choices.PRECISIONS, DTYPES),
     ):
         assert list(light) == list(heavy)

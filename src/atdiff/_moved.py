@@ -18,7 +18,7 @@ MOVED = {
     "compare": "study.compare",
     "errors": "core.errors",
     "evaluation": "measure",
-    "evaluation.classifier": "metrics.classifier",
+    "evaluation.classifier": "metrics.features.labels",
     "evaluation.comparison": "report.comparison",
     "evaluation.directions": "measure.directions",
     "evaluation.distances": "metrics.distances",

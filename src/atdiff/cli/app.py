@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.cli.interrupted import after_interruption
-from atdiff.core.choices import EXTRACTORS, METRICS
 from atdiff.core.errors import RunError, Stopped, UserError
 from atdiff.data.reading import DataOptions
+from atdiff.metrics.registry import EXTRACTORS, METRICS
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.launcher import join_mpi, num_processes, refuse_other_training
 from atdiff.system.suggest import nearest, nearest_option

@@ -6,8 +6,6 @@ from typing import Literal
 
 __all__ = [
     "CORRECTIONS",
-    "EXTRACTORS",
-    "METRICS",
     "MIXTURES",
     "PRECISIONS",
     "SAMPLERS",
@@ -49,14 +47,6 @@ WHITE = "white"  # what transparent pixels are composed on
 
 # The keys of registries that import torch; a test compares them.
 CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
-EXTRACTORS = (
-    "digits-classifier", "label-classifier", "inception-v3-compat", "inception-v3-spatial", "dinov2-vit-l-14",
-    "clip-vit-b-32",
-)  # fmt: skip
-METRICS = (
-    "fid", "kid", "isc", "prc", "sfid", "fd_dinov2", "clip_fid", "clip_score", "label_accuracy", "sliced_wasserstein",
-    "energy", "on_mode",
-)  # fmt: skip
 MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
 PRECISIONS = ("no", "bf16", "fp16")
 SAMPLERS = (
