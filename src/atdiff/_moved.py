@@ -19,7 +19,7 @@ MOVED = {
     "errors": "core.errors",
     "evaluation": "measure",
     "evaluation.classifier": "metrics.features.labels",
-    "evaluation.comparison": "report.comparison",
+    "evaluation.comparison": "report",
     "evaluation.directions": "measure.directions",
     "evaluation.distances": "metrics.distances",
     "evaluation.evaluate": "measure.cells",

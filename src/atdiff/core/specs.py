@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from atdiff.core.choices import CORRECTIONS
 from atdiff.core.errors import UserError
 
-__all__ = ["EXAMPLES", "CorrectionSpec", "parse_correction"]
+__all__ = ["EXAMPLES", "NO_CORRECTION", "CorrectionSpec", "correction_label", "parse_correction"]
+
+NO_CORRECTION = "none"
 
 EXAMPLES = {"epsilon-scaling": "epsilon-scaling:1.01", "time-shift": "time-shift:40", "dcw": "dcw:0.05"}
 
@@ -57,3 +59,11 @@ def parse_correction(spec: str) -> CorrectionSpec:
             f"{EXAMPLES[family]!r} or '{family}:search'."
         )
     return CorrectionSpec(family, values)
+
+
+def correction_label(correction: str) -> str:
+    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
+    if correction == NO_CORRECTION:
+        return "no correction"
+    family, _, value = correction.partition(":")
+    return f"searched {family}" if value == "search" else f"{family} {value.replace(':', ', ')}".rstrip()

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from atdiff.core.errors import UserError
-from atdiff.report.comparison import Row, metric_label
+from atdiff.report.statistics import Row
+from atdiff.report.words import metric_label
 from atdiff.system.files import write_bytes
 
 __all__ = ["loss_curves", "metric_curves", "save_curves"]

@@ -10,18 +10,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from atdiff.report.comparison import (
-    HIGHER_IS_BETTER,
-    CorrectedRow,
-    Row,
-    compare_corrected,
-    correction_label,
-    corrections_of,
-    interval_label,
-    metric_label,
-    percent,
-    winners,
-)
+from atdiff.core.specs import correction_label
+from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, compare_corrected, corrections_of, winners
+from atdiff.report.words import interval_label, metric_label, percent
 
 __all__ = [
     "CorrectionLine",
@@ -145,7 +136,7 @@ def values_text(one: CorrectedRow) -> str:
 def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
     """A markdown table of a line for each sampler, steps and arm, and a column for each correction.
 
-    Arguments and errors: those of :func:`atdiff.report.comparison.compare_corrected`.
+    Arguments and errors: those of :func:`atdiff.report.statistics.compare_corrected`.
     """
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)

@@ -17,18 +17,11 @@ from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.measure.progress import cell_progress
 from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.metrics.stream import FEW_SAMPLES
-from atdiff.report.comparison import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
-    compare,
-    compare_corrected,
-    conclusions,
-    corrected_conclusions,
-    corrections_of,
-)
 from atdiff.report.page import write_report
 from atdiff.report.samples import sample_grids, samples_picture
+from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, compare, compare_corrected, corrections_of
 from atdiff.report.tables import comparison_table, correction_markdown, correction_table, markdown_table
+from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_json, write_text
 
 __all__ = ["Measurements", "leading_metric", "publish", "training_curves"]
