@@ -608,6 +608,7 @@ def _mismatch(args: argparse.Namespace) -> None:
     check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.measure.progress import cell_progress
+    from atdiff.report.measured import save_measured
 
     config = MismatchConfig(
         args.sampler,
@@ -623,7 +624,8 @@ def _mismatch(args: argparse.Namespace) -> None:
         variant=args.variant,
     )
     with cell_progress("batches") as notify:
-        mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+        entries = mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    save_measured("mismatch", entries, args.out)
     print(f"{args.out / 'mismatch.png'}\n{args.out / 'mismatch.json'}")
 
 
@@ -644,6 +646,7 @@ def _robustness(args: argparse.Namespace) -> None:
     from atdiff.measure.directions import DirectionsConfig, directions_of_runs
     from atdiff.measure.progress import cell_progress
     from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
+    from atdiff.report.measured import save_measured
 
     config = RobustnessConfig(
         norm=args.norm,
@@ -658,8 +661,9 @@ def _robustness(args: argparse.Namespace) -> None:
     )
     directions = DirectionsConfig(num=args.num, seed=args.seed, variant=args.variant, **images)
     with cell_progress("levels") as notify:
-        robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
-    directions_of_runs(args.runs, directions, args.out, device=_device())
+        entries = robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    save_measured("robustness", entries, args.out)
+    save_measured("directions", directions_of_runs(args.runs, directions, args.out, device=_device()), args.out)
     for name in ("robustness.png", "robustness.json", "directions.png", "directions.json"):
         print(args.out / name)
 

@@ -50,12 +50,11 @@ from atdiff.measure.subjects import open_subject
 from atdiff.metrics.distances import GaussianFit, sliced_wasserstein
 from atdiff.metrics.features.extractors import extract, feature_layers, make_extractor
 from atdiff.models.call import class_embeddings, predict
+from atdiff.models.inference import evaluating
 from atdiff.pipelines.model import Denoiser, reference_name
-from atdiff.report.mismatch import mismatch_curves
 from atdiff.sampling.corrections import Correction, make_correction, to_clean, to_noise
-from atdiff.sampling.generate import _evaluating, denoise_steps, generate, image_generators
+from atdiff.sampling.generate import denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
-from atdiff.system.files import write_bytes
 from atdiff.system.fingerprint import network_fingerprint
 from atdiff.system.locks import one_writer
 
@@ -202,7 +201,7 @@ def _sampled(
             device=device,
         )
     drawn: list[Tensor] = []
-    with _evaluating(denoiser.model):
+    with evaluating(denoiser.model):
         for part in true.batches():
             scheduler = denoiser.sampling_scheduler(sampler, config.steps)
             generators = image_generators(config.seed, range(part.start, part.stop))
@@ -234,12 +233,12 @@ def mismatch_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/mismatch.json`` does not hold yet, write it after each, and draw them all.
+    """Measure every run that ``out/mismatch.json`` does not hold yet, and write it after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to measure.
-        out: a folder, made or gone on with, for ``mismatch.json`` and ``mismatch.png``.
+        out: a folder, made or gone on with, for ``mismatch.json``.
         device: where the networks run.
         notify: called with the number of batches through a network done and in all.
 
@@ -275,10 +274,7 @@ def mismatch_of_runs(
         for line in left_out:
             say(f"{denoiser.source}: {line}")
         entries.add(recipe, records, left_out=left_out)
-    wanted = [entries[recipe] for recipe in recipes]
-    curves = mismatch_curves({entry["run"]: entry["records"] for entry in wanted}, file_format="png")
-    write_bytes(out / "mismatch.png", curves)
-    return wanted
+    return [entries[recipe] for recipe in recipes]
 
 
 def _extractor(

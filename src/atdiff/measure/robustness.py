@@ -25,11 +25,10 @@ from atdiff.measure.cells import versions
 from atdiff.measure.kept import Entries
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.subjects import open_subject
+from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
 from atdiff.pipelines.model import Denoiser, reference_name
-from atdiff.report.robustness import robustness_curves
-from atdiff.sampling.generate import _evaluating, image_generators
-from atdiff.system.files import write_bytes
+from atdiff.sampling.generate import image_generators
 from atdiff.system.locks import one_writer
 
 __all__ = [
@@ -171,7 +170,7 @@ def worst_case_loss(
         The losses, ``(B,)``, and the perturbations where they are reached, ``(B, ...)``.
     """
     zero = torch.zeros_like(batch.x0)
-    with _evaluating(model):
+    with evaluating(model):
         best, worst = _ascend(objective, model, batch, zero, torch.zeros_like(radius), norm, 0, target)
         if not (radius > 0).any():
             return best, worst
@@ -335,12 +334,12 @@ def robustness_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/robustness.json`` does not hold yet, write it after each, and draw them all.
+    """Measure every run that ``out/robustness.json`` does not hold yet, and write it after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to measure.
-        out: a folder, made or gone on with, for ``robustness.json`` and ``robustness.png``.
+        out: a folder, made or gone on with, for ``robustness.json``.
         device: where to compute.
         notify: called with the number of parts done and in all.
 
@@ -351,10 +350,7 @@ def robustness_of_runs(
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
-    entries = probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
-    curves = robustness_curves({entry["run"]: entry["records"] for entry in entries}, file_format="png")
-    write_bytes(out / "robustness.png", curves)
-    return entries
+    return probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
 
 
 def timestep_at(schedule: NoiseSchedule, level: float) -> Tensor:

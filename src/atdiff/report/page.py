@@ -15,9 +15,9 @@ from jinja2 import Environment, StrictUndefined
 
 from atdiff.core.specs import correction_label
 from atdiff.metrics.registry import METRICS
-from atdiff.report.mismatch import DISTANCES, mismatch_curves
+from atdiff.report.measured import MEASURED
+from atdiff.report.mismatch import DISTANCES
 from atdiff.report.plots import loss_curves, metric_curves
-from atdiff.report.robustness import direction_curves, robustness_curves
 from atdiff.report.statistics import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
@@ -41,7 +41,6 @@ from atdiff.system.files import write_bytes
 
 __all__ = ["write_report"]
 
-MEASURED = {"mismatch": mismatch_curves, "robustness": robustness_curves, "directions": direction_curves}
 # What the features of a figure are where they are not those of the cells' extractor.
 CAPTIONS = {figure.name: metric.caption for metric in METRICS.values() if metric.caption for figure in metric.figures}
 RECIPE = {
