@@ -22,7 +22,7 @@ from atdiff.core.errors import UserError
 from atdiff.metrics.features.clip import URL_CLIP
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser
-from atdiff.sampling import CORRECTIONS, SAMPLERS
+from atdiff.sampling import SAMPLERS
 from atdiff.study.recipe import load_recipe
 from atdiff.system import locate
 from atdiff.system.locate import check_data, check_run, hub_failure, is_hub_id
@@ -150,7 +150,6 @@ def test_a_mistake_is_told_before_torch_is_imported(place: Path) -> None:
 def test_light_names_are_those_of_the_registries() -> None:
     for light, heavy in (
         (choices.SAMPLERS, SAMPLERS),
-        (choices.CORRECTIONS, CORRECTIONS),
         (choices.PRECISIONS, DTYPES),
     ):
         assert list(light) == list(heavy)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from atdiff.cli.interrupted import after_interruption
 from atdiff.core.errors import RunError, Stopped, UserError
+from atdiff.core.specs import CORRECTION_EXAMPLES
 from atdiff.data.reading import DataOptions
 from atdiff.metrics.registry import EXTRACTORS, METRICS
 from atdiff.system.allocator import keep_freed_memory
@@ -178,7 +179,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="for text-to-image: a text file, one prompt per line; default: the training prompts",
     )
-    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help=f"none, {CORRECTION_EXAMPLES}; default: %(default)s")
     _add_guidance(parser)
     _add_variant(parser)
     _add_inference(parser)
@@ -212,7 +213,7 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num", type=int, default=2048, help="number of samples; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
-    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help=f"none, {CORRECTION_EXAMPLES}; default: %(default)s")
     parser.add_argument(
         "--prompts", type=Path, help="for text-to-image, of images without captions: one prompt per line"
     )
@@ -320,7 +321,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--corrections",
-        help="none, epsilon-scaling:1.01, time-shift:40, dcw:0.05, or :search for a value chosen on held-out noise",
+        help=f"none, {CORRECTION_EXAMPLES}, or :search for a value chosen on held-out noise",
     )
     parser.add_argument("--search-num", type=int, help="samples per search; default: 1024")
     parser.add_argument(

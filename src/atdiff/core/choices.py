@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 __all__ = [
-    "CORRECTIONS",
     "MIXTURES",
     "PRECISIONS",
     "SAMPLERS",
@@ -46,7 +45,6 @@ Weighting = Literal["none", "min-snr", "high-noise"]
 WHITE = "white"  # what transparent pixels are composed on
 
 # The keys of registries that import torch; a test compares them.
-CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
 MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
 PRECISIONS = ("no", "bf16", "fp16")
 SAMPLERS = (

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from atdiff.core.specs import correction_label
+from atdiff.core.specs import FAMILIES, correction_label
 from atdiff.metrics.registry import METRICS
 from atdiff.report.measured import MEASURED
 from atdiff.report.mismatch import DISTANCES
@@ -28,6 +28,7 @@ from atdiff.report.statistics import (
     winners,
 )
 from atdiff.report.tables import (
+    SYMBOLS,
     best_text,
     correction_grid,
     correction_heads,
@@ -182,10 +183,17 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
             scores([one.row for one in found if one.row.correction == correction]) for correction in corrections[1:]
         ],
         "curves": curves,
+        "symbols": _symbols(),
         "searched": any(one.values for one in found),
         "uncorrected": corrections[0] == "none",
         "recipe": _recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
+
+
+def _symbols() -> str:
+    """What the symbols of searched values mean: ``b, w and s: the scale (epsilon-scaling), ...``."""
+    lists = (list(SYMBOLS.values()), [f"the {family.value} ({name})" for name, family in FAMILIES.items()])
+    return ": ".join(f"{', '.join(words)} and {last}" for *words, last in lists)
 
 
 def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
