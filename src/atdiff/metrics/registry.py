@@ -126,6 +126,8 @@ METRICS = {
                caption="features of DINOv2 ViT-L/14"),
         Metric("clip_fid", "Frechet distance in CLIP's features", "frechet:FrechetDistance",
                (Figure("clip_fid", "CLIP-FID"),), takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
+        Metric("cmmd", "kernel distance of CLIP's embeddings", "cmmd:ClipKernelDistance", (Figure("cmmd", "CMMD"),),
+               takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
         Metric("sfid", "Frechet distance of Inception's spatial features", "frechet:FrechetDistance",
                (Figure("sfid", "sFID"),), takes="inception-v3-spatial", caption="Inception's spatial features"),
         Metric("clip_score", "how well samples fit their prompts", "clip_score:ClipScore",
