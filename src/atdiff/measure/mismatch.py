@@ -43,7 +43,7 @@ from atdiff.core.noise import NoiseSchedule, expand, noise_level
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries
+from atdiff.measure.kept import Entries, Notify
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.stale import say
 from atdiff.measure.subjects import open_subject
@@ -63,8 +63,6 @@ __all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
 # The Frechet distance takes the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
 FRECHET_PIXELS = 4_096
 MEASURED = "mismatch.json"
-
-Notify = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -263,18 +261,16 @@ def mismatch_of_runs(
         _recipe(denoiser, data, config, extractor)
         for (denoiser, data), extractor in zip(subjects, extractors, strict=True)
     ]
-    missing = entries.missing(recipes)
-    counter = itertools.count(1)
-    total = sum(_batches(denoiser, config) for (denoiser, _), absent in zip(subjects, missing, strict=True) if absent)
-    for (denoiser, data), extractor, recipe, absent in zip(subjects, extractors, recipes, missing, strict=True):
-        if not absent:
-            continue
-        records = measure_mismatch(denoiser, data, config, extractor, device, lambda *_: notify(next(counter), total))
-        left_out = _left_out(denoiser, config, extractor, records[-1])
+
+    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        denoiser, data = subjects[number]
+        records = measure_mismatch(denoiser, data, config, extractors[number], device, advance)
+        left_out = _left_out(denoiser, config, extractors[number], records[-1])
         for line in left_out:
             say(f"{denoiser.source}: {line}")
-        entries.add(recipe, records, left_out=left_out)
-    return [entries[recipe] for recipe in recipes]
+        return records, {"left_out": left_out}
+
+    return entries.complete(recipes, entries.missing(recipes), measured, notify)
 
 
 def _extractor(

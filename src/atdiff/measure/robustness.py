@@ -22,7 +22,7 @@ from atdiff.core.norms import NORMS, Norm, project, steepest_step
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
 from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries
+from atdiff.measure.kept import Entries, Notify
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.subjects import open_subject
 from atdiff.models.inference import evaluating
@@ -51,7 +51,6 @@ MEASURED = "robustness.json"
 STEP_FACTOR = 2.5
 
 Generator = torch.Generator | list[torch.Generator]
-Notify = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -463,23 +462,21 @@ def probe_runs(
         for run in dict.fromkeys(runs)
     ]
     recipes = [_recipe(denoiser, data, config) for denoiser, data in subjects]
-    absent = [i for i, missing in enumerate(entries.missing(recipes)) if missing]
+    missing = entries.missing(recipes)
+    absent = [i for i, is_missing in enumerate(missing) if is_missing]
     for i in absent:
         _check_labels(*subjects[i])
     # Whatever is wrong with the objective of the last run is found before the first is measured.
     objectives = {i: objective_of(subjects[i][0]) for i in absent}
-    for before, i in enumerate(absent):
-        denoiser, data = subjects[i]
+
+    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        denoiser, data = subjects[number]
         x0, conditions = draw_images(denoiser, data, config, device)
+        how: dict[str, Any] = {"conditions": conditions, "device": device, "notify": advance}
         model = denoiser.model.to(device)
+        return measure(objectives[number], model, x0, _at_once(denoiser, config), **how), {}
 
-        def advance(done: int, total: int, before: int = before) -> None:
-            notify(before * total + done, len(absent) * total)
-
-        at_once = _at_once(denoiser, config)
-        records = measure(objectives[i], model, x0, at_once, conditions=conditions, device=device, notify=advance)
-        entries.add(recipes[i], records)
-    return [entries[recipe] for recipe in recipes]
+    return entries.complete(recipes, missing, measured, notify)
 
 
 def _at_once(denoiser: Denoiser, config: ProbeConfig) -> ProbeConfig:

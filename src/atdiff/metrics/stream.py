@@ -26,7 +26,6 @@ from atdiff.metrics.features.extractors import (
     make_extractor,
 )
 from atdiff.metrics.frechet import FEW_SAMPLES
-from atdiff.metrics.moments import Rows
 from atdiff.metrics.points import as_points
 from atdiff.metrics.reference import Reference, load_reference
 from atdiff.metrics.registry import CHOSEN, EXTRACTORS, HUB_WEIGHTS, METRICS, check_names, class_at
@@ -186,16 +185,16 @@ class Metrics:
         """
         if num < 2:
             raise UserError(f"num={num} images are too few for metrics: use {FEW_SAMPLES} or more.")
-        for accumulator in dict.fromkeys(self._classes.values()):
-            accumulator.check(self.setting, num, labels)
+        for kind in dict.fromkeys(self._classes.values()):
+            kind.check(self.setting, num, labels)
         kept = {
-            (self.places[name], keeps): keeps(num) if keeps is Rows else keeps()
-            for name, accumulator in self._classes.items()
-            if (keeps := accumulator.keeps) is not None
+            (self.places[name], keeps): keeps(num)
+            for name, kind in self._classes.items()
+            if (keeps := kind.keeps) is not None
         }
         accumulators = {
-            name: accumulator(self._against[name], num, kept.get((self.places[name], accumulator.keeps)))
-            for name, accumulator in self._classes.items()
+            name: kind(self._against[name], num, kind.keeps and kept[self.places[name], kind.keeps])
+            for name, kind in self._classes.items()
         }
         count = 0
         for images in _rebatched(self._checked(batches, num)):
@@ -237,7 +236,7 @@ class Metrics:
 
     def _values(self, images: Tensor) -> dict[Place, Tensor]:
         """Return what metrics take of a batch."""
-        values = {}
+        values: dict[Place, Tensor] = {}
         for taken, layer in self.places.values():
             if not layer:
                 values[taken, layer] = as_points(images) if taken == "points" else as_bytes(images)
