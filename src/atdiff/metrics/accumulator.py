@@ -14,12 +14,12 @@ from atdiff.data.sources import ImageData
 from atdiff.metrics.moments import Moments, Rows
 from atdiff.metrics.reference import Reference
 
-__all__ = ["Accumulator", "Against", "Setting"]
+__all__ = ["Accumulator", "Against"]
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
-    """What all metrics of one :class:`atdiff.metrics.stream.Metrics` share.
+class Against:
+    """What the generated images of a metric are compared with.
 
     Attributes:
         data: the real images.
@@ -27,6 +27,9 @@ class Setting:
         weights: local files of weights by name.
         device: where networks run.
         extractor: the name of the chosen one.
+        name: of the metric.
+        loaded: what :meth:`Accumulator.load` returned.
+        reference: statistics of the real images in the metric's layer, where it asks for some.
     """
 
     data: ImageData
@@ -34,35 +37,21 @@ class Setting:
     weights: Mapping[str, Path]
     device: torch.device | str
     extractor: str
-
-
-@dataclass(frozen=True, eq=False)
-class Against:
-    """What the generated images of one metric are compared with.
-
-    Attributes:
-        name: of the metric.
-        setting: of all metrics.
-        loaded: what :meth:`Accumulator.load` returned.
-        reference: statistics of the real images in the metric's layer, where it asks for some.
-    """
-
-    name: str
-    setting: Setting
+    name: str = ""
     loaded: Any = None
     reference: Reference | None = None
 
     @property
-    def moments(self) -> Reference:
-        """The statistics of the real images."""
+    def statistics(self) -> Reference:
+        """The statistics of the real images, of a metric that asks for them."""
         assert self.reference is not None
         return self.reference
 
     @property
     def features(self) -> Tensor:
-        """The features of the real images, ``(N, D)``."""
-        assert self.moments.features is not None
-        return self.moments.features
+        """The features of the real images, ``(N, D)``, of a metric that asks for them."""
+        assert self.statistics.features is not None
+        return self.statistics.features
 
 
 class Accumulator:
@@ -86,7 +75,7 @@ class Accumulator:
         self.against, self.num, self.kept = against, num, kept
 
     @classmethod
-    def load(cls, setting: Setting) -> Any:  # noqa: ANN401  (None, or whatever the metric needs)
+    def load(cls, against: Against) -> Any:  # noqa: ANN401  (None, or whatever the metric needs)
         """Return what is made once and serves all sets of images, such as a network of the metric's own.
 
         Raises:
@@ -94,7 +83,7 @@ class Accumulator:
         """
 
     @classmethod
-    def check(cls, setting: Setting, num: int, labels: Tensor | None) -> None:
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
         """Find, before any compute, what a set of images lacks.
 
         Raises:

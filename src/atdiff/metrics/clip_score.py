@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
-from atdiff.metrics.accumulator import Accumulator, Against, Setting
+from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.registry import CLIP_MODEL
 from atdiff.system.locate import offline_reason
 from atdiff.system.quiet import quiet_libraries
@@ -25,14 +25,14 @@ class ClipScore(Accumulator):
     """
 
     @classmethod
-    def load(cls, setting: Setting) -> ClipNetwork:
+    def load(cls, against: Against) -> ClipNetwork:
         """Return the CLIP model of the local folder ``clip-score`` of the weights, else a downloaded one."""
-        return _load(setting.weights.get(CLIP_SCORE)).to(setting.device)
+        return _load(against.weights.get(CLIP_SCORE)).to(against.device)
 
     @classmethod
-    def check(cls, setting: Setting, num: int, labels: Tensor | None) -> None:
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
         """Find labels that are missing, or have no prompt, where there are several."""
-        prompts = setting.prompts
+        prompts = against.prompts
         if len(prompts) == 1:
             return
         if labels is None or len(labels) != num:
@@ -46,14 +46,14 @@ class ClipScore(Accumulator):
         super().__init__(against, num, kept)
         network: ClipNetwork = against.loaded
         load: Any = lambda: (network, network.processor)  # noqa: E731  (Any: it is declared as transformers' classes)
-        self.metric: Any = CLIPScore(model_name_or_path=load).to(against.setting.device)
+        self.metric: Any = CLIPScore(model_name_or_path=load).to(against.device)
         if self.metric.score.device.type != "mps":  # which has no float64
             self.metric.score = self.metric.score.double()
 
     @torch.no_grad()
     def add(self, values: Tensor, labels: Tensor | None) -> None:
         """Take in uint8 images ``(B, C, H, W)`` and, where there are several prompts, their classes ``(B,)``."""
-        prompts, images = self.against.setting.prompts, values
+        prompts, images = self.against.prompts, values
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if len(prompts) == 1:
@@ -61,7 +61,7 @@ class ClipScore(Accumulator):
         else:
             assert labels is not None
             asked = [prompts[int(label)] for label in labels]
-        self.metric.update(images.to(self.against.setting.device), asked)
+        self.metric.update(images.to(self.against.device), asked)
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return the mean over all images."""

@@ -28,7 +28,7 @@ class ClipKernelDistance(Accumulator):
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return the distance."""
-        device = float64_device(self.against.setting.device)
+        device = float64_device(self.against.device)
         return {"cmmd": embedding_mmd(self.kept.rows, self.against.features, device)}
 
 

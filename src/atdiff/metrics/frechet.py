@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_fidelity import KEY_METRIC_FID
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from atdiff.metrics.accumulator import Accumulator, Setting
+from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.moments import Moments
 from atdiff.metrics.reference import Reference
 
@@ -31,7 +31,7 @@ class FrechetDistance(Accumulator):
     compares = "moments"
 
     @classmethod
-    def check(cls, setting: Setting, num: int, labels: Tensor | None) -> None:
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
         """Warn of few images."""
         if num < FEW_SAMPLES:
             warnings.warn(
@@ -42,8 +42,8 @@ class FrechetDistance(Accumulator):
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return the squared distance."""
-        of_others = self.against.name == "fid" and self.against.setting.extractor != "inception-v3-compat"
-        return {"fd" if of_others else self.against.name: frechet_distance(self.kept, self.against.moments)}
+        of_others = self.against.name == "fid" and self.against.extractor != "inception-v3-compat"
+        return {"fd" if of_others else self.against.name: frechet_distance(self.kept, self.against.statistics)}
 
 
 def frechet_distance(a: Moments | Reference, b: Moments | Reference) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.metrics.accumulator import Accumulator, Setting
+from atdiff.metrics.accumulator import Accumulator, Against
 
 __all__ = ["LabelAccuracy"]
 
@@ -21,18 +21,18 @@ class LabelAccuracy(Accumulator):
     right = 0
 
     @classmethod
-    def load(cls, setting: Setting) -> Any:  # noqa: ANN401
+    def load(cls, against: Against) -> Any:  # noqa: ANN401
         """Find that the real images have labels."""
-        if setting.data.labels is None:
+        if against.data.labels is None:
             raise UserError(
-                f"label_accuracy asks a classifier of the real images' classes and {setting.data.name} has no labels: "
+                f"label_accuracy asks a classifier of the real images' classes and {against.data.name} has no labels: "
                 "name labelled images of the same classes, or leave label_accuracy out."
             )
 
     @classmethod
-    def check(cls, setting: Setting, num: int, labels: Tensor | None) -> None:
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
         """Find labels that are missing, or are no class of the real images."""
-        classes = setting.data.num_classes
+        classes = against.data.num_classes
         assert classes is not None
         if labels is None or len(labels) != num:
             raise UserError(
@@ -41,7 +41,7 @@ class LabelAccuracy(Accumulator):
             )
         if int(labels.max()) >= classes:
             raise UserError(
-                f"images were asked for as class {int(labels.max())} and {setting.data.name} has the classes 0 to "
+                f"images were asked for as class {int(labels.max())} and {against.data.name} has the classes 0 to "
                 f"{classes - 1}: for label_accuracy classes, or prompts, must be those of the data in their order."
             )
 

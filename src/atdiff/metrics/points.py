@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data.mixture import mixture_of
-from atdiff.metrics.accumulator import Accumulator, Setting
+from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.distances import energy_distance, sliced_wasserstein
 from atdiff.metrics.moments import Rows
 
@@ -27,7 +27,7 @@ class SlicedWasserstein(Accumulator):
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return the distance; ``seed`` is of the projections."""
-        real = as_points(self.against.setting.data.images)
+        real = as_points(self.against.data.images)
         return {"sliced_wasserstein": sliced_wasserstein(self.kept.rows, real, seed=seed)}
 
 
@@ -38,7 +38,7 @@ class Energy(Accumulator):
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return the distance; ``seed`` is of the points that represent large sets."""
-        return {"energy": energy_distance(self.kept.rows, as_points(self.against.setting.data.images), seed=seed)}
+        return {"energy": energy_distance(self.kept.rows, as_points(self.against.data.images), seed=seed)}
 
 
 class OnMode(Accumulator):
@@ -47,11 +47,11 @@ class OnMode(Accumulator):
     keeps = Rows
 
     @classmethod
-    def load(cls, setting: Setting) -> Any:  # noqa: ANN401
+    def load(cls, against: Against) -> Any:  # noqa: ANN401
         """Return the mixture that the real points are of."""
-        mixture = mixture_of(setting.data.name)
+        mixture = mixture_of(against.data.name)
         if mixture is None:
-            raise UserError(f"on_mode needs data with known modes, such as mixture-ring, and not {setting.data.name}.")
+            raise UserError(f"on_mode needs data with known modes, such as mixture-ring, and not {against.data.name}.")
         return mixture
 
     def figures(self, seed: int) -> dict[str, float]:

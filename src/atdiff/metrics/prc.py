@@ -17,6 +17,6 @@ class PrecisionRecall(Accumulator):
 
     def figures(self, seed: int) -> dict[str, float]:
         """Return all four."""
-        radii = self.against.moments.radii
+        radii = self.against.statistics.radii
         assert radii is not None
-        return manifold_metrics(self.kept.rows, self.against.features, radii, self.against.setting.device)
+        return manifold_metrics(self.kept.rows, self.against.features, radii, self.against.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch_fidelity import FeatureExtractorBase
 
 from atdiff.core.errors import UserError
 from atdiff.data.sources import ImageData
-from atdiff.metrics.accumulator import Accumulator, Against, Setting
+from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.features.extractors import (
     INCEPTION,
     SPATIAL,
@@ -107,11 +108,11 @@ class Metrics:
         if len(data) < 2:
             raise UserError(f"{data.name} has {len(data)} image: expected at least 2 as a reference.")
         self.data, self.names = data, tuple(dict.fromkeys(metrics))
-        self.setting = Setting(data, tuple(prompts or ()), weights or {}, device, extractor)
+        self._shared = Against(data, tuple(prompts or ()), weights or {}, device, extractor)
         self._classes: dict[str, type[Accumulator]] = {
             name: class_at(f"atdiff.metrics.{METRICS[name].home}") for name in self.names
         }
-        self._loaded = {name: accumulator.load(self.setting) for name, accumulator in self._classes.items()}
+        self._loaded = {name: accumulator.load(self._shared) for name, accumulator in self._classes.items()}
         self.places = _places(self.names, extractor)
         networks = dict.fromkeys(network for network, layer in self.places.values() if layer)
         self._networks = {network: self._made(network) for network in networks}
@@ -121,11 +122,11 @@ class Metrics:
     def _made(self, network: str) -> FeatureExtractorBase:
         """Return an extractor of the layers that metrics take of it."""
         shared = EXTRACTORS[network].weights if network in EXTRACTORS else None
-        given = self.setting.weights
+        given = self._shared.weights
         return make_extractor(
             network,
             weights=given.get(network, given.get(shared) if shared else None),
-            device=self.setting.device,
+            device=self._shared.device,
             data=self.data,
             layers=tuple(layer for of, layer in self.places.values() if of == network),
         )
@@ -163,7 +164,7 @@ class Metrics:
             for (network, layer), whole in asked.items()
         }
         return {
-            name: Against(name, self.setting, self._loaded[name], references.get(place))
+            name: replace(self._shared, name=name, loaded=self._loaded[name], reference=references.get(place))
             for name, place in self.places.items()
         }
 
@@ -186,7 +187,7 @@ class Metrics:
         if num < 2:
             raise UserError(f"num={num} images are too few for metrics: use {FEW_SAMPLES} or more.")
         for kind in dict.fromkeys(self._classes.values()):
-            kind.check(self.setting, num, labels)
+            kind.check(self._shared, num, labels)
         kept = {
             (self.places[name], keeps): keeps(num)
             for name, kind in self._classes.items()

@@ -138,17 +138,7 @@ def train_classifier(
     recipe: Mapping[str, Any],
     updates: int,
 ) -> nn.Sequential:
-    """Train a classifier of images; no random state but its own is used.
-
-    Args:
-        name: of the classifier, for the progress bar.
-        build: makes the network.
-        normalise: makes its input of a batch of images.
-        images: uint8, ``(N, C, H, W)``.
-        labels: ``(N,)``.
-        recipe: ``batch``, ``max_lr``, ``weight_decay``, ``label_smoothing``, ``input_noise`` and ``seed``.
-        updates: steps of the optimizer.
-    """
+    """Train by a recipe on images ``(N, C, H, W)`` and labels ``(N,)``; no random state but its own is used."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(recipe["seed"])
         network = build()
