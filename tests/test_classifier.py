@@ -12,9 +12,9 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
-from atdiff.metrics import classifier
-from atdiff.metrics.classifier import LABEL_CLASSIFIER, LabelClassifier, label_classifier_weights
+from atdiff.metrics.features import classifier, labels
 from atdiff.metrics.features.extractors import extract, make_extractor
+from atdiff.metrics.features.labels import LABEL_CLASSIFIER, LabelClassifier, label_classifier_weights
 
 MNIST = str(Path(__file__).parent / "data" / "mnist10k.npz")
 
@@ -35,7 +35,7 @@ def mnist() -> tuple[ImageData, ImageData]:
 @pytest.fixture(scope="module")
 def weights(mnist: tuple[ImageData, ImageData]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(classifier.RECIPE, "min_updates", 1)  # twelve epochs are enough for the test, and faster
+        patch.setitem(labels.RECIPE, "min_updates", 1)  # twelve epochs are enough for the test, and faster
         return label_classifier_weights(mnist[0])
 
 
@@ -44,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Train for three updates, into a cache of its own."""
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     for key, value in {"epochs": 1, "min_updates": 3, "batch": 8}.items():
-        monkeypatch.setitem(classifier.RECIPE, key, value)
+        monkeypatch.setitem(labels.RECIPE, key, value)
 
 
 def images_of(*shape: int, classes: int = 3, seed: int = 0) -> ImageData:
@@ -76,7 +76,7 @@ def test_features_do_not_depend_on_the_batch(mnist: tuple[ImageData, ImageData],
 def test_make_extractor_takes_the_data_or_the_file(mnist: tuple[ImageData, ImageData], weights: Path) -> None:
     images = mnist[1].images[:10]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(classifier.RECIPE, "min_updates", 1)  # as the fixture's
+        patch.setitem(labels.RECIPE, "min_updates", 1)  # as the fixture's
         by_data = extract(images, make_extractor(LABEL_CLASSIFIER, data=mnist[0]))
     by_file = extract(images, make_extractor(LABEL_CLASSIFIER, weights=weights))
     assert {name: value.shape for name, value in by_data.items()} == {"64": (10, 64), "logits": (10, 10)}
@@ -115,7 +115,7 @@ def test_training_is_deterministic_cached_and_leaves_the_random_state(monkeypatc
     def never(*args: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(classifier, "_train", never)
+    monkeypatch.setattr(labels, "train_classifier", never)
     assert label_classifier_weights(data) == path
     assert data.labels is not None
     pixel = data.images.clone()

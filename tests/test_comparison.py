@@ -13,20 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atdiff.core.errors import UserError
-from atdiff.report.comparison import (
-    Row,
-    compare,
-    compare_corrected,
-    conclusions,
-    corrected_conclusions,
-    correction_label,
-    corrections_of,
-    holm,
-    metric_label,
-    percent,
-    scores,
-    winners,
-)
+from atdiff.core.specs import correction_label
+from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of, holm, winners
+from atdiff.report.words import conclusions, corrected_conclusions, metric_label, percent, scores
 
 Cell = dict[str, Any]
 

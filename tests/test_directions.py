@@ -17,6 +17,7 @@ from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.measure.directions import DirectionsConfig, directions_of_runs, measure_directions
 from atdiff.measure.robustness import noised_batches, timestep_at
 from atdiff.pipelines.model import save_pipeline
+from atdiff.report.measured import save_measured
 from atdiff.report.robustness import direction_curves
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -232,6 +233,7 @@ def test_runs_are_measured_once_each(tmp_path: Path) -> None:
     assert len(entry["records"]) == 8
     assert (entry["step"], entry["num"], entry["reference"]) == (2.0, 6, "digits")
     assert json.loads((out / "directions.json").read_text()) == [entry]
+    save_measured("directions", [entry], out)
     assert (out / "directions.png").read_bytes().startswith(b"\x89PNG")
     calls: list[tuple[int, int]] = []
     again = directions_of_runs([str(tmp_path / "run")], config, out, notify=lambda *call: calls.append(call))

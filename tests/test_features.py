@@ -15,8 +15,10 @@ from torch_fidelity.feature_extractor_clip import CLIPVisual
 from atdiff.core.errors import UserError
 from atdiff.data import load_data
 from atdiff.metrics.features import clip as clip_features
-from atdiff.metrics.features import extractors as features_module
-from atdiff.metrics.features.extractors import RECIPE, cache_folder, extract, make_extractor
+from atdiff.metrics.features import digits as digits_features
+from atdiff.metrics.features.digits import RECIPE
+from atdiff.metrics.features.extractors import extract, make_extractor
+from atdiff.system.files import cache_folder
 
 
 def classifier_files() -> list[Path]:
@@ -26,7 +28,7 @@ def classifier_files() -> list[Path]:
 def test_classifier_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_extractor("digits-classifier")
     assert [file.suffix for file in classifier_files()] == [".safetensors"], "one file, and nothing left aside"
-    monkeypatch.setattr(features_module, "_train", None)
+    monkeypatch.setattr(digits_features, "train_classifier", None)
     again = make_extractor("digits-classifier")
     x = load_data("digits", split="test").images
     assert torch.equal(extract(x, again)["64"], extract(x, first)["64"])
@@ -66,7 +68,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file" / "folder"))
-    monkeypatch.setattr(features_module, "_train", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(digits_features, "train_classifier", lambda *_: torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match=r"cannot be written .* ATDIFF_CACHE"):
         make_extractor("digits-classifier")
 
@@ -80,7 +82,7 @@ def test_weights_of_the_classifier_from_a_file(tmp_path: Path) -> None:
     given = make_extractor("digits-classifier", weights=copy)
     assert torch.equal(extract(x, given)["64"], extract(x, trained)["64"])
     copy.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot be read as the weights of digits-classifier"):
+    with pytest.raises(UserError, match="cannot be read as the weights of a digits-classifier"):
         make_extractor("digits-classifier", weights=copy)
 
 
@@ -123,7 +125,7 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
 
 
 def test_label_classifier_by_name(tmp_path: Path) -> None:
-    from atdiff.metrics.classifier import label_classifier_weights
+    from atdiff.metrics.features.labels import label_classifier_weights
 
     digits = load_data("digits", split="test")
     with pytest.raises(UserError, match="label-classifier is trained on labelled images: give them as data"):

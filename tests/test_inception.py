@@ -116,8 +116,10 @@ def test_sfid_shares_its_network_with_fid(weights: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("atdiff.metrics.stream.load_reference", lambda *_, **__: None)
     real = ImageData(pictures(2, 0), None, "real")
     metrics = Metrics(real, ("fid", "sfid"), extractor="inception-v3-compat", weights={"inception-v3-compat": weights})
-    (judge,) = metrics._judges
-    assert judge.layers == {"sfid": "spatial", "fid": "2048"}  # type: ignore[attr-defined]
+    assert metrics.places == {
+        "sfid": ("inception-v3-spatial", "spatial"),
+        "fid": ("inception-v3-spatial", "2048"),
+    }
 
 
 def test_greyscale_is_repeated(weights: Path) -> None:

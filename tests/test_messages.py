@@ -21,11 +21,9 @@ from atdiff.core import choices
 from atdiff.core.errors import UserError
 from atdiff.data.sources.registry import check_data
 from atdiff.metrics.features.clip import URL_CLIP
-from atdiff.metrics.features.extractors import EXTRACTORS
-from atdiff.metrics.stream import METRICS
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser
-from atdiff.sampling import CORRECTIONS, SAMPLERS
+from atdiff.sampling import SAMPLERS
 from atdiff.study.recipe import load_recipe
 from atdiff.system import locate
 from atdiff.system.locate import check_run, hub_failure, is_hub_id
@@ -153,9 +151,6 @@ def test_a_mistake_is_told_before_torch_is_imported(place: Path) -> None:
 def test_light_names_are_those_of_the_registries() -> None:
     for light, heavy in (
         (choices.SAMPLERS, SAMPLERS),
-        (choices.CORRECTIONS, CORRECTIONS),
-        (choices.EXTRACTORS, EXTRACTORS),
-        (choices.METRICS, METRICS),
         (choices.PRECISIONS, DTYPES),
     ):
         assert list(light) == list(heavy)

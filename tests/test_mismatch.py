@@ -28,6 +28,7 @@ from atdiff.data import ImageData
 from atdiff.measure import mismatch as module
 from atdiff.measure.mismatch import MismatchConfig, measure_mismatch, mismatch_of_runs
 from atdiff.pipelines.model import Denoiser, save_pipeline
+from atdiff.report.measured import save_measured
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.sampling import generate, make_scheduler
 
@@ -366,6 +367,7 @@ def test_interrupted_measurement_goes_on(runs: list[str], tmp_path: Path, monkey
     recipe = {"sampler": "ddim", "steps": 2, "num": 20, "sample_seed": 0, "reference": "digits", "correction": "none"}
     assert recipe.items() <= entries[0].items()
     assert {"weights", "versions", "extractor", "dtype"} <= entries[0].keys()
+    save_measured("mismatch", entries, tmp_path / "out")
     assert (tmp_path / "out" / "mismatch.png").read_bytes().startswith(b"\x89PNG")
     again = MismatchConfig("ddim", 3, num=20, extractor=None, data="digits")
     assert len(mismatch_of_runs(runs[:1], again, tmp_path / "out")[0]["records"]) == 4

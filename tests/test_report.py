@@ -25,10 +25,11 @@ from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.model import load_denoiser, save_pipeline
 from atdiff.report import comparison_table, markdown_table, save_curves, write_report
 from atdiff.report import page as page_module
-from atdiff.report.comparison import Row, compare, conclusions, percent, winners
 from atdiff.report.plots import loss_curves, metric_curves
 from atdiff.report.samples import Grids, sample_grids, samples_picture
+from atdiff.report.statistics import Row, compare, winners
 from atdiff.report.tables import cells_table, correction_markdown, correction_table, mean_text
+from atdiff.report.words import conclusions, percent
 from atdiff.sampling.generate import generate
 
 Summary = dict[str, Any]

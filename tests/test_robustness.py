@@ -33,6 +33,7 @@ from atdiff.measure.robustness import (
     worst_case_loss,
 )
 from atdiff.pipelines.model import save_pipeline
+from atdiff.report.measured import save_measured
 from atdiff.report.robustness import robustness_curves
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -356,6 +357,7 @@ def test_runs_are_measured_once_each(runs: list[str], tmp_path: Path, monkeypatc
     recipe = {"norm": "l2", "steps": 2, "restarts": 2, "target": "equivariant", "num": 6, "sample_seed": 0}
     assert recipe.items() <= first.items()
     assert (first["radii"], first["reference"], first["weights"]) == ([0.0, 1.0], "digits", "as published")
+    save_measured("robustness", entries, out)
     assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
     robustness_of_runs(runs[:1], RobustnessConfig(**{**vars(SMALL), "norm": "linf"}), out)
     assert len(json.loads((out / "robustness.json").read_text())) == 4  # other settings stand beside them

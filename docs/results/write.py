@@ -12,17 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.report import save_curves
-from atdiff.report.comparison import (
-    Row,
-    compare,
-    compare_corrected,
-    conclusions,
-    corrected_conclusions,
-    corrections_of,
-)
 from atdiff.report.mismatch import mismatch_curves
 from atdiff.report.robustness import direction_curves, robustness_curves
+from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of
 from atdiff.report.tables import correction_markdown, markdown_table
+from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_text
 
 HERE = Path(__file__).parent

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from atdiff.cli.interrupted import after_interruption
-from atdiff.core.choices import EXTRACTORS, METRICS
 from atdiff.core.errors import RunError, Stopped, UserError
+from atdiff.core.specs import CORRECTION_EXAMPLES
 from atdiff.data.reading import DataOptions
+from atdiff.metrics.registry import EXTRACTORS, METRICS
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.launcher import join_mpi, num_processes, refuse_other_training
 from atdiff.system.suggest import nearest, nearest_option
@@ -178,7 +179,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="for text-to-image: a text file, one prompt per line; default: the training prompts",
     )
-    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help=f"none, {CORRECTION_EXAMPLES}; default: %(default)s")
     _add_guidance(parser)
     _add_variant(parser)
     _add_inference(parser)
@@ -212,7 +213,7 @@ def _add_mismatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--num", type=int, default=2048, help="number of samples; default: %(default)s")
     _add_one(parser, "seed", type=int, default=0, help="default: %(default)s")
-    _add_one(parser, "correction", default="none", help="for example epsilon-scaling:1.01, time-shift:40 or dcw:0.05")
+    _add_one(parser, "correction", default="none", help=f"none, {CORRECTION_EXAMPLES}; default: %(default)s")
     parser.add_argument(
         "--prompts", type=Path, help="for text-to-image, of images without captions: one prompt per line"
     )
@@ -320,7 +321,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--corrections",
-        help="none, epsilon-scaling:1.01, time-shift:40, dcw:0.05, or :search for a value chosen on held-out noise",
+        help=f"none, {CORRECTION_EXAMPLES}, or :search for a value chosen on held-out noise",
     )
     parser.add_argument("--search-num", type=int, help="samples per search; default: 1024")
     parser.add_argument(
@@ -608,6 +609,7 @@ def _mismatch(args: argparse.Namespace) -> None:
     check_runs(args.runs, args.data, with_data=not entries, variant=args.variant)
     from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.measure.progress import cell_progress
+    from atdiff.report.measured import save_measured
 
     config = MismatchConfig(
         args.sampler,
@@ -623,7 +625,8 @@ def _mismatch(args: argparse.Namespace) -> None:
         variant=args.variant,
     )
     with cell_progress("batches") as notify:
-        mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+        entries = mismatch_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    save_measured("mismatch", entries, args.out)
     print(f"{args.out / 'mismatch.png'}\n{args.out / 'mismatch.json'}")
 
 
@@ -644,6 +647,7 @@ def _robustness(args: argparse.Namespace) -> None:
     from atdiff.measure.directions import DirectionsConfig, directions_of_runs
     from atdiff.measure.progress import cell_progress
     from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
+    from atdiff.report.measured import save_measured
 
     config = RobustnessConfig(
         norm=args.norm,
@@ -658,8 +662,9 @@ def _robustness(args: argparse.Namespace) -> None:
     )
     directions = DirectionsConfig(num=args.num, seed=args.seed, variant=args.variant, **images)
     with cell_progress("levels") as notify:
-        robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
-    directions_of_runs(args.runs, directions, args.out, device=_device())
+        entries = robustness_of_runs(args.runs, config, args.out, device=_device(), notify=notify)
+    save_measured("robustness", entries, args.out)
+    save_measured("directions", directions_of_runs(args.runs, directions, args.out, device=_device()), args.out)
     for name in ("robustness.png", "robustness.json", "directions.png", "directions.json"):
         print(args.out / name)
 

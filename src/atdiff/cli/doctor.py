@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from atdiff.metrics.features.extractors import OWN, cache_folder
+from atdiff.metrics.registry import EXTRACTORS
+from atdiff.system.files import cache_folder
 from atdiff.system.locate import URLS, weights_file
 
 __all__ = ["Finding", "findings", "show"]
@@ -107,7 +108,8 @@ def _weights() -> list[Finding]:
             "weights", "cache", f"{folder}{'' if writable else ' cannot be written: set ATDIFF_CACHE'}", not writable
         )
     ]
-    found += [Finding("weights", name, "trained at first use, in seconds") for name in OWN]
+    trained = (name for name, extractor in EXTRACTORS.items() if extractor.trained)
+    found += [Finding("weights", name, "trained at first use, in seconds") for name in trained]
     for name, url in URLS.items():
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 __all__ = [
-    "CORRECTIONS",
-    "EXTRACTORS",
-    "METRICS",
     "MIXTURES",
     "PRECISIONS",
     "SAMPLERS",
@@ -48,15 +45,6 @@ Weighting = Literal["none", "min-snr", "high-noise"]
 WHITE = "white"  # what transparent pixels are composed on
 
 # The keys of registries that import torch; a test compares them.
-CORRECTIONS = ("none", "epsilon-scaling", "time-shift", "dcw")
-EXTRACTORS = (
-    "digits-classifier", "label-classifier", "inception-v3-compat", "inception-v3-spatial", "dinov2-vit-l-14",
-    "clip-vit-b-32",
-)  # fmt: skip
-METRICS = (
-    "fid", "kid", "isc", "prc", "sfid", "fd_dinov2", "clip_fid", "clip_score", "label_accuracy", "sliced_wasserstein",
-    "energy", "on_mode",
-)  # fmt: skip
 MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
 PRECISIONS = ("no", "bf16", "fp16")
 SAMPLERS = (

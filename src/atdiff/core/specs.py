@@ -5,12 +5,58 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from atdiff.core.choices import CORRECTIONS
 from atdiff.core.errors import UserError
 
-__all__ = ["EXAMPLES", "CorrectionSpec", "parse_correction"]
+__all__ = [
+    "CORRECTIONS",
+    "CORRECTION_EXAMPLES",
+    "FAMILIES",
+    "NO_CORRECTION",
+    "CorrectionFamily",
+    "CorrectionSpec",
+    "correction_label",
+    "parse_correction",
+]
 
-EXAMPLES = {"epsilon-scaling": "epsilon-scaling:1.01", "time-shift": "time-shift:40", "dcw": "dcw:0.05"}
+
+@dataclass(frozen=True)
+class CorrectionFamily:
+    """A kind of correction of a sampler.
+
+    Attributes:
+        home: ``module:class`` below ``atdiff.sampling.corrections``.
+        value: what its first number is.
+        symbol: of that number, in tables.
+        example: a spec.
+        grid: values that a search tries.
+        neutral: the value that changes nothing.
+        refined: whether a search goes on to the midpoints beside the best value.
+    """
+
+    home: str
+    value: str
+    symbol: str
+    example: str
+    grid: tuple[float, ...]
+    neutral: float = 0.0
+    refined: bool = False
+
+
+FAMILIES = {
+    "epsilon-scaling": CorrectionFamily(
+        "epsilon_scaling:EpsilonScaling", "scale", "b", "epsilon-scaling:1.01",
+        (0.92, 0.94, 0.96, 0.98, 1.0, 1.01, 1.02, 1.04, 1.06), neutral=1.0, refined=True,
+    ),
+    "time-shift": CorrectionFamily(
+        "time_shift:TimeShift", "window", "w", "time-shift:40", (0.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+    ),
+    "dcw": CorrectionFamily(
+        "dcw:WaveletCorrection", "strength", "s", "dcw:0.05", (-0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+    ),
+}  # fmt: skip
+NO_CORRECTION = "none"
+CORRECTIONS = (NO_CORRECTION, *FAMILIES)
+CORRECTION_EXAMPLES = ", ".join(family.example for family in FAMILIES.values())
 
 
 @dataclass(frozen=True)
@@ -18,7 +64,7 @@ class CorrectionSpec:
     """A correction by name.
 
     Attributes:
-        family: one of :data:`atdiff.core.choices.CORRECTIONS`.
+        family: one of :data:`CORRECTIONS`.
         values: its numbers: scale and maybe slope, window and maybe cutoff, or strengths of the low band and maybe the
             high one; none for ``none`` and searches.
         search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
@@ -41,7 +87,7 @@ def parse_correction(spec: str) -> CorrectionSpec:
     if family not in CORRECTIONS:
         near = difflib.get_close_matches(family, CORRECTIONS, n=1, cutoff=0.5) or CORRECTIONS
         raise UserError(f"correction {spec!r} is unknown; did you mean {' or '.join(near)}?")
-    if family == "none":
+    if family == NO_CORRECTION:
         if fields:
             raise UserError(f"correction {spec!r} has a value, but 'none' takes none; use 'none'.")
         return CorrectionSpec(family)
@@ -54,6 +100,14 @@ def parse_correction(spec: str) -> CorrectionSpec:
     if not 1 <= len(values) <= 2:
         raise UserError(
             f"correction {spec!r} must be {family} with one number or two, or a search; use "
-            f"{EXAMPLES[family]!r} or '{family}:search'."
+            f"{FAMILIES[family].example!r} or '{family}:search'."
         )
     return CorrectionSpec(family, values)
+
+
+def correction_label(correction: str) -> str:
+    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
+    if correction == NO_CORRECTION:
+        return "no correction"
+    family, _, value = correction.partition(":")
+    return f"searched {family}" if value == "search" else f"{family} {value.replace(':', ', ')}".rstrip()

@@ -91,15 +91,6 @@ class Mixture:
         """
         return (self._distances(points).amin(dim=1) <= ON_MODE * self.std).double().mean().item()
 
-    def mode_balance(self, points: Tensor) -> float:
-        """Return 1 less the total variation between the shares of points nearest to each mode and the weights.
-
-        It is 1 where every mode has its weight, 0 where all points are at modes of no weight.
-        """
-        nearest = self._distances(points).argmin(dim=1)
-        shares = torch.bincount(nearest, minlength=len(self.weights)).double() / len(points)
-        return 1.0 - 0.5 * (shares - self.weights).abs().sum().item()
-
     def _distances(self, points: Tensor) -> Tensor:
         return torch.cdist(points.detach().cpu().double().flatten(1), self.means)
 

@@ -17,6 +17,7 @@ from atdiff.core.noise import NoiseSchedule
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.measure.entries import read_cells
 from atdiff.measure.stale import say, what_changed
+from atdiff.metrics.registry import METRICS
 from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import Denoiser, load_denoiser, reading_of, reference_data, reference_name
@@ -41,8 +42,9 @@ T = TypeVar("T")
 
 SEARCH = ":search"
 ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
+_FIRST = ("fid", "sliced_wasserstein", "energy")
 # Metrics that a search may lower, the first of them that is asked for.
-SEARCHED = ("fid", "sliced_wasserstein", "energy", "kid", "fd_dinov2", "clip_fid", "sfid")
+SEARCHED = (*_FIRST, *(name for name, metric in METRICS.items() if metric.is_distance and name not in _FIRST))
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ class EvaluationConfig:
         asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
         asked.check_corrections(self.corrections)
-        if asked.class_labels(1) is None and "label_accuracy" in self.metrics:
+        needy = next((name for name in self.metrics if METRICS[name].needs == "labels"), None)
+        if needy is not None and asked.class_labels(1) is None:
             raise UserError(
-                f"label_accuracy compares samples with the classes that they were asked for and {asked.source} is not "
-                "class-conditional: leave label_accuracy out."
+                f"{needy} compares samples with the classes that they were asked for and {asked.source} is not "
+                f"class-conditional: leave {needy} out."
             )
         reference_name(asked, self.data)
         return asked

@@ -17,10 +17,8 @@ from atdiff.core.choices import Direction
 from atdiff.core.errors import UserError
 from atdiff.core.norms import steepest_step
 from atdiff.measure.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs, timestep_at
+from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
-from atdiff.report.robustness import direction_curves
-from atdiff.sampling.generate import _evaluating
-from atdiff.system.files import write_bytes
 from atdiff.system.locks import one_writer
 
 __all__ = ["DirectionsConfig", "directions_of_runs", "measure_directions"]
@@ -95,7 +93,7 @@ def measure_directions(
         timestep = timestep_at(objective.schedule, level)
         columns = []
         for batch, generators in noised_batches(objective, x0, timestep, config, conditions, device):
-            with _evaluating(model):
+            with evaluating(model):
                 columns.append(_batch_columns(objective, model, batch, config.step, generators))
             done += 1
             notify(done, total)
@@ -168,12 +166,12 @@ def directions_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/directions.json`` does not hold yet, write it after each, and draw them all.
+    """Measure every run that ``out/directions.json`` does not hold yet, and write it after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to measure.
-        out: a folder, made or gone on with, for ``directions.json`` and ``directions.png``.
+        out: a folder, made or gone on with, for ``directions.json``.
         device: where to compute.
         notify: called with the number of parts done and in all.
 
@@ -184,7 +182,4 @@ def directions_of_runs(
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
-    entries = probe_runs(runs, config, out / MEASURED, measure_directions, device=device, notify=notify)
-    curves = direction_curves({entry["run"]: entry["records"] for entry in entries}, file_format="png")
-    write_bytes(out / "directions.png", curves)
-    return entries
+    return probe_runs(runs, config, out / MEASURED, measure_directions, device=device, notify=notify)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from atdiff.measure.entries import entry_key, read_entries
 from atdiff.measure.stale import say, what_changed
 from atdiff.system.files import write_json
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "Notify"]
+
+Notify = Callable[[int, int], None]  # of parts done, and in all
 
 
 class Entries:
@@ -59,6 +61,32 @@ class Entries:
         """Put a measurement in, in the place of a stale one, and write the file."""
         self._entries[entry_key(recipe)] = {**recipe, **further, "records": list(records)}
         write_json(self.file, list(self._entries.values()))
+
+    def complete(
+        self,
+        recipes: Sequence[Mapping[str, Any]],
+        missing: Sequence[bool],
+        measure: Callable[[int, Notify], tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]],
+        notify: Notify,
+    ) -> list[dict[str, Any]]:
+        """Measure what is missing, write the file after each, and return all that is asked for.
+
+        Args:
+            recipes: of the entries that are asked for.
+            missing: what :meth:`missing` returned of them.
+            measure: takes the number of a recipe and its own ``notify``; returns records, and what the entry holds
+                further.
+            notify: called with the number of parts done and in all, of the entries that are measured.
+        """
+        absent = [number for number, is_missing in enumerate(missing) if is_missing]
+        for before, number in enumerate(absent):
+
+            def advance(done: int, total: int, before: int = before) -> None:
+                notify(before * total + done, len(absent) * total)
+
+            records, further = measure(number, advance)
+            self.add(recipes[number], records, **further)
+        return [self[recipe] for recipe in recipes]
 
     def __getitem__(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         return self._entries[entry_key(recipe)]

@@ -43,19 +43,18 @@ from atdiff.core.noise import NoiseSchedule, expand, noise_level
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries
+from atdiff.measure.kept import Entries, Notify
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.stale import say
 from atdiff.measure.subjects import open_subject
 from atdiff.metrics.distances import GaussianFit, sliced_wasserstein
 from atdiff.metrics.features.extractors import extract, feature_layers, make_extractor
 from atdiff.models.call import class_embeddings, predict
+from atdiff.models.inference import evaluating
 from atdiff.pipelines.model import Denoiser, reference_name
-from atdiff.report.mismatch import mismatch_curves
 from atdiff.sampling.corrections import Correction, make_correction, to_clean, to_noise
-from atdiff.sampling.generate import _evaluating, denoise_steps, generate, image_generators
+from atdiff.sampling.generate import denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
-from atdiff.system.files import write_bytes
 from atdiff.system.fingerprint import network_fingerprint
 from atdiff.system.locks import one_writer
 
@@ -64,8 +63,6 @@ __all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
 # The Frechet distance takes the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
 FRECHET_PIXELS = 4_096
 MEASURED = "mismatch.json"
-
-Notify = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ def _sampled(
             device=device,
         )
     drawn: list[Tensor] = []
-    with _evaluating(denoiser.model):
+    with evaluating(denoiser.model):
         for part in true.batches():
             scheduler = denoiser.sampling_scheduler(sampler, config.steps)
             generators = image_generators(config.seed, range(part.start, part.stop))
@@ -234,12 +231,12 @@ def mismatch_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/mismatch.json`` does not hold yet, write it after each, and draw them all.
+    """Measure every run that ``out/mismatch.json`` does not hold yet, and write it after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to measure.
-        out: a folder, made or gone on with, for ``mismatch.json`` and ``mismatch.png``.
+        out: a folder, made or gone on with, for ``mismatch.json``.
         device: where the networks run.
         notify: called with the number of batches through a network done and in all.
 
@@ -264,21 +261,16 @@ def mismatch_of_runs(
         _recipe(denoiser, data, config, extractor)
         for (denoiser, data), extractor in zip(subjects, extractors, strict=True)
     ]
-    missing = entries.missing(recipes)
-    counter = itertools.count(1)
-    total = sum(_batches(denoiser, config) for (denoiser, _), absent in zip(subjects, missing, strict=True) if absent)
-    for (denoiser, data), extractor, recipe, absent in zip(subjects, extractors, recipes, missing, strict=True):
-        if not absent:
-            continue
-        records = measure_mismatch(denoiser, data, config, extractor, device, lambda *_: notify(next(counter), total))
-        left_out = _left_out(denoiser, config, extractor, records[-1])
+
+    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        denoiser, data = subjects[number]
+        records = measure_mismatch(denoiser, data, config, extractors[number], device, advance)
+        left_out = _left_out(denoiser, config, extractors[number], records[-1])
         for line in left_out:
             say(f"{denoiser.source}: {line}")
-        entries.add(recipe, records, left_out=left_out)
-    wanted = [entries[recipe] for recipe in recipes]
-    curves = mismatch_curves({entry["run"]: entry["records"] for entry in wanted}, file_format="png")
-    write_bytes(out / "mismatch.png", curves)
-    return wanted
+        return records, {"left_out": left_out}
+
+    return entries.complete(recipes, entries.missing(recipes), measured, notify)
 
 
 def _extractor(

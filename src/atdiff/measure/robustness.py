@@ -22,14 +22,13 @@ from atdiff.core.norms import NORMS, Norm, project, steepest_step
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
 from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries
+from atdiff.measure.kept import Entries, Notify
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.subjects import open_subject
+from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
 from atdiff.pipelines.model import Denoiser, reference_name
-from atdiff.report.robustness import robustness_curves
-from atdiff.sampling.generate import _evaluating, image_generators
-from atdiff.system.files import write_bytes
+from atdiff.sampling.generate import image_generators
 from atdiff.system.locks import one_writer
 
 __all__ = [
@@ -52,7 +51,6 @@ MEASURED = "robustness.json"
 STEP_FACTOR = 2.5
 
 Generator = torch.Generator | list[torch.Generator]
-Notify = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def worst_case_loss(
         The losses, ``(B,)``, and the perturbations where they are reached, ``(B, ...)``.
     """
     zero = torch.zeros_like(batch.x0)
-    with _evaluating(model):
+    with evaluating(model):
         best, worst = _ascend(objective, model, batch, zero, torch.zeros_like(radius), norm, 0, target)
         if not (radius > 0).any():
             return best, worst
@@ -335,12 +333,12 @@ def robustness_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/robustness.json`` does not hold yet, write it after each, and draw them all.
+    """Measure every run that ``out/robustness.json`` does not hold yet, and write it after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         config: what to measure.
-        out: a folder, made or gone on with, for ``robustness.json`` and ``robustness.png``.
+        out: a folder, made or gone on with, for ``robustness.json``.
         device: where to compute.
         notify: called with the number of parts done and in all.
 
@@ -351,10 +349,7 @@ def robustness_of_runs(
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
-    entries = probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
-    curves = robustness_curves({entry["run"]: entry["records"] for entry in entries}, file_format="png")
-    write_bytes(out / "robustness.png", curves)
-    return entries
+    return probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
 
 
 def timestep_at(schedule: NoiseSchedule, level: float) -> Tensor:
@@ -467,23 +462,21 @@ def probe_runs(
         for run in dict.fromkeys(runs)
     ]
     recipes = [_recipe(denoiser, data, config) for denoiser, data in subjects]
-    absent = [i for i, missing in enumerate(entries.missing(recipes)) if missing]
+    missing = entries.missing(recipes)
+    absent = [i for i, is_missing in enumerate(missing) if is_missing]
     for i in absent:
         _check_labels(*subjects[i])
     # Whatever is wrong with the objective of the last run is found before the first is measured.
     objectives = {i: objective_of(subjects[i][0]) for i in absent}
-    for before, i in enumerate(absent):
-        denoiser, data = subjects[i]
+
+    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        denoiser, data = subjects[number]
         x0, conditions = draw_images(denoiser, data, config, device)
+        how: dict[str, Any] = {"conditions": conditions, "device": device, "notify": advance}
         model = denoiser.model.to(device)
+        return measure(objectives[number], model, x0, _at_once(denoiser, config), **how), {}
 
-        def advance(done: int, total: int, before: int = before) -> None:
-            notify(before * total + done, len(absent) * total)
-
-        at_once = _at_once(denoiser, config)
-        records = measure(objectives[i], model, x0, at_once, conditions=conditions, device=device, notify=advance)
-        entries.add(recipes[i], records)
-    return [entries[recipe] for recipe in recipes]
+    return entries.complete(recipes, missing, measured, notify)
 
 
 def _at_once(denoiser: Denoiser, config: ProbeConfig) -> ProbeConfig:

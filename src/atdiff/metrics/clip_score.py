@@ -1,8 +1,7 @@
-"""CLIP score: how well pictures fit their prompts."""
+"""CLIP score: how well images fit their prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,74 +9,78 @@ import torch
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
+from atdiff.metrics.accumulator import Accumulator, Against
+from atdiff.metrics.registry import CLIP_MODEL
 from atdiff.system.locate import offline_reason
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["CLIP_SCORE", "ClipScore"]
+__all__ = ["ClipNetwork", "ClipScore"]
 
-CLIP_SCORE = "clip-score"
-HUB_ID = "openai/clip-vit-large-patch14"  # torchmetrics' default
+CLIP_SCORE, HUB_ID = CLIP_MODEL
 
 
-class ClipScore:
-    """The mean of ``100 cos(picture, prompt)`` (`Hessel et al., 2021 <https://arxiv.org/abs/2104.08718>`_, without its
+class ClipScore(Accumulator):
+    """The mean of ``100 cos(image, prompt)`` (`Hessel et al., 2021 <https://arxiv.org/abs/2104.08718>`_, without its
     factor 2.5), by torchmetrics' ``CLIPScore``, summed in float64.
-
-    Args:
-        prompts: one for all pictures, or one a class.
-        weights: a local folder of a CLIP model as transformers saves it; when None,
-            ``openai/clip-vit-large-patch14`` is downloaded.
-        device: where the network runs.
-
-    Raises:
-        UserError: the model cannot be loaded.
     """
 
-    def __init__(
-        self, prompts: Sequence[str], *, weights: Path | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    @classmethod
+    def load(cls, against: Against) -> ClipNetwork:
+        """Return the CLIP model of the local folder ``clip-score`` of the weights, else a downloaded one."""
+        return _load(against.weights.get(CLIP_SCORE)).to(against.device)
+
+    @classmethod
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
+        """Find labels that are missing, or have no prompt, where there are several."""
+        prompts = against.prompts
+        if len(prompts) == 1:
+            return
+        if labels is None or len(labels) != num:
+            raise UserError(f"{len(prompts)} prompts need a class label for each of the {num} images.")
+        if int(labels.max()) >= len(prompts):
+            raise UserError(f"class {int(labels.max())} has no prompt: expected one per class, not {list(prompts)}.")
+
+    def __init__(self, against: Against, num: int, kept: Any = None) -> None:  # noqa: ANN401
         from torchmetrics.multimodal import CLIPScore  # of the clip extra
 
-        self.prompts = list(prompts)
-        load: Any = lambda: _load(weights)  # noqa: E731  (Any: it is declared as transformers' own classes)
-        self.metric: Any = CLIPScore(model_name_or_path=load).to(device)
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all pictures."""
-        self.metric.reset()
+        super().__init__(against, num, kept)
+        network: ClipNetwork = against.loaded
+        load: Any = lambda: (network, network.processor)  # noqa: E731  (Any: it is declared as transformers' classes)
+        self.metric: Any = CLIPScore(model_name_or_path=load).to(against.device)
         if self.metric.score.device.type != "mps":  # which has no float64
             self.metric.score = self.metric.score.double()
 
     @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor | None) -> None:
-        """Take in uint8 pictures ``(N, C, H, W)`` and, where there are several prompts, their classes ``(N,)``."""
+    def add(self, values: Tensor, labels: Tensor | None) -> None:
+        """Take in uint8 images ``(B, C, H, W)`` and, where there are several prompts, their classes ``(B,)``."""
+        prompts, images = self.against.prompts, values
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        if len(self.prompts) == 1:
-            prompts = self.prompts * len(images)
+        if len(prompts) == 1:
+            asked = [prompts[0]] * len(images)
         else:
             assert labels is not None
-            prompts = [self.prompts[int(label)] for label in labels]
-        self.metric.update(images.to(self.device), prompts)
+            asked = [prompts[int(label)] for label in labels]
+        self.metric.update(images.to(self.against.device), asked)
 
-    def result(self) -> float:
-        """Return the mean over all pictures so far."""
-        return self.metric.compute().item()
+    def figures(self, seed: int) -> dict[str, float]:
+        """Return the mean over all images."""
+        return {"clip_score": self.metric.compute().item()}
 
 
-class _Embeddings(nn.Module):
+class ClipNetwork(nn.Module):
     """A CLIP model whose features are tensors, as torchmetrics expects; transformers 5 wraps them."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401  (a transformers model)
+    def __init__(self, model: Any, processor: Any) -> None:  # noqa: ANN401  (of transformers)
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config, self.processor = model, model.config, processor
 
     def get_image_features(self, pixels: Tensor) -> Tensor:
+        """Return embeddings of images, ``(N, D)``."""
         return _pooled(self.model.get_image_features(pixels))
 
     def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return embeddings of texts, ``(N, D)``."""
         return _pooled(self.model.get_text_features(ids, attention_mask=mask))
 
 
@@ -85,7 +88,7 @@ def _pooled(output: Any) -> Tensor:  # noqa: ANN401
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _load(weights: Path | None) -> tuple[_Embeddings, Any]:
+def _load(weights: Path | None) -> ClipNetwork:
     from transformers import CLIPModel, CLIPProcessor
 
     source = HUB_ID if weights is None else str(weights)
@@ -104,4 +107,4 @@ def _load(weights: Path | None) -> tuple[_Embeddings, Any]:
         ) from error
     if notes["missing_keys"]:
         raise UserError(f"{source} does not hold the weights of a CLIP model: its tensors do not fit.")
-    return _Embeddings(model.eval()), processor
+    return ClipNetwork(model.eval(), processor)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["manifold_metrics", "neighbour_radii"]
+__all__ = ["float64_device", "manifold_metrics", "neighbour_radii"]
 
 NEIGHBOURS_PRECISION = 3  # Kynkäänniemi et al., 2019
 NEIGHBOURS_COVERAGE = 5  # Naeem et al., 2020
@@ -21,7 +21,7 @@ def neighbour_radii(features: Tensor, device: torch.device | str = "cpu") -> Ten
         features: float64, shape ``(N, D)``, N of 2 or more.
         device: where the distances are computed.
     """
-    device = _with_float64(device)
+    device = float64_device(device)
     last = len(features) - 1
     columns = [min(k, last) for k in (NEIGHBOURS_PRECISION, NEIGHBOURS_COVERAGE)]
     # Column 0 is the row itself.
@@ -46,7 +46,7 @@ def manifold_metrics(
         real_radii: of the real images, by :func:`neighbour_radii`.
         device: where the distances are computed.
     """
-    device = _with_float64(device)
+    device = float64_device(device)
     fake_radii = neighbour_radii(fake, device)[:, :1].to(device)
     precision_radii, coverage_radii = real_radii.to(device).T
     recalled = torch.zeros(len(real), dtype=torch.bool, device=device)
@@ -66,7 +66,8 @@ def manifold_metrics(
     }
 
 
-def _with_float64(device: torch.device | str) -> torch.device:
+def float64_device(device: torch.device | str) -> torch.device:
+    """Return the device, or the CPU in the place of one that has no float64."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
 

@@ -16,9 +16,12 @@ class Moments:
 
     Batches are merged by the pairwise update of `Chan, Golub and LeVeque, 1979
     <http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf>`_, which loses no digits to large means.
+
+    Args:
+        num: how many rows will come, which does not matter here, as it does to :class:`Rows`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num: int = 0) -> None:
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)  # (D,)
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)  # (D, D), of differences from the mean

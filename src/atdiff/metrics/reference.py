@@ -17,10 +17,10 @@ from torch_fidelity import FeatureExtractorBase
 
 from atdiff.core.errors import UserError
 from atdiff.data.sources import ImageData
-from atdiff.metrics.features.extractors import as_bytes, cache_folder, device_of, extract
+from atdiff.metrics.features.extractors import as_bytes, device_of, extract
 from atdiff.metrics.manifold import neighbour_radii
 from atdiff.metrics.moments import Moments, Rows
-from atdiff.system.files import written_aside
+from atdiff.system.files import cache_folder, written_aside
 from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Reference", "load_reference"]

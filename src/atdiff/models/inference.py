@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from atdiff.core.errors import UserError
 
-__all__ = ["DTYPES", "prepare_inference"]
+__all__ = ["DTYPES", "evaluating", "prepare_inference"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"no": "float32", "bf16": "bf16 autocast", "fp16": "fp16 autocast"}
@@ -43,3 +46,18 @@ def prepare_inference(
         model.forward = convert_outputs_to_fp32(torch.autocast(kind, _AUTOCAST[precision])(model.forward))
     if compile:
         model.compile()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401  (a module, or any function)
+    """Put a module into evaluation mode, and each of its parts back into its own mode after."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -21,7 +21,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.families import DiT, Family, Flux, family_of, pixels_per_latent, usual_guidance_scale
 from atdiff.pipelines.model import Denoiser
 from atdiff.sampling.corrections import Correction
-from atdiff.sampling.generate import _check_request, _finished, image_generators
+from atdiff.sampling.generate import check_request, finished_images, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import (
     network_fingerprint,
@@ -177,7 +177,7 @@ class TextToImage(Denoiser):
         """
         self.check_corrections([] if correction is None else [type(correction).__name__])
         labels = self.class_labels(max(num, 0), label)
-        _check_request(self.model, num, self.image_shape, batch_size, labels)
+        check_request(self.model, num, self.image_shape, batch_size, labels)
         image_generators(seed, [num - 1])
         self.evaluations(sampler, steps)
         if device is not None:
@@ -207,7 +207,7 @@ class TextToImage(Denoiser):
                 bar.advance(task, len(indices) * num_processes())
                 if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
                     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                return _finished(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
+                return finished_images(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
 
             yield from draw_in_turn(num, most, draw)
 

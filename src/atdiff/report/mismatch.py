@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from atdiff.core.errors import UserError
-from atdiff.report.plots import GREY, RC, Style, _log_y, _render, _styles
+from atdiff.report.curves import GREY, RC, Style, log_axis, rendered, short_names, styles_of
 
 __all__ = ["mismatch_curves"]
 
@@ -53,12 +52,12 @@ def mismatch_curves(records_by_run: Mapping[str, Sequence[Mapping[str, Any]]], f
     """
     if not any(records_by_run.values()):
         raise UserError("no mismatch was measured, expected the records of one run or more; run `atdiff mismatch`.")
-    curves = dict(zip(_short_names(list(records_by_run)), records_by_run.values(), strict=True))
+    curves = dict(zip(short_names(list(records_by_run)), records_by_run.values(), strict=True))
     measured = set().union(*(record for records in curves.values() for record in records))
     panels = [name for name in (*RATIOS, *DISTANCES) if name in measured]
     rows = -(-len(panels) // COLUMNS)
     # Colours as in the other curves of a report, but dashed grey is for the floors here.
-    styles = _styles(list(curves))
+    styles = styles_of(list(curves))
     first = next(iter(curves))
     styles[first] = {**styles[first], "color": DARK, "linestyle": "-"}
     with mpl.rc_context(RC):
@@ -75,7 +74,7 @@ def mismatch_curves(records_by_run: Mapping[str, Sequence[Mapping[str, Any]]], f
         handles.append(Line2D([], [], color=GREY, linestyle="--", label=FLOOR))
         columns = int(WIDTH / (0.8 + 0.09 * max(map(len, [*styles, FLOOR]))))
         figure.legend(handles=handles, loc="outside upper left", ncols=max(columns, 1), fontsize=10.5)
-        return _render(figure, file_format)
+        return rendered(figure, file_format)
 
 
 def _panel(
@@ -88,7 +87,7 @@ def _panel(
     axes.set_xlim(1.02, -0.02)
     if name in DISTANCES:
         axes.set_yscale("log")  # first, as the limits of a linear axis may reach below 0
-        _log_y(axes)
+        log_axis(axes)
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,11 +95,3 @@ def _points(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     lowest = LOWEST_NOISE if name.startswith("noise_norm") else 0.0
     values = {record["level"]: record[name] for record in records if name in record and record["level"] >= lowest}
     return np.array(list(values)), np.array(list(values.values()))
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Leave out the folders that all paths share."""
-    paths = [name.rstrip("/").split("/") for name in names]
-    folders = zip(*(path[:-1] for path in paths), strict=False)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, folders))
-    return ["/".join(path[shared:]) for path in paths]

@@ -13,26 +13,22 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from atdiff.report.comparison import (
+from atdiff.core.specs import FAMILIES, correction_label
+from atdiff.metrics.registry import METRICS
+from atdiff.report.measured import MEASURED
+from atdiff.report.mismatch import DISTANCES
+from atdiff.report.plots import loss_curves, metric_curves
+from atdiff.report.statistics import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     Row,
     compare,
     compare_corrected,
-    conclusions,
-    corrected_conclusions,
-    correction_label,
     corrections_of,
-    interval_label,
-    metric_label,
-    percent,
-    scores,
     winners,
 )
-from atdiff.report.mismatch import DISTANCES, mismatch_curves
-from atdiff.report.plots import loss_curves, metric_curves
-from atdiff.report.robustness import direction_curves, robustness_curves
 from atdiff.report.tables import (
+    SYMBOLS,
     best_text,
     correction_grid,
     correction_heads,
@@ -41,21 +37,13 @@ from atdiff.report.tables import (
     mean_text,
     values_text,
 )
+from atdiff.report.words import conclusions, corrected_conclusions, interval_label, metric_label, percent, scores
 from atdiff.system.files import write_bytes
 
 __all__ = ["write_report"]
 
-MEASURED = {"mismatch": mismatch_curves, "robustness": robustness_curves, "directions": direction_curves}
-# What the features of a metric are where they are not those of the cells' extractor.
-FEATURES = {
-    "sfid": "Inception's spatial features",
-    "fd_dinov2": "features of DINOv2 ViT-L/14",
-    "clip_fid": "features of CLIP ViT-B/32",
-    "clip_score": "a CLIP model of images and prompts",
-    "sliced_wasserstein": "pixels",
-    "energy": "pixels",
-    "on_mode": "points",
-}
+# What the features of a figure are where they are not those of the cells' extractor.
+CAPTIONS = {figure.name: metric.caption for metric in METRICS.values() if metric.caption for figure in metric.figures}
 RECIPE = {
     "weights": "{} weights",
     "dtype": "{}",
@@ -81,7 +69,7 @@ def write_report(
     """Write the page of a comparison to ``path``, aside and renamed.
 
     Args:
-        summary: holds ``cells`` (see :func:`atdiff.report.comparison.compare`) and, as far as known, ``title``,
+        summary: holds ``cells`` (see :func:`atdiff.report.statistics.compare`) and, as far as known, ``title``,
             ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
             the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
             ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness`` and
@@ -195,10 +183,17 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
             scores([one.row for one in found if one.row.correction == correction]) for correction in corrections[1:]
         ],
         "curves": curves,
+        "symbols": _symbols(),
         "searched": any(one.values for one in found),
         "uncorrected": corrections[0] == "none",
         "recipe": _recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
+
+
+def _symbols() -> str:
+    """What the symbols of searched values mean: ``b, w and s: the scale (epsilon-scaling), ...``."""
+    lists = (list(SYMBOLS.values()), [f"the {family.value} ({name})" for name, family in FAMILIES.items()])
+    return ": ".join(f"{', '.join(words)} and {last}" for *words, last in lists)
 
 
 def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -268,8 +263,8 @@ def _recipe_text(cells: Sequence[Mapping[str, Any]], metric: str = "") -> str:
     texts = []
     for key, form in RECIPE.items():
         values = list(dict.fromkeys(cell[key] for cell in cells if cell.get(key) is not None))
-        if key == "extractor" and metric in FEATURES:
-            texts.append(FEATURES[metric])
+        if key == "extractor" and metric in CAPTIONS:
+            texts.append(CAPTIONS[metric])
         elif values:
             shown = map(correction_label, values) if key == "correction" else map(_number, values)
             texts.append(form.format(", ".join(shown)))

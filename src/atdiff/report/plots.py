@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,41 +11,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from atdiff.core.errors import UserError
-from atdiff.report.comparison import Row, metric_label
+from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, styles_of
+from atdiff.report.statistics import Row
+from atdiff.report.words import metric_label
 from atdiff.system.files import write_bytes
 
 __all__ = ["loss_curves", "metric_curves", "save_curves"]
 
-# Okabe and Ito's colour-blind-safe palette (https://jfly.uni-koeln.de/color/) without its yellow, which a
-# white page swallows; grey is the baseline's.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = "osD^vP"
-DASHES = ("-", ":", "-.")
-GREY = "#666666"
 DODGE = 1.055  # factor between the points of two arms at the same number of steps
 LOSS_POINTS = 250  # a curve; more would only make the page heavy
-RC: dict[Any, Any] = {
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.grid.which": "major",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "figure.facecolor": "white",
-    "font.size": 10,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.hashsalt": "atdiff",  # the same figures give the same bytes
-    "text.parse_math": False,  # an arm may be named "$x"
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-}
-Style = dict[str, Any]
 
 
 def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
@@ -57,7 +33,7 @@ def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
     """
     arms = list(dict.fromkeys(row.arm for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
-    styles = _styles(arms)
+    styles = styles_of(arms)
     with mpl.rc_context(RC):  # restored on the way out
         figure = Figure(figsize=(1.2 + 3.3 * len(samplers), 6.4), layout="constrained")
         axes = figure.subplots(2, len(samplers), sharey="row", squeeze=False, height_ratios=(1.15, 1))
@@ -70,8 +46,8 @@ def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
         _limit_changes(axes[1, 0], rows)
         axes[0, 0].set_ylabel(metric_label(rows[0].metric))
         axes[1, 0].set_ylabel(f"change against {arms[0]} (%)")
-        _legend(figure, styles)
-        return _render(figure, file_format)
+        add_legend(figure, styles)
+        return rendered(figure, file_format)
 
 
 def loss_curves(
@@ -93,7 +69,7 @@ def loss_curves(
         return None
     block = math.ceil(max(len(points) for seeds in curves.values() for points in seeds) / LOSS_POINTS)
     curves = {arm: [_block_means(points, block) for points in seeds] for arm, seeds in curves.items()}
-    styles = {arm: style for arm, style in _styles(arms).items() if arm in curves}
+    styles = {arm: style for arm, style in styles_of(arms).items() if arm in curves}
     with mpl.rc_context(RC):
         figure = Figure(figsize=(11.1, 4.2), layout="constrained")
         axes = figure.subplots()
@@ -103,10 +79,10 @@ def loss_curves(
             passes, mean = _smoothed_mean(seeds)
             axes.plot(passes, mean, **{**styles[arm], "marker": ""}, linewidth=1.8)
         if min(points[:, 1].min() for seeds in curves.values() for points in seeds) > 0:
-            _log_y(axes)
+            log_axis(axes)
         axes.set(xlabel="passes", ylabel="training loss")
-        _legend(figure, {arm: {**style, "marker": ""} for arm, style in styles.items()})
-        return _render(figure, file_format)
+        add_legend(figure, {arm: {**style, "marker": ""} for arm, style in styles.items()})
+        return rendered(figure, file_format)
 
 
 def save_curves(rows: Sequence[Row], path: Path | str) -> None:
@@ -116,16 +92,6 @@ def save_curves(rows: Sequence[Row], path: Path | str) -> None:
     if path.suffix[1:] not in known:
         raise UserError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(known)}: rename it.")
     write_bytes(path, metric_curves(rows, file_format=path.suffix[1:]))
-
-
-def _styles(arms: Sequence[str]) -> dict[str, Style]:
-    """The baseline grey and dashed; the others by colour and marker, then open and dotted."""
-    styles: dict[str, Style] = {arms[0]: {"color": GREY, "marker": "x", "linestyle": "--"}}
-    for number, arm in enumerate(arms[1:]):
-        turn, index = divmod(number, len(COLOURS))
-        styles[arm] = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[turn % 3]}
-        styles[arm]["markerfacecolor"] = "white" if turn else COLOURS[index]
-    return styles
 
 
 def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:
@@ -172,7 +138,7 @@ def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
     if len(means) == 0 or means.min() <= 0 or means.max() <= 1:
         return
     axes.set_ylim(means.min() / 1.3, means.max() * 1.3)
-    _log_y(axes)
+    log_axis(axes)
 
 
 def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
@@ -196,26 +162,3 @@ def _smoothed_mean(seeds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     reach = max(1, len(mean) // 60)
     smooth = [mean[max(0, i - reach) : i + reach + 1].mean() for i in range(len(mean))]
     return np.array(passes), np.array(smooth)
-
-
-def _log_y(axes: Axes) -> None:
-    """A logarithmic axis with ticks at readable numbers, also where it spans less than a decade."""
-    low, high = axes.get_ylim()
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 8 * low > 0 else MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _legend(figure: Figure, styles: Mapping[str, Style]) -> None:
-    handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in styles.values()]
-    column = max(1.35, 0.7 + 0.085 * max(map(len, styles)))  # inches: the line, and the longest name
-    columns = min(len(styles), max(2, int(figure.get_figwidth() / column)))
-    figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, fontsize=10.5)
-
-
-def _render(figure: Figure, file_format: str) -> bytes:
-    buffer = io.BytesIO()
-    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata.get(file_format))
-    return buffer.getvalue()

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from atdiff.core.errors import UserError
-from atdiff.report.mismatch import _short_names
-from atdiff.report.plots import GREY, RC, Style, _legend, _log_y, _render, _styles
+from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, short_names, styles_of
 
 __all__ = ["direction_curves", "robustness_curves"]
 
@@ -48,7 +47,7 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -
     levels = sorted({round(record["level"], 2) for records in curves.values() for record in records})
     columns = min(COLUMNS, len(levels))
     rows = -(-len(levels) // columns)
-    styles = _styles([DOUBLED, *curves])
+    styles = styles_of([DOUBLED, *curves])
     styles[DOUBLED] = {**styles[DOUBLED], "marker": ""}
     with mpl.rc_context(RC):
         figure = Figure(figsize=(max(5.0, 3.7 * columns), 0.8 + 2.9 * rows), layout="constrained")
@@ -65,15 +64,15 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -
         _radius_axis(
             axes[0], sorted({r for records in curves.values() for x in records for r in x["radius_sigma"][1:]})
         )
-        _log_y(axes[0])
+        log_axis(axes[0])
         for number, panel in enumerate(axes[: len(levels)]):
             if number % columns == 0:
                 panel.set_ylabel("worst-case / clean loss")
             if number >= len(levels) - columns:
                 panel.set_xlabel("radius / σ")
                 panel.tick_params(labelbottom=True)
-        _legend(figure, styles)
-        return _render(figure, file_format)
+        add_legend(figure, styles)
+        return rendered(figure, file_format)
 
 
 def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
@@ -91,7 +90,7 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") ->
         UserError: there is no record.
     """
     curves = _named(by_run)
-    styles = _styles(list(NAMES.values()))
+    styles = styles_of(list(NAMES.values()))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * len(curves)), 6.6), layout="constrained")
         axes = figure.subplots(2, len(curves), sharex=True, sharey="row", squeeze=False)
@@ -108,15 +107,15 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") ->
         # Without 0 and 1, whose labels would meet those of the next column.
         axes[0, 0].set(xlim=(1.0, 0.0), xticks=(0.9, 0.7, 0.5, 0.3, 0.1))
         axes[1, 0].set_ylabel("loss after the step / before")
-        _log_y(axes[1, 0])
-        _legend(figure, {name: {**style, "linestyle": "-"} for name, style in styles.items()})
-        return _render(figure, file_format)
+        log_axis(axes[1, 0])
+        add_legend(figure, {name: {**style, "linestyle": "-"} for name, style in styles.items()})
+        return rendered(figure, file_format)
 
 
 def _named(by_run: Mapping[str, Records]) -> dict[str, Records]:
     if not any(by_run.values()):
         raise UserError("nothing was measured, expected the records of one run or more; run `atdiff robustness`.")
-    return dict(zip(_short_names(list(by_run)), by_run.values(), strict=True))
+    return dict(zip(short_names(list(by_run)), by_run.values(), strict=True))
 
 
 def _relative_losses(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from atdiff.core.errors import UserError
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.pipelines.model import Denoiser, load_denoiser
-from atdiff.report.plots import RC
+from atdiff.report.curves import RC
 
 __all__ = ["Grids", "sample_grids", "samples_picture"]
 

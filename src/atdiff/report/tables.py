@@ -10,20 +10,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from atdiff.report.comparison import (
-    HIGHER_IS_BETTER,
-    CorrectedRow,
-    Row,
-    compare_corrected,
-    correction_label,
-    corrections_of,
-    interval_label,
-    metric_label,
-    percent,
-    winners,
-)
+from atdiff.core.specs import FAMILIES, correction_label
+from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, compare_corrected, corrections_of, winners
+from atdiff.report.words import interval_label, metric_label, percent
 
 __all__ = [
+    "SYMBOLS",
     "CorrectionLine",
     "Grid",
     "best_text",
@@ -42,7 +34,7 @@ __all__ = [
 
 Grid = list[tuple[tuple[str, int], list[Row | None]]]
 CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one a correction
-SYMBOLS = {"epsilon-scaling": "b", "time-shift": "w", "dcw": "s"}
+SYMBOLS = {name: family.symbol for name, family in FAMILIES.items()}
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
 
@@ -145,7 +137,7 @@ def values_text(one: CorrectedRow) -> str:
 def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
     """A markdown table of a line for each sampler, steps and arm, and a column for each correction.
 
-    Arguments and errors: those of :func:`atdiff.report.comparison.compare_corrected`.
+    Arguments and errors: those of :func:`atdiff.report.statistics.compare_corrected`.
     """
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)
@@ -257,7 +249,8 @@ def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
         f"? its interval does not clear zero"
     )
     if any(one.values for one in rows):
-        text += "; b, w, s: scale, window, strength that a search chose on held-out noise, lowest to highest over seeds"
+        symbols, values = ", ".join(SYMBOLS.values()), ", ".join(family.value for family in FAMILIES.values())
+        text += f"; {symbols}: {values} that a search chose on held-out noise, lowest to highest over seeds"
     return text
 
 

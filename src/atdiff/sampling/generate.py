@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,21 @@ from atdiff.core.noise import NoiseSchedule
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.models.call import class_embeddings, image_tokens, predict
+from atdiff.models.inference import evaluating
 from atdiff.sampling.corrections import Correction, realign, to_clean
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.files import check_images_path, written_aside
 from atdiff.system.processes import draw_in_turn, num_processes
 
-__all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
+__all__ = [
+    "check_request",
+    "denoise_steps",
+    "finished_images",
+    "generate",
+    "image_generators",
+    "iter_generate",
+    "save_images",
+]
 
 Denoiser = Callable[..., Any]
 
@@ -191,7 +199,7 @@ def iter_generate(
         UserError: an option is out of range or does not fit the model or its scheduler.
         FloatingPointError: the pictures are not finite.
     """
-    _check_request(model, num, shape, batch_size, class_labels)
+    check_request(model, num, shape, batch_size, class_labels)
     home, dtype = _home(model)
     device = torch.device(device) if device is not None else home
     if isinstance(model, nn.Module):
@@ -199,7 +207,7 @@ def iter_generate(
     tokens = image_tokens(model, shape)
     evaluations = len(make_scheduler(sampler, training_scheduler, steps, tokens=tokens).timesteps)
     image_generators(seed, [num - 1])
-    with _evaluating(model), Progress(disable=not progress) as bar:
+    with evaluating(model), Progress(disable=not progress) as bar:
         task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
 
         def draw(indices: range) -> Tensor:
@@ -213,14 +221,19 @@ def iter_generate(
                 model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
             ):
                 bar.advance(task, len(indices) * num_processes())
-            return _finished(x, indices.start, f"{sampler} at {steps} steps")
+            return finished_images(x, indices.start, f"{sampler} at {steps} steps")
 
         yield from draw_in_turn(num, batch_size, draw)
 
 
-def _check_request(
+def check_request(
     model: Denoiser, num: int, shape: tuple[int, int, int], batch_size: int, class_labels: Tensor | None
 ) -> None:
+    """Find a request for images that cannot be met.
+
+    Raises:
+        UserError: a number or shape out of range, or class labels that do not fit the network.
+    """
     if num < 1 or batch_size < 1:
         raise UserError(f"num={num} and batch_size={batch_size} must be 1 or more.")
     if len(shape) != 3 or min(shape) < 1:
@@ -239,21 +252,17 @@ def _home(model: Denoiser) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-@contextmanager
-def _evaluating(model: Denoiser) -> Iterator[None]:
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def finished_images(x: Tensor, start: int, run: str) -> Tensor:
+    """Return drawn images ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
 
+    Args:
+        x: the sampler's last ``x``.
+        start: number of its first image.
+        run: the sampler and its steps, for the message.
 
-def _finished(x: Tensor, start: int, run: str) -> Tensor:
+    Raises:
+        FloatingPointError: some are not finite.
+    """
     images = x.float().cpu()
     finite = images.isfinite().flatten(1).all(dim=1)
     if not finite.all():

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 
 from atdiff.core.errors import UserError
-from atdiff.sampling.corrections import GRIDS, Correction, make_correction
+from atdiff.core.specs import FAMILIES
+from atdiff.sampling.corrections import Correction, make_correction
 
 __all__ = ["search_correction"]
 
@@ -29,26 +30,26 @@ def search_correction(
             the low band).
         distance: samples with the correction (None for none) and returns how far the pictures are from data.
             A ``FloatingPointError``, as of pictures that are not finite, and NaN count as infinitely far.
-        grid: values to try; those of :data:`atdiff.sampling.corrections.GRIDS` when None.
+        grid: values to try; those of :data:`atdiff.core.specs.FAMILIES` when None.
         data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
 
     Raises:
         UserError: an unknown family, an empty grid or bad value in it, before any sampling; or no value with a
             finite distance.
     """
-    if family not in GRIDS:
-        raise UserError(f"correction {family!r} has no value to search for; use {' or '.join(GRIDS)}.")
-    values = sorted(set(GRIDS[family] if grid is None else grid))
+    if family not in FAMILIES:
+        raise UserError(f"correction {family!r} has no value to search for; use {' or '.join(FAMILIES)}.")
+    values = sorted(set(FAMILIES[family].grid if grid is None else grid))
     if not values:
         raise UserError(f"the grid of {family} is empty; give one value or more, or none for the usual ones.")
-    neutral = 1.0 if family == "epsilon-scaling" else 0.0
+    neutral = FAMILIES[family].neutral
     corrections = {value: make_correction(f"{family}:{value}", data_variance=data_variance) for value in values}
     distances = {value: _measured(distance, correction) for value, correction in corrections.items()}
 
     def best() -> float:
         return min(distances, key=lambda value: (distances[value], abs(value - neutral)))
 
-    if family == "epsilon-scaling":
+    if FAMILIES[family].refined:
         at = values.index(best())
         for beside in values[max(at - 1, 0) : at] + values[at + 1 : at + 2]:
             middle = round((values[at] + beside) / 2, 6)

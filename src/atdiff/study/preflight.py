@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from atdiff.core.choices import EXTRACTORS, METRICS, PRECISIONS, SAMPLERS, Norm, Target
+from atdiff.core.choices import PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.core.errors import UserError
 from atdiff.core.specs import parse_correction
 from atdiff.data.sources.registry import check_data
+from atdiff.metrics.registry import EXTRACTORS, HUB_WEIGHTS, METRICS, check_names, needed_networks
 from atdiff.study.arms import other_reference
 from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
@@ -30,11 +31,6 @@ __all__ = [
     "check_study",
     "check_train",
 ]
-
-# The networks that metrics need beside the extractor.
-NETWORKS = {"sfid": "inception-v3-spatial", "fd_dinov2": "dinov2-vit-l-14", "clip_fid": "clip-vit-b-32"}
-IN_EXTRACTOR = {"fid", "kid", "isc", "prc"}
-CLIP_MODEL = "openai/clip-vit-large-patch14"
 
 
 def check_train(config: TrainConfig, out: Path) -> None:
@@ -63,7 +59,7 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
     study = recipe.study
     check_drawing(samplers=study.samplers, steps=study.steps, num=study.num, corrections=study.corrections)
-    _check_metrics(study.metrics)
+    check_names(study.metrics)
     _check_extractor(study.extractor)
     if (
         not (out / "study.json").is_file()
@@ -194,21 +190,19 @@ def check_metrics_of(
     Raises:
         UserError: one of them; or weights that would have to be downloaded, and cannot be.
     """
-    _check_metrics(metrics)
+    check_names(metrics)
     _check_extractor(extractor)
     for name, path in weights.items():
-        if name in (*EXTRACTORS, "clip-score") and not path.exists():
+        if name in (*EXTRACTORS, *HUB_WEIGHTS) and not path.exists():
             raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file or folder.")
     if not with_networks:
         return
-    needed = [NETWORKS[metric] for metric in metrics if metric in NETWORKS]
-    needed += [extractor] if IN_EXTRACTOR & set(metrics) else []
-    for network in needed:
-        given = network in weights or (network == NETWORKS["sfid"] and "inception-v3-compat" in weights)
-        if not given:
+    for network in needed_networks(metrics, extractor):
+        if network not in weights and EXTRACTORS[network].weights not in weights:
             check_weights(network)
-    if "clip_score" in metrics and with_prompts and "clip-score" not in weights:
-        check_hub(CLIP_MODEL, "model", where="as --weights clip-score=FOLDER")
+    for metric in (METRICS[name] for name in metrics):
+        if metric.hub and metric.hub[0] not in weights and (with_prompts or metric.needs != "prompts"):
+            check_hub(metric.hub[1], "model", where=f"as --weights {metric.hub[0]}=FOLDER")
 
 
 def check_measured(norm: str, target: str) -> None:
@@ -221,13 +215,6 @@ def check_measured(norm: str, target: str) -> None:
         valid: Any = get_args(kind)
         if value not in valid:
             raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
-
-
-def _check_metrics(metrics: Sequence[str]) -> None:
-    for metric in metrics:
-        if metric not in METRICS:
-            near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown metric {metric!r}: did you mean {near!r}?")
 
 
 def _check_extractor(name: str) -> None:

@@ -17,18 +17,12 @@ from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.measure.progress import cell_progress
 from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.metrics.stream import FEW_SAMPLES
-from atdiff.report.comparison import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
-    compare,
-    compare_corrected,
-    conclusions,
-    corrected_conclusions,
-    corrections_of,
-)
+from atdiff.report.measured import save_measured
 from atdiff.report.page import write_report
 from atdiff.report.samples import sample_grids, samples_picture
+from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, compare, compare_corrected, corrections_of
 from atdiff.report.tables import comparison_table, correction_markdown, correction_table, markdown_table
+from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_json, write_text
 
 __all__ = ["Measurements", "leading_metric", "publish", "training_curves"]
@@ -84,6 +78,7 @@ class Measurements:
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:
                 entries = mismatch_of_runs(names, config, out / "mismatch", device=device, notify=notify)
+            save_measured("mismatch", entries, out / "mismatch")
             found["mismatch"] = _by_arm(runs, entries)
         if self.robustness:
             found |= self._robustness({arm: of_arm[:1] for arm, of_arm in runs.items()}, out / "robustness", device)
@@ -101,7 +96,10 @@ class Measurements:
             worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:
             directions = directions_of_runs(names, DirectionsConfig(**options), folder, device=device, notify=notify)
-        return {"robustness": _by_arm(runs, worst), "directions": _by_arm(runs, directions)}
+        found = {"robustness": worst, "directions": directions}
+        for name, entries in found.items():
+            save_measured(name, entries, folder)
+        return {name: _by_arm(runs, entries) for name, entries in found.items()}
 
 
 def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

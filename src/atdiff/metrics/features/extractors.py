@@ -1,38 +1,26 @@
-"""Feature extractors by name, and a small classifier of 8x8 digits."""
+"""Feature extractors by name."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import json
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch import Tensor
+from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from atdiff.core.errors import UserError
-from atdiff.data.sources import ImageData, load_data, to_uint8
-from atdiff.metrics.features.clip import CLIP, ClipFeatures
-from atdiff.metrics.features.digits import ClassifierFeatures
-from atdiff.metrics.features.dinov2 import DINOV2, DinoV2Features
-from atdiff.metrics.features.spatial import SPATIAL
+from atdiff.data.sources import ImageData, to_uint8
+from atdiff.metrics.features.labels import LABEL_CLASSIFIER, label_classifier_weights
 from atdiff.metrics.features.weights import read_tensors
-from atdiff.system.files import cache_folder, written_aside
+from atdiff.metrics.registry import EXTRACTORS, class_at
 from atdiff.system.locate import URLS, bounded_network
 
 __all__ = [
-    "EXTRACTORS",
-    "DigitsClassifier",
     "as_bytes",
-    "cache_folder",
     "check_extractor",
     "device_of",
     "extract",
@@ -41,31 +29,12 @@ __all__ = [
     "make_extractor",
 ]
 
-DIGITS = "digits-classifier"
-LABELS = "label-classifier"
 INCEPTION = "inception-v3-compat"
-EXTRACTORS = (DIGITS, LABELS, INCEPTION, SPATIAL, DINOV2, CLIP)
-OWN = (DIGITS, LABELS)  # they take greyscale images as they are
-
-# In the place of torch-fidelity's, whose loading of local files unpickles programs, or is missing.
-SAFER: dict[str, type[FeatureExtractorBase]] = {DINOV2: DinoV2Features, CLIP: ClipFeatures}
-
-# Everything that the weights depend on besides the training images; the key of the cache is a hash of both.
-RECIPE: dict[str, Any] = {
-    "version": 1,
-    "channels": [8, 32],
-    "epochs": 30,
-    "batch": 100,
-    "max_lr": 4e-3,
-    "weight_decay": 0.05,
-    "label_smoothing": 0.05,
-    "input_noise": 0.1,  # standard deviation, pixels in [-1, 1]
-    "seed": 0,
-}
+SPATIAL = "inception-v3-spatial"
 
 
 def check_extractor(name: str) -> None:
-    """Find out whether there is such an extractor: one of :data:`EXTRACTORS`, or one registered with torch-fidelity.
+    """Find an extractor that is neither in the registry nor registered with torch-fidelity.
 
     Raises:
         UserError: there is none.
@@ -83,9 +52,7 @@ def extractor_class(name: str) -> type[FeatureExtractorBase]:
         UserError: as :func:`check_extractor`.
     """
     check_extractor(name)
-    if name == LABELS:
-        importlib.import_module("atdiff.metrics.classifier")  # registers it
-    return SAFER.get(name) or FEATURE_EXTRACTORS_REGISTRY[name]
+    return class_at(EXTRACTORS[name].home) if name in EXTRACTORS else FEATURE_EXTRACTORS_REGISTRY[name]
 
 
 def make_extractor(
@@ -112,9 +79,7 @@ def make_extractor(
         UserError: unknown name, or weights that are missing, unreadable, of another network or cannot be downloaded.
     """
     network = extractor_class(name)
-    if weights is None and name == LABELS:
-        from atdiff.metrics.classifier import label_classifier_weights  # imports this module
-
+    if weights is None and name == LABEL_CLASSIFIER:
         if data is None:
             raise UserError(f"{name} is trained on labelled images: give them as data, or a local file as weights.")
         weights = label_classifier_weights(data)
@@ -161,7 +126,8 @@ def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int 
     Raises:
         UserError: images of a shape that the extractor does not take.
     """
-    if images.shape[1] == 1 and extractor.get_name() not in OWN:
+    name = extractor.get_name()
+    if images.shape[1] == 1 and not (name in EXTRACTORS and EXTRACTORS[name].trained):
         images = images.expand(-1, 3, -1, -1)
     device = device_of(extractor)
     batches = [
@@ -181,127 +147,9 @@ def device_of(extractor: FeatureExtractorBase) -> torch.device:
     return next((p.device for p in extractor.parameters()), torch.device("cpu"))
 
 
-class DigitsClassifier(ClassifierFeatures):
-    """A convolutional classifier of 8x8 digits, as a torch-fidelity extractor named ``digits-classifier``.
-
-    Features: ``"64"``, the penultimate layer, and ``"logits"``, of the ten classes. It runs in float64: the
-    features then depend neither on the batch size nor, to many digits, on the machine that trained it.
-
-    Args:
-        name: the name under which it is registered.
-        features_list: which of the two features to return.
-        feature_extractor_weights_path: a safetensors file; when None, that of the cache, trained if missing.
-        **kwargs: torch-fidelity's other options, unused.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        features_list: list[str],
-        feature_extractor_weights_path: str | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(name, features_list)
-        path = feature_extractor_weights_path or _trained_weights()
-        with torch.random.fork_rng(devices=[]):
-            self.network = _build()
-        self.network.load_state_dict(_load(Path(path)))
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features of uint8 images ``(N, 1, 8, 8)``."""
-        if input.dtype != torch.uint8 or input.shape[1:] != (1, 8, 8):
-            raise UserError(
-                f"{DIGITS} was given {input.dtype} images of shape {tuple(input.shape)}: expected uint8 of "
-                f"shape (N, 1, 8, 8), and {INCEPTION!r} for other images."
-            )
-        return self.features_of(_normalise(input))
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Whether torch.compile may wrap it."""
-        return True
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        """A batch of one black image."""
-        return torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-
-
-if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(DIGITS, DigitsClassifier)
-
-
 def _check_weights(name: str, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file.")
     if name in (INCEPTION, SPATIAL):
         # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
         read_tensors(path, f"the file of {URLS[name]}")
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as the weights of {DIGITS} ({error}): delete it.") from error
-
-
-def _trained_weights() -> Path:
-    """Return the cached file of weights, which is trained first when it is not there."""
-    images, labels = _training_set()
-    recipe = json.dumps(RECIPE, sort_keys=True).encode()
-    key = hashlib.sha256(recipe + images.numpy().tobytes()).hexdigest()[:12]
-    path = cache_folder() / f"{DIGITS}-{key}.safetensors"
-    if not path.exists():
-        network = _train(_normalise(images), labels)
-        try:
-            with written_aside(path) as partial:
-                save_file(network.state_dict(), partial)
-        except UserError as error:
-            raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
-    return path
-
-
-def _training_set() -> tuple[Tensor, Tensor]:
-    data = load_data("digits", split="train")
-    assert data.labels is not None
-    return data.images, data.labels
-
-
-def _normalise(images: Tensor) -> Tensor:
-    return images.double() / 127.5 - 1.0
-
-
-def _build() -> nn.Sequential:
-    first, second = RECIPE["channels"]
-    return nn.Sequential(
-        nn.Conv2d(1, first, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(first, second, 3, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(16 * second, 64),
-        nn.SiLU(),
-        nn.Linear(64, 10),
-    ).double()
-
-
-def _train(x0: Tensor, labels: Tensor) -> nn.Sequential:
-    """Train by RECIPE on images ``(N, 1, 8, 8)`` and labels ``(N,)``; no random state but its own is used."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.default_generator.manual_seed(RECIPE["seed"])
-        network = _build()
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=RECIPE["weight_decay"])
-        updates = RECIPE["epochs"] * -(-len(x0) // RECIPE["batch"])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["max_lr"], total_steps=updates)
-        for _ in range(RECIPE["epochs"]):
-            for batch in torch.randperm(len(x0)).split(RECIPE["batch"]):
-                noisy = x0[batch] + RECIPE["input_noise"] * torch.randn_like(x0[batch])
-                loss = nn.functional.cross_entropy(
-                    network(noisy), labels[batch], label_smoothing=RECIPE["label_smoothing"]
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return network

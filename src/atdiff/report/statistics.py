@@ -30,6 +30,8 @@ import numpy as np
 from scipy import stats
 
 from atdiff.core.errors import UserError
+from atdiff.core.specs import NO_CORRECTION, correction_label
+from atdiff.metrics.registry import FIGURES
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -38,34 +40,15 @@ __all__ = [
     "Row",
     "compare",
     "compare_corrected",
-    "conclusions",
-    "corrected_conclusions",
-    "correction_label",
     "corrections_of",
     "holm",
-    "interval_label",
-    "metric_label",
-    "percent",
-    "scores",
     "winners",
 ]
 
-LOWER_IS_BETTER = frozenset(
-    {"fd", "fid", "sfid", "kid", "fd_dinov2", "clip_fid", "sliced_wasserstein", "energy", "mse"}
-)
-HIGHER_IS_BETTER = frozenset(
-    {"precision", "recall", "coverage", "density", "isc", "accuracy", "clip_score", "label_accuracy", "on_mode"}
-)
-LABELS = {
-    "fd": "FD", "fid": "FID", "sfid": "sFID", "kid": "KID", "fd_dinov2": "FD-DINOv2", "clip_fid": "CLIP-FID",
-    "sliced_wasserstein": "sliced Wasserstein distance", "energy": "energy distance", "mse": "MSE", "isc": "IS",
-    "clip_score": "CLIP score", "label_accuracy": "label accuracy", "on_mode": "share on a mode",
-}  # fmt: skip
-NO_CORRECTION = "none"
+LOWER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if not figure.higher)
+HIGHER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if figure.higher)
 INTERVALS = ("t", "bootstrap")
 RESAMPLES = 9_999
-# Percentile intervals of m seeds are narrower than they should be by more than sqrt((m - 1) / m).
-FEW_SEEDS = 5
 
 Verdict = Literal["better", "worse", "unclear", "baseline"]
 Setting = tuple[str, int]  # sampler and number of steps
@@ -220,52 +203,6 @@ def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
     return {setting: None if row is None else row.arm for setting, row in best.items()}
 
 
-def conclusions(rows: Sequence[Row]) -> list[str]:
-    """What holds and what does not, in words: on the seeds, on each arm, and on the winners."""
-    baselines = [row for row in rows if row.verdict == "baseline"]
-    if not baselines:
-        raise UserError("the rows hold no baseline: pass all the rows that compare() returned.")
-    baseline = baselines[0].arm
-    arms = list(dict.fromkeys(row.arm for row in rows if row.arm != baseline))
-    prefix = _prefix(rows)
-    said = [prefix + _arm_sentence([row for row in rows if row.arm == arm], arm, baseline) for arm in arms]
-    if arms and any(row.pairs > 1 for row in rows if row.arm != baseline):
-        sentence = _winners_sentence(rows, baseline)
-        said.append(prefix + sentence[0].lower() + sentence[1:] if prefix else sentence)
-    return [_seeds_sentence(rows), *said]
-
-
-def scores(rows: Sequence[Row]) -> str:
-    """In how many cells each arm is clearly better and worse than the baseline, in one sentence."""
-    judged = [row for row in rows if row.verdict != "baseline"]
-    if max((row.pairs for row in judged), default=0) < 2:
-        return "One seed gives no interval, so no difference is clear."
-    baseline = next(row.arm for row in rows if row.verdict == "baseline")
-    counts = []
-    for arm in dict.fromkeys(row.arm for row in judged):
-        verdicts = [row.verdict for row in judged if row.arm == arm]
-        counts.append(f"{arm} {verdicts.count('better')} / {verdicts.count('worse')}")
-    prefix, cells = _prefix(rows), len({row.setting for row in rows})
-    text = f"ells of {cells} where {metric_label(rows[0].metric)} is clearly better / worse than {baseline}'s: "
-    return f"{prefix}{'c' if prefix else 'C'}{text}{'; '.join(counts)}."
-
-
-def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
-    """What holds with each correction, in words: what it alone does to the baseline, then each arm with it on both."""
-    said = []
-    for correction in corrections_of([vars(one.row) for one in rows]):
-        mine = [one for one in rows if one.row.correction == correction]
-        if correction == NO_CORRECTION:
-            continue
-        baseline = mine[0].row.arm
-        alone = [one.uncorrected for one in mine if one.row.arm == baseline]
-        if any(row.pairs for row in alone):
-            subject = f"{baseline} with {correction_label(correction)}"
-            said.append(_arm_sentence(alone, subject, f"{baseline} without"))
-        said += conclusions([one.row for one in mine])[1:]
-    return said
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan is no member of m."""
     p = np.asarray(p_values, dtype=float)
@@ -273,34 +210,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.full(p.shape, math.nan)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return [float(value) for value in adjusted]
-
-
-def percent(value: float) -> str:
-    """A signed change in percent with a true minus sign: ``−31%``, ``+4.2%``, ``>999%``."""
-    if math.isnan(value):
-        return "n/a"
-    if value >= 999.5:
-        return ">999%"
-    text = f"{value:+.1f}%" if abs(value) < 9.95 else f"{value:+.0f}%"
-    return text.replace("-", "−")
-
-
-def metric_label(metric: str) -> str:
-    """The name of a metric as printed."""
-    return LABELS.get(metric, metric)
-
-
-def correction_label(correction: str) -> str:
-    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
-    if correction == NO_CORRECTION:
-        return "no correction"
-    family, _, value = correction.partition(":")
-    return f"searched {family}" if value == "search" else f"{family} {value.replace(':', ', ')}".rstrip()
-
-
-def interval_label(row: Row) -> str:
-    """The kind of the intervals as printed: ``95% t interval``, ``95% bootstrap interval``."""
-    return f"{100 * row.confidence:g}% {row.interval} interval"
 
 
 def _sign(metric: str) -> int:
@@ -430,74 +339,3 @@ def _baseline_row(arm: str, setting: Setting, values: Values, design: _Design) -
         interval=design.interval,
         correction=design.correction,
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
-
-
-def _prefix(rows: Sequence[Row]) -> str:
-    correction = rows[0].correction
-    return "" if correction == NO_CORRECTION else f"With {correction_label(correction)} on both, "
-
-
-def _seeds_sentence(rows: Sequence[Row]) -> str:
-    pairs = sorted({row.pairs for row in rows if row.verdict != "baseline"} or {row.n for row in rows})
-    cells = len({row.setting for row in rows})
-    seeds = str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
-    scope = f"{seeds} seed{'' if pairs[-1] == 1 else 's'}, {_count(cells, 'cell')} (sampler and steps)"
-    if pairs[-1] < 2:
-        return f"{scope}: one seed gives no interval, so every change below is a lead and not a result."
-    said = f"{scope}: a difference counts where the {interval_label(rows[0])} of the paired change is clear of zero."
-    if rows[0].interval == "bootstrap":
-        said += " p-values, and so Holm's correction, are those of the paired t test."
-        if pairs[0] < FEW_SEEDS:
-            said += f" Bootstrap intervals of fewer than {FEW_SEEDS} seeds are too narrow: read them as leads."
-    return said
-
-
-def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
-    """Gains first, then losses with the cells they are in, then what is open."""
-    metric = rows[0].metric
-    changes = [row.change for row in rows if not math.isnan(row.change)]
-    span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "no change known"
-    if max(row.pairs for row in rows) < 2:
-        return f"{arm}: {metric_label(metric)} changes by {span} against {baseline}; not testable."
-    better, worse = ([row for row in rows if row.verdict == verdict] for verdict in ("better", "worse"))
-    clear = better + worse
-    if not clear:
-        return (
-            f"{arm} makes no clear difference to {metric_label(metric)} against {baseline} in any of "
-            f"{_count(len(rows), 'cell')} (estimates {span})."
-        )
-    gain, loss = ("raises", "lowers") if metric in HIGHER_IS_BETTER else ("lowers", "raises")
-    kept = sum(row.p_holm < 1 - row.confidence for row in clear)
-    return (
-        f"{arm} {gain} {metric_label(metric)} against {baseline} in {len(better) or 'none'} of "
-        f"{_count(len(rows), 'cell')}{_listed(better)}, {loss} it in {len(worse) or 'none'}{_listed(worse)}; "
-        f"{len(rows) - len(clear) or 'none'} unclear. Holm's correction over its cells leaves "
-        f"{kept or 'none'} of {len(clear)}."
-    )
-
-
-def _listed(rows: Sequence[Row]) -> str:
-    """The cells by name where they are few, else their range of changes, in brackets."""
-    if not rows:
-        return ""
-    if len(rows) <= 3:
-        return " (" + ", ".join(f"{row.sampler} {row.steps}: {percent(row.change)}" for row in rows) + ")"
-    low, high = min(rows, key=lambda row: row.change), max(rows, key=lambda row: row.change)
-    return (
-        f" ({percent(low.change)} on {low.sampler} {low.steps} to "
-        f"{percent(high.change)} on {high.sampler} {high.steps})"
-    )
-
-
-def _winners_sentence(rows: Sequence[Row], baseline: str) -> str:
-    best = list(winners(rows).values())
-    won = {arm: best.count(arm) for arm in dict.fromkeys(best) if arm is not None}
-    if not won:
-        return f"No arm is clearly better than {baseline} in any cell."
-    ranked = sorted(won.items(), key=lambda item: -item[1])
-    text = "Winners by cell: " + ", ".join(f"{arm} {count}" for arm, count in ranked)
-    return text + (f"; in {best.count(None)} no arm is clearly better than {baseline}." if None in best else ".")

@@ -1,0 +1,55 @@
+"""How often a classifier reads the class that an image was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.metrics.accumulator import Accumulator, Against
+
+__all__ = ["LabelAccuracy"]
+
+
+class LabelAccuracy(Accumulator):
+    """Share of images that a ``label-classifier`` of the real ones reads as the class that they were asked for.
+
+    It is the GAN-test of `Shmelkov et al., 2018 <https://arxiv.org/abs/1807.09499>`_.
+    """
+
+    right = 0
+
+    @classmethod
+    def load(cls, against: Against) -> Any:  # noqa: ANN401
+        """Find that the real images have labels."""
+        if against.data.labels is None:
+            raise UserError(
+                f"label_accuracy asks a classifier of the real images' classes and {against.data.name} has no labels: "
+                "name labelled images of the same classes, or leave label_accuracy out."
+            )
+
+    @classmethod
+    def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
+        """Find labels that are missing, or are no class of the real images."""
+        classes = against.data.num_classes
+        assert classes is not None
+        if labels is None or len(labels) != num:
+            raise UserError(
+                f"label_accuracy needs the class that each of the {num} images was asked for: give labels, or "
+                "leave it out for an unconditional network."
+            )
+        if int(labels.max()) >= classes:
+            raise UserError(
+                f"images were asked for as class {int(labels.max())} and {against.data.name} has the classes 0 to "
+                f"{classes - 1}: for label_accuracy classes, or prompts, must be those of the data in their order."
+            )
+
+    def add(self, values: Tensor, labels: Tensor | None) -> None:
+        """Count the logits ``(B, classes)`` that are right."""
+        assert labels is not None
+        self.right += int((values.argmax(dim=1) == labels.cpu()).sum())
+
+    def figures(self, seed: int) -> dict[str, float]:
+        """Return the share."""
+        return {"label_accuracy": self.right / self.num}

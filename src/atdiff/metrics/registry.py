@@ -1,0 +1,188 @@
+"""The metrics and the feature networks by name: all that help texts, checks and reports say of them, without torch.
+
+A metric is one :class:`Metric` in :data:`METRICS`, and the :class:`~atdiff.metrics.accumulator.Accumulator` at its
+``home``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atdiff.core.errors import UserError
+
+__all__ = [
+    "CHOSEN",
+    "CLIP_MODEL",
+    "EXTRACTORS",
+    "FIGURES",
+    "HUB_WEIGHTS",
+    "METRICS",
+    "Extractor",
+    "Figure",
+    "Metric",
+    "check_names",
+    "class_at",
+    "needed_networks",
+]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network whose features metrics are taken in.
+
+    Attributes:
+        home: ``module:class`` of the torch-fidelity extractor.
+        trained: whether it is trained here, on images of one size and any channels, rather than downloaded.
+        weights: the extractor whose file of weights it takes too.
+    """
+
+    home: str
+    trained: bool = False
+    weights: str | None = None
+
+
+EXTRACTORS = {
+    "digits-classifier": Extractor("atdiff.metrics.features.digits:DigitsClassifier", trained=True),
+    "label-classifier": Extractor("atdiff.metrics.features.labels:LabelClassifier", trained=True),
+    "inception-v3-compat": Extractor("torch_fidelity.feature_extractor_inceptionv3:FeatureExtractorInceptionV3"),
+    "inception-v3-spatial": Extractor(
+        "atdiff.metrics.features.spatial:SpatialInception", weights="inception-v3-compat"
+    ),
+    # In the place of torch-fidelity's, whose loading of local files unpickles programs, or is missing.
+    "dinov2-vit-l-14": Extractor("atdiff.metrics.features.dinov2:DinoV2Features"),
+    "clip-vit-b-32": Extractor("atdiff.metrics.features.clip:ClipFeatures"),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a metric.
+
+    Attributes:
+        name: its key in a cell.
+        label: what tables and plots call it.
+        higher: whether higher is better.
+    """
+
+    name: str
+    label: str
+    higher: bool = False
+
+
+CHOSEN = "chosen"  # the network of ``--extractor``
+CLIP_MODEL = ("clip-score", "openai/clip-vit-large-patch14")  # torchmetrics' default
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by name.
+
+    Attributes:
+        name: what ``--metrics`` calls it.
+        about: what it is, in a few words.
+        home: ``module:class`` of its accumulator, below ``atdiff.metrics``.
+        figures: what it puts into a cell.
+        takes: a network, of whose features batches are given; ``chosen`` for that of ``--extractor``; ``bytes`` for
+            uint8 images and ``points`` for rows of values in [-1, 1].
+        layer: of the network: that which torch-fidelity takes for this metric, ``fid`` or ``isc``.
+        needs: ``labels`` or ``prompts``, without which it has no meaning.
+        packages: beyond those that are always installed.
+        hub: of a network of its own, which is no extractor: the name of its weights, and its id on the hub.
+        caption: what reports say in the place of the cells' extractor.
+    """
+
+    name: str
+    about: str
+    home: str
+    figures: tuple[Figure, ...]
+    takes: str = CHOSEN
+    layer: str = "fid"
+    needs: str = ""
+    packages: tuple[str, ...] = ()
+    hub: tuple[str, str] | None = None
+    caption: str = ""
+
+    @property
+    def is_distance(self) -> bool:
+        """Whether lower is better."""
+        return not any(figure.higher for figure in self.figures)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("fid", "Frechet distance; called fd in any features but Inception's", "frechet:FrechetDistance",
+               (Figure("fd", "FD"), Figure("fid", "FID"))),
+        Metric("kid", "kernel distance", "kid:KernelDistance", (Figure("kid", "KID"),)),
+        Metric("isc", "Inception score", "isc:InceptionScore", (Figure("isc", "IS", higher=True),), layer="isc"),
+        Metric("prc", "precision, recall, density and coverage", "prc:PrecisionRecall",
+               tuple(Figure(name, name, higher=True) for name in ("precision", "recall", "density", "coverage"))),
+        Metric("fd_dinov2", "Frechet distance in DINOv2's features", "frechet:FrechetDistance",
+               (Figure("fd_dinov2", "FD-DINOv2"),), takes="dinov2-vit-l-14", packages=("transformers",),
+               caption="features of DINOv2 ViT-L/14"),
+        Metric("clip_fid", "Frechet distance in CLIP's features", "frechet:FrechetDistance",
+               (Figure("clip_fid", "CLIP-FID"),), takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
+        Metric("cmmd", "kernel distance of CLIP's embeddings", "cmmd:ClipKernelDistance", (Figure("cmmd", "CMMD"),),
+               takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
+        Metric("sfid", "Frechet distance of Inception's spatial features", "frechet:FrechetDistance",
+               (Figure("sfid", "sFID"),), takes="inception-v3-spatial", caption="Inception's spatial features"),
+        Metric("clip_score", "how well samples fit their prompts", "clip_score:ClipScore",
+               (Figure("clip_score", "CLIP score", higher=True),), takes="bytes", needs="prompts",
+               packages=("transformers", "torchmetrics"), hub=CLIP_MODEL,
+               caption="a CLIP model of images and prompts"),
+        Metric("label_accuracy", "how often a classifier reads the class or prompt that was asked for",
+               "label_accuracy:LabelAccuracy", (Figure("label_accuracy", "label accuracy", higher=True),),
+               takes="label-classifier", layer="isc", needs="labels",
+               caption="a classifier of the reference images' labels"),
+        Metric("sliced_wasserstein", "sliced Wasserstein distance of the pixels", "points:SlicedWasserstein",
+               (Figure("sliced_wasserstein", "sliced Wasserstein distance"),), takes="points", caption="pixels"),
+        Metric("energy", "energy distance of the pixels", "points:Energy", (Figure("energy", "energy distance"),),
+               takes="points", caption="pixels"),
+        Metric("on_mode", "share of points on a mode, of data with known modes", "points:OnMode",
+               (Figure("on_mode", "share on a mode", higher=True),), takes="points", caption="points"),
+    )
+}  # fmt: skip
+
+HUB_WEIGHTS = tuple(metric.hub[0] for metric in METRICS.values() if metric.hub)
+"""Names of weights that are folders of a hub's model, and no extractors."""
+
+# Of the cells of others too, as a comparison of any figures takes them.
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        *(figure for metric in METRICS.values() for figure in metric.figures),
+        Figure("mse", "MSE"),
+        Figure("accuracy", "accuracy", higher=True),
+    )
+}
+
+
+def class_at(home: str) -> Any:  # noqa: ANN401  (whatever class is there)
+    """Return the class at ``module:class``."""
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_names(metrics: Sequence[str]) -> None:
+    """Find metrics that do not exist.
+
+    Raises:
+        UserError: one of them, or no metric is named.
+    """
+    if not metrics:
+        raise UserError(f"no metric is named: expected some of {', '.join(METRICS)}.")
+    for metric in metrics:
+        if metric not in METRICS:
+            near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown metric {metric!r} among {tuple(METRICS)}: did you mean {near!r}?")
+
+
+def needed_networks(metrics: Sequence[str], extractor: str) -> list[str]:
+    """Return the extractors that metrics take their features of."""
+    taken = (METRICS[metric].takes for metric in metrics)
+    named = [extractor if network == CHOSEN else network for network in taken]
+    return list(dict.fromkeys(network for network in named if network in (*EXTRACTORS, extractor)))

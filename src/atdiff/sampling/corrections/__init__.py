@@ -1,0 +1,73 @@
+"""Training-free corrections of a sampler, one file each; :data:`atdiff.core.specs.FAMILIES` is their registry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.core.specs import CORRECTIONS, FAMILIES, NO_CORRECTION, CorrectionSpec, parse_correction
+from atdiff.sampling.corrections.correction import Correction, from_noise, realign, to_clean, to_noise
+from atdiff.sampling.corrections.dcw import WaveletCorrection
+from atdiff.sampling.corrections.epsilon_scaling import EpsilonScaling
+from atdiff.sampling.corrections.time_shift import TimeShift
+
+__all__ = [
+    "CORRECTIONS",
+    "GRIDS",
+    "Correction",
+    "CorrectionSpec",
+    "EpsilonScaling",
+    "TimeShift",
+    "WaveletCorrection",
+    "check_correction",
+    "from_noise",
+    "make_correction",
+    "parse_correction",
+    "realign",
+    "to_clean",
+    "to_noise",
+]
+
+GRIDS = {name: family.grid for name, family in FAMILIES.items()}
+"""The values of each family that a search tries."""
+
+
+def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | None:
+    """Return the correction of a spec; None where it changes nothing.
+
+    Args:
+        spec: see :func:`atdiff.core.specs.parse_correction`.
+        data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
+
+    Raises:
+        UserError: a bad spec or value, or one that is still to be searched for.
+    """
+    parsed = parse_correction(spec)
+    if parsed.search:
+        example = FAMILIES[parsed.family].example
+        raise UserError(f"correction {spec!r} is a search, which has no value yet; use {example!r}.")
+    return _build(parsed.family, parsed.values, data_variance)
+
+
+def check_correction(spec: str, schedule: NoiseSchedule | None = None) -> None:
+    """Find, before any compute, what is wrong with a spec, and whether it fits a noise schedule if one is given.
+
+    Raises:
+        UserError: as :func:`make_correction` does, but searches are welcome; or the correction does not fit.
+    """
+    parsed = parse_correction(spec)
+    values = (FAMILIES[parsed.family].grid[-1],) if parsed.search else parsed.values
+    correction = _build(parsed.family, values, 0.0)
+    if correction is not None and schedule is not None:
+        correction.check(schedule)
+
+
+def _build(family: str, values: Sequence[float], data_variance: float) -> Correction | None:
+    if family == NO_CORRECTION:
+        return None
+    module, _, name = FAMILIES[family].home.partition(":")
+    kind: type[Correction] = getattr(importlib.import_module(f"atdiff.sampling.corrections.{module}"), name)
+    correction = kind.of_values(values, data_variance)
+    return None if correction.is_neutral else correction

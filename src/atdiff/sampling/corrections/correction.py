@@ -1,0 +1,193 @@
+"""What every training-free correction of a sampler is, and the conversions of predictions that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.core.prediction import edm_preconditioning, to_x0
+
+__all__ = ["Correction", "from_noise", "realign", "to_clean", "to_noise", "wide_dtype"]
+
+
+class Correction:
+    """What a sampler changes at each evaluation of the network; this one changes nothing.
+
+    A subclass overrides what it needs: :meth:`shift` is asked before the network is evaluated (at all but the
+    first evaluation, whose ``x_T`` is exact), the correction itself is called with what the network said, and
+    :meth:`after_step` with where the step ended, if ``moves_steps`` is set.
+    """
+
+    moves_steps = False
+
+    @classmethod
+    def of_values(cls, values: Sequence[float], data_variance: float) -> Self:
+        """Return the correction of the numbers of a spec; ``data_variance`` is for the time shift."""
+        return cls(*values)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it changes nothing."""
+        return True
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Find, before any compute, what does not fit a noise schedule.
+
+        Raises:
+            UserError: the correction cannot be used with the schedule.
+        """
+
+    def shift(self, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Return the timesteps ``(B,)`` to evaluate the network at: ``timesteps`` itself where none moves.
+
+        The scheduler then steps from ``timesteps``, with the ``x0_hat`` and ``noise_hat`` that the prediction
+        implies at the returned ones; see :func:`realign`. Arguments as in :meth:`__call__`.
+        """
+        return timesteps
+
+    def __call__(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+    ) -> Tensor:
+        """Return the corrected prediction.
+
+        Args:
+            prediction: output of the network without any learned variance, ``(B, C, H, W)``.
+            x_t: ``alpha_t x0 + sigma_t noise`` of ``schedule``, ``(B, C, H, W)``.
+            timesteps: ``(B,)``, that the network was evaluated at, in the schedule's convention.
+            schedule: the forward process.
+            prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``.
+        """
+        return prediction
+
+    def after_step(self, x: Tensor, x0_hat: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Return the corrected end of a step.
+
+        Args:
+            x: what the scheduler's step from ``timesteps`` led to, ``(B, C, H, W)``, in its own coordinates.
+            x0_hat: what the network's (corrected) prediction at ``timesteps`` implies, clipped where the scheduler
+                clips, ``(B, C, H, W)``.
+            timesteps: ``(B,)``, where the step began.
+            schedule: the forward process.
+        """
+        return x
+
+
+def to_noise(
+    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
+) -> Tensor:
+    """Return the noise ``eps_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
+
+    From ``x_t = alpha x0_hat + sigma eps_hat``:
+
+    - ``epsilon``: the prediction;
+    - ``sample``: ``(x_t - alpha x0_hat) / sigma``;
+    - ``v_prediction``, ``v = alpha eps - sigma x0``: ``alpha v + sigma x_t``;
+    - ``flow``, ``v = eps - x0``: ``x_t + alpha v``;
+    - ``edm``, ``x0_hat = c_skip x_t + c_out F``: ``(x_t - x0_hat) / sigma``.
+    """
+    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
+    if prediction_type == "epsilon":
+        return prediction
+    if prediction_type == "sample":
+        return divide(x_t - alpha * prediction, sigma)
+    if prediction_type == "v_prediction":
+        return alpha * prediction + sigma * x_t
+    if prediction_type == "flow":
+        return x_t + alpha * prediction
+    assert prediction_type == "edm", prediction_type
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
+    return divide(x_t - c_skip * x_t - c_out * prediction, sigma)
+
+
+def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
+    """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`.
+
+    With ``x0_hat = (x_t - sigma noise) / alpha``:
+
+    - ``epsilon``: the noise;
+    - ``sample``: ``x0_hat``;
+    - ``v_prediction``: ``alpha noise - sigma x0_hat = (noise - sigma x_t) / alpha``;
+    - ``flow``: ``noise - x0_hat = (noise - x_t) / alpha``;
+    - ``edm``: ``(x0_hat - c_skip x_t) / c_out``.
+
+    Not finite where ``alpha = 0``: there ``x_t`` alone fixes the noise, and every prediction implies the
+    same.
+    """
+    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return (x_t - sigma * noise) / alpha
+    if prediction_type == "v_prediction":
+        return (noise - sigma * x_t) / alpha
+    if prediction_type == "flow":
+        return (noise - x_t) / alpha
+    assert prediction_type == "edm", prediction_type
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
+    return (x_t - sigma * noise - c_skip * x_t) / c_out
+
+
+def to_clean(
+    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
+) -> Tensor:
+    """Return the ``x0_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
+
+    Not finite where ``alpha = 0`` and noise is predicted.
+    """
+    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
+    if prediction_type != "edm":
+        return to_x0(prediction, x_t, alpha, sigma, prediction_type)
+    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
+    return c_skip * x_t + c_out * prediction
+
+
+def realign(
+    prediction: Tensor,
+    x_t: Tensor,
+    seen: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the prediction and the ``x`` at ``timesteps`` of the ``x0_hat`` and ``noise_hat`` seen elsewhere.
+
+    At ``seen``, the prediction splits ``x_t = alpha_s x0_hat + sigma_s noise_hat``. Returned are
+    ``x = alpha_t x0_hat + sigma_t noise_hat`` and the prediction that splits it into the same two, so that a
+    scheduler's step from ``x`` at ``timesteps`` is its step from ``x_t`` at ``seen``: for DDIM,
+    ``alpha' x0_hat + sigma' noise_hat`` whichever of them it starts from.
+
+    Args:
+        prediction: of the network at ``(x_t, seen)``, ``(B, C, H, W)``.
+        x_t: what the network was given, ``(B, C, H, W)``.
+        seen: ``(B,)``, with ``alpha > 0`` wherever it differs from ``timesteps``.
+        timesteps: ``(B,)``. Samples with ``seen == timesteps`` are returned as they are.
+        schedule: the forward process.
+        prediction_type: as in :meth:`Correction.__call__`.
+    """
+    wide_x = x_t.to(wide_dtype(x_t))
+    alpha_seen, sigma_seen = (expand(s, x_t).to(wide_x.dtype) for s in schedule(seen))
+    alpha, sigma = (expand(s, x_t).to(wide_x.dtype) for s in schedule(timesteps))
+    noise = to_noise(prediction.to(wide_x.dtype), wide_x, seen, schedule, prediction_type)
+    moved = alpha * (wide_x - sigma_seen * noise) / alpha_seen + sigma * noise
+    implied = from_noise(noise, moved, timesteps, schedule, prediction_type)
+    same = expand(seen == timesteps, x_t)
+    return (
+        torch.where(same, prediction, implied.to(prediction.dtype)),
+        torch.where(same, x_t, moved.to(x_t.dtype)),
+    )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the type to convert predictions in: float64 where the device has it."""
+    # Near t = T the way to the noise and back divides by a tiny alpha: float32 would not return what it was
+    # given. MPS has no float64.
+    return torch.float32 if x.device.type == "mps" else torch.float64
