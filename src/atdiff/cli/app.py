@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -57,6 +56,8 @@ class _Atdiff(click.Group):
 
 def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
+        import importlib.metadata  # takes a quarter of the time of --help
+
         click.echo(f"atdiff {importlib.metadata.version('atdiff')}")
         ctx.exit()
 
