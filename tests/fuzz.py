@@ -124,6 +124,7 @@ SAMPLERS = [
     "edm-euler",
     "flow-euler",
     "flow-heun",
+    "flow-unipc",
     "x",
     "",
     "ddim,x",
