@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.resources
+import inspect
 import json
 from typing import Any
 
+import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from atdiff.cli import _parser
+from atdiff.cli import COMMANDS
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -22,9 +23,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def commands_page() -> str:
     """Every command with its options."""
-    parser, _ = _parser()
-    (commands,) = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
-    about = {choice.dest: choice.help for choice in commands._choices_actions}
     lines = [
         "# Commands",
         "",
@@ -32,33 +30,16 @@ def commands_page() -> str:
         "file. Exit codes: 0 done; 2 a mistake of yours (one sentence, nothing written); 75 stopped, all saved; 1 the "
         "disk failed or losses were not finite, the last good checkpoint kept; 130 Ctrl-C outside of training.",
     ]
-    for name, command in commands.choices.items():
-        lines += ["", f"## atdiff {name}", f"{_sentence(about[name])}", "", "| argument | |", "|---|---|"]
-        for action in command._actions:
-            if action.dest != "help":
-                lines.append(f"| `{_name(action)}` | {_help(action)} |")
-        if name in ("train", "study"):
+    for name, command in COMMANDS.items():
+        context = click.Context(command, info_name=f"atdiff {name}")
+        lines += ["", f"## atdiff {name}", "", inspect.cleandoc(command.help or ""), ""]
+        lines += ["```bash", *command.examples, "```", "", "| argument | |", "|---|---|"]
+        for option in command.params:
+            shown = option.get_help_record(context) or (option.human_readable_name, "")
+            lines.append("| `{}` | {} |".format(*(text.replace("|", "\\|") for text in shown)))
+        if command.takes_settings:
             lines.append("| `--any.key VALUE` | a setting of the recipe; see [Recipe keys](recipe-keys.md) |")
     return "\n".join(lines) + "\n"
-
-
-def _name(action: argparse.Action) -> str:
-    if not action.option_strings:
-        metavar = action.metavar or action.dest
-        return str(metavar).upper()
-    flag = ", ".join(action.option_strings)
-    value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar or action.dest.upper()
-    return flag if action.nargs == 0 or action.const is not None else f"{flag} {value}"
-
-
-def _help(action: argparse.Action) -> str:
-    text = (action.help or "") % {"default": action.default}
-    required = "required" if action.required and action.option_strings else ""
-    return "; ".join(filter(None, (text, required))).replace("|", "\\|")
-
-
-def _sentence(text: str | None) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def keys_page() -> str:

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atdiff.cli import main as atdiff
-from atdiff.study.study import recipe as recipes
+from atdiff.study import recipe as recipes
 
 Words = list[str]
 
@@ -124,6 +124,7 @@ SAMPLERS = [
     "edm-euler",
     "flow-euler",
     "flow-heun",
+    "flow-unipc",
     "x",
     "",
     "ddim,x",
@@ -356,8 +357,6 @@ class Place:
         try:
             with self._here(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
                 code = atdiff(words)
-        except SystemExit as left:  # --help and --version
-            code = int(left.code or 0)
         finally:
             self._outside = None
         self.codes[code] += 1

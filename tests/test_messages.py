@@ -30,6 +30,7 @@ from atdiff.system.locate import check_run, hub_failure, is_hub_id
 from conftest import small_unet
 
 HEAVY = (
+    "numpy",
     "torch",
     "diffusers",
     "transformers",
@@ -44,11 +45,7 @@ LIGHT = f"""
 import json, sys
 from atdiff.cli import main
 for words in json.load(sys.stdin):
-    try:
-        code = main(words)
-    except SystemExit as stop:
-        code = stop.code
-    print("CODE", code)
+    print("CODE", main(words))
     print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
 """
 # Each with its exit code.

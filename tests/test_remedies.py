@@ -15,7 +15,7 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from atdiff.cli import _COMMANDS, _parser, main
+from atdiff.cli import COMMANDS, main
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.study.recipe import StudyConfig, dotted_keys
 from atdiff.training.config import TrainConfig
@@ -71,7 +71,7 @@ def test_the_messages_are_found() -> None:
 
 
 def test_options_that_messages_name_exist() -> None:
-    own = {option for options in _parser()[1].values() for option in options} | {"--version"}
+    own = {option for command in COMMANDS.values() for option in command.spellings} | {"--version"}
     found = _named(r"(?<![\w-])--[a-z][\w.-]*\w")
     assert len(found) > 30
     for option, message in found:
@@ -99,7 +99,7 @@ def test_commands_that_messages_name_exist() -> None:
     found = _named(r"`atdiff ([\w-]+)")
     assert len(found) > 5
     for command, message in found:
-        assert command in _COMMANDS, message
+        assert command in COMMANDS, message
 
 
 def test_extras_that_messages_name_exist() -> None:

@@ -249,6 +249,7 @@ def test_iddpm_on_gaussian_data(steps: int) -> None:
         ("heun", _training_scheduler(clip_sample=False, prediction_type="v_prediction")),
         ("flow-heun", FlowMatchEulerDiscreteScheduler()),
         ("flow-heun", FlowMatchEulerDiscreteScheduler(shift=2.0)),
+        ("flow-unipc", FlowMatchEulerDiscreteScheduler()),
         ("dpmsolver++", EDMEulerScheduler()),
     ],
 )
@@ -534,6 +535,7 @@ def test_one_step_where_it_makes_sense(sampler: str) -> None:
     training = {
         "flow-euler": FlowMatchEulerDiscreteScheduler(),
         "flow-heun": FlowMatchEulerDiscreteScheduler(),
+        "flow-unipc": FlowMatchEulerDiscreteScheduler(),
         "edm-euler": EDMEulerScheduler(),
         "consistency": CMStochasticIterativeScheduler(),
     }.get(sampler, _training_scheduler())

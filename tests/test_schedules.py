@@ -130,6 +130,8 @@ def test_what_spaces_the_steps_of_a_flow_is_read(settings: dict[str, Any]) -> No
     ("sampler", "training", "steps", "message"),
     [
         ("flow-heun", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5, "use_dynamic_shifting=True"),
+        ("flow-unipc", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5, "use_dynamic_shifting=True"),
+        ("flow-unipc", FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), 5, "shift_terminal=0.1"),
         ("flow-heun", FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), 5, "shift_terminal=0.1"),
         ("flow-heun", FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), 5, "use_karras_sigmas=True"),
         ("flow-euler", UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True), 5, "use_karras_sigmas=True"),
@@ -249,6 +251,25 @@ def test_a_correction_of_steps_is_told_where_each_began(sampler: str, training: 
     x = torch.randn(1, 1, 4, 4) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     list(denoise_steps(lambda x, t: x.tanh(), scheduler, x, correction=spy))
     assert [t for t, _ in spy.told] == (begins[:-1] if twice else begins)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_unipc_takes_the_steps_of_flow_euler_as_diffusers_own_solver_does(shift: float) -> None:
+    """Told the same noise levels, diffusers' UniPC of flows makes the same images."""
+    training = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ours, euler = (make_scheduler(sampler, training, 6) for sampler in ("flow-unipc", "flow-euler"))
+    torch.testing.assert_close(ours.sigmas, euler.sigmas, atol=2e-6, rtol=0.0)
+    torch.testing.assert_close(ours.timesteps, euler.timesteps)
+    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    theirs.set_timesteps(6)
+    theirs.sigmas = ours.sigmas.clone()
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    here = there = x
+    for i, (t, whole) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        velocity = here.tanh() * (1 + i)
+        here = ours.step(velocity, t, here).prev_sample
+        there = theirs.step(velocity, whole, there).prev_sample
+        assert torch.equal(here, there)
 
 
 def test_dcw_under_flow_heun_by_hand() -> None:

@@ -1,5 +1,5 @@
 """The command ``atdiff``."""
 
-from atdiff.cli.app import main
+from atdiff.cli.app import COMMANDS, EXIT_STOPPED, main
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "EXIT_STOPPED", "main"]

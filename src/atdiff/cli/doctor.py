@@ -1,4 +1,4 @@
-"""What this machine has for atdiff: versions, devices, weights, and what is missing for which command."""
+"""``atdiff doctor``: what this machine has for atdiff, and what is missing for which command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from atdiff.cli.command import command
 
-from atdiff.metrics.registry import EXTRACTORS
-from atdiff.system.files import cache_folder
-from atdiff.system.locate import URLS, weights_file
-
-__all__ = ["Finding", "findings", "show"]
+__all__ = ["Finding", "doctor", "findings"]
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "accelerate", "transformers", "peft", "datasets", "torch-fidelity",
@@ -56,8 +49,17 @@ def findings() -> list[Finding]:
     return [*_versions(), *_devices(), *_weights(), *_extras()]
 
 
-def show(console: Console) -> None:
-    """Print the findings as a table."""
+@command(
+    "doctor",
+    "show versions, devices, weights, and what is missing for which command",
+    examples=["", "> doctor.txt"],
+)
+def doctor() -> None:
+    """Show versions, devices, the cache and weights, and what is missing for which command; nothing is downloaded."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
     table = Table("", "", Column("found", overflow="fold"))  # addresses are there to be copied whole
     section = None
     for one in findings():
@@ -66,7 +68,8 @@ def show(console: Console) -> None:
         name = one.section if one.section != section else ""
         table.add_row(name, Text(one.name), Text(one.found), style="yellow" if one.missing else None)
         section = one.section
-    console.print(table)
+    # Not cut to 80 columns where the output is a file that is sent along with a question.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _version(package: str) -> str | None:
@@ -86,6 +89,8 @@ def _versions() -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
+    import torch
+
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
     found = [Finding("devices", "CPU", threads)]
     for i in range(torch.cuda.device_count()):
@@ -100,6 +105,12 @@ def _devices() -> list[Finding]:
 
 def _weights() -> list[Finding]:
     """Weights of the feature networks: downloaded at first use, or given with ``--weights``."""
+    import torch
+
+    from atdiff.metrics.registry import EXTRACTORS
+    from atdiff.system.files import cache_folder
+    from atdiff.system.locate import URLS, weights_file
+
     folder = cache_folder()
     parent = next(one for one in (folder, *folder.parents) if one.exists())
     writable = os.access(parent, os.W_OK)
@@ -108,8 +119,9 @@ def _weights() -> list[Finding]:
             "weights", "cache", f"{folder}{'' if writable else ' cannot be written: set ATDIFF_CACHE'}", not writable
         )
     ]
-    trained = (name for name, extractor in EXTRACTORS.items() if extractor.trained)
-    found += [Finding("weights", name, "trained at first use, in seconds") for name in trained]
+    found += [
+        Finding("weights", name, "trained at first use, in seconds") for name, one in EXTRACTORS.items() if one.trained
+    ]
     for name, url in URLS.items():
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()

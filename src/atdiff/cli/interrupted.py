@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,23 +10,22 @@ __all__ = ["after_interruption"]
 NOTHING = "nothing is saved, and the same command starts over."
 
 
-def after_interruption(args: argparse.Namespace | None) -> str:
+def after_interruption(command: str | None, out: Path | None) -> str:
     """Return, for a person who has pressed Ctrl-C, what the command has saved and what the same command will do."""
-    out = getattr(args, "out", None)
-    if args is None or out is None:
+    if out is None:
         return "nothing is saved."
-    if args.command == "train":
+    if command == "train":
         return _of_run(out)
-    if args.command in ("study", "quickstart"):
+    if command in ("study", "quickstart"):
         return _of_study(out)
-    if args.command == "evaluate":
+    if command == "evaluate":
         return _of_figures([out], "cells")
-    if args.command == "compare":
+    if command == "compare":
         folder = out.with_suffix("")
         files = [folder / name for name in ("mismatch.json", "robustness.json", "directions.json")]
         return _of_figures([out.with_suffix(".cells.json"), *files], "cells and measurements")
-    if args.command in ("mismatch", "robustness"):
-        names = ["mismatch.json"] if args.command == "mismatch" else ["robustness.json", "directions.json"]
+    if command in ("mismatch", "robustness"):
+        names = ["mismatch.json"] if command == "mismatch" else ["robustness.json", "directions.json"]
         return _of_figures([out / name for name in names], "measurements")
     return NOTHING
 

@@ -49,5 +49,5 @@ MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
 PRECISIONS = ("no", "bf16", "fp16")
 SAMPLERS = (
     "iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun", "flow-euler", "flow-heun",
-    "edm-euler", "lcm", "consistency",
+    "flow-unipc", "edm-euler", "lcm", "consistency",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -275,6 +275,24 @@ class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
 
 
+class EvenFlowUniPCScheduler(UniPCMultistepScheduler):
+    """UniPC of order 2 on the steps of :class:`EvenFlowMatchEulerScheduler`. (`<https://arxiv.org/abs/2302.04867>`_)
+
+    diffusers spaces the steps of a flow down to t = 0.001, and cuts their timesteps to whole numbers. The solver, not
+    the network, takes t = 1 for a millionth less, since logSNR is not finite there.
+    """
+
+    config: Any
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps and the noise levels, and forget all previous steps."""
+        super().set_timesteps(num_inference_steps, device=device)  # type: ignore[misc]
+        even = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps, dtype=torch.float64)
+        sigmas = self.config.flow_shift * even / (1.0 + (self.config.flow_shift - 1.0) * even)
+        self.timesteps = (sigmas * self.config.num_train_timesteps).float().to(device)
+        self.sigmas = torch.cat([sigmas.clamp(max=1.0 - 1e-6), sigmas.new_zeros(1)]).float()
+
+
 _COPIED = (
     "num_train_timesteps", "prediction_type",  # all
     "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",  # vp
@@ -307,10 +325,14 @@ _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"
 
 def _flow(sampler: str, cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
     """Build a sampler of flows that makes its steps as the network's scheduler says, or refuse what it cannot."""
-    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    known: Collection[str] = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    config, shift = training_scheduler.config, flow_shift(training_scheduler)
     is_solver = own_setting(training_scheduler, "flow_shift") is not None
-    options = _options(cls, training_scheduler) | {"shift": flow_shift(training_scheduler)}
-    config = training_scheduler.config
+    if "use_flow_sigmas" in known:  # a solver, whose steps are even and shifted, no more
+        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        options["num_train_timesteps"], known = config.num_train_timesteps, ()
+    else:
+        options = _options(cls, training_scheduler) | {"shift": shift}
     options |= {name: config[name] for name in _DYNAMIC if name in known and name in config}
     for name, neutral in _FLOW_STEPS.items():
         value = own_setting(training_scheduler, name)
@@ -395,6 +417,7 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "heun": {"vp": partial(_solver, LogSNRHeunScheduler)},
     "flow-euler": {"flow": partial(_flow, "flow-euler", EvenFlowMatchEulerScheduler)},
     "flow-heun": {"flow": partial(_flow, "flow-heun", EvenFlowMatchHeunScheduler)},
+    "flow-unipc": {"flow": partial(_flow, "flow-unipc", EvenFlowUniPCScheduler)},
     "edm-euler": {"edm": partial(_edm, EDMEulerScheduler)},
     "lcm": {"vp": partial(_plain, LCMScheduler)},
     "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
@@ -426,6 +449,7 @@ def make_scheduler(
     ``heun``           vp        even in logSNR                                          2 steps - 1
     ``flow-euler``     flow      even in t, then shifted                                 steps
     ``flow-heun``      flow      even in t, then shifted                                 2 steps - 1
+    ``flow-unipc``     flow      order 2, even in t, then shifted                        steps
     ``edm-euler``      edm       Karras' spacing                                         steps
     ``lcm``            vp        of a consistency model: even on its grid, new noise      steps
     ``consistency``    edm       of a consistency model: even on its grid, new noise      steps

@@ -1,0 +1,25 @@
+"""``atdiff completion``."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+from atdiff.cli.command import command
+
+__all__ = ["VARIABLE", "completion"]
+
+VARIABLE = "_ATDIFF_COMPLETE"  # by which the script asks atdiff what a word may be
+
+
+@command(
+    "completion",
+    "print the script that completes atdiff's words in a shell",
+    examples=["bash >> ~/.bashrc", "zsh >> ~/.zshrc", "fish > ~/.config/fish/completions/atdiff.fish"],
+)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")), metavar="SHELL")
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options, settings and names of atdiff in SHELL: bash, zsh or fish."""
+    kind = get_completion_class(shell)
+    assert kind is not None, shell
+    print(kind(click.get_current_context().find_root().command, {}, "atdiff", VARIABLE).source())

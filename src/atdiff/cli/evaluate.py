@@ -1,0 +1,51 @@
+"""``atdiff evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atdiff.cli import options
+from atdiff.cli.command import command
+from atdiff.cli.evaluation import Evaluation, add_evaluation
+
+__all__ = ["evaluate"]
+
+
+@command(
+    "evaluate",
+    "compute metrics of runs for every sampler and number of steps",
+    examples=[
+        "runs/plain runs/at --steps 5,10,20 --out cells.json",
+        "runs/at --samplers ddim,dpmsolver++ --corrections none,dcw:search --seeds 0,1,2 --out cells.json",
+        "my-pipeline --data my-images --extractor inception-v3-compat --metrics fid,kid --num 50000 --out cells.json",
+    ],
+    many_processes=True,
+)
+@options.runs()
+@add_evaluation
+@options.several("seeds/seed", "of the noise that samples start from", kind=int, default="0")
+@options.out("a .json file; an existing one is resumed")
+def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ...], out: Path) -> None:
+    """Compute metrics of every RUN for each cell: sampler, correction, number of steps and seed.
+
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. Cells that the file holds already are not
+    computed again.
+    """
+    from atdiff.measure.entries import read_cells
+    from atdiff.study.preflight import check_runs
+
+    asked = evaluation.checked(out, seeds)
+    read_cells(out)
+    check_runs(runs, asked["data"], with_data=not out.exists(), variant=asked["variant"])
+    from rich.console import Console
+
+    from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+    from atdiff.measure.progress import cell_progress
+    from atdiff.report.tables import cells_table
+    from atdiff.system.processes import device, is_main
+
+    with cell_progress(show=is_main()) as notify:
+        cells = evaluate_runs(runs, EvaluationConfig(**asked), out, device=device(), notify=notify)
+    if is_main():
+        Console().print(cells_table(cells))
+        print(f"{len(cells)} cells in {out}")

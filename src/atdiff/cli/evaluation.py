@@ -1,0 +1,85 @@
+"""What ``evaluate`` and ``compare`` are told of how runs are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from atdiff.cli import options
+from atdiff.core.choices import SAMPLERS
+from atdiff.core.specs import CORRECTIONS
+from atdiff.metrics.registry import METRICS
+
+__all__ = ["Evaluation", "add_evaluation"]
+
+_OPTIONS: options.Decorator = options.shared(
+    options.several("samplers/sampler", f"from {', '.join(SAMPLERS)}", known=SAMPLERS, unset=options.DEFAULT_SAMPLER),
+    options.several("steps/step", "numbers of sampling steps", kind=int, default="5,10,20"),
+    options.number("--num", 2048, "samples per cell"),
+    options.several("metrics/metric", f"from {', '.join(METRICS)}", known=METRICS, default="fid,prc"),
+    options.several(
+        "corrections/correction",
+        f"{options.CORRECTION}; :search as the value has it chosen on held-out noise",
+        known=CORRECTIONS,
+        default="none",
+    ),
+    options.number("--search-num", 1024, "samples per search"),
+    options.prompts,
+    options.guidance,
+    options.features,
+    options.variant,
+    options.inference,
+)
+_NAMES = (
+    "samplers", "steps", "num", "metrics", "corrections", "search_num", "prompts", "guidance_scale", "extractor",
+    "weights", "data", "variant", "precision", "compile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How runs are evaluated.
+
+    Attributes:
+        options: the arguments of an :class:`atdiff.measure.cells.EvaluationConfig`, less the seeds.
+        given: whether any of them was on the command line.
+    """
+
+    options: dict[str, Any]
+    given: bool
+
+    def checked(self, out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Return the arguments of an ``EvaluationConfig``, after what is wrong with them is found.
+
+        Raises:
+            UserError: a name that does not exist, a number out of range, or weights that cannot be had.
+        """
+        from atdiff.study.preflight import check_drawing, check_metrics_of
+
+        asked = {**self.options, "seeds": seeds}
+        drawn = {name: asked[name] for name in ("steps", "num", "seeds", "corrections", "precision", "guidance_scale")}
+        check_drawing(samplers=asked["samplers"] or (), **drawn)
+        # A file that is there may hold all that is asked for.
+        networks = {"with_networks": not out.exists(), "with_prompts": asked["prompts"] is not None}
+        check_metrics_of(asked["metrics"], asked["extractor"], asked["weights"], **networks)
+        return asked
+
+
+def add_evaluation(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of an :class:`Evaluation`, which is passed on as ``evaluation``."""
+
+    @wraps(function)
+    def with_evaluation(reading: Any, **asked: Any) -> None:  # noqa: ANN401
+        source = click.get_current_context().get_parameter_source
+        given = any(source(name) is ParameterSource.COMMANDLINE for name in _NAMES) or bool(reading.asked)
+        found = {name: asked.pop(name) for name in _NAMES} | {"reading": reading}
+        found["weights"] = options.weights_files(found["weights"], found["extractor"])
+        function(evaluation=Evaluation(found, given), **asked)
+
+    return _OPTIONS(with_evaluation)

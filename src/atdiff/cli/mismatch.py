@@ -1,0 +1,60 @@
+"""``atdiff mismatch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from atdiff.cli import options
+from atdiff.cli.command import command
+
+__all__ = ["mismatch"]
+
+
+@command(
+    "mismatch",
+    "compare the distribution of x_t in sampling with that in training",
+    examples=["runs/plain runs/at --steps 10 --out mismatch"],
+)
+@options.runs()
+@options.sampler
+@options.one("steps", "number of sampling steps", kind=int, default=10)
+@options.number("--num", 2048, "number of samples")
+@options.one("seed", "of the samples, and of the images and the noise that they are compared with", kind=int, default=0)
+@options.correction
+@options.prompts
+@options.features
+@options.variant
+@options.out("a folder; an existing one is resumed")
+def mismatch(runs: tuple[str, ...], extractor: str, weights: tuple[str, ...], out: Path, **asked: Any) -> None:  # noqa: ANN401
+    """Compare x_t of the sampling trajectories of every RUN with truly noised images, at each noise level.
+
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. With --extractor none, no features of the
+    estimated images are compared.
+    """
+    from atdiff.measure.entries import read_entries
+    from atdiff.study.preflight import check_drawing, check_metrics_of, check_runs
+
+    check_drawing(
+        samplers=() if asked["sampler"] is None else (asked["sampler"],),
+        steps=(asked["steps"],),
+        num=asked["num"],
+        seeds=(asked["seed"],),
+        corrections=(asked["correction"],),
+    )
+    entries = read_entries(out / "mismatch.json")
+    files = options.weights_files(weights, extractor)
+    if extractor != "none":
+        check_metrics_of(("fid",), extractor, files, with_networks=not entries)
+    check_runs(runs, asked["data"], with_data=not entries, variant=asked["variant"])
+    from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
+    from atdiff.measure.progress import cell_progress
+    from atdiff.report.measured import save_measured
+    from atdiff.system.processes import device
+
+    network = None if extractor == "none" else extractor
+    config = MismatchConfig(extractor=network, weights=files.get(extractor), **asked)
+    with cell_progress("batches") as notify:
+        found = mismatch_of_runs(runs, config, out, device=device(), notify=notify)
+    save_measured("mismatch", found, out)
+    print(f"{out / 'mismatch.png'}\n{out / 'mismatch.json'}")

@@ -1,0 +1,263 @@
+"""Options that several commands share, and the values that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+from click.shell_completion import CompletionItem
+
+from atdiff.core.choices import PRECISIONS, SAMPLERS, Crop, Unreadable
+from atdiff.core.errors import UserError
+from atdiff.core.specs import CORRECTIONS, EXAMPLES
+from atdiff.data.reading import DataOptions
+from atdiff.metrics.registry import EXTRACTORS
+
+__all__ = [
+    "CORRECTION", "DEFAULT_SAMPLER", "Decorator", "One", "Prompts", "Recipe", "Several", "Word", "correction",
+    "features", "guidance", "inference", "interval", "jobs", "number", "one", "option", "out", "prompts", "reading",
+    "recipe", "runs", "sampler", "several", "shared", "variant", "weights_files",
+]  # fmt: skip
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+
+class Word(click.ParamType):
+    """A word of which some are known, and completed; whether it is one of these is checked with everything else."""
+
+    name = "word"
+
+    def __init__(self, known: Sequence[str] = (), kind: type = str) -> None:
+        self.known, self.kind = known, kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete the word, or the last of several."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{word}") for word in self.known if word.startswith(last)]
+
+
+class One(Word):
+    """One value, where other commands take several."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """Return the value.
+
+        Raises:
+            UserError: it is a list.
+        """
+        if param is not None and ctx is not None and isinstance(value, str) and "," in value:
+            option, first = param.opts[0], value.split(",")[0]
+            raise UserError(
+                f"{option} {value} names several, and `atdiff {ctx.command.name}` takes one: use {option} {first}."
+            )
+        return click.types.convert_type(self.kind).convert(value, param, ctx)
+
+
+class Several(Word):
+    """Values that are separated by commas, as a tuple."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
+        """Return the values.
+
+        Raises:
+            UserError: there are none, or they are of another kind.
+        """
+        if isinstance(value, tuple):
+            return value
+        try:
+            values = tuple(self.kind(word) for word in str(value).split(",") if word)
+        except ValueError:
+            values = ()
+        if not values:
+            option = param.opts[0] if param is not None else "value"
+            raise UserError(f"{option} {value!r} must be a comma-separated list of {self.kind.__name__} values.")
+        return values
+
+
+class Prompts(click.ParamType):
+    """A text file with one prompt per line, as a tuple of prompts."""
+
+    name = "file"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete a file."""
+        return [CompletionItem(incomplete, type="file")]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
+        """Return the prompts.
+
+        Raises:
+            UserError: there are none, or the file cannot be read.
+        """
+        if isinstance(value, tuple):
+            return value
+        try:
+            lines = Path(value).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {value} cannot be read ({error}): expected one prompt per line.") from None
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if not prompts:
+            raise UserError(f"--prompts {value} is empty: expected one prompt per line.")
+        return prompts
+
+
+class Recipe(click.ParamType):
+    """A bundled recipe by name, or a YAML file."""
+
+    name = "recipe"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete the name, or else a file."""
+        from atdiff.study.recipe import bundled_recipes
+
+        names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+def shared(*options: Decorator) -> Decorator:
+    """Return one decorator for several, which help lists in this order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def option(
+    *names: str, help: str, type: Any = None, metavar: str = "NAME", default: object = None, unset: str = ""  # noqa: ANN401
+) -> Decorator:  # fmt: skip
+    """Return an option whose help tells its default, or in words what happens ``unset``."""
+    shown = unset or default is not None
+    return click.option(*names, help=help, type=type, metavar=metavar, default=default, show_default=shown)
+
+
+def number(name: str, default: int, help: str) -> Decorator:
+    """Return an option that takes a whole number."""
+    return option(name, help=help, type=int, metavar="N", default=default)
+
+
+def one(
+    name: str, help: str, *, kind: type = str, known: Sequence[str] = (), default: object = None, unset: str = ""
+) -> Decorator:
+    """Return an option that takes one value, under its plural (or singular) too: some commands take several."""
+    names = f"--{name}", f"--{name[:-1] if name.endswith('s') else f'{name}s'}", name
+    metavar = "N" if kind is int else "NAME"
+    return option(*names, help=help, type=One(known, kind), metavar=metavar, default=default, unset=unset)
+
+
+def several(
+    names: str, help: str, *, kind: type = str, known: Sequence[str] = (), default: object = None, unset: str = ""
+) -> Decorator:
+    """Return an option that takes values separated by commas, under both of its ``names``: ``seeds/seed``."""
+    plural, singular = names.split("/")
+    metavar = {int: "N[,N...]", float: "X[,X...]"}.get(kind, "NAME[,NAME...]")
+    return option(
+        f"--{plural}", f"--{singular}", plural,
+        help=help, type=Several(known, kind), metavar=metavar, default=default, unset=unset,
+    )  # fmt: skip
+
+
+def runs(metavar: str = "RUN...") -> Decorator:
+    """Return the argument of runs: training folders, pipeline folders or hub ids."""
+    return click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar=metavar)
+
+
+def out(help: str, default: Path | None = None) -> Decorator:
+    """Return the option of where a command writes, which it must be told unless there is a default."""
+    # Not "default=None", which click takes for a value.
+    more: dict[str, Any] = {"required": True} if default is None else {"default": default, "show_default": True}
+    return click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help=help, **more)
+
+
+DEFAULT_SAMPLER = "ddim; Euler for flows and EDM, and for consistency models their own"
+CORRECTION = f"correction of the sampler: none, {', '.join(EXAMPLES.values())}, or another value of these"
+recipe = click.argument("recipe", type=Recipe(), metavar="RECIPE")
+sampler = one("sampler", f"one of {', '.join(SAMPLERS)}", known=SAMPLERS, unset=DEFAULT_SAMPLER)
+correction = one("correction", CORRECTION, known=CORRECTIONS, default="none")
+prompts = option(
+    "--prompts",
+    help="of text-to-image pipelines: a text file with one prompt per line, or one line per class",
+    type=Prompts(), metavar="FILE", unset="the prompts of the training",
+)  # fmt: skip
+interval = option(
+    "--interval",
+    help="of confidence over the seeds: t (Student) or bootstrap (percentiles)",
+    type=click.Choice(("t", "bootstrap")), metavar="NAME", default="t",
+)  # fmt: skip
+jobs = option(
+    "--jobs", help="processes that train at once", type=int, metavar="N", unset="one per core, or one with a GPU"
+)
+guidance = option(
+    "--guidance-scale",
+    help="of pipelines of latents, as diffusers counts it: 0 or 1 for none (turbo models), or what Flux is told",
+    type=float, metavar="X", unset="that of the training, or the pipeline's usual one",
+)  # fmt: skip
+variant = option("--variant", help="of a saved pipeline's weights, such as fp16", unset="the plain or only ones")
+inference = shared(
+    option("--precision", help=f"of the network, one of {', '.join(PRECISIONS)} (no: float32)", type=Word(PRECISIONS),
+           default="no"),
+    click.option("--compile", is_flag=True, help="run the network through torch.compile: pays off for many samples"),
+)  # fmt: skip
+
+
+def _reading(name: str, help: str, metavar: str = "NAME", type: type | click.ParamType | None = None) -> Decorator:
+    """Return an option that is called as the setting of training too."""
+    names = f"--{name.replace('_', '-')}", f"--data.{name}", name
+    return option(*names, help=help, type=type, metavar=metavar, unset="as in training")
+
+
+def reading(images: str) -> Decorator:
+    """Return the options of which ``images`` are taken and how they are read: ``data`` and ``reading``."""
+    options = shared(
+        option("--data", help=f"{images}: a folder, a file or a data set", unset="the training data of the run"),
+        _reading("split", "which split of the data set"),
+        _reading("image_size", "crop and resize to so many pixels", "N", int),
+        _reading("channels", "1 (greyscale) or 3 (RGB)", "N", int),
+        _reading("crop", f"way of cropping, {' or '.join(get_args(Crop))}", type=Word(get_args(Crop))),
+        _reading("background", "colour that transparent pixels are composed on", "COLOUR"),
+        _reading("image_column", "column of images, in a table"),
+        _reading("label_column", "column of labels, in a table"),
+        _reading("caption_column", "column of captions, in a table; for latent pipelines"),
+        _reading(
+            "unreadable",
+            f"what to do with files that are no images: {' or '.join(get_args(Unreadable))}",
+            type=Word(get_args(Unreadable)),
+        ),
+    )
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def with_reading(**asked: Any) -> Any:  # noqa: ANN401
+            read = {field.name: asked.pop(field.name) for field in fields(DataOptions)}
+            return function(reading=DataOptions(**read), **asked)
+
+        return options(with_reading)
+
+    return decorate
+
+
+features = shared(
+    option(
+        "--extractor",
+        help=f"feature network, one of {', '.join(EXTRACTORS)}",
+        type=Word(EXTRACTORS), default="digits-classifier",
+    ),
+    click.option(
+        "--weights", multiple=True, metavar="[NAME=]FILE",
+        help="local weights of an extractor; may be given several times  [default: downloaded at first use]",
+    ),
+    reading("reference images"),
+)  # fmt: skip
+
+
+def weights_files(words: Sequence[str], extractor: str) -> dict[str, Path]:
+    """Return weights files by extractor; a file without a name is that of the chosen extractor."""
+    parted = (word.rpartition("=") for word in words)
+    return {name or extractor: Path(path) for name, _, path in parted}

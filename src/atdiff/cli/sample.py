@@ -1,0 +1,98 @@
+"""``atdiff sample``."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atdiff.cli import options
+from atdiff.cli.command import command
+from atdiff.core.errors import UserError
+
+__all__ = ["sample"]
+
+
+@command(
+    "sample",
+    "draw samples from a run",
+    examples=[
+        "runs/at --steps 5 --out samples.png",
+        "runs/at --sampler dpmsolver++ --steps 10 --num 50000 --out samples.npz",
+        "stabilityai/sd-turbo --prompts prompts.txt --guidance-scale 0 --steps 1 --num 8 --out samples",
+    ],
+    many_processes=True,
+)
+@click.argument("run", type=click.Path(), metavar="RUN")
+@options.sampler
+@options.one("steps", "number of sampling steps", kind=int, default=20)
+@options.number("--num", 64, "number of samples")
+@options.one("seed", "of the noise of all samples", kind=int, default=0)
+@options.number("--batch-size", 256, "samples drawn at once")
+@options.option(
+    "--class-label", help="name of a class or a prompt, or else its number from 0", metavar="LABEL", unset="all in turn"
+)
+@options.prompts
+@options.correction
+@options.guidance
+@options.variant
+@options.inference
+@options.out("a .png grid, an .npz array, or a new folder")
+def sample(
+    run: str,
+    sampler: str | None,
+    class_label: str | None,
+    prompts: tuple[str, ...] | None,
+    correction: str,
+    guidance_scale: float | None,
+    variant: str | None,
+    precision: str,
+    compile: bool,
+    out: Path,
+    **drawn: Any,  # noqa: ANN401  (steps, num, seed, batch_size)
+) -> None:
+    """Draw samples from RUN: a training folder, a diffusers pipeline folder, or a hub id."""
+    from atdiff.study.preflight import check_drawing, check_runs
+    from atdiff.system.files import check_images_path
+
+    check_images_path(out)
+    check_drawing(
+        samplers=() if sampler is None else (sampler,),
+        steps=(drawn["steps"],),
+        num=drawn["num"],
+        seeds=(drawn["seed"],),
+        corrections=(correction,),
+        precision=precision,
+        guidance_scale=guidance_scale,
+    )
+    check_runs([run], with_data=False, variant=variant)
+    from atdiff.pipelines.model import load_denoiser
+    from atdiff.pipelines.text_to_image import TextToImage
+    from atdiff.sampling.corrections import make_correction
+    from atdiff.sampling.generate import save_images
+    from atdiff.sampling.schedulers import default_sampler
+    from atdiff.system.processes import device, is_main
+
+    corrected = make_correction(correction)
+    denoiser = load_denoiser(run, variant=variant, guidance_scale=guidance_scale)
+    if prompts is not None:
+        if not isinstance(denoiser, TextToImage):
+            raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
+        denoiser = replace(denoiser, prompts=prompts)
+    denoiser = denoiser.prepared(precision=precision, compile=compile, device=device())
+    batches = denoiser.pictures(
+        sampler=sampler or default_sampler(denoiser.scheduler),
+        label=None if class_label is None else denoiser.label_of(class_label),
+        correction=corrected,
+        device=device(),
+        progress=is_main(),
+        **drawn,
+    )
+    if is_main():
+        save_images(batches, out)
+        print(f"{drawn['num']} samples in {out}")
+    else:
+        deque(batches, maxlen=0)

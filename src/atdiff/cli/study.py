@@ -1,0 +1,51 @@
+"""``atdiff study``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from atdiff.cli import options
+from atdiff.cli.command import Invocation, command
+from atdiff.core.errors import UserError
+
+__all__ = ["run_recipe", "study"]
+
+
+@command(
+    "study",
+    "run a recipe: base model, arms at equal passes, table and report",
+    examples=["toy-mixture --out runs/toy", "digits-v --out runs/digits --study.seeds [0] --training.passes 500"],
+    takes_settings=True,
+)
+@options.recipe
+@options.out("folder of the study; an existing one is resumed, and widened where more is asked for")
+@options.interval
+@options.jobs
+@click.pass_obj
+def study(invocation: Invocation, recipe: str, out: Path, interval: str, jobs: int | None, settings: list[str]) -> None:
+    """Train the base model and every arm of RECIPE at equal passes, evaluate them, and write a table and a report.
+
+    RECIPE is a bundled recipe or a YAML file. Settings follow, such as --training.passes 500 for every run or
+    --study.num 512 for the evaluation.
+    """
+    run_recipe(recipe, out, invocation.line, interval=interval, jobs=jobs, settings=settings)
+
+
+def run_recipe(
+    name: str, out: Path, line: str, *, interval: str = "t", jobs: int | None = None, settings: Sequence[str] = ()
+) -> None:
+    """Run or resume the study of a recipe; ``line`` is the command line that its report quotes."""
+    from atdiff.study.preflight import check_study
+    from atdiff.study.recipe import load_recipe, split_words
+
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1.")
+    overrides, study_words = split_words(settings)
+    recipe = load_recipe(name, study_words)
+    check_study(recipe, out, overrides)
+    from atdiff.study.study import run_study
+
+    run_study(recipe, out, command=line, overrides=overrides, jobs=jobs, interval=interval)
