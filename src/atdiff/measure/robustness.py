@@ -43,7 +43,6 @@ __all__ = [
     "place_of",
     "probe_runs",
     "robustness_of_runs",
-    "timestep_at",
     "worst_case_loss",
 ]
 
@@ -271,7 +270,7 @@ def measure_robustness(
     counter = itertools.count(1)
     total = len(config.levels) * -(-len(x0) // config.batch_size) * len(config.radii)
     for level in config.levels:
-        timestep = timestep_at(objective.schedule, level)
+        timestep = objective.schedule.timestep_at(level)
         batches = noised_batches(objective, x0, timestep, config, conditions, device)
         curves = [
             _curve(objective, model, batch, generators, config, lambda: notify(next(counter), total))
@@ -355,15 +354,6 @@ def robustness_of_runs(
     curves = robustness_curves({entry["run"]: entry["records"] for entry in entries}, file_format="png")
     write_bytes(out / "robustness.png", curves)
     return entries
-
-
-def timestep_at(schedule: NoiseSchedule, level: float) -> Tensor:
-    """Return the timestep (0-d) whose noise level is nearest to ``level``, above 0 and below 1."""
-    if schedule.kind == "vp":
-        timesteps = torch.arange(schedule.num_train_timesteps)
-        return timesteps[(noise_level(*schedule(timesteps)) - level).abs().argmin()]
-    ratio = math.tan(math.pi / 2 * level)  # sigma / alpha
-    return schedule.timesteps_at(torch.tensor(ratio, dtype=torch.float64))
 
 
 def place_of(schedule: NoiseSchedule, timestep: Tensor) -> dict[str, float]:

@@ -15,10 +15,9 @@ from torch.func import functional_call
 from atdiff.core.choices import Distance, PairName, PredictionType, Site, Target
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.prediction import make_prediction, resolve_prediction_type
 from atdiff.models.call import check_labels, predict
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.denoising import resolve_prediction_type
 from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
 from atdiff.objectives.pairs import PairSampler, make_pairs
 from atdiff.objectives.teacher import Teacher
@@ -97,12 +96,13 @@ class ConsistencyObjective:
         huber_c: float | None = None,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
-        if self.schedule.kind in ("flow", "function"):
+        if not self.schedule.traits.fits_consistency:
             raise UserError(
                 f"{type(scheduler).__name__} is a {self.schedule.kind}, expected a DDPM-family or EDM scheduler: "
                 "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
             )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        self.prediction = make_prediction(self.prediction_type, self.schedule)
         for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, get_args(Distance))):
             if value not in valid:
                 raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
@@ -117,18 +117,18 @@ class ConsistencyObjective:
         self._first = FirstBatches(self.schedule)
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
-        self.sigma_min = float(scheduler.config.sigma_min) if self.schedule.kind == "edm" else 0.0
+        self.sigma_min = self.schedule.sigma_min
         self._check_ends()
         if teacher is not None:
             self._check_teacher(teacher)
 
     def _check_ends(self) -> None:
-        if self.schedule.kind == "edm" and not self.sigma_min > 0:
+        if self.schedule.traits.variance_exploding and not self.sigma_min > 0:
             raise UserError(
                 f"sigma_min={self.sigma_min} of the scheduler must be above 0: the network is told its logarithm; "
                 "0.002 is usual."
             )
-        if self.schedule.kind != "vp" or self.prediction_type != "epsilon":
+        if not self.prediction.needs_signal:
             return
         last = torch.tensor([self.schedule.num_train_timesteps - 1])
         alpha, _ = self.schedule(last)
@@ -141,18 +141,7 @@ class ConsistencyObjective:
 
     def _check_teacher(self, teacher: Teacher) -> None:
         ours, theirs = self.schedule, teacher.schedule
-        found = []
-        # The number of timesteps of an EDM scheduler says nothing about its noise.
-        for name in ("kind", "sigma_data", *(["num_train_timesteps"] if ours.kind == "vp" else [])):
-            one, other = getattr(theirs, name), getattr(ours, name)
-            if one != other:
-                found.append(f"{'a schedule of kind' if name == 'kind' else name} {one!r}, not {other!r}")
-        if not found and ours.kind == "vp":
-            steps = torch.arange(ours.num_train_timesteps)
-            one, other = theirs.alphas_cumprod(steps), ours.alphas_cumprod(steps)
-            at = int((one - other).abs().argmax())
-            if not torch.allclose(one, other):
-                found = [f"alpha_t {float(one[at]) ** 0.5:.4g} at timestep {at}, not {float(other[at]) ** 0.5:.4g}"]
+        found = theirs.noise_differences(ours)
         if found:
             raise UserError(
                 f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
@@ -326,11 +315,10 @@ class ConsistencyObjective:
         """Return ``f(x, t)``, ``(B, ...)``, in float32."""
         alpha, sigma = (expand(value, x) for value in self.schedule(timesteps))
         c_skip, c_out = (expand(value, x) for value in self.boundary(timesteps))
-        if self.prediction_type == "edm":
-            c_in, _, _ = edm_preconditioning(sigma, self.schedule.sigma_data)
-            return c_skip * x + c_out * self._predict(model, x * c_in, timesteps, conditions)
-        prediction = self._predict(model, x, timesteps, conditions)
-        return c_skip * x + c_out * to_x0(prediction, x, alpha, sigma, self.prediction_type)
+        output = self._predict(model, self.prediction.network_input(x, sigma), timesteps, conditions)
+        if not self.prediction.preconditioned:
+            output = self.prediction.x0(output, x, alpha, sigma)
+        return c_skip * x + c_out * output
 
     def _predict(
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
@@ -346,7 +334,7 @@ class ConsistencyObjective:
 
         ``c_out`` multiplies ``x0_hat``, and for ``edm`` the raw output of the network.
         """
-        if self.schedule.kind == "edm":
+        if self.prediction.preconditioned:
             _, sigma = self.schedule(timesteps)
             data, above = self.schedule.sigma_data, sigma - self.sigma_min
             total = (sigma.square() + data**2).rsqrt()

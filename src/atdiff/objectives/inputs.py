@@ -119,7 +119,7 @@ class FirstBatches:
             return
         self.left, first = self.left - 1, self.left == LOOKS
         for name, timesteps in chosen.items():
-            self._timesteps(name, timesteps)
+            self.schedule.check_timesteps(name, timesteps)
         low, high = (float(value) for value in x0.detach().aminmax())
         # Nor where they are not numbers. In a later batch that is a step for the optimizer, or a scaler, to skip.
         if first and not (low > -float("inf") and high < float("inf")):
@@ -136,15 +136,3 @@ class FirstBatches:
                 "2 * x0 - 1, as samplers expect.",
                 stacklevel=4,
             )
-
-    def _timesteps(self, name: str, timesteps: Tensor) -> None:
-        kind, last = self.schedule.kind, self.schedule.num_train_timesteps
-        if kind == "edm":
-            good, expected = timesteps.isfinite(), "finite numbers"
-        elif kind == "vp":
-            whole = timesteps == timesteps.round() if timesteps.is_floating_point() else timesteps == timesteps
-            good, expected = (timesteps >= 0) & (timesteps < last) & whole, f"whole numbers from 0 to {last - 1}"
-        else:
-            good, expected = (timesteps >= 0) & (timesteps <= last), f"numbers from 0 to {last}"
-        if not bool(good.all()):
-            raise UserError(f"{name} hold {float(timesteps[~good][0]):.6g}, expected {expected}.")

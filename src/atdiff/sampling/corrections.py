@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from atdiff.core.choices import CORRECTIONS
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.noise import NoiseSchedule, expand
+from atdiff.core.prediction import from_noise, make_prediction, to_noise
 from atdiff.core.specs import EXAMPLES, CorrectionSpec, parse_correction
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "parse_correction",
     "pixel_variance",
     "realign",
-    "to_clean",
     "to_noise",
 ]
 
@@ -92,75 +91,6 @@ class Correction:
         return x
 
 
-def to_noise(
-    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
-    """Return the noise ``eps_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
-
-    From ``x_t = alpha x0_hat + sigma eps_hat``:
-
-    - ``epsilon``: the prediction;
-    - ``sample``: ``(x_t - alpha x0_hat) / sigma``;
-    - ``v_prediction``, ``v = alpha eps - sigma x0``: ``alpha v + sigma x_t``;
-    - ``flow``, ``v = eps - x0``: ``x_t + alpha v``;
-    - ``edm``, ``x0_hat = c_skip x_t + c_out F``: ``(x_t - x0_hat) / sigma``.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type == "epsilon":
-        return prediction
-    if prediction_type == "sample":
-        return divide(x_t - alpha * prediction, sigma)
-    if prediction_type == "v_prediction":
-        return alpha * prediction + sigma * x_t
-    if prediction_type == "flow":
-        return x_t + alpha * prediction
-    assert prediction_type == "edm", prediction_type
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return divide(x_t - c_skip * x_t - c_out * prediction, sigma)
-
-
-def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`.
-
-    With ``x0_hat = (x_t - sigma noise) / alpha``:
-
-    - ``epsilon``: the noise;
-    - ``sample``: ``x0_hat``;
-    - ``v_prediction``: ``alpha noise - sigma x0_hat = (noise - sigma x_t) / alpha``;
-    - ``flow``: ``noise - x0_hat = (noise - x_t) / alpha``;
-    - ``edm``: ``(x0_hat - c_skip x_t) / c_out``.
-
-    Not finite where ``alpha = 0``: there ``x_t`` alone fixes the noise, and every prediction implies the
-    same.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return (x_t - sigma * noise) / alpha
-    if prediction_type == "v_prediction":
-        return (noise - sigma * x_t) / alpha
-    if prediction_type == "flow":
-        return (noise - x_t) / alpha
-    assert prediction_type == "edm", prediction_type
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return (x_t - sigma * noise - c_skip * x_t) / c_out
-
-
-def to_clean(
-    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
-    """Return the ``x0_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
-
-    Not finite where ``alpha = 0`` and noise is predicted.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type != "edm":
-        return to_x0(prediction, x_t, alpha, sigma, prediction_type)
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return c_skip * x_t + c_out * prediction
-
-
 def realign(
     prediction: Tensor,
     x_t: Tensor,
@@ -185,8 +115,8 @@ def realign(
         prediction_type: as in :meth:`Correction.__call__`.
     """
     wide_x = x_t.to(_wide(x_t))
-    alpha_seen, sigma_seen = (expand(s, x_t).to(wide_x.dtype) for s in schedule(seen))
-    alpha, sigma = (expand(s, x_t).to(wide_x.dtype) for s in schedule(timesteps))
+    alpha_seen, sigma_seen = schedule.levels(seen, wide_x)
+    alpha, sigma = schedule.levels(timesteps, wide_x)
     noise = to_noise(prediction.to(wide_x.dtype), wide_x, seen, schedule, prediction_type)
     moved = alpha * (wide_x - sigma_seen * noise) / alpha_seen + sigma * noise
     implied = from_noise(noise, moved, timesteps, schedule, prediction_type)
@@ -245,7 +175,7 @@ class EpsilonScaling(Correction):
         b = self._divisor(timesteps, dtype)
         noise = to_noise(prediction.to(dtype), wide_x, timesteps, schedule, prediction_type) / expand(b, x_t)
         scaled = from_noise(noise, wide_x, timesteps, schedule, prediction_type).to(prediction.dtype)
-        if prediction_type == "epsilon":
+        if make_prediction(prediction_type, schedule).needs_signal:
             return scaled
         alpha, sigma = schedule(timesteps)
         return torch.where(expand((alpha > 0) & (sigma > 0), x_t), scaled, prediction)
@@ -307,7 +237,7 @@ class TimeShift(Correction):
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise a UserError for EDM, and for a cutoff beyond the schedule's last timestep."""
-        if schedule.kind == "edm":
+        if schedule.traits.variance_exploding:
             raise UserError(
                 "time-shift does not fit EDM networks, which have no timesteps to count its window in; use "
                 "epsilon-scaling."
@@ -327,7 +257,7 @@ class TimeShift(Correction):
         half = self.window // 2
         offsets = torch.arange(-half, half + 1, device=timesteps.device)
         # A flow has no noise at all at 0, and no data at num_train_timesteps.
-        first = 1 if schedule.kind == "flow" else 0
+        first = int(schedule.traits.starts_without_noise)
         candidates = (timesteps[:, None] + offsets).clamp(first, schedule.num_train_timesteps - 1)
         alpha, sigma = (s.view_as(candidates) for s in schedule(candidates.flatten()))
         expected = alpha.square() * self.data_variance + sigma.square()
