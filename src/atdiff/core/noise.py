@@ -344,7 +344,7 @@ class NoiseSchedule:
         return (self.kind, self.time_factor) == (other.kind, other.time_factor)
 
     def same_noise(self, other: NoiseSchedule) -> bool:
-        """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, to what float32 betas keep of them."""
+        """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, as far as float32 betas tell."""
         if self.num_train_timesteps != other.num_train_timesteps:
             return False
         timesteps = torch.arange(self.num_train_timesteps)

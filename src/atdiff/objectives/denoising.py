@@ -142,15 +142,7 @@ class DenoisingObjective:
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
-        chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
-        self._first.look(x0, chosen)
-        if timesteps is None:
-            timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
-            weights = sampled if weights is None else weights
-        else:
-            timesteps = chosen["timesteps"]
-            weights = torch.ones(len(x0), device=x0.device) if weights is None else weights
-        weights = one_each("weights", weights, x0)
+        timesteps, weights = self._timesteps(x0, timesteps, weights)
         noise = paired_noise(self.noisings, x0) if noise is None else noise
         check_like("noise", noise, x0)
         alpha, sigma = self.schedule(timesteps)
@@ -161,10 +153,7 @@ class DenoisingObjective:
             input_timesteps = noising.input_timesteps(input_timesteps)
         if self._moves_input_time:
             alpha, sigma = self.schedule(input_timesteps)
-        if self.label_dropout > 0 and "class_labels" in conditions:
-            labels = conditions["class_labels"]
-            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
-            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
+        self._drop_labels(conditions)
         return DenoisingBatch(
             x0=x0,
             noise=noise,
@@ -175,6 +164,23 @@ class DenoisingObjective:
             sigma=sigma,
             conditions=conditions,
         )
+
+    def _timesteps(self, x0: Tensor, timesteps: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return timesteps and importance weights, each ``(B,)``: those given, the others drawn."""
+        chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
+        self._first.look(x0, chosen)
+        if chosen:
+            timesteps, sampled = chosen["timesteps"], torch.ones(len(x0), device=x0.device)
+        else:
+            timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
+        return timesteps, one_each("weights", sampled if weights is None else weights, x0)
+
+    def _drop_labels(self, conditions: dict[str, Tensor]) -> None:
+        """Replace a share of the class labels by the null label, in place of the mapping."""
+        if self.label_dropout > 0 and "class_labels" in conditions:
+            labels = conditions["class_labels"]
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
 
     def loss(self, model: Callable[..., Any], batch: DenoisingBatch, delta: Tensor | None = None) -> Tensor:
         """Return the weighted loss of each sample, ``(B,)``, at ``x_t + delta`` with the equivariant target."""
