@@ -16,7 +16,14 @@ from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import Prediction, make_prediction, resolve_prediction_type
 from atdiff.models.call import check_labels, predict
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
+from atdiff.objectives.inputs import (
+    FirstBatches,
+    check_conditions,
+    check_like,
+    clean_samples,
+    one_each,
+    without_variance,
+)
 from atdiff.objectives.pairs import Pairs, PairSampler, make_pairs
 from atdiff.objectives.target import replayed_dropout, target_network
 from atdiff.objectives.teacher import Teacher
@@ -113,11 +120,7 @@ class ConsistencyObjective:
         huber_c: float | None = None,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
-        if not self.schedule.traits.fits_consistency:
-            raise UserError(
-                f"{type(scheduler).__name__} is a {self.schedule.kind}, expected a DDPM-family or EDM scheduler: "
-                "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
-            )
+        _check_kind(self.schedule, type(scheduler).__name__)
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         self.prediction = make_prediction(self.prediction_type, self.schedule)
         for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, tuple(DISTANCES))):
@@ -204,7 +207,7 @@ class ConsistencyObjective:
         if chosen:
             pairs = Pairs(**chosen, weights=torch.ones(len(x0), device=x0.device))
         else:
-            pairs = self.pairs.sample(len(x0), x0.device, self.progress)
+            pairs = Pairs(*self.pairs.sample(len(x0), x0.device, self.progress))
         return pairs._replace(weights=one_each("weights", pairs.weights if weights is None else weights, x0))
 
     def _completed(self, x0: Tensor, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,11 +300,7 @@ class ConsistencyObjective:
     def _predict(
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
     ) -> Tensor:
-        output = predict(model, x, timesteps, conditions)
-        check_output(output, x)
-        if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
-            raise UserError(f"the network returned {output.shape[1]} channels for samples of {x.shape[1]}.")
-        return output[:, : x.shape[1]].float()  # less a learned variance
+        return without_variance(predict(model, x, timesteps, conditions), x, "network")
 
     def boundary(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``c_skip`` and ``c_out`` of timesteps ``(B,)``, each ``(B,)``: 1 and 0 at the end of the trajectory.
@@ -309,13 +308,8 @@ class ConsistencyObjective:
         ``c_out`` multiplies ``x0_hat``, and for ``edm`` the raw output of the network.
         """
         if self.prediction.preconditioned:
-            _, sigma = self.schedule(timesteps)
-            data, above = self.schedule.sigma_data, sigma - self.schedule.sigma_min
-            total = (sigma.square() + data**2).rsqrt()
-            return data**2 / (above.square() + data**2), data * above * total
-        scaled = timesteps.float() * self.timestep_scaling
-        total = scaled.square() + 0.25  # sigma_data is 0.5 in LCMScheduler
-        return 0.25 / total, scaled * total.rsqrt()
+            return _boundary_of_sigma(self.schedule, timesteps)
+        return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)
 
     def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
         """Learn nothing from the losses of a pass."""
@@ -326,6 +320,14 @@ class ConsistencyObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Ignore an empty state."""
+
+
+def _check_kind(schedule: NoiseSchedule, name: str) -> None:
+    if not schedule.traits.fits_consistency:
+        raise UserError(
+            f"{name} is a {schedule.kind}, expected a DDPM-family or EDM scheduler: "
+            "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
+        )
 
 
 def _check_ends(schedule: NoiseSchedule, prediction: Prediction) -> None:
@@ -353,3 +355,16 @@ def _check_teacher(ours: NoiseSchedule, theirs: NoiseSchedule) -> None:
             f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
             "schedulers the same betas, or sigma_data."
         )
+
+
+def _boundary_of_sigma(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``c_skip`` and ``c_out`` of ``CMStochasticIterativeScheduler``, each ``(B,)``."""
+    _, sigma = schedule(timesteps)
+    data, above = schedule.sigma_data, sigma - schedule.sigma_min
+    return data**2 / (above.square() + data**2), data * above * (sigma.square() + data**2).rsqrt()
+
+
+def _boundary_of_timesteps(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``c_skip`` and ``c_out`` of ``LCMScheduler``, each ``(B,)``, for timesteps times its scaling."""
+    total = scaled.square() + 0.25  # sigma_data is 0.5 there
+    return 0.25 / total, scaled * total.rsqrt()

@@ -13,7 +13,7 @@ from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import make_prediction, resolve_prediction_type
 from atdiff.models.call import predict
-from atdiff.objectives.inputs import check_output
+from atdiff.objectives.inputs import without_variance
 
 __all__ = ["Solver", "Teacher"]
 
@@ -102,10 +102,7 @@ class Teacher:
         alpha, sigma = (expand(value, x_t) for value in levels)
         timesteps = self.schedule.timesteps_at(levels[1].double() / levels[0].double())
         output = predict(self.model, self.prediction.network_input(x_t, sigma), timesteps, conditions)
-        check_output(output, x_t)
-        if output.shape[1] not in (x_t.shape[1], 2 * x_t.shape[1]):
-            raise UserError(f"the teacher returned {output.shape[1]} channels for samples of {x_t.shape[1]}.")
-        output = output[:, : x_t.shape[1]].float()
+        output = without_variance(output, x_t, "teacher")
         x0_hat = self.prediction.x0(output, x_t, alpha, sigma)
         if self.clip is None:
             return x0_hat, self.prediction.noise(output, x_t, alpha, sigma)
