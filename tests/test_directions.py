@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atdiff import DenoisingBatch, DenoisingObjective, MLP2DModel, UserError
 from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.measure.directions import DirectionsConfig, directions_of_runs, measure_directions
-from atdiff.measure.robustness import noised_batches, timestep_at
+from atdiff.measure.robustness import noised_batches
 from atdiff.pipelines.model import save_pipeline
 from atdiff.report.measured import save_measured
 from atdiff.report.robustness import direction_curves
@@ -102,7 +102,7 @@ def test_cosines_and_losses_of_pixels_of_unequal_variance(kind: str) -> None:
     records, x0 = measured(kind, std, step=1.5)
     objective, config = DenoisingObjective(SCHEDULERS[kind]), DirectionsConfig()
     for i, level in enumerate(LEVELS):
-        timestep = timestep_at(objective.schedule, level)
+        timestep = objective.schedule.timestep_at(level)
         ((batch, _),) = noised_batches(objective, x0, timestep, config)
         alpha, sigma = batch.alpha[0], batch.sigma[0]
         slope = jacobian(kind, alpha, sigma, std.square()).flatten()
@@ -143,7 +143,7 @@ def away_from_estimate(kind: str, batch: DenoisingBatch, slope: Tensor) -> tuple
 def test_the_residual_is_a_positive_multiple_of_what_is_missing(kind: str) -> None:
     scheduler = EDMEulerScheduler() if kind == "edm" else SCHEDULERS[kind]
     objective = DenoisingObjective(scheduler)
-    timestep = timestep_at(objective.schedule, 0.4)
+    timestep = objective.schedule.timestep_at(0.4)
     x0 = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(4))
     ((batch, _),) = noised_batches(objective, x0, timestep, DirectionsConfig())
     residual = objective.compute(lambda x, t: 0.3 * x, batch).residual.flatten(1)
@@ -163,7 +163,7 @@ def test_a_step_along_the_residual_eases_and_the_worst_case_hardens() -> None:
     records, x0 = measured("epsilon", isotropic(0.7), step=step)
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     for i, level in enumerate(LEVELS):
-        ((batch, _),) = noised_batches(objective, x0, timestep_at(objective.schedule, level), DirectionsConfig())
+        ((batch, _),) = noised_batches(objective, x0, objective.schedule.timestep_at(level), DirectionsConfig())
         slope = jacobian("epsilon", batch.alpha[0], batch.sigma[0], torch.tensor(0.49))
         _, error = away_from_estimate("epsilon", batch, slope)
         norm = error.norm(dim=1)

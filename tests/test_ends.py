@@ -280,7 +280,7 @@ def test_epsilon_scaling_is_finite(name: str, kind: str) -> None:
         (lambda: DenoisingObjective(DDPMScheduler(1), variance="learned_range"), "needs two timesteps"),
         (lambda: Teacher(lambda x, t: x, zero_snr()), "alpha is 0 there"),
         (lambda: Teacher(lambda x, t: x, lambda t: (1 - t, t)), "is a function: a teacher must be"),
-        (lambda: ConsistencyObjective(zero_snr(), intervals=10), "cannot make one-step pictures"),
+        (lambda: ConsistencyObjective(zero_snr(), intervals=10), "cannot sample in one step"),
         (
             lambda: ConsistencyObjective(EDMEulerScheduler(sigma_min=0.0)),
             "sigma_min=0.0 of the scheduler must",

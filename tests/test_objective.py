@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from atdiff import DenoisingBatch, DenoisingObjective, UserError
+from atdiff.core.choices import PredictionType, Weighting
+from atdiff.core.noise import TRAITS
+from atdiff.objectives.noising import NOISINGS, Noising
+from atdiff.objectives.weighting import WEIGHTINGS
+from atdiff.training.config import ObjectiveConfig
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
@@ -303,3 +309,52 @@ def test_wrong_number_of_channels_is_named() -> None:
     objective = objective_of("epsilon", variance="learned_range")
     with pytest.raises(UserError, match="returned 2 channels, expected 4"):
         objective.loss(Affine(), drawn(objective))
+
+
+class Nearest(Noising):
+    """The nearest of two noises to each sample."""
+
+    name = "nearest"
+
+    def noise(self, x0: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        first, second = draw(), draw()
+        nearer = (first - x0).flatten(1).norm(dim=1) < (second - x0).flatten(1).norm(dim=1)
+        return torch.where(nearer.view(-1, 1, 1, 1), first, second)
+
+
+def test_a_further_noising_is_a_class_and_a_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It composes with the others, and what a caller gives stays as it is."""
+    monkeypatch.setitem(NOISINGS, "nearest", Nearest)
+    objective, plain = objective_of("flow", nearest=1.0, input_perturbation=0.5), objective_of("flow")
+    x0, t = torch.randn(512, 2, 4, 4), torch.full((512,), 500.0)
+    paired, independent = objective.draw(x0, timesteps=t), plain.draw(x0, timesteps=t)
+    assert (paired.noise - x0).norm() < 0.97 * (independent.noise - x0).norm()
+    assert (paired.input_noise - paired.noise).std().item() == pytest.approx(0.5, rel=0.05)
+    given = torch.randn_like(x0)
+    assert torch.equal(objective.draw(x0, timesteps=t, noise=given).noise, given)
+
+
+def test_registries_hold_what_settings_take() -> None:
+    assert tuple(WEIGHTINGS) == get_args(Weighting)
+    assert set(NOISINGS) <= set(ObjectiveConfig.__dataclass_fields__)
+    for kind, traits in TRAITS.items():
+        assert set(traits.predictions) <= set(get_args(PredictionType)), kind
+    with pytest.raises(TypeError, match="unexpected keyword argument 'input_pertubation'"):
+        objective_of("epsilon", input_pertubation=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prediction_is_consistent_with_itself(kind: str) -> None:
+    """The target implies the x0 and the noise that made it, and the noise implies the target."""
+    objective = objective_of(kind)
+    batch, prediction = drawn(objective), objective.prediction
+    x0, noise = batch.x0.double(), batch.noise.double()
+    alpha, sigma = objective.schedule.levels(batch.timesteps, x0)
+    x_t = alpha * x0 + sigma * noise
+    target = prediction.target(x0, noise, x_t, alpha, sigma)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(prediction.x0(target, x_t, alpha, sigma), x0, **close)
+    torch.testing.assert_close(prediction.noise(target, x_t, alpha, sigma), noise, **close)
+    torch.testing.assert_close(prediction.from_noise(noise, x_t, alpha, sigma), target, **close)
+    moved = prediction.x0(target + 0.1, x_t, alpha, sigma) - x0
+    torch.testing.assert_close(moved.abs(), 0.1 * prediction.x0_error(alpha, sigma).expand_as(moved), **close)

@@ -29,7 +29,6 @@ from atdiff.measure.robustness import (
     measure_robustness,
     noised_batches,
     robustness_of_runs,
-    timestep_at,
     worst_case_loss,
 )
 from atdiff.pipelines.model import save_pipeline
@@ -231,7 +230,7 @@ def test_doubling_radius() -> None:
 def test_levels_find_their_timesteps(scheduler: Any) -> None:
     schedule = NoiseSchedule(scheduler)
     for level in (0.05, 0.3, 0.5, 0.95):
-        alpha, sigma = schedule(timestep_at(schedule, level).reshape(1))
+        alpha, sigma = schedule(schedule.timestep_at(level).reshape(1))
         assert noise_level(alpha, sigma).item() == pytest.approx(level, abs=2e-3)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.adversary.scale import SCALES, ScaleFunction, default_scale
+from atdiff.adversary.scale import SCALES, ScaleFunction
 from atdiff.core.choices import Norm
-from atdiff.core.noise import expand, noise_level
+from atdiff.core.noise import TRAITS, expand, noise_level
 from atdiff.core.norms import project, steepest_step
 from atdiff.objectives.batch import Batch
 
@@ -34,12 +34,12 @@ class Perturbation:
     ) -> None:
         self.norm, self.step_size, self.radius, self.noise_levels = norm, step_size, radius, noise_levels
         self._scale = SCALES[scale] if isinstance(scale, str) else scale
-        self.kind = "vp"
+        self._traits = TRAITS["vp"]  # of the schedule met last
         self._warned = False
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
-        function = self._scale or SCALES[default_scale(self.kind)]
+        function = self._scale or SCALES[self._traits.default_scale]
         scale = function(alpha, sigma)
         if self.noise_levels is None:
             return scale
@@ -49,11 +49,11 @@ class Perturbation:
         return torch.where(inside, scale, 0.0)
 
     def meet(self, objective: Any, *, warns: bool) -> None:  # noqa: ANN401  (of any schedule)
-        """Take note of the kind of schedule, and say once where a constant scale has no finite loss."""
-        self.kind = getattr(getattr(objective, "schedule", None), "kind", "vp")
-        unbounded = self._scale is SCALES["constant"] and self.kind in ("flow", "function")
+        """Take note of the schedule, and say once where a constant scale has no finite loss."""
+        self._traits = getattr(getattr(objective, "schedule", None), "traits", TRAITS["vp"])
+        unbounded = self._scale is SCALES["constant"] and self._traits.starts_without_noise
         everywhere = self.step_size > 0 and (self.noise_levels or (0.0,))[0] == 0.0
-        moves = getattr(objective, "prediction_type", None) != "sample"
+        moves = not getattr(getattr(objective, "prediction", None), "fixed_target", False)
         if warns and unbounded and everywhere and moves and not self._warned:
             self._warned = True
             warnings.warn(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["SCALES", "ScaleFunction", "default_scale"]
+__all__ = ["SCALES", "ScaleFunction"]
 
 ScaleFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -17,8 +17,3 @@ SCALES: dict[str, ScaleFunction] = {
     "high": lambda alpha, sigma: sigma * (1.0 - alpha),
     "middle": lambda alpha, sigma: sigma * alpha,
 }
-
-
-def default_scale(kind: str) -> str:
-    """Return the scale of a kind of schedule: the paper's for ``vp``, else one whose share of the noise is bounded."""
-    return "constant" if kind == "vp" else "sigma"

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from atdiff.core.choices import PRECISIONS, SAMPLERS, Crop, Unreadable
 from atdiff.core.errors import UserError
-from atdiff.core.specs import CORRECTIONS, EXAMPLES
+from atdiff.core.specs import CORRECTION_EXAMPLES, CORRECTIONS
 from atdiff.data.reading import DataOptions
 from atdiff.metrics.registry import EXTRACTORS
 
@@ -177,7 +177,7 @@ def out(help: str, default: Path | None = None) -> Decorator:
 
 
 DEFAULT_SAMPLER = "ddim; Euler for flows and EDM, and for consistency models their own"
-CORRECTION = f"correction of the sampler: none, {', '.join(EXAMPLES.values())}, or another value of these"
+CORRECTION = f"correction of the sampler: none, {CORRECTION_EXAMPLES}, or another value of these"
 recipe = click.argument("recipe", type=Recipe(), metavar="RECIPE")
 sampler = one("sampler", f"one of {', '.join(SAMPLERS)}", known=SAMPLERS, unset=DEFAULT_SAMPLER)
 correction = one("correction", CORRECTION, known=CORRECTIONS, default="none")

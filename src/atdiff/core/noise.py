@@ -5,17 +5,72 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers import CMStochasticIterativeScheduler
 from torch import Tensor
 
+from atdiff.core.choices import PredictionType, Scale
 from atdiff.core.errors import UserError
 
-__all__ = ["NoiseSchedule", "divide", "dynamic_mu", "expand", "flow_shift", "noise_level", "own_setting"]
+__all__ = [
+    "TRAITS",
+    "NoiseSchedule",
+    "Traits",
+    "divide",
+    "dynamic_mu",
+    "expand",
+    "flow_shift",
+    "network_time",
+    "noise_level",
+    "own_setting",
+]
 
 Kind = Literal["vp", "edm", "flow", "function"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What is known of a noise schedule by its kind alone, so that nothing else need ask for the kind.
+
+    Attributes:
+        predictions: the prediction types that fit, that of a scheduler that names none first.
+        default_sampler: the plain sampler of such networks.
+        default_scale: of an adversary; the paper's, or one whose share of the noise is bounded.
+        integer_timesteps: whether timesteps are the integers in ``[0, num_train_timesteps)``.
+        variance_exploding: whether ``alpha_t = 1`` and timesteps tell ``log(sigma)``, without a first or a last one.
+            Its samplers scale what the network is given.
+        starts_without_noise: whether ``sigma_t`` goes to 0 as the timesteps do.
+        has_shift: whether samplers shift their timesteps; see :func:`flow_shift`.
+        fits_consistency: whether diffusers has a sampler for its consistency models.
+    """
+
+    predictions: tuple[PredictionType, ...]
+    default_sampler: str
+    default_scale: Scale = "sigma"
+    integer_timesteps: bool = False
+    variance_exploding: bool = False
+    starts_without_noise: bool = False
+    has_shift: bool = False
+    fits_consistency: bool = False
+
+
+TRAITS: dict[Kind, Traits] = {
+    "vp": Traits(
+        predictions=("epsilon", "sample", "v_prediction"),
+        default_sampler="ddim",
+        default_scale="constant",
+        integer_timesteps=True,
+        fits_consistency=True,
+    ),
+    "edm": Traits(predictions=("edm",), default_sampler="edm-euler", variance_exploding=True, fits_consistency=True),
+    "flow": Traits(predictions=("flow",), default_sampler="flow-euler", starts_without_noise=True, has_shift=True),
+    "function": Traits(
+        predictions=("epsilon", "sample", "v_prediction", "flow"), default_sampler="", starts_without_noise=True
+    ),
+}
 
 
 def own_setting(scheduler: Any, name: str) -> Any:  # noqa: ANN401  (any diffusers scheduler)
@@ -191,6 +246,7 @@ class NoiseSchedule:
             _check_function(scheduler)
             self.num_train_timesteps, self.time_factor = 1, 1.0
             self.sigma_data = self.sigma_max = self.shift = 1.0
+            self.sigma_min = 0.0
             return
         self.kind = _kind_of(scheduler)
         config = scheduler.config
@@ -198,6 +254,7 @@ class NoiseSchedule:
         self.time_factor = 250.0 if isinstance(scheduler, CMStochasticIterativeScheduler) else 0.25  # of log(sigma)
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
+        self.sigma_min = float(config.get("sigma_min", 0.002)) if self.kind == "edm" else 0.0
         # Of a sampler's steps and the timesteps of training; a dynamic one depends on the pictures' size.
         self.shift = flow_shift(scheduler, tokens) if self.kind == "flow" else 1.0
         if self.kind == "vp":
@@ -217,6 +274,23 @@ class NoiseSchedule:
             return torch.ones_like(sigma), sigma
         acp = self.alphas_cumprod(timesteps)
         return acp.sqrt().float(), (1.0 - acp).sqrt().float()
+
+    @property
+    def traits(self) -> Traits:
+        """What is known of the schedule by its kind."""
+        return TRAITS[self.kind]
+
+    @property
+    def last_timestep(self) -> float:
+        """The noisiest timestep; for ``edm`` that of ``sigma_max``."""
+        if self.kind == "edm":
+            return self.time_factor * math.log(self.sigma_max)
+        return self.num_train_timesteps - self.traits.integer_timesteps
+
+    def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(alpha_t, sigma_t)`` in the dtype of ``like``, each ``(B, 1, ..., 1)``, for timesteps ``(B,)``."""
+        alpha, sigma = (expand(value, like).to(like.dtype) for value in self(timesteps))
+        return alpha, sigma
 
     def ratio_at(self, timesteps: Tensor) -> Tensor:
         """Return ``sigma_t / alpha_t`` of timesteps ``(B,)`` in float64, ``(B,)``; infinite where alpha_t is 0."""
@@ -241,6 +315,60 @@ class NoiseSchedule:
         log = (0.5 * ((1.0 - acp) / acp.clamp_min(torch.finfo(acp.dtype).tiny)).log()).contiguous()
         return torch.searchsorted((log[1:] + log[:-1]) / 2, ratio.double().log())
 
+    def timestep_at(self, level: float) -> Tensor:
+        """Return the timestep (0-d) whose :func:`noise_level` is nearest to ``level``, above 0 and below 1."""
+        if self.kind == "vp":
+            timesteps = torch.arange(self.num_train_timesteps)
+            return timesteps[(noise_level(*self(timesteps)) - level).abs().argmin()]
+        return self.timesteps_at(torch.tensor(math.tan(math.pi / 2 * level), dtype=torch.float64))
+
+    def check_timesteps(self, name: str, timesteps: Tensor) -> None:
+        """Make sure that timesteps of any shape are some of the schedule's.
+
+        Raises:
+            UserError: they are not, with the name that they have.
+        """
+        last = self.num_train_timesteps
+        if self.kind == "edm":
+            good, expected = timesteps.isfinite(), "finite numbers"
+        elif self.kind == "vp":
+            whole = timesteps == timesteps.round() if timesteps.is_floating_point() else timesteps == timesteps
+            good, expected = (timesteps >= 0) & (timesteps < last) & whole, f"whole numbers from 0 to {last - 1}"
+        else:
+            good, expected = (timesteps >= 0) & (timesteps <= last), f"numbers from 0 to {last}"
+        if not bool(good.all()):
+            raise UserError(f"{name} hold {float(timesteps[~good][0]):.6g}, expected {expected}.")
+
+    def same_time(self, other: NoiseSchedule) -> bool:
+        """Whether networks of two schedules are told the time in one convention."""
+        return (self.kind, self.time_factor) == (other.kind, other.time_factor)
+
+    def same_noise(self, other: NoiseSchedule) -> bool:
+        """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, as far as float32 betas tell."""
+        if self.num_train_timesteps != other.num_train_timesteps:
+            return False
+        timesteps = torch.arange(self.num_train_timesteps)
+        pairs = zip(self(timesteps), other(timesteps), strict=True)
+        return all(torch.allclose(ours, theirs, rtol=1e-3, atol=0.0) for ours, theirs in pairs)
+
+    def noise_differences(self, other: NoiseSchedule) -> list[str]:
+        """Return in which words the noise of this schedule is not that of another, such as ``sigma_data 1.0, not 0.5``.
+
+        The number of timesteps of an ``edm`` scheduler says nothing about its noise.
+        """
+        found = []
+        for name in ("kind", "sigma_data", *(["num_train_timesteps"] if other.kind == "vp" else [])):
+            one, its = getattr(self, name), getattr(other, name)
+            if one != its:
+                found.append(f"{'a schedule of kind' if name == 'kind' else name} {one!r}, not {its!r}")
+        if not found and self.kind == "vp":
+            steps = torch.arange(self.num_train_timesteps)
+            ours, theirs = self.alphas_cumprod(steps), other.alphas_cumprod(steps)
+            at = int((ours - theirs).abs().argmax())
+            if not torch.allclose(ours, theirs):
+                found = [f"alpha_t {float(ours[at]) ** 0.5:.4g} at timestep {at}, not {float(theirs[at]) ** 0.5:.4g}"]
+        return found
+
     def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
         """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 where a timestep is -1."""
         assert self._alphas_cumprod is not None, f"a {self.kind} schedule has no alphas_cumprod"
@@ -258,6 +386,15 @@ class NoiseSchedule:
 def expand(per_sample: Tensor, like: Tensor) -> Tensor:
     """Reshape ``(B,)`` to ``(B, 1, ..., 1)`` so that it broadcasts over ``like`` of shape ``(B, ...)``."""
     return per_sample.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def network_time(scheduler: Any, timesteps: Tensor) -> Tensor:  # noqa: ANN401  (any diffusers scheduler)
+    """Return what a network is told of a sampler's timesteps, whose units may be others than those of its training.
+
+    EDM networks know ``log(sigma) / 4``, or 250 ``log(sigma)``; see :func:`atdiff.sampling.make_scheduler`.
+    """
+    scale = getattr(scheduler, "time_scale", 1)
+    return timesteps * scale if scale != 1 else timesteps
 
 
 def divide(value: Tensor, by: Tensor) -> Tensor:

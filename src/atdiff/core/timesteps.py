@@ -18,6 +18,7 @@ __all__ = [
     "LossSecondMomentTimesteps",
     "TimestepSampler",
     "UniformTimesteps",
+    "default_timestep_sampler",
     "make_timestep_sampler",
 ]
 
@@ -196,6 +197,11 @@ _SAMPLERS: dict[str, Any] = {
     "beta": BetaTimesteps,
     "log-normal": LogNormalTimesteps,
 }
+
+
+def default_timestep_sampler(schedule: NoiseSchedule) -> TimestepSampler:
+    """Return the sampler of objectives that are told none: uniform, and log-normal for ``edm``."""
+    return LogNormalTimesteps(schedule) if schedule.kind == "edm" else UniformTimesteps(schedule)
 
 
 def make_timestep_sampler(name: str, schedule: NoiseSchedule) -> TimestepSampler:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand
+from atdiff.core.prediction import make_prediction, said_prediction_type
 
 __all__ = ["MIXTURES", "ExactDenoiser", "Mixture", "density_picture", "draw_mixture", "mixture_of"]
 
@@ -112,13 +113,13 @@ class ExactDenoiser(nn.Module):
     def __init__(self, mixture: Mixture, scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         super().__init__()
         self.mixture, self.schedule = mixture, NoiseSchedule(scheduler)
-        flow = self.schedule.kind == "flow"
-        self.prediction_type = "flow" if flow else scheduler.config.get("prediction_type", "epsilon")
-        if self.schedule.kind == "edm" or self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
+        self.prediction_type = said_prediction_type(self.schedule, scheduler)
+        if self.prediction_type == "edm" or self.prediction_type not in self.schedule.traits.predictions:
             raise UserError(
                 f"the exact denoiser cannot predict {self.prediction_type!r} on a {self.schedule.kind} schedule; use a "
                 "DDPM-family scheduler with epsilon, sample or v_prediction, or a flow-matching one."
             )
+        self.prediction = make_prediction(self.prediction_type, self.schedule)
         channels = mixture.means.shape[1]
         self.config = FrozenDict(sample_size=1, in_channels=channels, out_channels=channels, num_class_embeds=None)
 
@@ -129,14 +130,8 @@ class ExactDenoiser(nn.Module):
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         alpha, sigma = self.schedule(timesteps)
         x0, noise = self.mixture.x0_and_noise(sample, alpha, sigma)
-        wide_alpha, wide_sigma = (expand(s.double(), sample) for s in (alpha, sigma))
-        predictions = {
-            "epsilon": noise,
-            "sample": x0,
-            "v_prediction": wide_alpha * noise - wide_sigma * x0,
-            "flow": noise - x0,
-        }
-        output = predictions[self.prediction_type].to(sample.dtype)
+        wide = sample.double()
+        output = self.prediction.target(x0, noise, wide, *self.schedule.levels(timesteps, wide)).to(sample.dtype)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
 

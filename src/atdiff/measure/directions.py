@@ -16,7 +16,7 @@ from atdiff.adversary.adversary import Adversary
 from atdiff.core.choices import Direction
 from atdiff.core.errors import UserError
 from atdiff.core.norms import steepest_step
-from atdiff.measure.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs, timestep_at
+from atdiff.measure.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs
 from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
 from atdiff.system.locks import one_writer
@@ -90,7 +90,7 @@ def measure_directions(
     total = len(config.levels) * -(-len(x0) // config.batch_size)
     done = 0
     for level in config.levels:
-        timestep = timestep_at(objective.schedule, level)
+        timestep = objective.schedule.timestep_at(level)
         columns = []
         for batch, generators in noised_batches(objective, x0, timestep, config, conditions, device):
             with evaluating(model):

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase
 
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule, expand, noise_level
+from atdiff.core.noise import NoiseSchedule, network_time, noise_level
+from atdiff.core.prediction import make_prediction, resolve_prediction_type, to_clean, to_noise
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.measure.cells import versions
@@ -52,7 +53,7 @@ from atdiff.metrics.features.extractors import extract, feature_layers, make_ext
 from atdiff.models.call import class_embeddings, predict
 from atdiff.models.inference import evaluating
 from atdiff.pipelines.model import Denoiser, reference_name
-from atdiff.sampling.corrections import Correction, make_correction, to_clean, to_noise
+from atdiff.sampling.corrections import Correction, make_correction
 from atdiff.sampling.generate import denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.system.fingerprint import network_fingerprint
@@ -168,7 +169,7 @@ def measure_mismatch(
     records: list[dict[str, Any]] = []
     for i, t in enumerate(timesteps):
         # As the network was told it: an EDM sampler may count its timesteps in other units.
-        told = t * scheduler.time_scale if scheduler.time_scale != 1 else t
+        told = network_time(scheduler, t)
         seen = [_Seen.cat(sampling.seen[i :: len(timesteps)]), *(images.shown(told, probe()) for images in sets)]
         alpha, sigma = schedule(told.reshape(1))
         where = {"t": t.item(), "level": noise_level(alpha, sigma).item(), "alpha": alpha.item(), "sigma": sigma.item()}
@@ -381,24 +382,17 @@ class _TrueImages:
         """Show the images, noised to the timestep ``t``, to the network, and return what the probe keeps of it."""
         scheduler = self.denoiser.scheduler
         schedule = NoiseSchedule(scheduler)
-        prediction_type = scheduler.config.get("prediction_type", "epsilon") if schedule.kind == "vp" else schedule.kind
+        prediction_type = resolve_prediction_type(schedule, scheduler)
+        prediction = make_prediction(prediction_type, schedule)
         for batch in self.batches():
             x0, noise = self.x0[batch].to(self.device), self.noise[batch].to(self.device)
             timesteps = t.to(self.device).expand(len(x0))
             x_t = schedule.add_noise(x0, noise, timesteps)
-            inputs = _network_input(x_t, timesteps, schedule)
+            inputs = prediction.network_input(x_t, schedule.levels(timesteps, x_t)[1])
             output = predict(self.denoiser.model, inputs, timesteps, self.conditions(batch))
             # Channels beyond those of the images are a learned variance.
             probe(output[:, : x0.shape[1]], x_t, timesteps, schedule, prediction_type)
         return _Seen.cat(probe.seen)
-
-
-def _network_input(x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return ``x_t``, for EDM times ``c_in`` of `its table 1 <https://arxiv.org/abs/2206.00364>`_."""
-    if schedule.kind != "edm":
-        return x_t
-    _, sigma = schedule(timesteps)
-    return x_t * expand((sigma.square() + schedule.sigma_data**2).rsqrt(), x_t)
 
 
 class _Law(NamedTuple):

@@ -42,7 +42,6 @@ __all__ = [
     "place_of",
     "probe_runs",
     "robustness_of_runs",
-    "timestep_at",
     "worst_case_loss",
 ]
 
@@ -269,7 +268,7 @@ def measure_robustness(
     counter = itertools.count(1)
     total = len(config.levels) * -(-len(x0) // config.batch_size) * len(config.radii)
     for level in config.levels:
-        timestep = timestep_at(objective.schedule, level)
+        timestep = objective.schedule.timestep_at(level)
         batches = noised_batches(objective, x0, timestep, config, conditions, device)
         curves = [
             _curve(objective, model, batch, generators, config, lambda: notify(next(counter), total))
@@ -350,15 +349,6 @@ def robustness_of_runs(
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
     """
     return probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
-
-
-def timestep_at(schedule: NoiseSchedule, level: float) -> Tensor:
-    """Return the timestep (0-d) whose noise level is nearest to ``level``, above 0 and below 1."""
-    if schedule.kind == "vp":
-        timesteps = torch.arange(schedule.num_train_timesteps)
-        return timesteps[(noise_level(*schedule(timesteps)) - level).abs().argmin()]
-    ratio = math.tan(math.pi / 2 * level)  # sigma / alpha
-    return schedule.timesteps_at(torch.tensor(ratio, dtype=torch.float64))
 
 
 def place_of(schedule: NoiseSchedule, timestep: Tensor) -> dict[str, float]:

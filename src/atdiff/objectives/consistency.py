@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from atdiff.core.choices import Distance, PairName, PredictionType, Site, Target
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.prediction import Prediction, make_prediction, resolve_prediction_type
 from atdiff.models.call import check_labels, predict
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.denoising import resolve_prediction_type
-from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
-from atdiff.objectives.pairs import PairSampler, make_pairs
+from atdiff.objectives.inputs import (
+    FirstBatches,
+    check_conditions,
+    check_like,
+    clean_samples,
+    one_each,
+    without_variance,
+)
+from atdiff.objectives.pairs import Pairs, PairSampler, make_pairs
+from atdiff.objectives.target import replayed_dropout, target_network
 from atdiff.objectives.teacher import Teacher
 
 __all__ = ["ConsistencyBatch", "ConsistencyObjective", "Distance", "Site"]
+
+
+def _pseudo_huber(difference: Tensor, c: float | None) -> Tensor:
+    c = c or 0.00054 * difference.shape[1] ** 0.5
+    return (difference.square().sum(dim=1) + c**2).sqrt() - c
+
+
+def _huber(difference: Tensor, c: float | None) -> Tensor:
+    c = c or 0.001
+    return ((difference.square() + c**2).sqrt() - c).mean(dim=1)
+
+
+DISTANCES: dict[Distance, Callable[[Tensor, float | None], Tensor]] = {
+    "pseudo-huber": _pseudo_huber,
+    "huber": _huber,
+    "l2": lambda difference, c: difference.square().mean(dim=1),
+}
+"""By name: functions of a difference ``(B, D)`` and ``huber_c``, that return ``(B,)``."""
 
 LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stable Diffusion, 5e-5 on cosine betas
 
@@ -97,13 +120,10 @@ class ConsistencyObjective:
         huber_c: float | None = None,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
-        if self.schedule.kind in ("flow", "function"):
-            raise UserError(
-                f"{type(scheduler).__name__} is a {self.schedule.kind}, expected a DDPM-family or EDM scheduler: "
-                "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
-            )
+        _check_kind(self.schedule, type(scheduler).__name__)
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
-        for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, get_args(Distance))):
+        self.prediction = make_prediction(self.prediction_type, self.schedule)
+        for name, value, valid in (("site", site, get_args(Site)), ("distance", distance, tuple(DISTANCES))):
             if value not in valid:
                 raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
         if huber_c is not None and not huber_c > 0:
@@ -117,47 +137,9 @@ class ConsistencyObjective:
         self._first = FirstBatches(self.schedule)
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
-        self.sigma_min = float(scheduler.config.sigma_min) if self.schedule.kind == "edm" else 0.0
-        self._check_ends()
+        _check_ends(self.schedule, self.prediction)
         if teacher is not None:
-            self._check_teacher(teacher)
-
-    def _check_ends(self) -> None:
-        if self.schedule.kind == "edm" and not self.sigma_min > 0:
-            raise UserError(
-                f"sigma_min={self.sigma_min} of the scheduler must be above 0: the network is told its logarithm; "
-                "0.002 is usual."
-            )
-        if self.schedule.kind != "vp" or self.prediction_type != "epsilon":
-            return
-        last = torch.tensor([self.schedule.num_train_timesteps - 1])
-        alpha, _ = self.schedule(last)
-        if alpha < LEAST_ALPHA:
-            raise UserError(
-                "prediction_type='epsilon' cannot sample in one step on this schedule: at its last timestep alpha "
-                f"is {float(alpha):.1e}, and the error of x0_hat is the network's divided by that; use 'v_prediction', "
-                "or betas such as Stable Diffusion's (scaled_linear)."
-            )
-
-    def _check_teacher(self, teacher: Teacher) -> None:
-        ours, theirs = self.schedule, teacher.schedule
-        found = []
-        # The number of timesteps of an EDM scheduler says nothing about its noise.
-        for name in ("kind", "sigma_data", *(["num_train_timesteps"] if ours.kind == "vp" else [])):
-            one, other = getattr(theirs, name), getattr(ours, name)
-            if one != other:
-                found.append(f"{'a schedule of kind' if name == 'kind' else name} {one!r}, not {other!r}")
-        if not found and ours.kind == "vp":
-            steps = torch.arange(ours.num_train_timesteps)
-            one, other = theirs.alphas_cumprod(steps), ours.alphas_cumprod(steps)
-            at = int((one - other).abs().argmax())
-            if not torch.allclose(one, other):
-                found = [f"alpha_t {float(one[at]) ** 0.5:.4g} at timestep {at}, not {float(other[at]) ** 0.5:.4g}"]
-        if found:
-            raise UserError(
-                f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
-                "schedulers the same betas, or sigma_data."
-            )
+            _check_teacher(self.schedule, teacher.schedule)
 
     def place(self, accelerator: Any, target: Any) -> None:  # noqa: ANN401  (Accelerate's, and a network or None)
         """Take the precision and the device of a run, and the network that gives the target; None for its own."""
@@ -192,18 +174,7 @@ class ConsistencyObjective:
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
-        if (timesteps is None) != (next_timesteps is None):
-            raise UserError("timesteps and next_timesteps are given together, or neither.")
-        pair = {"timesteps": timesteps, "next_timesteps": next_timesteps}
-        chosen = {name: one_each(name, value, x0) for name, value in pair.items() if value is not None}
-        self._first.look(x0, chosen)
-        if chosen:
-            timesteps, next_timesteps = chosen["timesteps"], chosen["next_timesteps"]
-            weights = torch.ones(len(x0), device=x0.device) if weights is None else weights
-        else:
-            timesteps, next_timesteps, drawn = self.pairs.sample(len(x0), x0.device, self.progress)
-            weights = drawn if weights is None else weights
-        weights = one_each("weights", weights, x0)
+        timesteps, next_timesteps, weights = self._pairs(x0, timesteps, next_timesteps, weights)
         conditions = self._completed(x0, conditions)
         noise = torch.randn_like(x0) if noise is None else noise
         check_like("noise", noise, x0)
@@ -223,6 +194,21 @@ class ConsistencyObjective:
         )
         with torch.no_grad(), self.autocast():
             return self.replaced(batch, x_s=self.neighbour(batch, x_t))
+
+    def _pairs(
+        self, x0: Tensor, timesteps: Tensor | None, next_timesteps: Tensor | None, weights: Tensor | None
+    ) -> Pairs:
+        """Return a pair of timesteps and a weight for each sample: those given, the others drawn."""
+        if (timesteps is None) != (next_timesteps is None):
+            raise UserError("timesteps and next_timesteps are given together, or neither.")
+        pair = {"timesteps": timesteps, "next_timesteps": next_timesteps}
+        chosen = {name: one_each(name, value, x0) for name, value in pair.items() if value is not None}
+        self._first.look(x0, chosen)
+        if chosen:
+            pairs = Pairs(**chosen, weights=torch.ones(len(x0), device=x0.device))
+        else:
+            pairs = Pairs(*self.pairs.sample(len(x0), x0.device, self.progress))
+        return pairs._replace(weights=one_each("weights", pairs.weights if weights is None else weights, x0))
 
     def _completed(self, x0: Tensor, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditions with those that the objective itself draws: none."""
@@ -274,12 +260,12 @@ class ConsistencyObjective:
         if delta is not None:
             check_like("delta", delta, batch.x0)
             x_t, x_s = self._perturbed(batch, delta, target, detach_target)
-        with _replayed_dropout(model) as replay:
+        with replayed_dropout(model) as replay:
             f_t = self.consistency(model, x_t, batch.timesteps, batch.conditions)
             replay()
             with torch.set_grad_enabled(torch.is_grad_enabled() and x_s.requires_grad), self.autocast():
-                f_s = self.consistency(self._frozen(model), x_s, batch.next_timesteps, batch.conditions)
-        distance = self._distance(f_t - f_s)
+                f_s = self.consistency(target_network(model, self.target), x_s, batch.next_timesteps, batch.conditions)
+        distance = DISTANCES[self.distance]((f_t - f_s).flatten(1), self.huber_c)
         # noise_hat - noise is a positive multiple of x0 - x0_hat, and f is the x0_hat at the perturbed place.
         residual = (batch.x0 - (f_t if self.site == "student" else f_s)).detach()
         return ObjectiveOutput(batch.weights * distance, {"consistency": distance}, residual)
@@ -300,70 +286,30 @@ class ConsistencyObjective:
             x_t = x_t + follower * expand(divide(sigma_t, batch.sigma), x_t)
         return x_t, batch.x_s + delta
 
-    def _frozen(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the network of the target as a function that leaves no gradient in any weight."""
-        if self.target is not None:
-            if isinstance(model, nn.Module) and self.target.training != model.training:
-                self.target.train(model.training)  # dropout in both or in neither
-            return self.target.requires_grad_(False)
-        if not isinstance(model, nn.Module) or not torch.is_grad_enabled():
-            return model
-        network = getattr(model, "module", model)
-        network = getattr(network, "_orig_mod", network)
-        weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
-
-        @functools.wraps(network.forward)
-        def frozen(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            with _without_checkpointing(network):
-                return functional_call(network, weights, args, kwargs)
-
-        frozen.__wrapped__ = network  # whose dtype it has
-        return frozen
-
     def consistency(
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
     ) -> Tensor:
         """Return ``f(x, t)``, ``(B, ...)``, in float32."""
         alpha, sigma = (expand(value, x) for value in self.schedule(timesteps))
         c_skip, c_out = (expand(value, x) for value in self.boundary(timesteps))
-        if self.prediction_type == "edm":
-            c_in, _, _ = edm_preconditioning(sigma, self.schedule.sigma_data)
-            return c_skip * x + c_out * self._predict(model, x * c_in, timesteps, conditions)
-        prediction = self._predict(model, x, timesteps, conditions)
-        return c_skip * x + c_out * to_x0(prediction, x, alpha, sigma, self.prediction_type)
+        output = self._predict(model, self.prediction.network_input(x, sigma), timesteps, conditions)
+        if not self.prediction.preconditioned:
+            output = self.prediction.x0(output, x, alpha, sigma)
+        return c_skip * x + c_out * output
 
     def _predict(
         self, model: Callable[..., Any], x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
     ) -> Tensor:
-        output = predict(model, x, timesteps, conditions)
-        check_output(output, x)
-        if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
-            raise UserError(f"the network returned {output.shape[1]} channels for samples of {x.shape[1]}.")
-        return output[:, : x.shape[1]].float()  # less a learned variance
+        return without_variance(predict(model, x, timesteps, conditions), x, "network")
 
     def boundary(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``c_skip`` and ``c_out`` of timesteps ``(B,)``, each ``(B,)``: 1 and 0 at the end of the trajectory.
 
         ``c_out`` multiplies ``x0_hat``, and for ``edm`` the raw output of the network.
         """
-        if self.schedule.kind == "edm":
-            _, sigma = self.schedule(timesteps)
-            data, above = self.schedule.sigma_data, sigma - self.sigma_min
-            total = (sigma.square() + data**2).rsqrt()
-            return data**2 / (above.square() + data**2), data * above * total
-        scaled = timesteps.float() * self.timestep_scaling
-        total = scaled.square() + 0.25  # sigma_data is 0.5 in LCMScheduler
-        return 0.25 / total, scaled * total.rsqrt()
-
-    def _distance(self, difference: Tensor) -> Tensor:
-        flat = difference.flatten(1)
-        if self.distance == "l2":
-            return flat.square().mean(dim=1)
-        if self.distance == "huber":
-            c = self.huber_c or 0.001
-            return ((flat.square() + c**2).sqrt() - c).mean(dim=1)
-        c = self.huber_c or 0.00054 * flat.shape[1] ** 0.5
-        return (flat.square().sum(dim=1) + c**2).sqrt() - c
+        if self.prediction.preconditioned:
+            return _boundary_of_sigma(self.schedule, timesteps)
+        return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)
 
     def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
         """Learn nothing from the losses of a pass."""
@@ -376,33 +322,49 @@ class ConsistencyObjective:
         """Ignore an empty state."""
 
 
-@contextlib.contextmanager
-def _replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]:
-    """Yield a function that sets the random state back: both networks then drop the same units (iCT, section 3.2)."""
-    drops = isinstance(model, nn.Module) and any(
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()
-    )
-    if not drops:
-        yield lambda: None
+def _check_kind(schedule: NoiseSchedule, name: str) -> None:
+    if not schedule.traits.fits_consistency:
+        raise UserError(
+            f"{name} is a {schedule.kind}, expected a DDPM-family or EDM scheduler: "
+            "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
+        )
+
+
+def _check_ends(schedule: NoiseSchedule, prediction: Prediction) -> None:
+    """Refuse a schedule at whose ends the consistency function has no limit."""
+    if schedule.traits.variance_exploding and not schedule.sigma_min > 0:
+        raise UserError(
+            f"sigma_min={schedule.sigma_min} of the scheduler must be above 0: the network is told its logarithm; "
+            "0.002 is usual."
+        )
+    if not prediction.needs_signal:
         return
-    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    alpha, _ = schedule(torch.tensor([schedule.num_train_timesteps - 1]))
+    if alpha < LEAST_ALPHA:
+        raise UserError(
+            "prediction_type='epsilon' cannot sample in one step on this schedule: at its last timestep alpha "
+            f"is {float(alpha):.1e}, and the error of x0_hat is the network's divided by that; use 'v_prediction', "
+            "or betas such as Stable Diffusion's (scaled_linear)."
+        )
 
-    def replay() -> None:
-        torch.set_rng_state(states[0])
-        if states[1]:
-            torch.cuda.set_rng_state_all(states[1])
 
-    yield replay
+def _check_teacher(ours: NoiseSchedule, theirs: NoiseSchedule) -> None:
+    found = theirs.noise_differences(ours)
+    if found:
+        raise UserError(
+            f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
+            "schedulers the same betas, or sigma_data."
+        )
 
 
-@contextlib.contextmanager
-def _without_checkpointing(network: nn.Module) -> Iterator[None]:
-    """Keep activations: computed again in the backward pass, they would be those of weights that take a gradient."""
-    modules: list[Any] = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
+def _boundary_of_sigma(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``c_skip`` and ``c_out`` of ``CMStochasticIterativeScheduler``, each ``(B,)``."""
+    _, sigma = schedule(timesteps)
+    data, above = schedule.sigma_data, sigma - schedule.sigma_min
+    return data**2 / (above.square() + data**2), data * above * (sigma.square() + data**2).rsqrt()
+
+
+def _boundary_of_timesteps(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``c_skip`` and ``c_out`` of ``LCMScheduler``, each ``(B,)``, for timesteps times its scaling."""
+    total = scaled.square() + 0.25  # sigma_data is 0.5 there
+    return 0.25 / total, scaled * total.rsqrt()

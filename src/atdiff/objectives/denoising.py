@@ -12,35 +12,16 @@ from torch import Tensor
 from atdiff.core.choices import PredictionType, Target, Variance, Weighting
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
-from atdiff.core.timesteps import LogNormalTimesteps, TimestepSampler, UniformTimesteps
+from atdiff.core.prediction import make_prediction, resolve_prediction_type
+from atdiff.core.timesteps import TimestepSampler, default_timestep_sampler
 from atdiff.models.call import check_labels, predict
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
+from atdiff.objectives.noising import make_noisings, paired_noise
 from atdiff.objectives.variational import check_variances, variational_bound
+from atdiff.objectives.weighting import WEIGHTINGS
 
-__all__ = ["DenoisingBatch", "DenoisingObjective", "resolve_prediction_type"]
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "eps": ("epsilon",),
-    "noise": ("epsilon",),
-    "pred_noise": ("epsilon",),
-    "x0": ("sample",),
-    "x_0": ("sample",),
-    "x_start": ("sample",),
-    "xstart": ("sample",),
-    "start_x": ("sample",),
-    "pred_x0": ("sample",),
-    "v": ("v_prediction", "flow"),  # whichever the schedule has
-    "v_pred": ("v_prediction", "flow"),
-    "vpred": ("v_prediction", "flow"),
-    "pred_v": ("v_prediction", "flow"),
-    "velocity": ("flow",),
-    "flow_prediction": ("flow",),
-    "flow_matching": ("flow",),
-    "rectified_flow": ("flow",),
-}
-"""What others call the prediction types."""
+__all__ = ["DenoisingBatch", "DenoisingObjective"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +29,7 @@ class DenoisingBatch(Batch):
     """What :meth:`DenoisingObjective.draw` returns.
 
     Attributes:
-        input_noise: builds the input; differs from ``noise`` under input perturbation alone.
+        input_noise: the noise that the input is built with; the target goes by ``noise``.
     """
 
     input_noise: Tensor
@@ -75,11 +56,9 @@ class DenoisingObjective:
         snr_gamma: the gamma of either weighting.
         label_dropout: share of class labels replaced by ``null_label`` (classifier-free guidance).
         null_label: the label of the unconditional case.
-        input_perturbation: gamma of `DDPM-IP <https://arxiv.org/abs/2301.11706>`_: the input is built with
-            ``noise + gamma * normal``, the target stays ``noise``.
-        slowed_interpolation: gamma of `MixFlow <https://arxiv.org/abs/2512.19311>`_: the input is that of a noisier
-            timestep, uniform in ``[t, t + gamma (T - t)]``, while the network is told t and its target is that of t.
-            The paper uses 0.4 to 0.8, and the timestep sampler ``beta``.
+        **noisings: amounts of what :mod:`atdiff.objectives.noising` has, 0 for none: ``input_perturbation``, gamma of
+            `DDPM-IP <https://arxiv.org/abs/2301.11706>`_, and ``slowed_interpolation``, gamma of `MixFlow
+            <https://arxiv.org/abs/2512.19311>`_.
 
     Raises:
         UserError: a value is out of its range, or two contradict each other.
@@ -96,31 +75,29 @@ class DenoisingObjective:
         snr_gamma: float = 5.0,
         label_dropout: float = 0.0,
         null_label: int | None = None,
-        input_perturbation: float = 0.0,
-        slowed_interpolation: float = 0.0,
+        **noisings: float,
     ) -> None:
         self.schedule = NoiseSchedule(scheduler)
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
+        self.prediction = make_prediction(self.prediction_type, self.schedule)
         self.variance, self.weighting, self.snr_gamma = variance, weighting, snr_gamma
         self.label_dropout, self.null_label = label_dropout, null_label
-        self.input_perturbation, self.slowed_interpolation = input_perturbation, slowed_interpolation
-        default = LogNormalTimesteps if self.schedule.kind == "edm" else UniformTimesteps
-        self.timestep_sampler: TimestepSampler = timestep_sampler or default(self.schedule)
+        self.noisings = make_noisings(noisings, self.schedule)
+        self.timestep_sampler = timestep_sampler or default_timestep_sampler(self.schedule)
         self._first = FirstBatches(self.schedule)
         self._check()
+
+    @property
+    def _moves_input_time(self) -> bool:
+        return any(noising.moves_input_time for noising in self.noisings)
 
     def _check(self) -> None:
         if self.variance not in get_args(Variance):
             raise UserError(f"variance={self.variance!r} is unknown; use 'fixed' or 'learned_range'.")
-        if self.weighting not in get_args(Weighting):
-            raise UserError(f"weighting={self.weighting!r} is unknown; use one of {get_args(Weighting)}.")
-        if self.variance == "learned_range" and self.schedule.kind != "vp":
-            raise UserError(
-                f"variance='learned_range' needs a DDPM-family scheduler, got a {self.schedule.kind} one; "
-                "use variance='fixed'."
-            )
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(f"weighting={self.weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}.")
         if self.variance == "learned_range":
-            check_variances(self.schedule)
+            self._check_learned_variance()
         if not self.snr_gamma > 0:
             raise UserError(f"snr_gamma={self.snr_gamma} must be above 0; 5 is the usual choice.")
         if not 0.0 <= self.label_dropout < 1.0:
@@ -130,17 +107,17 @@ class DenoisingObjective:
                 f"label_dropout={self.label_dropout} needs null_label, the index that stands for 'no class'; "
                 "set it to the number of classes and give the network one more class embedding."
             )
-        if self.input_perturbation < 0:
-            raise UserError(f"input_perturbation={self.input_perturbation} must not be negative; use 0.1 or 0.")
-        if not 0.0 <= self.slowed_interpolation <= 1.0:
+
+    def _check_learned_variance(self) -> None:
+        if not self.schedule.traits.integer_timesteps:
             raise UserError(
-                f"slowed_interpolation={self.slowed_interpolation} must lie in [0, 1]; 0.4 is usual, 0 is none."
+                f"variance='learned_range' needs a DDPM-family scheduler, got a {self.schedule.kind} one; "
+                "use variance='fixed'."
             )
-        if self.slowed_interpolation > 0 and (self.schedule.kind == "edm" or self.variance != "fixed"):
-            raise UserError(
-                f"slowed_interpolation={self.slowed_interpolation} needs a DDPM-family or flow scheduler and "
-                "variance='fixed'; leave it out."
-            )
+        check_variances(self.schedule)
+        for noising in self.noisings:
+            if noising.moves_input_time:
+                raise UserError(f"{noising.name}={noising.amount} needs variance='fixed'; leave it out.")
 
     def draw(
         self,
@@ -165,28 +142,18 @@ class DenoisingObjective:
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
-        chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
-        self._first.look(x0, chosen)
-        if timesteps is None:
-            timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
-            weights = sampled if weights is None else weights
-        else:
-            timesteps = chosen["timesteps"]
-            weights = torch.ones(len(x0), device=x0.device) if weights is None else weights
-        weights = one_each("weights", weights, x0)
-        noise = torch.randn_like(x0) if noise is None else noise
+        timesteps, weights = self._timesteps(x0, timesteps, weights)
+        noise = paired_noise(self.noisings, x0) if noise is None else noise
         check_like("noise", noise, x0)
-        input_noise = noise
-        if self.input_perturbation > 0:
-            input_noise = noise + self.input_perturbation * torch.randn_like(noise)
         alpha, sigma = self.schedule(timesteps)
-        weights = weights * self._snr_weight(alpha, sigma)
-        if self.slowed_interpolation > 0:
-            alpha, sigma = self.schedule(self._slowed(timesteps))
-        if self.label_dropout > 0 and "class_labels" in conditions:
-            labels = conditions["class_labels"]
-            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
-            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
+        weights = weights * WEIGHTINGS[self.weighting](self.prediction, alpha, sigma, self.snr_gamma)
+        input_noise, input_timesteps = noise, timesteps
+        for noising in self.noisings:
+            input_noise = noising.input_noise(input_noise)
+            input_timesteps = noising.input_timesteps(input_timesteps)
+        if self._moves_input_time:
+            alpha, sigma = self.schedule(input_timesteps)
+        self._drop_labels(conditions)
         return DenoisingBatch(
             x0=x0,
             noise=noise,
@@ -197,6 +164,23 @@ class DenoisingObjective:
             sigma=sigma,
             conditions=conditions,
         )
+
+    def _timesteps(self, x0: Tensor, timesteps: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return timesteps and importance weights, each ``(B,)``: those given, the others drawn."""
+        chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
+        self._first.look(x0, chosen)
+        if chosen:
+            timesteps, sampled = chosen["timesteps"], torch.ones(len(x0), device=x0.device)
+        else:
+            timesteps, sampled = self.timestep_sampler.sample(len(x0), x0.device)
+        return timesteps, one_each("weights", sampled if weights is None else weights, x0)
+
+    def _drop_labels(self, conditions: dict[str, Tensor]) -> None:
+        """Replace a share of the class labels by the null label, in place of the mapping."""
+        if self.label_dropout > 0 and "class_labels" in conditions:
+            labels = conditions["class_labels"]
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            conditions["class_labels"] = labels.masked_fill(dropped, self.null_label or 0)
 
     def loss(self, model: Callable[..., Any], batch: DenoisingBatch, delta: Tensor | None = None) -> Tensor:
         """Return the weighted loss of each sample, ``(B,)``, at ``x_t + delta`` with the equivariant target."""
@@ -234,29 +218,28 @@ class DenoisingObjective:
             if target == "equivariant":
                 # Without noise there is none to move: the target stays.
                 noise = noise + divide(delta.detach() if detach_target else delta, sigma)
-        c_in, c_skip, c_out = self._preconditioning(sigma)
-        output = predict(model, x_t * c_in if c_in is not None else x_t, batch.timesteps, batch.conditions)
+        output = predict(model, self.prediction.network_input(x_t, sigma), batch.timesteps, batch.conditions)
         prediction, variance = self._split(output.float(), batch.x0)
-        if c_in is not None:
-            # In units of the raw network, that is with the weight 1 / c_out^2 of EDM, table 1.
-            error = prediction - divide(batch.x0 - c_skip * x_t, c_out)
-        else:
-            if self.slowed_interpolation > 0:  # the target is that of the timestep that the network is told
-                alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
-            error = prediction - self._target(batch.x0, noise, alpha, sigma)
+        if self._moves_input_time:  # the target is that of the timestep that the network is told
+            alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
+        error = prediction - self.prediction.target(batch.x0, noise, x_t, alpha, sigma)
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
-            x0_hat = to_x0(prediction, x_t, alpha, sigma, self.prediction_type).detach()
-            if self.prediction_type == "epsilon":  # pure noise says nothing of x0: the bound is of the variance alone
-                x0_hat = torch.where(alpha > 0, x0_hat, batch.x0)
-            bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
-            terms["vb"] = bound * (self.schedule.num_train_timesteps / 1000.0)
+            terms["vb"] = self._bound(batch, x_t, prediction, variance)
         loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
         # noise_hat - noise is a positive multiple of the prediction's error, or of its opposite where x0 is
         # predicted, since alpha x0_hat + sigma noise_hat = x_t.
-        predicts_x0 = self.prediction_type in ("sample", "edm")
-        residual = -error.detach() if predicts_x0 else error.detach()
+        residual = -error.detach() if self.prediction.predicts_x0 else error.detach()
         return ObjectiveOutput(loss, terms, residual, error)
+
+    def _bound(self, batch: DenoisingBatch, x_t: Tensor, prediction: Tensor, variance: Tensor) -> Tensor:
+        """Return the variational bound of the variance alone, ``(B,)``, in the weight of Improved DDPM."""
+        alpha, sigma = expand(batch.alpha, x_t), expand(batch.sigma, x_t)
+        x0_hat = self.prediction.x0(prediction, x_t, alpha, sigma).detach()
+        if self.prediction.needs_signal:  # pure noise says nothing of x0
+            x0_hat = torch.where(alpha > 0, x0_hat, batch.x0)
+        bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
+        return bound * (self.schedule.num_train_timesteps / 1000.0)
 
     def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
         """Tell the timestep sampler the unweighted losses of a pass."""
@@ -271,22 +254,6 @@ class DenoisingObjective:
         """Go on from a saved state."""
         self.timestep_sampler.load_state_dict(state)
 
-    def _slowed(self, timesteps: Tensor) -> Tensor:
-        """Return noisier timesteps to take the input from, ``(B,)``."""
-        last = self.schedule.num_train_timesteps - (self.schedule.kind == "vp")
-        share = self.slowed_interpolation * torch.rand(len(timesteps), device=timesteps.device)
-        slowed = timesteps + share * (last - timesteps)
-        return slowed.round().long() if self.schedule.kind == "vp" else slowed
-
-    def _target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return x0
-        if self.prediction_type == "v_prediction":
-            return alpha * noise - sigma * x0
-        return noise - x0
-
     def _split(self, output: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         channels = x0.shape[1]
         expected = 2 * channels if self.variance == "learned_range" else channels
@@ -300,53 +267,3 @@ class DenoisingObjective:
         if self.variance == "fixed":
             return output, None
         return output[:, :channels], output[:, channels:]
-
-    def _preconditioning(self, sigma: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        if self.prediction_type != "edm":
-            return None, torch.zeros_like(sigma), torch.ones_like(sigma)
-        return edm_preconditioning(sigma, self.schedule.sigma_data)
-
-    def _snr_weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
-        if self.weighting == "none":
-            return 1.0
-        snr = (alpha / sigma).square()  # 0 without data, infinite without noise
-        if self.weighting == "high-noise":
-            return (1.0 / snr).clamp(max=self.snr_gamma)
-        capped = snr.clamp(max=self.snr_gamma)
-        if self.prediction_type == "epsilon":
-            return (self.snr_gamma / snr).clamp(max=1.0)
-        if self.prediction_type == "sample":
-            return capped
-        if self.prediction_type == "edm":
-            _, _, c_out = self._preconditioning(sigma)
-            return capped * c_out**2
-        # The error of x0 is sigma_t times that of v and of the velocity.
-        return capped * sigma.square()
-
-
-def resolve_prediction_type(
-    schedule: NoiseSchedule,
-    scheduler: Any,  # noqa: ANN401
-    prediction_type: str | None,
-) -> str:
-    """Return what a network of this scheduler predicts: ``prediction_type``, or what the scheduler says.
-
-    Raises:
-        UserError: it does not fit the scheduler.
-    """
-    valid = {
-        "edm": ("edm",),
-        "flow": ("flow",),
-        "vp": ("epsilon", "sample", "v_prediction"),
-        "function": ("epsilon", "sample", "v_prediction", "flow"),
-    }[schedule.kind]
-    default = valid[0] if schedule.kind != "vp" else scheduler.config.get("prediction_type", "epsilon")
-    word = str(prediction_type or default).lower().replace("-", "_")
-    names = {name for name in ALIASES.get(word, (word,)) if name in valid}
-    chosen = names.pop() if len(names) == 1 else prediction_type
-    if chosen not in valid:
-        raise UserError(
-            f"prediction_type={chosen!r} does not fit {type(scheduler).__name__} (a {schedule.kind} schedule); "
-            f"expected {' or '.join(map(repr, valid))}."
-        )
-    return chosen

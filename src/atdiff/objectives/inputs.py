@@ -11,7 +11,15 @@ from torch import Tensor
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 
-__all__ = ["FirstBatches", "check_conditions", "check_like", "check_output", "clean_samples", "one_each"]
+__all__ = [
+    "FirstBatches",
+    "check_conditions",
+    "check_like",
+    "check_output",
+    "clean_samples",
+    "one_each",
+    "without_variance",
+]
 
 LARGEST = 16.0  # of data that are never negative: what is above was not scaled; latents have both signs
 
@@ -60,6 +68,18 @@ def check_output(output: Tensor, x0: Tensor) -> None:
             f"the network returned the shape {tuple(output.shape)} for samples of {tuple(x0.shape)}, expected one "
             "prediction a sample, of the same size."
         )
+
+
+def without_variance(output: Tensor, x: Tensor, whose: str) -> Tensor:
+    """Return a network's prediction in float32, like ``x`` ``(B, C, ...)``, less the channels of a learned variance.
+
+    Raises:
+        UserError: the output is of another size, or of neither ``C`` nor ``2C`` channels.
+    """
+    check_output(output, x)
+    if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
+        raise UserError(f"the {whose} returned {output.shape[1]} channels for samples of {x.shape[1]}.")
+    return output[:, : x.shape[1]].float()
 
 
 def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
@@ -119,7 +139,7 @@ class FirstBatches:
             return
         self.left, first = self.left - 1, self.left == LOOKS
         for name, timesteps in chosen.items():
-            self._timesteps(name, timesteps)
+            self.schedule.check_timesteps(name, timesteps)
         low, high = (float(value) for value in x0.detach().aminmax())
         # Nor where they are not numbers. In a later batch that is a step for the optimizer, or a scaler, to skip.
         if first and not (low > -float("inf") and high < float("inf")):
@@ -136,15 +156,3 @@ class FirstBatches:
                 "2 * x0 - 1, as samplers expect.",
                 stacklevel=4,
             )
-
-    def _timesteps(self, name: str, timesteps: Tensor) -> None:
-        kind, last = self.schedule.kind, self.schedule.num_train_timesteps
-        if kind == "edm":
-            good, expected = timesteps.isfinite(), "finite numbers"
-        elif kind == "vp":
-            whole = timesteps == timesteps.round() if timesteps.is_floating_point() else timesteps == timesteps
-            good, expected = (timesteps >= 0) & (timesteps < last) & whole, f"whole numbers from 0 to {last - 1}"
-        else:
-            good, expected = (timesteps >= 0) & (timesteps <= last), f"numbers from 0 to {last}"
-        if not bool(good.all()):
-            raise UserError(f"{name} hold {float(timesteps[~good][0]):.6g}, expected {expected}.")

@@ -56,7 +56,7 @@ class EvenPairs:
     """
 
     def __init__(self, schedule: NoiseSchedule, levels: Levels, intervals: int = 50) -> None:
-        if schedule.kind == "vp":
+        if schedule.traits.integer_timesteps:
             _check_intervals(schedule, intervals)
             skip = schedule.num_train_timesteps // intervals
             self.grid = (torch.arange(intervals + 1) * skip - 1).clamp(min=0)
@@ -96,7 +96,7 @@ class ImprovedPairs:
         mean: float = -1.1,
         std: float = 2.0,
     ) -> None:
-        if schedule.kind == "vp":
+        if schedule.traits.integer_timesteps:
             _check_intervals(schedule, intervals)
         self.schedule, self.levels, self.intervals = schedule, levels, intervals
         self.first, self.mean, self.std = min(first, intervals), mean, std
@@ -113,7 +113,7 @@ class ImprovedPairs:
         lower = torch.multinomial((edges[1:] - edges[:-1]).float(), batch_size, replacement=True)
         grid = self.schedule.timesteps_at(ratios)
         t, s = grid[lower + 1], grid[lower]
-        if self.schedule.kind == "vp":
+        if self.schedule.traits.integer_timesteps:
             t = t.clamp(min=1)
             s = torch.minimum(s, t - 1)  # levels nearer than integer timesteps
         return Pairs.weighted(self.schedule, t.to(device), s.to(device))
@@ -144,13 +144,13 @@ class EasyPairs:
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
         """Return ``batch_size`` pairs at the present distance."""
         normal = torch.randn(batch_size, device=device, dtype=torch.float64)
-        least = self.levels.lowest * (2.0 if self.schedule.kind == "edm" else 1.0)
+        least = self.levels.lowest * (2.0 if self.schedule.traits.variance_exploding else 1.0)
         upper = (self.mean + self.std * normal).exp().clamp(least, self.levels.highest)
         stage = 1 + min(math.floor(progress * self.stages), self.stages - 1)
         nearness = (1.0 + 8.0 * torch.sigmoid(-upper)) / 2.0**stage
         lower = (upper * (1.0 - nearness)).clamp(min=self.levels.lowest)
         t, s = self.schedule.timesteps_at(upper), self.schedule.timesteps_at(lower)
-        if self.schedule.kind == "vp":
+        if self.schedule.traits.integer_timesteps:
             t = t.clamp(min=1)
             s = torch.minimum(s, t - 1)
         return Pairs.weighted(self.schedule, t, s)
@@ -172,9 +172,8 @@ class Levels(NamedTuple):
     @classmethod
     def of(cls, scheduler: Any, schedule: NoiseSchedule) -> Levels:  # noqa: ANN401  (any diffusers scheduler)
         """Return the levels of a scheduler: its ``sigma_min`` and ``sigma_max``, or its first and last timestep's."""
-        if schedule.kind == "edm":
-            config = scheduler.config
-            return cls(float(config.sigma_min), float(config.sigma_max), float(config.get("rho", 7.0)))
+        if schedule.traits.variance_exploding:
+            return cls(schedule.sigma_min, schedule.sigma_max, float(scheduler.config.get("rho", 7.0)))
         alpha, sigma = schedule(torch.tensor([0, schedule.num_train_timesteps - 1]))
         first, last = (sigma.double() / alpha.double().clamp(min=1e-6)).tolist()
         return cls(first, last)

@@ -11,10 +11,9 @@ from torch import Tensor
 from atdiff.core.choices import PredictionType, Solver
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.prediction import make_prediction, resolve_prediction_type
 from atdiff.models.call import predict
-from atdiff.objectives.denoising import resolve_prediction_type
-from atdiff.objectives.inputs import check_output
+from atdiff.objectives.inputs import without_variance
 
 __all__ = ["Solver", "Teacher"]
 
@@ -53,12 +52,13 @@ class Teacher:
         if isinstance(model, torch.nn.Module):
             model.eval().requires_grad_(False)
         self.schedule, self.solver = NoiseSchedule(scheduler), solver
-        if self.schedule.kind in ("flow", "function"):
+        if not self.schedule.traits.fits_consistency:
             raise UserError(
                 f"{type(scheduler).__name__} is a {self.schedule.kind}: a teacher must be a DDPM-family or EDM model."
             )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
-        if self.prediction_type == "epsilon":
+        self.prediction = make_prediction(self.prediction_type, self.schedule)
+        if self.prediction.needs_signal:
             alpha, _ = self.schedule(torch.tensor([self.schedule.num_train_timesteps - 1]))
             if float(alpha) == 0:
                 raise UserError(
@@ -101,22 +101,10 @@ class Teacher:
         """Return ``x0_hat`` and ``noise_hat``, each ``(B, ...)``; arguments as of :meth:`step`."""
         alpha, sigma = (expand(value, x_t) for value in levels)
         timesteps = self.schedule.timesteps_at(levels[1].double() / levels[0].double())
-        c_in: Tensor | float = 1.0
-        if self.prediction_type == "edm":
-            c_in, c_skip, c_out = edm_preconditioning(sigma, self.schedule.sigma_data)
-        output = predict(self.model, x_t * c_in, timesteps, conditions)
-        check_output(output, x_t)
-        if output.shape[1] not in (x_t.shape[1], 2 * x_t.shape[1]):
-            raise UserError(f"the teacher returned {output.shape[1]} channels for samples of {x_t.shape[1]}.")
-        output = output[:, : x_t.shape[1]].float()
-        if self.prediction_type == "edm":
-            x0_hat = c_skip * x_t + c_out * output
-        else:
-            x0_hat = to_x0(output, x_t, alpha, sigma, self.prediction_type)
-        if self.prediction_type == "v_prediction" and self.clip is None:
-            return x0_hat, alpha * output + sigma * x_t
-        if self.prediction_type == "epsilon" and self.clip is None:
-            return x0_hat, output
-        if self.clip is not None:
-            x0_hat = x0_hat.clamp(-self.clip, self.clip)
+        output = predict(self.model, self.prediction.network_input(x_t, sigma), timesteps, conditions)
+        output = without_variance(output, x_t, "teacher")
+        x0_hat = self.prediction.x0(output, x_t, alpha, sigma)
+        if self.clip is None:
+            return x0_hat, self.prediction.noise(output, x_t, alpha, sigma)
+        x0_hat = x0_hat.clamp(-self.clip, self.clip)
         return x0_hat, divide(x_t - alpha * x0_hat, sigma)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
+from atdiff.core.prediction import resolve_prediction_type
 from atdiff.models.transformers import denoiser_like, published
 from atdiff.pipelines.families import Asked, Family, family_of, pixels_per_latent
 from atdiff.system.files import written_aside
@@ -92,9 +93,7 @@ class LatentPipeline:
     @property
     def prediction_type(self) -> str:
         """What the network predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``."""
-        if NoiseSchedule(self.scheduler).kind == "flow":
-            return "flow"
-        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+        return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
         """Find out whether pictures of shape ``(C, H, W)`` have latents of the network's shape.

@@ -38,7 +38,8 @@ def pipeline_class(network: Any, scheduler: Any) -> Any:  # noqa: ANN401  (any n
     those of flows, which scale nothing, lack the methods that it calls.
     """
     config = network.config
-    scales = NoiseSchedule(scheduler).kind == "edm" or float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+    exploding = NoiseSchedule(scheduler).traits.variance_exploding
+    scales = exploding or float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
     labelled = config.get("num_class_embeds") is not None
     fits = hasattr(scheduler, "scale_model_input") and isinstance(config.get("sample_size"), int)
     return ConsistencyModelPipeline if fits and (scales or labelled) else DDPMPipeline
@@ -131,24 +132,24 @@ class _Pixels:
         return f"{own}import torch\nfrom diffusers import {', '.join(sorted(names))}\n"
 
     def _call(self) -> str:
-        kind, swap, options = NoiseSchedule(self.scheduler).kind, "", ""
+        traits, swap, options = NoiseSchedule(self.scheduler).traits, "", ""
         names = ["DiffusionPipeline"]
-        if not self.distilled and kind == "flow":
+        if not self.distilled and traits.has_shift:
             if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
                 names.append("FlowMatchEulerDiscreteScheduler")
                 shift = flow_shift(self.scheduler)
                 swap = f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})\n"
             swap += f"pipeline.scheduler.sigma_min = 1 / {self.steps}  # even steps, the last one to the image\n"
-        elif not self.distilled and kind == "edm" and type(self.scheduler).__name__ != "EDMEulerScheduler":
+        elif not self.distilled and traits.variance_exploding and type(self.scheduler).__name__ != "EDMEulerScheduler":
             names.append("EDMEulerScheduler")
             swap = "pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)\n"
-        elif not self.distilled and kind == "vp" and self.learns_variance:
+        elif not self.distilled and traits.integer_timesteps and self.learns_variance:
             names.append("DDPMScheduler")
             swap = (
                 "pipeline.scheduler = DDPMScheduler.from_config(\n"
                 '    pipeline.scheduler.config, timestep_spacing="linspace"\n)\n'
             )
-        elif not self.distilled and kind == "vp":
+        elif not self.distilled and traits.integer_timesteps:
             names = ["DDIMPipeline"]  # which makes a DDIMScheduler of the scheduler
             options = ", use_clipped_model_output=True"
         labels = f", class_labels=[i % {self.classes} for i in range({IMAGES})]" if self.classes else ""
@@ -165,16 +166,16 @@ class _Pixels:
 
     def _loop(self) -> tuple[str, str] | None:
         """Return why no pipeline fits, and the loop to take its place; None where one does."""
-        kind = NoiseSchedule(self.scheduler).kind
+        traits = NoiseSchedule(self.scheduler).traits
         is_dit = self.network_class[1] == "DiTTransformer2DModel"
-        if kind == "edm" and not self.distilled and isinstance(self.scheduler, CMStochasticIterativeScheduler):
+        if not self.distilled and isinstance(self.scheduler, CMStochasticIterativeScheduler):
             euler = "EDMEulerScheduler.from_config(pipeline.scheduler.config)"
             # It is told 250 log(sigma), as consistency models are.
             return "it is told 1,000 times the timesteps of EDMEulerScheduler", self._loop_code(euler, times=1000)
-        if kind == "flow" and (self.classes or dynamic_mu(self.scheduler) is not None):
+        if traits.has_shift and (self.classes or dynamic_mu(self.scheduler) is not None):
             why = "class labels or a dynamic shift of a flow"
             return why, self._loop_code(*self._flow_scheduler())
-        if kind == "vp" and self.classes and (is_dit or not (self.distilled or self.learns_variance)):
+        if traits.integer_timesteps and self.classes and (is_dit or not (self.distilled or self.learns_variance)):
             return "class labels, in steps of DDIM", self._loop_code(self._vp_scheduler())
         if is_dit:
             return "class labels of a transformer", self._loop_code("pipeline.scheduler")
@@ -202,14 +203,14 @@ class _Pixels:
         name = scheduler.partition(".from_config")[0].partition("(")[0]
         names = {"DiffusionPipeline", *([name] if name.endswith("Scheduler") else [])}
         shape = f"{self.network['in_channels']}, {self.network['sample_size']}, {self.network['sample_size']}"
-        kind = NoiseSchedule(self.scheduler).kind
-        inputs = "scheduler.scale_model_input(x, t)" if kind == "edm" else "x"
+        traits = NoiseSchedule(self.scheduler).traits
+        inputs = "scheduler.scale_model_input(x, t)" if traits.variance_exploding else "x"
         t = f"{times} * t" if times != 1 else "t"
-        draws = name in ("DDPMScheduler", "pipeline.scheduler") and kind == "vp"
+        draws = name in ("DDPMScheduler", "pipeline.scheduler") and traits.integer_timesteps
         options = ", generator=generators" if draws else ""
         options += ", use_clipped_model_output=True" if name == "DDIMScheduler" else ""
         labels = f", class_labels=torch.arange({IMAGES}) % {self.classes}" if self.classes else ""
-        noise = " * scheduler.init_noise_sigma" if kind == "edm" else ""
+        noise = " * scheduler.init_noise_sigma" if traits.variance_exploding else ""
         return (
             f"{self._imports(*names)}\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{self.repo_id}")  # to load the parts\n'
@@ -285,7 +286,7 @@ def _few_steps(scheduler: Any, family: str) -> tuple[set[str], str]:  # noqa: AN
     """Return what to import, and how to have the scheduler of a pipeline of latents make few steps."""
     if isinstance(scheduler, LCMScheduler):
         return set(), ""
-    if NoiseSchedule(scheduler).kind == "vp":
+    if NoiseSchedule(scheduler).traits.integer_timesteps:
         return {"DDIMScheduler"}, "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
     if family == "FluxPipeline":  # which has even steps of its own
         return set(), ""

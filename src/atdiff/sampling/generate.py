@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule
+from atdiff.core.noise import NoiseSchedule, network_time
+from atdiff.core.prediction import resolve_prediction_type, to_clean
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.models.inference import evaluating
-from atdiff.sampling.corrections import Correction, realign, to_clean
+from atdiff.sampling.corrections import Correction, realign
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.files import check_images_path, written_aside
 from atdiff.system.processes import draw_in_turn, num_processes
@@ -96,18 +97,16 @@ def denoise_steps(
     schedule = NoiseSchedule(scheduler)
     correction = correction or Correction()
     correction.check(schedule)
-    names = {"vp": scheduler.config.get("prediction_type", "epsilon"), "flow": "flow", "edm": "edm"}
-    prediction_type = names[schedule.kind]
+    prediction_type = resolve_prediction_type(schedule, scheduler)
     accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_kwargs = {"generator": generators} if accepts_generator else {}
-    scale = getattr(scheduler, "time_scale", 1)
     for index, t in enumerate(scheduler.timesteps):
         inputs = _scaled(scheduler, x, t)
-        x_t = x if schedule.kind == "edm" else inputs
+        x_t = x if schedule.traits.variance_exploding else inputs
         timesteps = t.to(x.device).expand(len(x))
         seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
         begins = getattr(scheduler, "state_in_first_order", True)  # a solver of second order may be within a step
-        output = predict(model, inputs, seen * scale if scale != 1 else seen, model_kwargs)
+        output = predict(model, inputs, network_time(scheduler, seen), model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
         prediction = correction(prediction, x_t, seen, schedule, prediction_type)
         if seen is not timesteps:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift, own_setting
-from atdiff.core.prediction import to_x0
+from atdiff.core.prediction import PREDICTIONS
 
 __all__ = [
     "SAMPLERS",
@@ -196,9 +196,9 @@ class ClippedDDIMScheduler(DDIMScheduler):
         acp, end = self.alphas_cumprod[int(timestep)], self._next[int(timestep)]
         acp_end = self.alphas_cumprod[end] if end >= 0 else self.final_alpha_cumprod
         alpha, sigma = acp**0.5, (1 - acp) ** 0.5
-        predicts = self.config.prediction_type
-        x0_hat = to_x0(model_output, sample, alpha, sigma, predicts)
-        noise_hat = model_output if predicts == "epsilon" else (sample - alpha * x0_hat) / sigma
+        prediction = PREDICTIONS[self.config.prediction_type]()
+        x0_hat = prediction.x0(model_output, sample, alpha, sigma)
+        noise_hat = model_output if prediction.needs_signal else (sample - alpha * x0_hat) / sigma
         if self.config.thresholding:
             x0_hat = self._threshold_sample(x0_hat)
         elif self.config.clip_sample:
@@ -479,10 +479,11 @@ def make_scheduler(
     schedule = NoiseSchedule(training_scheduler)
     build = _builder(sampler, schedule.kind)
     train_steps = schedule.num_train_timesteps
-    if not 1 <= steps <= train_steps and not (steps > 1 and schedule.kind == "edm" and sampler != "consistency"):
+    unbounded = schedule.traits.variance_exploding and sampler != "consistency"
+    if steps < 1 or (steps > train_steps and not unbounded):
         raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={train_steps}.")
     predicts = training_scheduler.config.get("prediction_type", "epsilon")
-    if schedule.kind == "edm" and predicts != "epsilon":
+    if schedule.traits.variance_exploding and predicts != "epsilon":
         raise UserError(
             f"prediction_type={predicts!r} is not supported for EDM "
             "networks; use 'epsilon', diffusers' name for EDM preconditioning."
@@ -498,7 +499,7 @@ def make_scheduler(
     scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
     # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
-    if schedule.kind == "vp":
+    if schedule.traits.integer_timesteps:
         _check_timesteps(sampler, scheduler, steps)
     return scheduler
 
@@ -507,7 +508,7 @@ def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
     """Return the plain sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
     if isinstance(training_scheduler, LCMScheduler | CMStochasticIterativeScheduler):
         return "lcm" if isinstance(training_scheduler, LCMScheduler) else "consistency"
-    return {"vp": "ddim", "flow": "flow-euler", "edm": "edm-euler"}[NoiseSchedule(training_scheduler).kind]
+    return NoiseSchedule(training_scheduler).traits.default_sampler
 
 
 def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:

@@ -10,12 +10,13 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 
 from atdiff.adversary.adversary import Adversary
-from atdiff.adversary.scale import default_scale
+from atdiff.core.choices import Scale
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
+from atdiff.objectives.noising import NOISINGS
 from atdiff.objectives.teacher import Teacher
 from atdiff.training.config import ObjectiveConfig, TrainConfig
 from atdiff.training.start import Start, noise_scheduler
@@ -58,10 +59,10 @@ def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN40
     Raises:
         UserError: more intervals than timesteps, or another scheduler.
     """
-    kind, config = NoiseSchedule(scheduler).kind, scheduler.config
+    config = scheduler.config
     if isinstance(scheduler, CMStochasticIterativeScheduler) and intervals >= 1:
         return CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=intervals + 1)
-    if kind != "vp":
+    if not NoiseSchedule(scheduler).traits.integer_timesteps:
         raise UserError(
             f"a consistency model cannot be trained with {type(scheduler).__name__}: use a scheduler of the DDPM "
             "family, or for EDM networks CMStochasticIterativeScheduler, for their denoiser too."
@@ -106,10 +107,9 @@ def build_objective(
         snr_gamma=settings.snr_gamma,
         label_dropout=settings.label_dropout if num_classes is not None else 0.0,
         null_label=num_classes,
-        input_perturbation=settings.input_perturbation,
-        slowed_interpolation=settings.slowed_interpolation,
+        **{name: getattr(settings, name) for name in NOISINGS},
     )
-    if not (objective.schedule.kind == "edm" and settings.timestep_sampler == "uniform"):
+    if not (objective.schedule.traits.variance_exploding and settings.timestep_sampler == "uniform"):
         objective.timestep_sampler = make_timestep_sampler(settings.timestep_sampler, objective.schedule)
     return objective
 
@@ -135,7 +135,7 @@ def consistency_options(config: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f"consistency.target_decay={settings.target_decay} must lie in [0, 1); 0 makes the network its own target."
         )
-    for name in ("weighting", "label_dropout", "input_perturbation", "slowed_interpolation"):
+    for name in ("weighting", "label_dropout", *NOISINGS):
         if getattr(config.objective, name) != getattr(ObjectiveConfig(), name):
             raise UserError(f"objective.{name} is for denoisers: leave it out with consistency.mode={settings.mode!r}.")
     names = ("site", "pairs", "intervals", "distance", "huber_c")
@@ -154,11 +154,10 @@ def build_adversary(config: TrainConfig) -> Adversary:
     return Adversary(**asdict(config.adversary))
 
 
-def scaled(config: TrainConfig, kind: str) -> TrainConfig:
+def scaled(config: TrainConfig, default: Scale) -> TrainConfig:
     """Return the settings with the scale that is in effect; it has none where nothing is perturbed."""
     adversary = config.adversary
     if adversary.scale is not None:
         return config
     perturbs = adversary.passes > 1 and adversary.step_size > 0
-    scale: Any = default_scale(kind) if perturbs else "constant"
-    return replace(config, adversary=replace(adversary, scale=scale))
+    return replace(config, adversary=replace(adversary, scale=default if perturbs else "constant"))

@@ -79,7 +79,9 @@ class Trainer:
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
         self.task = make_task(config)
-        self.config = self.task.config = scaled(self.task.config, NoiseSchedule(self.task.scheduler).kind)
+        self.config = self.task.config = scaled(
+            self.task.config, NoiseSchedule(self.task.scheduler).traits.default_scale
+        )
         self._bar = TrainingBar(None, None)
 
     def open(self, out: Path) -> None:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import diffusers
-import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
-from atdiff.objectives.denoising import resolve_prediction_type
+from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.model import load_denoiser
 from atdiff.training.config import SchedulerConfig, TrainConfig
 
@@ -65,7 +64,7 @@ class Start:
     @property
     def prediction_type(self) -> str:
         """What the network predicts."""
-        return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler, None)
+        return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
 
 def load_start(config: TrainConfig) -> Start | None:
@@ -154,7 +153,7 @@ def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
         return DDPMScheduler
     kept = (DDPMScheduler, DDIMScheduler, *([LCMScheduler] if config.consistency.mode != "none" else []))
     # DDPMPipeline, which a run of pixels leaves, cannot draw with a solver of another pipeline.
-    other = NoiseSchedule(start.scheduler).kind == "vp" and not isinstance(start.scheduler, kept)
+    other = NoiseSchedule(start.scheduler).traits.integer_timesteps and not isinstance(start.scheduler, kept)
     return DDPMScheduler if other else type(start.scheduler)
 
 
@@ -178,7 +177,8 @@ def _kept(start: Start, factory: Any, said: dict[str, Any]) -> dict[str, Any]:  
 def _with_betas_of(start: Start, scheduler: Any, args: dict[str, Any]) -> Any:  # noqa: ANN401
     """Return the scheduler, with the betas of the start as they are where its arguments do not tell them."""
     ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
-    if ours.kind != "vp" or theirs.kind != "vp" or _same_noise(ours, theirs):
+    both = ours.traits.integer_timesteps and theirs.traits.integer_timesteps
+    if not both or ours.same_noise(theirs):
         return scheduler
     return type(scheduler)(**{**args, "trained_betas": start.scheduler.betas.tolist()})
 
@@ -229,7 +229,7 @@ def differences(scheduler: Any, prediction_type: str | None, start: Start) -> li
         start: see :class:`Start`.
     """
     ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
-    if (ours.kind, ours.time_factor) != (theirs.kind, theirs.time_factor):
+    if not ours.same_time(theirs):
         return [Difference("scheduler.name", type(scheduler).__name__, type(start.scheduler).__name__)]
     found = _schedule_differences(scheduler, start.scheduler)
     predicts = resolve_prediction_type(ours, scheduler, prediction_type)
@@ -242,18 +242,18 @@ def differences(scheduler: Any, prediction_type: str | None, start: Start) -> li
 def _schedule_differences(one: Any, other: Any) -> list[Difference]:  # noqa: ANN401
     """Return in which arguments two schedulers of one kind differ."""
     ours, theirs = NoiseSchedule(one), NoiseSchedule(other)
-    if ours.kind == "edm":
+    if ours.traits.variance_exploding:
         return _differing(("sigma_data",), one, other)
     if ours.num_train_timesteps != theirs.num_train_timesteps:
         return _differing(("num_train_timesteps",), one, other)
-    if ours.kind == "flow":
+    if ours.traits.has_shift:
         if ours.shift != theirs.shift:
             name = "flow_shift" if "flow_shift" in one.config else "shift"
             return [Difference(f"scheduler.args.{name}", ours.shift, theirs.shift)]
         both = one.config.get("use_dynamic_shifting") and other.config.get("use_dynamic_shifting")
         return _differing(DYNAMIC if both else DYNAMIC[:1], one, other)
     found = []
-    if not _same_noise(ours, theirs):
+    if not ours.same_noise(theirs):
         found = _differing(BETAS, one, other) or [Difference("scheduler.args.trained_betas", "others", "its own")]
     if "timestep_scaling" in one.config and "timestep_scaling" in other.config:
         # Of two consistency models, whose c_skip and c_out go by it.
@@ -265,15 +265,6 @@ def _differing(names: Sequence[str], one: Any, other: Any) -> list[Difference]: 
     values = [(name, one.config.get(name), other.config.get(name)) for name in names]
     # A scheduler that has no such argument is as one that leaves it at False or None.
     return [Difference(f"scheduler.args.{name}", a, b) for name, a, b in values if a != b and (a or b)]
-
-
-def _same_noise(one: NoiseSchedule, other: NoiseSchedule) -> bool:
-    """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, to what float32 betas keep of them."""
-    if one.num_train_timesteps != other.num_train_timesteps:
-        return False
-    timesteps = torch.arange(one.num_train_timesteps)
-    pairs = zip(one(timesteps), other(timesteps), strict=True)
-    return all(torch.allclose(ours, theirs, rtol=1e-3, atol=0.0) for ours, theirs in pairs)
 
 
 def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, remedy: str | None = None) -> None:  # noqa: ANN401

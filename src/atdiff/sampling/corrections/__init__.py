@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
+from atdiff.core.prediction import from_noise, to_noise
 from atdiff.core.specs import CORRECTIONS, FAMILIES, NO_CORRECTION, CorrectionSpec, parse_correction
-from atdiff.sampling.corrections.correction import Correction, from_noise, realign, to_clean, to_noise
+from atdiff.sampling.corrections.correction import Correction, realign
 from atdiff.sampling.corrections.dcw import WaveletCorrection
 from atdiff.sampling.corrections.epsilon_scaling import EpsilonScaling
 from atdiff.sampling.corrections.time_shift import TimeShift
@@ -26,7 +27,6 @@ __all__ = [
     "make_correction",
     "parse_correction",
     "realign",
-    "to_clean",
     "to_noise",
 ]
 

@@ -1,4 +1,4 @@
-"""What every training-free correction of a sampler is, and the conversions of predictions that they share."""
+"""What every training-free correction of a sampler is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.core.prediction import edm_preconditioning, to_x0
+from atdiff.core.noise import NoiseSchedule, expand
+from atdiff.core.prediction import from_noise, to_noise
 
-__all__ = ["Correction", "from_noise", "realign", "to_clean", "to_noise", "wide_dtype"]
+__all__ = ["Correction", "realign", "wide_dtype"]
 
 
 class Correction:
@@ -81,75 +81,6 @@ class Correction:
         return x
 
 
-def to_noise(
-    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
-    """Return the noise ``eps_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
-
-    From ``x_t = alpha x0_hat + sigma eps_hat``:
-
-    - ``epsilon``: the prediction;
-    - ``sample``: ``(x_t - alpha x0_hat) / sigma``;
-    - ``v_prediction``, ``v = alpha eps - sigma x0``: ``alpha v + sigma x_t``;
-    - ``flow``, ``v = eps - x0``: ``x_t + alpha v``;
-    - ``edm``, ``x0_hat = c_skip x_t + c_out F``: ``(x_t - x0_hat) / sigma``.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type == "epsilon":
-        return prediction
-    if prediction_type == "sample":
-        return divide(x_t - alpha * prediction, sigma)
-    if prediction_type == "v_prediction":
-        return alpha * prediction + sigma * x_t
-    if prediction_type == "flow":
-        return x_t + alpha * prediction
-    assert prediction_type == "edm", prediction_type
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return divide(x_t - c_skip * x_t - c_out * prediction, sigma)
-
-
-def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`.
-
-    With ``x0_hat = (x_t - sigma noise) / alpha``:
-
-    - ``epsilon``: the noise;
-    - ``sample``: ``x0_hat``;
-    - ``v_prediction``: ``alpha noise - sigma x0_hat = (noise - sigma x_t) / alpha``;
-    - ``flow``: ``noise - x0_hat = (noise - x_t) / alpha``;
-    - ``edm``: ``(x0_hat - c_skip x_t) / c_out``.
-
-    Not finite where ``alpha = 0``: there ``x_t`` alone fixes the noise, and every prediction implies the
-    same.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return (x_t - sigma * noise) / alpha
-    if prediction_type == "v_prediction":
-        return (noise - sigma * x_t) / alpha
-    if prediction_type == "flow":
-        return (noise - x_t) / alpha
-    assert prediction_type == "edm", prediction_type
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return (x_t - sigma * noise - c_skip * x_t) / c_out
-
-
-def to_clean(
-    prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Tensor:
-    """Return the ``x0_hat`` that a prediction implies at ``x_t``; arguments as in :meth:`Correction.__call__`.
-
-    Not finite where ``alpha = 0`` and noise is predicted.
-    """
-    alpha, sigma = (expand(s, x_t).to(x_t.dtype) for s in schedule(timesteps))
-    if prediction_type != "edm":
-        return to_x0(prediction, x_t, alpha, sigma, prediction_type)
-    _, c_skip, c_out = edm_preconditioning(sigma, schedule.sigma_data)
-    return c_skip * x_t + c_out * prediction
-
-
 def realign(
     prediction: Tensor,
     x_t: Tensor,
@@ -174,8 +105,8 @@ def realign(
         prediction_type: as in :meth:`Correction.__call__`.
     """
     wide_x = x_t.to(wide_dtype(x_t))
-    alpha_seen, sigma_seen = (expand(s, x_t).to(wide_x.dtype) for s in schedule(seen))
-    alpha, sigma = (expand(s, x_t).to(wide_x.dtype) for s in schedule(timesteps))
+    alpha_seen, sigma_seen = schedule.levels(seen, wide_x)
+    alpha, sigma = schedule.levels(timesteps, wide_x)
     noise = to_noise(prediction.to(wide_x.dtype), wide_x, seen, schedule, prediction_type)
     moved = alpha * (wide_x - sigma_seen * noise) / alpha_seen + sigma * noise
     implied = from_noise(noise, moved, timesteps, schedule, prediction_type)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand
-from atdiff.sampling.corrections.correction import Correction, from_noise, to_noise, wide_dtype
+from atdiff.core.prediction import from_noise, make_prediction, to_noise
+from atdiff.sampling.corrections.correction import Correction, wide_dtype
 
 __all__ = ["EpsilonScaling"]
 
@@ -61,7 +62,7 @@ class EpsilonScaling(Correction):
         b = self._divisor(timesteps, dtype)
         noise = to_noise(prediction.to(dtype), wide_x, timesteps, schedule, prediction_type) / expand(b, x_t)
         scaled = from_noise(noise, wide_x, timesteps, schedule, prediction_type).to(prediction.dtype)
-        if prediction_type == "epsilon":
+        if make_prediction(prediction_type, schedule).needs_signal:
             return scaled
         alpha, sigma = schedule(timesteps)
         return torch.where(expand((alpha > 0) & (sigma > 0), x_t), scaled, prediction)

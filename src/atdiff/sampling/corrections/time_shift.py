@@ -72,7 +72,7 @@ class TimeShift(Correction):
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise a UserError for EDM, and for a cutoff beyond the schedule's last timestep."""
-        if schedule.kind == "edm":
+        if schedule.traits.variance_exploding:
             raise UserError(
                 "time-shift does not fit EDM networks, which have no timesteps to count its window in; use "
                 "epsilon-scaling."
@@ -92,7 +92,7 @@ class TimeShift(Correction):
         half = self.window // 2
         offsets = torch.arange(-half, half + 1, device=timesteps.device)
         # A flow has no noise at all at 0, and no data at num_train_timesteps.
-        first = 1 if schedule.kind == "flow" else 0
+        first = int(schedule.traits.starts_without_noise)
         candidates = (timesteps[:, None] + offsets).clamp(first, schedule.num_train_timesteps - 1)
         alpha, sigma = (s.view_as(candidates) for s in schedule(candidates.flatten()))
         expected = alpha.square() * self.data_variance + sigma.square()
