@@ -23,7 +23,8 @@ from atdiff.cli import main
 from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.models.call import predict
 from atdiff.models.presets import build_model
-from atdiff.models.transformers import FluxDenoiser, SD3Denoiser, image_ids, pack, published, unpack
+from atdiff.pipelines.families import as_diffusers, viewed
+from atdiff.pipelines.families.flux import image_ids, pack, unpack
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
@@ -103,8 +104,8 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
             timesteps = timesteps * 1000
         found = predict(ours, x_t, timesteps, conditions)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert type(published(ours)) is type(network)
-    assert published(ours).state_dict().keys() == network.state_dict().keys()
+    assert type(as_diffusers(ours)) is type(network)
+    assert as_diffusers(ours).state_dict().keys() == network.state_dict().keys()
 
 
 def test_tokens_of_flux_are_packed_as_diffusers_packs_them() -> None:
@@ -326,15 +327,9 @@ def test_adapters_are_trained_and_load_in_plain_diffusers(
     latent = load_latent_pipeline(str(folder), image_size=IMAGE_SIZE)
     x, t = torch.randn(2, *latent.latent_shape), torch.tensor([300.0, 900.0])
     found, expected = (
-        predict(as_ours(one), x, t, latent.encode_prompts(PROMPTS)) for one in (denoiser.model, pipeline.transformer)
+        predict(viewed(one), x, t, latent.encode_prompts(PROMPTS)) for one in (denoiser.model, pipeline.transformer)
     )
     torch.testing.assert_close(found, expected)
-
-
-def as_ours(network: Any) -> Any:
-    """The network with its adapters, called as ours are."""
-    network.__class__ = SD3Denoiser if "SD3" in type(network).__name__ else FluxDenoiser
-    return network
 
 
 @pytest.mark.parametrize("kind", ["dit"], indirect=True)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.families import DiT, Family, Flux, family_of, pixels_per_latent, usual_guidance_scale
-from atdiff.pipelines.model import Denoiser
+from atdiff.pipelines.families import Family, family_of
+from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.trained import TrainedModel
 from atdiff.sampling.corrections import Correction
-from atdiff.sampling.generate import _check_request, _finished, image_generators
+from atdiff.sampling.generate import check_request, finite_images, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import (
     network_fingerprint,
@@ -39,7 +40,7 @@ PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImage(Denoiser):
+class TextToImage(TrainedModel):
     """A run whose pipeline makes pictures of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
 
     The classes of its pictures are its prompts, or of DiT numbers of classes. `model` is the network, which works on
@@ -82,16 +83,12 @@ class TextToImage(Denoiser):
         if not 0.0 <= scale < math.inf:
             raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
         told = self.family.is_told_guidance(self.model)
-        if scale > 1 and not told and isinstance(self.family, Flux):
-            raise UserError(
-                f"{self.source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
-                f"schnell; leave out --guidance-scale {scale:g}."
-            )
+        self.family.check_guidance(self.source, self.model, scale)
         # One name for no guidance, so that a figure of it is computed once.
         return replace(self, guidance_scale=scale if told else max(scale, 1.0))
 
     def fingerprints(self) -> dict[str, str]:
-        """See :meth:`atdiff.pipelines.model.Denoiser.fingerprints`; ``weights`` are of all parts, adapters too."""
+        """See :meth:`TrainedModel.fingerprints`; ``weights`` are of all parts, adapters too."""
         parts = {name: part for name, part in sorted(self.pipeline.components.items()) if name != "scheduler"}
         networks = {name: network_fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
         return {
@@ -117,7 +114,7 @@ class TextToImage(Denoiser):
         return self.family.is_guided(self.model, self.guidance_scale)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return how often a picture takes the network; see :meth:`atdiff.pipelines.model.Denoiser.evaluations`."""
+        """Return the NFE of an image; see :meth:`TrainedModel.evaluations`."""
         return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
@@ -151,7 +148,7 @@ class TextToImage(Denoiser):
 
     def _names(self) -> Sequence[str]:
         """The classes of a DiT, or the prompts."""
-        return super()._names() if isinstance(self.family, DiT) else self.prompts
+        return super()._names() if self.family.labelled else self.prompts
 
     def pictures(
         self,
@@ -166,7 +163,7 @@ class TextToImage(Denoiser):
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Iterator[Tensor]:
-        """Return batches of images as :meth:`atdiff.pipelines.model.Denoiser.pictures` does, drawn by the pipeline.
+        """Return batches of images as :meth:`TrainedModel.pictures` does, drawn by the pipeline.
 
         Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
 
@@ -177,7 +174,7 @@ class TextToImage(Denoiser):
         """
         self.check_corrections([] if correction is None else [type(correction).__name__])
         labels = self.class_labels(max(num, 0), label)
-        _check_request(self.model, num, self.image_shape, batch_size, labels)
+        check_request(self.model, num, self.image_shape, batch_size, labels)
         image_generators(seed, [num - 1])
         self.evaluations(sampler, steps)
         if device is not None:
@@ -187,8 +184,8 @@ class TextToImage(Denoiser):
     def _drawn(
         self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
     ) -> Iterator[Tensor]:
-        num, (_, height, width) = len(labels), self.image_shape
-        most = min(batch_size, max(1, PIXELS // (height * width)))
+        num, side = len(labels), self.image_shape[-1]
+        most = min(batch_size, max(1, PIXELS // side**2))
         self.pipeline.set_progress_bar_config(disable=True)
         with Progress(disable=not progress) as bar:
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
@@ -198,7 +195,7 @@ class TextToImage(Denoiser):
                 self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
                 images = self.pipeline(
                     **self._embedded(labels[indices.start : indices.stop]),
-                    **({} if isinstance(self.family, DiT) else {"height": height, "width": width}),
+                    **self.family.call_options(side),
                     num_inference_steps=steps,
                     guidance_scale=self.guidance_scale,
                     generator=image_generators(seed, indices),
@@ -207,15 +204,15 @@ class TextToImage(Denoiser):
                 bar.advance(task, len(indices) * num_processes())
                 if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
                     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                return _finished(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
+                return finite_images(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
 
             yield from draw_in_turn(num, most, draw)
 
     @torch.no_grad()
-    def _embedded(self, labels: Tensor) -> dict[str, Tensor]:
+    def _embedded(self, labels: Tensor) -> dict[str, Any]:
         """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
         used, places = labels.unique(return_inverse=True)
-        tables = self.family.call_options(
+        tables = self.family.call_prompts(
             self.pipeline,
             [self.prompts[int(label)] for label in used],
             self.is_guided,
@@ -223,7 +220,7 @@ class TextToImage(Denoiser):
         )
         rows = {name: table[places.to(table.device)] for name, table in tables.items()}
         # Class labels are asked for as a list.
-        return {name: row if row.is_floating_point() else row.tolist() for name, row in rows.items()}
+        return {name: row.tolist() if self.family.labelled else row for name, row in rows.items()}
 
 
 def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> TextToImage:  # noqa: ANN401
@@ -243,9 +240,9 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         captions = file.read_text(encoding="utf-8").splitlines()
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
-    if not captions and isinstance(family, DiT):
+    if not captions and family.labelled:
         captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
-    guidance_scale = usual_guidance_scale(config, family, network, pipeline.scheduler)
+    guidance_scale = family.guidance_of(config, network, pipeline.scheduler)
     said = (config.get("consistency") or {}).get("sample_guidance")
     made_for_one = isinstance(pipeline.scheduler, LCMScheduler) and (
         family.usual_guidance(network, pipeline.scheduler) == 1.0

@@ -28,7 +28,15 @@ from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.files import check_images_path, written_aside
 from atdiff.system.processes import draw_in_turn, num_processes
 
-__all__ = ["denoise_steps", "generate", "image_generators", "iter_generate", "save_images"]
+__all__ = [
+    "check_request",
+    "denoise_steps",
+    "finite_images",
+    "generate",
+    "image_generators",
+    "iter_generate",
+    "save_images",
+]
 
 Denoiser = Callable[..., Any]
 
@@ -191,7 +199,7 @@ def iter_generate(
         UserError: an option is out of range or does not fit the model or its scheduler.
         FloatingPointError: the pictures are not finite.
     """
-    _check_request(model, num, shape, batch_size, class_labels)
+    check_request(model, num, shape, batch_size, class_labels)
     home, dtype = _home(model)
     device = torch.device(device) if device is not None else home
     if isinstance(model, nn.Module):
@@ -213,14 +221,19 @@ def iter_generate(
                 model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
             ):
                 bar.advance(task, len(indices) * num_processes())
-            return _finished(x, indices.start, f"{sampler} at {steps} steps")
+            return finite_images(x, indices.start, f"{sampler} at {steps} steps")
 
         yield from draw_in_turn(num, batch_size, draw)
 
 
-def _check_request(
+def check_request(
     model: Denoiser, num: int, shape: tuple[int, int, int], batch_size: int, class_labels: Tensor | None
 ) -> None:
+    """Find out whether images of ``shape`` and ``class_labels`` can be drawn with a network.
+
+    Raises:
+        UserError: they cannot; it says why.
+    """
     if num < 1 or batch_size < 1:
         raise UserError(f"num={num} and batch_size={batch_size} must be 1 or more.")
     if len(shape) != 3 or min(shape) < 1:
@@ -253,7 +266,17 @@ def _evaluating(model: Denoiser) -> Iterator[None]:
             module.training = True
 
 
-def _finished(x: Tensor, start: int, run: str) -> Tensor:
+def finite_images(x: Tensor, start: int, run: str) -> Tensor:
+    """Return what was drawn as images in [-1, 1], float32 on the CPU, ``(B, C, H, W)``.
+
+    Args:
+        x: what was drawn.
+        start: number of its first image, for the message.
+        run: sampler and steps, for the message.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
     images = x.float().cpu()
     finite = images.isfinite().flatten(1).all(dim=1)
     if not finite.all():
