@@ -288,7 +288,11 @@ def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa:
     if isinstance(scheduler, LCMScheduler):
         return set(), ""
     if NoiseSchedule(scheduler).kind == "vp":
-        return {"DDIMScheduler"}, "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
+        options = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # which is true by default
+        if scheduler.config.get("timestep_spacing") == "linspace":  # whose steps DDIMScheduler takes for leading ones
+            options += ', timestep_spacing="trailing"'
+        swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
+        return {"DDIMScheduler"}, swap
     if family.makes_even_steps:
         return set(), ""
     return set(), f"pipeline.scheduler.sigma_min = 1 / {STEPS}  # even steps, the last one to the image\n"

@@ -218,7 +218,7 @@ class TextToImage(TrainedModel):
             self.is_guided,
             self.config.get("data", {}).get("caption_tokens"),
         )
-        rows = {name: table[places.to(table.device)] for name, table in tables.items()}
+        rows = {name: t[places.to(t.device)] if isinstance(t, Tensor) else t for name, t in tables.items()}
         # Class labels are asked for as a list.
         return {name: row.tolist() if self.family.labelled else row for name, row in rows.items()}
 

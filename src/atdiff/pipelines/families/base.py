@@ -144,7 +144,7 @@ class Family:
         return {"prompt": prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
 
     def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
-        """Return the prompts as arguments of the pipeline's call: tensors with a row per prompt."""
+        """Return the prompts as arguments of the pipeline's call: tensors, each with a row per prompt."""
         device = getattr(pipeline, self.network).device
         found = self.encode_prompt(pipeline, prompts, device, guided, tokens)
         return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}

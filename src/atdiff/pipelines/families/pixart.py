@@ -73,6 +73,10 @@ class PixArtSigma(Family):
         """See :meth:`Family.prompts`."""
         return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
 
+    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+        """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
+        return {**super().call_prompts(pipeline, prompts, guided, tokens), "negative_prompt": None}
+
     def call_options(self, image_size: int | None) -> dict[str, Any]:
         """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""
         return {**super().call_options(image_size), "use_resolution_binning": False, "clean_caption": False}
