@@ -428,7 +428,7 @@ def _sample(args: argparse.Namespace) -> None:
             raise UserError(f"{args.run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
         denoiser = replace(denoiser, prompts=prompts)
     denoiser = denoiser.prepared(precision=args.precision, compile=args.compile, device=_device())
-    batches = denoiser.pictures(
+    batches = denoiser.samples(
         sampler=args.sampler or default_sampler(denoiser.scheduler),
         steps=args.steps,
         num=args.num,

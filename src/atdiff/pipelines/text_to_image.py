@@ -1,4 +1,4 @@
-"""Pictures of latent pipelines, one prompt a class."""
+"""Images of latent pipelines, one prompt per class."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ __all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
 PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
-PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
+PIXELS = 2**20  # at once: four images of 512 x 512, so that an autoencoder in float32 fits a common GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage(TrainedModel):
-    """A run whose pipeline makes pictures of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
+    """A run whose pipeline makes images of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
 
-    The classes of its pictures are its prompts, or of DiT numbers of classes. `model` is the network, which works on
+    The classes of its images are its prompts, or of DiT numbers of classes. `model` is the network, which works on
     latents.
 
     Attributes:
@@ -58,7 +58,7 @@ class TextToImage(TrainedModel):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures in pixels."""
+        """Channels, height and width of the images in pixels."""
         size = self.config.get("data", {}).get("image_size")
         _, height, width = self.family.latent_shape(self.pipeline, size)
         scale = pixels_per_latent(self.pipeline)
@@ -130,7 +130,7 @@ class TextToImage(TrainedModel):
             )
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor:
-        """Return the index of the prompt of each of ``num`` pictures, all in turn or ``label`` for each.
+        """Return the index of the prompt of each of ``num`` images, all in turn or ``label`` for each.
 
         Raises:
             UserError: no prompts are known, or there is no such prompt.
@@ -150,7 +150,7 @@ class TextToImage(TrainedModel):
         """The classes of a DiT, or the prompts."""
         return super()._names() if self.family.labelled else self.prompts
 
-    def pictures(
+    def samples(
         self,
         *,
         sampler: str,
@@ -163,14 +163,14 @@ class TextToImage(TrainedModel):
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Iterator[Tensor]:
-        """Return batches of images as :meth:`TrainedModel.pictures` does, drawn by the pipeline.
+        """Return batches of images as :meth:`TrainedModel.samples` does, drawn by the pipeline.
 
         Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
 
         Raises:
             UserError: an option is out of range or does not fit the network, no prompts are known, or a correction is
                 given.
-            FloatingPointError: the pictures are not finite.
+            FloatingPointError: the images are not finite.
         """
         self.check_corrections([] if correction is None else [type(correction).__name__])
         labels = self.class_labels(max(num, 0), label)

@@ -41,7 +41,7 @@ class TrainedModel:
         scheduler: of its training.
         source: the run, as the user named it.
         config: the settings of a training folder; empty for others.
-        prompts: one a class, where they are known; of no consequence to the pictures of this class.
+        prompts: one a class, where they are known; of no consequence to the images of this class.
         precision: in which the network runs; see :meth:`prepared`.
         variant: of a pipeline's weights, where one was asked for.
     """
@@ -96,10 +96,10 @@ class TrainedModel:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of what its pictures depend on, computed now: before :meth:`prepared`, which wraps the network.
+        """Return hashes of what its images depend on, computed now: before :meth:`prepared`, which wraps the network.
 
         ``weights`` of all networks with their configurations, ``scheduler`` of its class and configuration, and
-        ``settings`` of the size and the classes of its pictures.
+        ``settings`` of the size and the classes of its images.
         """
         return {
             "weights": network_fingerprint(self.model),
@@ -112,7 +112,7 @@ class TrainedModel:
         return settings_fingerprint(self.image_shape, labels)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return how often a picture takes the network.
+        """Return the NFE: how often an image takes the network.
 
         Raises:
             UserError: the sampler or the number of steps does not fit the network.
@@ -180,7 +180,7 @@ class TrainedModel:
         return self.classes or ()
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
-        """Return labels for ``num`` pictures, all classes in turn or ``label`` for each; None if unconditional.
+        """Return labels for ``num`` images, all classes in turn or ``label`` for each; None if unconditional.
 
         The null label is no class. A network of others that does not say whether it has one is taken to have, as its
         last label, if it has 10, 100 or 1,000 labels and one more; a warning says so.
@@ -208,7 +208,7 @@ class TrainedModel:
             drawn = drawn[:-1]
         return drawn[torch.arange(num) % len(drawn)]
 
-    def pictures(
+    def samples(
         self,
         *,
         sampler: str,
@@ -221,24 +221,24 @@ class TrainedModel:
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Iterator[Tensor]:
-        """Return batches of pictures in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+        """Return batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-        Picture ``i`` depends on ``seed``, ``i`` and its class alone.
+        Image ``i`` depends on ``seed``, ``i`` and its class alone.
 
         Args:
             sampler: one of :data:`atdiff.sampling.SAMPLERS`.
             steps: of the sampler.
-            num: pictures.
+            num: of images.
             seed: see :func:`atdiff.sampling.generate.image_generators`.
-            batch_size: pictures at once.
-            label: the class of all pictures; None for all classes in turn.
+            batch_size: images at once.
+            label: the class of all images; None for all classes in turn.
             correction: of the sampler.
             device: where to run, and the network is moved; default: where it is.
             progress: show a progress bar.
 
         Raises:
             UserError: an option is out of range or does not fit the network.
-            FloatingPointError: the pictures are not finite.
+            FloatingPointError: the images are not finite.
         """
         return iter_generate(
             self.model,
@@ -254,3 +254,7 @@ class TrainedModel:
             device=device,
             progress=progress,
         )
+
+    def pictures(self, **options: Any) -> Iterator[Tensor]:  # noqa: ANN401
+        """Return what :meth:`samples` does, by its earlier name."""
+        return self.samples(**options)

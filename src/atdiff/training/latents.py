@@ -329,7 +329,7 @@ class LatentTrainer(Trainer):
             "caption_tokens": self.latent.tokens,
         }
         run = text_to_image_run(pipeline, str(self.out), settings)
-        drawn = run.pictures(
+        drawn = run.samples(
             sampler=default_sampler(self.scheduler),
             steps=4 if self.distils else 20,
             num=SHOWN,
