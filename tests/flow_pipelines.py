@@ -1,4 +1,4 @@
-"""SD3, Flux and DiT pipelines in their published configurations, but for their widths."""
+"""SD3, Flux, DiT and PixArt-Sigma pipelines in their published configurations, but for their widths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -29,7 +32,16 @@ from transformers import (
 
 from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, VAE, text_config, tokenizer_folder
 
-__all__ = ["dit_folder", "flux_folder", "sd3_folder", "tiny_dit", "tiny_flux", "tiny_sd3"]
+__all__ = [
+    "dit_folder",
+    "flux_folder",
+    "pixart_folder",
+    "sd3_folder",
+    "tiny_dit",
+    "tiny_flux",
+    "tiny_pixart",
+    "tiny_sd3",
+]
 
 # What follows is config.json of each part as published; narrowed values are marked with the original.
 SD3: dict[str, Any] = {  # SD3.5 medium
@@ -89,6 +101,23 @@ DIT: dict[str, Any] = {  # DiT-XL/2 of 256 pixels
     "upcast_attention": False,
 }
 DIT_SCHEDULER: dict[str, Any] = {"beta_schedule": "linear", "clip_sample": False, "num_train_timesteps": 1000}
+PIXART: dict[str, Any] = {  # PixArt-Sigma-XL/2 of 512 pixels
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 8,  # 72
+    "caption_channels": TEXT_WIDTH,  # 4096
+    "cross_attention_dim": 16,  # 1152
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "norm_type": "ada_norm_single",
+    "num_attention_heads": 2,  # 16
+    "num_layers": 2,  # 28
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": LATENT_SIZE,  # 64
+}
+PIXART_SCHEDULER: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "solver_order": 2}
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -117,7 +146,6 @@ def tiny_flux(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
-        t5 = T5Config(vocab_size=64, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
         transformer = FluxTransformer2DModel(**FLUX)
         pipeline: Any = FluxPipeline(
             transformer=transformer,
@@ -125,7 +153,7 @@ def tiny_flux(folder: Path) -> Path:
             vae=_autoencoder(FLUX_VAE),
             text_encoder=CLIPTextModel(text_config(tokenizer)),
             tokenizer=tokenizer,
-            text_encoder_2=T5EncoderModel(t5),
+            text_encoder_2=_t5(),
             tokenizer_2=_characters(),
         )
     pipeline.save_pretrained(folder)
@@ -150,6 +178,21 @@ def tiny_dit(folder: Path) -> Path:
     return folder
 
 
+def tiny_pixart(folder: Path) -> Path:
+    """Write a random PixArt-Sigma of 64 pixels as a pipeline folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline: Any = PixArtSigmaPipeline(
+            transformer=PixArtTransformer2DModel(**PIXART),
+            vae=AutoencoderKL(**{**VAE, "scaling_factor": 0.13025}),
+            scheduler=DPMSolverMultistepScheduler(**PIXART_SCHEDULER),
+            text_encoder=_t5(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of SD3.5; not to be written into."""
@@ -166,6 +209,17 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of DiT; not to be written into."""
     return tiny_dit(tmp_path_factory.mktemp("tiny") / "dit")
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of PixArt-Sigma; not to be written into."""
+    return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
+
+
+def _t5() -> T5EncoderModel:
+    t5 = T5Config(vocab_size=64, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    return T5EncoderModel(t5)
 
 
 def _autoencoder(changes: dict[str, Any]) -> AutoencoderKL:

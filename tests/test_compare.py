@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import atdiff.pipelines.model
+import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.measure import cells as evaluate
 from atdiff.study.compare import find_runs
@@ -40,7 +40,7 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    generate = atdiff.pipelines.model.iter_generate
+    generate = atdiff.pipelines.trained.iter_generate
 
     def counted(*args: object, **options: object) -> object:
         if len(made) == 3:
@@ -50,11 +50,11 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
 
     words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "2,4", "--num", "40", "--no-mismatch",
              "--out", str(tmp_path / "page.html")]  # fmt: skip
-    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", counted)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", counted)
     assert main(words) == 130
     assert not (tmp_path / "page.html").exists()
     assert len(json.loads((tmp_path / "page.cells.json").read_text())) == 3
-    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", generate)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", generate)
     assert main(words) == 0
     summary = json.loads((tmp_path / "page.summary.json").read_text())
     places = [(c["arm"], c["seed"], c["steps"]) for c in summary["cells"]]

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageOps
 
-import atdiff.pipelines.model
+import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.measure import cells as evaluate
 from atdiff.pipelines.model import save_pipeline
@@ -26,8 +26,8 @@ class Interrupter:
     """Stops the evaluation at its n-th moment: around every batch of pictures and around every write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left, self.generate = 0, atdiff.pipelines.model.iter_generate
-        monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", self.pictures)
+        self.left, self.generate = 0, atdiff.pipelines.trained.iter_generate
+        monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", self.pictures)
         monkeypatch.setattr(evaluate, "write_json", self.write)
 
     def moment(self) -> None:
@@ -120,7 +120,7 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     def broken(*args: Any, num: int, shape: tuple[int, ...], **options: Any) -> Iterator[torch.Tensor]:
         yield torch.full((num, *shape), torch.nan)
 
-    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", broken)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", broken)
     out = tmp_path / "cells.json"
     assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
     assert "not finite" in capsys.readouterr().err

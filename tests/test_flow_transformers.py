@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""SD3, Flux and DiT: what the network is given against diffusers' own pipelines, and training through the command."""
+"""SD3, Flux, DiT, PixArt-Sigma: what diffusers' own pipelines give the network, and training through the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SD3Transformer2DModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
@@ -23,18 +29,20 @@ from atdiff.cli import main
 from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.models.call import predict
 from atdiff.models.presets import build_model
-from atdiff.models.transformers import FluxDenoiser, SD3Denoiser, image_ids, pack, published, unpack
+from atdiff.pipelines.families import as_diffusers, viewed
+from atdiff.pipelines.families.flux import image_ids, pack, unpack
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
-from flow_pipelines import SD3, dit_folder, flux_folder, sd3_folder  # noqa: F401
+from flow_pipelines import SD3, dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit")
-CHANNELS = {"sd3": 16, "flux": 16, "dit": 4}
+KINDS = ("sd3", "flux", "dit", "pixart")
+CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4}
+PIXART_CALL = {"use_resolution_binning": False, "clean_caption": False}
 Train = Callable[..., Path]
 
 
@@ -65,6 +73,7 @@ def drawn(pipeline: Any, kind: str, steps: int = 2, guidance: float = 1.0, **opt
     """Two pictures, drawn by plain diffusers, in [-1, 1]."""
     asked = {"class_labels": [3, 7]} if kind == "dit" else {"prompt": PROMPTS}
     size = {} if kind == "dit" else {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    options |= PIXART_CALL if kind == "pixart" else {}
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     pictures = pipeline(
         **asked, **size, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt",
@@ -103,8 +112,8 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
             timesteps = timesteps * 1000
         found = predict(ours, x_t, timesteps, conditions)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert type(published(ours)) is type(network)
-    assert published(ours).state_dict().keys() == network.state_dict().keys()
+    assert type(as_diffusers(ours)) is type(network)
+    assert as_diffusers(ours).state_dict().keys() == network.state_dict().keys()
 
 
 def test_tokens_of_flux_are_packed_as_diffusers_packs_them() -> None:
@@ -119,7 +128,9 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
     """What the pipeline decodes at the end of its steps: latents / scale + shift."""
     images = torch.randint(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(0)).byte()
     found = latent.encode_images(images, torch.Generator().manual_seed(1))
-    scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0)}[kind]
+    scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0)}[
+        kind
+    ]
     posterior = latent.vae.encode(images / 127.5 - 1).latent_dist
     expected = (posterior.sample(torch.Generator().manual_seed(1)) - shift) * scale
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -240,7 +251,9 @@ def train(
     kind: str, folder: Path, pictures: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Train:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
-    recipe = {"sd3": "sd3-flow-at-lora", "flux": "flux-flow-at-lora", "dit": "dit-imagenet-at"}[kind]
+    recipe = {"sd3": "sd3-flow-at-lora", "flux": "flux-flow-at-lora", "dit": "dit-imagenet-at"}.get(
+        kind, "dit-imagenet-at"
+    )
 
     def run(out: Path, *words: str, passes: int = 4, code: int = 0) -> Path:
         asked = [
@@ -248,7 +261,7 @@ def train(
             "--data.image_size", str(IMAGE_SIZE), "--data.limit", "null", "--training.passes", str(passes),
             "--training.batch_size", "2", "--training.accumulate", "1", "--training.precision", "no",
             "--training.checkpoint_every", "2", "--optimizer.warmup_passes", "0", "--lora.rank",
-            "0" if kind == "dit" else "2", "--training.sample_every", "0", "--training.log_every", "1",
+            "2" if kind in ("sd3", "flux") else "0", "--training.sample_every", "0", "--training.log_every", "1",
             "--training.ema_decay", "0.5", "--optimizer.lr", "0.01",
         ]  # fmt: skip
         assert main(["train", recipe, "--arm", "at-residual", "--out", str(out), *asked, *words]) == code
@@ -292,16 +305,16 @@ def load_config(run: Path) -> dict[str, Any]:
 def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, train: Train, tmp_path: Path) -> None:
     out = train(tmp_path / "run", "--lora.rank", "0", "--consistency.sample_guidance", "2.5")
     denoiser = load_denoiser(str(out))
-    sampler = "ddim-trailing" if kind == "dit" else "flow-euler"
+    sampler = "flow-euler" if kind in ("sd3", "flux") else "ddim-trailing"
     asked = {"dit": ["3", "7"]}.get(kind, PROMPTS)
     object.__setattr__(denoiser, "prompts", tuple(asked))
     (ours,) = denoiser.pictures(sampler=sampler, steps=3, num=2, seed=0)
     assert denoiser.recipe["guidance_scale"] == 2.5
     assert denoiser.evaluations(sampler, 3) == (3 if kind == "flux" else 6)
     pipeline = opened(out / "pipeline", kind)
-    if kind == "dit":
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, timestep_spacing="trailing"
+    if kind in ("dit", "pixart"):
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
     options = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind == "sd3" else {}
     expected = drawn(pipeline, kind, steps=3, guidance=2.5, **options)
@@ -326,15 +339,9 @@ def test_adapters_are_trained_and_load_in_plain_diffusers(
     latent = load_latent_pipeline(str(folder), image_size=IMAGE_SIZE)
     x, t = torch.randn(2, *latent.latent_shape), torch.tensor([300.0, 900.0])
     found, expected = (
-        predict(as_ours(one), x, t, latent.encode_prompts(PROMPTS)) for one in (denoiser.model, pipeline.transformer)
+        predict(viewed(one), x, t, latent.encode_prompts(PROMPTS)) for one in (denoiser.model, pipeline.transformer)
     )
     torch.testing.assert_close(found, expected)
-
-
-def as_ours(network: Any) -> Any:
-    """The network with its adapters, called as ours are."""
-    network.__class__ = SD3Denoiser if "SD3" in type(network).__name__ else FluxDenoiser
-    return network
 
 
 @pytest.mark.parametrize("kind", ["dit"], indirect=True)
@@ -378,6 +385,8 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
     [
         ("dit", ["--objective.variance", "fixed"], "set objective.variance=learned_range"),
         ("dit", ["--lora.rank", "2"], "diffusers has no LoRA for a DiTTransformer2DModel"),
+        ("pixart", ["--lora.rank", "2"], "diffusers has no LoRA for a PixArtTransformer2DModel"),
+        ("pixart", ["--data.image_size", "72"], "expected a multiple of 16"),
         ("dit", ["--data.captions", '["a", "b"]'], "is conditioned on class labels"),
         ("dit", ["--data.caption_tokens", "77"], "is for SD3 and Flux"),
         ("dit", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "only the U-Nets of Stable"),
@@ -395,6 +404,19 @@ def test_mistakes_are_named(
     train(tmp_path / "run", *words, code=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["pixart"], indirect=True)
+def test_pixart_is_trained_sampled_and_measured(kind: str, train: Train, pictures: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", passes=2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["delta_norm"] > 0
+    assert main(["sample", str(run), "--steps", "2", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
+    words = ["--steps", "2", "--num", "4", "--metrics", "sliced_wasserstein", "--out", str(tmp_path / "cells.json")]
+    assert main(["evaluate", str(run), "--data", str(pictures), *words]) == 0
+    (cell,) = json.loads((tmp_path / "cells.json").read_text())
+    assert (cell["nfe"], cell["guidance_scale"]) == (4, 1.5)
+    assert main(["robustness", str(run), "--data", str(pictures), "--num", "4", "--out", str(tmp_path / "r")]) == 0
 
 
 # ---- a DiT of pixels

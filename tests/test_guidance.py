@@ -20,10 +20,11 @@ from torch import Tensor
 
 from atdiff.cli import main
 from atdiff.core.errors import UserError
-from atdiff.pipelines.model import load_denoiser, open_run
+from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import image_generators, make_scheduler
 from atdiff.training.config import TrainConfig
-from flow_pipelines import FLUX, dit_folder, flux_folder, sd3_folder  # noqa: F401
+from atdiff.training.folder import open_run
+from flow_pipelines import FLUX, dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
 
 PROMPTS = ("a cat", "the dog")
@@ -214,6 +215,9 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
         load_denoiser(str(tmp_path / "schnell"), guidance_scale=3.5)
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0)])
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0), ("pixart", 4.5)],
+)
 def test_the_usual_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).recipe["guidance_scale"] == scale

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from atdiff.cli import main
 from atdiff.models.guided_diffusion import adm_unet
 from atdiff.models.mlp import MLP2DModel
-from atdiff.models.transformers import denoiser_like, embed_times_in_float32
 from atdiff.objectives.guided import guidance_embedding
+from atdiff.pipelines.families import trainable_copy
+from atdiff.pipelines.families.flux import embed_times_in_float32
 from atdiff.pipelines.latent_model import load_latent_pipeline, make_student
 from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import image_generators, make_scheduler
@@ -226,7 +227,7 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
     states, pooled = torch.randn(3, 5, TEXT_WIDTH), torch.randn(3, TEXT_WIDTH)
 
     def of(kind: str) -> Any:
-        return denoiser_like(load_latent_pipeline(str(request.getfixturevalue(f"{kind}_folder"))).network)
+        return trainable_copy(load_latent_pipeline(str(request.getfixturevalue(f"{kind}_folder"))).network)
 
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[1016.0, 1016, 0, 0, 1016, 1016]]).repeat(3, 1)}
     wide = torch.randn(3, 5, 2 * TEXT_WIDTH)
@@ -317,7 +318,7 @@ def test_a_flux_pipeline_draws_with_the_timesteps_of_its_scheduler_under_autocas
 
 @torch.no_grad()
 def test_copies_of_a_flux_network_keep_their_own_timesteps(flux_folder: Path, embedded: list[Tensor]) -> None:
-    first = denoiser_like(load_latent_pipeline(str(flux_folder)).network)
+    first = trainable_copy(load_latent_pipeline(str(flux_folder)).network)
     second = copy.deepcopy(first)
     embed_times_in_float32(second)  # once more changes nothing
     args = torch.randn(1, 16, 8, 8), torch.tensor([998.3]), torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, TEXT_WIDTH)

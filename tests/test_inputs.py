@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from atdiff import Adversary, ConsistencyObjective, DenoisingObjective, MLP2DModel, Teacher, UserError
 from atdiff.models.call import compute_dtype, predict
-from atdiff.models.transformers import denoiser_like
+from atdiff.pipelines.families import trainable_copy
 
 FLOW = FlowMatchEulerDiscreteScheduler
 V = LCMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
@@ -423,8 +423,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], Any, dict[str, Tensor]]] = {
     ),
     "dit": (dit, DDPMScheduler(), LABELS),
     "sd3": (sd3, FLOW(), PROMPT),
-    "sd3-denoiser": (lambda: denoiser_like(sd3()), FLOW(), PROMPT),
-    "flux-denoiser": (lambda: denoiser_like(flux()), FLOW(), PROMPT),
+    "sd3-denoiser": (lambda: trainable_copy(sd3()), FLOW(), PROMPT),
+    "flux-denoiser": (lambda: trainable_copy(flux()), FLOW(), PROMPT),
 }
 
 

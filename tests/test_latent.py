@@ -18,10 +18,10 @@ from torch import Tensor
 from atdiff.core.errors import UserError
 from atdiff.data.images import UnreadableImages
 from atdiff.models.call import unet_kwargs
+from atdiff.objectives.guided import guidance_embedding
 from atdiff.pipelines.cache import LatentData, latent_data
 from atdiff.pipelines.latent_model import (
     LatentPipeline,
-    guidance_embedding,
     load_latent_pipeline,
     make_student,
     save_student,

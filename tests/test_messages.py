@@ -435,7 +435,7 @@ STUDY = ["study", "small.yaml", "--out", "out"]
         ("atdiff.measure.robustness:measure_robustness", 1, ROBUSTNESS, "(1 in out/robustness.json)"),
         ("atdiff.measure.cells:_Judge.judged", 0, EVALUATE, "no cells are saved yet"),
         ("atdiff.measure.cells:_Judge.judged", 1, EVALUATE, "(1 in cells.json)"),
-        ("atdiff.pipelines.model:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
+        ("atdiff.pipelines.trained:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
         ("atdiff.training.tasks.pixels:load_data", 0, TRAIN, "nothing is saved"),
         ("atdiff.training.loop:write_card", 0, TRAIN, "run has a checkpoint of pass 6, where"),
         (

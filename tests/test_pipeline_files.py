@@ -37,7 +37,7 @@ from atdiff.pipelines.latent_model import load_latent_pipeline, make_student
 from atdiff.pipelines.lora import add_lora, save_lora
 from atdiff.pipelines.model import load_denoiser
 from atdiff.system.pipeline_files import LATENTS, PIXELS, choose_variant, no_pipeline, variants_of
-from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
 from latent_pipelines import sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 
 INDEX = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "safety_checker": ["x", "S"]}
@@ -301,9 +301,17 @@ def test_the_classes_that_are_checked_are_those_that_are_known() -> None:
     assert all(hasattr(diffusers, name) for name in (*LATENTS, *PIXELS))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit", "pixart"])
 def test_all_classes_that_are_taken_are(kind: str, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).model is not None
+
+
+def test_a_network_of_pixart_that_is_told_the_size_is_refused(pixart_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(pixart_folder, tmp_path / "x")
+    file = tmp_path / "x" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_additional_conditions": True}))
+    with pytest.raises(UserError, match="expected one with use_additional_conditions false"):
+        load_denoiser(str(tmp_path / "x"))
 
 
 def test_the_published_lcms_class_is_taken(sd_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.card import model_card
 from atdiff.training.loop import train
-from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
 
 MLP = {"name": "mlp", "args": {"width": 64, "num_blocks": 1}}
@@ -162,6 +162,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sd3": ("sd3", {}, "flow-euler"),
     "flux": ("flux", {}, "flow-euler"),
     "dit": ("dit", {"objective": {"variance": "learned_range"}}, "ddim"),
+    "pixart": ("pixart", {"objective": {"variance": "learned_range"}}, "ddim-trailing"),
 }
 
 

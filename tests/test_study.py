@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-import atdiff.pipelines.model
+import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
 from conftest import RECIPE
@@ -117,7 +117,7 @@ def test_evaluate_goes_on_cell_by_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, int]] = []
-    generate = atdiff.pipelines.model.iter_generate
+    generate = atdiff.pipelines.trained.iter_generate
 
     def counted(*args: Any, **options: Any) -> Iterator[torch.Tensor]:
         if len(made) == 3:
@@ -125,13 +125,13 @@ def test_evaluate_goes_on_cell_by_cell(
         made.append((options["sampler"], options["steps"]))
         return generate(*args, **options)
 
-    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", counted)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", counted)
     _, out = finished
     words = ["evaluate", str(out / "seed-0" / "at"), "--samplers", "ddim,iddpm", "--steps", "3,5", "--num", "40",
              "--seeds", "1", "--out", str(tmp_path / "cells.json")]  # fmt: skip
     assert main(words) == 130
     assert len(json.loads((tmp_path / "cells.json").read_text())) == 3
-    monkeypatch.setattr(atdiff.pipelines.model, "iter_generate", generate)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", generate)
     assert main(words) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert made == [("ddim", 3), ("ddim", 5), ("iddpm", 3)]

@@ -35,6 +35,7 @@ MOVED = {
     "latent.generate": "pipelines.text_to_image",
     "latent.lora": "pipelines.lora",
     "latent.pipeline": "pipelines.latent_model",
+    "models.transformers": "pipelines.families",
     "noise": "core.noise",
     "norms": "core.norms",
     "objectives.latent_consistency": "objectives.guided",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.directions import DIRECTIONS
-from atdiff.core.choices import Target
+from atdiff.core.choices import Direction, Target
 from atdiff.core.errors import UserError
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 
@@ -48,7 +48,7 @@ class Attack(Protocol):
     """What a method asks of its :class:`atdiff.Adversary`."""
 
     num_passes: int
-    direction: str
+    direction: Direction
     target: Target
     weight: float
     batch: Batch | None

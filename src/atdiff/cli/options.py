@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -32,7 +32,7 @@ class Word(click.ParamType):
 
     name = "word"
 
-    def __init__(self, known: Sequence[str] = (), kind: type = str) -> None:
+    def __init__(self, known: Collection[str] = (), kind: type = str) -> None:
         self.known, self.kind = known, kind
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -144,7 +144,7 @@ def number(name: str, default: int, help: str) -> Decorator:
 
 
 def one(
-    name: str, help: str, *, kind: type = str, known: Sequence[str] = (), default: object = None, unset: str = ""
+    name: str, help: str, *, kind: type = str, known: Collection[str] = (), default: object = None, unset: str = ""
 ) -> Decorator:
     """Return an option that takes one value, under its plural (or singular) too: some commands take several."""
     names = f"--{name}", f"--{name[:-1] if name.endswith('s') else f'{name}s'}", name
@@ -153,7 +153,7 @@ def one(
 
 
 def several(
-    names: str, help: str, *, kind: type = str, known: Sequence[str] = (), default: object = None, unset: str = ""
+    names: str, help: str, *, kind: type = str, known: Collection[str] = (), default: object = None, unset: str = ""
 ) -> Decorator:
     """Return an option that takes values separated by commas, under both of its ``names``: ``seeds/seed``."""
     plural, singular = names.split("/")

@@ -83,7 +83,7 @@ def sample(
             raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
         denoiser = replace(denoiser, prompts=prompts)
     denoiser = denoiser.prepared(precision=precision, compile=compile, device=device())
-    batches = denoiser.pictures(
+    batches = denoiser.samples(
         sampler=sampler or default_sampler(denoiser.scheduler),
         label=None if class_label is None else denoiser.label_of(class_label),
         correction=corrected,

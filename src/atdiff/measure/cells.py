@@ -471,7 +471,7 @@ class _Judge:
     def _measured(
         self, metrics: Metrics | None, place: _Place, num: int, seed: int, correction: Correction | None
     ) -> dict[str, float]:
-        batches = place.denoiser.pictures(
+        batches = place.denoiser.samples(
             sampler=place.sampler,
             steps=place.steps,
             num=num,

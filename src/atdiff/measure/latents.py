@@ -16,12 +16,11 @@ from atdiff.data.sources import ImageData
 from atdiff.data.subset import subset
 from atdiff.metrics.features.extractors import as_bytes
 from atdiff.models.call import class_embeddings, image_tokens, predict
-from atdiff.models.transformers import viewed
 from atdiff.objectives.guided import guidance_embedding
 from atdiff.pipelines.cache import batched, encoders_on
-from atdiff.pipelines.families import DiT
+from atdiff.pipelines.families import viewed
 from atdiff.pipelines.latent_model import LatentPipeline
-from atdiff.pipelines.model import Denoiser, reading_of, reference_data, reference_name
+from atdiff.pipelines.model import TrainedModel, reading_of, reference_data, reference_name
 from atdiff.pipelines.text_to_image import PIXELS, TextToImage
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import settings_fingerprint
@@ -72,11 +71,11 @@ class GuidedNetwork(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentRun(Denoiser):
+class LatentRun(TrainedModel):
     """A text-to-image run whose images are its latents: ``model`` is a :class:`GuidedNetwork`.
 
     Attributes:
-        run: the run as it draws pictures.
+        run: the run as it draws images.
     """
 
     run: TextToImage
@@ -223,13 +222,12 @@ def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None)
     Args:
         run: a text-to-image run.
         guided: whether its network is guided, as in sampling; in training it is not.
-        image_size: pixels along a side of its pictures, where the network takes several sizes.
+        image_size: pixels along a side of its images, where the network takes several sizes.
     """
     if image_size is not None and run.family.any_size:
         run = replace(run, config={**run.config, "data": {**run.config.get("data", {}), "image_size": image_size}})
     network = viewed(run.model)
-    if hasattr(network, "guidance"):  # Flux is told the scale
-        network.guidance = run.guidance_scale
+    run.family.tell_guidance(network, run.guidance_scale)
     null = _pipeline_of(run).encode_null() if guided and run.is_guided else None
     model = GuidedNetwork(network, null, run.guidance_scale).eval()
     return LatentRun(model, run.scheduler, run.source, run.config, run=run)
@@ -243,7 +241,7 @@ def true_latents(
     Args:
         run: from :func:`latent_run`.
         name: of the images; None for those of the training.
-        options: how they are read; the size is that of the run's pictures.
+        options: how they are read; the size is that of the run's images.
         prompts: for images without captions of their own, one a class or in turn; None for those of the training.
 
     Raises:
@@ -262,7 +260,7 @@ def true_latents(
 
 
 def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tuple[str, ...] | None) -> Pairs:
-    settings, latent, numbered = run.config.get("data", {}), _pipeline_of(run.run), isinstance(run.run.family, DiT)
+    settings, latent, numbered = run.config.get("data", {}), _pipeline_of(run.run), run.run.family.labelled
     same = name in (None, settings.get("name"))
     try:
         own = None if numbered else _own(run, name, options, settings.get("limit") if same else None)

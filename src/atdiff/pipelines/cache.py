@@ -60,10 +60,9 @@ class LatentData:
         return len(self.latents)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of the latents."""
-        channels, height, width = self.latents.shape[1:]
-        return channels, height, width
+        return tuple(self.latents.shape[1:])
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.prediction import resolve_prediction_type
-from atdiff.models.transformers import denoiser_like, published
-from atdiff.pipelines.families import Asked, Family, family_of, pixels_per_latent
+from atdiff.pipelines.families import Family, PromptOptions, as_diffusers, family_of, trainable_copy
+from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.loading import load_pipeline
 from atdiff.system.files import written_aside
-from atdiff.system.locate import check_local, hub_failure, hub_location
+from atdiff.system.locate import check_local
 from atdiff.system.quiet import quiet_libraries
 
 __all__ = [
@@ -35,12 +36,12 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 @dataclass(frozen=True, eq=False)
 class LatentPipeline:
-    """A pipeline that makes pictures of latents, with its autoencoder and text encoders.
+    """A pipeline that makes images of latents, with its autoencoder and text encoders.
 
     Attributes:
         pipeline: of diffusers, of one of the classes of :data:`atdiff.pipelines.families.FAMILIES`.
         source: the folder or hub id that it was loaded from, for messages.
-        size: pixels along a side of the pictures, where the network takes several sizes; None for the published one.
+        size: pixels along a side of the images, where the network takes several sizes; None for the published one.
         tokens: of a prompt, where there is a T5; None for the pipeline's own number.
     """
 
@@ -82,12 +83,12 @@ class LatentPipeline:
 
     @property
     def image_size(self) -> int:
-        """Pixels along a side of the pictures that have latents of that shape."""
-        return self.latent_shape[1] * pixels_per_latent(self.pipeline)
+        """Pixels along a side of the images that have latents of that shape."""
+        return self.latent_shape[-1] * pixels_per_latent(self.pipeline)
 
     @property
     def image_channels(self) -> int:
-        """Channels of the pictures."""
+        """Channels of the images."""
         return int(self.vae.config.in_channels)
 
     @property
@@ -96,7 +97,7 @@ class LatentPipeline:
         return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
-        """Find out whether pictures of shape ``(C, H, W)`` have latents of the network's shape.
+        """Find out whether images of shape ``(C, H, W)`` have latents of the network's shape.
 
         Raises:
             UserError: their size or their channels do not fit; it says which do.
@@ -111,7 +112,7 @@ class LatentPipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """Return latents of pictures, each drawn from the autoencoder's posterior, scaled as the network is fed.
+        """Return latents of images, each drawn from the autoencoder's posterior, scaled as the network is fed.
 
         Args:
             images: uint8, shape ``(B, C, H, W)``.
@@ -121,7 +122,7 @@ class LatentPipeline:
             float32, shape ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
 
         Raises:
-            UserError: the pictures are of another size or other channels than the pipeline's.
+            UserError: the images are of another size or other channels than the pipeline's.
         """
         assert images.dtype == torch.uint8, images.dtype
         self.check_image(images.shape[1:])
@@ -132,11 +133,11 @@ class LatentPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the pictures of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        """Return the images of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
         mean, scale = self._latent_scale()
         unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
-        pictures: Tensor = self.vae.decode(unscaled).sample
-        return pictures.float().clamp(-1.0, 1.0)
+        images: Tensor = self.vae.decode(unscaled).sample
+        return images.float().clamp(-1.0, 1.0)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the pipeline itself conditions the network on.
@@ -144,7 +145,7 @@ class LatentPipeline:
         Returns:
             float32 on the text encoder's device: ``encoder_hidden_states``, shape ``(B, L, D)``; for SDXL also
             ``text_embeds``, ``(B, P)``, and ``time_ids``, ``(B, 6)``: original size, corner of the crop and target
-            size, for an uncropped picture of the pipeline's size; for SD3 and Flux ``pooled_projections``, ``(B, P)``.
+            size, for an uncropped image of the pipeline's size; for SD3 and Flux ``pooled_projections``, ``(B, P)``.
             For DiT, whose prompts are numbers of classes, int64 ``class_labels``, ``(B,)``.
         """
         return self._encode_prompts(list(prompts), negative=False)
@@ -158,7 +159,7 @@ class LatentPipeline:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
-        return self.family.conditions(self.pipeline, prompts, Asked(self.image_size, self.tokens, negative))
+        return self.family.conditions(self.pipeline, prompts, PromptOptions(self.image_size, self.tokens, negative))
 
     def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
         return self.family.latent_scale(self.vae)
@@ -187,13 +188,13 @@ def load_latent_pipeline(
     tokens: int | None = None,
     variant: str | None = None,
 ) -> LatentPipeline:
-    """Load a Stable Diffusion (1.x, 2.x, XL, 3.x), Flux or DiT pipeline, without its safety checker.
+    """Load a pipeline of one of the families of :data:`atdiff.pipelines.families.FAMILIES`, without its safety checker.
 
     Args:
         source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
         dtype: of the network's weights. Autoencoder and text encoders are float32, whatever they were saved in: they
-            run once a picture, and the autoencoder of SDXL overflows in float16.
-        image_size: pixels along a side of the pictures, for networks that take several sizes; others have their own.
+            run once an image, and the autoencoder of SDXL overflows in float16.
+        image_size: pixels along a side of the images, for networks that take several sizes; others have their own.
         tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
         variant: of the weights, such as ``fp16``; a training folder has none.
 
@@ -201,24 +202,12 @@ def load_latent_pipeline(
         UserError: there is nothing of the kind, the download failed, a text encoder is missing, it has no such variant,
             or it is a pipeline of another class.
     """
-    location = _location(source)
+    check_local(source)
     require_transformers(source)
-    from atdiff.pipelines.loading import load_pipeline
-
-    try:
-        with quiet_libraries():
-            chosen = None if (Path(source) / "config.yaml").is_file() else variant
-            pipeline = load_pipeline(source, location, variant=chosen, pixels=False)
-            getattr(pipeline, family_of(pipeline).network).to(dtype)
-    except UserError:
-        raise
-    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
-        reason = hub_failure(" ".join(str(error).split())[:300])
-        raise UserError(
-            f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); download the pipeline "
-            "where there is a network and give the path of its folder."
-        ) from error
-    latent = LatentPipeline(pipeline, source, image_size if family_of(pipeline).any_size else None, tokens)
+    pipeline = load_pipeline(source, variant=variant, pixels=False)
+    family = family_of(pipeline)
+    getattr(pipeline, family.network).to(dtype)
+    latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens)
     _check_size(latent, image_size)
     return latent
 
@@ -229,24 +218,9 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
         raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
     if latent.tokens is not None and not latent.family.has_t5:
         raise UserError(
-            f"data.caption_tokens={latent.tokens} is for SD3 and Flux; {latent.source} has no T5: leave it out."
+            f"data.caption_tokens={latent.tokens} is for SD3 and Flux, and others with a T5; {latent.source} has none: "
+            "leave it out."
         )
-
-
-def _location(source: str) -> str:
-    """Return the folder of a pipeline, or the hub id as it is."""
-    check_local(source)
-    folder = Path(source).expanduser()
-    if not folder.exists():
-        return hub_location(source, "model")
-    if (folder / "config.yaml").is_file():
-        folder = folder / "pipeline"
-        if not folder.exists():
-            raise UserError(
-                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, if it "
-                "trained LoRA weights, give the pipeline that it started from."
-            )
-    return str(folder)
 
 
 def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (U-Net or transformer)
@@ -264,7 +238,7 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
         if "time_cond_proj_dim" not in unet.config:
-            return denoiser_like(unet)
+            return trainable_copy(unet)
         dim = unet.config.time_cond_proj_dim or guidance_dim
         student = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=dim)
     missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
@@ -296,5 +270,5 @@ def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, sched
 def with_network(latent: LatentPipeline, network: nn.Module, scheduler: Any) -> Any:  # noqa: ANN401
     """Return diffusers' pipeline with another network and scheduler, and the other parts as they are."""
     pipeline = copy.copy(latent.pipeline)
-    pipeline.register_modules(scheduler=scheduler, **{latent.family.network: published(network)})
+    pipeline.register_modules(scheduler=scheduler, **{latent.family.network: as_diffusers(network)})
     return pipeline

@@ -6,35 +6,66 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
+import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.core.errors import UserError
-from atdiff.models.transformers import embed_times_in_float32
-from atdiff.pipelines.families import FAMILIES, Family, absent_parts, known_class
+from atdiff.pipelines.families import FAMILIES, absent_parts, find_family
+from atdiff.system.locate import check_local, hub_failure, hub_location
 from atdiff.system.pipeline_files import check_class, choose_variant, class_name, file_names
 from atdiff.system.quiet import quiet_libraries
 
 __all__ = ["load_pipeline"]
 
 
-def load_pipeline(source: str, location: str, *, variant: str | None = None, pixels: bool = True) -> Any:  # noqa: ANN401
+def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = True) -> Any:  # noqa: ANN401
     """Load a pipeline with all of its parts in float32, whatever they were saved in, and without its safety checker.
 
     diffusers gives float32 to its own networks, and transformers leaves text encoders as they were saved. A network
     that draws in less is put under autocast later; the autoencoder of SDXL overflows in float16 (``force_upcast``).
 
     Args:
-        source: as the user named it, for messages.
-        location: its folder or hub id.
-        variant: of its weights, such as ``fp16``; see :func:`atdiff.system.pipeline_files.choose_variant`.
+        source: a folder in diffusers' layout, a training folder, whose ``pipeline/`` is meant, or a hub id.
+        variant: of its weights, such as ``fp16``; see :func:`atdiff.system.pipeline_files.choose_variant`. A training
+            folder has none.
         pixels: take pipelines of pixels too.
 
     Raises:
-        UserError: it is of a class that is not taken, a part is missing, it has no such variant, or its network works
-            on something else than the autoencoder's latents.
-        Exception: whatever the loaders raise of a folder that is damaged or a hub that does not answer.
+        UserError: there is nothing of the kind, or the download failed; it is of a class that is not taken, a part is
+            missing, it has no such variant, or its network works on something else than the autoencoder's latents.
     """
+    location, of_run = _location(source), (Path(source).expanduser() / "config.yaml").is_file()
+    try:
+        return _opened(source, location, None if of_run else variant, pixels)
+    except UserError:
+        raise
+    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+        reason = hub_failure(" ".join(str(error).split())[:300])
+        raise UserError(
+            f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); give the path of a "
+            "training folder or of a saved diffusers pipeline."
+        ) from error
+
+
+def _location(source: str) -> str:
+    """Return the folder of a pipeline, or the hub id as it is."""
+    check_local(source)
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        return hub_location(source, "model")
+    if (folder / "config.yaml").is_file():
+        folder = folder / "pipeline"
+        if not folder.exists():
+            raise UserError(
+                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, if it "
+                "trained LoRA weights, give the pipeline that it started from."
+            )
+    return str(folder)
+
+
+def _opened(source: str, location: str, variant: str | None, pixels: bool) -> Any:  # noqa: ANN401
     with quiet_libraries():
         index = dict(DiffusionPipeline.load_config(location))
         _check_index(source, location, index, pixels)
@@ -42,15 +73,14 @@ def load_pipeline(source: str, location: str, *, variant: str | None = None, pix
         if "requires_safety_checker" in index:
             options["requires_safety_checker"] = False
         chosen = choose_variant(source, file_names(location), index, variant)
-        # The parts of an LCM are those of Stable Diffusion, whose pipeline takes every scheduler.
-        is_lcm = class_name(index) == "LatentConsistencyModelPipeline"
-        loader: Any = StableDiffusionPipeline if is_lcm else DiffusionPipeline
+        family = FAMILIES.get(class_name(index))
+        loader: Any = getattr(diffusers, (family and family.opened_as) or "DiffusionPipeline")
         pipeline = loader.from_pretrained(location, variant=chosen, **options)
         pipeline.to(torch.float32)
-    family = FAMILIES.get(known_class(type(pipeline), FAMILIES) or "")
+    family = find_family(pipeline)
     if family is not None:
-        _check_latents(source, family, pipeline)
-        embed_times_in_float32(getattr(pipeline, family.network))
+        family.check(source, pipeline)
+        family.prepare(getattr(pipeline, family.network))
     return pipeline
 
 
@@ -64,13 +94,3 @@ def _check_index(source: str, location: str, index: Mapping[str, Any], pixels: b
         if absent or index.get(part, [None])[0] is None:
             which = ", saved with its text encoders" if part.startswith(("text_encoder", "tokenizer")) else ""
             raise UserError(f"{source} has no {part}: expected a whole {kind}{which}.")
-
-
-def _check_latents(source: str, family: Family, pipeline: Any) -> None:  # noqa: ANN401
-    channels, height, width = family.latent_shape(pipeline)
-    expected = pipeline.vae.config.latent_channels
-    if (channels, height) != (expected, width):
-        raise UserError(
-            f"the network of {source} takes latents {(channels, height, width)} (channels, height, width): expected "
-            f"the autoencoder's {expected} channels, and squares; inpainting and other variants are not taken."
-        )

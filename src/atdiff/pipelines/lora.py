@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +11,18 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
+from atdiff.pipelines.families import as_diffusers
+from atdiff.pipelines.families.sd import UNET_LORA_TARGETS
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import written_aside
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora", "saved_scheduler"]
+__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
 
-# All linear layers and convolutions of the blocks, as in diffusers' train_lcm_distill_lora_sd_wds.py.
-TARGET_MODULES = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
+TARGET_MODULES = UNET_LORA_TARGETS
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -140,33 +126,30 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
     try:
         with quiet_libraries():  # it remarks that the text encoders have no adapters
             latent.pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except Exception as error:  # of peft, safetensors and the loaders
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline that "
             "they were trained on."
         ) from error
-    latent.pipeline.register_modules(scheduler=saved_scheduler(folder / "scheduler"))
+    latent.pipeline.register_modules(scheduler=_saved_scheduler(folder / "scheduler"))
 
 
-def saved_scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
+def _saved_scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
     """Load a scheduler of the class that its folder names."""
     name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder)
 
 
 def _require_peft() -> None:
-    try:
-        import peft  # noqa: F401  (of the lcm extra)
-    except ImportError as error:
-        raise UserError("LoRA needs the package peft: pip install 'atdiff[lcm]'.") from error
+    if importlib.util.find_spec("peft") is None:  # of the lcm extra
+        raise UserError("LoRA needs the package peft: pip install 'atdiff[lcm]'.")
 
 
 def _require_adapters(network: nn.Module) -> None:
     if not hasattr(network, "add_adapter"):
-        raise UserError(
-            f"diffusers has no LoRA for a {type(network).__name__}: train all of its weights, without lora.rank."
-        )
+        name = type(as_diffusers(network)).__name__
+        raise UserError(f"diffusers has no LoRA for a {name}: train all of its weights, without lora.rank.")
 
 
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:

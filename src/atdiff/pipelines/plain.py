@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 
 from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift
+from atdiff.pipelines.families import FAMILIES, Family, absent_parts
 from atdiff.system.locate import hub_location, run_config
+from atdiff.system.pipeline_files import class_name
 
 __all__ = ["pipeline_class", "usage"]
 
@@ -228,9 +231,8 @@ class _Pixels:
 
 def _text_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any], repo_id: str) -> str:
     """Return the call of a pipeline of latents."""
-    family = str(index["_class_name"])
-    part = "unet" if index.get("unet") else "transformer"
-    network = json.loads((folder / part / "config.json").read_text())
+    family = FAMILIES[class_name(index)]
+    network = json.loads((folder / family.network / "config.json").read_text())
     scheduler = _scheduler(folder, index)
     names, swap = _few_steps(scheduler, family)
     return (
@@ -244,7 +246,7 @@ def _lora_code(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
     """Return the call of the pipeline that adapters were trained on."""
     base = config["training"]["init"]
     index = _index_of(folder.parent)
-    family = str(index["_class_name"])
+    family = FAMILIES[class_name(index)]
     scheduler = _scheduler(folder)
     names, swap = _few_steps(scheduler, family)
     if isinstance(scheduler, LCMScheduler):
@@ -271,50 +273,49 @@ def _index_of(run: Path) -> Mapping[str, Any]:
     try:
         index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(location)
     except Exception:  # of the hub and its network stack: the card can do without
-        return {"_class_name": "StableDiffusionPipeline"}
+        fallback = "StableDiffusionPipeline"
+        warnings.warn(f"the class of {source} is not known here: the card takes it for a {fallback}.", stacklevel=2)
+        return {"_class_name": fallback}
     return index
 
 
 def _absent(index: Mapping[str, Any]) -> str:
     """Return the parts that a pipeline lacks, as arguments of its loader."""
-    from atdiff.pipelines.families import absent_parts
-
     return "".join(f", {part}=None" for part in absent_parts(index))
 
 
-def _few_steps(scheduler: Any, family: str) -> tuple[set[str], str]:  # noqa: ANN401
+def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa: ANN401
     """Return what to import, and how to have the scheduler of a pipeline of latents make few steps."""
     if isinstance(scheduler, LCMScheduler):
         return set(), ""
     if NoiseSchedule(scheduler).traits.integer_timesteps:
-        return {"DDIMScheduler"}, "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)\n"
-    if family == "FluxPipeline":  # which has even steps of its own
+        options = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # which is true by default
+        if scheduler.config.get("timestep_spacing") == "linspace":  # whose steps DDIMScheduler takes for leading ones
+            options += ', timestep_spacing="trailing"'
+        swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
+        return {"DDIMScheduler"}, swap
+    if family.makes_even_steps:
         return set(), ""
     return set(), f"pipeline.scheduler.sigma_min = 1 / {STEPS}  # even steps, the last one to the image\n"
 
 
 def _text_call(
     config: Mapping[str, Any],
-    family: str,
+    family: Family,
     scheduler: Any,  # noqa: ANN401
     network: Mapping[str, Any],
 ) -> str:
-    from atdiff.pipelines.families import FAMILIES, usual_guidance_scale  # imports transformers
-
     made_for = SimpleNamespace(config=FrozenDict(network))
-    guidance = usual_guidance_scale(
-        config, FAMILIES.get(family, FAMILIES["StableDiffusionPipeline"]), made_for, scheduler
-    )
+    guidance = family.guidance_of(config, made_for, scheduler)
     data = config["data"]
     asked = list(data.get("captions") or [])
     prompts = [asked[i % len(asked)] for i in range(IMAGES)] if asked else ["a photo"] * IMAGES
-    what = f"class_labels={list(range(IMAGES))}" if family == "DiTPipeline" else f"prompt={prompts!r}"
+    what = f"class_labels={list(range(IMAGES))}" if family.labelled else f"prompt={prompts!r}"
     steps = 4 if isinstance(scheduler, LCMScheduler) else STEPS
-    options = ""
-    if family in ("StableDiffusion3Pipeline", "FluxPipeline"):
-        size, tokens = data.get("image_size"), data.get("caption_tokens")
-        options += "" if size is None else f", height={size}, width={size}"
-        options += "" if tokens is None else f", max_sequence_length={tokens}"
+    called = family.call_options(data.get("image_size") if family.any_size else None)
+    if family.has_t5 and data.get("caption_tokens") is not None:
+        called["max_sequence_length"] = data["caption_tokens"]
+    options = "".join(f", {name}={value!r}" for name, value in called.items())
     return (
         f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"
         f"    num_inference_steps={steps}, guidance_scale={guidance:g}{options},\n"

@@ -1,4 +1,4 @@
-"""Pictures of latent pipelines, one prompt a class."""
+"""Images of latent pipelines, one prompt per class."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.families import DiT, Family, Flux, family_of, pixels_per_latent, usual_guidance_scale
-from atdiff.pipelines.model import Denoiser
+from atdiff.pipelines.families import Family, family_of
+from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.trained import TrainedModel
 from atdiff.sampling.corrections import Correction
-from atdiff.sampling.generate import check_request, finished_images, image_generators
+from atdiff.sampling.generate import check_request, finite_images, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import (
     network_fingerprint,
@@ -35,14 +36,14 @@ __all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
 PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
 
-PIXELS = 2**20  # at once: four pictures of 512 x 512, so that an autoencoder in float32 fits a common GPU
+PIXELS = 2**20  # at once: four images of 512 x 512, so that an autoencoder in float32 fits a common GPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImage(Denoiser):
-    """A run whose pipeline makes pictures of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
+class TextToImage(TrainedModel):
+    """A run whose pipeline makes images of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
 
-    The classes of its pictures are its prompts, or of DiT numbers of classes. `model` is the network, which works on
+    The classes of its images are its prompts, or of DiT numbers of classes. `model` is the network, which works on
     latents.
 
     Attributes:
@@ -57,7 +58,7 @@ class TextToImage(Denoiser):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures in pixels."""
+        """Channels, height and width of the images in pixels."""
         size = self.config.get("data", {}).get("image_size")
         _, height, width = self.family.latent_shape(self.pipeline, size)
         scale = pixels_per_latent(self.pipeline)
@@ -82,16 +83,12 @@ class TextToImage(Denoiser):
         if not 0.0 <= scale < math.inf:
             raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
         told = self.family.is_told_guidance(self.model)
-        if scale > 1 and not told and isinstance(self.family, Flux):
-            raise UserError(
-                f"{self.source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
-                f"schnell; leave out --guidance-scale {scale:g}."
-            )
+        self.family.check_guidance(self.source, self.model, scale)
         # One name for no guidance, so that a figure of it is computed once.
         return replace(self, guidance_scale=scale if told else max(scale, 1.0))
 
     def fingerprints(self) -> dict[str, str]:
-        """See :meth:`atdiff.pipelines.model.Denoiser.fingerprints`; ``weights`` are of all parts, adapters too."""
+        """See :meth:`TrainedModel.fingerprints`; ``weights`` are of all parts, adapters too."""
         parts = {name: part for name, part in sorted(self.pipeline.components.items()) if name != "scheduler"}
         networks = {name: network_fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
         return {
@@ -117,7 +114,7 @@ class TextToImage(Denoiser):
         return self.family.is_guided(self.model, self.guidance_scale)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return how often a picture takes the network; see :meth:`atdiff.pipelines.model.Denoiser.evaluations`."""
+        """Return the NFE of an image; see :meth:`TrainedModel.evaluations`."""
         return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
@@ -133,7 +130,7 @@ class TextToImage(Denoiser):
             )
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor:
-        """Return the index of the prompt of each of ``num`` pictures, all in turn or ``label`` for each.
+        """Return the index of the prompt of each of ``num`` images, all in turn or ``label`` for each.
 
         Raises:
             UserError: no prompts are known, or there is no such prompt.
@@ -151,9 +148,9 @@ class TextToImage(Denoiser):
 
     def _names(self) -> Sequence[str]:
         """The classes of a DiT, or the prompts."""
-        return super()._names() if isinstance(self.family, DiT) else self.prompts
+        return super()._names() if self.family.labelled else self.prompts
 
-    def pictures(
+    def samples(
         self,
         *,
         sampler: str,
@@ -166,14 +163,14 @@ class TextToImage(Denoiser):
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Iterator[Tensor]:
-        """Return batches of images as :meth:`atdiff.pipelines.model.Denoiser.pictures` does, drawn by the pipeline.
+        """Return batches of images as :meth:`TrainedModel.samples` does, drawn by the pipeline.
 
         Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
 
         Raises:
             UserError: an option is out of range or does not fit the network, no prompts are known, or a correction is
                 given.
-            FloatingPointError: the pictures are not finite.
+            FloatingPointError: the images are not finite.
         """
         self.check_corrections([] if correction is None else [type(correction).__name__])
         labels = self.class_labels(max(num, 0), label)
@@ -187,8 +184,8 @@ class TextToImage(Denoiser):
     def _drawn(
         self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
     ) -> Iterator[Tensor]:
-        num, (_, height, width) = len(labels), self.image_shape
-        most = min(batch_size, max(1, PIXELS // (height * width)))
+        num, side = len(labels), self.image_shape[-1]
+        most = min(batch_size, max(1, PIXELS // side**2))
         self.pipeline.set_progress_bar_config(disable=True)
         with Progress(disable=not progress) as bar:
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
@@ -198,7 +195,7 @@ class TextToImage(Denoiser):
                 self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
                 images = self.pipeline(
                     **self._embedded(labels[indices.start : indices.stop]),
-                    **({} if isinstance(self.family, DiT) else {"height": height, "width": width}),
+                    **self.family.call_options(side),
                     num_inference_steps=steps,
                     guidance_scale=self.guidance_scale,
                     generator=image_generators(seed, indices),
@@ -207,23 +204,23 @@ class TextToImage(Denoiser):
                 bar.advance(task, len(indices) * num_processes())
                 if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
                     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                return finished_images(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
+                return finite_images(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
 
             yield from draw_in_turn(num, most, draw)
 
     @torch.no_grad()
-    def _embedded(self, labels: Tensor) -> dict[str, Tensor]:
+    def _embedded(self, labels: Tensor) -> dict[str, Any]:
         """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
         used, places = labels.unique(return_inverse=True)
-        tables = self.family.call_options(
+        tables = self.family.call_prompts(
             self.pipeline,
             [self.prompts[int(label)] for label in used],
             self.is_guided,
             self.config.get("data", {}).get("caption_tokens"),
         )
-        rows = {name: table[places.to(table.device)] for name, table in tables.items()}
+        rows = {name: t[places.to(t.device)] if isinstance(t, Tensor) else t for name, t in tables.items()}
         # Class labels are asked for as a list.
-        return {name: row if row.is_floating_point() else row.tolist() for name, row in rows.items()}
+        return {name: row.tolist() if self.family.labelled else row for name, row in rows.items()}
 
 
 def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> TextToImage:  # noqa: ANN401
@@ -243,9 +240,9 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         captions = file.read_text(encoding="utf-8").splitlines()
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
-    if not captions and isinstance(family, DiT):
+    if not captions and family.labelled:
         captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
-    guidance_scale = usual_guidance_scale(config, family, network, pipeline.scheduler)
+    guidance_scale = family.guidance_of(config, network, pipeline.scheduler)
     said = (config.get("consistency") or {}).get("sample_guidance")
     made_for_one = isinstance(pipeline.scheduler, LCMScheduler) and (
         family.usual_guidance(network, pipeline.scheduler) == 1.0

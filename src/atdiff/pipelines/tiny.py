@@ -22,7 +22,7 @@ from rich.progress import track
 
 from atdiff.core.errors import UserError
 from atdiff.data.sources import ImageData
-from atdiff.models.transformers import PATCH
+from atdiff.pipelines.families.flux import PATCH
 from atdiff.pipelines.latent_model import require_transformers
 from atdiff.system.files import cache_folder, write_json, write_text, written_aside
 from atdiff.system.quiet import quiet_libraries

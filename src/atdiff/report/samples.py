@@ -117,7 +117,7 @@ def _columns(denoiser: Denoiser, grids: int) -> int:
 
 def _grid(denoiser: Denoiser, sampler: str, steps: int, seed: int, columns: int, device: torch.device | str) -> bytes:
     num = POINTS if _is_plane(denoiser) else columns * columns
-    images = torch.cat(list(denoiser.pictures(sampler=sampler, steps=steps, num=num, seed=seed, device=device)))
+    images = torch.cat(list(denoiser.samples(sampler=sampler, steps=steps, num=num, seed=seed, device=device)))
     if _is_plane(denoiser):
         images, columns = density_picture(images)[None], 1
     pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()

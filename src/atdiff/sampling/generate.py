@@ -32,7 +32,7 @@ from atdiff.system.processes import draw_in_turn, num_processes
 __all__ = [
     "check_request",
     "denoise_steps",
-    "finished_images",
+    "finite_images",
     "generate",
     "image_generators",
     "iter_generate",
@@ -220,7 +220,7 @@ def iter_generate(
                 model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
             ):
                 bar.advance(task, len(indices) * num_processes())
-            return finished_images(x, indices.start, f"{sampler} at {steps} steps")
+            return finite_images(x, indices.start, f"{sampler} at {steps} steps")
 
         yield from draw_in_turn(num, batch_size, draw)
 
@@ -251,7 +251,7 @@ def _home(model: Denoiser) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def finished_images(x: Tensor, start: int, run: str) -> Tensor:
+def finite_images(x: Tensor, start: int, run: str) -> Tensor:
     """Return drawn images ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
 
     Args:

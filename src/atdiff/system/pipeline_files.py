@@ -14,6 +14,7 @@ from typing import Any
 from atdiff.core.errors import UserError
 
 __all__ = [
+    "FAMILY_MODULES",
     "LATENTS",
     "PIXELS",
     "check_class",
@@ -25,14 +26,17 @@ __all__ = [
     "variants_of",
 ]
 
-LATENTS = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "DiTPipeline",
-    "LatentConsistencyModelPipeline",
-)
+FAMILY_MODULES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "DiTPipeline": "dit",
+    "LatentConsistencyModelPipeline": "lcm",
+    "PixArtSigmaPipeline": "pixart",
+}
+"""The registry of families: the module of ``atdiff.pipelines.families`` for each class of diffusers' pipelines."""
+LATENTS = tuple(FAMILY_MODULES)
 """Classes of diffusers' pipelines that make images of latents, from a text or a class."""
 PIXELS = (
     "DDPMPipeline",

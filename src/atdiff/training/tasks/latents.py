@@ -18,9 +18,8 @@ from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.families import DiT
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student, save_student, with_network
-from atdiff.pipelines.lora import TARGET_MODULES, add_lora, load_lora_state, lora_state, save_lora
+from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.model import data_options
 from atdiff.pipelines.text_to_image import PROMPTS_FILE, text_to_image_run
 from atdiff.sampling.schedulers import default_sampler
@@ -69,7 +68,7 @@ class LatentTask(Task):
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
-        labelled = isinstance(self.latent.family, DiT)
+        labelled = self.latent.family.labelled
         if labelled and config.data.captions:
             raise UserError(
                 f"data.captions are not used: {self.latent.source} is conditioned on class labels; leave them out."
@@ -89,7 +88,7 @@ class LatentTask(Task):
         return load_captioned(
             data.name,
             captions=data.captions,
-            numbered=isinstance(self.latent.family, DiT),
+            numbered=self.latent.family.labelled,
             caption_column=data.caption_column,
             limit=data.limit,
             classes=classes,
@@ -247,7 +246,7 @@ class LatentTask(Task):
         source = config.consistency.teacher
         teacher = self.latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
         for one in (self.latent, teacher):
-            if one.family.network != "unet":
+            if not one.family.distillable:
                 raise UserError(
                     f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
                     "are distilled; train it without consistency.mode."
@@ -278,7 +277,7 @@ class LatentTask(Task):
         config = self.config
         network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
         if config.lora.rank:
-            usual = self.latent.family.lora_targets or TARGET_MODULES
+            usual = self.latent.family.lora_targets
             targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
         if config.model.gradient_checkpointing:
@@ -329,7 +328,7 @@ class LatentTask(Task):
             "caption_tokens": self.latent.tokens,
         }
         run = text_to_image_run(pipeline, str(out), settings)
-        drawn = run.pictures(
+        drawn = run.samples(
             sampler=default_sampler(self.scheduler),
             steps=4 if self.is_consistency else 20,
             num=SHOWN,
@@ -343,7 +342,7 @@ class LatentTask(Task):
 
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
         """Write the pipeline, or the LoRA."""
-        if isinstance(self.latent.family, DiT):
+        if self.latent.family.labelled:
             remember_classes(average, self.classes, None)
         save = save_lora if self.config.lora.rank else save_student
         save(out / self.published, self.latent, average, self.scheduler)

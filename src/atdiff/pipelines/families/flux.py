@@ -1,49 +1,24 @@
-"""Transformers of text-to-image flows, called as every other network here: ``f(x_t, timesteps, **conditions)``."""
+"""Flux: a CLIP for the pooled prompt, a T5, latents packed 2 x 2, and guidance that the network is told."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch import Tensor, nn
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
 
-from atdiff.models.call import keep_labels
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families.base import NetworkView, PromptOptions, pixels_per_latent, t5_length
+from atdiff.pipelines.families.flow import FlowTransformer
 
-__all__ = [
-    "PATCH",
-    "FluxDenoiser",
-    "SD3Denoiser",
-    "denoiser_like",
-    "embed_times_in_float32",
-    "published",
-    "viewed",
-]
+__all__ = ["FAMILY", "PATCH", "Flux", "FluxDenoiser", "embed_times_in_float32", "image_ids", "pack", "unpack"]
 
-PATCH = 2  # latents along the side of a token of Flux
+PATCH = 2  # latents along the side of a token
 
 
-class SD3Denoiser(SD3Transformer2DModel):
-    """``SD3Transformer2DModel`` but for its call. (`Esser et al., 2024 <https://arxiv.org/abs/2403.03206>`_)"""
-
-    def forward(
-        self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
-    ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000."""
-        velocity: Tensor = super().forward(  # type: ignore[misc]
-            hidden_states=x_t,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=timesteps,
-            return_dict=False,
-        )[0]
-        return velocity
-
-
-class FluxDenoiser(FluxTransformer2DModel):
-    """``FluxTransformer2DModel`` but for its call, which packs and unpacks latents. (`Flux
-    <https://github.com/black-forest-labs/flux>`_)
+class FluxDenoiser(NetworkView, FluxTransformer2DModel):
+    """``FluxTransformer2DModel`` but for its call, which packs and unpacks latents.
 
     Attributes:
         guidance: the guidance scale that a guidance-distilled network is told in training.
@@ -93,22 +68,6 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(like.dtype)
 
 
-_DENOISERS: dict[type, type] = {SD3Transformer2DModel: SD3Denoiser, FluxTransformer2DModel: FluxDenoiser}
-
-
-def denoiser_like(transformer: Any) -> Any:  # noqa: ANN401  (a transformer of diffusers)
-    """Return a trainable float32 copy of a transformer that is called ``f(x_t, timesteps, **conditions)``.
-
-    A DiT would drop class labels by itself, in each block others; here that is left to the caller, once a sample.
-    """
-    kind: Any = _DENOISERS.get(type(transformer), type(transformer))
-    denoiser = kind.from_config(transformer.config)
-    denoiser.load_state_dict(transformer.state_dict())
-    keep_labels(denoiser)
-    embed_times_in_float32(denoiser)
-    return denoiser.to(transformer.device)
-
-
 def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
     """Have a Flux transformer embed timesteps and guidance as they are given, in place; other networks do already.
 
@@ -139,21 +98,56 @@ def _put_back(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None: 
     return *(value.float() * 1000 for value in given), args[-1]
 
 
-def viewed(transformer: Any) -> Any:  # noqa: ANN401  (a network of diffusers)
-    """Return the network as it is called here, with the same weights in memory: the inverse of :func:`published`."""
-    kind = _DENOISERS.get(type(transformer))
-    if kind is None:
-        return transformer
-    view = copy.copy(transformer)
-    view.__class__ = kind
-    return view
+class Flux(FlowTransformer):
+    """Flux.1. (`Black Forest Labs, 2024 <https://github.com/black-forest-labs/flux>`_)"""
+
+    view = FluxDenoiser
+    guidance_scale = FluxDenoiser.guidance
+    embeddings = ("prompt_embeds", "pooled_prompt_embeds")
+    makes_even_steps = True
+
+    def prepare(self, network: Any) -> None:  # noqa: ANN401
+        """See :meth:`Family.prepare`."""
+        embed_times_in_float32(network)
+
+    def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
+        """See :meth:`Family.latent_shape`."""
+        side = pipeline.default_sample_size if image_size is None else image_size // pixels_per_latent(pipeline)
+        return pipeline.vae.config.latent_channels, side, side
+
+    def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
+        """See :meth:`Family.is_guided`: the network is told the scale if anything, and is taken once."""
+        return False
+
+    def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
+        """See :meth:`Family.is_told_guidance`: Flux.1 dev is, Flux.1 schnell is not."""
+        return bool(network.config.guidance_embeds)
+
+    def tell_guidance(self, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
+        """See :meth:`Family.tell_guidance`."""
+        network.guidance = guidance_scale
+
+    def check_guidance(self, source: str, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
+        """See :meth:`Family.check_guidance`."""
+        if guidance_scale > 1 and not self.is_told_guidance(network):
+            raise UserError(
+                f"{source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
+                f"schnell; leave out --guidance-scale {guidance_scale:g}."
+            )
+
+    def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
+        """See :meth:`Family.usual_guidance`; 1, which is none, for a network that can have none."""
+        return self.guidance_scale if self.is_told_guidance(network) else 1.0
+
+    def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`."""
+        device = pipeline.text_encoder.device
+        states, pooled, _ = self.encode_prompt(pipeline, prompts, device, options.negative, options.tokens)
+        return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
+
+    def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        """See :meth:`Family.prompts`: there is nothing that guidance points away from."""
+        return {"prompt": prompts, "prompt_2": prompts, **t5_length(tokens)}
 
 
-def published(denoiser: nn.Module) -> Any:  # noqa: ANN401
-    """Return the network as diffusers calls and saves it, with the same weights in memory."""
-    kind = next((plain for plain, ours in _DENOISERS.items() if type(denoiser) is ours), None)
-    if kind is None:
-        return denoiser
-    plain = copy.copy(denoiser)
-    plain.__class__ = kind
-    return plain
+FAMILY = Flux()

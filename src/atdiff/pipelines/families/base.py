@@ -1,0 +1,205 @@
+"""A family of latent pipelines: its parts, conditions and guidance, the call of its network, its scale of latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import LCMScheduler
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+
+__all__ = ["Family", "NetworkView", "PromptOptions", "as_diffusers", "pixels_per_latent", "seen_as", "t5_length"]
+
+
+class PromptOptions(NamedTuple):
+    """What conditions depend on besides the prompts.
+
+    Attributes:
+        image_size: pixels along a side.
+        tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        negative: whether they are what guidance points away from.
+    """
+
+    image_size: int
+    tokens: int | None = None
+    negative: bool = False
+
+
+class NetworkView:
+    """A class of diffusers' networks that is called ``f(x_t, timesteps, **conditions)``, as every network here.
+
+    A view derives from this class first and from that of diffusers second, overrides ``forward``, and adds no weights.
+    """
+
+    @classmethod
+    def plain(cls) -> type:
+        """Return the class of diffusers."""
+        return cls.__bases__[-1]
+
+
+def seen_as(network: Any, kind: type) -> Any:  # noqa: ANN401
+    """Return the network as one of another class, with the same weights in memory."""
+    view = copy.copy(network)
+    view.__class__ = kind
+    return view
+
+
+def as_diffusers(network: Any) -> Any:  # noqa: ANN401
+    """Return the network as diffusers calls and saves it, with the same weights in memory."""
+    return seen_as(network, network.plain()) if isinstance(network, NetworkView) else network
+
+
+class Family:
+    """Pipelines of one class, or of several with the same parts; what most of them have in common is the default.
+
+    Attributes:
+        parts: of the pipeline that turn a prompt into conditions; it is not taken without them.
+        optional_parts: that a saved pipeline may lack, which its loader must be told.
+        network: the part that is trained.
+        view: the class that the network is called as; None where diffusers' own call will do.
+        opened_as: the class of diffusers that opens a saved pipeline, where it is not its own.
+        guidance_scale: with which images are drawn; diffusers' default, but for SDXL, which has that of SD.
+        embeddings: names of what ``encode_prompt`` returns, in its order, as arguments of the pipeline's call.
+        any_size: whether images of other sizes than the published one have fitting latents.
+        has_t5: whether prompts go through a T5, or are filled up as if they did.
+        labelled: whether prompts are numbers of classes.
+        distillable: whether latent consistency models are distilled of it.
+        makes_even_steps: whether the pipeline of a flow makes even steps, the last one to the image, by itself.
+        lora_targets: ends of names of layers that get adapters.
+    """
+
+    parts: tuple[str, ...] = ("tokenizer", "text_encoder")
+    optional_parts: tuple[str, ...] = ()
+    network = "transformer"
+    view: ClassVar[Any] = None
+    opened_as: str | None = None
+    guidance_scale = 7.5
+    embeddings: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    any_size = False
+    has_t5 = False
+    labelled = False
+    distillable = False
+    makes_even_steps = False
+    lora_targets: tuple[str, ...] = ()
+
+    def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
+        """Find out that the network of a loaded pipeline works on the latents of its autoencoder.
+
+        Raises:
+            UserError: it does not, or its latents are no squares.
+        """
+        channels, *side = self.latent_shape(pipeline)
+        expected = pipeline.vae.config.latent_channels
+        if channels != expected or side[-2] != side[-1]:
+            raise UserError(
+                f"the network of {source} takes latents {(channels, *side)} (channels, height, width): expected "
+                f"the autoencoder's {expected} channels, and squares; inpainting and other variants are not taken."
+            )
+
+    def prepare(self, network: Any) -> None:  # noqa: ANN401
+        """Set a loaded network up, in place, where diffusers' own needs it."""
+
+    def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
+        """Return channels, height and width of the latents of images of ``image_size``, or of the published size."""
+        config = getattr(pipeline, self.network).config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if image_size is not None and self.any_size:
+            height = width = image_size // pixels_per_latent(pipeline)
+        return config.in_channels, height, width
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """Return the mean and the factor with which the pipeline unscales latents: ``latents / factor + mean``."""
+        return 0.0, vae.config.scaling_factor
+
+    def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return what the network is conditioned on, with a row per prompt; the names are those of its ``forward``."""
+        return {"encoder_hidden_states": self.encode(pipeline, prompts, options)[0].float()}
+
+    def encode(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> Sequence[Tensor]:  # noqa: ANN401
+        """Return the embeddings of prompts, or those that guidance points away from."""
+        device = pipeline.text_encoder.device
+        encoded = self.encode_prompt(pipeline, prompts, device, options.negative, options.tokens)
+        # SD gives (states, negative states), SDXL and SD3 the pooled pair after them.
+        return encoded[int(options.negative) :: 2]
+
+    def encode_prompt(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        device: torch.device,
+        guided: bool,
+        tokens: int | None,
+    ) -> Sequence[Tensor]:
+        """Return what the pipeline's ``encode_prompt`` does."""
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(device=device, **self.prompts(prompts, guided, tokens))
+        return encoded
+
+    def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        """Return the prompts, and whether guidance points away from any, as arguments of ``encode_prompt``."""
+        return {"prompt": prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+
+    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+        """Return the prompts as arguments of the pipeline's call: tensors, each with a row per prompt."""
+        device = getattr(pipeline, self.network).device
+        found = self.encode_prompt(pipeline, prompts, device, guided, tokens)
+        return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
+
+    def call_options(self, image_size: int | None) -> dict[str, Any]:
+        """Return what else the pipeline's call needs to draw images of a size; None for the published one."""
+        return {} if image_size is None else {"height": image_size, "width": image_size}
+
+    def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
+        """Return whether a step takes the network twice at that guidance scale, with the prompt and without."""
+        return guidance_scale > 1 and not self.is_told_guidance(network)
+
+    def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
+        """Return whether the scale is an input of the network."""
+        return network.config.get("time_cond_proj_dim") is not None
+
+    def tell_guidance(self, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
+        """Have a view of the network be told the scale, where its call does not."""
+
+    def check_guidance(self, source: str, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
+        """Find out that images can be drawn at that guidance scale.
+
+        Raises:
+            UserError: the network can have no guidance.
+        """
+
+    def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
+        """Return the scale to draw with where nothing says another: none on top of a distilled network.
+
+        A consistency model that is not told the scale was distilled from a guided teacher, and has it in its weights.
+        """
+        distilled = isinstance(scheduler, LCMScheduler)
+        return 1.0 if distilled and not self.is_told_guidance(network) else self.guidance_scale
+
+    def guidance_of(self, config: Mapping[str, Any], network: Any, scheduler: Any) -> float:  # noqa: ANN401
+        """Return the scale that the settings of a run name, or the one that its network was made for."""
+        trained, usual = config.get("consistency") or {}, self.usual_guidance(network, scheduler)
+        said = trained.get("sample_guidance")
+        if said is not None:
+            return float(said)
+        if trained.get("mode") == "distillation" and self.is_told_guidance(network):
+            low, high = trained.get("guidance") or (usual, usual)
+            return float(min(max(usual, low), high))
+        return float((config.get("sampling") or {}).get("guidance_scale", usual))
+
+    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
+        """Return the shift of training's timesteps where the scheduler alone does not tell it."""
+        return None
+
+
+def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
+    """Return the pixels along the side of a latent."""
+    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
+def t5_length(tokens: int | None) -> dict[str, int]:
+    """Return the tokens that a T5 cuts or fills a prompt to as an argument of ``encode_prompt``; none for None."""
+    return {} if tokens is None else {"max_sequence_length": tokens}

@@ -1,0 +1,41 @@
+"""What the transformers of text-to-image flows have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from atdiff.core.noise import dynamic_mu, flow_shift
+from atdiff.models.call import image_tokens
+from atdiff.pipelines.families.base import Family
+
+__all__ = ["FlowTransformer"]
+
+
+class FlowTransformer(Family):
+    """A transformer with joint attention of image and text, and a T5 beside its CLIPs."""
+
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    any_size = True
+    has_t5 = True
+    # Queries, keys, values and outputs of image and of text, as in diffusers' train_dreambooth_lora_sd3.py.
+    lora_targets = (
+        "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+        "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
+    )  # fmt: skip
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """See :meth:`Family.latent_scale`."""
+        return vae.config.shift_factor or 0.0, vae.config.scaling_factor
+
+    def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
+        """Return the dynamic shift that the pipelines have for that many tokens.
+
+        Args:
+            scheduler: of the pipeline.
+            latent_shape: channels, height and width.
+            network: whose tokens are counted; published ones have a token for 2 x 2 latents.
+        """
+        tokens = image_tokens(network, latent_shape)
+        return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)

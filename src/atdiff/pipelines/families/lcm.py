@@ -1,0 +1,19 @@
+"""Latent consistency models in a pipeline class of their own, with the parts of Stable Diffusion."""
+
+from __future__ import annotations
+
+from atdiff.pipelines.families.sd import StableDiffusion
+
+__all__ = ["FAMILY", "LatentConsistencyModel"]
+
+
+class LatentConsistencyModel(StableDiffusion):
+    """Stable Diffusion's parts, opened by its pipeline, which takes every scheduler.
+
+    Source: `Luo et al., 2023 <https://arxiv.org/abs/2310.04378>`_.
+    """
+
+    opened_as = "StableDiffusionPipeline"
+
+
+FAMILY = LatentConsistencyModel()

@@ -1,0 +1,85 @@
+"""PixArt-Sigma: a T5 with its attention mask, noise and variance as the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families.base import Family, NetworkView, PromptOptions, t5_length
+
+__all__ = ["FAMILY", "PixArtDenoiser", "PixArtSigma"]
+
+
+class PixArtDenoiser(NetworkView, PixArtTransformer2DModel):
+    """``PixArtTransformer2DModel`` but for its call."""
+
+    def forward(
+        self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+    ) -> Tensor:
+        """Return noise and variance, ``(B, 2C, h, w)``, at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000.
+
+        Args:
+            x_t: latents, h and w even.
+            timesteps: of each sample.
+            encoder_hidden_states: of the prompts, ``(B, L, D)``.
+            encoder_attention_mask: 1 for the tokens of a prompt, 0 for what fills it up, ``(B, L)``.
+        """
+        output: Tensor = super().forward(  # type: ignore[misc]
+            x_t,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timesteps,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=False,
+        )[0]
+        return output
+
+
+class PixArtSigma(Family):
+    """PixArt-Sigma. (`Chen et al., 2024 <https://arxiv.org/abs/2403.04692>`_)
+
+    Prompts are put in lower case and stripped. The pipeline's call would clean them further where bs4 and ftfy are
+    installed, and other pipelines than its own would draw from other conditions than a network was trained on.
+    """
+
+    view = PixArtDenoiser
+    guidance_scale = 4.5
+    embeddings = (
+        "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
+    )  # fmt: skip
+    any_size = True
+    has_t5 = True
+
+    def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
+        """See :meth:`Family.check`; a network of PixArt-Alpha that is told the size is none of Sigma's."""
+        super().check(source, pipeline)
+        if pipeline.transformer.use_additional_conditions:
+            raise UserError(
+                f"the transformer of {source} is told the size of the image, which PixArtSigmaPipeline does not tell: "
+                "expected one with use_additional_conditions false."
+            )
+
+    def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`."""
+        device = pipeline.text_encoder.device
+        encoded = self.encode_prompt(pipeline, prompts, device, options.negative, options.tokens)
+        states, mask = encoded[2:] if options.negative else encoded[:2]
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}
+
+    def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        """See :meth:`Family.prompts`."""
+        return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
+
+    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+        """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
+        return {**super().call_prompts(pipeline, prompts, guided, tokens), "negative_prompt": None}
+
+    def call_options(self, image_size: int | None) -> dict[str, Any]:
+        """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""
+        return {**super().call_options(image_size), "use_resolution_binning": False, "clean_caption": False}
+
+
+FAMILY = PixArtSigma()

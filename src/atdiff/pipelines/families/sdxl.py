@@ -1,0 +1,47 @@
+"""SDXL: two text encoders, a pooled prompt and the size of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.pipelines.families.base import PromptOptions
+from atdiff.pipelines.families.sd import StableDiffusion
+
+__all__ = ["FAMILY", "POOLED_EMBEDDINGS", "StableDiffusionXL"]
+
+POOLED_EMBEDDINGS = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+)  # fmt: skip
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL. (`Podell et al., 2023 <https://arxiv.org/abs/2307.01952>`_)"""
+
+    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    embeddings = POOLED_EMBEDDINGS
+
+    def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
+        """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped image."""
+        states, pooled = self.encode(pipeline, prompts, options)
+        size = [options.image_size, options.image_size]
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=states.device)
+        return {
+            "encoder_hidden_states": states.float(),
+            "text_embeds": pooled.float(),
+            "time_ids": time_ids.repeat(len(prompts), 1),
+        }
+
+    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """See :meth:`Family.latent_scale`; some autoencoders of SDXL have a mean and a scale per channel."""
+        config = vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return super().latent_scale(vae)
+        columns = torch.tensor([mean, std], dtype=vae.dtype, device=vae.device).view(2, 1, -1, 1, 1)
+        return columns[0], config.scaling_factor / columns[1]
+
+
+FAMILY = StableDiffusionXL()

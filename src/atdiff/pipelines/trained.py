@@ -1,0 +1,260 @@
+"""A trained network with its scheduler, and the samples that it draws."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from atdiff.core.errors import UserError
+from atdiff.data.labels import class_line
+from atdiff.models.call import class_embeddings, image_tokens
+from atdiff.models.classes import class_names, null_label, says_null
+from atdiff.models.ema import average_name
+from atdiff.models.inference import DTYPES, prepare_inference
+from atdiff.pipelines.record import classes_of, stored_data
+from atdiff.sampling.corrections import Correction
+from atdiff.sampling.generate import iter_generate
+from atdiff.sampling.schedulers import make_scheduler
+from atdiff.system.fingerprint import network_fingerprint, scheduler_fingerprint, settings_fingerprint
+from atdiff.system.locate import run_config
+
+__all__ = ["TrainedModel"]
+
+# Embeddings of networks of CIFAR and ImageNet with a null label, which plain diffusers has no place to say.
+USUAL_WITH_NULL = (11, 101, 1001)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained network with the scheduler that it was trained under.
+
+    Attributes:
+        model: the network.
+        scheduler: of its training.
+        source: the run, as the user named it.
+        config: the settings of a training folder; empty for others.
+        prompts: one a class, where they are known; of no consequence to the images of this class.
+        precision: in which the network runs; see :meth:`prepared`.
+        variant: of a pipeline's weights, where one was asked for.
+    """
+
+    model: Any
+    scheduler: Any
+    source: str
+    config: dict[str, Any]
+    prompts: tuple[str, ...] = ()
+    precision: str = "no"
+    variant: str | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        config = self.model.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @property
+    def weights_name(self) -> str:
+        """Which weights these are, for the recipe of a figure."""
+        return average_name(self.config) if "training" in self.config else "as published"
+
+    @property
+    def dtype_name(self) -> str:
+        """The precision, for the recipe of a figure."""
+        return DTYPES[self.precision]
+
+    def prepared(self, *, precision: str = "no", compile: bool = False, device: torch.device | str = "cpu") -> Self:
+        """Return the run with its network set up to draw in another precision, or compiled; once a network.
+
+        Args and errors: see :func:`atdiff.models.inference.prepare_inference`.
+        """
+        prepare_inference(self.model, precision=precision, compile=compile, device=device)
+        return replace(self, precision=precision)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a figure depends on besides sampler, steps, seed and weights."""
+        return {} if self.variant is None else {"variant": self.variant}
+
+    def guided(self, scale: float) -> Self:
+        """Return the run with another scale of guidance, for the networks that know guidance.
+
+        Raises:
+            UserError: this one does not, or the scale is out of range.
+        """
+        raise UserError(
+            f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return hashes of what its images depend on, computed now: before :meth:`prepared`, which wraps the network.
+
+        ``weights`` of all networks with their configurations, ``scheduler`` of its class and configuration, and
+        ``settings`` of the size and the classes of its images.
+        """
+        return {
+            "weights": network_fingerprint(self.model),
+            "scheduler": scheduler_fingerprint(self.scheduler),
+            "settings": self._settings_fingerprint(),
+        }
+
+    def _settings_fingerprint(self) -> str:
+        labels = self.class_labels(class_embeddings(self.model) + 1)
+        return settings_fingerprint(self.image_shape, labels)
+
+    def evaluations(self, sampler: str, steps: int) -> int:
+        """Return the NFE: how often an image takes the network.
+
+        Raises:
+            UserError: the sampler or the number of steps does not fit the network.
+        """
+        return len(self.sampling_scheduler(sampler, steps).timesteps)
+
+    def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """Return the scheduler of a sampler, with its timesteps set.
+
+        Raises:
+            UserError: as :func:`atdiff.sampling.make_scheduler`.
+        """
+        tokens = image_tokens(self.model, self.image_shape)
+        return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
+
+    def check_corrections(self, corrections: Sequence[str]) -> None:
+        """Find out whether this run can be sampled with corrections at all; every network of pixels can.
+
+        Raises:
+            UserError: it cannot, and one of ``corrections`` is not ``none``.
+        """
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of their labels; None where they are not known."""
+        return class_names(self.model) or classes_of(stored_data(self.source), None)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the network knows, a null label not among them; 0 if it is unconditional."""
+        return class_embeddings(self.model) - int(self._null() is not None)
+
+    def _training(self) -> dict[str, Any]:
+        """Return the settings of the training, of a run's ``pipeline`` folder too; empty for those of others."""
+        folder = Path(self.source)
+        return self.config or (run_config(str(folder.parent)) if folder.name == "pipeline" else {})
+
+    def _null(self) -> int | None:
+        if says_null(self.model):
+            return null_label(self.model)
+        # Runs of earlier versions say it nowhere else.
+        dropped = self._training().get("objective", {}).get("label_dropout", 0.0) > 0
+        return class_embeddings(self.model) - 1 if dropped else None
+
+    def _may_have_null(self) -> bool:
+        if says_null(self.model) or self._training():
+            return False
+        return self.model.config.get("num_class_embeds") in USUAL_WITH_NULL
+
+    def label_of(self, text: str) -> int:
+        """Return the label of a class, by name or else by number.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        names = self._names()
+        if text in names:
+            return names.index(text)
+        if re.fullmatch(r"[0-9]+", text):
+            return int(text)
+        known = f"expected one of its {class_line(names)}" if names else "its classes have no names, so give a number"
+        raise UserError(f"{text!r} is no class of {self.source}: {known}.")
+
+    def _names(self) -> Sequence[str]:
+        return self.classes or ()
+
+    def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
+        """Return labels for ``num`` images, all classes in turn or ``label`` for each; None if unconditional.
+
+        The null label is no class. A network of others that does not say whether it has one is taken to have, as its
+        last label, if it has 10, 100 or 1,000 labels and one more; a warning says so.
+
+        Raises:
+            UserError: a label is asked of an unconditional network, or there is no such class.
+        """
+        embeds, null = class_embeddings(self.model), self._null()
+        if not embeds:
+            if label is not None:
+                raise UserError(f"{self.source} is not class-conditional; leave out the class label {label}.")
+            return None
+        drawn = torch.tensor([i for i in range(embeds) if i != null])
+        if label is not None:
+            if label not in drawn.tolist():
+                raise UserError(f"class label {label} is not one of {self.source}'s 0 to {int(drawn[-1])}.")
+            return torch.full((num,), label)
+        if self._may_have_null():
+            warnings.warn(
+                f"{self.source} has {embeds} class labels and does not say whether the last is a null label: it is "
+                f'taken for one and not drawn. If it is a class, write "_null_label": null into the '
+                "network's config.json.",
+                stacklevel=2,
+            )
+            drawn = drawn[:-1]
+        return drawn[torch.arange(num) % len(drawn)]
+
+    def samples(
+        self,
+        *,
+        sampler: str,
+        steps: int,
+        num: int,
+        seed: int,
+        batch_size: int = 256,
+        label: int | None = None,
+        correction: Correction | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Iterator[Tensor]:
+        """Return batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+
+        Image ``i`` depends on ``seed``, ``i`` and its class alone.
+
+        Args:
+            sampler: one of :data:`atdiff.sampling.SAMPLERS`.
+            steps: of the sampler.
+            num: of images.
+            seed: see :func:`atdiff.sampling.generate.image_generators`.
+            batch_size: images at once.
+            label: the class of all images; None for all classes in turn.
+            correction: of the sampler.
+            device: where to run, and the network is moved; default: where it is.
+            progress: show a progress bar.
+
+        Raises:
+            UserError: an option is out of range or does not fit the network.
+            FloatingPointError: the images are not finite.
+        """
+        return iter_generate(
+            self.model,
+            self.scheduler,
+            sampler=sampler,
+            steps=steps,
+            num=num,
+            shape=self.image_shape,
+            seed=seed,
+            batch_size=batch_size,
+            class_labels=self.class_labels(max(num, 0), label),
+            correction=correction,
+            device=device,
+            progress=progress,
+        )
+
+    def pictures(self, **options: Any) -> Iterator[Tensor]:  # noqa: ANN401
+        """Return what :meth:`samples` does, by its earlier name."""
+        return self.samples(**options)
