@@ -55,8 +55,8 @@ def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
 
     ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs, those of a point with itself included: that of the two
     empirical distributions (`Szekely and Rizzo, 2013 <https://doi.org/10.1016/j.jspi.2013.03.018>`_). It is never
-    negative, and of two sets of ``N`` and ``M`` points from one distribution about ``(1 / N + 1 / M) E|X - X'|``. A set of more
-    than 10,000 points is represented by as many, drawn without replacement.
+    negative, and of two sets of ``N`` and ``M`` points from one distribution about ``(1 / N + 1 / M) E|X - X'|``. A
+    set of more than 10,000 points is represented by as many, drawn without replacement.
 
     Args:
         a: points, shape ``(N, D)``.
