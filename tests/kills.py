@@ -28,14 +28,21 @@ import torch
 from rich.progress import track
 
 from atdiff.training import checkpoint as saving
+from atdiff.training import state as training_state
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint, passes_of
 from atdiff.training.config import AdversaryConfig, ModelConfig, TrainConfig, TrainingConfig
 from atdiff.training.loop import Trainer
+from atdiff.training.tasks.pixels import PixelTask
 
 CHECKPOINT_EVERY = 2
 BATCH = 3  # passes, at whose end the checkpoint is written that was due within it
 SAVE = 4  # whose operations are gone through: it removes an older checkpoint too
-STAGES = {"open": 1, "_write_checkpoint": SAVE, "_publish": 1}  # methods of the trainer, and which of their calls
+# Functions by where they are called from, and which of their calls.
+STAGES: dict[str, tuple[Any, int]] = {
+    "open": (Trainer, 1),
+    "save_checkpoint": (training_state, SAVE),
+    "publish": (PixelTask, 1),
+}
 AUDITED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.chmod", "shutil.rmtree"}
 
 
@@ -181,7 +188,7 @@ class Killer:
 
     def at_operations(self, stage: str, stride: int) -> int:
         """End the process before every ``stride``-th file operation of a stage in turn; return how many kills."""
-        safe = {"open": 0, "_write_checkpoint": (SAVE - 1) * BATCH, "_publish": self.passes}[stage]
+        safe = {"open": 0, "save_checkpoint": (SAVE - 1) * BATCH, "publish": self.passes}[stage]
         for kills, number in enumerate(range(1, 1000, stride)):
             folder = self._folder()
             code = self._wait(child(folder, self.passes, partial(_end_before, stage, number)))
@@ -197,10 +204,11 @@ class Killer:
 
 def _end_before(stage: str, number: int) -> None:
     """End this process before the ``number``-th file operation of a stage."""
+    place, call = STAGES[stage]
     state = {"calls": 0, "left": number, "inside": False}
 
     def operation() -> None:
-        if state["inside"] and state["calls"] == STAGES[stage]:
+        if state["inside"] and state["calls"] == call:
             state["left"] -= 1
             if state["left"] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -221,16 +229,16 @@ def _end_before(stage: str, number: int) -> None:
     torch.save = counted(torch.save)
     os.fsync = counted(os.fsync)
     os.replace = counted(os.replace)
-    method = getattr(Trainer, stage)
+    function = getattr(place, stage)
 
-    def within(self: Trainer, *args: Any) -> None:
+    def within(*args: Any, **kwargs: Any) -> None:
         state["calls"] += 1
         state["inside"] = True
-        method(self, *args)
+        function(*args, **kwargs)
         operation()
         state["inside"] = False
 
-    setattr(Trainer, stage, within)
+    setattr(place, stage, within)
     sys.addaudithook(heard)
 
 

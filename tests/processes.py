@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,18 @@ CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CP
 ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 
 
-class JointTrainer(Trainer):
-    """Draws each batch for all processes at once, and takes every ``num_processes``-th sample of it."""
+def joint(trainer: Trainer) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
+    """Return what draws each batch for all processes at once, and takes every ``num_processes``-th sample of it."""
 
-    def _load(self, batch: int) -> tuple[Any, dict[str, Tensor]]:
-        x0 = self.data.x0(batch_indices(0, batch, JOINT, len(self.data)))
+    def load(indices: Tensor, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+        task, batch = trainer.task, trainer.state.batches
+        x0 = task.data.x0(batch_indices(0, batch, JOINT, len(task.data)))
         torch.manual_seed(batch)
-        joint: Batch = self.objective.draw(x0)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return joint._map(lambda tensor: tensor[rank::world].clone()), {}
+        drawn: Batch = task.objective.draw(x0)
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        return drawn._map(lambda tensor: tensor[rank::world].clone()), {}
+
+    return load
 
 
 def alike(delta: Tensor, batch: Batch, output: Any) -> Tensor:
@@ -86,7 +90,7 @@ def train(arm: str, out: Path) -> None:
     """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass."""
     AcceleratorState._reset_state()
     world, settings = int(os.environ.get("WORLD_SIZE", "1")), dict(ARMS[arm])
-    trainer = JointTrainer(
+    trainer = Trainer(
         TrainConfig(
             model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
             adversary=AdversaryConfig(**settings.get("adversary", {})),
@@ -116,7 +120,7 @@ def train(arm: str, out: Path) -> None:
         seen.append((batch.noise.clone(), delta.detach().clone()))
         note(loss)
 
-    with patch.object(trainer, "_note", noted):
+    with patch.object(trainer, "_note", noted), patch.object(trainer.task, "load", joint(trainer)):
         for _ in trainer.passes():
             pass
     result = {
