@@ -228,7 +228,7 @@ def test_numbers_are_numbers_however_they_are_written(text: str, lr: float, tmp_
 
 def test_an_option_needs_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "option '--training.passes' needs a value" in mistake(capsys, "quickstart", "--training.passes")
-    assert "argument '4' is no setting" in mistake(capsys, "quickstart", "--training.passes", "3", "4")
+    assert "got unexpected extra argument (4)" in mistake(capsys, "quickstart", "--training.passes", "3", "4")
 
 
 def test_words_replace_a_mapping_and_dots_reach_into_it() -> None:

@@ -242,7 +242,7 @@ def resolve_prediction_type(
         UserError: it does not fit the scheduler.
     """
     valid, given = schedule.traits.predictions, prediction_type or said_prediction_type(schedule, scheduler)
-    word = given.lower().replace("-", "_")
+    word = str(given).lower().replace("-", "_")
     names = [name for name in valid if name in ALIASES.get(word, (word,))]
     if len(names) == 1:
         return names[0]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from atdiff.core.errors import UserError
+from atdiff.system.processes import from_main, is_main
+from atdiff.training.checkpoint import latest_checkpoint
+from atdiff.training.config import TrainConfig
+from atdiff.training.folder import open_run
 from atdiff.training.interrupt import StopRequest
 
-__all__ = ["agreed_reason"]
+__all__ = ["agreed_reason", "take_folder"]
 
 UPDATES_BETWEEN_AGREEMENTS = 10  # on whether to stop
 
@@ -23,3 +29,34 @@ def agreed_reason(stop: StopRequest, accelerator: Accelerator, updates: int, per
         return None
     asked: Any = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device))
     return (reason or "another process was asked to stop") if asked.item() else None
+
+
+def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> Path | None:
+    """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
+    found: Path | UserError | None = None
+    if is_main():
+        try:
+            resumed = open_run(out, config, look_only=look_only)
+            if resumed and not look_only:
+                found = _newest_between_batches(out, config)
+        except UserError as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
+    """Return the newest checkpoint to resume from, or that of the last pass.
+
+    A shorter run, and one of an earlier version, may have ended within the passes of a batch.
+    """
+    total, cost = config.training.passes, config.adversary.passes
+    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or passes % cost == 0)
+    if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
+        raise UserError(
+            f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
+            "resume from: remove it to begin again, or name the run as --training.init of another --out."
+        )
+    return newest

@@ -14,11 +14,9 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
-from atdiff.system.processes import from_main, is_main
-from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import LATENT_MODELS, TrainConfig
 
-__all__ = ["as_begun", "open_run", "take_folder"]
+__all__ = ["as_begun", "open_run"]
 
 CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
 
@@ -162,34 +160,3 @@ def _first_difference(stored: Any, wanted: Any, prefix: str = "") -> str | None:
                 return found
         return None
     return None if stored == wanted else f"{prefix} is {stored!r} there, {wanted!r} here"
-
-
-def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> Path | None:
-    """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
-    found: Path | UserError | None = None
-    if is_main():
-        try:
-            resumed = open_run(out, config, look_only=look_only)
-            if resumed and not look_only:
-                found = _newest_between_batches(out, config)
-        except UserError as error:
-            found = error
-    found = from_main(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
-def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
-    """Return the newest checkpoint to resume from, or that of the last pass.
-
-    A shorter run, and one of an earlier version, may have ended within the passes of a batch.
-    """
-    total, cost = config.training.passes, config.adversary.passes
-    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or passes % cost == 0)
-    if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
-        raise UserError(
-            f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
-            "resume from: remove it to begin again, or name the run as --training.init of another --out."
-        )
-    return newest

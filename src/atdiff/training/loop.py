@@ -17,13 +17,13 @@ from atdiff.core.noise import NoiseSchedule
 from atdiff.sampling.generate import save_images
 from atdiff.system.locks import one_writer
 from atdiff.system.processes import from_main, uses_cpu
-from atdiff.training.agreement import agreed_reason
+from atdiff.training.agreement import agreed_reason, take_folder
 from atdiff.training.build import build_adversary, scaled
 from atdiff.training.card import has_card, write_card
 from atdiff.training.checkpoint import disk_errors, last_good, passes_of
 from atdiff.training.checks import check_config, check_machine
 from atdiff.training.config import TrainConfig
-from atdiff.training.folder import as_begun, take_folder
+from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.log import MetricsLog, line_of
