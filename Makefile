@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint format docs bench kill-test fuzz soak test-oldest lock clean
+.PHONY: install quickstart test test-long lint format docs bench kill-test fuzz soak test-oldest lock clean
 
 install: $(VENV)/.installed
 
@@ -22,7 +22,11 @@ quickstart: install
 # A process for each core, up to four, since each holds torch and diffusers; whole files, so that their fixtures are shared.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 test: install
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) --ignore tests/long
+
+# What takes longer than a change can wait for.
+test-long: install
+	$(BIN)/python -m pytest tests/long
 
 lint: install
 	$(BIN)/ruff check .
@@ -55,20 +59,20 @@ bench: install
 	$(BIN)/python bench/evaluation_cost.py
 
 kill-test: install
-	$(BIN)/python tests/kills.py --kills 100 --passes 30
+	$(BIN)/python tests/long/kills.py --kills 100 --passes 30
 
 fuzz: install
-	$(BIN)/python tests/fuzz.py --cases 1000
+	$(BIN)/python tests/long/fuzz.py --cases 1000
 
 soak: install
-	$(BIN)/python tests/soak.py --minutes 30
+	$(BIN)/python tests/long/soak.py --minutes 30
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; needs uv.
 test-oldest:
 	uv venv --quiet --allow-existing --python 3.11 .venv-oldest
 	uv pip install --quiet --python .venv-oldest/bin/python --requirement requirements/oldest.txt
 	uv pip install --quiet --python .venv-oldest/bin/python --no-deps --editable .
-	.venv-oldest/bin/python $(PYTEST)
+	.venv-oldest/bin/python $(PYTEST) --ignore tests/long
 
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --quiet \

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from atdiff.cli import main
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 from flow_pipelines import tiny_dit, tiny_flux, tiny_sd3
 from latent_pipelines import tiny_sd, tiny_sdxl
 

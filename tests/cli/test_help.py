@@ -1,0 +1,186 @@
+"""Help is complete and true, answers at once, and words are completed and spelt alike everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from atdiff.cli import COMMANDS, main
+from atdiff.core.choices import SAMPLERS
+from atdiff.measure.cells import EvaluationConfig
+from atdiff.measure.mismatch import MismatchConfig
+from atdiff.measure.robustness import RobustnessConfig
+from atdiff.metrics.registry import METRICS
+
+OPTIONS = [
+    pytest.param(name, option, id=f"{name} {option.opts[0]}")
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if isinstance(option, click.Option)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_every_option_says_what_it_takes_and_its_default(name: str, option: click.Option) -> None:
+    record = option.get_help_record(click.Context(COMMANDS[name]))
+    assert record is not None
+    names, text = record
+    assert option.help
+    if not option.is_flag:
+        assert names.split()[-1] == option.metavar  # in place of click's TEXT and INTEGER
+        assert "[default: " in text or "[required]" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_described_by_examples_that_are_understood(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Examples:" in shown
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a digit\n")
+    command = COMMANDS[name]
+    assert (command.help or "").strip().endswith(".")
+    for example in command.examples:
+        assert example in shown
+        _, called, *words = shlex.split(example.partition(" >")[0])
+        assert called == name
+        command.make_context(name, words)
+        if name == "train":
+            assert main([name, *words, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("evaluate", EvaluationConfig(None, (5, 10, 20))),
+        ("mismatch", MismatchConfig(None, 10)),
+        ("robustness", RobustnessConfig()),
+    ],
+)
+def test_the_defaults_of_help_are_those_of_the_library(name: str, made: Any) -> None:
+    parsed = COMMANDS[name].make_context(name, ["run", "--out", "x"]).params
+    if name == "robustness":
+        parsed |= {"steps": parsed.pop("pgd_steps"), "radii": (0.0, *parsed["radii"])}
+    shared = parsed.keys() & {field.name for field in fields(made)} - {"weights"}
+    assert len(shared) > 7
+    assert {field: parsed[field] for field in shared} == {field: getattr(made, field) for field in shared}
+
+
+def test_help_lists_what_the_registries_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    for words in (SAMPLERS, METRICS):
+        assert f"from{','.join(words)}" in shown
+
+
+ONE_SPELLING = ("sampler", "step", "seed", "correction", "metric", "norm", "target", "level")
+
+
+@pytest.mark.parametrize("word", ONE_SPELLING)
+def test_singular_and_plural_are_accepted_alike(word: str) -> None:
+    takers = 0
+    for command in COMMANDS.values():
+        spelt = {f"--{word}", f"--{word}s"} & set(command.spellings)
+        assert len(spelt) in (0, 2), command.name
+        takers += len(spelt) == 2
+    assert takers
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (
+            "sample run --seeds 1,2 --out x.png",
+            "--seed 1,2 names several, and `atdiff sample` takes one: use --seed 1.",
+        ),
+        ("sample run --step 5,10 --out x.png", "`atdiff sample` takes one: use --steps 5."),
+        ("robustness run --norms l2,linf --out x", "`atdiff robustness` takes one: use --norm l2."),
+        ("sample run --out", "option --out expects a value; see `atdiff sample --help`."),
+        ("sample run --num --out x.png", "option --num expects a value"),
+        ("sample run --num many --out x.png", "invalid value for '--num': 'many' is not a valid integer; see"),
+        ("evaluate run", "missing option '--out'; see `atdiff evaluate --help`."),
+        ("train --out x", "missing argument 'RECIPE'; see `atdiff train --help`."),
+        ("sample one two --out x.png", "got unexpected extra argument"),
+        ("compare a b --interval z --out x.html", "'z' is not one of 't', 'bootstrap'; see"),
+        ("--colour", "--colour"),
+        ("completion tcsh", "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        ("", "missing command; see `atdiff --help`."),
+    ],
+)
+def test_a_mistake_of_form_is_one_sentence(words: str, phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("atdiff: ")
+    assert phrase in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--training.passes", "7", "quickstart", "--out", "x", "--dry-run", "--training.seed=3"]
+    assert main(["train", *words]) == 0
+    first = capsys.readouterr().out
+    assert "passes: 7" in first
+    assert "seed: 3" in first
+    assert main(["train", "quickstart", "--dry-run", "--out=x", "--training.seed", "3", "--training.passes=7"]) == 0
+    assert capsys.readouterr().out == first
+
+
+# ---- what is imported, and what is completed
+
+LIGHT = """
+import json, sys
+from atdiff.cli import main
+for words in json.load(sys.stdin):
+    assert main(words) == 0, words
+    heavy = [name for name in ("torch", "numpy", "diffusers", "jsonargparse") if name in sys.modules]
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_help_and_the_recipes_import_nothing_heavy() -> None:
+    commands = [["--help"], ["--version"], ["recipes"], ["recipes", "--schema"], ["completion", "zsh"]]
+    commands += [[name, "--help"] for name in COMMANDS]
+    result = subprocess.run([sys.executable, "-c", LIGHT], input=json.dumps(commands), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_completion_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert f"_ATDIFF_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("atdiff ro", "robustness"),
+        ("atdiff train digits-c", "digits-cd-at"),
+        ("atdiff train digits-v --arm pl", "plain"),
+        ("atdiff train digits-v --dry", "--dry-run"),
+        ("atdiff train digits-v --training.pas", "--training.passes"),
+        ("atdiff study digits-v --study.see", "--study.seeds"),
+        ("atdiff train digits-v --training.passes 3 --arm pl", "plain"),
+        ("atdiff sample run --sampler edm", "edm-euler"),
+        ("atdiff evaluate run --samplers ddim,uni", "ddim,unipc"),
+        ("atdiff evaluate run --metrics label", "label_accuracy"),
+        ("atdiff evaluate run --corrections dc", "dcw"),
+    ],
+)
+def test_words_are_completed(words: str, expected: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "_ATDIFF_COMPLETE": "bash_complete", "COMP_WORDS": words,
+                   "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
+    code = "import sys; from atdiff.cli import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"plain,{expected}" in done.stdout.splitlines()

@@ -1,0 +1,469 @@
+"""Figures follow what they depend on: what is kept and no longer true is said and computed anew.
+
+The oracle is always the same: the figures of a fresh file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from latent_pipelines import tiny_sd
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from atdiff.cli import main
+from atdiff.data import contents
+from atdiff.data.captions import load_captioned
+from atdiff.data.sources import load_data
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+from atdiff.measure.stale import what_changed
+from atdiff.metrics.features.labels import label_classifier_weights
+from atdiff.models.mlp import MLP2DModel
+from atdiff.pipelines.latent_model import load_latent_pipeline
+from atdiff.pipelines.lora import add_lora, save_lora
+from atdiff.pipelines.model import load_denoiser, save_pipeline
+from atdiff.training.card import model_card
+from conftest import RECIPE
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+def network(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return MLP2DModel(width=8, num_blocks=1)
+
+
+def images(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {"images": rng.integers(0, 256, (40, 8, 8), dtype=np.uint8), "labels": np.arange(40) % 3}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipeline, reference images and a classifier's weights, under the names that the commands are given."""
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(tmp_path / "run", network(0), DDPMScheduler(**COSINE))
+    np.savez(tmp_path / "images.npz", **images())
+    shutil.copy(label_classifier_weights(load_data("images.npz")), tmp_path / "classifier.safetensors")
+    return tmp_path
+
+
+def reweighed(folder: Path) -> None:
+    save_pipeline(folder / "run", network(1), DDPMScheduler(**COSINE))
+
+
+def one_weight(folder: Path) -> None:
+    file = next((folder / "run").rglob("*.safetensors"))
+    weights = load_file(file)
+    last = sorted(weights)[-1]
+    weights[last].view(-1)[-1] += 0.5
+    save_file(weights, file)
+
+
+def rescheduled(folder: Path) -> None:
+    file = folder / "run" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("squaredcos_cap_v2", "linear"))
+
+
+def one_pixel(folder: Path) -> None:
+    changed = images()
+    changed["images"][7, 3, 3] ^= 255
+    np.savez(folder / "images.npz", **changed)
+
+
+def reclassified(folder: Path) -> None:
+    """Another classifier under the same name, of the same size and date."""
+    file = folder / "classifier.safetensors"
+    before = file.stat()
+    weights = load_file(file)
+    metadata = {"shape": json.dumps([1, 8, 8, 3])}
+    save_file({name: value * 1.5 for name, value in weights.items()}, file, metadata=metadata)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights": (reweighed, "the weights changed since"),
+    "one weight": (one_weight, "the weights changed since"),
+    "scheduler": (rescheduled, "the scheduler's configuration changed since"),
+    "one pixel": (one_pixel, "the reference images changed since"),
+    "classifier": (reclassified, "the weights of the feature network changed since"),
+}
+WORDS = ["--data", "images.npz", "--weights", "label-classifier=classifier.safetensors"]
+
+
+def evaluated(out: str, *words: str) -> list[dict[str, Any]]:
+    fixed = ["--extractor", "label-classifier", "--num", "16", "--metrics", "fid,sliced_wasserstein"]
+    assert main(["evaluate", "run", *WORDS, *fixed, *words, "--out", out]) == 0
+    cells: list[dict[str, Any]] = json.loads(Path(out).read_text())
+    return cells
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cell_follows_what_it_depends_on(change: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apply, reason = CHANGES[change]
+    before = evaluated("cells.json", "--steps", "2,3")
+    assert evaluated("cells.json", "--steps", "2,3") == before
+    assert "changed" not in capsys.readouterr().err
+    apply(folder)
+    after = evaluated("cells.json", "--steps", "2,3")
+    said = [line for line in capsys.readouterr().err.splitlines() if "since" in line]
+    assert said == [f"atdiff: run ddim 2, ddim 3: {reason}; computed again."]
+    assert [cell["metrics"] for cell in after] == [cell["metrics"] for cell in evaluated("new.json", "--steps", "2,3")]
+    assert [cell["metrics"] for cell in after] != [cell["metrics"] for cell in before]
+    assert evaluated("cells.json", "--steps", "2,3") == after
+
+
+def test_a_labels_classifier_follows_the_labels(folder: Path) -> None:
+    """Trained on the labels of the reference images, so other labels are other features."""
+
+    def distance(out: str) -> Any:
+        words = ["--data", "images.npz", "--extractor", "label-classifier", "--num", "16", "--metrics", "fid"]
+        assert main(["evaluate", "run", *words, "--steps", "2", "--out", out]) == 0
+        return json.loads(Path(out).read_text())[0]["metrics"]
+
+    before = distance("cells.json")
+    np.savez(folder / "images.npz", images=images()["images"], labels=np.arange(40) % 2)
+    assert distance("cells.json") == distance("new.json") != before
+
+
+def test_cells_that_are_not_asked_for_are_marked_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated("cells.json", "--steps", "2,3")
+    reweighed(folder)
+    capsys.readouterr()
+    cells = evaluated("cells.json", "--steps", "2")
+    shown = capsys.readouterr()
+    assert "run ddim 3: the weights changed since; marked as stale" in shown.err
+    assert "1 cells in" in shown.out
+    assert [cell.get("stale") for cell in cells] == [None, "the weights changed since"]
+    # Asked for again it is a cell as any other; so it is if the weights come back.
+    again = evaluated("cells.json", "--steps", "2,3")
+    assert all("stale" not in cell for cell in again)
+    assert [cell["metrics"] for cell in again] == [cell["metrics"] for cell in evaluated("new.json", "--steps", "2,3")]
+
+
+def test_cells_of_earlier_versions_are_not_trusted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = evaluated("cells.json", "--steps", "2")
+    old = [{**cell, "metrics": dict.fromkeys(cell["metrics"], -1.0)} for cell in cells]
+    for cell in old:
+        del cell["fingerprints"]
+    Path("cells.json").write_text(json.dumps(old))
+    capsys.readouterr()
+    assert [cell["metrics"] for cell in evaluated("cells.json", "--steps", "2")] == [cells[0]["metrics"]]
+    assert "run ddim 2: an earlier version did not note" in capsys.readouterr().err
+
+
+def test_a_search_follows_the_weights(folder: Path) -> None:
+    words = ["--steps", "3", "--corrections", "epsilon-scaling:search", "--search-num", "8"]
+    evaluated("cells.json", *words)
+    reweighed(folder)
+    (cell,), (fresh,) = evaluated("cells.json", *words), evaluated("new.json", *words)
+    for name in ("metrics", "correction_value", "correction_search"):
+        assert cell[name] == fresh[name]
+
+
+def test_two_runs_against_other_parts_of_the_same_data_do_not_share_them(tmp_path: Path) -> None:
+    """Both are called digits; each is held against what it was trained on."""
+    for name, split in (("a", "train"), ("b", "test")):
+        save_pipeline(tmp_path / name / "pipeline", network(0), DDPMScheduler(**COSINE))
+        (tmp_path / name / "config.yaml").write_text(json.dumps({"data": {"name": "digits", "split": split}}))
+    config = EvaluationConfig(None, (2,), num=16, metrics=("sliced_wasserstein",))
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    together = evaluate_runs(runs, config, tmp_path / "cells.json")
+    alone = [evaluate_runs([run], config, tmp_path / f"{run[-1]}.json")[0] for run in runs]
+    assert [cell["metrics"] for cell in together] == [cell["metrics"] for cell in alone]
+    assert alone[0]["metrics"] != alone[1]["metrics"]
+
+
+@pytest.mark.parametrize("command", ["mismatch", "robustness"])
+@pytest.mark.parametrize("change", ["weights", "scheduler", "one pixel"])
+def test_measurements_follow_what_they_depend_on(
+    command: str, change: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply, reason = CHANGES[change]
+    options = {
+        "mismatch": ["--steps", "2", "--num", "70", "--extractor", "label-classifier", *WORDS[2:]],
+        "robustness": ["--num", "99", "--pgd-steps", "1", "--levels", "0.5", "--radii", "1"],
+    }[command]
+
+    def measured(out: str) -> list[Any]:
+        assert main([command, "run", "--data", "images.npz", *options, "--out", out]) == 0
+        files = sorted(Path(out).glob("*.json"))
+        return [[entry["records"] for entry in json.loads(file.read_text())] for file in files]
+
+    before = measured("out")
+    assert measured("out") == before
+    apply(folder)
+    capsys.readouterr()
+    after = measured("out")
+    said = [line for line in capsys.readouterr().err.splitlines() if "computed again" in line]
+    assert len(said) == len(after)
+    assert all(reason in line for line in said)
+    assert after == measured("new") != before
+
+
+def test_features_of_a_mismatch_follow_the_weights_of_their_network(folder: Path) -> None:
+    def features(out: str) -> Any:
+        words = ["--steps", "2", "--num", "70", "--extractor", "label-classifier", *WORDS]
+        assert main(["mismatch", "run", *words, "--out", out]) == 0
+        (entry,) = json.loads((Path(out) / "mismatch.json").read_text())
+        return [record["frechet_features"] for record in entry["records"]]
+
+    before = features("out")
+    reclassified(folder)
+    assert features("out") == features("new") != before
+
+
+def test_what_changed_is_said_in_words() -> None:
+    now = {"weights": "1", "reference": "2", "features": "3"}
+    assert what_changed(now, now) is None
+    assert what_changed({**now, "weights": "0"}, now) == "the weights changed since"
+    assert what_changed({}, now) == (
+        "the weights, the reference images and the weights of the feature network changed since"
+    )
+    assert "did not note" in str(what_changed(None, now))
+
+
+# Pipelines of latents: every part counts.
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd(tmp_path_factory.mktemp("sd") / "sd")
+
+
+def scaled(folder: Path, part: str, file: str = "*.safetensors") -> None:
+    path = next((folder / part).glob(file))
+    weights = load_file(path)
+    name = max(weights, key=lambda name: weights[name].numel())
+    save_file({**weights, name: weights[name] * 1.5}, path, metadata={"format": "pt"})
+
+
+def reset(folder: Path, file: str, **settings: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def remerged(tokenizer: Path) -> None:
+    """The same vocabulary, put together in another way."""
+    (tokenizer / "merges.txt").write_text("#version: 0.2\nt h\n")
+    fast = json.loads((tokenizer / "tokenizer.json").read_text())
+    fast["model"]["merges"] = fast["model"]["merges"][:1]
+    (tokenizer / "tokenizer.json").write_text(json.dumps(fast))
+
+
+PARTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "unet": (lambda folder: scaled(folder, "unet"), "weights"),
+    "vae": (lambda folder: scaled(folder, "vae"), "weights"),
+    "text encoder": (lambda folder: scaled(folder, "text_encoder"), "weights"),
+    "latents' scale": (lambda folder: reset(folder, "vae/config.json", scaling_factor=0.5), "weights"),
+    "activation": (lambda folder: reset(folder, "text_encoder/config.json", hidden_act="gelu"), "weights"),
+    "betas": (lambda folder: reset(folder, "scheduler/scheduler_config.json", beta_end=0.02), "scheduler"),
+    "spacing": (lambda f: reset(f, "scheduler/scheduler_config.json", timestep_spacing="trailing"), "scheduler"),
+    "merges": (lambda folder: remerged(folder / "tokenizer"), "settings"),
+    "length": (lambda folder: reset(folder, "tokenizer/tokenizer_config.json", model_max_length=20), "settings"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_pipeline_is_in_its_fingerprints(part: str, sd: Path, tmp_path: Path) -> None:
+    before = load_denoiser(str(sd)).fingerprints()
+    shutil.copytree(sd, tmp_path / "copy")
+    assert load_denoiser(str(tmp_path / "copy")).fingerprints() == before  # wherever it lies
+    change, name = PARTS[part]
+    change(tmp_path / "copy")
+    after = load_denoiser(str(tmp_path / "copy")).fingerprints()
+    assert [key for key in after if after[key] != before[key]] == [name]
+
+
+def test_a_lora_is_in_the_fingerprints_of_its_run(sd: Path, tmp_path: Path) -> None:
+    def saved(seed: int) -> dict[str, str]:
+        latent = load_latent_pipeline(str(sd))
+        unet = latent.network
+        torch.manual_seed(seed)
+        add_lora(unet, rank=2, target_modules=["to_q"])
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        save_lora(tmp_path / "run" / "lora", latent, unet, latent.scheduler)
+        config = {"lora": {"rank": 2}, "training": {"init": str(sd)}, "data": {"captions": ["a"]}}
+        (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+        return load_denoiser(str(tmp_path / "run")).fingerprints()
+
+    first = saved(0)
+    assert saved(0) == first
+    assert saved(1)["weights"] != first["weights"] != load_denoiser(str(sd)).fingerprints()["weights"]
+
+
+def test_cells_of_a_pipeline_follow_its_autoencoder_and_prompts(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sd, "sd")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    np.savez("images.npz", images=pixels)
+
+    def distances(out: str, prompt: str) -> list[dict[str, float]]:
+        Path("prompts.txt").write_text(prompt)
+        words = ["--prompts", "prompts.txt", "--data", "images.npz", "--metrics", "sliced_wasserstein"]
+        assert main(["evaluate", "sd", *words, "--steps", "2", "--num", "2", "--out", out]) == 0
+        return [cell["metrics"] for cell in json.loads(Path(out).read_text())]
+
+    cat = distances("cells.json", "a cat")
+    assert distances("cells.json", "the dog") == [*cat, *distances("dog.json", "the dog")]  # beside each other
+    scaled(tmp_path / "sd", "vae")
+    after = distances("cells.json", "a cat")
+    assert after[0] == distances("new.json", "a cat")[0] != cat[0]
+
+
+# Studies, their comparison, and cards.
+
+
+@pytest.fixture
+def study(finished: tuple[Path, Path], tmp_path: Path) -> Path:
+    copy = tmp_path / "study"
+    shutil.copytree(finished[1], copy)
+    for file in (*copy.rglob("config.yaml"), *copy.rglob("cells.json")):
+        file.write_text(file.read_text().replace(str(finished[1]), str(copy)))
+    return copy
+
+
+def _reweigh(run: Path) -> None:
+    file = next((run / "pipeline").rglob("*.safetensors"))
+    save_file({name: value * 1.1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_comparison_never_takes_the_cells_of_other_weights(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = study / "seed-0" / "at"
+    before = json.loads((run / "cells.json").read_text())
+    _reweigh(run)
+    assert main(["compare", str(study), "--no-mismatch", "--out", str(tmp_path / "page.html")]) == 0
+    assert f"{run} ddim 3, ddim 5, iddpm 3, iddpm 5: the weights changed since" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "page.summary.json").read_text())
+    found = [cell["metrics"] for cell in summary["cells"] if (cell["arm"], cell["seed"]) == ("at", 0)]
+    words = ["evaluate", str(run), "--samplers", "ddim,iddpm", "--steps", "3,5", "--num", "40", "--seeds", "1"]
+    assert main([*words, "--out", str(tmp_path / "new.json")]) == 0
+    assert found == [cell["metrics"] for cell in json.loads((tmp_path / "new.json").read_text())]
+    assert found != [cell["metrics"] for cell in before]
+
+
+def test_a_card_shows_cells_of_the_weights_beside_it_alone(study: Path) -> None:
+    run = study / "seed-0" / "at"
+    figure = f"{json.loads((run / 'cells.json').read_text())[0]['metrics']['fd']:.4g}"
+    assert figure in model_card(run)
+    _reweigh(run)
+    assert "Not evaluated yet" in model_card(run)
+
+
+def test_arms_of_another_base_are_refused(
+    study: Path, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]
+    _reweigh(study / "seed-0" / "base")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "started from other weights than" in error
+    assert str(study / "seed-0" / "plain") in error or str(study / "seed-0" / "at") in error
+
+
+def test_a_base_is_not_trained_further_under_its_arms(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = {**RECIPE, "training": {**RECIPE["training"], "passes": 25}}
+    (tmp_path / "longer.yaml").write_text(json.dumps(longer))
+    before = (study / "seed-0" / "base" / "config.yaml").read_text()
+    assert main(["study", str(tmp_path / "longer.yaml"), "--out", str(study)]) == 2
+    assert "had 20 passes when" in capsys.readouterr().err
+    assert (study / "seed-0" / "base" / "config.yaml").read_text() == before
+
+
+def test_the_time_of_a_study_grows_with_what_is_done(study: Path, finished: tuple[Path, Path]) -> None:
+    before = json.loads((study / "summary.json").read_text())["wall_seconds"]
+    _reweigh(study / "seed-1" / "plain")
+    words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]
+    assert main(words) == 0
+    assert json.loads((study / "summary.json").read_text())["wall_seconds"] > before
+
+
+# Files that look as they did.
+
+
+def test_captioned_files_are_told_apart_by_their_contents(tmp_path: Path) -> None:
+    """Of the same name, size and date, as `rsync -t` or a restored backup leaves them."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, value in (("a", 10), ("b", 200)):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / f"{name}.bmp")
+        (folder / f"{name}.txt").write_text(name)
+
+    def fingerprint() -> str:
+        return load_captioned(str(folder), image_size=None).fingerprint()
+
+    first, stats = fingerprint(), (folder / "a.bmp").stat()
+    assert fingerprint() == first
+    content = (folder / "b.bmp").read_bytes()
+    assert len(content) == stats.st_size
+    (folder / "a.bmp").write_bytes(content)
+    os.utime(folder / "a.bmp", ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    assert (folder / "a.bmp").stat().st_mtime_ns == stats.st_mtime_ns
+    assert fingerprint() != first
+
+
+@pytest.mark.parametrize("place", ["a.parquet", "set"])
+def test_tables_are_told_apart_by_their_contents(place: str, tmp_path: Path) -> None:
+    """`datasets` alone goes on giving the rows of a file that was replaced by one of the same date."""
+    import datasets
+
+    file = tmp_path / place / "a.parquet" if place == "set" else tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+
+    def written(value: int) -> tuple[int, str]:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, "PNG")
+        table = {"image": [{"bytes": buffer.getvalue(), "path": None}], "text": ["a"]}
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(table, features=features).to_parquet(file)
+        os.utime(file, ns=(1, 1))
+        images = load_data(str(tmp_path / place)).images
+        return int(images[0, 0, 0, 0]), load_captioned(str(tmp_path / place), image_size=None).fingerprint()
+
+    first, second = written(10), written(200)
+    assert (first[0], second[0]) == (10, 200)
+    assert first[1] != second[1]
+    assert written(10)[0] == 10
+
+
+def test_contents_are_read_again_only_where_they_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text(file.name)
+    read: list[str] = []
+    real = contents._hash
+    monkeypatch.setattr(contents, "_hash", lambda file: read.append(file.name) or real(file))
+    first = contents.content_hashes(files)
+    assert contents.content_hashes(files) == first  # of files just written nothing is kept
+    assert read == ["a", "b", "a", "b"]
+    monkeypatch.setattr(contents, "SETTLED_AFTER", -1.0)
+    contents.content_hashes(files)
+    read.clear()
+    assert contents.content_hashes(files) == first
+    assert read == []
+    before = files[1].stat()
+    files[1].write_text("c")
+    os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert contents.content_hashes(files)[1] != first[1]
+    assert read == ["b"]

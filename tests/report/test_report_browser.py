@@ -1,0 +1,174 @@
+"""The page in headless Chromium: no error, no request, pictures shown, the slider works, a phone is wide enough."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_report import GAINS, fake_grids, fake_summary, with_corrections, with_measurements
+
+from atdiff.report import write_report
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+DRIVER, BROWSER = shutil.which("chromedriver"), shutil.which("chromium")
+pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="needs chromium and chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a page that has every section."""
+    path = tmp_path_factory.mktemp("browser") / "report.html"
+    summary = with_measurements(with_corrections(fake_summary()))
+    summary["cells"] = [cell for cell in summary["cells"] if cell["sampler"] != "iddpm"]
+    write_report(summary, path, fake_grids())
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    browser.get("about:blank")  # what the browser's own first page asks for is over
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(driver: Any, page: str) -> Any:
+    """The page, freshly opened on a desktop."""
+    resize(driver, 1200)
+    driver.get_log("browser")
+    driver.get_log("performance")
+    driver.get(page)
+    return driver
+
+
+def resize(driver: Any, width: int) -> None:
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def shown(browser: Any) -> list[tuple[str, str]]:
+    script = "return [...document.querySelectorAll('.sheet')].filter(s => s.offsetHeight > 0)"
+    sheets = browser.execute_script(script + ".map(s => [s.dataset.sampler, s.dataset.steps])")
+    return [tuple(sheet) for sheet in sheets]
+
+
+def choose(browser: Any, sampler: str) -> None:
+    from selenium.webdriver.support.select import Select
+
+    Select(browser.find_element("css selector", "#viewer select")).select_by_visible_text(sampler)
+
+
+def test_no_error_and_no_request(browser: Any, page: str) -> None:
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert page in sent
+    assert {url.partition(":")[0] for url in sent if url != page} <= {"data"}
+
+
+def test_every_picture_is_shown_and_has_words(browser: Any) -> None:
+    browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    pictures = browser.execute_script(
+        "return Promise.all([...document.images].map(i => i.decode().then(() => [i.alt, i.naturalWidth])))"
+    )
+    assert len(pictures) == (2 + 2) + 1 + 3 + 5 * (1 + len(GAINS))  # metrics, corrections, losses, measured, grids
+    assert all(alt and width > 0 for alt, width in pictures)
+
+
+def test_the_slider_moves_by_keyboard_and_says_where_it_is(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = browser.find_element("css selector", "#viewer input[type=range]")
+    label = browser.find_element("css selector", "#viewer output")
+    assert (shown(browser), label.text) == ([("ddim", "5")], "5 steps")
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert (shown(browser), label.text) == ([("ddim", "10")], "10 steps")
+    assert slider.get_attribute("aria-valuetext") == "10 steps"
+    slider.send_keys(Keys.END)
+    assert (shown(browser), label.text) == ([("ddim", "20")], "20 steps")
+    slider.send_keys(Keys.HOME)
+    assert shown(browser) == [("ddim", "5")]
+
+
+def test_the_slider_moves_by_pointer(browser: Any) -> None:
+    from selenium.webdriver import ActionChains
+
+    slider = browser.find_element("css selector", "#viewer input[type=range]")
+    end = slider.size["width"] // 2 - 4
+    ActionChains(browser).move_to_element(slider).click().perform()
+    assert shown(browser) == [("ddim", "10")]
+    ActionChains(browser).move_to_element_with_offset(slider, end, 0).click().perform()
+    assert shown(browser) == [("ddim", "20")]
+
+
+def test_another_sampler_keeps_the_steps_where_it_has_them(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = browser.find_element("css selector", "#viewer input[type=range]")
+    choose(browser, "iddpm")  # which has no 5 steps
+    assert shown(browser) == [("iddpm", "10")]
+    slider.send_keys(Keys.END)
+    assert shown(browser) == [("iddpm", "20")]
+    choose(browser, "ddim")
+    assert shown(browser) == [("ddim", "20")]
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert shown(browser) == [("ddim", "10")]
+
+
+@pytest.mark.parametrize("width", [390, 768])
+def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
+    resize(browser, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    root = "document.documentElement"
+    wide, visible = browser.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
+    assert wide == visible  # the window less its scroll bar
+    assert width - 20 < visible <= width
+    grids = browser.execute_script("return [...document.querySelectorAll('img.samples')].map(i => i.offsetWidth)")
+    assert max(grids) >= 90
+
+
+def test_in_print_all_grids_and_details_are_shown(browser: Any) -> None:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert len(shown(browser)) == 5
+        controls, heading = (
+            browser.find_element("css selector", f".interactive {name}") for name in (".controls", "h3")
+        )
+        assert not controls.is_displayed()
+        assert heading.is_displayed()
+        heights = "return [...document.querySelectorAll('details table')].map(t => t.offsetHeight)"
+        assert min(browser.execute_script(heights)) > 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_without_scripts_everything_is_there(browser: Any, page: str) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(page)
+        sheets = browser.find_elements("css selector", ".sheet")
+        assert [sheet.is_displayed() for sheet in sheets] == [True] * 5
+        assert not browser.find_element("css selector", ".controls").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_a_dark_page_is_dark(browser: Any) -> None:
+    feature = {"name": "prefers-color-scheme", "value": "dark"}
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light = browser.execute_script(background)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        assert browser.execute_script(background) == "rgb(23, 24, 27)" != light
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

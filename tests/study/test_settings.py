@@ -1,0 +1,243 @@
+"""Wrong settings end in one sentence with the nearest valid choice, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import jsonschema
+import pytest
+import yaml
+
+from atdiff.cli import main
+from atdiff.core.choices import Direction, Method, Order
+from atdiff.core.errors import UserError
+from atdiff.core.norms import Norm
+from atdiff.objectives.denoising import Target
+from atdiff.study.recipe import StudyConfig, bundled_recipes, load_recipe, resolve
+from atdiff.training.build import build_adversary
+from atdiff.training.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key of a tree of dataclasses, with its type."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, hints[item.name]
+
+
+KEYS = dict(leaves(TrainConfig()))
+STUDY_KEYS = dict(leaves(StudyConfig(), "study."))
+CHOICES = {key: get_args(kind) for key, kind in KEYS.items() if all(isinstance(one, str) for one in get_args(kind))}
+CHOICES = {key: choices for key, choices in CHOICES.items() if choices}
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Give a command that must fail; return its sentence."""
+    assert main(["train", *words, "--out", "out", "--dry-run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("atdiff: ")
+    assert len(error.splitlines()) == 1
+    assert error.endswith((".", "?"))
+    return error
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr("atdiff.training.loop.Trainer.__init__", loaded)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelt_key_is_told_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section, name = key.split(".")
+    wrong = f"{name[:2]}{name[1:]}"  # one letter twice
+    if name == "args":
+        assert f"option '--{section}.{wrong}' is unknown; " in mistake(
+            capsys, "quickstart", f"--{section}.{wrong}.width=3"
+        )
+        return
+    error = mistake(capsys, "quickstart", f"--{section}.{wrong}=3")
+    assert f"option '--{section}.{wrong}' is unknown; did you mean '{name}'?" in error
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({section: {wrong: 3}}))
+    assert f"key '{section}.{wrong}' is unknown; did you mean '{name}'?" in mistake(capsys, "wrong.yaml")
+
+
+@pytest.mark.parametrize("key", [*KEYS, *STUDY_KEYS])
+def test_a_wrong_type_is_told_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section, name = key.split(".")
+    value = [1, 2, 3] if str({**KEYS, **STUDY_KEYS}[key]).startswith(("dict", "<class 'dict")) else {"a": "b"}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({section: {name: value}}))
+    error = mistake(capsys, "wrong.yaml")
+    assert error.startswith(f"atdiff: {section}.{name}={value}")
+    assert "must be of the type" in error or "is unknown; expected one of" in error
+
+
+@pytest.mark.parametrize("key", [*KEYS, *STUDY_KEYS])
+def test_null_is_for_keys_that_take_it(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section, name = key.split(".")
+    (tmp_path / "null.yaml").write_text(yaml.safe_dump({section: {name: None}}))
+    if type(None) in get_args({**KEYS, **STUDY_KEYS}[key]):
+        assert main(["train", "null.yaml", "--out", "out", "--dry-run"]) == 0
+    else:
+        assert f"{key}=null must be" in (error := mistake(capsys, "null.yaml")) or f"{key}=None is unknown" in error
+
+
+@pytest.mark.parametrize(("key", "choice"), [(key, choice) for key, choices in CHOICES.items() for choice in choices])
+def test_a_misspelt_choice_is_told_the_right_one(key: str, choice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = choice + choice[-1]
+    error = mistake(capsys, "quickstart", f"--{key}={wrong}")
+    assert f"{key}='{wrong}' is unknown; did you mean '{choice}'?" in error
+
+
+CONTRADICTIONS = [
+    (["--adversary.radius=1", "--adversary.step_size=2", "--adversary.passes=2"], "radius=1.0 is below adversary.step"),
+    (["--adversary.step_size=1"], "has no effect with adversary.passes=1"),
+    (["--adversary.step_size=-1", "--adversary.passes=2"], "step_size=-1.0 must not be negative"),
+    (["--adversary.passes=0"], "passes=0 must be an integer of at least 1"),
+    (["--adversary.passes=2", "--adversary.step_size=1", "--adversary.noise_levels=[0.7,0.2]"], "noise_levels"),
+    (
+        ["--adversary.method=pgd", "--adversary.order=staggered", "--adversary.passes=2", "--adversary.step_size=1"],
+        "staggered",
+    ),
+    (["--training.passes=0"], "training.passes=0 must be at least 1"),
+    (["--training.batch_size=-3"], "training.batch_size=-3 must be at least 1"),
+    (["--training.batch_size=2", "--training.accumulate=4"], "cannot be cut into training.accumulate=4 parts; use a"),
+    (["--training.keep_checkpoints=0"], "training.keep_checkpoints=0 must be at least 1"),
+    (["--training.seed=-1"], "training.seed=-1 must not be negative"),
+    (["--training.ema_decay=1"], "training.ema_decay=1.0 must lie in [0, 1)"),
+    (["--optimizer.lr=-1"], "optimizer.lr=-1.0 must be finite and not negative"),
+    (["--optimizer.lr=.nan"], "optimizer.lr=nan must be finite"),
+    (["--optimizer.betas=[0.9,1.5]"], "optimizer.betas=[0.9, 1.5] must lie in [0, 1)"),
+    (["--optimizer.weight_decay=-0.1"], "optimizer.weight_decay=-0.1 must be finite"),
+    (["--optimizer.grad_clip=0"], "optimizer.grad_clip=0.0 must be above 0; null clips nothing"),
+    (["--optimizer.warmup_passes=9000"], "must lie between 0 and training.passes=8000"),
+    (["--training.shard=true", "--training.precision=fp16"], "training.shard cannot have training.precision='fp16'"),
+    (["--training.shard=true", "--lora.rank=4"], "leave it out with lora.rank"),
+    (["--lora.rank=4"], "lora.rank needs model.name='pipeline'"),
+    (["--objective.label_dropout=0.1"], "set data.class_conditional"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), CONTRADICTIONS, ids=[" ".join(words) for words, _ in CONTRADICTIONS])
+def test_a_contradiction_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in mistake(capsys, "quickstart", *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("arms: [plain]", "key 'arms' must hold further keys, got ['plain']."),
+        ("arms: {at: 3}", "key 'arms.at' must hold further keys, got 3."),
+        ("finetune: none", "key 'finetune' must hold further keys, got 'none'."),
+        ("study: 3", "key 'study' must hold further keys, got 3."),
+        ("training:", "key 'training' must hold further keys, got null."),
+        ("training: fast", "key 'training' must hold further keys, got 'fast'."),
+        ("- 3", "must be a mapping of keys to values, got list"),
+        ("a: [", "is not valid YAML"),
+        ("armss: {}", "key 'armss' is unknown; did you mean"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_one_sentence(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(content)
+    assert message in mistake(capsys, "wrong.yaml")
+
+
+def test_every_combination_of_the_adversary_works_or_says_why() -> None:
+    """Whatever passes the check of the settings makes an adversary, and what does not is told before."""
+    recipe, good, bad = load_recipe("quickstart"), 0, []
+    names = ("norm", "method", "direction", "order", "target")
+    for values in itertools.product(*(get_args(kind) for kind in (Norm, Method, Direction, Order, Target))):
+        words = [f"--adversary.{name}={value}" for name, value in zip(names, values, strict=True)]
+        try:
+            config = resolve(recipe, None, [*words, "--adversary.passes=2", "--adversary.step_size=1"])
+            adversary = build_adversary(config)
+        except UserError as error:
+            bad.append((values, str(error)))
+            continue
+        good += 1
+        assert (adversary.norm, adversary.method, adversary.direction, adversary.order, adversary.target) == values
+    assert good + len(bad) == 3 * 3 * 4 * 2 * 2
+    for (_, method, direction, order, target), why in bad:
+        assert method != "free"
+        if order == "staggered":
+            assert "staggered" in why
+        else:
+            assert method == "equivariance"
+            assert ("needs target='equivariant'" if target == "invariant" else f"direction='{direction}'") in why
+
+
+def test_the_schema_is_that_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("schema", ROOT / "docs" / "schema.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert main(["recipes", "--schema"]) == 0
+    shipped = json.loads(capsys.readouterr().out)
+    assert shipped == json.loads(json.dumps(module.recipe_schema())), "run `python docs/schema.py`"
+    jsonschema.Draft202012Validator.check_schema(shipped)
+    validator = jsonschema.Draft202012Validator(shipped)
+    for path in bundled_recipes().values():
+        validator.validate(yaml.safe_load(path.read_text()))
+    for wrong in (
+        {"trainingg": {}},
+        {"training": {"pases": 3}},
+        {"adversary": {"norm": "l3"}},
+        {"arms": {"at": {"adversary": {"passes": "two"}}}},
+        {"study": {"steps": 5}},
+    ):
+        assert not validator.is_valid(wrong), wrong
+
+
+def test_every_key_of_the_schema_is_described() -> None:
+    schema = json.loads((ROOT / "src/atdiff/recipes/recipe.schema.json").read_text())
+    found = [key for part in [schema, *schema["$defs"].values()] for key in part["properties"].values()]
+    assert len(found) > 60
+    assert all(key.get("description") or "$ref" in key for key in found)
+
+
+@pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1", 1.0), ("+2E-3", 2e-3), ("0.5", 0.5)])
+def test_numbers_are_numbers_however_they_are_written(text: str, lr: float, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(f"optimizer: {{lr: {text}}}")
+    for config in (
+        resolve(load_recipe("one.yaml")),
+        resolve(load_recipe("quickstart"), None, ["--optimizer.lr", text]),
+    ):
+        assert config.optimizer.lr == lr
+        assert isinstance(config.optimizer.lr, float)
+
+
+def test_an_option_needs_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "option '--training.passes' needs a value" in mistake(capsys, "quickstart", "--training.passes")
+    assert "got unexpected extra argument (4)" in mistake(capsys, "quickstart", "--training.passes", "3", "4")
+
+
+def test_words_replace_a_mapping_and_dots_reach_into_it() -> None:
+    recipe = load_recipe("quickstart")
+    assert resolve(recipe, None, ["--model.args", "{width: 3}"]).model.args == {"width": 3}
+    assert resolve(recipe, None, ["--model.args.width=3"]).model.args == {"width": 3, "num_blocks": 3}
+    assert resolve(recipe, None, ["--data.name", "123", "--training.init", "null"]).data.name == "123"
+
+
+def test_settings_need_no_torch() -> None:
+    code = "import sys, atdiff.study.recipe, atdiff.study.preflight; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,236 @@
+"""SD3, Flux, DiT and PixArt-Sigma pipelines in their published configurations, but for their widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, VAE, text_config, tokenizer_folder
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+__all__ = [
+    "dit_folder",
+    "flux_folder",
+    "pixart_folder",
+    "sd3_folder",
+    "tiny_dit",
+    "tiny_flux",
+    "tiny_pixart",
+    "tiny_sd3",
+]
+
+# What follows is config.json of each part as published; narrowed values are marked with the original.
+SD3: dict[str, Any] = {  # SD3.5 medium
+    "attention_head_dim": 8,  # 64
+    "caption_projection_dim": 16,  # 1536
+    "dual_attention_layers": [0],  # 0 to 12
+    "in_channels": 16,
+    "joint_attention_dim": 2 * TEXT_WIDTH,  # 4096
+    "num_attention_heads": 2,  # 24
+    "num_layers": 2,  # 24
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2 * TEXT_WIDTH,  # 2048
+    "pos_embed_max_size": 12,  # 384
+    "qk_norm": "rms_norm",
+    "sample_size": LATENT_SIZE,  # 128
+}
+SD3_VAE = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX: dict[str, Any] = {  # Flux.1 dev
+    "attention_head_dim": 16,  # 128
+    "axes_dims_rope": [4, 6, 6],  # [16, 56, 56]
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": TEXT_WIDTH,  # 4096
+    "num_attention_heads": 2,  # 24
+    "num_layers": 1,  # 19
+    "num_single_layers": 1,  # 38
+    "patch_size": 1,
+    "pooled_projection_dim": TEXT_WIDTH,  # 768
+}
+FLUX_VAE = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+FLUX_SCHEDULER: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+DIT: dict[str, Any] = {  # DiT-XL/2 of 256 pixels
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 8,  # 72
+    "dropout": 0.0,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_zero",
+    "num_attention_heads": 2,  # 16
+    "num_embeds_ada_norm": 1000,
+    "num_layers": 2,  # 28
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": LATENT_SIZE,  # 32
+    "upcast_attention": False,
+}
+DIT_SCHEDULER: dict[str, Any] = {"beta_schedule": "linear", "clip_sample": False, "num_train_timesteps": 1000}
+PIXART: dict[str, Any] = {  # PixArt-Sigma-XL/2 of 512 pixels
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 8,  # 72
+    "caption_channels": TEXT_WIDTH,  # 4096
+    "cross_attention_dim": 16,  # 1152
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "norm_type": "ada_norm_single",
+    "num_attention_heads": 2,  # 16
+    "num_layers": 2,  # 28
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": LATENT_SIZE,  # 64
+}
+PIXART_SCHEDULER: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "solver_order": 2}
+
+
+def tiny_sd3(folder: Path) -> Path:
+    """Write a random SD3.5 of 64 pixels, without its T5, as a pipeline folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
+        tokenizer_2 = tokenizer_folder(folder / "tokenizer_2", pad="!")
+        pipeline: Any = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(**SD3),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+            vae=_autoencoder(SD3_VAE),
+            text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, hidden_act="gelu")),
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_flux(folder: Path) -> Path:
+    """Write a random Flux.1 dev as a pipeline folder; the size of its pictures is its caller's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
+        transformer = FluxTransformer2DModel(**FLUX)
+        pipeline: Any = FluxPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
+            vae=_autoencoder(FLUX_VAE),
+            text_encoder=CLIPTextModel(text_config(tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=_t5(),
+            tokenizer_2=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_dit(folder: Path) -> Path:
+    """Write a random DiT of 64 pixels as a pipeline folder; its last layer, published as zeros, is random too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = DiTTransformer2DModel(**DIT)
+        for weight in transformer.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.02)
+        pipeline: Any = DiTPipeline(
+            transformer=transformer,
+            vae=AutoencoderKL(**VAE),
+            scheduler=DDIMScheduler(**DIT_SCHEDULER),
+            id2label={i: f"class {i}" for i in range(1000)},
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_pixart(folder: Path) -> Path:
+    """Write a random PixArt-Sigma of 64 pixels as a pipeline folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline: Any = PixArtSigmaPipeline(
+            transformer=PixArtTransformer2DModel(**PIXART),
+            vae=AutoencoderKL(**{**VAE, "scaling_factor": 0.13025}),
+            scheduler=DPMSolverMultistepScheduler(**PIXART_SCHEDULER),
+            text_encoder=_t5(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of SD3.5; not to be written into."""
+    return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Flux.1 dev; not to be written into."""
+    return tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of DiT; not to be written into."""
+    return tiny_dit(tmp_path_factory.mktemp("tiny") / "dit")
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of PixArt-Sigma; not to be written into."""
+    return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
+
+
+def _t5() -> T5EncoderModel:
+    t5 = T5Config(vocab_size=64, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    return T5EncoderModel(t5)
+
+
+def _autoencoder(changes: dict[str, Any]) -> AutoencoderKL:
+    return AutoencoderKL(**{**VAE, "use_quant_conv": False, "use_post_quant_conv": False, **changes})
+
+
+def _characters() -> PreTrainedTokenizerFast:
+    """A tokenizer of characters, with the special tokens of T5's."""
+    tokens = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )

@@ -1,0 +1,152 @@
+"""Trains arms in one process or in several on the same joint batches: what `test_processes.py` compares.
+
+``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` of every
+arm.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from atdiff.adversary.directions import DIRECTIONS
+from atdiff.objectives.batch import Batch
+from atdiff.training.config import (
+    AdversaryConfig,
+    ConsistencyConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from atdiff.training.loop import Trainer
+from atdiff.training.order import batch_indices
+
+JOINT = 24  # images a batch, over all processes
+PASSES = 7
+STAGGERED: dict[str, Any] = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
+AUTHORS: dict[str, Any] = {"passes": 3, "step_size": 0.5}
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-accumulated": {"accumulate": 2},
+    "repeat": {"adversary": {"passes": 3}},
+    "authors": {"adversary": AUTHORS},
+    "authors-accumulated": {"adversary": AUTHORS, "accumulate": 2},
+    "authors-full": {"adversary": {**AUTHORS, "direction": "gradient_full"}},
+    "linf": {"adversary": {**AUTHORS, "norm": "linf", "step_size": 0.1, "radius": 0.15}},
+    "staggered": {"adversary": STAGGERED},
+    "staggered-accumulated": {"adversary": STAGGERED, "accumulate": 2},
+    "residual": {"adversary": {**STAGGERED, "direction": "residual"}},
+    "random": {"adversary": {**STAGGERED, "direction": "random"}},
+    "pgd": {"adversary": {**AUTHORS, "method": "pgd"}},
+    "pgd-accumulated": {"adversary": {**AUTHORS, "method": "pgd"}, "accumulate": 2},
+    "pgd-residual": {"adversary": {**AUTHORS, "method": "pgd", "direction": "residual"}},
+    "learned": {"adversary": AUTHORS, "objective": {"variance": "learned_range"}},
+    "consistency": {
+        "adversary": AUTHORS,
+        "consistency": {"mode": "training", "pairs": "ect", "target_decay": 0.5},
+        "objective": {"prediction_type": "v_prediction"},
+    },
+    "no-clip": {"adversary": AUTHORS, "grad_clip": None},
+}
+# Weights split over the processes, which one process cannot do: it trains with whole ones.
+SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "consistency", "no-clip")
+CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs; 2.6 asks for streams there
+ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
+
+
+def joint(trainer: Trainer) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
+    """Return what draws each batch for all processes at once, and takes every ``num_processes``-th sample of it."""
+
+    def load(indices: Tensor, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+        task, batch = trainer.task, trainer.state.batches
+        x0 = task.data.x0(batch_indices(0, batch, JOINT, len(task.data)))
+        torch.manual_seed(batch)
+        drawn: Batch = task.objective.draw(x0)
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        return drawn._map(lambda tensor: tensor[rank::world].clone()), {}
+
+    return load
+
+
+def alike(delta: Tensor, batch: Batch, output: Any) -> Tensor:
+    """Let a random direction be the same for a sample in whatever process it is."""
+    return (1000 * batch.noise).sin()
+
+
+@patch.dict(DIRECTIONS, random=replace(DIRECTIONS["random"], find=alike))
+def train(arm: str, out: Path) -> None:
+    """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass."""
+    AcceleratorState._reset_state()
+    world, settings = int(os.environ.get("WORLD_SIZE", "1")), dict(ARMS[arm])
+    trainer = Trainer(
+        TrainConfig(
+            model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
+            adversary=AdversaryConfig(**settings.get("adversary", {})),
+            consistency=ConsistencyConfig(**settings.get("consistency", {})),
+            objective=ObjectiveConfig(**settings.get("objective", {})),
+            optimizer=OptimizerConfig(lr=1e-3, grad_clip=settings.get("grad_clip", 1.0)),
+            training=TrainingConfig(
+                passes=PASSES,
+                batch_size=JOINT // world,
+                accumulate=settings.get("accumulate", 1),
+                shard=settings.get("shard", False) and world > 1,
+                ema_decay=0.9,
+                log_every=2,
+                checkpoint_every=3,
+            ),
+        )
+    )
+    trainer.open(out / f"{arm}-of-{world}")
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    note = trainer._note
+
+    def noted(loss: Tensor) -> None:
+        batch, delta = trainer.adversary.batch, trainer.adversary.delta
+        assert batch is not None
+        assert delta is not None
+        seen.append((batch.noise.clone(), delta.detach().clone()))
+        note(loss)
+
+    with patch.object(trainer, "_note", noted), patch.object(trainer.task, "load", joint(trainer)):
+        for _ in trainer.passes():
+            pass
+    result = {
+        "weights": whole(trainer, trainer.weights.network),
+        "ema": whole(trainer, trainer.weights.ema.module),
+        "target": whole(trainer, trainer.weights.target.module) if trainer.weights.target else {},
+        "seen": seen,
+    }
+    torch.save(result, out / f"{arm}-{trainer.accelerator.process_index}.pt")
+
+
+def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
+    """Return all weights of a network, in every process."""
+    return (trainer.weights.sharding.whole(network) if trainer.weights.sharding else network).state_dict()
+
+
+def main(out: Path, arms: list[str]) -> None:
+    """Train these arms, or all."""
+    out.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    for arm in arms or ARMS:
+        train(arm, out)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

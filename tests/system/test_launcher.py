@@ -1,0 +1,171 @@
+"""What a launcher leaves in the environment never changes a recipe: the recipe wins and says so, or the run refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launching import LIMIT, free_port
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atdiff.cli import main
+from atdiff.system.processes import device
+from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+
+RECIPE: dict[str, Any] = {
+    "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
+    "adversary": {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"},
+    "training": {"passes": 6, "batch_size": 16, "log_every": 2, "accumulate": 2},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE))
+    return str(tmp_path / "r.yaml")
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    return load_file(newest / "model.safetensors")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "training.accumulate=2"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "training.precision=no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "training.compile=False"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", None),
+        ("ACCELERATE_MIXED_PRECISION", "no", None),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", None),
+        ("ACCELERATE_USE_CPU", "true", None),
+        ("ACCELERATE_DEBUG_MODE", "true", None),
+    ],
+)
+def test_the_recipe_wins_and_says_so(
+    recipe: str,
+    tmp_path: Path,
+    name: str,
+    value: str,
+    setting: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    assert main(["train", recipe, "--out", str(tmp_path / "without")]) == 0
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
+    recwarn.clear()
+    assert main(["train", recipe, "--out", str(tmp_path / "with")]) == 0
+    assert_same(tmp_path / "without", tmp_path / "with")
+    said = [str(warning.message) for warning in recwarn if name in str(warning.message)]
+    assert said == ([] if setting is None else [f"{name}={value} of the launcher is not used: {setting} is."])
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_would_split_the_weights_is_refused(
+    recipe: str, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert main(["train", recipe, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"of the launcher (ACCELERATE_USE_{name}=true) is not used" in error
+    assert "set training.shard=true" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_chooses_the_device_and_fp16_is_refused_there(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device() == torch.device("cuda")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert device() == torch.device("cpu")
+    words = ["train", recipe, "--out", str(tmp_path / "run"), "--training.precision", "fp16"]
+    assert main(words) == 2
+    assert "training.precision='fp16' needs a GPU" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    assert main(words) == 2
+    assert "ACCELERATE_USE_CPU=perhaps must be true or false" in capsys.readouterr().err
+
+
+def run(command: list[str], **environment: str) -> None:
+    """Run a command to its end, with no variable of a launcher but these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMPI_", "PMI_"))}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command],
+        check=True,
+        env={**kept, "OMP_NUM_THREADS": "1", **environment},
+        timeout=LIMIT,
+    )
+
+
+def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Path) -> None:
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1,
+        "num_machines": 1, "mixed_precision": "bf16",
+        "dynamo_config": {"dynamo_backend": "INDUCTOR"},
+    }  # fmt: skip
+    (tmp_path / "default_config.yaml").write_text(yaml.safe_dump(settings))
+    words = ["atdiff", "train", recipe, "--out"]
+    run([*words, str(tmp_path / "without")])
+    launch = ["accelerate.commands.launch", "--config_file", str(tmp_path / "default_config.yaml"), "-m"]
+    run([*launch, *words, str(tmp_path / "with")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert_same(tmp_path / "without", tmp_path / "with")
+
+
+def assert_trained_by_two(out: Path) -> None:
+    newest = latest_checkpoint(out / "checkpoints")
+    assert newest is not None
+    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pass"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["epoch"] == round(3 * 2 * 16 / 1500, 4)  # three batches of both
+
+
+def test_torchrun_on_cpus_makes_one_group(recipe: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "--"]
+    run([*torchrun, "atdiff", "train", recipe, "--out", str(out)])
+    assert_trained_by_two(out)
+    run([*torchrun, "atdiff", "evaluate", str(out), "--num", "64", "--steps", "2", "--out", str(out / "cells.json")])
+    assert len(json.loads((out / "cells.json").read_text())) == 1
+
+
+def test_processes_of_mpirun_make_one_group(recipe: str, tmp_path: Path) -> None:
+    """As Open MPI starts them: by the variables that it sets."""
+    out, port = tmp_path / "run", str(free_port())
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [sys.executable, "-W", "ignore", "-m", "atdiff", "train", recipe, "--out", str(out)]
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+        sizes = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+        environment = {**kept, **place, **sizes, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(command, env=environment))
+    assert [process.wait(LIMIT) for process in ranks] == [0, 0]
+    assert_trained_by_two(out)
+
+
+def test_mpirun_on_several_machines_must_say_which_is_the_first(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "2")):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["train", recipe, "--out", str(tmp_path / "run")]) == 2
+    assert "mpirun started 4 processes on several machines: export MASTER_ADDR" in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""A run that is stopped and gone on with is the run that nobody stopped, bit for bit on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from resuming import StopAt, everything
+
+from atdiff.core.errors import Stopped, UserError
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.training.checkpoint import latest_checkpoint
+from atdiff.training.interrupt import StopRequest
+from atdiff.training.loop import train
+
+DROPOUT = {
+    "layers_per_block": 1,
+    "block_out_channels": [4, 4],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "add_attention": False,
+    "dropout": 0.3,
+}
+STAGGERED = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
+AUTHORS = {"passes": 3, "step_size": 0.5}
+ECT = {"mode": "training", "pairs": "ect", "target_decay": 0.5}
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "authors": {"adversary": AUTHORS},
+    "authors-accumulated": {"adversary": AUTHORS, "training": {"accumulate": 2}},
+    "random": {"adversary": {**AUTHORS, "direction": "random"}},
+    "staggered": {"adversary": STAGGERED, "training": {"batch_size": 18}},
+    "staggered-accumulated": {"adversary": STAGGERED, "training": {"batch_size": 18, "accumulate": 2}},
+    "pgd": {"adversary": {**AUTHORS, "method": "pgd"}},
+    "second-moment": {"adversary": AUTHORS, "objective": {"timestep_sampler": "loss-second-moment"}},
+    "schedule": {"optimizer": {"warmup_passes": 4, "decay": "cosine"}, "data": {"flip": True}},
+    "dropout": {"adversary": AUTHORS},
+    "consistency": {
+        "consistency": ECT,
+        "adversary": {**AUTHORS, "direction": "residual"},
+        "objective": {"prediction_type": "v_prediction"},
+    },
+}
+PASSES = 11  # not a multiple of three: the last batch is cut short
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(folder: Path, arm: str, *overrides: str, stop: StopRequest | None = None) -> Path:
+    recipe = folder.parent / "small.yaml"
+    mlp, unet = {"name": "mlp", "args": {"width": 16, "num_blocks": 1}}, {"name": "unet", "args": DROPOUT}
+    small = {
+        "model": unet if arm == "dropout" else mlp,
+        "training": {"passes": PASSES, "batch_size": 16, "ema_decay": 0.9, "log_every": 2, "checkpoint_every": 4},
+    }
+    recipe.write_text(json.dumps({**small, "arms": ARMS}))
+    return train(resolve(load_recipe(str(recipe)), arm, list(overrides)), folder, progress=False, stop=stop)
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{where}.{i}")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_stop_after_any_batch_changes_nothing(tmp_path: Path, arm: str) -> None:
+    """Stopped after every single batch in turn."""
+    whole = everything(run(tmp_path / "whole", arm))
+    batches = -(-PASSES // ARMS[arm].get("adversary", {}).get("passes", 1))
+    for _ in range(batches - 1):
+        with pytest.raises(Stopped, match=f"the test asked for it: pass .* of {PASSES} is saved in .*stopped"):
+            run(tmp_path / "stopped", arm, stop=StopAt(1))
+    run(tmp_path / "stopped", arm, stop=StopAt(1))  # asked at the last pass, a run simply ends
+    assert_same(whole, everything(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("arm", ["authors", "staggered"])
+def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> None:
+    with pytest.raises(Stopped, match=f"pass 6 of {PASSES} is saved"):
+        run(tmp_path / "run", arm, stop=StopAt(2))
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["pass-000000006"]
+
+
+def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None:
+    """The end of a run whose last batch was cut short, and what earlier versions wrote there."""
+    folder = run(tmp_path / "run", "authors", "--training.keep_checkpoints", "1")
+    message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches is left"
+    for path in (folder / "checkpoints").glob("pass-*9"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match=message):
+        run(folder, "authors", "--training.keep_checkpoints", "1", "--training.passes", "17")
+
+
+def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
+    class KilledAt(StopRequest):
+        reason = property(lambda self: {}["killed"])
+
+    every = ["--training.log_every", "1"]
+    whole = everything(run(tmp_path / "whole", "plain", *every))
+    with pytest.raises(KeyError, match="killed"):
+        run(tmp_path / "killed", "plain", *every, stop=KilledAt())
+    assert latest_checkpoint(tmp_path / "killed" / "checkpoints") is None
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text().count("\n") == 1
+    assert_same(whole, everything(run(tmp_path / "killed", "plain", *every)))
+
+
+@pytest.mark.parametrize("arm", ["authors", "staggered", "random"])
+def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
+    longer = run(tmp_path / "longer", arm, "--training.passes", "17")
+    run(tmp_path / "grown", arm)
+    grown = run(tmp_path / "grown", arm, "--training.passes", "17")
+    one, other = everything(longer), everything(grown)
+    # The shorter run logged its last pass; the rest is the same.
+    other["log"] = [line for line in other["log"] if line["pass"] != PASSES]
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str, finished: bool) -> None:
+    """The passes behind were those of another schedule, whether the run ended or was stopped."""
+    words = ["--optimizer.decay", decay]
+    if finished:
+        run(tmp_path / "run", "plain", *words)
+    else:
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", "plain", *words, stop=StopAt(3))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    message = rf"cannot be made longer: the learning rate of optimizer.decay='{decay}' .* 11 passes .* over 17 "
+    with pytest.raises(UserError, match=message + r".* --training.init .*/run in another --out\.$"):
+        run(tmp_path / "run", "plain", *words, "--training.passes", "17")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    run(tmp_path / "run", "plain", *words)
+    # What the message says works.
+    further = run(tmp_path / "further", "plain", "--training.init", str(tmp_path / "run"), "--optimizer.lr", "0")
+    ours, theirs = everything(further)["weights"], everything(tmp_path / "run")["ema"]
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("pairs", ["ict", "ect"])
+def test_a_curriculum_over_all_passes_is_not_stretched(tmp_path: Path, pairs: str) -> None:
+    words = ["--consistency.pairs", pairs]
+    run(tmp_path / "run", "consistency", *words)
+    with pytest.raises(UserError, match=f"the curriculum of consistency.pairs='{pairs}' runs over the 11 passes"):
+        run(tmp_path / "run", "consistency", *words, "--training.passes", "17")
+    # A grid that stays, and a warm-up of passes behind, are the same however long the run.
+    even = ["--consistency.pairs", "even", "--optimizer.warmup_passes", "4"]
+    longer = run(tmp_path / "longer", "consistency", *even, "--training.passes", "17")
+    run(tmp_path / "grown", "consistency", *even)
+    grown = run(tmp_path / "grown", "consistency", *even, "--training.passes", "17")
+    assert_same(everything(longer)["weights"], everything(grown)["weights"])
+
+
+def test_data_go_on_past_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """1,797 digits in batches of 700: the sixth batch lies in the third epoch."""
+    big = ["--training.batch_size", "700"]
+    whole = run(tmp_path / "whole", "plain", *big)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", "plain", *big, stop=StopAt(5))
+    assert_same(everything(whole), everything(run(tmp_path / "stopped", "plain", *big)))
+    assert everything(whole)["log"][-1]["epoch"] > 3
+
+
+def test_pictures_on_the_way_do_not_touch_training(tmp_path: Path) -> None:
+    without = everything(run(tmp_path / "without", "dropout"))
+    with_pictures = everything(run(tmp_path / "with", "dropout", "--training.sample_every", "2"))
+    assert len(list((tmp_path / "with" / "samples").glob("*.png"))) == 6
+    assert_same(without["weights"], with_pictures["weights"])
+
+
+def test_a_run_of_more_processes_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", "plain", stop=StopAt(3))
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    state = torch.load(newest / "state.pt", weights_only=True)
+    state["ranks"] *= 2
+    torch.save(state, newest / "state.pt")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["state.pt"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"was trained by 2 process\(es\), and now there are 1"):
+        run(tmp_path / "run", "plain")
