@@ -1,6 +1,6 @@
 """Trains arms in one process or in several on the same joint batches: what `test_processes.py` compares.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` of every
+``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` of each
 arm.
 """
 
