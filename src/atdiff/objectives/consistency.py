@@ -89,13 +89,12 @@ class ConsistencyObjective:
         scheduler: a diffusers scheduler of the DDPM family, or one of EDM.
         prediction_type: of the network; default what the scheduler says.
         teacher: for distillation; see :class:`atdiff.objectives.teacher.Teacher`.
-        target: the network of the target, such as ``EMA(model, 0.95).module``; None for the model itself, without
-            gradient.
+        target: network of the target, such as ``EMA(model, 0.95).module``; None for the model itself, not trained.
         site: which place is perturbed.
         pairs: which timesteps are compared: ``even``, ``ict``, ``ect``, or a sampler of one's own.
         intervals: of the grid of ``even``, and of ``ict`` at its end.
-        distance: ``pseudo-huber`` of the whole sample, ``sqrt(|d|^2 + c^2) - c`` (iCT, eq. 10); ``huber``, the mean
-            of the same over the values (LCM); ``l2``, the mean square.
+        distance: ``pseudo-huber``, ``sqrt(|d|^2 + c^2) - c`` of a sample (iCT, eq. 10); ``huber``, the mean of the same
+            over the values (LCM); ``l2``, the mean square.
         huber_c: default ``0.00054 sqrt(D)`` for ``D`` values a sample (iCT), and 0.001 for ``huber`` (LCM).
 
     Attributes:
@@ -138,16 +137,13 @@ class ConsistencyObjective:
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
         _check_ends(self.schedule, self.prediction)
-        if teacher is not None:
-            _check_teacher(self.schedule, teacher.schedule)
+        _check_teacher(self.schedule, teacher)
 
     def place(self, accelerator: Any, target: Any) -> None:  # noqa: ANN401  (Accelerate's, and a network or None)
         """Take the precision and the device of a run, and the network that gives the target; None for its own."""
-        self.autocast = accelerator.autocast
-        if target is not None:
-            self.target = target
-        if self.teacher is not None and isinstance(self.teacher.model, torch.nn.Module):
-            self.teacher.model.to(accelerator.device)
+        self.autocast, self.target = accelerator.autocast, self.target if target is None else target
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
 
     def draw(
         self,
@@ -348,8 +344,8 @@ def _check_ends(schedule: NoiseSchedule, prediction: Prediction) -> None:
         )
 
 
-def _check_teacher(ours: NoiseSchedule, theirs: NoiseSchedule) -> None:
-    found = theirs.noise_differences(ours)
+def _check_teacher(ours: NoiseSchedule, teacher: Teacher | None) -> None:
+    found = [] if teacher is None else teacher.schedule.noise_differences(ours)
     if found:
         raise UserError(
             f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "

@@ -69,6 +69,11 @@ class Teacher:
         clips = scheduler.config.get("clip_sample")
         self.clip: float | None = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
 
+    def to(self, device: torch.device) -> None:
+        """Put the network on a device, where it is a module."""
+        if isinstance(self.model, torch.nn.Module):
+            self.model.to(device)
+
     def step(
         self,
         x_t: Tensor,

@@ -18,7 +18,7 @@ from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student, save_student, with_network
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_student, save_student, with_network
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.model import data_options
 from atdiff.pipelines.text_to_image import PROMPTS_FILE, text_to_image_run
@@ -26,9 +26,17 @@ from atdiff.sampling.schedulers import default_sampler
 from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
-from atdiff.training.config import SchedulerConfig, TrainConfig
-from atdiff.training.start import Start, differences, noise_scheduler
+from atdiff.training.config import TrainConfig
+from atdiff.training.start import noise_scheduler
 from atdiff.training.tasks.base import Task
+from atdiff.training.tasks.latent_checks import (
+    as_start,
+    check_classes,
+    check_fits,
+    check_parametrisation,
+    check_settings,
+    load_latent_teacher,
+)
 
 __all__ = ["LatentTask"]
 
@@ -50,17 +58,12 @@ class LatentTask(Task):
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.published = "lora" if config.lora.rank else "pipeline"
-        self._check(config)
+        check_settings(config)
         size = config.data.image_size
         self.latent = load_latent_pipeline(
             self._source(), image_size=size, tokens=config.data.caption_tokens, variant=config.model.variant
         )
-        if size not in (None, self.latent.image_size):
-            raise UserError(
-                f"data.image_size={size} does not fit {self.latent.source}, whose latents are those of images of "
-                f"{self.latent.image_size} pixels; set it to that, or leave it out."
-            )
-        self._check_parametrisation(config)
+        check_fits(config, self.latent)
         self.scheduler = self._scheduler_of(config)
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
@@ -68,19 +71,9 @@ class LatentTask(Task):
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
-        labelled = self.latent.family.labelled
-        if labelled and config.data.captions:
-            raise UserError(
-                f"data.captions are not used: {self.latent.source} is conditioned on class labels; leave them out."
-            )
-        if config.data.channels not in (None, self.latent.image_channels):
-            raise UserError(
-                f"data.channels={config.data.channels} does not fit {self.latent.source}, which takes images of "
-                f"{self.latent.image_channels}; leave it out."
-            )
         self.captioned = self._captioned()
-        if labelled:
-            self._check_classes()
+        if self.latent.family.labelled:
+            check_classes(config, self.latent, self.captioned)
 
     def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages:
         data = self.config.data
@@ -105,39 +98,6 @@ class LatentTask(Task):
         if classes != self.classes:
             self.captioned = self._captioned(classes)
 
-    def _check(self, config: TrainConfig) -> None:
-        """Find the mistakes that the settings alone show, before anything is loaded."""
-        if config.consistency.mode == "training":
-            raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
-        if config.model.name == "pipeline" and config.training.init is None:
-            raise UserError(
-                "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
-            )
-        if config.training.init is None and config.lora.rank:
-            raise UserError(
-                "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as "
-                "--training.init."
-            )
-        if config.data.class_conditional:
-            raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
-        if config.data.flip:
-            raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
-        if config.scheduler != SchedulerConfig():
-            raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
-        if config.consistency.mode == "distillation":
-            self._check_distillation(config)
-
-    @staticmethod
-    def _check_distillation(config: TrainConfig) -> None:
-        settings = config.consistency
-        if settings.teacher is None and config.training.init is None:
-            raise UserError(
-                "consistency.mode='distillation' needs a teacher, and the U-Net of model.name='tiny-sd' is untrained: "
-                "give a trained pipeline as --training.init (or --consistency.teacher)."
-            )
-        # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
-        LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))
-
     def _source(self) -> str:
         """Return the pipeline to start from; a tiny one is made of the data."""
         config = self.config
@@ -160,13 +120,13 @@ class LatentTask(Task):
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
         """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
         build_adversary(config)
-        self._check(config)
+        check_settings(config)
         if not from_here and config.training.init != self.config.training.init:
             return LatentTask(config).scheduler
-        self._check_parametrisation(config)
+        check_parametrisation(config, self.latent)
         scheduler = self._scheduler_of(config)
         if config.consistency.mode == "distillation":
-            self._teacher(config)
+            load_latent_teacher(config, self.latent)
             guidance = config.consistency.guidance
             LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
         return scheduler
@@ -178,12 +138,8 @@ class LatentTask(Task):
             if config.consistency.mode == "distillation":
                 return consistency_scheduler(scheduler, config.consistency.intervals)
             if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
-                return noise_scheduler(config, self._as_start(self.latent))
+                return noise_scheduler(config, as_start(self.latent))
         return scheduler
-
-    @staticmethod
-    def _as_start(latent: LatentPipeline) -> Start:
-        return Start(latent.source, latent.scheduler, latent.network)
 
     @property
     def images(self) -> ImageData:
@@ -198,32 +154,6 @@ class LatentTask(Task):
         """Channels, height and width of the pictures."""
         return self.latent.image_channels, self.latent.image_size, self.latent.image_size
 
-    def _check_parametrisation(self, config: TrainConfig) -> None:
-        """Make sure that the settings ask for what the pipeline's network predicts."""
-        asked = config.objective.prediction_type
-        if asked not in (None, self.latent.prediction_type):
-            raise UserError(
-                f"objective.prediction_type={asked!r} does not fit {self.latent.source}, which predicts "
-                f"{self.latent.prediction_type!r}; leave it out."
-            )
-        network, variance = self.latent.network.config, config.objective.variance
-        outputs = network.get("out_channels") or network.in_channels
-        fits = "learned_range" if outputs == 2 * network.in_channels else "fixed"
-        if variance != fits:
-            raise UserError(
-                f"objective.variance={variance!r} does not fit {self.latent.source}, whose network predicts "
-                f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
-            )
-
-    def _check_classes(self) -> None:
-        classes = 1 + max(map(int, self.captioned.captions))
-        known = self.latent.network.config.num_embeds_ada_norm
-        if classes > known:
-            raise UserError(
-                f"{self.config.data.name!r} has {classes} classes, and {self.latent.source} knows {known}: put the "
-                "images of each class into their own subfolder, in the order of the classes."
-            )
-
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
         settings = self.config.consistency
         if not self.is_consistency:
@@ -232,7 +162,7 @@ class LatentTask(Task):
             if shift is not None and hasattr(objective.timestep_sampler, "shift"):
                 objective.timestep_sampler.shift = shift
             return objective
-        teacher = self._teacher(self.config)
+        teacher = load_latent_teacher(self.config, self.latent)
         null = self.latent.encode_null()
         return LatentConsistencyObjective(
             self.scheduler,
@@ -241,37 +171,6 @@ class LatentTask(Task):
             guidance_dim=self.guidance_dim,
             **consistency_options(self.config),
         )
-
-    def _teacher(self, config: TrainConfig) -> LatentPipeline:
-        source = config.consistency.teacher
-        teacher = self.latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
-        for one in (self.latent, teacher):
-            if not one.family.distillable:
-                raise UserError(
-                    f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
-                    "are distilled; train it without consistency.mode."
-                )
-        if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
-            raise UserError(
-                f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
-                "as --consistency.teacher."
-            )
-        if teacher.latent_shape != self.latent.latent_shape:
-            raise UserError(
-                f"the teacher {source} has latents {teacher.latent_shape} and {self.latent.source} "
-                f"{self.latent.latent_shape}: give one of the same size and channels."
-            )
-        for found in differences(self.latent.scheduler, None, self._as_start(teacher))[:1]:
-            raise UserError(
-                f"the teacher {source} {found.said_there} and {self.latent.source} {found.ours!r}: give one of the "
-                "same noise schedule and prediction type."
-            )
-        if teacher is not self.latent and not _same_conditions(teacher, self.latent):
-            raise UserError(
-                f"the teacher {source} makes other embeddings of a prompt than {self.latent.source}: captions are "
-                "encoded once for both, so give one with the same text encoders."
-            )
-        return teacher
 
     def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config
@@ -346,11 +245,3 @@ class LatentTask(Task):
             remember_classes(average, self.classes, None)
         save = save_lora if self.config.lora.rank else save_student
         save(out / self.published, self.latent, average, self.scheduler)
-
-
-def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:
-    first, second = (pipeline.encode_prompts(["a photo of a cat"]) for pipeline in (one, other))
-    return first.keys() == second.keys() and all(
-        first[name].shape == second[name].shape and torch.allclose(first[name], second[name], rtol=1e-2, atol=1e-2)
-        for name in first
-    )

@@ -1,0 +1,146 @@
+"""What may be wrong with the settings of a run on latents, and with its teacher."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import LCMScheduler
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import CaptionedImages
+from atdiff.objectives.guided import LatentConsistencyObjective
+from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
+from atdiff.training.build import consistency_options
+from atdiff.training.config import SchedulerConfig, TrainConfig
+from atdiff.training.start import Start, differences
+
+__all__ = ["as_start", "check_classes", "check_fits", "check_parametrisation", "check_settings", "load_latent_teacher"]
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Find the mistakes that the settings alone show, before anything is loaded."""
+    if config.consistency.mode == "training":
+        raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
+    if config.model.name == "pipeline" and config.training.init is None:
+        raise UserError(
+            "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
+        )
+    if config.training.init is None and config.lora.rank:
+        raise UserError(
+            "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as --training.init."
+        )
+    if config.data.class_conditional:
+        raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
+    if config.data.flip:
+        raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
+    if config.scheduler != SchedulerConfig():
+        raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
+    if config.consistency.mode == "distillation":
+        _check_distillation(config)
+
+
+def _check_distillation(config: TrainConfig) -> None:
+    settings = config.consistency
+    if settings.teacher is None and config.training.init is None:
+        raise UserError(
+            "consistency.mode='distillation' needs a teacher, and the U-Net of model.name='tiny-sd' is untrained: "
+            "give a trained pipeline as --training.init (or --consistency.teacher)."
+        )
+    # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
+    LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))
+
+
+def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
+    """Find settings that do not fit the pipeline."""
+    size = config.data.image_size
+    if size not in (None, latent.image_size):
+        raise UserError(
+            f"data.image_size={size} does not fit {latent.source}, whose latents are those of images of "
+            f"{latent.image_size} pixels; set it to that, or leave it out."
+        )
+    check_parametrisation(config, latent)
+    if latent.family.labelled and config.data.captions:
+        raise UserError(f"data.captions are not used: {latent.source} is conditioned on class labels; leave them out.")
+    if config.data.channels not in (None, latent.image_channels):
+        raise UserError(
+            f"data.channels={config.data.channels} does not fit {latent.source}, which takes images of "
+            f"{latent.image_channels}; leave it out."
+        )
+
+
+def check_parametrisation(config: TrainConfig, latent: LatentPipeline) -> None:
+    """Make sure that the settings ask for what the pipeline's network predicts."""
+    asked = config.objective.prediction_type
+    if asked not in (None, latent.prediction_type):
+        raise UserError(
+            f"objective.prediction_type={asked!r} does not fit {latent.source}, which predicts "
+            f"{latent.prediction_type!r}; leave it out."
+        )
+    network, variance = latent.network.config, config.objective.variance
+    outputs = network.get("out_channels") or network.in_channels
+    fits = "learned_range" if outputs == 2 * network.in_channels else "fixed"
+    if variance != fits:
+        raise UserError(
+            f"objective.variance={variance!r} does not fit {latent.source}, whose network predicts "
+            f"{'a' if fits != 'fixed' else 'no'} variance; set objective.variance={fits}."
+        )
+
+
+def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages) -> None:
+    """Find images of classes that the network does not know."""
+    classes = 1 + max(map(int, captioned.captions))
+    known = latent.network.config.num_embeds_ada_norm
+    if classes > known:
+        raise UserError(
+            f"{config.data.name!r} has {classes} classes, and {latent.source} knows {known}: put the "
+            "images of each class into their own subfolder, in the order of the classes."
+        )
+
+
+def as_start(latent: LatentPipeline) -> Start:
+    """Return the pipeline's network and scheduler as what a run starts from."""
+    return Start(latent.source, latent.scheduler, latent.network)
+
+
+def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPipeline:
+    """Return the pipeline that a student of ``latent`` learns from: another, or ``latent`` itself.
+
+    Raises:
+        UserError: it cannot be distilled, or does not agree with ``latent``.
+    """
+    source = config.consistency.teacher
+    teacher = latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
+    for one in (latent, teacher):
+        if not one.family.distillable:
+            raise UserError(
+                f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
+                "are distilled; train it without consistency.mode."
+            )
+    if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
+        raise UserError(
+            f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
+            "as --consistency.teacher."
+        )
+    if teacher.latent_shape != latent.latent_shape:
+        raise UserError(
+            f"the teacher {source} has latents {teacher.latent_shape} and {latent.source} "
+            f"{latent.latent_shape}: give one of the same size and channels."
+        )
+    for found in differences(latent.scheduler, None, as_start(teacher))[:1]:
+        raise UserError(
+            f"the teacher {source} {found.said_there} and {latent.source} {found.ours!r}: give one of the "
+            "same noise schedule and prediction type."
+        )
+    if teacher is not latent and not _same_conditions(teacher, latent):
+        raise UserError(
+            f"the teacher {source} makes other embeddings of a prompt than {latent.source}: captions are "
+            "encoded once for both, so give one with the same text encoders."
+        )
+    return teacher
+
+
+def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:
+    first, second = (pipeline.encode_prompts(["a photo of a cat"]) for pipeline in (one, other))
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.allclose(first[name], second[name], rtol=1e-2, atol=1e-2)
+        for name in first
+    )
