@@ -30,7 +30,6 @@ from atdiff.system.locate import check_run, hub_failure, is_hub_id
 from conftest import small_unet
 
 HEAVY = (
-    "numpy",
     "torch",
     "diffusers",
     "transformers",

@@ -17,6 +17,7 @@ from atdiff.cli import main
 from atdiff.training import checkpoint, loop
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
 from atdiff.training.log import MetricsLog
+from atdiff.training.tasks import pixels
 
 SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
@@ -27,7 +28,7 @@ WRITES: dict[str, tuple[Any, str, int]] = {  # what writes a file while a run wo
     "a checkpoint": (checkpoint, "save_file", 3),
     "a manifest": (checkpoint, "write_json", 1),
     "samples": (loop, "save_images", 1),
-    "the pipeline": (loop, "save_pipeline", 0),
+    "the pipeline": (pixels, "save_pipeline", 0),
 }
 
 
