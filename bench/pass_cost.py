@@ -250,7 +250,7 @@ def main() -> None:
         plain, adversarial = (
             partial(seconds, passes(spec, spec.build(), one, device, **how)) for one in (Adversary(passes=1), adversary)
         )
-        cost = adversary.num_passes // adversary.updates_per_batch
+        cost = adversary.passes_per_update
         found = ratios(plain, adversarial, args.pairs, spec.block or args.passes)
         rows.append(row(label, arm, [ratio / cost for ratio in found]))
     name = "_".join(["pass_cost", *([args.precision] if args.precision != "no" else []), *["compiled"] * args.compile])

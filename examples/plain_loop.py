@@ -38,7 +38,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            done += adversary.num_passes // adversary.updates_per_batch
+            done += adversary.passes_per_update
         if done % 100 == 0:
             print(f"pass {done}: loss {loss.item():.4f}, |delta| {adversary.mean_norm().item():.3f}")
 

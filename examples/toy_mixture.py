@@ -31,7 +31,7 @@ def train(adversary: Adversary, passes: int) -> nn.Module:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            done += adversary.num_passes // adversary.updates_per_batch
+            done += adversary.passes_per_update
     print(f"pass {done}: loss {loss.item():.4f}")
     return model
 

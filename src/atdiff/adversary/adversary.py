@@ -90,18 +90,9 @@ class Adversary:
         weight: float = 1.0,
     ) -> None:
         check_adversary(
-            norm=norm,
-            step_size=step_size,
-            passes=passes,
-            radius=radius,
-            scale=scale,
-            noise_levels=noise_levels,
-            method=method,
-            direction=direction,
-            order=order,
-            target=target,
-            weight=weight,
-        )
+            norm=norm, step_size=step_size, passes=passes, radius=radius, scale=scale, noise_levels=noise_levels,
+            method=method, direction=direction, order=order, target=target, weight=weight,
+        )  # fmt: skip
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self.noise_levels, self.weight = noise_levels, weight
@@ -121,6 +112,11 @@ class Adversary:
     def updates_per_batch(self) -> int:
         """Losses yielded, hence weight updates, per batch; either method costs ``num_passes`` passes."""
         return self.num_passes if self._method.every_pass else 1
+
+    @property
+    def passes_per_update(self) -> int:
+        """Forward-backward passes that a weight update is charged."""
+        return self.num_passes // self.updates_per_batch
 
     @property
     def needs_input_gradient(self) -> bool:

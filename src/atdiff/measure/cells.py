@@ -20,14 +20,14 @@ from atdiff.measure.stale import say, what_changed
 from atdiff.metrics.registry import METRICS
 from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.models.inference import DTYPES
-from atdiff.pipelines.model import Denoiser, load_denoiser, reading_of, reference_data, reference_name
+from atdiff.pipelines.model import TrainedModel, load_denoiser, reading_of, reference_data, reference_name
 from atdiff.pipelines.text_to_image import prompts_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.sampling.search import search_correction
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
-from atdiff.system.processes import from_main, is_main
+from atdiff.system.processes import from_main, in_main, is_main
 
 __all__ = [
     "EvaluationConfig",
@@ -71,7 +71,7 @@ class EvaluationConfig:
         batch_size: pictures sampled at once.
         precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
         compile: whether they are compiled; to rounding, it does not change a figure.
-        guidance_scale: see :meth:`atdiff.pipelines.model.Denoiser.guided`; None for that of each run's training, or
+        guidance_scale: see :meth:`atdiff.pipelines.model.TrainedModel.guided`; None for that of each run's training, or
             the usual one.
         variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
     """
@@ -118,7 +118,7 @@ class EvaluationConfig:
         """How runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`."""
         return {"guidance_scale": self.guidance_scale, "variant": self.variant}
 
-    def asked_of(self, denoiser: Denoiser) -> Denoiser:
+    def asked_of(self, denoiser: TrainedModel) -> TrainedModel:
         """Return the run as it is evaluated: with these prompts, where there are any.
 
         Raises:
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 class _Place:
     """Where a cell lies in the grid."""
 
-    denoiser: Denoiser
+    denoiser: TrainedModel
     sampler: str
     correction: str
     steps: int
@@ -305,7 +305,7 @@ class _Evaluation:
         self._runs: dict[str, dict[str, str]] = {}  # fingerprints by run
         self._against: dict[str, _Against] = {}
 
-    def load(self, run: str, config: EvaluationConfig) -> Denoiser:
+    def load(self, run: str, config: EvaluationConfig) -> TrainedModel:
         """Load a run as it is asked for."""
         denoiser = config.asked_of(load_denoiser(run, **config.loading))
         self._runs[denoiser.source] = denoiser.fingerprints()
@@ -363,7 +363,7 @@ class _Evaluation:
             write_json(self.out, self.cells)
 
 
-def _reading(denoiser: Denoiser, config: EvaluationConfig) -> str:
+def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
     """Return what tells apart what pictures of a run are measured against, and how."""
     data = config.data or denoiser.config.get("data", {}).get("name")
     reading = reading_of(denoiser, config.data, config.reading)
@@ -380,8 +380,8 @@ class _Against:
     fingerprints: dict[str, str]
 
     @classmethod
-    def make(cls, denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str) -> _Against:
-        metrics, distance = _in_main(lambda: _metrics(denoiser, config, device)) or (None, None)
+    def make(cls, denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str) -> _Against:
+        metrics, distance = in_main(lambda: _metrics(denoiser, config, device)) or (None, None)
         return cls(metrics, distance, from_main({} if metrics is None else metrics.fingerprints()))
 
     def prepare(self) -> None:
@@ -392,11 +392,11 @@ class _Against:
                 if metrics is not None:
                     metrics.prepare()
 
-        _in_main(prepared)
+        in_main(prepared)
 
 
 def _metrics(
-    denoiser: Denoiser, config: EvaluationConfig, device: torch.device | str
+    denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str
 ) -> tuple[Metrics, Metrics | None]:
     data = reference_data(denoiser, config.data, config.reading)
     options: dict[str, Any] = {
@@ -409,24 +409,6 @@ def _metrics(
     if not any(correction.endswith(SEARCH) for correction in config.corrections):
         return metrics, None
     return metrics, Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
-
-
-def _in_main(make: Callable[[], T]) -> T | None:
-    """Return what the main process makes, in it alone; what it refuses is refused in all of them.
-
-    Raises:
-        UserError: ``make`` raised it.
-    """
-    made, refusal = None, None
-    if is_main():
-        try:
-            made = make()
-        except UserError as error:
-            refusal = error
-    refusal = from_main(refusal)
-    if refusal is not None:
-        raise refusal
-    return made
 
 
 class _Judge:

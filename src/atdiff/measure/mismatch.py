@@ -52,7 +52,7 @@ from atdiff.metrics.distances import GaussianFit, sliced_wasserstein
 from atdiff.metrics.features.extractors import extract, feature_layers, make_extractor
 from atdiff.models.call import class_embeddings, predict
 from atdiff.models.inference import evaluating
-from atdiff.pipelines.model import Denoiser, reference_name
+from atdiff.pipelines.model import TrainedModel, reference_name
 from atdiff.sampling.corrections import Correction, make_correction
 from atdiff.sampling.generate import denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
@@ -121,7 +121,7 @@ class MismatchConfig:
 
 @torch.no_grad()
 def measure_mismatch(
-    denoiser: Denoiser,
+    denoiser: TrainedModel,
     data: ImageData | TrueLatents,
     config: MismatchConfig,
     extractor: FeatureExtractorBase | None = None,
@@ -181,7 +181,7 @@ def measure_mismatch(
 
 
 def _sampled(
-    denoiser: Denoiser, config: MismatchConfig, true: _TrueImages, probe: _Probe, device: torch.device | str
+    denoiser: TrainedModel, config: MismatchConfig, true: _TrueImages, probe: _Probe, device: torch.device | str
 ) -> Tensor:
     """Return the pictures, or latents, that the sampler makes for the labels or captions of true ones."""
     sampler = config.sampler_for(denoiser.scheduler)
@@ -283,7 +283,7 @@ def _extractor(
 
 
 def _left_out(
-    denoiser: Denoiser, config: MismatchConfig, extractor: FeatureExtractorBase | None, record: dict[str, Any]
+    denoiser: TrainedModel, config: MismatchConfig, extractor: FeatureExtractorBase | None, record: dict[str, Any]
 ) -> list[str]:
     """Return what a record lacks, and why, one line each."""
     pixels, few = math.prod(denoiser.image_shape), f"the {config.num} samples are fewer than its"
@@ -347,7 +347,7 @@ class _TrueImages:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: TrainedModel,
         data: ImageData | TrueLatents,
         config: MismatchConfig,
         number: int,
@@ -448,17 +448,17 @@ def _frechet(name: str, x: Tensor, true: Tensor, fits: dict[str, GaussianFit]) -
     return {name: fits[name].frechet(GaussianFit(x))}
 
 
-def _batch_size(denoiser: Denoiser, config: MismatchConfig) -> int:
+def _batch_size(denoiser: TrainedModel, config: MismatchConfig) -> int:
     return min(config.batch_size, denoiser.most_at_once) if isinstance(denoiser, LatentRun) else config.batch_size
 
 
-def _batches(denoiser: Denoiser, config: MismatchConfig) -> int:
+def _batches(denoiser: TrainedModel, config: MismatchConfig) -> int:
     """Return the number of batches through the network: those of the sampler and of two true sets."""
     evaluations = denoiser.evaluations(config.sampler_for(denoiser.scheduler), config.steps)
     return 3 * evaluations * -(-config.num // _batch_size(denoiser, config))
 
 
-def _check_data(denoiser: Denoiser, data: ImageData | TrueLatents) -> None:
+def _check_data(denoiser: TrainedModel, data: ImageData | TrueLatents) -> None:
     if isinstance(data, TrueLatents):  # which were encoded by the pipeline itself
         return
     shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
@@ -476,7 +476,10 @@ def _check_data(denoiser: Denoiser, data: ImageData | TrueLatents) -> None:
 
 
 def _recipe(
-    denoiser: Denoiser, data: ImageData | TrueLatents, config: MismatchConfig, extractor: FeatureExtractorBase | None
+    denoiser: TrainedModel,
+    data: ImageData | TrueLatents,
+    config: MismatchConfig,
+    extractor: FeatureExtractorBase | None,
 ) -> dict[str, Any]:
     features = {} if extractor is None else {"features": network_fingerprint(extractor)}
     return {

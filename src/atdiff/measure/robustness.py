@@ -27,7 +27,7 @@ from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.subjects import open_subject
 from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
-from atdiff.pipelines.model import Denoiser, reference_name
+from atdiff.pipelines.model import TrainedModel, reference_name
 from atdiff.sampling.generate import image_generators
 from atdiff.system.locks import one_writer
 
@@ -384,7 +384,7 @@ def noised_batches(
         yield batch.to(device), generators
 
 
-def objective_of(denoiser: Denoiser) -> DenoisingObjective:
+def objective_of(denoiser: TrainedModel) -> DenoisingObjective:
     """Return the plain objective of a network: no weighting, no input perturbation, no dropout of labels."""
     config = denoiser.model.config
     learned = config.get("out_channels") == 2 * config.in_channels
@@ -392,7 +392,7 @@ def objective_of(denoiser: Denoiser) -> DenoisingObjective:
 
 
 def draw_images(
-    denoiser: Denoiser, data: ImageData | TrueLatents, config: ProbeConfig, device: torch.device | str = "cpu"
+    denoiser: TrainedModel, data: ImageData | TrueLatents, config: ProbeConfig, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and what the network is told.
 
@@ -408,7 +408,7 @@ def draw_images(
     return data.x0(indices), {"class_labels": data.labels[indices]}
 
 
-def _check_labels(denoiser: Denoiser, data: ImageData | TrueLatents) -> None:
+def _check_labels(denoiser: TrainedModel, data: ImageData | TrueLatents) -> None:
     classes = denoiser.num_classes
     if not classes or isinstance(data, TrueLatents):
         return
@@ -469,14 +469,14 @@ def probe_runs(
     return entries.complete(recipes, missing, measured, notify)
 
 
-def _at_once(denoiser: Denoiser, config: ProbeConfig) -> ProbeConfig:
+def _at_once(denoiser: TrainedModel, config: ProbeConfig) -> ProbeConfig:
     """Return the configuration with batches that fit the memory; no figure depends on them."""
     if not isinstance(denoiser, LatentRun):
         return config
     return replace(config, batch_size=min(config.batch_size, denoiser.most_at_once))
 
 
-def _recipe(denoiser: Denoiser, data: ImageData | TrueLatents, config: ProbeConfig) -> dict[str, Any]:
+def _recipe(denoiser: TrainedModel, data: ImageData | TrueLatents, config: ProbeConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
     for name in ("data", "reading", "prompts", "batch_size", "variant"):
         del settings[name]

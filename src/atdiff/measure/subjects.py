@@ -8,7 +8,7 @@ from atdiff.core.errors import UserError
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
 from atdiff.measure.latents import TrueLatents, latent_run, true_latents
-from atdiff.pipelines.model import Denoiser, load_denoiser, reference_data
+from atdiff.pipelines.model import TrainedModel, load_denoiser, reference_data
 from atdiff.pipelines.text_to_image import TextToImage
 
 __all__ = ["open_subject"]
@@ -22,7 +22,7 @@ def open_subject(
     *,
     guided: bool,
     variant: str | None = None,
-) -> tuple[Denoiser, ImageData | TrueLatents]:
+) -> tuple[TrainedModel, ImageData | TrueLatents]:
     """Load a run and what it is held against; a latent pipeline as a network of latents.
 
     Args:

@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 from atdiff.core.errors import UserError
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
-from atdiff.pipelines.model import Denoiser, load_denoiser
+from atdiff.pipelines.model import TrainedModel, load_denoiser
 from atdiff.report.curves import RC
 
 __all__ = ["Grids", "sample_grids", "samples_picture"]
@@ -106,16 +106,18 @@ def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
         return buffer.getvalue()
 
 
-def _is_plane(denoiser: Denoiser) -> bool:
+def _is_plane(denoiser: TrainedModel) -> bool:
     return tuple(denoiser.image_shape) == (2, 1, 1)
 
 
-def _columns(denoiser: Denoiser, grids: int) -> int:
+def _columns(denoiser: TrainedModel, grids: int) -> int:
     room = MOST_BYTES / (grids * math.prod(denoiser.image_shape))
     return min(max(math.isqrt(int(room)), 2), COLUMNS)
 
 
-def _grid(denoiser: Denoiser, sampler: str, steps: int, seed: int, columns: int, device: torch.device | str) -> bytes:
+def _grid(
+    denoiser: TrainedModel, sampler: str, steps: int, seed: int, columns: int, device: torch.device | str
+) -> bytes:
     num = POINTS if _is_plane(denoiser) else columns * columns
     images = torch.cat(list(denoiser.samples(sampler=sampler, steps=steps, num=num, seed=seed, device=device)))
     if _is_plane(denoiser):

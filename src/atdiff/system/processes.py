@@ -57,6 +57,24 @@ def from_main(value: T) -> T:
     return values[0]
 
 
+def in_main(make: Callable[[], T]) -> T | None:
+    """Return what the main process makes, in it alone; what it refuses is refused in all of them.
+
+    Raises:
+        UserError: ``make`` raised it.
+    """
+    made, refusal = None, None
+    if is_main():
+        try:
+            made = make()
+        except UserError as error:
+            refusal = error
+    refusal = from_main(refusal)
+    if refusal is not None:
+        raise refusal
+    return made
+
+
 def draw_in_turn(num: int, batch_size: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
     """Yield the batches of ``num`` pictures in order, all of them in every process.
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from atdiff.core.errors import UserError
-from atdiff.system.processes import from_main, is_main
+from atdiff.system.processes import from_main, in_main
 from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
@@ -33,18 +33,12 @@ def agreed_reason(stop: StopRequest, accelerator: Accelerator, updates: int, per
 
 def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> Path | None:
     """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
-    found: Path | UserError | None = None
-    if is_main():
-        try:
-            resumed = open_run(out, config, look_only=look_only)
-            if resumed and not look_only:
-                found = _newest_between_batches(out, config)
-        except UserError as error:
-            found = error
-    found = from_main(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
+
+    def opened() -> Path | None:
+        resumed = open_run(out, config, look_only=look_only)
+        return _newest_between_batches(out, config) if resumed and not look_only else None
+
+    return from_main(in_main(opened))
 
 
 def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from atdiff.core.errors import UserError
 from atdiff.pipelines.record import classes_of, stored_data
 from atdiff.system.files import write_json
-from atdiff.system.processes import from_main, is_main
+from atdiff.system.processes import in_main
 from atdiff.training.tasks.base import Task
 
 __all__ = ["count_as_begun", "store_data"]
@@ -22,15 +22,7 @@ def count_as_begun(out: Path, task: Task) -> None:
 
 def store_data(out: Path, task: Task) -> None:
     """Write which data these are, or find in all processes that the run had other ones."""
-    found: UserError | None = None
-    if is_main():
-        try:
-            _check(out, task)
-        except UserError as error:
-            found = error
-    found = from_main(found)
-    if found is not None:
-        raise found
+    in_main(lambda: _check(out, task))
 
 
 def _check(out: Path, task: Task) -> None:

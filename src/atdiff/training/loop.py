@@ -110,7 +110,7 @@ class Trainer:
         store_data(out, task)
         self._build()
         if checkpoint is not None:
-            self.state.restore(checkpoint, self._passes_an_update)
+            self.state.restore(checkpoint)
         if self.accelerator.is_main_process:
             task.note_in(out)
             # What came after the checkpoint, or before the first, is done again.
@@ -176,7 +176,7 @@ class Trainer:
 
     def _train_batch(self) -> Iterator[None]:
         """Run the passes of one batch; yield after every weight update."""
-        cost, before, losses = self._passes_an_update, self.state.passes, self._losses()
+        cost, before, losses = self.adversary.passes_per_update, self.state.passes, self._losses()
         for loss in losses:
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
@@ -193,10 +193,6 @@ class Trainer:
             yield
             if self.state.passes >= self.config.training.passes:
                 return  # The last batch may have more passes than were left.
-
-    @property
-    def _passes_an_update(self) -> int:
-        return self.adversary.num_passes // self.adversary.updates_per_batch
 
     def _losses(self) -> Iterator[Tensor]:
         settings = self.config.training

@@ -102,7 +102,7 @@ class TrainingState:
         device = self.accelerator.device
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
-    def restore(self, checkpoint: Path, passes_an_update: int) -> None:
+    def restore(self, checkpoint: Path) -> None:
         """Take the state of a checkpoint.
 
         Raises:
@@ -132,4 +132,4 @@ class TrainingState:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
-        self.weights.ema.updates = self.passes // passes_an_update
+        self.weights.ema.updates = self.passes // self.adversary.passes_per_update
