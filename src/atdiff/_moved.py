@@ -1,4 +1,4 @@
-"""Modules under the names that they had before version 0.2: importing one gives the module of today."""
+"""Modules under the names that earlier versions gave them: importing one gives the module of today."""
 
 from __future__ import annotations
 

@@ -51,6 +51,6 @@ def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
     if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
         raise UserError(
             f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
-            "resume from: remove it to begin again, or name the run as --training.init of another --out."
+            f"resume from: remove {other.parent} to begin again, or name the run as --training.init of another --out."
         )
     return newest
