@@ -216,6 +216,9 @@ class AdversaryConfig(Settings):
     Attributes:
         norm: of a sample's perturbation.
         step_size: norm of one step, times the scale.
+        dose: of the residual, in place of ``step_size``: ``auto``, or the ``k`` of ``k sigma_t (x0 - x0_hat)``, such as
+            0.15. With nothing else said of the method, it is ``pgd`` in two passes along the residual.
+        steps: of the sampler that ``dose: auto`` is for, such as 8; implies it.
         passes: forward-backward passes a batch.
         radius: bound of the perturbation's norm, times the scale; null for none.
         scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``; null for
@@ -231,6 +234,8 @@ class AdversaryConfig(Settings):
 
     norm: Norm = "l2"
     step_size: float = 0.0
+    dose: float | Literal["auto"] | None = None
+    steps: int | None = None
     passes: int = 1
     radius: float | None = None
     scale: Scale | None = None
@@ -240,6 +245,13 @@ class AdversaryConfig(Settings):
     order: Order = "authors"
     target: Target = "equivariant"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Write out the method where a dose is all that is said."""
+        if self.steps is not None and self.dose is None:
+            self.dose = "auto"
+        if self.dose is not None and (self.method, self.passes, self.direction) == ("free", 1, "gradient"):
+            self.method, self.passes, self.direction = "pgd", 2, "residual"
 
 
 @dataclass

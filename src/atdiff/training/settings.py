@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -120,6 +121,9 @@ def _inner(hint: Any, part: str) -> Any:  # noqa: ANN401
 def _loaded(text: str, hint: Any) -> Any:  # noqa: ANN401
     """Return the value that a word of the command line stands for, which is the word itself where text is expected."""
     kinds = _kinds(hint)
+    if float in kinds and any(get_origin(kind) is Literal for kind in kinds):  # a word, or a number
+        with contextlib.suppress(ValueError):
+            return float(text)
     if any(kind is str or get_origin(kind) is Literal for kind in kinds):
         return None if text == "null" and NoneType in kinds else text
     try:
