@@ -65,9 +65,9 @@ _NEW_HEADS: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order"
 Noise = tuple[Literal["linear", "cosine"], int]
 
 # By (model_channels, num_res_blocks, channel_mult, resblock_updown), from the READMEs of guided-diffusion,
-# improved-diffusion and DDPM-IP: what weights cannot tell where it is not by the rule of `infer_arch`, and the betas and
-# number of timesteps that all published networks of these widths have. The 4,000 steps of the other networks of
-# improved-diffusion are told to them as times of 1,000.
+# improved-diffusion and DDPM-IP: what weights cannot tell where it is not by the rule of `infer_arch`, and the betas
+# and timesteps that all published networks of these widths have. Other networks of improved-diffusion are told their
+# 4,000 timesteps as times of 1,000.
 _PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], tuple[dict[str, Any] | None, Noise]] = {
     (128, 3, (1, 2, 2, 2), True): (  # CIFAR-10, ImageNet-32 (ADM-IP, -ES, -AT)
         {key: ADM_CIFAR10[key] for key in ("image_size", "dropout", "num_head_channels", "use_new_attention_order")},
@@ -206,9 +206,9 @@ class ADMArchitecture:
 class ADMUNet2DModel(UNet2DModel):
     """A ``UNet2DModel`` for the two things that it cannot express.
 
-    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level
-    of another width than ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` opens
-    a pipeline that holds it wherever atdiff is installed; ``UNet2DModel.from_pretrained`` must not be used. ``arch`` are the
+    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level of
+    another width than ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` opens a pipeline
+    that holds it wherever atdiff is installed; ``UNet2DModel.from_pretrained`` must not be used. ``arch`` are the
     arguments of ``ADMArchitecture``.
     """
 
@@ -228,8 +228,8 @@ class ADMUNet2DModel(UNet2DModel):
 def adm_unet(**arch: Any) -> UNet2DModel:  # noqa: ANN401  (the fields of ADMArchitecture)
     """Build the network of guided-diffusion's ``UNetModel(**arch)``, with new weights, in training mode.
 
-    It maps ``(B, in_channels, H, W)``, H and W divisible by ``2 ** (len(channel_mult) - 1)``, timesteps ``(B,)`` and, with
-    ``num_classes``, ``class_labels`` ``(B,)`` to ``(B, out_channels, H, W)``. It is a plain ``UNet2DModel``, or an
+    It maps ``(B, in_channels, H, W)``, H and W divisible by ``2 ** (len(channel_mult) - 1)``, timesteps ``(B,)`` and,
+    with ``num_classes``, ``class_labels`` ``(B,)`` to ``(B, out_channels, H, W)``. It is a plain ``UNet2DModel``, or an
     ``ADMUNet2DModel`` where that cannot express the architecture. Arguments are those of ``ADMArchitecture``.
 
     Raises:
@@ -290,9 +290,10 @@ def read_adm_checkpoint(path: Path) -> dict[str, Tensor]:
 def infer_arch(state_dict: Mapping[str, Tensor], **overrides: Any) -> dict[str, Any]:  # noqa: ANN401
     """Infer the arguments of ``ADMArchitecture`` from guided-diffusion weights.
 
-    Weights do not tell the heads, their order, dropout and image size. These come from ``overrides``, else from the flags
-    published for networks of exactly these widths and blocks, else they are ``num_head_channels`` 64 in the legacy order,
-    dropout 0, and the image size that has 8 pixels at the coarsest level, as in the ADMs of ImageNet-256 and LSUN.
+    Weights do not tell the heads, their order, dropout and image size. These come from ``overrides``, else from the
+    flags published for networks of exactly these widths and blocks, else they are ``num_head_channels`` 64 in the
+    legacy order, dropout 0, and the image size that has 8 pixels at the coarsest level, as in the ADMs of ImageNet-256
+    and LSUN.
 
     Args:
         state_dict: keys and shapes of guided-diffusion's ``UNetModel``.

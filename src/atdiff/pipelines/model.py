@@ -1,4 +1,4 @@
-"""Where results live: training folders and diffusers pipelines."""
+"""Trained models of training folders and diffusers pipelines, and the images that they are measured against."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def load_denoiser(
         guidance_scale: see :meth:`TrainedModel.guided`; None for that of the run's training, or the usual one.
 
     Raises:
-        UserError: there is nothing of the kind, the download failed, it is a pipeline of a class that is not taken, or
-            a text-to-image pipeline and those are not taken; or the scale does not fit.
+        UserError: as :func:`load_pipeline`, or it is a text-to-image pipeline and those are not taken; or the scale
+            does not fit.
     """
     config = run_config(run)
     variant = None if config else variant
@@ -98,8 +98,7 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
 def reference_name(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
     """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
 
-    Whatever is read in another way than in training follows the name, so that figures against the same images in two
-    sizes stand beside each other.
+    Whatever is read in another way than in training follows the name.
 
     Raises:
         UserError: neither is known.
@@ -125,11 +124,7 @@ def reference_data(denoiser: TrainedModel, name: str | None = None, options: Dat
 
 
 def check_shape(denoiser: TrainedModel, found: tuple[int, ...], name: str) -> None:
-    """Find out whether images of a shape ``(C, H, W)`` are of the size that a network makes.
-
-    Raises:
-        UserError: they are not; it says how to read them so.
-    """
+    """Raise a UserError unless images of a shape ``(C, H, W)`` are of the size that a network makes."""
     channels, height, width = denoiser.image_shape
     if found == (channels, height, width):
         return

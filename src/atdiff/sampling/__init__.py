@@ -1,4 +1,4 @@
-"""Sampling: diffusers schedulers by name, per-picture seeds, training-free corrections."""
+"""Sampling: diffusers schedulers by name, per-image seeds, training-free corrections."""
 
 from atdiff.sampling.corrections import (
     CORRECTIONS,
