@@ -30,7 +30,7 @@ class CorrectionFamily:
         example: a spec.
         grid: values that a search tries.
         neutral: the value that changes nothing.
-        refined: whether a search goes on to the midpoints beside the best value.
+        refined: whether a search tries the midpoints beside the best value, too.
     """
 
     home: str
@@ -65,8 +65,7 @@ class CorrectionSpec:
 
     Attributes:
         family: one of :data:`CORRECTIONS`.
-        values: its numbers: scale and maybe slope, window and maybe cutoff, or strengths of the low band and maybe the
-            high one; none for ``none`` and searches.
+        values: its numbers, as :func:`parse_correction` reads them; none for ``none`` and searches.
         search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
     """
 

@@ -98,10 +98,7 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
 def reference_name(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
     """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
 
-    Whatever is read in another way than in training follows the name.
-
-    Raises:
-        UserError: neither is known.
+    What ``options`` change of how these were read follows it. A UserError where neither is known.
     """
     found = name or denoiser.config.get("data", {}).get("name")
     if not found:

@@ -86,11 +86,7 @@ class TrainedModel:
         return {} if self.variant is None else {"variant": self.variant}
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another scale of guidance, for the networks that know guidance.
-
-        Raises:
-            UserError: this one does not, or the scale is out of range.
-        """
+        """Return the run with another scale of guidance, or raise a UserError: this network knows none."""
         raise UserError(
             f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
         )
@@ -128,11 +124,7 @@ class TrainedModel:
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Find out whether this run can be sampled with corrections at all; every network of pixels can.
-
-        Raises:
-            UserError: it cannot, and one of ``corrections`` is not ``none``.
-        """
+        """Raise a UserError where this run cannot be sampled with one of ``corrections``; networks of pixels can."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -162,11 +154,7 @@ class TrainedModel:
         return self.model.config.get("num_class_embeds") in USUAL_WITH_NULL
 
     def label_of(self, text: str) -> int:
-        """Return the label of a class, by name or else by number.
-
-        Raises:
-            UserError: there is no such class.
-        """
+        """Return the label of a class, by name or else by number; a UserError where there is none."""
         names = self._names()
         if text in names:
             return names.index(text)

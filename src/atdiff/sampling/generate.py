@@ -169,10 +169,9 @@ def iter_generate(
     share the work. A module runs in evaluation mode, and is put back after.
 
     Args:
-        model: see :func:`denoise_steps`.
+        model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``, ``(num,)``.
         training_scheduler: of the network; ``sampler`` and ``steps`` as in :func:`atdiff.sampling.make_scheduler`.
         shape: ``(C, H, W)``.
-        class_labels: ``(num,)``, for class-conditional networks.
         device: where the model is moved; default: where it is.
 
     Raises:

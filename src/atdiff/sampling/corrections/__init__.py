@@ -35,11 +35,9 @@ GRIDS = {name: family.grid for name, family in FAMILIES.items()}
 
 
 def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | None:
-    """Return the correction of a spec; None where it changes nothing.
+    """Return the correction of a spec (see :func:`atdiff.core.specs.parse_correction`); None where it changes nothing.
 
-    Args:
-        spec: see :func:`atdiff.core.specs.parse_correction`.
-        data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
+    ``data_variance`` is for the time shift; see :class:`TimeShift`.
 
     Raises:
         UserError: a bad spec or value, or one that is still to be searched for.

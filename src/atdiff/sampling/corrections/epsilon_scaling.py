@@ -28,7 +28,7 @@ class EpsilonScaling(Correction):
         slope: change of b per timestep, in the units of the schedule's timesteps.
 
     Raises:
-        UserError: ``scale`` is not positive or not finite, or (when called) ``b(t)`` is not positive at a timestep.
+        UserError: ``scale`` is not positive or not finite; when called, ``b(t)`` is not positive at a timestep.
     """
 
     def __init__(self, scale: float = 1.0, slope: float = 0.0) -> None:
