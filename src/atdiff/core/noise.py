@@ -322,11 +322,7 @@ class NoiseSchedule:
         return self.timesteps_at(torch.tensor(math.tan(math.pi / 2 * level), dtype=torch.float64))
 
     def check_timesteps(self, name: str, timesteps: Tensor) -> None:
-        """Make sure that timesteps of any shape are some of the schedule's.
-
-        Raises:
-            UserError: they are not, with the name that they have.
-        """
+        """Raise a UserError, with their ``name``, unless timesteps of any shape are some of the schedule's."""
         last = self.num_train_timesteps
         if self.kind == "edm":
             good, expected = timesteps.isfinite(), "finite numbers"

@@ -75,9 +75,8 @@ class CorrectionSpec:
 
 
 def parse_correction(spec: str) -> CorrectionSpec:
-    """Read ``none``, ``FAMILY:search``, or a family and its numbers.
-
-    Those are ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]`` and ``dcw:LOW[:HIGH]``.
+    """Read ``none``, ``FAMILY:search``, ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]``,
+    ``dcw:LOW[:HIGH]``.
 
     Raises:
         UserError: an unknown family, or numbers that are missing or no numbers. Their range is not looked at.

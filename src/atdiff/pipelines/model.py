@@ -110,8 +110,7 @@ def reference_name(denoiser: TrainedModel, name: str | None = None, options: Dat
 def reference_data(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> ImageData:
     """Load those images, read as in training but for ``options``, and with the labels that the network knows.
 
-    Raises:
-        UserError: they cannot be loaded, are of another size than the network's, or of a class that it does not know.
+    A UserError where they are of another size than the network's, or of a class that it does not know.
     """
     reading = reading_of(denoiser, name, options)
     del reading["caption_column"]

@@ -107,19 +107,11 @@ class TrainedModel:
         return settings_fingerprint(self.image_shape, labels)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return the NFE: how often an image takes the network.
-
-        Raises:
-            UserError: the sampler or the number of steps does not fit the network.
-        """
+        """Return the NFE: how often an image takes the network; errors as :meth:`sampling_scheduler`."""
         return len(self.sampling_scheduler(sampler, steps).timesteps)
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler of a sampler, with its timesteps set.
-
-        Raises:
-            UserError: as :func:`atdiff.sampling.make_scheduler`.
-        """
+        """Return the scheduler of a sampler, its timesteps set; errors as :func:`atdiff.sampling.make_scheduler`."""
         tokens = image_tokens(self.model, self.image_shape)
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 

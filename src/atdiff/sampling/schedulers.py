@@ -211,11 +211,7 @@ _SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "us
 
 
 def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noqa: ANN401  (any diffusers scheduler)
-    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between.
-
-    Raises:
-        UserError: it cannot make as many steps, or some begin at the same timestep.
-    """
+    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between."""
     own = copy.deepcopy(training_scheduler)
     try:
         own.set_timesteps(steps)

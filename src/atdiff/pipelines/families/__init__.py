@@ -50,11 +50,7 @@ def find_family(pipeline: Any) -> Family | None:  # noqa: ANN401
 
 
 def family_of(pipeline: Any) -> Family:  # noqa: ANN401
-    """Return the family of a loaded pipeline, of one of the classes of :data:`FAMILIES` or a class derived from one.
-
-    Raises:
-        UserError: it is of another class; it says which are taken.
-    """
+    """Return the family of a loaded pipeline, as :func:`find_family`; a UserError says which there are."""
     family = find_family(pipeline)
     if family is None:
         raise UserError(f"a {type(pipeline).__name__} is not taken: expected a {' or a '.join(FAMILIES)}.")

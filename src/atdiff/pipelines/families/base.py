@@ -16,17 +16,11 @@ __all__ = ["Family", "NetworkView", "PromptOptions", "as_diffusers", "pixels_per
 
 
 class PromptOptions(NamedTuple):
-    """What conditions depend on besides the prompts.
+    """What conditions depend on besides the prompts."""
 
-    Attributes:
-        image_size: pixels along a side.
-        tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
-        negative: whether they are what guidance points away from.
-    """
-
-    image_size: int
-    tokens: int | None = None
-    negative: bool = False
+    image_size: int  # pixels along a side
+    tokens: int | None = None  # that a T5 cuts or fills a prompt to; None for the pipeline's own number
+    negative: bool = False  # whether they are what guidance points away from
 
 
 class NetworkView:

@@ -35,11 +35,7 @@ class Correction:
         return True
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Find, before any compute, what does not fit a noise schedule.
-
-        Raises:
-            UserError: the correction cannot be used with the schedule.
-        """
+        """Raise a UserError, before any compute, where the correction cannot be used with a noise schedule."""
 
     def shift(self, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Return the timesteps ``(B,)`` to evaluate the network at: ``timesteps`` itself where none moves.
