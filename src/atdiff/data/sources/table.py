@@ -1,14 +1,11 @@
-"""Tables that ``datasets`` opens: a ``.parquet`` file, or a folder of them, and those of the hub.
-
-They have a column of images, and may have columns of captions and of labels: whole numbers, or text, whose classes are
-ordered like folders.
-"""
+"""Tables that ``datasets`` opens: a ``.parquet`` file, or a folder of them, and those of the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import io
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,14 @@ import numpy as np
 
 from atdiff.core.errors import UserError
 from atdiff.data.contents import content_hashes
-from atdiff.data.labels import in_class_order, renumbered
-from atdiff.data.pictures import Table, files_below
-from atdiff.data.sources.source import (
-    TEXT_COLUMNS,
-    Found,
-    Pairs,
-    Request,
-    Source,
-    caption_column,
-    captions_of,
-    check_whole,
-    checked_labels,
-)
+from atdiff.data.labels import in_class_order, numbered
+from atdiff.data.raw import Item, RawImages, files_below
+from atdiff.data.sources.source import Found, Pairs, Request, Source, check_whole, checked_labels
+from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 
 __all__ = ["TABLE", "first_line", "table_source"]
 
 PARQUET = frozenset({".parquet"})
-
-
 Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
 
 
@@ -49,7 +35,7 @@ def _load(open_table: Open, request: Request) -> Found:
 
     name = request.name
     table = open_table(name, request.split)
-    pictures = _picture_column(name, table, request.image_column)
+    raw = _raw_images(name, table, request.image_column)
     if len(table) == 0:
         raise UserError(f"{name} has no rows in split {request.split!r}: expected at least one image.")
     classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -57,36 +43,26 @@ def _load(open_table: Open, request: Request) -> Found:
     classes += [c for c in ("label", "labels") if "int" in str(getattr(table.features.get(c), "dtype", ""))]
     column = _column(name, table.column_names, request.label_column, classes, "classes")
     if column is None:
-        return Found(pictures)
+        return Found(raw)
     feature = table.features[column]
     if "string" in str(getattr(feature, "dtype", "")):
-        return Found(pictures, *_text_labels(open_table, request, table, column))
+        return Found(raw, *_text_labels(open_table, request, table, column))
     labels = checked_labels(table[column][:], len(table), f"{name}, column {column},")
-    return Found(pictures, labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
+    return Found(raw, labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
 
 
-def _text_labels(
-    open_table: Open,
-    request: Request,
-    table: Any,  # noqa: ANN401
-    column: str,
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _text_labels(open_table: Open, request: Request, table: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:  # noqa: ANN401
     """Return the labels of a column of text, and the classes, which are those of the training split."""
     name, split = request.name, request.split
     texts = list(table[column][:])
     if None in texts:
         raise UserError(f"row {texts.index(None)} of {name} has no class in column {column!r}: remove it.")
-    names = in_class_order(texts)
-    index = {text: label for label, text in enumerate(names)}
-    labels = np.array([index[text] for text in texts], np.int64)
-    if split == "train" or request.path.is_file():
-        return labels, tuple(names)
-    try:
-        train = open_table(name, "train")
-    except UserError:  # there is no such split
-        return labels, tuple(names)
-    classes = in_class_order(text for text in train[column][:] if text is not None)
-    return renumbered(labels, names, classes, f"{name}[{split}]"), tuple(classes)
+    classes = None
+    if split != "train" and not request.path.is_file():
+        with contextlib.suppress(UserError):  # there is no such split
+            train = open_table(name, "train")
+            classes = in_class_order(text for text in train[column][:] if text is not None)
+    return numbered(texts, classes, f"{name}[{split}]")
 
 
 def _pairs(open_table: Open, request: Request) -> Pairs | None:
@@ -95,14 +71,11 @@ def _pairs(open_table: Open, request: Request) -> Pairs | None:
     columns = table.column_names
     if request.given and not set(TEXT_COLUMNS) & set(columns):
         return None
-    pictures = _picture_column(name, table, request.image_column)
+    raw = _raw_images(name, table, request.image_column, limit)
     texts = caption_column(name, columns, request.caption_column)
     request.check_not_given(f"column {texts!r}")
-    if limit is not None:
-        table = table.select(range(min(limit, len(table))))
-        pictures = replace(pictures, rows=pictures.rows.select(range(len(table))))
-    cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][:]))
-    return pictures, captions_of(name, cells)
+    cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][: raw.count]))
+    return raw, captions_of(name, cells)
 
 
 def _recognises(name: str, path: Path) -> bool:
@@ -111,18 +84,29 @@ def _recognises(name: str, path: Path) -> bool:
     return path.is_file() and path.suffix == ".parquet"
 
 
-def _open(name: str, split: str) -> Any:  # noqa: ANN401
+def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+    """Open tables from a folder in the cache of ``datasets`` that is theirs by content, and so is the fingerprint.
+
+    By itself it tells files apart by name and date, and returns old rows of a file replaced by one of equal date.
+    """
+    import datasets
+
     path = Path(name).expanduser()
+    words, options = (str(path),), {"split": split}
     if path.is_file():
         check_whole(name, split)
+        words, options = ("parquet",), {"split": "train", "data_files": str(path)}
+    files = [path] if path.is_file() else sorted(files_below(path, PARQUET))
     try:
-        if path.is_file():
-            return _local_table([path], "parquet", data_files=str(path), split="train")
-        return _local_table(sorted(files_below(path, PARQUET)), str(path), split=split)
+        content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
+        table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
+        table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
     except UserError:
         raise
     except Exception as error:  # the loader raises dozens of unrelated types
         raise UserError(f"{name} cannot be read as a parquet data set ({first_line(error)}).") from error
+    return table
 
 
 def first_line(error: Exception) -> str:
@@ -130,37 +114,31 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _picture_column(name: str, table: Any, asked: str | None) -> Table:  # noqa: ANN401  (a datasets.Dataset)
-    """Return the pictures of a table: of the column asked for, or of the first that holds images."""
+def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
+    """Return the images of a ``datasets.Dataset``: of the column asked for, or of the first that holds images."""
     import datasets
 
-    found = [column for column, feature in table.features.items() if _holds_images(feature)]
+    encoded = {"bytes", "path"}  # what files that other libraries wrote say instead
+    features = table.features.items()
+    found = [c for c, f in features if type(f).__name__ == "Image" or (isinstance(f, dict) and encoded <= set(f))]
     column = _column(name, table.column_names, asked, found, "images")
     if column is None:
         raise UserError(
             f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
         )
-    return Table(name, column, table.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
+    rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    # Its fingerprint is that of the files, their times of change and what was done to them since.
+    return RawImages(len(rows), partial(_items, name, column, rows), lambda: str(rows._fingerprint))
 
 
-def _local_table(files: Sequence[Path], *words: str, **options: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
-    """Open tables from a folder in the cache of ``datasets`` that is theirs by content, and so is the fingerprint.
-
-    By itself it tells files apart by their names and dates, and goes on giving the rows of a file that was replaced by
-    one of the same date.
-    """
-    import datasets
-
-    content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
-    table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
-    table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
-    return table
-
-
-def _holds_images(feature: Any) -> bool:  # noqa: ANN401  (a datasets feature)
-    encoded = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
-    return encoded or type(feature).__name__ == "Image"
+def _items(name: str, column: str, rows: Any) -> Iterator[Item]:  # noqa: ANN401
+    for i, row in enumerate(rows):
+        cell, item = row[column], f"row {i} of {name}"
+        if not cell or not (cell["bytes"] or cell["path"]):
+            raise UserError(f"{item} has no image in column {column!r}: remove it.")
+        yield item, io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
 
 
 def _column(name: str, columns: list[str], asked: str | None, found: list[str], what: str) -> str | None:
