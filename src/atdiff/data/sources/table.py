@@ -19,15 +19,27 @@ from atdiff.data.raw import Item, RawImages, files_below
 from atdiff.data.sources.source import Found, Pairs, Request, Source, check_whole, checked_labels
 from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 
-__all__ = ["TABLE", "first_line", "table_source"]
+__all__ = ["TABLE", "table_source"]
 
 PARQUET = frozenset({".parquet"})
 Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
 
 
-def table_source(recognises: Callable[[str, Path], bool], open_table: Open) -> Source:
-    """Return the source of the tables that ``open_table`` opens."""
-    return Source(recognises, load=partial(_load, open_table), pairs=partial(_pairs, open_table), has_columns=True)
+def table_source(
+    recognises: Callable[[str, Path], bool], open_table: Open, failure: Callable[[str, str], str]
+) -> Source:
+    """Return the source of the tables that ``open_table`` opens; ``failure`` says why it cannot."""
+
+    def opened(name: str, split: str) -> Any:  # noqa: ANN401
+        try:
+            return open_table(name, split)
+        except UserError:
+            raise
+        except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(failure(name, reason)) from error
+
+    return Source(recognises, load=partial(_load, opened), pairs=partial(_pairs, opened), has_columns=True)
 
 
 def _load(open_table: Open, request: Request) -> Found:
@@ -97,21 +109,11 @@ def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
         check_whole(name, split)
         words, options = ("parquet",), {"split": "train", "data_files": str(path)}
     files = [path] if path.is_file() else sorted(files_below(path, PARQUET))
-    try:
-        content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
-        table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
-        table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
-    except UserError:
-        raise
-    except Exception as error:  # the loader raises dozens of unrelated types
-        raise UserError(f"{name} cannot be read as a parquet data set ({first_line(error)}).") from error
+    content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
+    table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
+    table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
     return table
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
@@ -149,4 +151,4 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-TABLE = table_source(_recognises, _open)
+TABLE = table_source(_recognises, _open, lambda name, why: f"{name} cannot be read as a parquet data set ({why}).")
