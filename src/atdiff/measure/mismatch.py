@@ -82,32 +82,29 @@ def measure_mismatch(
     a second truly noised set in the place of the samples.
 
     Args:
-        denoiser: of latents as :func:`atdiff.measure.latents.latent_run` gives it.
         extractor: for ``frechet_features``; else these are left out, as for latents.
-        notify: called with the number of batches through the network done and in all.
 
     Returns:
         Per evaluation ``t`` (the sampler's timestep), ``level`` (see :func:`atdiff.core.noise.noise_level`), ``alpha``,
-        ``sigma`` and the figures of :func:`_distances`; Heun's method evaluates twice at a timestep. The last record,
-        of ``t`` None and level 0, compares the final samples, in [-1, 1], with the images themselves.
+        ``sigma`` and the figures of :func:`_distances`; twice at a timestep of Heun's. The last record, of ``t`` None
+        and level 0, compares the final samples, in [-1, 1], with the images themselves.
 
     Raises:
-        UserError: as ``config.check``, images of another shape than the network's, or labels that do not fit it.
+        UserError: as ``config.check``, or images or labels that do not fit the network.
         FloatingPointError: the samples are not finite.
     """
     _check_run(denoiser, data, config)
     if isinstance(denoiser.model, nn.Module):
         denoiser.model.to(device)
-    # Batches through the network: those of the sampler and of two true sets.
-    evaluations = denoiser.evaluations(config.sampler_for(denoiser.scheduler), config.steps)
-    advance = counted(notify, 3 * evaluations * -(-config.num // config.at_once(denoiser)))
+    sampler, batches = config.sampler_for(denoiser.scheduler), -(-config.num // config.at_once(denoiser))
+    advance = counted(notify, 3 * denoiser.evaluations(sampler, config.steps) * batches)  # samples and two true sets
     keep = extractor is not None
     sets = [_TrueImages(denoiser, data, config, number, device) for number in (0, 1)]
     sampling = _Probe(make_correction(config.correction), keep, advance)
     samples = _sampled(denoiser, config, sets[0], sampling, device)
-    scheduler = denoiser.sampling_scheduler(config.sampler_for(denoiser.scheduler), config.steps)
+    scheduler = denoiser.sampling_scheduler(sampler, config.steps)
     schedule, timesteps = NoiseSchedule(denoiser.scheduler), scheduler.timesteps
-    records: list[dict[str, Any]] = []
+    records = []
     for i, t in enumerate(timesteps):
         # As the network was told it: an EDM sampler may count its timesteps in other units.
         told = network_time(scheduler, t)
@@ -115,8 +112,8 @@ def measure_mismatch(
         compared = _compare(_Seen.cat(sampling.seen[i :: len(timesteps)]), *true, extractor=extractor)
         records.append({**place_of(schedule, told), "t": t.item(), **compared})
     seen = [_Seen(x0, None, to_uint8(x0) if keep else None) for x0 in (samples, *(images.x0 for images in sets))]
-    records.append({"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0} | _compare(*seen, extractor=extractor))
-    return records
+    final = {"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0}
+    return [*records, final | _compare(*seen, extractor=extractor)]
 
 
 def _sampled(

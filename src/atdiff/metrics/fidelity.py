@@ -25,11 +25,9 @@ SUBSET = 1_000  # images of the kernel distance
 class FrechetDistance(Accumulator):
     """The distance to the real images, by torch-fidelity, from the moments of both.
 
-    ``fid`` is that in the chosen extractor's features (`Heusel et al., 2017 <https://arxiv.org/abs/1706.08500>`_),
-    called ``fd`` where they are not Inception's; ``sfid`` in Inception's spatial features (`Nash et al., 2021
-    <https://arxiv.org/abs/2103.03841>`_), ``fd_dinov2`` in DINOv2's (`Stein et al., 2023
-    <https://arxiv.org/abs/2306.04675>`_), ``clip_fid`` in CLIP's (`Kynkaanniemi et al., 2022
-    <https://arxiv.org/abs/2203.06026>`_).
+    ``fid``, ``fd`` but in Inception's features: `Heusel et al., 2017 <https://arxiv.org/abs/1706.08500>`_; ``sfid``:
+    `Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_; ``fd_dinov2``: `Stein et al., 2023
+    <https://arxiv.org/abs/2306.04675>`_; ``clip_fid``: `Kynkaanniemi et al., 2022 <https://arxiv.org/abs/2203.06026>`_.
     """
 
     keeps = Moments

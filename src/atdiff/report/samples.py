@@ -73,10 +73,7 @@ def sample_grids(
 
     return {
         sampler: {
-            count: {
-                arm: _grid(denoiser, sampler, count, seed, side(denoiser), device)
-                for arm, denoiser in denoisers.items()
-            }
+            count: {arm: _grid(one, sampler, count, seed, side(one), device) for arm, one in denoisers.items()}
             for count in steps
         }
         for sampler in samplers

@@ -47,16 +47,15 @@ def make_extractor(
     data: ImageData | None = None,
     layers: Sequence[str] | None = None,
 ) -> FeatureExtractorBase:
-    """Return a frozen extractor.
+    """Return a frozen extractor, one of ``EXTRACTORS`` or registered with torch-fidelity.
 
     Args:
-        name: one of :data:`atdiff.metrics.registry.EXTRACTORS`, or registered with torch-fidelity.
         weights: a local file of weights; when None they are trained and cached, or downloaded.
-        data: the labelled images that a ``"label-classifier"`` is trained on.
+        data: the labelled images to train on.
         layers: which features it gives; None for those of :func:`feature_layers`.
 
     Raises:
-        UserError: unknown name, or weights that are missing, unreadable, of another network or cannot be downloaded.
+        UserError: an unknown name, or weights that cannot be had or are of another network.
     """
     network = extractor_class(name)
     if weights is None and name == LABEL_CLASSIFIER:
@@ -71,12 +70,9 @@ def make_extractor(
     try:
         # Networks are initialised before their weights are loaded; the caller's random state must not move.
         with torch.random.fork_rng(devices=[]), bounded_network():
-            extractor = network(
-                name,
-                list(dict.fromkeys(layers or feature_layers(network))),
-                feature_extractor_weights_path=None if weights is None else str(weights),
-                verbose=False,
-            )
+            features = list(dict.fromkeys(layers or feature_layers(network)))
+            path = None if weights is None else str(weights)
+            extractor = network(name, features, feature_extractor_weights_path=path, verbose=False)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -87,9 +83,8 @@ def make_extractor(
             "and give the path of that file as weights."
         ) from error
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{weights or 'the download'} does not hold the weights of {name}: its tensors do not fit."
-        ) from error
+        found = weights or "the download"
+        raise UserError(f"{found} does not hold the weights of {name}: its tensors do not fit.") from error
     return extractor.requires_grad_(False).eval().to(device)
 
 
