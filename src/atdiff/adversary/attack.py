@@ -104,9 +104,9 @@ class Forward:
         with getattr(self.model, "no_sync", contextlib.nullcontext)():
             with torch.set_grad_enabled(attack.needs_input_gradient):
                 output, delta = self(batch, start, track=True)
-            if attack.needs_input_gradient:
-                # Of delta alone, so that no gradient is left in the weights.
-                (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
+                if attack.needs_input_gradient:
+                    # Of delta alone, so that no gradient is left in the weights.
+                    (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
         return output, attack.moved(delta, batch, output)
 
 
