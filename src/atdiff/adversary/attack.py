@@ -94,19 +94,20 @@ class Forward:
             yield loss_of(output).detach(), delta
             delta = moved
         with torch.no_grad():
-            yield loss_of(self(batch, delta, track=False)[0]), delta
+            output, _ = self(batch, delta, track=False)
+        yield loss_of(output), delta
 
     def _step(
         self, batch: Batch, start: Tensor, loss_of: Callable[[ObjectiveOutput], Tensor]
     ) -> tuple[ObjectiveOutput, Tensor]:
         attack = self.attack
         # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
-        with getattr(self.model, "no_sync", contextlib.nullcontext)():
-            with torch.set_grad_enabled(attack.needs_input_gradient):
-                output, delta = self(batch, start, track=True)
-                if attack.needs_input_gradient:
-                    # Of delta alone, so that no gradient is left in the weights.
-                    (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
+        with no_sync(), torch.set_grad_enabled(attack.needs_input_gradient):
+            output, delta = self(batch, start, track=True)
+            if attack.needs_input_gradient:
+                # Of delta alone, so that no gradient is left in the weights.
+                (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
         return output, attack.moved(delta, batch, output)
 
 

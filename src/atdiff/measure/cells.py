@@ -319,7 +319,7 @@ def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
 
 def _metrics(
     denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str
-) -> tuple[Metrics, Metrics | None]:
+) -> tuple[Metrics | None, Metrics | None]:
     """Return the metrics, and the distance that a search lowers."""
     data = reference_data(denoiser, config.data, config.reading)
     options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": device}
@@ -340,8 +340,8 @@ class _Judge:
         self, denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
     ) -> None:
         self.config, self.device, self.cells = config, device, cells
-        made = in_main(lambda: _metrics(denoiser, config, device))
-        self.metrics, self.distance = (None, None) if made is None else made
+        made: tuple[Metrics | None, Metrics | None] | None = in_main(lambda: _metrics(denoiser, config, device))
+        self.metrics, self.distance = made or (None, None)
         self.fingerprints = from_main({} if self.metrics is None else self.metrics.fingerprints())
 
     @cached_property

@@ -212,7 +212,7 @@ def _correction_cell(one: CorrectedRow | None) -> str:
 
 
 def _corrected_cell(one: CorrectedRow | None) -> Text:
-    text, values = _cell(one and one.row, None, " "), one and values_text(one)
+    text, values = _cell(one.row if one else None, None, " "), one and values_text(one)
     return text.append(f" ({values})", style="dim") if values else text
 
 
