@@ -15,6 +15,7 @@ import torch
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.data.reading import AS_TRAINED, DataOptions
+from atdiff.data.sources import ImageData
 from atdiff.measure.entries import read_cells, versions
 from atdiff.measure.runs import Notify, say, silent, what_changed
 from atdiff.metrics.registry import METRICS
@@ -317,19 +318,6 @@ def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
     return json.dumps([data, reading, denoiser.image_shape, denoiser.prompts, how], default=str)
 
 
-def _metrics(
-    denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str
-) -> tuple[Metrics | None, Metrics | None]:
-    """Return the metrics, and the distance that a search lowers."""
-    data = reference_data(denoiser, config.data, config.reading)
-    options: dict[str, Any] = {"extractor": config.extractor, "weights": config.weights, "device": device}
-    metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, prepare=False, **options)
-    if not any(correction.endswith(SEARCH) for correction in config.corrections):
-        return metrics, None
-    searched = next(name for name in SEARCHED if name in config.metrics)
-    return metrics, Metrics(data, [searched], prepare=False, **options)
-
-
 class _Judge:
     """Makes and measures the samples of cells that share their reference images, metrics and prompts.
 
@@ -340,20 +328,28 @@ class _Judge:
         self, denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
     ) -> None:
         self.config, self.device, self.cells = config, device, cells
-        made: tuple[Metrics | None, Metrics | None] | None = in_main(lambda: _metrics(denoiser, config, device))
-        self.metrics, self.distance = made or (None, None)
+        self.prompts = denoiser.prompts
+        self.metrics = in_main(
+            lambda: self._metrics(reference_data(denoiser, config.data, config.reading), config.metrics)
+        )
         self.fingerprints = from_main({} if self.metrics is None else self.metrics.fingerprints())
+
+    def _metrics(self, data: ImageData, names: Sequence[str]) -> Metrics:
+        how: dict[str, Any] = {"extractor": self.config.extractor, "weights": self.config.weights}
+        return Metrics(data, names, prompts=self.prompts, device=self.device, prepare=False, **how)
+
+    @cached_property
+    def distance(self) -> Metrics | None:
+        """What a search lowers."""
+        name = next(name for name in SEARCHED if name in self.config.metrics)
+        metrics: Any = self.metrics  # of the main process
+        return in_main(lambda: self._metrics(metrics.data, [name]))
 
     @cached_property
     def found(self) -> dict[str, tuple[Any, Any]]:
         """What searches found; before it is first asked for, the statistics of the reference images are computed."""
-
-        def prepare() -> None:
-            for metrics in (self.metrics, self.distance):
-                if metrics is not None:
-                    metrics.prepare()
-
-        in_main(prepare)
+        metrics: Any = self.metrics  # of the main process
+        in_main(lambda: metrics.prepare())
         # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
         return {
             _search_key(cell): (cell["correction_value"], cell["correction_search"])

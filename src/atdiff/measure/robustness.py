@@ -117,7 +117,7 @@ def worst_case_loss(
             starts.append(steepest_step(normal, radius, norm))
         walks += [(delta, steps) for delta in starts]
     # Its steps of training, but for bounds that differ between samples.
-    adversary = Adversary(norm, STEP_FACTOR / steps, steps + 1, radius=1.0, scale=lambda alpha, sigma: radius,
+    adversary = Adversary(norm, STEP_FACTOR / max(steps, 1), steps + 1, radius=1.0, scale=lambda alpha, sigma: radius,
                           direction="gradient_full", target=target)  # fmt: skip
     forward = Forward(adversary, objective, model)
     with evaluating(model):
