@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.report import save_curves
-from atdiff.report.mismatch import mismatch_curves
-from atdiff.report.robustness import direction_curves, robustness_curves
+from atdiff.report.measured import direction_curves, mismatch_curves, robustness_curves
 from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of
 from atdiff.report.tables import correction_markdown, markdown_table
 from atdiff.report.words import conclusions, corrected_conclusions

@@ -26,7 +26,7 @@ from atdiff.data import contents
 from atdiff.data.captions import load_captioned
 from atdiff.data.sources import load_data
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
-from atdiff.measure.stale import what_changed
+from atdiff.measure.runs import what_changed
 from atdiff.metrics.features.labels import label_classifier_weights
 from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.latent_model import load_latent_pipeline

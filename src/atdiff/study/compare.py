@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.data.reading import AS_TRAINED
-from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs, versions
+from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
+from atdiff.measure.entries import versions
 from atdiff.study.arms import ArmRun, check_arms, find_runs
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer

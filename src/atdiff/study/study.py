@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atdiff.core.errors import UserError
-from atdiff.measure.cells import EvaluationConfig, evaluate_runs, read_cells, versions
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.study.preflight import check_study
