@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from atdiff.core.choices import order_of
 from atdiff.core.errors import UserError
 from atdiff.system.pipeline_files import check_class, no_pipeline
 
@@ -88,6 +89,9 @@ def run_config(run: str) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); put it back as it was.") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no settings of a training run; {run} is not a training folder.")
+    adversary = config.get("adversary")
+    if isinstance(adversary, dict) and "order" in adversary:
+        adversary["order"] = order_of(adversary["order"])
     return config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from atdiff.core.choices import (
     WHITE,
@@ -24,6 +24,7 @@ from atdiff.core.choices import (
     Unreadable,
     Variance,
     Weighting,
+    order_of,
 )
 
 __all__ = [
@@ -237,9 +238,12 @@ class AdversaryConfig(Settings):
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"
-    order: Order = "authors"
+    order: Annotated[Order, BeforeValidator(order_of)] = "consecutive"
     target: Target = "equivariant"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.order = order_of(self.order)
 
 
 @dataclass
