@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atdiff.adversary.adversary import Adversary
 from atdiff.core.errors import RunError
 from atdiff.sampling.generate import save_images
+from atdiff.system.files import write_text
 from atdiff.system.processes import from_main
 from atdiff.training.checkpoint import last_good
-from atdiff.training.log import MetricsLog, line_of
 from atdiff.training.progress import TrainingBar
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
 from atdiff.training.tasks.base import Task
 
-__all__ = ["Records"]
+__all__ = ["MetricsLog", "Records"]
 
 
 class Records:
@@ -72,7 +75,7 @@ class Records:
         values = {
             "pass": self.state.passes,
             "epoch": round(seen / len(self.task.data), 4),
-            **line_of(loss, self.state.adversary),
+            **_line_of(loss, self.state.adversary),
             "skipped_steps": self.steps.finite.skipped,
             "lr": self.steps.rate,
             "ema_decay": self.state.weights.ema.last,
@@ -97,7 +100,7 @@ class Records:
         if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):
             raise RunError(
                 f"{finite.newest}; {finite.skipped} steps were skipped for it, and training.max_skipped is "
-                f"{limit}: lower optimizer.lr or the adversary's step_size; {last_good(self.out)}."
+                f"{limit}: lower optimizer.lr or the adversary's step_size; {last_good(self.out / 'checkpoints')}."
             )
 
     def sample(self, average: Any = None) -> None:  # noqa: ANN401  (any diffusers model)
@@ -113,3 +116,43 @@ class Records:
         if self.accelerator.is_main_process:
             path.parent.mkdir(exist_ok=True)
             save_images(images, path)
+
+
+class MetricsLog:
+    """A file of one JSON object a line, each with the ``pass`` that it tells of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def cut(self, passes: int) -> None:
+        """Drop the lines beyond ``passes``, and one that a killed process has not finished."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines()
+        kept = [line for line in lines if _pass_of(line) <= passes]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def _line_of(loss: Tensor, adversary: Adversary) -> dict[str, float | int | None]:
+    """Return what a line tells of the last pass, its loss, terms and perturbation; None for what is not finite."""
+    output = adversary.output
+    assert output is not None
+    measured = {
+        "loss": loss.item(),
+        **{name: term.detach().mean().item() for name, term in output.terms.items()},
+        "delta_norm": adversary.mean_norm().item(),
+    }
+    known = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    return {**known, "nonfinite_deltas": int(adversary.nonfinite)}
+
+
+def _pass_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["pass"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -41,7 +41,7 @@ from atdiff.training.tasks.latent_checks import (
 __all__ = ["LatentTask"]
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
-SHOWN = 16  # pictures of a grid of samples
+SHOWN = 16  # images of a grid of samples
 
 
 class LatentTask(Task):
@@ -151,7 +151,7 @@ class LatentTask(Task):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures."""
+        """Channels, height and width of the images."""
         return self.latent.image_channels, self.latent.image_size, self.latent.image_size
 
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
