@@ -55,19 +55,13 @@ def sample(
     **drawn: Any,  # noqa: ANN401  (steps, num, seed, batch_size)
 ) -> None:
     """Draw samples from RUN: a training folder, a diffusers pipeline folder, or a hub id."""
-    from atdiff.study.preflight import check_drawing, check_runs
+    from atdiff.study.preflight import check_runs, check_sampling
     from atdiff.system.files import check_images_path
 
     check_images_path(out)
-    check_drawing(
-        samplers=() if sampler is None else (sampler,),
-        steps=(drawn["steps"],),
-        num=drawn["num"],
-        seeds=(drawn["seed"],),
-        corrections=(correction,),
-        precision=precision,
-        guidance_scale=guidance_scale,
-    )
+    drawing = {name: drawn[name] for name in ("steps", "num", "seed")}
+    network: dict[str, Any] = {"precision": precision, "guidance_scale": guidance_scale}
+    check_sampling(sampler=sampler, correction=correction, **drawing, **network)
     check_runs([run], with_data=False, variant=variant)
     from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import save_images

@@ -28,6 +28,7 @@ __all__ = [
     "check_measured",
     "check_metrics_of",
     "check_runs",
+    "check_sampling",
     "check_study",
     "check_train",
 ]
@@ -138,6 +139,14 @@ def check_drawing(
         raise UserError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
     if guidance_scale is not None and not 0.0 <= guidance_scale < math.inf:
         raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+
+
+def check_sampling(
+    *, sampler: str | None, steps: int, num: int, seed: int, correction: str, **network: Any  # noqa: ANN401
+) -> None:  # fmt: skip
+    """Check what one sampler is told as :func:`check_drawing` does; ``network`` is the rest that it takes."""
+    samplers = () if sampler is None else (sampler,)
+    check_drawing(samplers=samplers, steps=(steps,), num=num, seeds=(seed,), corrections=(correction,), **network)
 
 
 def check_runs(

@@ -211,8 +211,7 @@ def _check_bases(stages: Sequence[_Stage]) -> None:
 def _check_start(stage: _Stage) -> None:
     """Refuse an arm that started from other weights than its base has now.
 
-    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have started from those of
-    today.
+    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have today's.
     """
     base, file = stage.folder.parent / BASE, stage.folder.parent / f"{stage.arm}.start.json"
     if stage.arm == BASE or stage.config.training.init != str(base):
@@ -351,8 +350,8 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}
-    base = by_arm.get(BASE)
-    study = recipe.study
+    study, base = recipe.study, by_arm.get(BASE)
+    first = by_arm[study.arms[0]]
     return {
         "title": f"{recipe.name}: adversarial training at equal compute",
         "about": recipe.about,
@@ -361,21 +360,19 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         "baseline": study.arms[0],
         "metric": leading_metric(cells),
         "recipe": {
-            "base": asdict(base or by_arm[study.arms[0]]),
+            "base": asdict(base or first),
             "arms": {arm: recipe.arms[arm] for arm in study.arms},
             "evaluation": {
-                "samplers": study.samplers,
-                "steps": study.steps,
-                "corrections": study.corrections,
-                "num": study.num,
-                "seeds": study.seeds,
-                "extractor": study.extractor,
-                "reference": "{name} ({split} split)".format(**asdict(by_arm[study.arms[0]].data)),
+                **{
+                    name: getattr(study, name)
+                    for name in ("samplers", "steps", "corrections", "num", "seeds", "extractor")
+                },
+                "reference": f"{first.data.name} ({first.data.split} split)",
                 "weights": cells[0]["weights"],
                 "dtype": "float32",
             },
         },
-        "passes": {"base": base.training.passes if base else 0, "arm": by_arm[study.arms[0]].training.passes},
+        "passes": {"base": base.training.passes if base else 0, "arm": first.training.passes},
         "wall_seconds": round(seconds, 1),
         "cells": cells,
         "training": training,

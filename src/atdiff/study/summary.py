@@ -86,12 +86,7 @@ class Measurements:
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
-        options: dict[str, Any] = {
-            "seed": self.seed,
-            "variant": self.variant,
-            "data": self.data,
-            "reading": self.reading,
-        }
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "variant", "data", "reading")}
         with cell_progress("levels of the robustness") as notify:
             worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:

@@ -64,11 +64,7 @@ Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form OWNER/NAME of the hub and nothing suggests a mistyped path.
-
-    A path has another number of separators, begins with ``.``, ``/`` or ``~``, ends in the suffix of a file, or lies in
-    a folder that exists.
-    """
+    """Whether ``name`` has the form OWNER/NAME of the hub, without the suffix of a file or a folder that exists."""
     path = Path(name)
     has_form = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     return has_form and path.suffix.lower() not in FILE_SUFFIXES and not path.parent.exists()

@@ -149,15 +149,11 @@ class Trainer:
             with stop, bar:
                 for updates, _ in enumerate(self.passes(), 1):
                     bar.update(self.state.passes)
-                    reason = self._reason_to_stop(stop, updates)
-                    if reason and self.state.passes < self.config.training.passes:
-                        self._stop(reason)
+                    if self.state.between_batches:
+                        reason = agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
+                        if reason and self.state.passes < self.config.training.passes:
+                            self._stop(reason)
             self._finish()
-
-    def _reason_to_stop(self, stop: StopRequest, updates: int) -> str | None:
-        if not self.state.between_batches:
-            return None
-        return agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
 
     def _stop(self, reason: str) -> NoReturn:
         self.records.save()
