@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -53,11 +54,14 @@ def test_arms_differ_in_nothing_but_the_arm(finished: tuple[Path, Path]) -> None
     assert {(cell["seed"], cell["sample_seed"]) for cell in cells} == {(0, 1), (1, 2)}
 
 
-def test_a_finished_study_is_found_finished(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_study_is_found_finished(finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
     summary = json.loads((out / "summary.json").read_text())
     assert main(["study", str(recipe), "--out", str(out), "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^plain, seed 1: 10 passes, trained before, loss \d\.\d{4} \(\d of 6 runs\)$", printed, re.M)
+    assert "(6 of 6 runs)" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((out / "summary.json").read_text()) == summary
 

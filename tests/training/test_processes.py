@@ -58,7 +58,7 @@ def test_two_processes_have_the_weights_of_one_on_the_joint_batch(trained: Path,
 
 def test_torchrun_without_a_gpu_has_the_weights_of_one_process(trained: Path, tmp_path: Path) -> None:
     """Started without Accelerate, whose variables alone would make a group of CPUs."""
-    arms = ["plain", "authors-accumulated", "consistency"]
+    arms = ["plain", "consecutive-accumulated", "consistency"]
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     command = [

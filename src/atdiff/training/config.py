@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
+from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
 
 from atdiff.core.choices import (
     WHITE,
@@ -25,6 +25,7 @@ from atdiff.core.choices import (
     Unreadable,
     Variance,
     Weighting,
+    order_of,
 )
 
 __all__ = [
@@ -252,9 +253,12 @@ class AdversaryConfig(Settings):
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"
-    order: Order = "authors"
+    order: Annotated[Order, BeforeValidator(order_of)] = "consecutive"
     target: Target = "equivariant"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.order = order_of(self.order)
 
 
 @dataclass
