@@ -128,7 +128,10 @@ def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type
     if prediction_type == "edm":
         total = sigma**2 + objective.schedule.sigma_data**2
         output = network(x_t / total.sqrt(), timesteps)
-        x0_hat = objective.schedule.sigma_data**2 / total * x_t + sigma * objective.schedule.sigma_data / total.sqrt() * output
+        x0_hat = (
+            objective.schedule.sigma_data**2 / total * x_t
+            + sigma * objective.schedule.sigma_data / total.sqrt() * output
+        )
     else:
         output = network(x_t, batch.timesteps)
         x0_hat = {

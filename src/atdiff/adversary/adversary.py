@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from atdiff.adversary.attack import Forward, Kept, Objective, in_turn, micro_batches, placed
 from atdiff.adversary.auto_dose import AutoDose
-from atdiff.adversary.checks import check_adversary
+from atdiff.adversary.checks import DOSED, PAPER, check_adversary
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.adversary.dose import Dosed
 from atdiff.adversary.methods import METHODS
 from atdiff.adversary.perturbation import Perturbation
 from atdiff.adversary.scale import ScaleFunction
-from atdiff.core.choices import Direction, Method, Norm, Order, Target
+from atdiff.core.choices import Direction, Method, Norm, Order, Target, order_of
 from atdiff.core.errors import UserError
 from atdiff.core.norms import norm_of
 from atdiff.objectives.batch import Batch, ObjectiveOutput
@@ -24,46 +24,21 @@ from atdiff.objectives.batch import Batch, ObjectiveOutput
 __all__ = ["Adversary"]
 
 
-class _Usual(NamedTuple):
-    """What is taken where nothing is said."""
-
-    method: Method
-    direction: Direction
-    passes: int
-    step_size: float
-
-
-PAPER = _Usual("free", "gradient", 3, 0.1)
-DOSED = _Usual("pgd", "residual", 2, 0.0)
-
-
 class Adversary:
     """The perturbation set, and the passes that train on it.
 
-    ``free`` adversarial training runs each batch through ``passes`` forward-backward passes. It starts at
-    ``delta = 0``; each backward pass gives the gradient of the weights, which the caller's optimizer uses, and the
-    direction in which delta then moves. (`Wang et al. <https://arxiv.org/abs/2502.17099>`_, algorithm 1; `FreeLB
-    <https://arxiv.org/abs/1909.11764>`_.) ``pgd`` spends ``passes - 1`` passes on delta alone and one on the weights
-    (`Madry et al. <https://arxiv.org/abs/1706.06083>`_); without an input gradient those are forwards alone.
+    ``Adversary(steps=8)`` is all that a network needs that is to sample in 8 steps: ``pgd`` in two passes along the
+    residual, by a dose that sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting
+    of `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
-    ``equivariance`` trains at the clean input and adds ``weight * || e(x_t + delta) - e(x_t) ||^2``, with e the error
-    of the network's prediction against the equivariant target. Both inputs share one forward and backward of twice the
-    batch, counted as two passes; ``passes - 2`` more move delta first (one is FGSM; a random step takes none).
-    (`Briglia et al. <https://arxiv.org/abs/2505.21742>`_)
-
-    ``direction``:
-
-    - ``gradient``: of the loss with delta detached from the target (the authors').
-    - ``gradient_full``: of the loss with delta in the target too: the true worst case.
-    - ``residual``: the predicted minus the true noise. No input gradient is needed.
-    - ``random``: normal; the control of the same norm.
-
-    ``order`` (of ``free``): ``authors`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
-    ``passes`` parts; each pass joins the next fresh part, at ``delta = 0``, with the parts of the passes before it,
-    at their newest delta. Cost and reuse are the same, but every update sees fresh samples.
-
-    ``Adversary(steps=8)`` is all that a network which is to sample in 8 steps needs: ``pgd`` in two passes along the
-    residual, by a dose that sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the paper's.
+    - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
+      and the same backward pass moves delta; ``pgd`` moves delta first (without an input gradient by forwards alone)
+      and updates once.
+    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``, with
+      delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs no
+      input gradient; ``random``, the control of the same norm.
+    - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
+      of a batch with the parts of the passes before it, so that every update sees fresh samples.
 
     Args:
         norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
@@ -74,9 +49,9 @@ class Adversary:
             0.15, or ``auto``.
         steps: of the sampler that ``dose="auto"`` is for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only),
-            ``middle`` (``sigma_t alpha_t``, which vanishes at pure noise), or a function of ``(alpha_t, sigma_t)``,
-            each ``(B,)``. None: ``constant`` on schedules of the DDPM family, else ``sigma``: the target moves by
-            ``delta / sigma_t``, and where the noise of a flow ends a constant delta moves it without bound.
+            ``middle`` (``sigma_t alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant``
+            on schedules of the DDPM family, else ``sigma``, since where the noise of a flow ends a constant delta moves
+            the target, by ``delta / sigma_t``, without bound.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
         method: ``free``, ``pgd`` or ``equivariance``; default ``free``, and ``pgd`` with a dose.
@@ -108,11 +83,11 @@ class Adversary:
         noise_levels: tuple[float, float] | None = None,
         method: Method | None = None,
         direction: Direction | None = None,
-        order: Order = "authors",
+        order: Order = "consecutive",
         target: Target = "equivariant",
         weight: float = 1.0,
     ) -> None:
-        dosed = dose is not None or steps is not None
+        order, dosed = order_of(order), dose is not None or steps is not None
         usual = DOSED if dosed else PAPER
         method, direction = method or usual.method, direction or usual.direction
         passes = usual.passes if passes is None else passes

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from atdiff.core.choices import Direction, Method, Norm, Order, Scale, Target
 from atdiff.core.errors import UserError
 
-__all__ = ["check_adversary"]
+__all__ = ["DOSED", "PAPER", "check_adversary"]
+
+
+class Usual(NamedTuple):
+    """What :class:`atdiff.Adversary` takes where nothing is said."""
+
+    method: Method
+    direction: Direction
+    passes: int
+    step_size: float
+
+
+PAPER = Usual("free", "gradient", 3, 0.1)
+DOSED = Usual("pgd", "residual", 2, 0.0)
 
 
 def check_adversary(
@@ -57,7 +70,7 @@ def check_adversary(
             f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
         )
     if method != "free" and order == "staggered":
-        raise UserError(f"method={method!r} cannot have order='staggered'; use order='authors' or method='free'.")
+        raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
     if dose is not None or steps is not None:
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from atdiff.adversary.checks import check_adversary
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
-from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
@@ -25,7 +25,7 @@ def check_config(config: TrainConfig) -> None:
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
-    if config.model.name not in LATENT_MODELS:
+    if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
 
 
