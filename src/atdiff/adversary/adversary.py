@@ -34,9 +34,9 @@ class Adversary:
     - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
       and the same backward pass moves delta; ``pgd`` moves delta first (without an input gradient by forwards alone)
       and updates once.
-    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``, with
-      delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs no
-      input gradient; ``random``, the control of the same norm.
+    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``,
+      with delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs
+      no input gradient; ``random``, the control of the same norm.
     - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
       of a batch with the parts of the passes before it, so that every update sees fresh samples.
 
