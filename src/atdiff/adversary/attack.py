@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.core.choices import Direction, Target
 from atdiff.core.errors import UserError
+from atdiff.models.call import unsynced
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 
 __all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "in_turn", "micro_batches", "placed"]
@@ -28,6 +28,13 @@ class Objective(Protocol):
 
     def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (its batch, as in what follows)
         """Draw what is random about a batch."""
+
+    @property
+    def coupling_passes(self) -> int:
+        """Whole passes that :meth:`couple` is charged per batch; 0 for none."""
+
+    def couple(self, model: Callable[..., Any], batch: Any, micro_batches: int = 1) -> Any:  # noqa: ANN401
+        """Choose noise by what the network makes of it, in so many micro-batches."""
 
     def compute(
         self,
@@ -82,8 +89,7 @@ class Forward:
         """Return delta after some steps of its own from 0, without any gradient of the weights."""
         attack, start = self.attack, torch.zeros_like(batch.x0)
         for _ in range(steps):
-            # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
-            with getattr(self.model, "no_sync", contextlib.nullcontext)():
+            with unsynced(self.model):
                 with torch.set_grad_enabled(attack.needs_input_gradient):
                     output, delta = self(batch, start, track=True)
                 if attack.needs_input_gradient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
+from atdiff.core.charge import charge_of
 from atdiff.core.errors import RunError, Stopped
 from atdiff.core.noise import NoiseSchedule
 from atdiff.sampling.generate import save_images
@@ -66,6 +68,7 @@ class Trainer:
     Attributes:
         task: what is trained; see :class:`atdiff.training.tasks.Task`.
         adversary: perturbs its inputs.
+        charge: what a batch and a weight update cost.
         weights: of the network and its averages, once :meth:`open` was called.
         state: what a checkpoint holds, likewise.
     """
@@ -82,6 +85,7 @@ class Trainer:
         self.config = self.task.config = scaled(
             self.task.config, NoiseSchedule(self.task.scheduler).traits.default_scale
         )
+        self.charge = charge_of(asdict(self.config))
         self._bar = TrainingBar(None, None)
 
     def open(self, out: Path) -> None:
@@ -128,7 +132,7 @@ class Trainer:
         if settings.tracker:
             self.accelerator.init_trackers("atdiff")
         self.steps = Steps(self.accelerator, weights, self.model, self.config)
-        self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary)
+        self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary, self.charge)
 
     def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
         """Train to the last pass and write the pipeline; nothing where that was done before.
@@ -157,7 +161,7 @@ class Trainer:
     def _reason_to_stop(self, stop: StopRequest, updates: int) -> str | None:
         if not self.state.between_batches:
             return None
-        return agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
+        return agreed_reason(stop, self.accelerator, updates, self.charge.updates)
 
     def _stop(self, reason: str) -> NoReturn:
         self._save()
@@ -176,7 +180,7 @@ class Trainer:
 
     def _train_batch(self) -> Iterator[None]:
         """Run the passes of one batch; yield after every weight update."""
-        cost, before, losses = self.adversary.passes_per_update, self.state.passes, self._losses()
+        cost, before, losses = self.charge.update, self.state.passes, self._losses()
         for loss in losses:
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)
@@ -234,7 +238,7 @@ class Trainer:
         if due(settings.log_every, before):
             self._log()
         # The last batch may be cut short, and a longer run resumes before it.
-        cut = self.adversary.updates_per_batch > 1 and now + self.adversary.num_passes > settings.passes
+        cut = self.charge.updates > 1 and now + self.charge.batch > settings.passes
         between = self.state.between_batches
         if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
             self._save()
