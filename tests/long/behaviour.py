@@ -55,6 +55,9 @@ RUNS: dict[str, str] = {
     "input-perturbation": f"{_UNET} --objective.input_perturbation 0.1",
     "mixflow": f"{_UNET} --scheduler.name FlowMatchEulerDiscreteScheduler --scheduler.args {{}} "
     "--objective.prediction_type flow --objective.timestep_sampler beta --objective.slowed_interpolation 0.4",
+    "ot": f"{_UNET} --data.class_conditional true --objective.label_dropout 0.1 --objective.ot true",
+    "nearest": f"{_UNET} --objective.nearest 4",
+    "explorative": f"{_UNET} {_HIGH} --adversary.method pgd --adversary.direction residual --objective.explorative 3",
     "classes": f"{_UNET} --data.class_conditional true --objective.label_dropout 0.1 --data.flip true",
     "bf16": f"{_UNET} --training.precision bf16",
     "free": f"{_UNET} --adversary.passes 3 --adversary.step_size 0.1",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atdiff.adversary.attack import Forward, Kept, Objective, in_turn, micro_batches, placed
 from atdiff.adversary.auto_dose import AutoDose
-from atdiff.adversary.checks import DOSED, PAPER, check_adversary
+from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_coupling
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.adversary.dose import Dosed
 from atdiff.adversary.methods import METHODS
@@ -123,7 +123,7 @@ class Adversary:
 
     @property
     def passes_per_update(self) -> int:
-        """Forward-backward passes that a weight update is charged."""
+        """Forward-backward passes that a weight update is charged, beside the objective's ``coupling_passes``."""
         return self.num_passes // self.updates_per_batch
 
     @property
@@ -150,7 +150,7 @@ class Adversary:
         Args:
             objective: draws the batch and computes its losses.
             model: the network, wrapped or compiled as it may be.
-            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned.
+            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned, whose noise then stays.
             accumulate: micro-batches per weight update. That many losses are yielded in a row; divide them by
                 ``accumulate`` (Accelerate does) and step the optimizer after the last. Each is weighted so that all
                 samples of the update weigh the same. Each micro-batch keeps its own delta.
@@ -160,7 +160,8 @@ class Adversary:
             Scalar losses: ``updates_per_batch * accumulate`` of them.
 
         Raises:
-            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``.
+            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``;
+                or the network chooses the noise, for several weight updates.
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
         if isinstance(x0, Batch) and fixed:
@@ -168,6 +169,9 @@ class Adversary:
                 f"{', '.join(fixed)} cannot be added to a batch that is drawn already: give it to objective.draw."
             )
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
+        if batch is not x0 and "noise" not in fixed:
+            check_coupling(objective.coupling_passes, self.updates_per_batch)
+            batch = objective.couple(model, batch, accumulate)
         self._perturbation.meet(objective, warns=self.target == "equivariant" and self.num_passes > 1)
         if isinstance(self._perturbation, Dosed):
             self._perturbation.before(objective, model, batch)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from atdiff.core.choices import Direction, Method, Norm, Order, Scale, Target
 from atdiff.core.errors import UserError
 
-__all__ = ["DOSED", "PAPER", "check_adversary"]
+__all__ = ["DOSED", "PAPER", "check_adversary", "check_coupling"]
 
 
 class Usual(NamedTuple):
@@ -75,6 +75,23 @@ def check_adversary(
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
+
+
+def check_coupling(coupling_passes: int, updates: int) -> None:
+    """Check that a noise that the network chooses is that of one weight update.
+
+    Args:
+        coupling_passes: that choosing is charged per batch; 0 where nothing is chosen.
+        updates: of the weights, per batch.
+
+    Raises:
+        UserError: it is that of several.
+    """
+    if coupling_passes and updates > 1:
+        raise UserError(
+            f"explorative chooses the noise for one weight update, and passes={updates} with method='free' makes "
+            f"{updates} per batch; use method='pgd' or passes=1."
+        )
 
 
 def _check_equivariance(passes: int, direction: str, target: str, weight: float) -> None:

@@ -6,7 +6,8 @@ import os
 import warnings
 from dataclasses import asdict
 
-from atdiff.adversary.checks import check_adversary
+from atdiff.adversary.checks import check_adversary, check_coupling
+from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
 from atdiff.training.config import PIXEL_MODELS, TrainConfig
@@ -96,6 +97,7 @@ def _check_batch(config: TrainConfig) -> None:
 def _check_adversary(config: TrainConfig) -> None:
     settings = config.adversary
     check_adversary(**asdict(settings))
+    check_coupling(passes_of_forwards(config.objective.explorative), charge_of(asdict(config)).updates)
     if settings.method == "equivariance" and config.consistency.mode != "none":
         raise UserError("adversary.method='equivariance' is for denoisers: use 'free' or 'pgd' with consistency.mode.")
     if settings.passes == 1 and settings.step_size > 0:

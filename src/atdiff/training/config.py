@@ -176,6 +176,11 @@ class ObjectiveConfig(Settings):
         weighting: of the loss by the signal-to-noise ratio.
         snr_gamma: of either weighting.
         label_dropout: share of labels replaced by the null label, for classifier-free guidance.
+        ot: assign the noises of a batch to its images by least total squared distance, among images of equal
+            conditions.
+        nearest: of how many draws of its noise an image takes the nearest; 4 is usual, 0 for none.
+        explorative: of how many draws of its noise an image takes the one at which the network errs least; 0 for none.
+            Three draws are charged a pass per batch, rounded up.
         input_perturbation: gamma of DDPM-IP; 0 for none.
         slowed_interpolation: gamma of MixFlow; 0 for none.
     """
@@ -186,6 +191,9 @@ class ObjectiveConfig(Settings):
     weighting: Weighting = "none"
     snr_gamma: float = 5.0
     label_dropout: float = 0.0
+    ot: bool = False
+    nearest: Natural = 0
+    explorative: Natural = 0
     input_perturbation: float = 0.0
     slowed_interpolation: float = 0.0
 

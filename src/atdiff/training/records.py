@@ -59,7 +59,7 @@ class Records:
             before: passes that were behind before the update.
             batch: passes that were behind before its batch.
         """
-        settings, now, adversary = self.settings, self.state.passes, self.state.adversary
+        settings, now, charge = self.settings, self.state.passes, self.state.charge
 
         def due(every: int, before: int) -> bool:
             return every > 0 and (now // every > before // every or now >= settings.passes)
@@ -67,7 +67,7 @@ class Records:
         if due(settings.log_every, before):
             self._write_line(loss)
         # The last batch may be cut short, and a longer run resumes before it.
-        cut = adversary.updates_per_batch > 1 and now + adversary.num_passes > settings.passes
+        cut = charge.updates > 1 and now + charge.batch > settings.passes
         between = self.state.between_batches
         if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
             self.save()
