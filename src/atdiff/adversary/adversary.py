@@ -36,11 +36,23 @@ class Adversary:
     batch, counted as two passes; ``passes - 2`` more move delta first (one is FGSM; a random step takes none).
     (`Briglia et al. <https://arxiv.org/abs/2505.21742>`_)
 
+    Rivals take no step of ``direction``; they update the weights once a batch:
+
+    - ``soar`` adds ``weight`` times the loss of ``passes - 1`` states that one step of the sampler leads to.
+      (`<https://arxiv.org/abs/2604.12617>`_)
+    - ``adr`` adds ``weight`` times how far the velocity at such a state points away from ``x0``; two passes.
+      (`<https://arxiv.org/abs/2606.28226>`_)
+    - ``contrastive`` subtracts ``weight`` times the square distance to another sample's target; one pass.
+      (`<https://arxiv.org/abs/2506.05350>`_)
+    - ``mac`` weighs the half of the pairs with the least error ``weight`` times as much; two passes.
+      (`<https://arxiv.org/abs/2505.23346>`_)
+
     ``direction``:
 
     - ``gradient``: of the loss with delta detached from the target (the authors').
     - ``gradient_full``: of the loss with delta in the target too: the true worst case.
     - ``residual``: the predicted minus the true noise. No input gradient is needed.
+    - ``drift``: the opposite of the residual, the way in which a sampler's own error moves it; the control of sign.
     - ``random``: normal; the control of the same norm.
 
     ``order`` (of ``free``): ``authors`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
@@ -58,11 +70,12 @@ class Adversary:
             ``delta / sigma_t``, and where the noise of a flow ends a constant delta moves it without bound.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
-        method: ``free``, ``pgd`` or ``equivariance``.
+        method: ``free``, ``pgd``, ``equivariance``, or a rival: ``soar``, ``adr``, ``contrastive`` or ``mac``.
         direction: see above.
         order: see above.
         target: whether the network's target follows delta (``equivariant``) or not.
-        weight: of the regulariser of ``equivariance``.
+        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
+            to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
 
     Attributes:
         batch: the samples of the pass last yielded.
@@ -121,7 +134,7 @@ class Adversary:
     @property
     def needs_input_gradient(self) -> bool:
         """Whether delta moves along a gradient."""
-        return self._direction.gradient and self.num_passes > 1 and self.step_size > 0
+        return self._method.steps and self._direction.gradient and self.num_passes > 1 and self.step_size > 0
 
     def passes(
         self,
@@ -155,7 +168,8 @@ class Adversary:
                 f"{', '.join(fixed)} cannot be added to a batch that is drawn already: give it to objective.draw."
             )
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
-        self._perturbation.meet(objective, warns=self.target == "equivariant" and self.num_passes > 1)
+        moves = self._method.steps and self.num_passes > 1
+        self._perturbation.meet(objective, warns=self.target == "equivariant" and moves)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
             yield from self._losses(Forward(self, objective, model), part, accumulate)
 

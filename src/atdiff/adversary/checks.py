@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, get_args
 
+from atdiff.adversary.stepless import STEPLESS, check_stepless
 from atdiff.core.choices import Direction, Method, Norm, Order, Scale, Target
 from atdiff.core.errors import UserError
 
@@ -58,6 +59,9 @@ def check_adversary(
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='authors' or method='free'.")
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
+    if method in STEPLESS:
+        given = {"direction": direction, "target": target, "radius": radius, "noise_levels": noise_levels}
+        check_stepless(method, passes, weight, **given)
 
 
 def _check_equivariance(passes: int, direction: str, target: str, weight: float) -> None:

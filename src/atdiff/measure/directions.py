@@ -24,7 +24,8 @@ from atdiff.system.locks import one_writer
 __all__ = ["DirectionsConfig", "directions_of_runs", "measure_directions"]
 
 MEASURED = "directions.json"
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+# Without the drift, which is the opposite of the residual by definition.
+DIRECTIONS: tuple[Direction, ...] = tuple(name for name in get_args(Direction) if name != "drift")
 
 
 @dataclass(frozen=True)
