@@ -10,7 +10,7 @@ from atdiff.adversary.checks import check_adversary
 from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
-from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
@@ -26,7 +26,7 @@ def check_config(config: TrainConfig) -> None:
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
-    if config.model.name not in LATENT_MODELS:
+    if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
 
 
