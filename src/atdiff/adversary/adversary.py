@@ -33,10 +33,11 @@ class Adversary:
 
     - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
       and the same backward pass moves delta; ``pgd`` moves delta first (without an input gradient by forwards alone)
-      and updates once.
+      and updates once; ``equivariance`` regularises. The rivals ``soar``, ``adr``, ``contrastive`` and ``mac`` have no
+      direction and update once a batch.
     - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``,
       with delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs
-      no input gradient; ``random``, the control of the same norm.
+      no input gradient; ``drift``, its opposite, the control of sign; ``random``, the control of the same norm.
     - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
       of a batch with the parts of the passes before it, so that every update sees fresh samples.
 
@@ -54,11 +55,12 @@ class Adversary:
             the target, by ``delta / sigma_t``, without bound.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
-        method: ``free``, ``pgd`` or ``equivariance``; default ``free``, and ``pgd`` with a dose.
+        method: see above; default ``free``, and ``pgd`` with a dose.
         direction: see above; default ``gradient``, and ``residual`` with a dose.
         order: see above.
         target: whether the network's target follows delta (``equivariant``) or not.
-        weight: of the regulariser of ``equivariance``.
+        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
+            to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
 
     Attributes:
         batch: the samples of the pass last yielded.
@@ -129,7 +131,7 @@ class Adversary:
     @property
     def needs_input_gradient(self) -> bool:
         """Whether delta moves along a gradient."""
-        return self._direction.gradient and self.num_passes > 1 and self.step_size > 0
+        return self._method.steps and self._direction.gradient and self.num_passes > 1 and self.step_size > 0
 
     @property
     def auto_dose(self) -> AutoDose | None:
@@ -172,7 +174,8 @@ class Adversary:
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)
             batch = objective.couple(model, batch, accumulate)
-        self._perturbation.meet(objective, warns=self.target == "equivariant" and self.num_passes > 1)
+        moves = self._method.steps and self.num_passes > 1
+        self._perturbation.meet(objective, warns=self.target == "equivariant" and moves)
         if isinstance(self._perturbation, Dosed):
             self._perturbation.before(objective, model, batch)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:

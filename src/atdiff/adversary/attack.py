@@ -115,6 +115,12 @@ class Forward:
                 (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
         return output, attack.moved(delta, batch, output)
 
+    @torch.no_grad()
+    def glance(self, batch: Batch) -> ObjectiveOutput:
+        """Return the output at the unperturbed input, without any gradient; the attack does not remember it."""
+        with getattr(self.model, "no_sync", contextlib.nullcontext)():
+            return self.objective.compute(self.model, batch)
+
 
 Method = Callable[[Attack, Forward, Batch, Kept], Iterator[Pass]]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
+from atdiff.adversary.stepless import STEPLESS, check_stepless
 from atdiff.core.choices import Direction, Method, Norm, Order, Scale, Target
 from atdiff.core.errors import UserError
 
@@ -75,6 +76,9 @@ def check_adversary(
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
+    if method in STEPLESS:
+        given = {"direction": direction, "target": target, "radius": radius, "noise_levels": noise_levels}
+        check_stepless(method, passes, weight, **given)
 
 
 def check_coupling(coupling_passes: int, updates: int) -> None:

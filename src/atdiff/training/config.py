@@ -249,8 +249,10 @@ class AdversaryConfig(Settings):
             ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
         noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
         method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
-            regulariser to the plain loss.
-        weight: of that regulariser.
+            regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac`` (2)
+            are rivals without steps.
+        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05) add to the
+            plain loss; of the half of the pairs that ``mac`` prefers (2). No effect with ``free`` and ``pgd``.
         direction: of the steps.
         order: which passes of a batch update the weights together.
         target: ``equivariant`` moves the network's target with the perturbation.
