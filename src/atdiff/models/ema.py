@@ -30,7 +30,8 @@ def last_decay(config: Mapping[str, Any]) -> float:
     """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
     training, adversary = config["training"], config.get("adversary", {})
     passes = 1 if adversary.get("method", "free") == "free" else adversary["passes"]  # a weight update
-    updates = -(-training["passes"] // passes)
+    charged = config.get("objective", {}).get("reflow_passes") or 0  # passes that paid for pairs
+    updates = -(-(training["passes"] - charged) // passes)
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
 
 

@@ -46,8 +46,8 @@ def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
 
     A shorter run, and one of an earlier version, may have ended within the passes of a batch.
     """
-    total, cost = config.training.passes, config.adversary.passes
-    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or passes % cost == 0)
+    total, cost, first = config.training.passes, config.adversary.passes, config.objective.reflow_passes or 0
+    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or (passes - first) % cost == 0)
     if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
         raise UserError(
             f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "

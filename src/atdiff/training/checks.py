@@ -25,6 +25,7 @@ def check_config(config: TrainConfig) -> None:
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
+    _check_reflow(config)
     if config.model.name not in LATENT_MODELS:
         _check_pixels(config)
 
@@ -107,6 +108,20 @@ def _check_adversary(config: TrainConfig) -> None:
         raise UserError(
             f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so that no step is "
             f"taken whole; use a radius of {settings.step_size} or more, or a smaller step."
+        )
+
+
+def _check_reflow(config: TrainConfig) -> None:
+    settings = config.objective
+    if settings.reflow and config.model.name in LATENT_MODELS:
+        raise UserError(
+            f"objective.reflow={settings.reflow} is for networks of pixels, and model.name={config.model.name!r} is of "
+            "latents; leave it out."
+        )
+    if settings.reflow_passes is not None and not settings.reflow:
+        raise UserError(
+            f"objective.reflow_passes={settings.reflow_passes} are the cost of pairs, and objective.reflow draws none; "
+            "leave it out."
         )
 
 

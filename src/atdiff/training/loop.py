@@ -55,7 +55,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRe
         Stopped: ``stop`` asked for it.
     """
     trainer = Trainer(as_begun(config, out))
-    trainer.open(out)
+    trainer.open(out, progress=progress)
     trainer.run(progress=progress, stop=stop)
     return out
 
@@ -84,7 +84,7 @@ class Trainer:
         )
         self._bar = TrainingBar(None, None)
 
-    def open(self, out: Path) -> None:
+    def open(self, out: Path, *, progress: bool = False) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
         settings, task = self.config.training, self.task
         self.out, self._log_file = out, MetricsLog(out / "metrics.jsonl")
@@ -108,6 +108,7 @@ class Trainer:
             return
         task.read_data(self.accelerator)
         store_data(out, task)
+        task.prepare(out, self.accelerator, progress=progress)
         self._build()
         if checkpoint is not None:
             self.state.restore(checkpoint)
@@ -215,7 +216,7 @@ class Trainer:
         """Return which samples of the data this process takes for a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.training.batch_size * world
-        return batch_indices(self.config.training.seed, batch, size, len(self.task.data))[rank::world]
+        return batch_indices(self.config.training.seed, batch, size, self.task.epoch_size)[rank::world]
 
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""
@@ -247,7 +248,7 @@ class Trainer:
         seconds = time.perf_counter() - self._started
         values = {
             "pass": self.state.passes,
-            "epoch": round(seen / len(self.task.data), 4),
+            "epoch": round(seen / self.task.epoch_size, 4),
             **line_of(self._last_loss, self.adversary),
             "skipped_steps": self.steps.finite.skipped,
             "lr": self.steps.rate,

@@ -30,7 +30,8 @@ class TrainingState:
         adversary: its state is what waits for another pass.
 
     Attributes:
-        passes: that are behind.
+        charged: passes that were behind when training started; see :attr:`atdiff.training.tasks.Task.charged`.
+        passes: that are behind, those among them.
         saved_at: ``passes`` of the newest checkpoint.
     """
 
@@ -44,19 +45,24 @@ class TrainingState:
     ) -> None:
         self.accelerator, self.weights, self.optimizer = accelerator, weights, steps.optimizer
         self.objective, self.adversary, self.finite = objective, adversary, steps.finite
-        self.passes, self.saved_at = 0, -1
+        self.charged = weights.task.charged
+        self.passes, self.saved_at = self.charged, -1
         # Of the passes since the last checkpoint.
         self._loss_sum, self._loss_count = torch.zeros((), device=accelerator.device), 0
 
     @property
     def batches(self) -> int:
         """How many batches have had all their passes."""
-        return self.passes // self.adversary.num_passes
+        return self._trained // self.adversary.num_passes
 
     @property
     def between_batches(self) -> bool:
         """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
-        return self.passes % self.adversary.num_passes == 0
+        return self._trained % self.adversary.num_passes == 0
+
+    @property
+    def _trained(self) -> int:
+        return self.passes - self.charged
 
     def note(self, loss: Tensor) -> None:
         """Add the loss of a pass to the mean by which the best checkpoint is known, unread."""
@@ -132,4 +138,4 @@ class TrainingState:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
-        self.weights.ema.updates = self.passes // self.adversary.passes_per_update
+        self.weights.ema.updates = self._trained // self.adversary.passes_per_update
