@@ -80,6 +80,8 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
 def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
     """Refuse arms that a table would compare at other compute, on other images, or from another start than it says.
 
+    Passes are compute whatever they are spent on: those that paid for the pairs of a reflow are among them.
+
     Args:
         recipe: of the study.
         configs: of its base, then of its arms.
