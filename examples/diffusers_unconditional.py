@@ -50,8 +50,8 @@ def main() -> None:
                 break
     ema_model.copy_to(model.parameters())
     if args.out:
-        pictures = DDPMPipeline(model, noise_scheduler)(16, num_inference_steps=20, output_type="np").images
-        save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2), args.out, nrow=4)
+        images = DDPMPipeline(model, noise_scheduler)(16, num_inference_steps=20, output_type="np").images
+        save_image(torch.from_numpy(images).permute(0, 3, 1, 2), args.out, nrow=4)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from atdiff.data.sources import load_data
 
 
 class Network(nn.Module):
-    """Predicts the velocity of 8 x 8 pictures from x_t and t in (0, 1]."""
+    """Predicts the velocity of 8 x 8 images from x_t and t in (0, 1]."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()

@@ -39,20 +39,20 @@ def train(adversary: Adversary, passes: int) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--passes", type=int, default=8000)
-    parser.add_argument("--out", help="a .png of the points: a row for 5 steps, one for 10; a column a model")
+    parser.add_argument("--out", help="a .png of the points: a row for 5 steps, one for 10; a column per model")
     args = parser.parse_args()
     residual = Adversary(step_size=2.0, passes=2, scale="high", direction="residual", method="pgd")
     models = {"plain": train(Adversary(passes=1), args.passes), "residual": train(residual, args.passes)}
-    truth, law = load_data("mixture-ring", split="test").images[:4096].flatten(1), mixture_of("mixture-ring")
-    models["exact"], pictures = ExactDenoiser(law, SCHEDULER), []
+    truth, mixture = load_data("mixture-ring", split="test").images[:4096].flatten(1), mixture_of("mixture-ring")
+    models["exact"], plots = ExactDenoiser(mixture, SCHEDULER), []
     for steps in (5, 10):
         for name, model in models.items():
             points = generate(model, SCHEDULER, sampler="ddim", steps=steps, num=2048, shape=(2, 1, 1)).flatten(1)
             sliced, energy = sliced_wasserstein(points, truth), energy_distance(points, truth)
-            print(f"{steps} steps, {name}: SW {sliced:.4f}, energy {energy:.5f}, on mode {law.on_mode(points):.3f}")
-            pictures.append((density_picture(points) + 1) / 2)
+            print(f"{steps} steps, {name}: SW {sliced:.4f}, energy {energy:.5f}, on mode {mixture.on_mode(points):.3f}")
+            plots.append((density_picture(points) + 1) / 2)
     if args.out:
-        save_image(pictures, args.out, nrow=len(models), pad_value=0.8)
+        save_image(plots, args.out, nrow=len(models), pad_value=0.8)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Images with captions, pair by pair: those of their own, or one caption a class."""
+"""Images with captions, pair by pair: those of their own, or one caption per class."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
 from atdiff.data.labels import class_line, renumbered
-from atdiff.data.pictures import Files, Item, Pictures
-from atdiff.data.sources.load import check_shape, load_data
+from atdiff.data.raw import Pixels, RawImages, raw_files
+from atdiff.data.sources.load import load_data
 from atdiff.data.sources.registry import find_source
-from atdiff.data.sources.source import Request, Source, UncaptionedError, captions_of
+from atdiff.data.sources.source import Request, Source
+from atdiff.data.texts import UncaptionedError, captions_of
 
 __all__ = ["CaptionedImages", "UncaptionedError", "load_captioned"]
 
@@ -33,15 +33,15 @@ class CaptionedImages:
     Attributes:
         name: what the pairs are, for reports.
         captions: of all pairs, in order, none of them empty.
-        pictures: where the images are.
+        raw: where the images are.
         decoding: how they become pixels.
         unreadable: what becomes of unreadable images, and which they were the last time.
-        classes: name of each class, in the order of the labels, of data whose captions are those of their labels.
+        classes: names, in the order of the labels, where the captions are those of the classes.
     """
 
     name: str
     captions: list[str]
-    pictures: Pictures
+    raw: RawImages
     decoding: Decoding
     unreadable: UnreadableImages = field(default_factory=UnreadableImages)
     classes: tuple[str, ...] | None = None
@@ -50,19 +50,22 @@ class CaptionedImages:
         return len(self.captions)
 
     def __iter__(self) -> Iterator[tuple[Tensor, str]]:
-        first: tuple[str, tuple[int, ...]] | None = None
         self.unreadable.found.clear()
-        for (name, source), caption in zip(self.pictures, self.captions, strict=True):
-            try:
-                # Arrays have been decoded.
-                pixels = source if isinstance(source, np.ndarray) else self.decoding(source)
-            except UnreadableError as error:
-                self.unreadable.add(name, error)
-                continue
-            first = first or (name, pixels.shape)
-            check_shape(*first, name, pixels.shape)
-            yield torch.from_numpy(pixels), caption
-        self.unreadable.settle(self.name, len(self))
+        for i, pixels in decoded(self.raw, self._decode, self.unreadable, self.name):
+            yield torch.from_numpy(pixels), self.captions[i]
+
+    def _decode(self, source: Pixels) -> np.ndarray:
+        return source if isinstance(source, np.ndarray) else self.decoding(source)  # arrays have been decoded
+
+    def subset(self, indices: Sequence[int]) -> CaptionedImages:
+        """Return the pairs of these numbers, which ascend; no other image is decoded."""
+        wanted = frozenset(indices)
+        some = RawImages(
+            len(indices),
+            lambda: (item for i, item in enumerate(self.raw.items()) if i in wanted),
+            lambda: repr((self.raw.stamp(), tuple(indices))),
+        )
+        return replace(self, captions=[self.captions[i] for i in indices], raw=some)
 
     def fingerprint(self) -> str:
         """Return a hash of 16 hexadecimal digits that another image, caption, size or crop changes.
@@ -71,7 +74,7 @@ class CaptionedImages:
         sets by what ``datasets`` calls their fingerprint, images in memory by their bytes.
         """
         how = self.decoding
-        parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.pictures.stamp())
+        parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.raw.stamp())
         if how.background is not None:  # None is what older versions did
             parts = (*parts, how.background)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -96,52 +99,36 @@ def load_captioned(
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, but not yet their images.
 
+    Arguments that are not listed are those of :func:`atdiff.data.load_data`.
+
     Args:
-        name: what one of :data:`atdiff.data.sources.registry.SOURCES` recognises and has captions for: a folder of
-            images with a ``metadata.jsonl`` or ``metadata.csv``, or with a ``.txt`` beside each image; a ``.parquet``
-            file, a folder of them, or a hub data set ``owner/name``, with a column of captions; a ``.tar`` file, or a
-            folder of them, as webdataset has them; or whatever :func:`atdiff.data.load_data` reads with labels, with
-            one caption a class in ``captions``. All but a folder of class folders is held as there.
-        split: as in :func:`atdiff.data.load_data`; for a folder the subfolder of that name, if there is one.
-        image_size: centre-crop to a square and resize to this many pixels.
-        channels: 1 or 3, greyscale or RGB.
-        captions: one per class, in the order of the labels, for data that have labels alone.
-        numbered: take the number of its class for an image's caption, in the place of ``captions``.
-        caption_column: column (of a table) or field (of JSON) of the captions; when None the first of ``text``,
-            ``caption``, ``TEXT`` and ``captions``. Of a list of captions the first is taken.
-        limit: take only that many pairs, the first ones.
-        crop: ``"bicubic"`` or ``"adm"``, as in :func:`atdiff.data.load_data`.
-        background: likewise, and so are ``image_column`` (of any table) and ``label_column`` (for ``captions``).
-        image_column: see ``background``.
-        label_column: see ``background``.
-        unreadable: as in :func:`atdiff.data.load_data`.
-        classes: names of the classes in the order that ``captions`` has them, where it is not that of the labels.
+        name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
+        captions: one per class, in the order of the labels, for data that has labels alone.
+        numbered: take the number of an image's class for its caption, in the place of ``captions``.
+        caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
+        limit: take only the first so many pairs.
+        classes: names of the classes in the order of ``captions``, where that is not the order of the labels.
 
     Raises:
-        UserError: nothing of that name, no captions, an image without one, an empty one, ``captions`` that do not fit
-            the classes or are given for data with captions of their own, an unknown split or column, a limit below 1,
-            or a damaged file.
+        UserError: no such data, split or column; a missing or empty caption; or ``captions`` that do not fit.
     """
     decoding = Decoding(image_size, channels, crop, background)
     _check_arguments(captions, caption_column, limit)
     given = numbered or captions is not None
     request = Request(name, split, image_column, label_column, caption_column, limit, given)
     source = find_source(request, captioned=True)
-    own = source.pairs(request)
-    found: tuple[str, ...] | None = None
+    own, names = source.pairs(request), None
     if own is not None:
+        raw, texts = own
         if label_column is not None:
             raise UserError(f"{name} has captions of its own: leave out label_column ({label_column!r}).")
-        pictures, texts = own
     elif not given:
         raise UncaptionedError(source.uncaptioned.format(name))
     else:
-        pictures, labels, found = _labelled(source, request, decoding, unreadable)
-        if classes is not None and labels is not None and found is not None:
-            labels, found = renumbered(labels, found, classes, name), tuple(classes)
-        texts = _class_captions(name, captions, labels, found)[:limit]
+        raw, labels, names = _labelled(source, request, decoding, unreadable, classes)
+        texts = _class_captions(name, captions, labels, names)[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
-    return CaptionedImages(title, texts, pictures, decoding, UnreadableImages(unreadable), found)
+    return CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
 
 
 def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:
@@ -160,33 +147,27 @@ def _check_arguments(captions: Sequence[str] | None, caption_column: str | None,
         raise UserError("captions is an empty list: give one per class, in the order of the labels.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    images: np.ndarray  # (N, C, H, W), of the size and channels asked for
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[Item]:
-        return ((f"image {i}", image) for i, image in enumerate(self.images))
-
-    def stamp(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
-
-
 def _labelled(
-    source: Source, request: Request, decoding: Decoding, unreadable: Unreadable
-) -> tuple[Pictures, np.ndarray | None, tuple[str, ...] | None]:
-    """Return the images, up to the limit, all labels, and the names of the classes."""
+    source: Source, request: Request, decoding: Decoding, unreadable: Unreadable, classes: Sequence[str] | None
+) -> tuple[RawImages, np.ndarray | None, tuple[str, ...] | None]:
+    """Return the images, up to the limit, all labels, and the names of the classes, in the order that is given."""
     if source.lazy and source.load:
-        found = source.load(request)
-        assert isinstance(found.images, Files), found
-        return Files(request.path, found.images.files[: request.limit]), found.labels, found.classes
-    columns = {"image_column": request.image_column, "label_column": request.label_column}
-    options: dict[str, Any] = {**asdict(decoding), **columns}
-    data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
-    labels = None if data.labels is None else data.labels.numpy()
-    return _Decoded(data.images[: request.limit].numpy()), labels, data.classes
+        found, labels, names = source.load(request)
+        assert isinstance(found, RawImages), found
+        raw = raw_files(request.path, found.files[: request.limit])
+    else:
+        options = asdict(decoding) | {"image_column": request.image_column, "label_column": request.label_column}
+        data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
+        labels, names = None if data.labels is None else data.labels.numpy(), data.classes
+        images = data.images[: request.limit].numpy()
+        raw = RawImages(
+            len(images),
+            lambda: ((f"image {i}", image) for i, image in enumerate(images)),
+            lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+        )
+    if classes is None or labels is None or names is None:
+        return raw, labels, names
+    return raw, renumbered(labels, names, classes, request.name), tuple(classes)
 
 
 def _class_captions(
@@ -203,7 +184,6 @@ def _class_captions(
             f"{len(captions)} captions are given but {name} has {classes} classes: give one per class, in the order of "
             f"the labels{f' ({class_line(names)})' if names is not None else ''}."
         )
-    texts = captions_of(
-        "captions", ((f"class {i}", "" if caption is None else caption) for i, caption in enumerate(captions))
-    )
+    cells = ((f"class {i}", "" if caption is None else caption) for i, caption in enumerate(captions))
+    texts = captions_of("captions", cells)
     return [texts[label] for label in labels.tolist()]

@@ -23,14 +23,17 @@ BLOCK = 1 << 22  # bytes
 def content_hashes(files: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file.
 
-    The cache keeps the hashes with size, times of change, and number of each file, as git's index does; a file of which
-    all are as they were is not read again. The time of its last change of any kind cannot be set back, so that a file
-    of equal size in the place of another is found even where it was given the other's date.
+    The cache keeps the hashes with size, times of change, and number of each file, as git's index does. The time of the
+    last change of any kind cannot be set back, so a file in the place of another of equal size and date is found.
     """
     names = [str(file.absolute()) for file in files]
     place = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     memory = cache_folder() / "contents" / f"{place}.json"
-    known = _read(memory)
+    known: dict[str, list[object]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        loaded = json.loads(memory.read_text("utf-8"))
+        if isinstance(loaded, dict) and all(isinstance(one, list) for one in loaded.values()):
+            known = loaded
     found: dict[str, list[object]] = {}
     for name in dict.fromkeys(names):
         if not Path(name).exists():  # a link that leads nowhere: whoever reads it says so
@@ -41,7 +44,10 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
         before = known.get(name)
         found[name] = before if before is not None and before[:-1] == stamp else [*stamp, _hash(Path(name))]
     if found != known:
-        _write(memory, found)
+        newest = time.time_ns() - int(SETTLED_AFTER * 1e9)
+        settled = {name: one for name, one in found.items() if int(str(one[2])) < newest}
+        with contextlib.suppress(OSError, UserError):  # they are hashed again the next time
+            write_text(memory, json.dumps(settled))
     return [str(found[name][-1]) for name in names]
 
 
@@ -51,18 +57,3 @@ def _hash(file: Path) -> str:
         while block := opened.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _read(memory: Path) -> dict[str, list[object]]:
-    try:
-        known = json.loads(memory.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) and all(isinstance(one, list) for one in known.values()) else {}
-
-
-def _write(memory: Path, found: dict[str, list[object]]) -> None:
-    newest = time.time_ns() - int(SETTLED_AFTER * 1e9)
-    settled = {name: one for name, one in found.items() if int(str(one[2])) < newest}
-    with contextlib.suppress(OSError, UserError):  # they are hashed again the next time
-        write_text(memory, json.dumps(settled))

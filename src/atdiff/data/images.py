@@ -1,10 +1,10 @@
-"""Image files: how one is read, and what becomes of those that cannot be."""
+"""How images are decoded, and what becomes of those that cannot be."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -14,47 +14,29 @@ from PIL import Image, ImageColor, ImageOps
 
 from atdiff.core.choices import WHITE, Crop, Unreadable
 from atdiff.core.errors import UserError
+from atdiff.data.raw import Pixels, RawImages
 
-__all__ = [
-    "CROPS",
-    "WHITE",
-    "Crop",
-    "Decoding",
-    "Unreadable",
-    "UnreadableError",
-    "UnreadableImages",
-    "describe_shape",
-    "read_image",
-]
+__all__ = ["CROPS", "WHITE", "Crop", "Decoding", "Unreadable", "UnreadableImages", "decoded"]
 
 SHOWN = 5  # unreadable images that a message names; a run's data.json names all of them
 
 
-class UnreadableError(Exception):
+class _UnreadableError(Exception):
     """One image cannot be read: why."""
 
 
-def read_image(source: Path | io.BytesIO, background: str | None = WHITE) -> Image.Image:
-    """Read an image as a viewer shows it, with 8 bits a value: 16 bits are scaled to 8.
-
-    Args:
-        source: a file, or its content.
-        background: the colour that transparent pixels are composed on; None drops the transparency, and so shows
-            whatever colours are hidden under it.
-
-    Raises:
-        UnreadableError: it is damaged, of another kind, empty, too large to be an image, or has more than 16 bits.
-    """
+def _read_image(source: Path | io.BytesIO, background: str | None) -> Image.Image:
+    """Read an image as a viewer shows it, with 8 bits a value: 16 bits are scaled to 8."""
     try:
         with Image.open(source) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
     except Image.UnidentifiedImageError:
-        raise UnreadableError("no image") from None
+        raise _UnreadableError("no image") from None
     except Exception as error:  # the decoders raise two dozen types
         if isinstance(source, Path) and source.is_symlink() and not source.exists():
-            raise UnreadableError("a link that leads nowhere") from error
-        raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise _UnreadableError("a link that leads nowhere") from error
+        raise _UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     return image if background is None else _composed(image, background)
@@ -63,7 +45,7 @@ def read_image(source: Path | io.BytesIO, background: str | None = WHITE) -> Ima
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
-        raise UnreadableError(f"more than 16 bits per value (mode {image.mode})")
+        raise _UnreadableError(f"more than 16 bits per value (mode {image.mode})")
     grey = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     key = image.info.get("transparency")
     if key is None:
@@ -93,9 +75,8 @@ class Decoding:
     Attributes:
         image_size: centre-crop to a square and resize to this many pixels; as they are when None.
         channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
-        crop: how ``image_size`` is had: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it.
-        background: the colour that transparent pixels are composed on: a name or ``#rrggbb``; None drops the
-            transparency.
+        crop: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it.
+        background: what transparent pixels are composed on; None drops the transparency.
 
     Raises:
         UserError: one of them is out of range.
@@ -123,13 +104,9 @@ class Decoding:
                 "drop the transparency."
             ) from None
 
-    def __call__(self, source: np.ndarray | Path | io.BytesIO) -> np.ndarray:
-        """Return an image, uint8 ``(C, H, W)``, of a file, its content, or an array ``(H, W)`` or ``(H, W, 3)``.
-
-        Raises:
-            UnreadableError: see :func:`read_image`.
-        """
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source, self.background)
+    def __call__(self, source: Pixels) -> np.ndarray:
+        """Return an image, uint8 ``(C, H, W)``, of a file, its content, or an array ``(H, W)`` or ``(H, W, 3)``."""
+        image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read_image(source, self.background)
         mode = {1: "L", 3: "RGB"}.get(self.channels or 0, "L" if image.mode in ("1", "L", "LA", "La") else "RGB")
         if image.mode in ("La", "RGBa"):  # premultiplied, which converts to its own kind alone
             image = image.convert(f"{image.mode[:-1]}A")
@@ -145,41 +122,16 @@ class Decoding:
         return (size is None or tuple(shape[1:]) == (size, size)) and self.channels in (None, shape[0])
 
 
-def describe_shape(shape: tuple[int, ...]) -> str:
-    """Say the shape ``(C, H, W)`` of an image in words."""
-    channels, height, width = shape
-    return f"{width}x{height} pixels in {'RGB' if channels == 3 else 'greyscale'}"
-
-
 class UnreadableImages:
-    """The images of a data set that cannot be read: they are listed and refused, or left out.
-
-    Args:
-        mode: ``refuse`` or ``skip``.
-
-    Attributes:
-        found: name and reason of each.
-    """
+    """The images of a data set that cannot be read, name and reason of each: to ``refuse``, or to ``skip``."""
 
     def __init__(self, mode: Unreadable = "refuse") -> None:
         if mode not in get_args(Unreadable):
             raise UserError(f"unreadable={mode!r} is unknown; use 'refuse' or 'skip'.")
         self.mode, self.found = mode, list[tuple[str, str]]()
 
-    def add(self, name: str, error: UnreadableError) -> None:
-        """Take note of one."""
-        self.found.append((name, str(error)))
-
     def settle(self, source: str, total: int) -> None:
-        """Refuse or warn, once all images have been looked at.
-
-        Args:
-            source: the data set.
-            total: images that it has, unreadable ones included.
-
-        Raises:
-            UserError: there are some, and they are refused; or there is nothing else.
-        """
+        """Raise ``UserError`` or warn where there are any, of ``total`` images; that all are unreadable is an error."""
         if not self.found:
             return
         shown = "; ".join(f"{name} cannot be read as an image ({reason})" for name, reason in self.found[:SHOWN])
@@ -187,11 +139,39 @@ class UnreadableImages:
         said = f"{len(self.found)} of the {total} images of {source} are unreadable: {shown}{more}"
         if self.mode == "refuse" or len(self.found) == total:
             raise UserError(f"{said}. Replace or remove them, or leave them out with --data.unreadable skip.")
-        warnings.warn(f"{said}. They are left out.", stacklevel=3)
+        warnings.warn(f"{said}. They are left out.", stacklevel=4)
 
 
-def _bicubic_crop(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def decoded(
+    raw: RawImages, decode: Callable[[Pixels], np.ndarray], unreadable: UnreadableImages, name: str
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield place and pixels of the readable images of a data set, uint8 ``(C, H, W)``; at the end settle the others.
+
+    Raises:
+        UserError: an image is of another shape than the first, or unreadable.
+    """
+    first: tuple[str, tuple[int, ...]] | None = None
+    for i, (image, source) in enumerate(raw.items()):
+        try:
+            pixels = decode(source)
+        except _UnreadableError as error:
+            unreadable.found.append((image, str(error)))
+            continue
+        first = first or (image, pixels.shape)
+        if pixels.shape != first[1]:
+            raise _mixed(*first, image, pixels.shape)
+        yield i, pixels
+    unreadable.settle(name, raw.count)
+
+
+def _mixed(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]) -> UserError:
+    fixes = []
+    if shape[1:] != found[1:]:
+        fixes.append("image_size (--data.image_size PIXELS)")
+    if shape[0] != found[0]:
+        fixes.append("channels (--data.channels 3 for RGB, 1 for greyscale)")
+    said = [f"{width}x{height} pixels in {'RGB' if c == 3 else 'greyscale'}" for c, height, width in (shape, found)]
+    return UserError(f"{first} is {said[0]} but {name} is {said[1]}: make them equal with {' and '.join(fixes)}.")
 
 
 def _adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -203,4 +183,7 @@ def _adm_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"bicubic": _bicubic_crop, "adm": _adm_crop}
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "bicubic": lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC),
+    "adm": _adm_crop,
+}

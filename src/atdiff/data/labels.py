@@ -10,7 +10,7 @@ import numpy as np
 
 from atdiff.core.errors import UserError
 
-__all__ = ["class_line", "in_class_order", "renumbered"]
+__all__ = ["class_line", "in_class_order", "numbered", "renumbered"]
 
 SHOWN = 12  # classes that a line names
 
@@ -18,32 +18,30 @@ SHOWN = 12  # classes that a line names
 def in_class_order(names: Iterable[str]) -> list[str]:
     """Return the names of classes in the order of their labels.
 
-    Names that are all numbers are ordered by value (0, 1, 2, 10). Others are ordered as text, by code points like
-    torchvision's ``ImageFolder``, but for the numbers in them, which count by value (``class2`` before ``class10``).
-    Names that are equal so far (``1`` and ``01``) are ordered as text.
+    Numbers are ordered by value (0, 1, 2, 10), other names by code points like torchvision's ``ImageFolder``, but for
+    the numbers in them (``class2`` before ``class10``). Names equal so far (``1``, ``01``) are ordered as text.
     """
     unique = sorted(set(names))
     if all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name) for name in unique):
         return sorted(unique, key=Decimal)
-    return sorted(unique, key=_pieces)
+    # Cut into text, number, text, ..., so that like is compared with like.
+    return sorted(unique, key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
 
 
-def _pieces(name: str) -> list[int | str]:
-    """Cut a name into text, number, text, ..., so that like is compared with like."""
-    return [int(piece) if place % 2 else piece for place, piece in enumerate(re.split("([0-9]+)", name))]
+def numbered(names: Sequence[str], classes: Sequence[str] | None, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return labels, int64 ``(N,)``, of images by the name of their class, and the classes; None for those in order."""
+    own = in_class_order(names)
+    label_of = {name: label for label, name in enumerate(own)}
+    labels = np.array([label_of[name] for name in names], np.int64)
+    classes = own if classes is None else classes
+    return renumbered(labels, own, classes, what), tuple(classes)
 
 
 def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], what: str) -> np.ndarray:
     """Return labels that count ``names``, int64 ``(N,)``, as labels that count ``classes``.
 
-    Args:
-        labels: indices into ``names``.
-        names: of the classes that the labels count now; those without an image do not matter.
-        classes: names of the classes that they are to count.
-        what: the images, for messages.
-
     Raises:
-        UserError: an image has a class that is not among ``classes``.
+        UserError: one of the images, ``what``, has a class that is not among ``classes``.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     table = np.array([label_of.get(name, -1) for name in names], np.int64)

@@ -1,4 +1,4 @@
-"""Gaussian mixtures in the plane: data whose law, score and best denoiser are known exactly."""
+"""Gaussian mixtures in the plane: data of known distribution, score and best denoiser."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.core.prediction import make_prediction, said_prediction_type
+from atdiff.data.sources.source import chosen_split
 
 __all__ = ["MIXTURES", "ExactDenoiser", "Mixture", "density_picture", "draw_mixture", "mixture_of"]
 
@@ -24,9 +25,7 @@ ON_MODE = 3.0  # standard deviations
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A mixture of round Gaussians of one width.
-
-    Points are ``(N, 2)``, or ``(N, 2, 1, 1)`` as images of one pixel and two channels.
+    """A mixture of round Gaussians of one width; points are ``(N, 2)``, or as images ``(N, 2, 1, 1)``.
 
     Attributes:
         means: of the modes, float64, ``(K, 2)``.
@@ -50,16 +49,10 @@ class Mixture:
         return self.means[labels] + self.std * noise, labels
 
     def score(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the gradient of ``log p_t(x_t)``, float64, like ``x_t``.
+        """Return the gradient of ``log p_t(x_t)``, float64, like ``x_t``; ``alpha`` and ``sigma`` are ``(B,)``.
 
-        ``p_t`` is the law of ``alpha x0 + sigma noise``: the mixture with means ``alpha m_k`` and variance
-        ``alpha^2 std^2 + sigma^2``, so that its score is a mean of the modes' scores, weighted by the posterior of the
-        modes.
-
-        Args:
-            x_t: points, ``(B, 2)`` or ``(B, 2, 1, 1)``.
-            alpha: ``(B,)``.
-            sigma: ``(B,)``.
+        ``p_t`` is the distribution of ``alpha x0 + sigma noise``: the mixture with means ``alpha m_k`` and variance
+        ``alpha^2 std^2 + sigma^2``. Its score is the mean of the modes' scores, weighted by their posterior.
         """
         return self._moments(x_t, alpha, sigma)[1]
 
@@ -68,14 +61,13 @@ class Mixture:
 
         By Tweedie's formula (`Efron, 2011 <https://doi.org/10.1198/jasa.2011.tm11181>`_) the second is
         ``-sigma score``; the first is taken from the posterior of the modes, not divided by alpha, which may be zero.
-        Arguments as for :meth:`score`.
         """
         mean, score = self._moments(x_t, alpha, sigma)
         alpha, sigma = (expand(s.double(), x_t) for s in (alpha, sigma))
         return mean - alpha * self.std**2 * score, -sigma * score
 
     def _moments(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior mean of the mode's own mean, and the score."""
+        """Return the posterior mean of the modes' means, and the score."""
         means, weights = self.means.to(x_t.device), self.weights.to(x_t.device)
         alpha, sigma = alpha.double()[:, None], sigma.double()[:, None]
         points, variance = x_t.double().flatten(1), (alpha * self.std).square() + sigma.square()
@@ -87,27 +79,20 @@ class Mixture:
     def on_mode(self, points: Tensor) -> float:
         """Return the share of points within three standard deviations of a mode.
 
-        Of modes that lie apart it is ``1 - exp(-4.5)``, 0.989, for the true law; more where a sampler narrows the
-        modes. (`VEEGAN <https://arxiv.org/abs/1705.07761>`_, section 4.1, for the ring and the grid.)
+        For the true distribution, of modes that lie apart, it is ``1 - exp(-4.5)``, 0.989; more where a sampler narrows
+        the modes. (`VEEGAN <https://arxiv.org/abs/1705.07761>`_, section 4.1, for the ring and the grid.)
         """
-        return (self._distances(points).amin(dim=1) <= ON_MODE * self.std).double().mean().item()
-
-    def _distances(self, points: Tensor) -> Tensor:
-        return torch.cdist(points.detach().cpu().double().flatten(1), self.means)
+        distances = torch.cdist(points.detach().cpu().double().flatten(1), self.means)
+        return (distances.amin(dim=1) <= ON_MODE * self.std).double().mean().item()
 
 
 class ExactDenoiser(nn.Module):
     """The denoiser that no network can beat: the conditional mean of what the scheduler says is predicted.
 
-    It is called as an ``MLP2DModel`` is, so that every sampler takes it, and has no parameters. What is wrong with its
-    samples is the sampler's error alone.
-
-    Args:
-        mixture: the law of the data.
-        scheduler: of the ``vp`` or the ``flow`` family; its configuration tells the prediction type.
+    It is called as an ``MLP2DModel`` is, so that every sampler takes it; all error of its samples is the sampler's.
 
     Raises:
-        UserError: an EDM scheduler or an unknown prediction type.
+        UserError: the scheduler is of EDM, or has an unknown prediction type.
     """
 
     def __init__(self, mixture: Mixture, scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
@@ -163,20 +148,12 @@ MIXTURES: dict[str, Mixture] = {"mixture-ring": _ring(), "mixture-grid": _grid()
 
 
 def mixture_of(name: str) -> Mixture | None:
-    """Return the law that the data of a name were drawn from, or None.
-
-    Args:
-        name: of a data set, with or without its split: ``"mixture-ring"`` or ``"mixture-ring[train]"``.
-    """
+    """Return the mixture of a data set, named with or without its split (``"mixture-ring[train]"``), or None."""
     return MIXTURES.get(name.split("[")[0])
 
 
 def draw_mixture(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Draw the points of a mixture, the same each time: 50,000 ``train``, 10,000 others ``test``, or ``all``.
-
-    Args:
-        name: one of :data:`MIXTURES`.
-        split: ``train``, ``test`` or ``all``.
+    """Draw the points of one of :data:`MIXTURES`, the same each time: 50,000 ``train``, 10,000 ``test``, or ``all``.
 
     Returns:
         Points in [-1, 1], float32, ``(N, 2, 1, 1)``, and the mode of each, int64, ``(N,)``.
@@ -184,25 +161,16 @@ def draw_mixture(name: str, split: str) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: another split.
     """
-    if split not in (*COUNTS, "all"):
-        raise UserError(f"split {split!r} of {name} does not exist: expected train, test or all.")
-    parts = [
-        MIXTURES[name].sample(COUNTS[part], torch.Generator().manual_seed(SEEDS[part]))
-        for part in (COUNTS if split == "all" else [split])
-    ]
+    chosen = chosen_split(split, {"train": ("train",), "test": ("test",), "all": ("train", "test")}, name)
+    parts = [MIXTURES[name].sample(COUNTS[part], torch.Generator().manual_seed(SEEDS[part])) for part in chosen]
     points, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return points.float().clamp(-1.0, 1.0)[..., None, None], labels
 
 
 def density_picture(points: Tensor, pixels: int = 96) -> Tensor:
-    """Draw points of [-1, 1]^2 as a picture: white where there is none, darker where there are more.
+    """Plot points of [-1, 1]^2, ``(N, 2)`` or ``(N, 2, 1, 1)``: white where there is none, darker where there are more.
 
-    Args:
-        points: ``(N, 2)`` or ``(N, 2, 1, 1)``; the first coordinate to the right, the second upwards.
-        pixels: height and width.
-
-    Returns:
-        float32 in [-1, 1], ``(1, pixels, pixels)``.
+    The first coordinate is to the right, the second upwards. The image is float32 in [-1, 1], ``(1, pixels, pixels)``.
     """
     cells = ((points.detach().cpu().flatten(1) + 1.0) * (pixels / 2)).long().clamp(0, pixels - 1)
     rows = pixels - 1 - cells[:, 1]

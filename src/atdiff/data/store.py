@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import shutil
@@ -18,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.data.images import UnreadableImages
 from atdiff.system.files import cache_folder, remove_leftovers, write_json, write_text, written_aside
 from atdiff.system.fingerprint import fingerprint
 from atdiff.system.memory import address_space_left, memory_left, processes_here
@@ -28,19 +30,13 @@ MEMORY_SHARE = 0.5  # of what is left: images beyond it are mapped
 FORMAT = 1  # of the folder; older ones are made anew
 PIXELS, MANIFEST = "pixels.bin", "manifest.json"
 
-# Images as they are decoded: their places among the pictures of the source, and uint8 (n, C, H, W).
+# Images as they are decoded: their places in the source, and uint8 (n, C, H, W).
 Chunks = Iterator[tuple[range, np.ndarray]]
-Unread = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """Images in a file of the cache.
-
-    Attributes:
-        folder: of the file.
-        pixels: the file, uint8 ``(N, C, H, W)``, read as it is asked for.
-    """
+    """Images in a file of the cache, uint8 ``(N, C, H, W)``, which are read as they are asked for."""
 
     folder: Path
     pixels: np.memmap
@@ -71,77 +67,55 @@ class Mapped:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Decoded images.
-
-    Attributes:
-        images: uint8 ``(N, C, H, W)``.
-        kept: the place of each among the pictures of the source.
-        mapped: the file that they are in; None in memory.
-    """
+    """Decoded images, uint8 ``(N, C, H, W)``, their places in the source, and the file that they are in, if any."""
 
     images: Tensor
     kept: list[int]
     mapped: Mapped | None = None
 
 
-def hold(
-    chunks: Callable[[], Chunks], count: int, *, name: str, key: str, unread: Unread, settle: Callable[[], None]
-) -> Held:
+def hold(chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: UnreadableImages) -> Held:
     """Decode images into memory or, beyond a share of what is left of it, into the cache, where they may be already.
 
     Args:
-        chunks: decodes them; called once, or not at all where the cache has them.
-        count: pictures of the source.
+        chunks: decodes them and settles the unreadable ones; not called where the cache has them.
+        count: images of the source, unreadable ones included.
         name: of the source, for messages.
         key: what the bytes depend on; empty where they are to stay in memory.
-        unread: the pictures that could not be read; filled from the cache too.
-        settle: refuses or warns of those.
+        bad: the images that could not be read; filled from the cache too.
 
     Raises:
-        UserError: see ``settle``; the disk or the address space does not suffice, or the cache cannot be written.
+        UserError: of unreadable images; or the disk, the address space or the cache do not take the others.
     """
     place = cache_folder() / "images" / hashlib.sha256(repr((FORMAT, key)).encode()).hexdigest()[:16]
     if key and (place.exists() or place.with_suffix(".lock").exists()):
         with _lock(place):  # of a process that is writing it
-            found = _open(place, unread)
+            found = _open(place, bad)
         if found is not None:
-            settle()
+            bad.settle(name, count)
             return found
     decoded = chunks()
     first = next(decoded, None)
     if first is None:
-        settle()
         return Held(torch.empty((0, 1, 1, 1), dtype=torch.uint8), [])
-    shape = first[1].shape[1:]
+    decoded, shape = itertools.chain([first], decoded), first[1].shape[1:]
     size = count * int(np.prod(shape))
     if not key or size <= MEMORY_SHARE * memory_left() / processes_here():
-        held = _in_memory(first, decoded, count)
-        settle()
-        return held
+        out, kept = np.empty((count, *shape), np.uint8), list[int]()  # filled in place: memory peaks at its size
+        for places, pixels in decoded:
+            out[len(kept) : len(kept) + len(pixels)] = pixels
+            kept.extend(places)
+        return Held(torch.from_numpy(out[: len(kept)]), kept)
     _check_room(place, size, f"the {count:,} images of {name}, {_gigabytes(size)} once decoded,")
     with _lock(place):
-        found = _open(place, unread)  # another process may have come first
-        if found is None:
-            _write(place, first, decoded, unread, settle)
-            found = _open(place, unread)
-        else:
-            settle()
+        found = _open(place, bad)
+        if found is not None:  # another process has come first
+            bad.settle(name, count)
+            return found
+        _write(place, shape, decoded, bad)
+        found = _open(place, bad)
     assert found is not None, place
     return found
-
-
-def _in_memory(first: tuple[range, np.ndarray], rest: Chunks, count: int) -> Held:
-    """Fill one tensor in place, so that memory peaks at its size."""
-    out, kept = np.empty((count, *first[1].shape[1:]), np.uint8), list[int]()
-    for places, pixels in _joined(first, rest):
-        out[len(kept) : len(kept) + len(pixels)] = pixels
-        kept.extend(places)
-    return Held(torch.from_numpy(out[: len(kept)]), kept)
-
-
-def _joined(first: tuple[range, np.ndarray], rest: Chunks) -> Chunks:
-    yield first
-    yield from rest
 
 
 def _gigabytes(size: int) -> str:
@@ -177,9 +151,7 @@ def _lock(place: Path) -> FileLock:
     return lock
 
 
-def _write(
-    place: Path, first: tuple[range, np.ndarray], rest: Chunks, unread: Unread, settle: Callable[[], None]
-) -> None:
+def _write(place: Path, shape: tuple[int, ...], decoded: Chunks, bad: UnreadableImages) -> None:
     kept: list[int] = []
     try:
         remove_leftovers(place)
@@ -187,20 +159,18 @@ def _write(
             partial.mkdir()
             # Not through a map, at which a full disk would end the process without a word.
             with (partial / PIXELS).open("wb") as file:
-                for places, pixels in _joined(first, rest):
+                for places, pixels in decoded:
                     file.write(np.ascontiguousarray(pixels).data)
                     kept.extend(places)
-            settle()
-            shape = [len(kept), *first[1].shape[1:]]
             np.save(partial / "kept.npy", np.array(kept, np.int64))
-            write_json(partial / MANIFEST, {"shape": shape, "unread": unread})
+            write_json(partial / MANIFEST, {"shape": [len(kept), *shape], "unread": bad.found})
     except OSError as error:
         raise UserError(
             f"{place} cannot be written ({error.strerror}): free space, or set ATDIFF_CACHE to another folder."
         ) from error
 
 
-def _open(place: Path, unread: Unread) -> Held | None:
+def _open(place: Path, bad: UnreadableImages) -> Held | None:
     """Map what the cache has; None where that is nothing or damaged."""
     if not place.exists():
         return None
@@ -216,6 +186,6 @@ def _open(place: Path, unread: Unread) -> Held | None:
         warnings.warn(f"{place} is damaged ({error}): the images are decoded again.", stacklevel=2)
         shutil.rmtree(place, ignore_errors=True)
         return None
-    unread[:] = found
+    bad.found[:] = found
     mapped = Mapped(place, pixels)
     return Held(mapped.tensor(), kept, mapped)

@@ -13,7 +13,6 @@ from atdiff.core.errors import UserError
 from atdiff.data.captions import CaptionedImages, UncaptionedError, load_captioned
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
-from atdiff.data.subset import subset
 from atdiff.metrics.features.extractors import as_bytes
 from atdiff.models.call import class_embeddings, image_tokens, predict
 from atdiff.objectives.guided import guidance_embedding
@@ -133,7 +132,7 @@ class _Captioned:
         self.name, self.captions, self.source = source.name, source.captions, source
 
     def images(self, indices: list[int]) -> Iterator[Tensor]:
-        return (image for image, _ in subset(self.source, indices))
+        return (image for image, _ in self.source.subset(indices))
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()

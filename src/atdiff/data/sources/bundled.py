@@ -1,10 +1,4 @@
-"""Data that come with the installation: ``digits``, and ``mixture-ring``, ``mixture-grid`` and ``mixture-spiral``.
-
-The digits are scikit-learn's, 8x8 pixels, 1,797 real images in 10 classes, 1,500 ``train`` and 297 ``test``
-(`Alpaydin and Kaynak, 1998 <https://archive.ics.uci.edu/dataset/80>`_). The mixtures are points in the plane drawn from
-a known distribution (:data:`atdiff.data.mixture.MIXTURES`), 50,000 ``train`` and 10,000 ``test``, as float images of
-two channels and one pixel.
-"""
+"""Data that come with the installation: scikit-learn's digits, 8x8 pixels, and points drawn from known mixtures."""
 
 from __future__ import annotations
 
@@ -12,8 +6,8 @@ import numpy as np
 
 from atdiff.core.choices import MIXTURES
 from atdiff.core.errors import UserError
-from atdiff.data.pictures import Item, Listed, Points
-from atdiff.data.sources.source import Found, Pairs, Request, Source
+from atdiff.data.raw import Item, RawImages
+from atdiff.data.sources.source import Found, Pairs, Request, Source, chosen_split
 
 __all__ = ["DIGITS", "MIXTURE"]
 
@@ -28,20 +22,17 @@ def _digits(request: Request) -> Found:
     digits = load_digits()
     everything = np.arange(len(digits.images))
     train, test = train_test_split(everything, test_size=TEST, random_state=0, stratify=digits.target)
-    parts = {"train": train, "test": test, "all": everything}
-    if request.split not in parts:
-        raise UserError(f"split {request.split!r} of digits does not exist: expected train, test or all.")
-    chosen = parts[request.split]
+    chosen = chosen_split(request.split, {"train": train, "test": test, "all": everything}, "digits")
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
-    return Found(Listed(items), digits.target[chosen].astype(np.int64))
+    return Found(RawImages(len(items), lambda: iter(items)), digits.target[chosen].astype(np.int64))
 
 
 def _points(request: Request) -> Found:
     from atdiff.data.mixture import draw_mixture  # imports torch
 
     points, labels = draw_mixture(request.name, request.split)
-    return Found(Points(points.numpy()), labels.numpy())
+    return Found(points.numpy(), labels.numpy())
 
 
 def _no_pairs(request: Request) -> Pairs | None:

@@ -1,8 +1,4 @@
-"""CIFAR-10 in its original binary form (https://www.cs.toronto.edu/~kriz/cifar.html).
-
-The folder ``cifar-10-batches-bin`` of ``data_batch_1.bin`` to ``data_batch_5.bin`` (``train``, 50,000 images) and
-``test_batch.bin`` (``test``, 10,000). The python form, which is a pickle, is refused.
-"""
+"""CIFAR-10 in its original binary form (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
 from __future__ import annotations
 
@@ -12,15 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from atdiff.core.errors import UserError
-from atdiff.data.pictures import Arrays
-from atdiff.data.sources.source import Found, Request, Source
+from atdiff.data.raw import raw_arrays
+from atdiff.data.sources.source import Found, Request, Source, chosen_split
 
 __all__ = ["CIFAR"]
 
 SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 SPLITS["all"] = SPLITS["train"] + SPLITS["test"]
-PIXELS = 3 * 32 * 32
-RECORD = 1 + PIXELS  # the class, then the red, green and blue planes
+RECORD = 1 + 3 * 32 * 32  # the class, then the red, green and blue planes
 CLASSES = 10
 
 
@@ -29,19 +24,17 @@ def _recognises(name: str, path: Path) -> bool:
 
 
 def _load(request: Request) -> Found:
-    folder, split = request.path, request.split
-    if split not in SPLITS:
-        raise UserError(f"split {split!r} of CIFAR-10 ({folder}) does not exist: expected train, test or all.")
+    folder = request.path
+    files = [folder / name for name in chosen_split(request.split, SPLITS, f"CIFAR-10 ({folder})")]
     if not any((folder / name).is_file() for name in SPLITS["all"]):
         raise UserError(
             f"{folder} holds the python form of CIFAR-10, pickles that can run code: use the binary form, "
             "cifar-10-batches-bin, or uoft-cs/cifar10 of the hub."
         )
-    files = [folder / name for name in SPLITS[split]]
     records = np.concatenate([_records(file) for file in files])
     images = records[:, 1:].reshape(-1, 3, 32, 32)
-    pictures = Arrays(len(images), images.shape[1:], partial(iter, [images]), files)
-    return Found(pictures, records[:, 0].astype(np.int64))
+    raw = raw_arrays(len(images), images.shape[1:], partial(iter, [images]), files)
+    return Found(raw, records[:, 0].astype(np.int64))
 
 
 def _records(file: Path) -> np.ndarray:

@@ -1,7 +1,6 @@
 """A folder of images, whose subfolders, if there are any, are the classes.
 
-These are in the order of :func:`atdiff.data.labels.in_class_order`: numbers by value, other names as text. Links are
-followed. Captions are a ``metadata.jsonl`` or ``metadata.csv`` of ``file_name`` and caption, one pair a row
+Captions are a ``metadata.jsonl`` or ``metadata.csv`` of ``file_name`` and caption, one pair per row
 (`imagefolder <https://huggingface.co/docs/datasets/image_dataset>`_), or a ``.txt`` beside each image.
 """
 
@@ -12,28 +11,15 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from atdiff.core.errors import UserError
-from atdiff.data.labels import in_class_order, renumbered
-from atdiff.data.pictures import IMAGE_SUFFIXES, Files, files_below
-from atdiff.data.sources.source import (
-    Found,
-    Pairs,
-    Request,
-    Source,
-    caption_column,
-    captions_of,
-    json_object,
-    missing_captions,
-    split_folder,
-    utf8,
-)
+from atdiff.data.labels import in_class_order, numbered
+from atdiff.data.raw import IMAGE_SUFFIXES, files_below, raw_files
+from atdiff.data.sources.source import Found, Pairs, Request, Source, split_folder
+from atdiff.data.texts import caption_column, captions_of, json_object, missing_captions, utf8
 
 __all__ = ["FOLDER"]
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-_METADATA_SUFFIXES = frozenset(Path(name).suffix for name in METADATA)
 
 
 def _load(request: Request) -> Found:
@@ -41,28 +27,28 @@ def _load(request: Request) -> Found:
     folder = split_folder(root, split)
     files = _image_files(folder)
     names = in_class_order(file.relative_to(folder).parts[0] for file in files if file.parent != folder)
-    pictures = Files(folder, files)
+    raw = raw_files(folder, files)
     if not names:
-        return Found(pictures)
+        return Found(raw)
     loose = [file for file in files if file.parent == folder and file.suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         raise UserError(
             f"{folder} mixes images ({loose[0].name}) with class folders ({names[0]}): "
             "expected either images alone or one subfolder per class."
         )
-    index = {name: label for label, name in enumerate(names)}
+    classes: list[str] = []
+    if folder == root / split and split != "train" and (train := root / "train").is_dir():
+        inside = (each for each in train.iterdir() if each.is_dir() and not each.name.startswith("."))
+        classes = in_class_order(each.name for each in inside if any(files_below(each, IMAGE_SUFFIXES)))
     # A class folder that is a broken link is among the unreadable images, so that its label is of no consequence.
-    labels = np.array([index.get(file.relative_to(folder).parts[0], 0) for file in files], np.int64)
-    classes = _training_folders(root) if folder == root / split and split != "train" else []
-    if classes:
-        labels = renumbered(labels, names, classes, f"{root}[{split}]")
-    return Found(pictures, labels, tuple(classes or names))
+    of_each = [names[0] if file.parent == folder else file.relative_to(folder).parts[0] for file in files]
+    return Found(raw, *numbered(of_each, classes or None, f"{root}[{split}]"))
 
 
 def _pairs(request: Request) -> Pairs | None:
     folder, asked = split_folder(request.path, request.split), request.caption_column
     files = _image_files(folder)
-    metadata = sorted(file for file in files_below(folder, _METADATA_SUFFIXES) if file.name in METADATA)
+    metadata = sorted(file for file in files_below(folder, frozenset({".jsonl", ".csv"})) if file.name in METADATA)
     if metadata:
         request.check_not_given(metadata[0].name, folder)
         return _by_metadata(folder, files, metadata, asked, request.limit)
@@ -79,7 +65,7 @@ def _pairs(request: Request) -> Pairs | None:
         (str(file), utf8(text.read_bytes(), text) if text.is_file() else None)
         for file, text in zip(files, texts, strict=False)
     )
-    return Files(folder, files), captions_of(folder, cells)
+    return raw_files(folder, files), captions_of(folder, cells)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -88,15 +74,6 @@ def _image_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
     return files
-
-
-def _training_folders(root: Path) -> list[str]:
-    """Return the class folders of the training split that have images."""
-    train = root / "train"
-    if not train.is_dir():
-        return []
-    inside = (folder for folder in train.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    return in_class_order(folder.name for folder in inside if any(files_below(folder, IMAGE_SUFFIXES)))
 
 
 def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: str | None, limit: int | None) -> Pairs:
@@ -118,7 +95,7 @@ def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: 
     if unlisted:
         raise missing_captions(folder, [str(image) for image in unlisted], len(images))
     cells = ((str(file), row.get(column)) for file, (_, row) in zip(files[:limit], rows, strict=False))
-    return Files(folder, files[:limit]), captions_of(folder, cells)
+    return raw_files(folder, files[:limit]), captions_of(folder, cells)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

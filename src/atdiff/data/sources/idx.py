@@ -1,7 +1,4 @@
-"""MNIST, Fashion-MNIST and others in the IDX form of https://yann.lecun.org/exdb/mnist/.
-
-A folder of ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same of ``t10k``, or of their ``.gz``.
-"""
+"""MNIST, Fashion-MNIST and others: folders of IDX files (https://yann.lecun.org/exdb/mnist/), or of their ``.gz``."""
 
 from __future__ import annotations
 
@@ -9,14 +6,13 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from atdiff.core.errors import UserError
-from atdiff.data.pictures import Arrays
-from atdiff.data.sources.source import Found, Request, Source, checked_labels
+from atdiff.data.raw import raw_arrays
+from atdiff.data.sources.source import Found, Request, Source, checked_labels, chosen_split
 
 __all__ = ["IDX"]
 
@@ -30,24 +26,21 @@ def _recognises(name: str, path: Path) -> bool:
 
 
 def _load(request: Request) -> Found:
-    folder, split = request.path, request.split
-    if split not in SPLITS:
-        raise UserError(f"split {split!r} of {folder} does not exist: expected train, test or all.")
-    files = [_file(folder, f"{part}-{IMAGES}") for part in SPLITS[split]]
+    folder = request.path
+    parts = chosen_split(request.split, SPLITS, folder)
+    files = [_file(folder, f"{part}-{IMAGES}") for part in parts]
     shapes = [_shape(file, 3) for file in files]
     if len({shape[1:] for shape in shapes}) > 1:
         raise UserError(f"the images of {files[1]} are of another size than those of {files[0].name}.")
     labels = []
-    for part, shape in zip(SPLITS[split], shapes, strict=True):
+    for part, shape in zip(parts, shapes, strict=True):
         file = _file(folder, f"{part}-{LABELS}")
         labels.append(checked_labels(_values(file, _shape(file, 1)), shape[0], file))
-
-    def blocks() -> Iterator[np.ndarray]:
-        for file, shape in zip(files, shapes, strict=True):
-            yield _values(file, shape)[:, None]
-
-    found = np.concatenate(labels)
-    return Found(Arrays(len(found), (1, *shapes[0][1:]), blocks, files), found)
+    found, inside = np.concatenate(labels), list(zip(files, shapes, strict=True))
+    raw = raw_arrays(
+        len(found), (1, *shapes[0][1:]), lambda: (_values(file, shape)[:, None] for file, shape in inside), files
+    )
+    return Found(raw, found)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -1,33 +1,27 @@
 """Downsampled ImageNet: batches of 8, 16, 32 or 64 pixels (https://arxiv.org/abs/1707.08819), as ``.npz`` files.
 
-A folder of ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (``train``) and ``val_data.npz`` (``val``, also
-``validation`` or ``test``), each of ``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000. ImageNet-64
-takes 1,281,167 x 12,288 bytes = 15.7 GB; the first few training files alone make a smaller set. Classes keep the order
-of the files, that of ImageNet's development kit (the first is n02119789), which is not the order of sorted WordNet ids
-that class folders and guided-diffusion's checkpoints have.
+A folder of ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (or the first few) and ``val_data.npz``, each of
+``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000. Classes are in the order of ImageNet's development
+kit (the first is n02119789), not of sorted WordNet ids, as in class folders and guided-diffusion's checkpoints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from atdiff.core.errors import UserError
-from atdiff.data.npz import NpzArray, npz_array, npz_names
-from atdiff.data.pictures import Arrays
-from atdiff.data.sources.source import Found, Request, Source
+from atdiff.data.raw import raw_arrays
+from atdiff.data.sources.npz import NpzArray, npz_array, npz_names
+from atdiff.data.sources.source import Found, Request, Source, chosen_split
 
 __all__ = ["IMAGENET"]
 
 TRAIN, VALIDATION = "train_data_batch_", "val_data"
-SPLITS = {  # whether it takes the training files and the validation file
-    "train": (True, False),
-    **dict.fromkeys(("val", "validation", "test"), (False, True)),
-    "all": (True, True),
-}
+# Whether a split takes the training files and the validation file.
+SPLITS = {"train": (True, False), "all": (True, True), **dict.fromkeys(("val", "validation", "test"), (False, True))}
 SIDES = (8, 16, 32, 64)
 CLASSES = 1000
 
@@ -44,35 +38,25 @@ def _load(request: Request) -> Found:
     width = arrays[0].shape[1]
     for array in arrays:
         if array.shape[1] != width:
-            raise UserError(
-                f"{array.file} has {array.shape[1]} values per image but {files[0].name} {width}: keep one size "
-                "per folder."
-            )
-    side = round((width / 3) ** 0.5)
-
-    def blocks() -> Iterator[np.ndarray]:
-        for array in arrays:
-            for block in array.blocks():
-                yield block.reshape(-1, 3, side, side)
-
-    found = np.concatenate(labels)
-    return Found(Arrays(len(found), (3, side, side), blocks, files), found)
+            said = f"{array.file} has {array.shape[1]} values per image but {files[0].name} {width}"
+            raise UserError(f"{said}: keep one size per folder.")
+    side, found = round((width / 3) ** 0.5), np.concatenate(labels)
+    shape = (3, side, side)
+    raw = raw_arrays(
+        len(found), shape, lambda: (block.reshape(-1, *shape) for array in arrays for block in array.blocks()), files
+    )
+    return Found(raw, found)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    if split not in SPLITS:
-        raise UserError(f"split {split!r} of ImageNet ({folder}) does not exist: expected train, val or all.")
+    training, validation = chosen_split(split, SPLITS, f"ImageNet ({folder})", "train, val or all")
     if not any(folder.glob("*.npz")):
         raise UserError(
             f"{folder} holds pickled ImageNet batches, which can run code: use the npz form of the same download page."
         )
-    training, validation = SPLITS[split]
-    files = []
-    if training:
-        numbers = [int(file.stem[len(TRAIN) :]) for file in folder.glob(f"{TRAIN}[0-9]*.npz")]
-        files += [folder / f"{TRAIN}{i}.npz" for i in range(1, max(numbers, default=1) + 1)]
-    if validation:
-        files.append(folder / f"{VALIDATION}.npz")
+    numbers = [int(file.stem[len(TRAIN) :]) for file in folder.glob(f"{TRAIN}[0-9]*.npz")] if training else [0]
+    files = [folder / f"{TRAIN}{i}.npz" for i in range(1, max(numbers, default=1) + 1)]
+    files += [folder / f"{VALIDATION}.npz"] if validation else []
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing: unpack the npz form of the downsampled ImageNet again.")

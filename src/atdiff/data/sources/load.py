@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -15,12 +13,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from atdiff.core.errors import UserError
-from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableError, UnreadableImages, describe_shape
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
 from atdiff.data.labels import renumbered
-from atdiff.data.pictures import Arrays, Files, Pictures, Points
+from atdiff.data.raw import RawImages, file_status
 from atdiff.data.sources.registry import find_source
 from atdiff.data.sources.source import Request
-from atdiff.data.store import Chunks, Mapped, hold
+from atdiff.data.store import Chunks, Held, Mapped, hold
 from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
@@ -35,10 +33,10 @@ class ImageData:
     Attributes:
         images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``; not to be written to.
         labels: int64 class indices, shape ``(N,)``, or None.
-        name: what the images are, for reports.
-        skipped: name and reason of each image that could not be read and was left out.
-        classes: name of each class, in the order of the labels; None where they have none.
-        mapped: the file that the images are in; None where they are in memory.
+        name: for reports.
+        skipped: name and reason of each unreadable image that was left out.
+        classes: names, in the order of the labels, or None.
+        mapped: the file that the images are in, or None.
     """
 
     images: Tensor
@@ -64,11 +62,7 @@ class ImageData:
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     def with_classes(self, classes: Sequence[str]) -> Self:
-        """Return the images with labels that count these classes, found by name.
-
-        Raises:
-            UserError: an image is of none of them.
-        """
+        """Return the images with labels that count these classes; an image of none of them is a ``UserError``."""
         if self.labels is None or self.classes is None or tuple(classes) == self.classes:
             return self
         labels = renumbered(self.labels.numpy(), self.classes, classes, self.name)
@@ -97,10 +91,7 @@ class ImageData:
 
 
 def to_uint8(x0: Tensor) -> Tensor:
-    """Quantise float images in [-1, 1], of any shape, as a picture file does: clamp, scale and round.
-
-    The order of operations is that of diffusers' ``VaeImageProcessor``, so the bytes equal those of its PNGs.
-    """
+    """Quantise float images in [-1, 1], of any shape, to the bytes of the PNGs of diffusers' ``VaeImageProcessor``."""
     return ((x0.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
 
 
@@ -116,122 +107,65 @@ def load_data(
     label_column: str | None = None,
     unreadable: Unreadable = "refuse",
 ) -> ImageData:
-    """Read a whole data set, with 8 bits a value.
+    """Read a whole data set, 8 bits a value, into memory or, where that is short, into a file of the cache folder.
 
-    What takes more than half of the memory that is left (of the machine, its control groups and the limits of the
-    process, shared by the processes of a launcher) is decoded into a file of the cache folder instead, from which
-    images are read as they are asked for; everything else about it is the same. The file is found again by names, sizes
-    and times of change of what it was made of, and by the options.
-
-    Greyscale images are taken as such, palettes and colours with transparency are turned into RGB, transparent pixels
-    are composed on ``background``, 16 bits are scaled to 8, and the orientation that a camera noted is applied.
+    Palettes and colours with transparency become RGB, and the orientation that a camera noted is applied.
 
     Args:
-        name: what one of :data:`atdiff.data.sources.registry.SOURCES` recognises: ``digits``, a mixture such as
-            ``mixture-ring``, a folder of images, of parquet files or of the files of CIFAR-10, MNIST or the
-            downsampled ImageNet, an ``.npz`` or ``.parquet`` file, or a hub data set ``owner/name``.
-        split: ``train``, ``test`` (for ImageNet also ``val``) or ``all``; for a hub data set any split that it has;
-            for an image folder the subfolder of that name, if there is one. What has no splits is read whole by
-            ``train`` and ``all``. The classes of every split are those of ``train``, where there is one.
+        name: what one of :data:`atdiff.data.sources.registry.SOURCES` recognises, such as ``digits``, a folder of
+            images, an ``.npz`` or ``.parquet`` file, or a hub data set ``owner/name``.
+        split: ``train``, ``test``, ``all`` or another that the data has; data without splits is read whole by ``train``
+            and ``all``. The classes of every split are those of ``train``, where there is one.
         image_size: centre-crop to a square and resize to this many pixels.
-        channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
-        crop: how ``image_size`` is had: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it,
-            as in `guided-diffusion <https://github.com/openai/guided-diffusion>`_ and its reference statistics.
-        background: the colour that transparent pixels are composed on, a name or ``#rrggbb``; None drops the
-            transparency and shows the colours that are hidden under it.
-        image_column: column of the images (parquet and hub only); the first one that holds images when None.
-        label_column: column of the classes (parquet and hub only), whole numbers or text, whose classes are ordered
-            like folders; when None the first class column, or else the whole numbers of ``label`` or ``labels``, if
-            there is one.
-        unreadable: whether to ``refuse`` data with images that cannot be read, or ``skip`` those.
+        channels: 1 or 3, to convert to greyscale or RGB.
+        crop: ``"bicubic"``, antialiased, or ``"adm"``, that of guided-diffusion and its reference statistics.
+        background: colour, by name or as ``#rrggbb``, that transparent pixels are composed on; None shows what is
+            hidden under them.
+        image_column: of a table; when None the first that holds images.
+        label_column: of a table, whole numbers or text; when None the first one of classes, if there is one.
+        unreadable: whether to ``refuse`` data with unreadable images, or ``skip`` those.
 
     Raises:
-        UserError: nothing of that name, an empty folder, unreadable images, images of mixed size without
-            ``image_size`` (or of mixed channels without ``channels``), a wrong type, an unknown split or
-            column, a class that the training split does not have, a data set that cannot be downloaded, or too little
-            room on the disk for what the memory does not hold.
+        UserError: no such data, split, column or class; unreadable images, or mixed shapes; or the disk is full.
     """
     decoding = Decoding(image_size, channels, crop, background)
     request = Request(name, split, image_column, label_column)
     source = find_source(request)
     assert source.load is not None, name
-    pictures, labels, classes = source.load(request)
-    title = f"{name}[{split}]"
-    if isinstance(pictures, Points):
-        if image_size is not None or channels is not None:
-            raise UserError(f"{name} holds points, which have no other size: leave out image_size and channels.")
-        return ImageData(torch.from_numpy(pictures.values), _tensor(labels), title)
-    bad = UnreadableImages(unreadable)
-    held = hold(
-        partial(_decoded, pictures, decoding, bad),
-        len(pictures),
-        name=name,
-        key=_cache_key(name, split, pictures, decoding),
-        unread=bad.found,
-        settle=partial(bad.settle, name, len(pictures)),
-    )
-    if labels is not None and bad.found:
-        labels = labels[held.kept]
-    return ImageData(held.images, _tensor(labels), title, tuple(bad.found), classes, held.mapped)
+    raw, labels, classes = source.load(request)
+    title, numbers = f"{name}[{split}]", None if labels is None else torch.from_numpy(labels)
+    if isinstance(raw, RawImages):
+        bad = UnreadableImages(unreadable)
+        held = _held(request, raw, decoding, bad)
+        if numbers is not None and bad.found:
+            numbers = numbers[held.kept]
+        return ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
+    if image_size is not None or channels is not None:
+        raise UserError(f"{name} holds points, which have no other size: leave out image_size and channels.")
+    return ImageData(torch.from_numpy(raw), numbers, title)
 
 
-def _tensor(labels: np.ndarray | None) -> Tensor | None:
-    return None if labels is None else torch.from_numpy(labels)
-
-
-def _cache_key(name: str, split: str, pictures: Pictures, decoding: Decoding) -> str:
-    """Return what the decoded bytes depend on; empty for pictures that are made rather than stored."""
-    stamp = pictures.stamp()
+def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Held:
+    stamp = raw.stamp()
     # The place too, and when anything about a file was last changed, which nobody can set: sizes and times of writing
     # may be those of another set that was unpacked from the same kind of archive.
-    files = pictures.files if isinstance(pictures, Files | Arrays) else ()
-    changes = [(file.stat() if file.exists() else file.lstat()).st_ctime_ns for file in files]
-    return repr((str(Path(name).expanduser().resolve()), split, decoding, stamp, changes)) if stamp else ""
+    changes = [file_status(file).st_ctime_ns for file in raw.files]
+    key = repr((str(request.path.resolve()), request.split, decoding, stamp, changes)) if stamp else ""
+    chunks = partial(_decoded, request.name, raw, decoding, bad)
+    return hold(chunks, raw.count, name=request.name, key=key, bad=bad)
 
 
-def _decoded(pictures: Pictures, decoding: Decoding, bad: UnreadableImages) -> Chunks:
-    """Yield the decoded images with their places, some at a time.
-
-    Raises:
-        UserError: they are not of one shape.
-    """
-    count = len(pictures)
-    with Progress(console=Console(stderr=True), transient=True, disable=count < PROGRESS_FROM) as bar:
-        task = bar.add_task("reading images", total=count)
-        if isinstance(pictures, Arrays) and decoding.keeps(pictures.shape):
+def _decoded(name: str, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Chunks:
+    """Yield the decoded images with their places, some at a time."""
+    with Progress(console=Console(stderr=True), transient=True, disable=raw.count < PROGRESS_FROM) as bar:
+        task = bar.add_task("reading images", total=raw.count)
+        if raw.blocks is not None and decoding.keeps(raw.shape):
             start = 0
-            for block in pictures.blocks():
+            for block in raw.blocks():
                 yield range(start, start + len(block)), block
                 start += len(block)
-                bar.advance(task, len(block))
+                bar.update(task, completed=start)
             return
-        first: tuple[str, tuple[int, ...]] | None = None
-        for i, (name, source) in enumerate(pictures):
-            bar.advance(task)
-            try:
-                pixels = decoding(source)
-            except UnreadableError as error:
-                bad.add(name, error)
-                continue
-            first = first or (name, pixels.shape)
-            check_shape(*first, name, pixels.shape)
+        for i, pixels in decoded(raw, decoding, bad, name):
             yield range(i, i + 1), pixels[None]
-
-
-def check_shape(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]) -> None:
-    """Refuse an image of another shape ``(C, H, W)`` than the first.
-
-    Raises:
-        UserError: it is one.
-    """
-    if found == shape:
-        return
-    fixes = []
-    if shape[1:] != found[1:]:
-        fixes.append("image_size (--data.image_size PIXELS)")
-    if shape[0] != found[0]:
-        fixes.append("channels (--data.channels 3 for RGB, 1 for greyscale)")
-    raise UserError(
-        f"{first} is {describe_shape(shape)} but {name} is {describe_shape(found)}: make them equal with "
-        f"{' and '.join(fixes)}."
-    )
+            bar.update(task, completed=i + 1)

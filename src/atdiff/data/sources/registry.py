@@ -26,14 +26,10 @@ SOURCES = (DIGITS, MIXTURE, CIFAR, IMAGENET, IDX, SHARDS, NPZ, TABLE, FOLDER, HU
 
 
 def find_source(request: Request, *, captioned: bool = False) -> Source:
-    """Return the source that reads a data set.
-
-    Args:
-        request: what is asked for.
-        captioned: pairs of images and captions are asked for, and not images with labels.
+    """Return the source that reads a data set; ``captioned`` asks for pairs of images and captions.
 
     Raises:
-        UserError: there is none, or columns are named of data that have none.
+        UserError: there is none, or columns are named of data that has none.
     """
     name = request.name
     able = (source for source in SOURCES if captioned or source.load)
@@ -48,11 +44,7 @@ def find_source(request: Request, *, captioned: bool = False) -> Source:
 
 
 def check_data(name: str) -> None:
-    """Find out, without reading it, that a data set is there.
-
-    Raises:
-        UserError: nothing has that name, or it is a hub id, not in the hub's cache, and the hub cannot be asked.
-    """
+    """Raise ``UserError`` where no data set has this name, or the hub cannot be asked; reads none of it."""
     path = Path(name).expanduser()
     if path.is_dir():  # of whatever kind, which may take a walk through it
         return
@@ -64,15 +56,14 @@ def check_data(name: str) -> None:
 
 
 def _unknown(name: str) -> UserError:
-    """Return what to say of the name of a data set that means nothing here."""
     path = Path(name).expanduser()
     if path.is_file():
         return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
     if re.search(r"[/\\~]|^\.", name) or path.suffix:
         return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
     known = [known for source in SOURCES for known in source.names]
-    beside = [entry.name for entry in Path().iterdir() if entry.is_dir()]
-    nearest = difflib.get_close_matches(name, [*known, *beside], n=1, cutoff=0.5)
+    known += [entry.name for entry in Path().iterdir() if entry.is_dir()]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
     return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")

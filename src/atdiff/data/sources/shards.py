@@ -1,9 +1,7 @@
 """Shards as `webdataset <https://github.com/webdataset/webdataset>`_ has them: a ``.tar`` file, or a folder of them.
 
-They hold ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. Members that are in no pair are
-counted in a warning. Read by plain ``tarfile`` instead of the loader of ``datasets``, which infers the members of all
-samples from the first five, copies every shard into its cache, and takes a shard that is damaged within for a shorter
-one.
+They hold ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. The loader of ``datasets`` infers
+the members of all samples from the first five, copies every shard, and takes a damaged shard for a shorter one.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import itertools
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,18 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from atdiff.core.errors import UserError
-from atdiff.data.pictures import IMAGE_SUFFIXES, Item, file_stamps, files_below
-from atdiff.data.sources.source import (
-    Pairs,
-    Request,
-    Source,
-    caption_column,
-    captions_of,
-    check_whole,
-    json_object,
-    split_folder,
-    utf8,
-)
+from atdiff.data.raw import IMAGE_SUFFIXES, Item, RawImages, file_stamps, files_below
+from atdiff.data.sources.source import Pairs, Request, Source, check_whole, split_folder
+from atdiff.data.texts import caption_column, captions_of, json_object, utf8
 
 __all__ = ["SHARDS"]
 
@@ -70,8 +59,12 @@ def _pairs(request: Request) -> Pairs:
             f"of the same key, and are left out: {', '.join(alone[:SHOWN])}{more}.",
             stacklevel=2,
         )
-    cells = ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit])
-    return _Shards([member for member, _ in pairs[:limit]]), captions_of(path, cells)
+    members = [member for member, _ in pairs[:limit]]
+    read = dict.fromkeys(member.shard for member in members)
+    captions = captions_of(path, ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit]))
+    return RawImages(
+        len(members), partial(_items, members), lambda: repr([file_stamps([shard], shard.parent) for shard in read])
+    ), captions
 
 
 class _Member(NamedTuple):
@@ -81,23 +74,12 @@ class _Member(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Shards:
-    members: list[_Member]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __iter__(self) -> Iterator[Item]:
-        for shard, members in itertools.groupby(self.members, key=lambda member: member.shard):
-            with shard.open("rb") as file:
-                for member in members:
-                    file.seek(member.offset)
-                    yield f"{member.name} of {shard}", io.BytesIO(file.read(member.size))
-
-    def stamp(self) -> str:
-        shards = dict.fromkeys(member.shard for member in self.members)
-        return repr([file_stamps([shard], shard.parent) for shard in shards])
+def _items(members: Sequence[_Member]) -> Iterator[Item]:
+    for shard, inside in itertools.groupby(members, key=lambda member: member.shard):
+        with shard.open("rb") as file:
+            for member in inside:
+                file.seek(member.offset)
+                yield f"{member.name} of {shard}", io.BytesIO(file.read(member.size))
 
 
 def _shard_pairs(shard: Path, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
@@ -122,10 +104,9 @@ _Members = dict[str, tarfile.TarInfo]
 def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[str]]:
     """Return the images by key, the ``.txt`` and ``.json`` by key with that suffix, and what is in no pair.
 
-    As webdataset has it, the key is a member's path up to the first dot of its name, and the rest names a field
-    (``1.seg.png`` is the field ``seg.png`` of ``1``). Many names hold dots and were not meant so (``cam.01.jpg`` with
-    ``cam.01.txt``): an image and a caption that agree up to the *last* dot are a pair too, but for an image with a JSON
-    that both are fields of a sample which has an image of its own.
+    In webdataset the key is a member's path up to the first dot of its name, and the rest names a field: ``1.seg.png``
+    is the field ``seg.png`` of ``1``. Names often hold other dots (``cam.01.jpg``): an image and a caption that agree
+    up to the *last* dot are a pair too, but for an image and a JSON that are fields of a sample with its own image.
     """
     images: _Members = {}
     captions: _Members = {}
@@ -142,7 +123,10 @@ def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[
             captions[key + suffix] = member
         elif last in IMAGE_SUFFIXES or last in CAPTION_SUFFIXES:
             dotted.append((key, last, member))
-    _check_end(tar, shard)
+    with shard.open("rb") as file:  # tarfile takes a header that it cannot read for the end
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     alone = _add_dotted(images, captions, dotted, shard)
     paired = {key + suffix for key in images for suffix in CAPTION_SUFFIXES}
     alone += [member.name for key, member in captions.items() if key not in paired]
@@ -150,9 +134,8 @@ def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[
 
 
 def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Path) -> None:
-    if key in images:
+    if images.setdefault(key, member) is not member:
         raise UserError(f"{shard} holds two images of the key {key}: keep one.")
-    images[key] = member
 
 
 def _add_dotted(
@@ -174,14 +157,6 @@ def _add_dotted(
             captions[full + PurePosixPath(text).suffix] = named[text]
         used |= {member.name, *(named[text].name for text in own)}
     return [member.name for _, _, member in dotted if member.name not in used]
-
-
-def _check_end(tar: tarfile.TarFile, shard: Path) -> None:
-    """Refuse what tarfile takes for the end: a header that it cannot read."""
-    with shard.open("rb") as file:
-        file.seek(tar.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"damaged at byte {tar.offset}")
 
 
 def _member_caption(tar: tarfile.TarFile, captions: dict[str, tarfile.TarInfo], key: str, asked: str | None) -> Any:  # noqa: ANN401  (whatever the JSON holds)

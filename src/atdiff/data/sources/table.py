@@ -1,14 +1,11 @@
-"""Tables that ``datasets`` opens: a ``.parquet`` file, or a folder of them, and those of the hub.
-
-They have a column of images, and may have columns of captions and of labels: whole numbers, or text, whose classes are
-ordered like folders.
-"""
+"""Tables that ``datasets`` opens: a ``.parquet`` file, or a folder of them, and those of the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import io
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,31 +14,32 @@ import numpy as np
 
 from atdiff.core.errors import UserError
 from atdiff.data.contents import content_hashes
-from atdiff.data.labels import in_class_order, renumbered
-from atdiff.data.pictures import Table, files_below
-from atdiff.data.sources.source import (
-    TEXT_COLUMNS,
-    Found,
-    Pairs,
-    Request,
-    Source,
-    caption_column,
-    captions_of,
-    check_whole,
-    checked_labels,
-)
+from atdiff.data.labels import in_class_order, numbered
+from atdiff.data.raw import Item, RawImages, files_below
+from atdiff.data.sources.source import Found, Pairs, Request, Source, check_whole, checked_labels
+from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 
-__all__ = ["TABLE", "first_line", "table_source"]
+__all__ = ["TABLE", "table_source"]
 
 PARQUET = frozenset({".parquet"})
-
-
 Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
 
 
-def table_source(recognises: Callable[[str, Path], bool], open_table: Open) -> Source:
-    """Return the source of the tables that ``open_table`` opens."""
-    return Source(recognises, load=partial(_load, open_table), pairs=partial(_pairs, open_table), has_columns=True)
+def table_source(
+    recognises: Callable[[str, Path], bool], open_table: Open, failure: Callable[[str, str], str]
+) -> Source:
+    """Return the source of the tables that ``open_table`` opens; ``failure`` says why it cannot."""
+
+    def opened(name: str, split: str) -> Any:  # noqa: ANN401
+        try:
+            return open_table(name, split)
+        except UserError:
+            raise
+        except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(failure(name, reason)) from error
+
+    return Source(recognises, load=partial(_load, opened), pairs=partial(_pairs, opened), has_columns=True)
 
 
 def _load(open_table: Open, request: Request) -> Found:
@@ -49,7 +47,7 @@ def _load(open_table: Open, request: Request) -> Found:
 
     name = request.name
     table = open_table(name, request.split)
-    pictures = _picture_column(name, table, request.image_column)
+    raw = _raw_images(name, table, request.image_column)
     if len(table) == 0:
         raise UserError(f"{name} has no rows in split {request.split!r}: expected at least one image.")
     classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -57,36 +55,26 @@ def _load(open_table: Open, request: Request) -> Found:
     classes += [c for c in ("label", "labels") if "int" in str(getattr(table.features.get(c), "dtype", ""))]
     column = _column(name, table.column_names, request.label_column, classes, "classes")
     if column is None:
-        return Found(pictures)
+        return Found(raw)
     feature = table.features[column]
     if "string" in str(getattr(feature, "dtype", "")):
-        return Found(pictures, *_text_labels(open_table, request, table, column))
+        return Found(raw, *_text_labels(open_table, request, table, column))
     labels = checked_labels(table[column][:], len(table), f"{name}, column {column},")
-    return Found(pictures, labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
+    return Found(raw, labels, tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
 
 
-def _text_labels(
-    open_table: Open,
-    request: Request,
-    table: Any,  # noqa: ANN401
-    column: str,
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _text_labels(open_table: Open, request: Request, table: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:  # noqa: ANN401
     """Return the labels of a column of text, and the classes, which are those of the training split."""
     name, split = request.name, request.split
     texts = list(table[column][:])
     if None in texts:
         raise UserError(f"row {texts.index(None)} of {name} has no class in column {column!r}: remove it.")
-    names = in_class_order(texts)
-    index = {text: label for label, text in enumerate(names)}
-    labels = np.array([index[text] for text in texts], np.int64)
-    if split == "train" or request.path.is_file():
-        return labels, tuple(names)
-    try:
-        train = open_table(name, "train")
-    except UserError:  # there is no such split
-        return labels, tuple(names)
-    classes = in_class_order(text for text in train[column][:] if text is not None)
-    return renumbered(labels, names, classes, f"{name}[{split}]"), tuple(classes)
+    classes = None
+    if split != "train" and not request.path.is_file():
+        with contextlib.suppress(UserError):  # there is no such split
+            train = open_table(name, "train")
+            classes = in_class_order(text for text in train[column][:] if text is not None)
+    return numbered(texts, classes, f"{name}[{split}]")
 
 
 def _pairs(open_table: Open, request: Request) -> Pairs | None:
@@ -95,14 +83,11 @@ def _pairs(open_table: Open, request: Request) -> Pairs | None:
     columns = table.column_names
     if request.given and not set(TEXT_COLUMNS) & set(columns):
         return None
-    pictures = _picture_column(name, table, request.image_column)
+    raw = _raw_images(name, table, request.image_column, limit)
     texts = caption_column(name, columns, request.caption_column)
     request.check_not_given(f"column {texts!r}")
-    if limit is not None:
-        table = table.select(range(min(limit, len(table))))
-        pictures = replace(pictures, rows=pictures.rows.select(range(len(table))))
-    cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][:]))
-    return pictures, captions_of(name, cells)
+    cells = ((f"row {i} of {name}", cell) for i, cell in enumerate(table[texts][: raw.count]))
+    return raw, captions_of(name, cells)
 
 
 def _recognises(name: str, path: Path) -> bool:
@@ -111,46 +96,19 @@ def _recognises(name: str, path: Path) -> bool:
     return path.is_file() and path.suffix == ".parquet"
 
 
-def _open(name: str, split: str) -> Any:  # noqa: ANN401
-    path = Path(name).expanduser()
-    if path.is_file():
-        check_whole(name, split)
-    try:
-        if path.is_file():
-            return _local_table([path], "parquet", data_files=str(path), split="train")
-        return _local_table(sorted(files_below(path, PARQUET)), str(path), split=split)
-    except UserError:
-        raise
-    except Exception as error:  # the loader raises dozens of unrelated types
-        raise UserError(f"{name} cannot be read as a parquet data set ({first_line(error)}).") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _picture_column(name: str, table: Any, asked: str | None) -> Table:  # noqa: ANN401  (a datasets.Dataset)
-    """Return the pictures of a table: of the column asked for, or of the first that holds images."""
-    import datasets
-
-    found = [column for column, feature in table.features.items() if _holds_images(feature)]
-    column = _column(name, table.column_names, asked, found, "images")
-    if column is None:
-        raise UserError(
-            f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
-        )
-    return Table(name, column, table.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
-
-
-def _local_table(files: Sequence[Path], *words: str, **options: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
+def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
     """Open tables from a folder in the cache of ``datasets`` that is theirs by content, and so is the fingerprint.
 
-    By itself it tells files apart by their names and dates, and goes on giving the rows of a file that was replaced by
-    one of the same date.
+    By itself it tells files apart by name and date, and returns old rows of a file replaced by one of equal date.
     """
     import datasets
 
+    path = Path(name).expanduser()
+    words, options = (str(path),), {"split": split}
+    if path.is_file():
+        check_whole(name, split)
+        words, options = ("parquet",), {"split": "train", "data_files": str(path)}
+    files = [path] if path.is_file() else sorted(files_below(path, PARQUET))
     content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
     table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
@@ -158,9 +116,31 @@ def _local_table(files: Sequence[Path], *words: str, **options: str) -> Any:  # 
     return table
 
 
-def _holds_images(feature: Any) -> bool:  # noqa: ANN401  (a datasets feature)
-    encoded = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
-    return encoded or type(feature).__name__ == "Image"
+def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
+    """Return the images of a ``datasets.Dataset``: of the column asked for, or of the first that holds images."""
+    import datasets
+
+    encoded = {"bytes", "path"}  # what files that other libraries wrote say instead
+    features = table.features.items()
+    found = [c for c, f in features if type(f).__name__ == "Image" or (isinstance(f, dict) and encoded <= set(f))]
+    column = _column(name, table.column_names, asked, found, "images")
+    if column is None:
+        raise UserError(
+            f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
+        )
+    rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    # Its fingerprint is that of the files, their times of change and what was done to them since.
+    return RawImages(len(rows), partial(_items, name, column, rows), lambda: str(rows._fingerprint))
+
+
+def _items(name: str, column: str, rows: Any) -> Iterator[Item]:  # noqa: ANN401
+    for i, row in enumerate(rows):
+        cell, item = row[column], f"row {i} of {name}"
+        if not cell or not (cell["bytes"] or cell["path"]):
+            raise UserError(f"{item} has no image in column {column!r}: remove it.")
+        yield item, io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
 
 
 def _column(name: str, columns: list[str], asked: str | None, found: list[str], what: str) -> str | None:
@@ -171,4 +151,4 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-TABLE = table_source(_recognises, _open)
+TABLE = table_source(_recognises, _open, lambda name, why: f"{name} cannot be read as a parquet data set ({why}).")
