@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
+from filelock import FileLock
 
 from atdiff.cli import main
 
@@ -28,6 +31,32 @@ RECIPE: dict[str, Any] = {
     },
     "study": {"arms": ["plain", "at"], "seeds": [0, 1], "samplers": ["ddim", "iddpm"], "steps": [3, 5], "num": 40},
 }
+
+
+# The longest files, longest first, since one that begins last is what the other processes wait for.
+SLOW = (
+    "training/test_latent_training.py",
+    "training/test_processes.py",
+    "docs/test_docs.py",
+    "measure/test_stale.py",
+    "measure/test_latent_probes.py",
+    "pipelines/test_flow_transformers.py",
+    "pipelines/test_half_precision.py",
+    "pipelines/test_text_to_image.py",
+    "training/test_consistency_training.py",
+    "study/test_study.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave files in the order that they are collected in; else xdist begins with those that have the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,12 +81,47 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Path, Path]:
-    """Run the study once, as the user would."""
+    """Run the study once, as the user would: the first test process that needs it, and the others copy it."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    root = tmp_path_factory.mktemp("study")
-    (root / "tiny.yaml").write_text(json.dumps(RECIPE))
-    assert main(["study", str(root / "tiny.yaml"), "--out", str(root / "out"), "--jobs", "2"]) == 0
-    return root / "tiny.yaml", root / "out"
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished-study"
+    with FileLock(f"{made}.lock"):
+        if not (made / "out" / "summary.json").is_file():
+            made.mkdir(exist_ok=True)
+            (made / "tiny.yaml").write_text(json.dumps(RECIPE))
+            assert main(["study", str(made / "tiny.yaml"), "--out", str(made / "out"), "--jobs", "2"]) == 0
+    own = copied_study(made, tmp_path_factory.mktemp("study") / "own")
+    return own / "tiny.yaml", own / "out"
+
+
+def copied_study(study: Path, copy: Path) -> Path:
+    """Copy a study so that it can be gone on with: what it says of its own folders is said of those of the copy."""
+    shutil.copytree(study, copy)
+    for file in copy.rglob("*"):
+        if file.suffix in (".yaml", ".json", ".html"):
+            file.write_text(file.read_text(encoding="utf-8").replace(str(study), str(copy)), encoding="utf-8")
+    return copy
+
+
+class _Serial(Executor):
+    """Does at once what it is given, in the process of the test."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def study_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies train in this process, for tests that are not about workers, of which each imports torch anew."""
+    monkeypatch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
 
 
 def small_unet(*channels: int, out_channels: int = 1, **options: Any) -> UNet2DModel:

@@ -294,7 +294,7 @@ def test_accumulation_gives_means_and_keeps_each_delta(
 
 
 CUTS: dict[str, dict[str, Any]] = {
-    "authors": {"direction": "gradient"},
+    "consecutive": {"direction": "gradient"},
     "staggered": {"direction": "gradient", "order": "staggered"},
     "staggered-residual": {"direction": "residual", "order": "staggered"},
     "pgd": {"direction": "gradient", "method": "pgd"},
@@ -475,7 +475,7 @@ def test_staggered_state_goes_on(net: Net, objective: DenoisingObjective, accumu
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("direction", ["gradient", "residual"])
-@pytest.mark.parametrize("order", ["authors", "staggered"])
+@pytest.mark.parametrize("order", ["consecutive", "staggered"])
 def test_a_batch_after_a_restart_is_what_it_was_without(
     net: Net, objective: DenoisingObjective, order: str, direction: str, accumulate: int
 ) -> None:
@@ -505,7 +505,7 @@ def test_a_word_of_the_settings_is_a_row_of_its_registry() -> None:
 
 
 def test_one_pass_is_plain_training(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
-    for order in ("authors", "staggered"):
+    for order in ("consecutive", "staggered"):
         adversary = Adversary("l2", 0.5, 1, order=order)
         (loss,) = adversary.passes(objective, net, batch)
         torch.testing.assert_close(loss, objective.loss(net, batch).mean())
@@ -530,7 +530,7 @@ def test_it_trains_under_compile(net: Net, objective: DenoisingObjective, batch:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("order", ["authors", "staggered"])
+@pytest.mark.parametrize("order", ["consecutive", "staggered"])
 def test_it_trains_under_accelerate(objective: DenoisingObjective, precision: str, order: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -397,32 +399,38 @@ def test_a_server_that_is_silent_does_not_hold_a_command_up(monkeypatch: pytest.
 # ---- what an interrupted command says
 
 BLOCKED = """
-import importlib, sys, time
+import sys, time
 from pathlib import Path
-module, _, name = sys.argv[1].partition(":")
-place = importlib.import_module(module)
-*path, name = name.split(".")
-for part in path:
-    place = getattr(place, part)
-original, calls = getattr(place, name), []
+from unittest.mock import patch
 def blocked(*args, **options):
-    calls.append(None)
-    if len(calls) > int(sys.argv[2]):
-        Path("begun").touch()
-        time.sleep(600)
-    return original(*args, **options)
-setattr(place, name, blocked)
+    Path("begun").touch()
+    time.sleep(600)
 from atdiff.cli import main
-sys.exit(main(sys.argv[3:]))
+with patch(sys.argv[1], blocked):
+    sys.exit(main(sys.argv[2:]))
 """
 FEW = ["theirs", "mine", "--data", "digits", "--num", "4", "--steps", "2"]
-MISMATCH = ["mismatch", *[word if word != "2" else "2" for word in FEW], "--out", "out"]
+MISMATCH = ["mismatch", *FEW, "--out", "out"]
 ROBUSTNESS = ["robustness", "theirs", "mine", "--data", "digits", "--num", "4", "--levels", "0.5", "--radii", "1",
               "--pgd-steps", "1", "--restarts", "1", "--out", "out"]  # fmt: skip
 EVALUATE = ["evaluate", "theirs", "--data", "digits", "--num", "4", "--steps", "2,3", "--metrics", "energy", "--out",
             "cells.json"]  # fmt: skip
 TRAIN = ["train", "small.yaml", "--training.passes", "6", "--training.checkpoint_every", "2", "--out", "run"]
 STUDY = ["study", "small.yaml", "--out", "out"]
+
+
+@pytest.fixture
+def interruptible(place: Path) -> Iterator[Path]:
+    """Two pipelines and a small recipe; Ctrl-C interrupts, also where the tests run in the background."""
+    their_pipeline(place / "mine")
+    study = {"seeds": [0], "num": 4, "steps": [2], "metrics": ["energy"], "mismatch": False}
+    small = {"model": {"name": "mlp", "args": {"width": 8, "num_blocks": 1}}, "arms": {"a": {}, "b": {}},
+             "finetune": {"training": {"passes": 2}}, "training": {"passes": 2, "batch_size": 8, "log_every": 1},
+             "study": study}  # fmt: skip
+    (place / "small.yaml").write_text(yaml.safe_dump(small))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield place
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -437,33 +445,42 @@ STUDY = ["study", "small.yaml", "--out", "out"]
         ("atdiff.pipelines.trained:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
         ("atdiff.training.tasks.pixels:load_data", 0, TRAIN, "nothing is saved"),
         ("atdiff.training.loop:write_card", 0, TRAIN, "run has a checkpoint of pass 6, where"),
-        (
-            "atdiff.study.study:Trainer",
-            0,
-            ["study", "small.yaml", "--out", "out"],
-            "no run has saved anything yet",
-        ),
-        (
-            "atdiff.study.study:publish",
-            0,
-            ["study", "small.yaml", "--out", "out", "--jobs", "1"],
-            "out has 3 trained runs",
-        ),
+        ("atdiff.study.study:Trainer", 0, STUDY, "no run has saved anything yet"),
+        ("atdiff.study.study:publish", 0, STUDY, "out has 3 trained runs"),
     ],
 )
 def test_an_interrupted_command_says_what_is_saved(
-    function: str, calls: int, words: list[str], said: str, place: Path
+    function: str,
+    calls: int,
+    words: list[str],
+    said: str,
+    interruptible: Path,
+    study_in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    their_pipeline(place / "mine")
-    study = {"seeds": [0], "num": 4, "steps": [2], "metrics": ["energy"], "mismatch": False}
-    small = {"model": {"name": "mlp", "args": {"width": 8, "num_blocks": 1}}, "arms": {"a": {}, "b": {}},
-             "finetune": {"training": {"passes": 2}}, "training": {"passes": 2, "batch_size": 8, "log_every": 1},
-             "study": study}  # fmt: skip
-    (place / "small.yaml").write_text(yaml.safe_dump(small))
-    command = [sys.executable, "-c", BLOCKED, function, str(calls), *words]
+    original, made = pkgutil.resolve_name(function), []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        made.append(None)
+        if len(made) > calls:
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the signal did not interrupt the command")
+        return original(*args, **options)
+
+    monkeypatch.setattr(function.replace(":", "."), interrupted)
+    assert main(words) in (75, 130)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("atdiff: interrupted; ")
+    assert said in last
+
+
+def test_a_process_that_is_interrupted_says_what_is_saved(interruptible: Path) -> None:
+    """While it waits for something, as Ctrl-C finds it."""
+    command = [sys.executable, "-c", BLOCKED, "atdiff.training.loop.write_card", *TRAIN]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for _ in range(3000):
-        if (place / "begun").exists() or process.poll() is not None:
+        if (interruptible / "begun").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
@@ -471,4 +488,4 @@ def test_an_interrupted_command_says_what_is_saved(
     assert process.returncode in (75, 130), error
     last = error.strip().splitlines()[-1]
     assert last.startswith("atdiff: interrupted; ")
-    assert said in last
+    assert "run has a checkpoint of pass 6, where" in last

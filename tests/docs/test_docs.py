@@ -103,7 +103,12 @@ def quickstart(workplace: Path) -> Path:
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_code_runs(
-    page: Path, workplace: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    workplace: Path,
+    quickstart: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    study_in_process: None,
 ) -> None:
     """One page after the other as its reader would, in a folder of its own."""
     place = tmp_path / "reader"

@@ -87,7 +87,7 @@ GOOD: dict[str, list[Any]] = {
     "adversary.method": ["free", "pgd", "equivariance"],
     "adversary.weight": [1.0, 0.1, -1],
     "adversary.direction": ["gradient", "gradient_full", "residual", "random"],
-    "adversary.order": ["authors", "staggered"],
+    "adversary.order": ["consecutive", "authors", "staggered"],
     "adversary.target": ["equivariant", "invariant"],
     "optimizer.lr": [1e-3, 0],
     "optimizer.betas": [[0.9, 0.99], [1, 2]],

@@ -17,8 +17,7 @@ from atdiff.core.noise import NoiseSchedule, expand
 from atdiff.measure.directions import DirectionsConfig, directions_of_runs, measure_directions
 from atdiff.measure.robustness import noised_batches
 from atdiff.pipelines.model import save_pipeline
-from atdiff.report.measured import save_measured
-from atdiff.report.robustness import direction_curves
+from atdiff.report.measured import direction_curves, save_measured
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SHAPE = (1, 3, 4)

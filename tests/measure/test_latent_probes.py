@@ -20,10 +20,10 @@ from torch import Tensor
 from atdiff.cli import main
 from atdiff.data import ImageData
 from atdiff.measure import mismatch as module
-from atdiff.measure.latents import LatentRun, TrueLatents, _Prompted, latent_run
+from atdiff.measure.latents import LatentRun, TrueLatents, latent_run, prompted
 from atdiff.measure.mismatch import MismatchConfig, measure_mismatch
 from atdiff.measure.robustness import RobustnessConfig, draw_images, measure_robustness, objective_of
-from atdiff.measure.subjects import open_subject
+from atdiff.measure.runs import RunsConfig, open_subject
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.pipelines.model import DataOptions, load_denoiser
 from atdiff.pipelines.text_to_image import TextToImage
@@ -58,7 +58,8 @@ def subject(
 ) -> tuple[LatentRun, TrueLatents]:
     reading = DataOptions(image_size=IMAGE_SIZE if kind == "flux" else None)
     asked = None if kind == "dit" else prompts
-    run, true = open_subject(str(places / kind), str(places / "labelled.npz"), reading, asked, guided=guided)
+    config = RunsConfig(data=str(places / "labelled.npz"), reading=reading, prompts=asked)
+    run, true = open_subject(str(places / kind), config, guided=guided)
     assert isinstance(run, LatentRun)
     assert isinstance(true, TrueLatents)
     return run, true
@@ -205,13 +206,14 @@ def test_images_get_their_captions_or_the_prompt_of_their_class_or_prompts_in_tu
     prompts = ("a cat", "the dog")
 
     def captions(data: str, prompts: tuple[str, ...] | None) -> list[str]:
-        return open_subject(str(places / "sd"), str(places / data), prompts=prompts, guided=False)[1].pairs.captions
+        config = RunsConfig(data=str(places / data), prompts=prompts)
+        return open_subject(str(places / "sd"), config, guided=False)[1].pairs.captions
 
     assert captions("captioned", None) == [f"a picture of {i}" for i in range(6)]
     assert captions("labelled.npz", prompts) == [prompts[i % 2] for i in range(6)]
     assert captions("bare.npz", ("a", "b", "c", "d")) == ["a", "b", "c", "d", "a", "b"]
     reversed_labels = ImageData(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.tensor([1, 1, 0, 0]), "x")
-    assert _Prompted(reversed_labels, prompts).captions == ["the dog", "the dog", "a cat", "a cat"]
+    assert prompted(reversed_labels, prompts).captions == ["the dog", "the dog", "a cat", "a cat"]
 
 
 def test_only_a_guided_network_has_a_guidance_scale_in_its_recipe(places: Path) -> None:

@@ -28,8 +28,7 @@ from atdiff.data import ImageData
 from atdiff.measure import mismatch as module
 from atdiff.measure.mismatch import MismatchConfig, measure_mismatch, mismatch_of_runs
 from atdiff.pipelines.model import Denoiser, save_pipeline
-from atdiff.report.measured import save_measured
-from atdiff.report.mismatch import mismatch_curves
+from atdiff.report.measured import mismatch_curves, save_measured
 from atdiff.sampling import generate, make_scheduler
 
 SHAPE = (1, 2, 2)

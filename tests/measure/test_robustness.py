@@ -32,8 +32,7 @@ from atdiff.measure.robustness import (
     worst_case_loss,
 )
 from atdiff.pipelines.model import save_pipeline
-from atdiff.report.measured import save_measured
-from atdiff.report.robustness import robustness_curves
+from atdiff.report.measured import robustness_curves, save_measured
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 SHAPE = (1, 2, 3)

@@ -26,14 +26,14 @@ from atdiff.data import contents
 from atdiff.data.captions import load_captioned
 from atdiff.data.sources import load_data
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
-from atdiff.measure.stale import what_changed
+from atdiff.measure.runs import what_changed
 from atdiff.metrics.features.labels import label_classifier_weights
 from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.latent_model import load_latent_pipeline
 from atdiff.pipelines.lora import add_lora, save_lora
 from atdiff.pipelines.model import load_denoiser, save_pipeline
 from atdiff.training.card import model_card
-from conftest import RECIPE
+from conftest import RECIPE, copied_study
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
@@ -331,11 +331,7 @@ def test_cells_of_a_pipeline_follow_its_autoencoder_and_prompts(
 
 @pytest.fixture
 def study(finished: tuple[Path, Path], tmp_path: Path) -> Path:
-    copy = tmp_path / "study"
-    shutil.copytree(finished[1], copy)
-    for file in (*copy.rglob("config.yaml"), *copy.rglob("cells.json")):
-        file.write_text(file.read_text().replace(str(finished[1]), str(copy)))
-    return copy
+    return copied_study(finished[1], tmp_path / "study")
 
 
 def _reweigh(run: Path) -> None:
@@ -368,7 +364,7 @@ def test_a_card_shows_cells_of_the_weights_beside_it_alone(study: Path) -> None:
 
 
 def test_arms_of_another_base_are_refused(
-    study: Path, finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    study: Path, finished: tuple[Path, Path], study_in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]
     _reweigh(study / "seed-0" / "base")
@@ -379,7 +375,7 @@ def test_arms_of_another_base_are_refused(
 
 
 def test_a_base_is_not_trained_further_under_its_arms(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Path, tmp_path: Path, study_in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = {**RECIPE, "training": {**RECIPE["training"], "passes": 25}}
     (tmp_path / "longer.yaml").write_text(json.dumps(longer))
@@ -389,7 +385,9 @@ def test_a_base_is_not_trained_further_under_its_arms(
     assert (study / "seed-0" / "base" / "config.yaml").read_text() == before
 
 
-def test_the_time_of_a_study_grows_with_what_is_done(study: Path, finished: tuple[Path, Path]) -> None:
+def test_the_time_of_a_study_grows_with_what_is_done(
+    study: Path, finished: tuple[Path, Path], study_in_process: None
+) -> None:
     before = json.loads((study / "summary.json").read_text())["wall_seconds"]
     _reweigh(study / "seed-1" / "plain")
     words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]

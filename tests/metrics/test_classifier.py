@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
-from atdiff.metrics.features import classifier, labels
+from atdiff.metrics.features import labels
 from atdiff.metrics.features.extractors import extract, make_extractor
 from atdiff.metrics.features.labels import LABEL_CLASSIFIER, LabelClassifier, label_classifier_weights
 
@@ -136,7 +136,7 @@ def test_long_training_shows_a_bar_on_stderr(
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     label_classifier_weights(images_of(20, 1, 8, 8))
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(classifier, "SHOW_AFTER", -1.0)
+    monkeypatch.setattr(labels, "SHOW_AFTER", -1.0)
     label_classifier_weights(images_of(20, 1, 8, 8, seed=1))
     captured = capsys.readouterr()
     assert "training the label-classifier" in captured.err

@@ -15,8 +15,7 @@ from torch_fidelity.feature_extractor_clip import CLIPVisual
 from atdiff.core.errors import UserError
 from atdiff.data import load_data
 from atdiff.metrics.features import clip as clip_features
-from atdiff.metrics.features import digits as digits_features
-from atdiff.metrics.features.digits import RECIPE
+from atdiff.metrics.features import labels as label_features
 from atdiff.metrics.features.extractors import extract, make_extractor
 from atdiff.system.files import cache_folder
 
@@ -28,7 +27,7 @@ def classifier_files() -> list[Path]:
 def test_classifier_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_extractor("digits-classifier")
     assert [file.suffix for file in classifier_files()] == [".safetensors"], "one file, and nothing left aside"
-    monkeypatch.setattr(digits_features, "train_classifier", None)
+    monkeypatch.setattr(label_features, "train_classifier", None)
     again = make_extractor("digits-classifier")
     x = load_data("digits", split="test").images
     assert torch.equal(extract(x, again)["64"], extract(x, first)["64"])
@@ -44,7 +43,7 @@ def test_classifier_is_accurate_on_the_test_split() -> None:
 
 
 def test_training_is_deterministic_and_keyed_by_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPE, "epochs", 2)
+    monkeypatch.setitem(label_features.DIGITS_RECIPE, "epochs", 2)
     states = []
     for folder in ("a", "b"):
         monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / folder))
@@ -54,7 +53,7 @@ def test_training_is_deterministic_and_keyed_by_its_recipe(tmp_path: Path, monke
         assert torch.equal(torch.get_rng_state(), before)
         states.append(load_file(next((tmp_path / folder).iterdir())))
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    monkeypatch.setitem(RECIPE, "seed", 1)
+    monkeypatch.setitem(label_features.DIGITS_RECIPE, "seed", 1)
     make_extractor("digits-classifier")
     assert len(list((tmp_path / "b").iterdir())) == 2
 
@@ -68,7 +67,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file" / "folder"))
-    monkeypatch.setattr(digits_features, "train_classifier", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(label_features, "train_classifier", lambda *_: torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match=r"cannot be written .* ATDIFF_CACHE"):
         make_extractor("digits-classifier")
 

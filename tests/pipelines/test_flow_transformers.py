@@ -270,6 +270,24 @@ def train(
     return run
 
 
+# All weights, and pictures with guidance.
+WHOLE = ["--lora.rank", "0", "--consistency.sample_guidance", "2.5"]
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, Path]:
+    """By kind, a run that trained all weights: filled where it is asked for."""
+    return {}
+
+
+@pytest.fixture
+def whole(kind: str, train: Train, wholes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four passes; not to be written into."""
+    if kind not in wholes:
+        wholes[kind] = train(tmp_path_factory.mktemp(kind) / "whole", *WHOLE)
+    return wholes[kind]
+
+
 def _ema(run: Path) -> dict[str, Tensor]:
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
@@ -280,10 +298,11 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_all_weights_are_trained_and_open_in_plain_diffusers(kind: str, train: Train, tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", "--lora.rank", "0")
-    halves = train(tmp_path / "halves", "--lora.rank", "0", passes=2)
-    train(halves, "--lora.rank", "0")
+def test_all_weights_are_trained_and_open_in_plain_diffusers(
+    kind: str, train: Train, whole: Path, tmp_path: Path
+) -> None:
+    halves = train(tmp_path / "halves", *WHOLE, passes=2)
+    train(halves, *WHOLE)
     assert _same(_ema(whole), _ema(halves))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["delta_norm"] > 0
@@ -302,16 +321,15 @@ def load_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, train: Train, tmp_path: Path) -> None:
-    out = train(tmp_path / "run", "--lora.rank", "0", "--consistency.sample_guidance", "2.5")
-    denoiser = load_denoiser(str(out))
+def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) -> None:
+    denoiser = load_denoiser(str(whole))
     sampler = "flow-euler" if kind in ("sd3", "flux") else "ddim-trailing"
     asked = {"dit": ["3", "7"]}.get(kind, PROMPTS)
     object.__setattr__(denoiser, "prompts", tuple(asked))
     (ours,) = denoiser.pictures(sampler=sampler, steps=3, num=2, seed=0)
     assert denoiser.recipe["guidance_scale"] == 2.5
     assert denoiser.evaluations(sampler, 3) == (3 if kind == "flux" else 6)
-    pipeline = opened(out / "pipeline", kind)
+    pipeline = opened(whole / "pipeline", kind)
     if kind in ("dit", "pixart"):
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False

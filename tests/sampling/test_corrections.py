@@ -20,17 +20,14 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand
+from atdiff.core.specs import CORRECTIONS, FAMILIES, CorrectionSpec, parse_correction
 from atdiff.sampling import SAMPLERS, EpsilonScaling, denoise_steps, from_noise, generate, make_scheduler, to_noise
 from atdiff.sampling.corrections import (
-    CORRECTIONS,
-    GRIDS,
     Correction,
-    CorrectionSpec,
     TimeShift,
     WaveletCorrection,
     check_correction,
     make_correction,
-    parse_correction,
     realign,
 )
 
@@ -623,7 +620,7 @@ def test_searches_are_specs_without_a_value() -> None:
             make_correction(f"{family}:search")
     with pytest.raises(UserError, match="does not fit EDM"):
         check_correction("time-shift:search", NoiseSchedule(EDMEulerScheduler()))
-    assert set(GRIDS) == set(CORRECTIONS[1:])
+    assert set(FAMILIES) == set(CORRECTIONS[1:])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from atdiff.core.errors import UserError
-from atdiff.sampling.corrections import GRIDS, Correction, EpsilonScaling, TimeShift
+from atdiff.core.specs import FAMILIES
+from atdiff.sampling.corrections import Correction, EpsilonScaling, TimeShift
 from atdiff.sampling.search import search_correction
 
 
@@ -35,14 +36,14 @@ def test_the_minimum_of_a_quadratic_is_found_to_half_the_spacing(minimum: float,
     value, distances = search_correction("epsilon-scaling", lambda c: (_scale(c) - minimum) ** 2)
     assert value == found
     assert distances == pytest.approx({v: (v - minimum) ** 2 for v in distances})
-    inside = min(GRIDS["epsilon-scaling"]) < minimum < max(GRIDS["epsilon-scaling"])
-    assert len(distances) == len(GRIDS["epsilon-scaling"]) + (2 if inside else 1)
+    inside = min(FAMILIES["epsilon-scaling"].grid) < minimum < max(FAMILIES["epsilon-scaling"].grid)
+    assert len(distances) == len(FAMILIES["epsilon-scaling"].grid) + (2 if inside else 1)
 
 
 def test_windows_are_not_refined() -> None:
     value, distances = search_correction("time-shift", lambda c: abs(_window(c) - 60.5), data_variance=0.25)
     assert value == 80.0
-    assert tuple(distances) == GRIDS["time-shift"]
+    assert tuple(distances) == FAMILIES["time-shift"].grid
 
 
 def test_the_grid_may_be_given() -> None:

@@ -12,7 +12,6 @@ import pytest
 
 import atdiff.pipelines.trained
 from atdiff.cli import main
-from atdiff.measure import cells as evaluate
 from atdiff.study.compare import find_runs
 
 
@@ -26,7 +25,7 @@ def test_a_study_is_compared_by_the_figures_that_it_left(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("nothing is left to sample")
 
-    monkeypatch.setattr(evaluate, "_Judge", never)
+    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", never)
     page = tmp_path / "report.html"
     assert main(["compare", str(finished[1]), "--no-mismatch", "--out", str(page)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())

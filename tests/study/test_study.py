@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
-from conftest import RECIPE
+from conftest import RECIPE, copied_study
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -53,11 +53,16 @@ def test_arms_differ_in_nothing_but_the_arm(finished: tuple[Path, Path]) -> None
     assert {(cell["seed"], cell["sample_seed"]) for cell in cells} == {(0, 1), (1, 2)}
 
 
-def test_a_finished_study_is_found_finished(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_study_is_found_finished(
+    finished: tuple[Path, Path], study_in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
     summary = json.loads((out / "summary.json").read_text())
     assert main(["study", str(recipe), "--out", str(out), "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^plain, seed 1: 10 passes, trained before, loss \d\.\d{4} \(\d of 6 runs\)$", printed, re.M)
+    assert "(6 of 6 runs)" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((out / "summary.json").read_text()) == summary
 
@@ -266,14 +271,10 @@ def test_a_worker_that_fails_ends_the_study(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
-    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     recipe, out = finished
-    wider = tmp_path / "wider"
-    shutil.copytree(out, wider)
-    # The copies are to be gone on with: their bases lie beside them.
-    for file in (*wider.rglob("config.yaml"), *wider.rglob("cells.json")):
-        file.write_text(file.read_text().replace(str(out), str(wider)))
+    wider = copied_study(out, tmp_path / "wider")
     trained = {path: path.stat().st_mtime_ns for path in wider.rglob("*.safetensors")}
     before = json.loads((wider / "seed-0" / "at" / "cells.json").read_text())
     words = ["study", str(recipe), "--out", str(wider), "--study.steps", "[3, 5, 7]", "--study.base", "true",

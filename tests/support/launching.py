@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+SCRIPT = str(Path(__file__).parent / "processes.py")
 LIMIT = 240  # seconds for a command of two processes, imports included
 
 
@@ -39,3 +44,36 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return process.returncode, error
+
+
+def run_module(command: list[str], **environment: str) -> None:
+    """Run a module to its end, with no variable of a launcher but these."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMPI_", "PMI_"))}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command],
+        check=True,
+        env={**kept, "OMP_NUM_THREADS": "1", **environment},
+        timeout=LIMIT,
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    training = {"passes": 40, "batch_size": 16, "log_every": 10, "checkpoint_every": 15, "sample_every": 20}
+    small = {
+        "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
+        "adversary": {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"},
+        "training": training,
+    }
+    path.write_text(json.dumps(small))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, cache: None) -> Path:
+    """A run that two processes trained through the command."""
+    out = recipe.parent / "run"
+    code, error = ended(launch("-m", "atdiff", "train", str(recipe), "--out", str(out)))
+    assert code == 0, error
+    return out

@@ -37,29 +37,29 @@ from atdiff.training.order import batch_indices
 JOINT = 24  # images a batch, over all processes
 PASSES = 7
 STAGGERED: dict[str, Any] = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
-AUTHORS: dict[str, Any] = {"passes": 3, "step_size": 0.5}
+CONSECUTIVE: dict[str, Any] = {"passes": 3, "step_size": 0.5}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-accumulated": {"accumulate": 2},
     "repeat": {"adversary": {"passes": 3}},
-    "authors": {"adversary": AUTHORS},
-    "authors-accumulated": {"adversary": AUTHORS, "accumulate": 2},
-    "authors-full": {"adversary": {**AUTHORS, "direction": "gradient_full"}},
-    "linf": {"adversary": {**AUTHORS, "norm": "linf", "step_size": 0.1, "radius": 0.15}},
+    "consecutive": {"adversary": CONSECUTIVE},
+    "consecutive-accumulated": {"adversary": CONSECUTIVE, "accumulate": 2},
+    "authors-full": {"adversary": {**CONSECUTIVE, "direction": "gradient_full"}},
+    "linf": {"adversary": {**CONSECUTIVE, "norm": "linf", "step_size": 0.1, "radius": 0.15}},
     "staggered": {"adversary": STAGGERED},
     "staggered-accumulated": {"adversary": STAGGERED, "accumulate": 2},
     "residual": {"adversary": {**STAGGERED, "direction": "residual"}},
     "random": {"adversary": {**STAGGERED, "direction": "random"}},
-    "pgd": {"adversary": {**AUTHORS, "method": "pgd"}},
-    "pgd-accumulated": {"adversary": {**AUTHORS, "method": "pgd"}, "accumulate": 2},
-    "pgd-residual": {"adversary": {**AUTHORS, "method": "pgd", "direction": "residual"}},
-    "learned": {"adversary": AUTHORS, "objective": {"variance": "learned_range"}},
+    "pgd": {"adversary": {**CONSECUTIVE, "method": "pgd"}},
+    "pgd-accumulated": {"adversary": {**CONSECUTIVE, "method": "pgd"}, "accumulate": 2},
+    "pgd-residual": {"adversary": {**CONSECUTIVE, "method": "pgd", "direction": "residual"}},
+    "learned": {"adversary": CONSECUTIVE, "objective": {"variance": "learned_range"}},
     "consistency": {
-        "adversary": AUTHORS,
+        "adversary": CONSECUTIVE,
         "consistency": {"mode": "training", "pairs": "ect", "target_decay": 0.5},
         "objective": {"prediction_type": "v_prediction"},
     },
-    "no-clip": {"adversary": AUTHORS, "grad_clip": None},
+    "no-clip": {"adversary": CONSECUTIVE, "grad_clip": None},
 }
 # Weights split over the processes, which one process cannot do: it trains with whole ones.
 SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "consistency", "no-clip")

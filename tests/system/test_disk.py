@@ -16,7 +16,7 @@ from PIL import Image
 from atdiff.cli import main
 from atdiff.training import checkpoint, loop
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
-from atdiff.training.log import MetricsLog
+from atdiff.training.records import MetricsLog
 from atdiff.training.tasks import pixels
 
 SMALL: dict[str, Any] = {

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from launching import LIMIT, free_port
+from launching import run_module
 from safetensors.torch import load_file
 from torch import Tensor
 
 from atdiff.cli import main
 from atdiff.system.processes import device
-from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.checkpoint import latest_checkpoint
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
@@ -103,17 +100,6 @@ def test_the_launcher_chooses_the_device_and_fp16_is_refused_there(
     assert "ACCELERATE_USE_CPU=perhaps must be true or false" in capsys.readouterr().err
 
 
-def run(command: list[str], **environment: str) -> None:
-    """Run a command to its end, with no variable of a launcher but these."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMPI_", "PMI_"))}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *command],
-        check=True,
-        env={**kept, "OMP_NUM_THREADS": "1", **environment},
-        timeout=LIMIT,
-    )
-
-
 def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Path) -> None:
     settings = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1,
@@ -122,43 +108,10 @@ def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Pa
     }  # fmt: skip
     (tmp_path / "default_config.yaml").write_text(yaml.safe_dump(settings))
     words = ["atdiff", "train", recipe, "--out"]
-    run([*words, str(tmp_path / "without")])
+    run_module([*words, str(tmp_path / "without")])
     launch = ["accelerate.commands.launch", "--config_file", str(tmp_path / "default_config.yaml"), "-m"]
-    run([*launch, *words, str(tmp_path / "with")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    run_module([*launch, *words, str(tmp_path / "with")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert_same(tmp_path / "without", tmp_path / "with")
-
-
-def assert_trained_by_two(out: Path) -> None:
-    newest = latest_checkpoint(out / "checkpoints")
-    assert newest is not None
-    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["pass"] for line in lines] == [2, 4, 6]
-    assert lines[-1]["epoch"] == round(3 * 2 * 16 / 1500, 4)  # three batches of both
-
-
-def test_torchrun_on_cpus_makes_one_group(recipe: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "--"]
-    run([*torchrun, "atdiff", "train", recipe, "--out", str(out)])
-    assert_trained_by_two(out)
-    run([*torchrun, "atdiff", "evaluate", str(out), "--num", "64", "--steps", "2", "--out", str(out / "cells.json")])
-    assert len(json.loads((out / "cells.json").read_text())) == 1
-
-
-def test_processes_of_mpirun_make_one_group(recipe: str, tmp_path: Path) -> None:
-    """As Open MPI starts them: by the variables that it sets."""
-    out, port = tmp_path / "run", str(free_port())
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    command = [sys.executable, "-W", "ignore", "-m", "atdiff", "train", recipe, "--out", str(out)]
-    ranks = []
-    for rank in ("0", "1"):
-        place = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
-        sizes = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-        environment = {**kept, **place, **sizes, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(LIMIT) for process in ranks] == [0, 0]
-    assert_trained_by_two(out)
 
 
 def test_mpirun_on_several_machines_must_say_which_is_the_first(

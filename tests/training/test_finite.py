@@ -23,7 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no-clip": {"optimizer": {"grad_clip": None}},
     "accumulated": {"training": {"accumulate": 2}},
-    "authors": {"adversary": {"passes": 3, "step_size": 0.5}},
+    "consecutive": {"adversary": {"passes": 3, "step_size": 0.5}},
     "second-moment": {"objective": {"timestep_sampler": "loss-second-moment"}},
     "learned": {"objective": {"variance": "learned_range"}},
 }
@@ -101,14 +101,14 @@ def test_a_step_that_is_not_finite_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, value: float
 ) -> None:
     made = trainer(tmp_path, arm)
-    first, last = (4, 6) if arm == "authors" else (5, 5)  # passes of the batch that is poisoned
-    poison(made, monkeypatch, {1 if arm == "authors" else 4}, value)
+    first, last = (4, 6) if arm == "consecutive" else (5, 5)  # passes of the batch that is poisoned
+    poison(made, monkeypatch, {1 if arm == "consecutive" else 4}, value)
     made.run(progress=False)
     out = tmp_path / "run"
     before, after, later = (
         checkpoint(out, first - 1),
         checkpoint(out, last),
-        checkpoint(out, 9 if arm == "authors" else last + 1),
+        checkpoint(out, 9 if arm == "consecutive" else last + 1),
     )
     for name, weight in before[0].items():
         assert torch.equal(after[0][name], weight), name
@@ -116,13 +116,13 @@ def test_a_step_that_is_not_finite_is_not_taken(
     assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
     assert any(not torch.equal(later[0][name], weight) for name, weight in before[0].items())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped_steps"] for line in lines] == ([0, 3, 3] if arm == "authors" else [0, 1, 1])
+    assert [line["skipped_steps"] for line in lines] == ([0, 3, 3] if arm == "consecutive" else [0, 1, 1])
     assert all(line["loss"] is not None for line in lines if line["pass"] not in (first, last))
-    if arm == "authors":
+    if arm == "consecutive":
         assert lines[1]["loss"] is None
     # Passes with such a loss have no mean, and are never the best.
     manifests = {p: json.loads((out / "checkpoints" / f"pass-{p:09d}" / "manifest.json").read_text())
-                 for p in ((3, 6, 9) if arm == "authors" else range(1, 10))}  # fmt: skip
+                 for p in ((3, 6, 9) if arm == "consecutive" else range(1, 10))}  # fmt: skip
     assert [p for p in manifests if manifests[p]["loss"] is None] == [last]
 
 

@@ -25,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {"adversary": {**STAGGERED, "direction": "random"}},
     "linf": {"adversary": {**STAGGERED, "norm": "linf", "step_size": 0.1, "radius": 0.2}},
     "pgd": {"adversary": {"passes": 3, "step_size": 0.5, "method": "pgd"}},
-    "authors": {"adversary": {"passes": 3, "step_size": 2.0, "scale": "sigma"}},
+    "consecutive": {"adversary": {"passes": 3, "step_size": 2.0, "scale": "sigma"}},
     "classes": {"data": {"class_conditional": True}, "objective": {"label_dropout": 0.2}},
 }
 

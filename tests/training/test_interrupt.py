@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from atdiff.cli import EXIT_STOPPED
+from atdiff.cli import EXIT_STOPPED, main
 from atdiff.core.errors import UserError
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint
 from atdiff.training.interrupt import StopRequest, parse_duration
@@ -55,11 +55,9 @@ def test_without_signals_none_are_taken() -> None:
         assert signal.getsignal(signal.SIGTERM) is before
 
 
-def started(folder: Path, *words: str) -> subprocess.Popen[str]:
-    recipe = folder / "small.yaml"
-    recipe.write_text(json.dumps(SMALL))
-    command = [sys.executable, "-m", "atdiff", "train", str(recipe), "--out", str(folder / "run"), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def words(folder: Path) -> list[str]:
+    (folder / "small.yaml").write_text(json.dumps(SMALL))
+    return ["train", str(folder / "small.yaml"), "--out", str(folder / "run")]
 
 
 def wait_for_the_log(folder: Path) -> None:
@@ -71,8 +69,12 @@ def wait_for_the_log(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    process = started(tmp_path)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atdiff", *words(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_the_log(tmp_path)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -83,13 +85,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     assert saved is not None
     assert checkpoint_problem(saved) is None
     assert f"pass {int(saved.name.removeprefix('pass-'))} of 1000000 is saved" in error
-    again = started(tmp_path, "--max-time", "0.001")
-    _, error = again.communicate(timeout=60)
-    assert again.returncode == EXIT_STOPPED
+    assert main([*words(tmp_path), "--max-time", "0.001"]) == EXIT_STOPPED
     newer = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newer is not None
     assert int(newer.name.removeprefix("pass-")) == int(saved.name.removeprefix("pass-")) + 1
-    assert "the time that --max-time gives is over" in error
+    assert "the time that --max-time gives is over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])

@@ -17,9 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, PNDMScheduler, UNet2DConditionModel
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
-from launching import ended, launch
 from PIL import Image
-from processes import CAN_SHARD
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, 
 from atdiff.pipelines.lora import add_lora, load_lora, save_lora
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
-from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.loop import Trainer
 
 CAPTIONS = ["a cat", "a red\n\u2028car", "a cat", "the dog on 2"]
@@ -556,29 +554,6 @@ def test_mistakes_are_one_sentence_before_anything_is_written(
     assert message.format(**names) in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
-def test_two_processes_distil_alike_with_whole_and_with_split_weights(recipe: Path, tmp_path: Path) -> None:
-    """Gradients are compared: AdamW turns rounding of those near 0 into whole steps, which then grow."""
-    words = ["-m", "atdiff", "train", str(recipe), "--arm", "gradient", "--training.passes", "1", "--out"]
-    for name, more in (("whole", []), ("split", ["--training.shard", "true"])):
-        code, error = ended(launch(*words, str(tmp_path / name), *more))
-        assert code == 0, error
-    newest = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "split")]
-    whole, split = (load_checkpoint(path) for path in newest if path is not None)
-    moments = [checkpoint[2]["optimizer"]["state"] for checkpoint in (whole, split)]
-    assert set(moments[1]) == set(whole[0])  # by name, in the order of the numbers that an optimizer gives
-    first = [torch.cat([one["exp_avg"].flatten() for one in state.values()]) for state in moments]
-    assert (first[0] - first[1]).norm() < 1e-5 * first[0].norm()
-    # The averages moved with the weights, and the pipeline is the average.
-    assert split[0].keys() == split[1].keys() == split[2]["target"].keys()
-    unet = DiffusionPipeline.from_pretrained(tmp_path / "split" / "pipeline").unet.state_dict()
-    for key, value in split[1].items():
-        assert torch.equal(unet[key], value)
-        moved = split[0][key] - value  # the average has gone half of the way, the target a tenth
-        torch.testing.assert_close(split[0][key] - split[2]["target"][key], 1.8 * moved, rtol=1e-3, atol=1e-6)
-    assert any((split[0][key] - value).abs().max() > 1e-4 for key, value in split[1].items())
 
 
 # ---- resuming on the same content

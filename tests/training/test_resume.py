@@ -1,4 +1,4 @@
-"""A run that is stopped and gone on with is the run that nobody stopped, bit for bit on the CPU."""
+"""A run that is stopped and resumed is the run that nobody stopped, bit for bit on the CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from resuming import StopAt, everything
 
+from atdiff.adversary.adversary import Adversary
 from atdiff.core.errors import Stopped, UserError
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
+from atdiff.training.config import AdversaryConfig
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.loop import train
 
@@ -28,22 +30,22 @@ DROPOUT = {
     "dropout": 0.3,
 }
 STAGGERED = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
-AUTHORS = {"passes": 3, "step_size": 0.5}
+CONSECUTIVE = {"passes": 3, "step_size": 0.5}
 ECT = {"mode": "training", "pairs": "ect", "target_decay": 0.5}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "authors": {"adversary": AUTHORS},
-    "authors-accumulated": {"adversary": AUTHORS, "training": {"accumulate": 2}},
-    "random": {"adversary": {**AUTHORS, "direction": "random"}},
+    "consecutive": {"adversary": CONSECUTIVE},
+    "consecutive-accumulated": {"adversary": CONSECUTIVE, "training": {"accumulate": 2}},
+    "random": {"adversary": {**CONSECUTIVE, "direction": "random"}},
     "staggered": {"adversary": STAGGERED, "training": {"batch_size": 18}},
     "staggered-accumulated": {"adversary": STAGGERED, "training": {"batch_size": 18, "accumulate": 2}},
-    "pgd": {"adversary": {**AUTHORS, "method": "pgd"}},
-    "second-moment": {"adversary": AUTHORS, "objective": {"timestep_sampler": "loss-second-moment"}},
+    "pgd": {"adversary": {**CONSECUTIVE, "method": "pgd"}},
+    "second-moment": {"adversary": CONSECUTIVE, "objective": {"timestep_sampler": "loss-second-moment"}},
     "schedule": {"optimizer": {"warmup_passes": 4, "decay": "cosine"}, "data": {"flip": True}},
-    "dropout": {"adversary": AUTHORS},
+    "dropout": {"adversary": CONSECUTIVE},
     "consistency": {
         "consistency": ECT,
-        "adversary": {**AUTHORS, "direction": "residual"},
+        "adversary": {**CONSECUTIVE, "direction": "residual"},
         "objective": {"prediction_type": "v_prediction"},
     },
 }
@@ -93,7 +95,7 @@ def test_a_stop_after_any_batch_changes_nothing(tmp_path: Path, arm: str) -> Non
     assert_same(whole, everything(tmp_path / "stopped"))
 
 
-@pytest.mark.parametrize("arm", ["authors", "staggered"])
+@pytest.mark.parametrize("arm", ["consecutive", "staggered"])
 def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> None:
     with pytest.raises(Stopped, match=f"pass 6 of {PASSES} is saved"):
         run(tmp_path / "run", arm, stop=StopAt(2))
@@ -102,12 +104,12 @@ def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> N
 
 def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None:
     """The end of a run whose last batch was cut short, and what earlier versions wrote there."""
-    folder = run(tmp_path / "run", "authors", "--training.keep_checkpoints", "1")
+    folder = run(tmp_path / "run", "consecutive", "--training.keep_checkpoints", "1")
     message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches is left"
     for path in (folder / "checkpoints").glob("pass-*9"):
         shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
-        run(folder, "authors", "--training.keep_checkpoints", "1", "--training.passes", "17")
+        run(folder, "consecutive", "--training.keep_checkpoints", "1", "--training.passes", "17")
 
 
 def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged
     assert_same(whole, everything(run(tmp_path / "killed", "plain", *every)))
 
 
-@pytest.mark.parametrize("arm", ["authors", "staggered", "random"])
+@pytest.mark.parametrize("arm", ["consecutive", "staggered", "random"])
 def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
     longer = run(tmp_path / "longer", arm, "--training.passes", "17")
     run(tmp_path / "grown", arm)
@@ -200,3 +202,22 @@ def test_a_run_of_more_processes_is_not_gone_on_with(tmp_path: Path) -> None:
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"was trained by 2 process\(es\), and now there are 1"):
         run(tmp_path / "run", "plain")
+
+
+@pytest.mark.parametrize(("begun", "then"), [("authors", "consecutive"), ("consecutive", "authors")])
+def test_a_run_resumes_under_the_earlier_name_of_its_order(tmp_path: Path, begun: str, then: str) -> None:
+    whole = everything(run(tmp_path / "whole", "consecutive"))
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", "consecutive", f"--adversary.order={begun}", stop=StopAt(1))
+    file = tmp_path / "stopped" / "config.yaml"
+    assert "order: consecutive\n" in file.read_text()
+    file.write_text(file.read_text().replace("order: consecutive", f"order: {begun}"))
+    assert_same(whole, everything(run(tmp_path / "stopped", "consecutive", f"--adversary.order={then}")))
+
+
+def test_the_earlier_name_of_an_order_is_read_in_recipes_and_python(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("arms: {at: {adversary: {order: authors}}}")
+    assert resolve(load_recipe(str(tmp_path / "old.yaml")), "at").adversary.order == "consecutive"
+    order: Any = "authors"
+    assert AdversaryConfig(order=order) == AdversaryConfig(order="consecutive")
+    assert Adversary(order=order).order == "consecutive"

@@ -14,7 +14,7 @@ from atdiff.adversary.directions import DIRECTIONS
 from atdiff.adversary.methods import METHODS
 from atdiff.adversary.perturbation import Perturbation
 from atdiff.adversary.scale import ScaleFunction
-from atdiff.core.choices import Direction, Method, Norm, Order, Target
+from atdiff.core.choices import Direction, Method, Norm, Order, Target, order_of
 from atdiff.core.errors import UserError
 from atdiff.core.norms import norm_of
 from atdiff.objectives.batch import Batch, ObjectiveOutput
@@ -43,7 +43,7 @@ class Adversary:
     - ``residual``: the predicted minus the true noise. No input gradient is needed.
     - ``random``: normal; the control of the same norm.
 
-    ``order`` (of ``free``): ``authors`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
+    ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
     ``passes`` parts; each pass joins the next fresh part, at ``delta = 0``, with the parts of the passes before it,
     at their newest delta. Cost and reuse are the same, but every update sees fresh samples.
 
@@ -85,10 +85,11 @@ class Adversary:
         noise_levels: tuple[float, float] | None = None,
         method: Method = "free",
         direction: Direction = "gradient",
-        order: Order = "authors",
+        order: Order = "consecutive",
         target: Target = "equivariant",
         weight: float = 1.0,
     ) -> None:
+        order = order_of(order)
         check_adversary(
             norm=norm, step_size=step_size, passes=passes, radius=radius, scale=scale, noise_levels=noise_levels,
             method=method, direction=direction, order=order, target=target, weight=weight,

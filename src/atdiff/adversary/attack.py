@@ -80,17 +80,35 @@ class Forward:
 
     def ascended(self, batch: Batch, steps: int) -> Tensor:
         """Return delta after some steps of its own from 0, without any gradient of the weights."""
-        attack, start = self.attack, torch.zeros_like(batch.x0)
+        delta = torch.zeros_like(batch.x0)
         for _ in range(steps):
-            # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
-            with getattr(self.model, "no_sync", contextlib.nullcontext)():
-                with torch.set_grad_enabled(attack.needs_input_gradient):
-                    output, delta = self(batch, start, track=True)
-                if attack.needs_input_gradient:
-                    # Of delta alone, so that no gradient is left in the weights.
-                    (delta.grad,) = torch.autograd.grad(output.loss.sum(), delta)
-            start = attack.moved(delta, batch, output)
-        return start
+            _, delta = self._step(batch, delta, lambda output: output.loss)
+        return delta
+
+    def walk(
+        self, batch: Batch, delta: Tensor, steps: int, loss_of: Callable[[ObjectiveOutput], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the losses ``(B,)`` at delta and after each step up their own gradient, and where that is, detached."""
+        for _ in range(steps):
+            output, moved = self._step(batch, delta, loss_of)
+            yield loss_of(output).detach(), delta
+            delta = moved
+        with torch.no_grad():
+            output, _ = self(batch, delta, track=False)
+        yield loss_of(output), delta
+
+    def _step(
+        self, batch: Batch, start: Tensor, loss_of: Callable[[ObjectiveOutput], Tensor]
+    ) -> tuple[ObjectiveOutput, Tensor]:
+        attack = self.attack
+        # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
+        with no_sync(), torch.set_grad_enabled(attack.needs_input_gradient):
+            output, delta = self(batch, start, track=True)
+            if attack.needs_input_gradient:
+                # Of delta alone, so that no gradient is left in the weights.
+                (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
+        return output, attack.moved(delta, batch, output)
 
 
 Method = Callable[[Attack, Forward, Batch, Kept], Iterator[Pass]]

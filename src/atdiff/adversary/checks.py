@@ -55,7 +55,7 @@ def check_adversary(
             f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
         )
     if method != "free" and order == "staggered":
-        raise UserError(f"method={method!r} cannot have order='staggered'; use order='authors' or method='free'.")
+        raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
 

@@ -33,15 +33,9 @@ def mismatch(runs: tuple[str, ...], extractor: str, weights: tuple[str, ...], ou
     estimated images are compared.
     """
     from atdiff.measure.entries import read_entries
-    from atdiff.study.preflight import check_drawing, check_metrics_of, check_runs
+    from atdiff.study.preflight import check_metrics_of, check_runs, check_sampling
 
-    check_drawing(
-        samplers=() if asked["sampler"] is None else (asked["sampler"],),
-        steps=(asked["steps"],),
-        num=asked["num"],
-        seeds=(asked["seed"],),
-        corrections=(asked["correction"],),
-    )
+    check_sampling(**{name: asked[name] for name in ("sampler", "steps", "num", "seed", "correction")})
     entries = read_entries(out / "mismatch.json")
     files = options.weights_files(weights, extractor)
     if extractor != "none":

@@ -55,37 +55,25 @@ def sample(
     **drawn: Any,  # noqa: ANN401  (steps, num, seed, batch_size)
 ) -> None:
     """Draw samples from RUN: a training folder, a diffusers pipeline folder, or a hub id."""
-    from atdiff.study.preflight import check_drawing, check_runs
+    from atdiff.study.preflight import check_runs, check_sampling
     from atdiff.system.files import check_images_path
 
     check_images_path(out)
-    check_drawing(
-        samplers=() if sampler is None else (sampler,),
-        steps=(drawn["steps"],),
-        num=drawn["num"],
-        seeds=(drawn["seed"],),
-        corrections=(correction,),
-        precision=precision,
-        guidance_scale=guidance_scale,
-    )
+    drawing = {name: drawn[name] for name in ("steps", "num", "seed")}
+    network: dict[str, Any] = {"precision": precision, "guidance_scale": guidance_scale}
+    check_sampling(sampler=sampler, correction=correction, **drawing, **network)
     check_runs([run], with_data=False, variant=variant)
-    from atdiff.pipelines.model import load_denoiser
-    from atdiff.pipelines.text_to_image import TextToImage
     from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import save_images
     from atdiff.sampling.schedulers import default_sampler
     from atdiff.system.processes import device, is_main
 
     corrected = make_correction(correction)
-    denoiser = load_denoiser(run, variant=variant, guidance_scale=guidance_scale)
-    if prompts is not None:
-        if not isinstance(denoiser, TextToImage):
-            raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
-        denoiser = replace(denoiser, prompts=prompts)
-    denoiser = denoiser.prepared(precision=precision, compile=compile, device=device())
-    batches = denoiser.samples(
-        sampler=sampler or default_sampler(denoiser.scheduler),
-        label=None if class_label is None else denoiser.label_of(class_label),
+    model = _loaded(run, prompts, variant=variant, guidance_scale=guidance_scale)
+    model = model.prepared(precision=precision, compile=compile, device=device())
+    batches = model.samples(
+        sampler=sampler or default_sampler(model.scheduler),
+        label=None if class_label is None else model.label_of(class_label),
         correction=corrected,
         device=device(),
         progress=is_main(),
@@ -96,3 +84,16 @@ def sample(
         print(f"{drawn['num']} samples in {out}")
     else:
         deque(batches, maxlen=0)
+
+
+def _loaded(run: str, prompts: tuple[str, ...] | None, **loading: Any) -> Any:  # noqa: ANN401
+    """Return the model of a run, which draws images of the prompts where there are any."""
+    from atdiff.pipelines.model import load_denoiser
+    from atdiff.pipelines.text_to_image import TextToImage
+
+    model = load_denoiser(run, **loading)
+    if prompts is None:
+        return model
+    if not isinstance(model, TextToImage):
+        raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
+    return replace(model, prompts=prompts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "MIXTURES",
@@ -24,6 +24,7 @@ __all__ = [
     "Unreadable",
     "Variance",
     "Weighting",
+    "order_of",
 ]
 
 Crop = Literal["bicubic", "adm"]
@@ -31,7 +32,7 @@ Direction = Literal["gradient", "gradient_full", "residual", "random"]
 Distance = Literal["pseudo-huber", "huber", "l2"]
 Method = Literal["free", "pgd", "equivariance"]
 Norm = Literal["l2", "linf", "l1"]
-Order = Literal["authors", "staggered"]
+Order = Literal["consecutive", "staggered"]
 PairName = Literal["even", "ict", "ect"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
 Scale = Literal["constant", "sigma", "high", "middle"]
@@ -41,6 +42,12 @@ Target = Literal["equivariant", "invariant"]
 Unreadable = Literal["refuse", "skip"]
 Variance = Literal["fixed", "learned_range"]
 Weighting = Literal["none", "min-snr", "high-noise"]
+
+
+def order_of(word: Any) -> Any:  # noqa: ANN401  (what is no order is refused elsewhere)
+    """Return the order that a word stands for: ``authors`` is the earlier name of ``consecutive``."""
+    return "consecutive" if word == "authors" else word
+
 
 WHITE = "white"  # what transparent pixels are composed on
 

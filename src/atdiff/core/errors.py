@@ -6,10 +6,9 @@ __all__ = ["RunError", "Stopped", "UserError"]
 
 
 class UserError(ValueError):
-    """A mistake of the user: one sentence with the offending value, what was expected and the fix.
+    """A mistake of the user: one sentence with the value, what was expected and the fix; exit code 2.
 
-    The command line prints it without a traceback and exits with code 2. A broken invariant of atdiff
-    itself is an ``assert`` instead.
+    A broken invariant of atdiff itself is an ``assert`` instead.
     """
 
 
@@ -18,7 +17,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop has saved what it had: one sentence; exit code 75.
+    """A run that was asked to stop has saved what it had: one sentence; exit code 75, ``EX_TEMPFAIL`` of sysexits.h.
 
-    That is ``EX_TEMPFAIL`` of sysexits.h: the same command again goes on.
+    The same command again resumes it.
     """

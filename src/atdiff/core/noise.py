@@ -193,14 +193,14 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
 
 
 def dynamic_mu(scheduler: Any, tokens: int | None = None) -> float | None:  # noqa: ANN401
-    """Return the ``mu`` of a flow scheduler with dynamic shifting for pictures of that many tokens; None for others.
+    """Return the ``mu`` of a flow scheduler with dynamic shifting for images of that many tokens; None for others.
 
     A line through ``base_shift`` at ``base_image_seq_len`` tokens and ``max_shift`` at ``max_image_seq_len``, with the
     defaults of diffusers' pipelines (0.5 at 256, 1.15 at 4096), whose ``calculate_shift`` it is.
 
     Args:
         scheduler: any diffusers scheduler.
-        tokens: of a picture; None for ``base_image_seq_len``.
+        tokens: of an image; None for ``base_image_seq_len``.
     """
     if not own_setting(scheduler, "use_dynamic_shifting"):
         return None
@@ -229,23 +229,22 @@ class NoiseSchedule:
 
     Timesteps are what the network is given, in the scheduler's own convention:
 
-    - ``vp`` (DDPM family): integers in ``[0, num_train_timesteps)``;
-      ``alpha_t = sqrt(alphas_cumprod[t])``, ``sigma_t = sqrt(1 - alphas_cumprod[t])``.
-      (`DDPM <https://arxiv.org/abs/2006.11239>`_, eq. 4)
+    - ``vp`` (DDPM family): integers in ``[0, num_train_timesteps)``; ``alpha_t = sqrt(alphas_cumprod[t])``,
+      ``sigma_t = sqrt(1 - alphas_cumprod[t])``. (`DDPM <https://arxiv.org/abs/2006.11239>`_, eq. 4)
     - ``flow``: real numbers in ``(0, num_train_timesteps]``; ``sigma_t = t / num_train_timesteps``,
-      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the
-      scheduler moves which timesteps are visited, never this map.
-    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A
-      thousand times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
+      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the scheduler
+      moves which timesteps are visited, never this map.
+    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A thousand
+      times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
     - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
 
     Either of alpha_t and sigma_t may be 0, not both.
 
     Args:
-        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read,
-            never the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``,
-            1 the noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
-        tokens: of a picture, for ``shift`` of a flow scheduler with dynamic shifting; see :func:`dynamic_mu`.
+        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read, never
+            the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``, 1 the
+            noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
+        tokens: of an image, for ``shift`` of a flow scheduler with dynamic shifting; see :func:`dynamic_mu`.
 
     Raises:
         UserError: the scheduler belongs to none of the families, its betas are not as many as its timesteps or not
@@ -270,7 +269,7 @@ class NoiseSchedule:
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
         self.sigma_min = float(config.get("sigma_min", 0.002)) if self.kind == "edm" else 0.0
-        # Of a sampler's steps and the timesteps of training; a dynamic one depends on the pictures' size.
+        # Of a sampler's steps and the timesteps of training; a dynamic one depends on the images' size.
         self.shift = flow_shift(scheduler, tokens) if self.kind == "flow" else 1.0
         if self.kind == "vp":
             _check_betas(scheduler)
@@ -338,11 +337,7 @@ class NoiseSchedule:
         return self.timesteps_at(torch.tensor(math.tan(math.pi / 2 * level), dtype=torch.float64))
 
     def check_timesteps(self, name: str, timesteps: Tensor) -> None:
-        """Make sure that timesteps of any shape are some of the schedule's.
-
-        Raises:
-            UserError: they are not, with the name that they have.
-        """
+        """Raise a UserError, with their ``name``, unless timesteps of any shape are some of the schedule's."""
         last = self.num_train_timesteps
         if self.kind == "edm":
             good, expected = timesteps.isfinite(), "finite numbers"
@@ -421,10 +416,7 @@ def divide(value: Tensor, by: Tensor) -> Tensor:
 def noise_level(alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return ``2 / pi * atan(sigma / alpha)``, from 0 (data) to 1 (noise), whatever the schedule.
 
-    On the cosine schedule it is ``t / T``; for flows it stays within 0.05 of ``t``.
-
-    Args:
-        alpha: ``(B,)``.
-        sigma: ``(B,)``.
+    ``alpha`` and ``sigma`` are ``(B,)``. On the cosine schedule it is ``t / T``; for flows it stays within 0.05 of
+    ``t``.
     """
     return torch.atan2(sigma, alpha) * (2.0 / math.pi)

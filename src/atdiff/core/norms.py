@@ -31,9 +31,8 @@ def norm_of(delta: Tensor, norm: Norm) -> Tensor:
 def steepest_step(direction: Tensor, size: Tensor, norm: Norm) -> Tensor:
     """Return the step of norm ``size`` that has the largest inner product with ``direction``.
 
-    l2: along ``direction``; linf: its sign; l1: all on the coordinate of largest magnitude, which is sparse.
-    (`Madry et al. <https://arxiv.org/abs/1706.06083>`_; `Tramer and Boneh
-    <https://arxiv.org/abs/1904.13000>`_, section 4.)
+    l2: along ``direction``; linf: its sign; l1: all on the coordinate of largest magnitude, which is sparse. (`Madry et
+    al. <https://arxiv.org/abs/1706.06083>`_; `Tramer and Boneh <https://arxiv.org/abs/1904.13000>`_, section 4.)
 
     Args:
         direction: ``(B, ...)``, of any positive scale: it is normalised per sample, so a loss scale drops out.

@@ -268,10 +268,7 @@ def to_noise(
 
 
 def from_noise(noise: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`.
-
-    See :meth:`Prediction.from_noise`.
-    """
+    """Return the prediction that implies ``noise`` at ``x_t``: the inverse of :func:`to_noise`."""
     return make_prediction(prediction_type, schedule).from_noise(noise, x_t, *schedule.levels(timesteps, x_t))
 
 

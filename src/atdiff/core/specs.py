@@ -30,7 +30,7 @@ class CorrectionFamily:
         example: a spec.
         grid: values that a search tries.
         neutral: the value that changes nothing.
-        refined: whether a search goes on to the midpoints beside the best value.
+        refined: whether a search tries the midpoints beside the best value, too.
     """
 
     home: str
@@ -65,8 +65,7 @@ class CorrectionSpec:
 
     Attributes:
         family: one of :data:`CORRECTIONS`.
-        values: its numbers: scale and maybe slope, window and maybe cutoff, or strengths of the low band and maybe the
-            high one; none for ``none`` and searches.
+        values: its numbers, as :func:`parse_correction` reads them; none for ``none`` and searches.
         search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
     """
 
@@ -76,9 +75,8 @@ class CorrectionSpec:
 
 
 def parse_correction(spec: str) -> CorrectionSpec:
-    """Read ``none``, ``FAMILY:search``, or a family and its numbers.
-
-    Those are ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]`` and ``dcw:LOW[:HIGH]``.
+    """Read ``none``, ``FAMILY:search``, ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]``,
+    ``dcw:LOW[:HIGH]``.
 
     Raises:
         UserError: an unknown family, or numbers that are missing or no numbers. Their range is not looked at.

@@ -36,11 +36,14 @@ class TimestepSampler(Protocol):
         """Return what a resumed run needs."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
 
 
 class _Stateless:
     """A sampler with nothing to learn and nothing to save."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """Ignore the losses."""
@@ -56,9 +59,6 @@ class _Stateless:
 class _Fractions(_Stateless):
     """Timesteps by their fraction of the schedule, which a subclass draws; weights are one."""
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
-
     def fractions(self, batch_size: int, device: torch.device) -> Tensor:
         """Return ``t / T``, ``(batch_size,)``."""
         raise NotImplementedError
@@ -73,9 +73,6 @@ class _Fractions(_Stateless):
 
 class UniformTimesteps(_Stateless):
     """Every timestep equally often: integers for a ``vp`` schedule, real numbers in ``(0, T]`` for ``flow``."""
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.num_train_timesteps, self.kind = schedule.num_train_timesteps, schedule.kind
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return uniform timesteps and weights of one, each ``(batch_size,)``."""
@@ -107,7 +104,7 @@ class LogitNormalTimesteps(_Fractions):
 
 
 class BetaTimesteps(_Fractions):
-    """``t / T`` of the law Beta(1, 2), whose density falls from 2 at data to 0 at noise.
+    """``t / T`` of the distribution Beta(1, 2), whose density falls from 2 at data to 0 at noise.
 
     (`MixFlow <https://arxiv.org/abs/2512.19311>`_, where time runs the other way.) Weights are one, as in the paper.
     """
@@ -137,7 +134,7 @@ class LossSecondMomentTimesteps:
     """Timesteps in proportion to ``sqrt(E[loss^2])``, with importance weights.
 
     (`Improved DDPM <https://arxiv.org/abs/2102.09672>`_, eq. 18.) Uniform until every timestep has been seen
-    ``history`` times. Losses that are not finite are left out, so that one bad batch cannot poison the law.
+    ``history`` times. Losses that are not finite are left out, so that one bad batch cannot poison the distribution.
 
     Args:
         schedule: a ``vp`` schedule.
@@ -156,19 +153,19 @@ class LossSecondMomentTimesteps:
         self.counts = torch.zeros(schedule.num_train_timesteps, dtype=torch.long)
 
     def probabilities(self) -> Tensor:
-        """Return the law of the next draw, float64 of shape ``(T,)``."""
+        """Return the distribution of the next draw, float64, ``(T,)``."""
         num, history = self.losses.shape
         if bool((self.counts < history).any()):
             return torch.full((num,), 1.0 / num, dtype=torch.float64)
         moment = self.losses.square().mean(dim=1).sqrt()
-        law = moment / moment.sum() if moment.sum() > 0 else torch.full_like(moment, 1.0 / num)
-        return law * (1.0 - self.uniform_prob) + self.uniform_prob / num
+        shares = moment / moment.sum() if moment.sum() > 0 else torch.full_like(moment, 1.0 / num)
+        return shares * (1.0 - self.uniform_prob) + self.uniform_prob / num
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return timesteps and importance weights ``1 / (T p_t)``, each ``(batch_size,)``."""
-        law = self.probabilities()
-        timesteps = torch.multinomial(law, batch_size, replacement=True)
-        weights = 1.0 / (len(law) * law[timesteps])
+        shares = self.probabilities()
+        timesteps = torch.multinomial(shares, batch_size, replacement=True)
+        weights = 1.0 / (len(shares) * shares[timesteps])
         return timesteps.to(device), weights.float().to(device)
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
@@ -185,7 +182,7 @@ class LossSecondMomentTimesteps:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved history."""
+        """Resume from a saved history."""
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
 

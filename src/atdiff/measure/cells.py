@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.data.reading import AS_TRAINED, DataOptions
-from atdiff.measure.entries import read_cells
-from atdiff.measure.stale import say, what_changed
+from atdiff.data.sources import ImageData
+from atdiff.measure.entries import read_cells, versions
+from atdiff.measure.runs import Notify, say, silent, what_changed
 from atdiff.metrics.registry import METRICS
 from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.models.inference import DTYPES
@@ -29,16 +30,7 @@ from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
 from atdiff.system.processes import from_main, in_main, is_main
 
-__all__ = [
-    "EvaluationConfig",
-    "cells_of_run",
-    "cells_of_weights",
-    "evaluate_runs",
-    "read_cells",
-    "versions",
-]
-
-T = TypeVar("T")
+__all__ = ["EvaluationConfig", "cells_of_run", "cells_of_weights", "evaluate_runs"]
 
 SEARCH = ":search"
 ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
@@ -49,81 +41,59 @@ SEARCHED = (*_FIRST, *(name for name, metric in METRICS.items() if metric.is_dis
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How pictures are made and judged.
+    """How samples are made and judged."""
 
-    Attributes:
-        samplers: samplers by name; None for the default sampler of each run.
-        steps: numbers of steps.
-        num: pictures a cell.
-        seeds: of the pictures.
-        corrections: of the sampler: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with
-            ``:search`` for the value, the one of lowest distance on the pictures of ``search_seed`` is taken, for each
-            run, sampler and number of steps.
-        search_seed: of the held-out noise that a search looks at; none of ``seeds``.
-        search_num: pictures of a search.
-        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
-        weights: local files of weights by extractor.
-        metrics: which metrics.
-        prompts: one for all pictures, or one a class: what text-to-image runs are asked for, in the place of the
-            captions of their training, and what ``clip_score`` compares pictures with.
-        data: the data set whose images are the reference; None for each run's own.
-        reading: how they are read, where that is another way than in training.
-        batch_size: pictures sampled at once.
-        precision: in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``.
-        compile: whether they are compiled; to rounding, it does not change a figure.
-        guidance_scale: see :meth:`atdiff.pipelines.model.TrainedModel.guided`; None for that of each run's training, or
-            the usual one.
-        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
-    """
-
-    samplers: tuple[str, ...] | None
+    samplers: tuple[str, ...] | None  # None for the default sampler of each run
     steps: tuple[int, ...]
-    num: int = 2048
-    seeds: tuple[int, ...] = (0,)
+    num: int = 2048  # samples per cell
+    seeds: tuple[int, ...] = (0,)  # of the samples
+    # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with ``:search`` for the value, the one
+    # of lowest distance on held-out noise is taken, for each run, sampler and number of steps.
     corrections: tuple[str, ...] = ("none",)
-    search_seed: int = 4000
+    search_seed: int = 4000  # of that noise; none of ``seeds``
     search_num: int = 1024
-    extractor: str = "digits-classifier"
-    weights: Mapping[str, Path] = field(default_factory=dict)
+    extractor: str = "digits-classifier"  # whose features ``fid``, ``kid``, ``isc`` and ``prc`` use
+    weights: Mapping[str, Path] = field(default_factory=dict)  # local files by extractor
     metrics: tuple[str, ...] = ("fid", "prc")
+    # One for all samples, or one per class: what text-to-image runs are asked for, in the place of the captions of
+    # their training, and what ``clip_score`` compares samples with.
     prompts: tuple[str, ...] | None = None
-    data: str | None = None
-    reading: DataOptions = AS_TRAINED
+    data: str | None = None  # whose images are the reference; None for each run's own
+    reading: DataOptions = AS_TRAINED  # of the data, where it is another than in training
     batch_size: int = 512
-    precision: str = "no"
-    compile: bool = False
-    guidance_scale: float | None = None
-    variant: str | None = None
+    precision: str = "no"  # in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``
+    compile: bool = False  # to rounding, it does not change a figure
+    guidance_scale: float | None = None  # None for that of each run's training, or the usual one
+    variant: str | None = None  # of the weights of pipelines, such as ``fp16``; training folders know their own
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
-        """Find, before any compute, what cannot be evaluated for networks of this scheduler.
-
-        Raises:
-            UserError: an unknown metric or correction, too few pictures, a sampler or steps that do not fit, or a
-                search on the noise that is evaluated.
-        """
+        """Raise a ``UserError``, before any compute, for what cannot be evaluated for networks of this scheduler."""
         check_metrics(self.metrics, extractor=self.extractor, weights=self.weights, prompts=self.prompts)
         if self.num < 2:
             raise UserError(f"num={self.num} samples are too few for metrics; use {FEW_SAMPLES} or more.")
         for correction in self.corrections:
             check_correction(correction, NoiseSchedule(training_scheduler))
         if any(correction.endswith(SEARCH) for correction in self.corrections):
-            self._check_search()
+            if self.search_seed in self.seeds:
+                raise UserError(
+                    f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be chosen on "
+                    "noise that is not evaluated; use another."
+                )
+            if not 2 <= self.search_num <= 1_000_000:
+                raise UserError(f"search_num={self.search_num} must lie between 2 and 1,000,000.")
+            if not set(SEARCHED) & set(self.metrics):
+                raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
         for sampler in self.samplers_for(training_scheduler):
             for steps in self.steps:
                 make_scheduler(sampler, training_scheduler, steps)
 
     @property
     def loading(self) -> dict[str, Any]:
-        """How runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`."""
+        """How runs are loaded: arguments of :func:`atdiff.pipelines.model.load_denoiser`."""
         return {"guidance_scale": self.guidance_scale, "variant": self.variant}
 
     def asked_of(self, denoiser: TrainedModel) -> TrainedModel:
-        """Return the run as it is evaluated: with these prompts, where there are any.
-
-        Raises:
-            UserError: what cannot be evaluated for this run, found before any compute.
-        """
+        """Return the run with these prompts; a ``UserError``, before any compute, where it cannot be evaluated."""
         asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
         asked.check_corrections(self.corrections)
@@ -135,17 +105,6 @@ class EvaluationConfig:
             )
         reference_name(asked, self.data)
         return asked
-
-    def _check_search(self) -> None:
-        if self.search_seed in self.seeds:
-            raise UserError(
-                f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be chosen on "
-                "noise that is not evaluated; use another."
-            )
-        if not 2 <= self.search_num <= 1_000_000:
-            raise UserError(f"search_num={self.search_num} must lie between 2 and 1,000,000.")
-        if not set(SEARCHED) & set(self.metrics):
-            raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
 
     def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
         """Return the samplers to evaluate a network of this scheduler with."""
@@ -166,12 +125,6 @@ class EvaluationConfig:
             and "stale" not in cell
             and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a figure depends on."""
-    names = ("atdiff", "torch", "diffusers", "torch-fidelity", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -196,7 +149,7 @@ def evaluate_runs(
     *,
     asked_only: bool = False,
     device: torch.device | str = "cpu",
-    notify: Callable[[int, int], None] = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
     """Evaluate every cell that ``out`` does not hold yet, and write ``out`` after each.
 
@@ -206,14 +159,8 @@ def evaluate_runs(
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        config: what to evaluate.
-        out: a JSON file, made or gone on with.
+        out: a JSON file, made or resumed.
         asked_only: return the cells that were asked for alone, whatever else ``out`` holds.
-        device: where the pictures are made.
-        notify: called with the number of cells done and in all.
-
-    Returns:
-        All cells that are not stale: run, sampler, correction, steps, seed, metrics, and the recipe of the figure.
 
     Raises:
         UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
@@ -239,16 +186,13 @@ def cells_of_run(
     *,
     weights: Mapping[str, Path] | None = None,
     device: torch.device | str = "cpu",
-    notify: Callable[[int, int], None] = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
     """Return the cells that a study left of a run, after those are computed again for which something changed since.
 
     Args:
         run: a training folder, which may have moved.
-        file: its cells.
         weights: local files of weights by extractor, as it was evaluated with.
-        device: where pictures are made.
-        notify: called with the number of cells done and in all.
 
     Raises:
         UserError: the file holds no cells of the run, or some that do not say all that they depend on.
@@ -297,13 +241,17 @@ def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> Evaluati
 
 
 class _Evaluation:
-    """The cells of a file: which of them still hold, and what computes the others."""
+    """The cells of a file: which of them still hold, and what computes the others.
+
+    Unlike the entries of :mod:`atdiff.measure.runs`, cells keep their places in the file, are spread over the processes
+    of a launch, and those that a run is not asked for now are said too.
+    """
 
     def __init__(self, out: Path, device: torch.device | str) -> None:
         self.out, self.device = out, device
         self.cells = read_cells(out)
         self._runs: dict[str, dict[str, str]] = {}  # fingerprints by run
-        self._against: dict[str, _Against] = {}
+        self._judges: dict[str, _Judge] = {}
 
     def load(self, run: str, config: EvaluationConfig) -> TrainedModel:
         """Load a run as it is asked for."""
@@ -311,29 +259,28 @@ class _Evaluation:
         self._runs[denoiser.source] = denoiser.fingerprints()
         return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
 
-    def complete(self, jobs: Sequence[_Job], notify: Callable[[int, int], None]) -> list[dict[str, Any]]:
+    def complete(self, jobs: Sequence[_Job], notify: Notify) -> list[dict[str, Any]]:
         """Compute the cells that are missing or stale, write the file after each, and return those of the jobs."""
         wanted = [{**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for job in jobs]
         self._mark({_key(cell): cell for cell in wanted})
         done = {_key(cell): i for i, cell in enumerate(self.cells)}
-        judges: dict[str, _Judge] = {}
         for i, (cell, (place, config)) in enumerate(zip(wanted, jobs, strict=True)):
             at = done.get(_key(cell), len(self.cells))
             if at == len(self.cells) or "stale" in self.cells[at]:
-                what = _reading(place.denoiser, config)
-                if what not in judges:
-                    judges[what] = _Judge(self._against[what], config, self.device, self.cells)
-                self.cells[at : at + 1] = [judges[what].judged(cell, place)]
+                self.cells[at : at + 1] = [self._judge(place, config).judged(cell, place)]
                 self._write()
             notify(i + 1, len(jobs))
         found = {_key(cell): cell for cell in self.cells}
         return [found[_key(cell)] for cell in wanted]
 
-    def _fingerprints(self, place: _Place, config: EvaluationConfig) -> dict[str, str]:
+    def _judge(self, place: _Place, config: EvaluationConfig) -> _Judge:
         what = _reading(place.denoiser, config)
-        if what not in self._against:
-            self._against[what] = _Against.make(place.denoiser, config, self.device)
-        return {**self._runs[place.denoiser.source], **self._against[what].fingerprints}
+        if what not in self._judges:
+            self._judges[what] = _Judge(place.denoiser, config, self.device, self.cells)
+        return self._judges[what]
+
+    def _fingerprints(self, place: _Place, config: EvaluationConfig) -> dict[str, str]:
+        return {**self._runs[place.denoiser.source], **self._judge(place, config).fingerprints}
 
     def _mark(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
         """Mark what is stale of the runs that are loaded, and say it."""
@@ -364,104 +311,75 @@ class _Evaluation:
 
 
 def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
-    """Return what tells apart what pictures of a run are measured against, and how."""
+    """Return what tells apart what samples of a run are measured against, and how."""
     data = config.data or denoiser.config.get("data", {}).get("name")
     reading = reading_of(denoiser, config.data, config.reading)
     how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
     return json.dumps([data, reading, denoiser.image_shape, denoiser.prompts, how], default=str)
 
 
-@dataclass(frozen=True, eq=False)
-class _Against:
-    """The reference images and the networks of the metrics: of many processes the main one has them."""
-
-    metrics: Metrics | None
-    distance: Metrics | None  # that a search lowers
-    fingerprints: dict[str, str]
-
-    @classmethod
-    def make(cls, denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str) -> _Against:
-        metrics, distance = in_main(lambda: _metrics(denoiser, config, device)) or (None, None)
-        return cls(metrics, distance, from_main({} if metrics is None else metrics.fingerprints()))
-
-    def prepare(self) -> None:
-        """Compute the statistics of the reference images."""
-
-        def prepared() -> None:
-            for metrics in (self.metrics, self.distance):
-                if metrics is not None:
-                    metrics.prepare()
-
-        in_main(prepared)
-
-
-def _metrics(
-    denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str
-) -> tuple[Metrics, Metrics | None]:
-    data = reference_data(denoiser, config.data, config.reading)
-    options: dict[str, Any] = {
-        "extractor": config.extractor,
-        "weights": config.weights,
-        "device": device,
-        "prepare": False,
-    }
-    metrics = Metrics(data, config.metrics, prompts=denoiser.prompts, **options)
-    if not any(correction.endswith(SEARCH) for correction in config.corrections):
-        return metrics, None
-    return metrics, Metrics(data, [next(name for name in SEARCHED if name in config.metrics)], **options)
-
-
 class _Judge:
-    """Makes and measures the pictures of cells that share their reference images, metrics and prompts."""
+    """Makes and measures the samples of cells that share their reference images, metrics and prompts.
+
+    Of many processes the main one has the reference images and the networks of the metrics.
+    """
 
     def __init__(
-        self, against: _Against, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
+        self, denoiser: TrainedModel, config: EvaluationConfig, device: torch.device | str, cells: list[dict[str, Any]]
     ) -> None:
-        self.against, self.config, self.device = against, config, device
-        against.prepare()
+        self.config, self.device, self.cells = config, device, cells
+        self.prompts = denoiser.prompts
+        self.metrics = in_main(
+            lambda: self._metrics(reference_data(denoiser, config.data, config.reading), config.metrics)
+        )
+        self.fingerprints = from_main({} if self.metrics is None else self.metrics.fingerprints())
+
+    def _metrics(self, data: ImageData, names: Sequence[str]) -> Metrics:
+        how: dict[str, Any] = {"extractor": self.config.extractor, "weights": self.config.weights}
+        return Metrics(data, names, prompts=self.prompts, device=self.device, prepare=False, **how)
+
+    @cached_property
+    def distance(self) -> Metrics | None:
+        """What a search lowers."""
+        name = next(name for name in SEARCHED if name in self.config.metrics)
+        metrics: Any = self.metrics  # of the main process
+        return in_main(lambda: self._metrics(metrics.data, [name]))
+
+    @cached_property
+    def found(self) -> dict[str, tuple[Any, Any]]:
+        """What searches found; before it is first asked for, the statistics of the reference images are computed."""
+        metrics: Any = self.metrics  # of the main process
+        in_main(lambda: metrics.prepare())
         # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
-        self.found = {
+        return {
             _search_key(cell): (cell["correction_value"], cell["correction_search"])
-            for cell in cells
+            for cell in self.cells
             if "correction_value" in cell
         }
 
     def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
         """Return the cell with its metrics, and with what a search found."""
-        correction, found = self._correction(cell, place)
-        metrics = self._measured(self.against.metrics, place, self.config.num, place.seed, correction)
-        return {**cell, **found, "metrics": metrics}
-
-    def _correction(self, cell: dict[str, Any], place: _Place) -> tuple[Correction | None, dict[str, Any]]:
-        if not place.correction.endswith(SEARCH):
-            return make_correction(place.correction), {}
         family, key = place.correction.removesuffix(SEARCH), _search_key(cell)
-        if key not in self.found:
-            self.found[key] = search_correction(family, lambda correction: self._distance(place, correction))
-        value, distances = self.found[key]
-        found = {
-            "correction_value": value,
-            "correction_search": {str(tried): distance for tried, distance in distances.items()},
-        }
-        return make_correction(f"{family}:{value}"), found
+        known, chosen, found = self.found, place.correction, {}
+        if place.correction.endswith(SEARCH):
+            if key not in known:
+                known[key] = search_correction(family, lambda correction: self._distance(place, correction))
+            value, distances = known[key]
+            tried = {str(one): distance for one, distance in distances.items()}
+            chosen, found = f"{family}:{value}", {"correction_value": value, "correction_search": tried}
+        metrics = self._measured(self.metrics, place, self.config.num, place.seed, make_correction(chosen))
+        return {**cell, **found, "metrics": metrics}
 
     def _distance(self, place: _Place, correction: Correction | None) -> float:
         num, seed = self.config.search_num, self.config.search_seed
-        (distance,) = self._measured(self.against.distance, place, num, seed, correction).values()
+        (distance,) = self._measured(self.distance, place, num, seed, correction).values()
         return distance
 
     def _measured(
         self, metrics: Metrics | None, place: _Place, num: int, seed: int, correction: Correction | None
     ) -> dict[str, float]:
-        batches = place.denoiser.samples(
-            sampler=place.sampler,
-            steps=place.steps,
-            num=num,
-            seed=seed,
-            batch_size=self.config.batch_size,
-            correction=correction,
-            device=self.device,
-        )
+        how: dict[str, Any] = {"batch_size": self.config.batch_size, "correction": correction, "device": self.device}
+        batches = place.denoiser.samples(sampler=place.sampler, steps=place.steps, num=num, seed=seed, **how)
         found: dict[str, float] = {}
         if metrics is None:
             deque(batches, maxlen=0)

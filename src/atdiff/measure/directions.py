@@ -1,8 +1,8 @@
-"""Which way each direction of a perturbation points, and whether the step makes the denoiser's work harder."""
+"""Where each direction of a perturbation points, and whether a step along it makes the denoiser's work harder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,34 +16,24 @@ from atdiff.adversary.adversary import Adversary
 from atdiff.core.choices import Direction
 from atdiff.core.errors import UserError
 from atdiff.core.norms import steepest_step
-from atdiff.measure.robustness import Notify, ProbeConfig, noised_batches, place_of, probe_runs
+from atdiff.measure.robustness import ProbeConfig, by_level, probe_runs
 from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
-from atdiff.system.locks import one_writer
 
 __all__ = ["DirectionsConfig", "directions_of_runs", "measure_directions"]
 
-MEASURED = "directions.json"
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 @dataclass(frozen=True)
 class DirectionsConfig(ProbeConfig):
-    """Where directions are measured, and how far a step along them goes.
-
-    Attributes:
-        step: norm of the step (l2), in units of ``sigma_t``.
-    """
+    """Where directions are measured, and how far a step along them goes."""
 
     levels: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))
-    step: float = 2.0
+    step: float = 2.0  # l2, in units of ``sigma_t``
 
     def check(self) -> None:
-        """Find, before any compute, what cannot be measured.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
+        """See :meth:`atdiff.measure.robustness.ProbeConfig.check`."""
         super().check()
         if not 0.0 < self.step < float("inf"):
             raise UserError(f"step={self.step} must be above 0 and finite; 2 is what the recipes train with.")
@@ -54,14 +44,12 @@ def measure_directions(
     model: Callable[..., Any],
     x0: Tensor,
     config: DirectionsConfig,
-    *,
-    conditions: Mapping[str, Tensor] | None = None,
-    device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    **options: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
     """Return one record for each noise level and each direction of :class:`atdiff.Adversary`, taken at delta = 0.
 
-    A record holds ``t``, ``level``, ``alpha``, ``sigma``, ``direction``, and
+    Arguments and errors are those of :func:`atdiff.measure.robustness.measure_robustness`; a part is a level and a
+    batch. A record holds ``t``, ``level``, ``alpha``, ``sigma``, ``direction``, and
 
     - ``cosine``, ``cosine_p10``, ``cosine_p90``: mean and percentiles over samples of the cosine between the direction
       and ``x0 - x0_hat``, both flattened: 1 points at the truth, -1 away from it. The residual is a positive multiple
@@ -70,40 +58,19 @@ def measure_directions(
       with the equivariant target, delta a step of norm ``config.step * sigma_t`` along the direction;
     - ``change``: ``loss_after / loss - 1``: above 0 the step makes the work harder, below 0 easier;
     - ``harder``: the share of samples whose loss the step raises.
-
-    Args:
-        objective: of the network.
-        model: the network, on ``device``. A module runs in evaluation mode and is put back after; its weights get no
-            gradient.
-        x0: clean images in [-1, 1], ``(N, C, H, W)``; ``config.num`` and ``config.data`` are the caller's to resolve.
-        config: what to measure.
-        conditions: further arguments of the network, with samples along their first axis.
-        device: where to compute.
-        notify: called with the number of parts (level and batch) done and in all.
-
-    Raises:
-        UserError: as ``config.check``.
-        FloatingPointError: the loss of a sample is not finite.
     """
-    config.check()
-    records: list[dict[str, Any]] = []
-    total = len(config.levels) * -(-len(x0) // config.batch_size)
-    done = 0
-    for level in config.levels:
-        timestep = objective.schedule.timestep_at(level)
-        columns = []
-        for batch, generators in noised_batches(objective, x0, timestep, config, conditions, device):
-            with evaluating(model):
-                columns.append(_batch_columns(objective, model, batch, config.step, generators))
-            done += 1
-            notify(done, total)
-        place = place_of(objective.schedule, timestep)
-        measured = torch.cat(columns, dim=2)
-        if not measured.isfinite().all():
-            raise FloatingPointError(f"the loss at timestep {timestep.item():g} is not finite; the network is broken.")
-        for direction, (cosine, before, after) in zip(DIRECTIONS, measured, strict=True):
-            records.append({**place, "direction": direction, **_summary(cosine, before, after)})
-    return records
+
+    def columns(batch: DenoisingBatch, generators: list[torch.Generator], advance: Callable[[], None]) -> Tensor:
+        with evaluating(model):
+            found = _batch_columns(objective, model, batch, config.step, generators)
+        advance()
+        return found
+
+    return [
+        {**place, "direction": direction, **_summary(*of_direction)}
+        for place, measured in by_level(objective, x0, config, columns, **options)
+        for direction, of_direction in zip(DIRECTIONS, measured, strict=True)
+    ]
 
 
 def _batch_columns(
@@ -132,14 +99,10 @@ def _batch_columns(
             assert adversary.output is not None
             delta, after = adversary.delta.detach(), adversary.output
         # The residual is x0 - x0_hat times alpha / sigma, times what the objective leaves open, both positive.
-        cosine = cosine_similarity(_flat(delta), _flat(clean.residual), dim=1)
+        step_flat, missing = (value.flatten(1).cpu().double() for value in (delta, clean.residual))
         losses = (output.terms["mse"].detach().cpu().double() for output in (clean, after))
-        columns.append(torch.stack([cosine, *losses]))
+        columns.append(torch.stack([cosine_similarity(step_flat, missing, dim=1), *losses]))
     return torch.stack(columns)
-
-
-def _flat(direction: Tensor) -> Tensor:
-    return direction.flatten(1).cpu().double()
 
 
 def _summary(cosine: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
@@ -157,29 +120,11 @@ def _summary(cosine: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
     }
 
 
-@one_writer("folder")
 def directions_of_runs(
     runs: Sequence[str],
     config: DirectionsConfig,
     out: Path,
-    *,
-    device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    **options: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/directions.json`` does not hold yet, and write it after each.
-
-    Args:
-        runs: training folders, pipeline folders or hub ids.
-        config: what to measure.
-        out: a folder, made or gone on with, for ``directions.json``.
-        device: where to compute.
-        notify: called with the number of parts done and in all.
-
-    Returns:
-        One entry a run, in the order of ``runs``: ``run``, the recipe of its figures, and ``records`` as
-        :func:`measure_directions` returns them. The file may hold further ones, of other settings.
-
-    Raises:
-        UserError: a run cannot be loaded or measured, or ``out`` holds something else.
-    """
-    return probe_runs(runs, config, out / MEASURED, measure_directions, device=device, notify=notify)
+    """Keep what :func:`measure_directions` finds in ``out/directions.json``; see :func:`~.robustness.probe_runs`."""
+    return probe_runs(runs, config, out, "directions", measure_directions, **options)

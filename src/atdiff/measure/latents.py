@@ -1,10 +1,10 @@
-"""Latent pipelines as the probes see them: a network of latents, and true latents with their conditions."""
+"""Latent pipelines as measurements see them: a network of latents, and true latents with their conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,18 @@ from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import settings_fingerprint
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "latent_run", "true_latents"]
+__all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "check_classes", "latent_run", "prompted", "true_latents"]
 
 ENCODED_AT_ONCE = 8  # images or prompts
+READING = ("split", "caption_column", "crop", "background", "image_column", "unreadable")  # of captioned images
 
 
 class GuidedNetwork(nn.Module):
     """A network of latents, called ``f(x_t, timesteps, **conditions)`` and guided as its pipeline guides it.
 
-    With ``null`` conditions its output is ``null + scale (conditional - null)`` (`Ho and Salimans
+    With ``null`` conditions, of one row each, its output is ``null + scale (conditional - null)`` (`Ho and Salimans
     <https://arxiv.org/abs/2207.12598>`_), from one evaluation of twice the batch. It runs in the type of its weights,
     and takes and returns float32.
-
-    Args:
-        network: a U-Net or a transformer.
-        null: conditions that guidance points away from, each with one row; None for no guidance.
-        scale: of the guidance, as diffusers counts it.
     """
 
     def __init__(self, network: Any, null: Mapping[str, Tensor] | None = None, scale: float = 1.0) -> None:  # noqa: ANN401
@@ -49,7 +45,7 @@ class GuidedNetwork(nn.Module):
 
     @property
     def config(self) -> Any:  # noqa: ANN401
-        """That of the network."""
+        """The network's."""
         return self.network.config
 
     def forward(self, x_t: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:  # noqa: ANN401
@@ -71,11 +67,7 @@ class GuidedNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentRun(TrainedModel):
-    """A text-to-image run whose images are its latents: ``model`` is a :class:`GuidedNetwork`.
-
-    Attributes:
-        run: the run as it draws images.
-    """
+    """A text-to-image run whose images are its latents: ``model`` is a :class:`GuidedNetwork`, ``run`` draws images."""
 
     run: TextToImage
 
@@ -99,7 +91,7 @@ class LatentRun(TrainedModel):
         return max(1, PIXELS // (height * width))
 
     def fingerprints(self) -> dict[str, str]:
-        """See :meth:`atdiff.pipelines.text_to_image.TextToImage.fingerprints`."""
+        """The run's."""
         return self.run.fingerprints()
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
@@ -108,62 +100,38 @@ class LatentRun(TrainedModel):
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Any) -> None:  # noqa: ANN401
-        """See :meth:`atdiff.pipelines.text_to_image.TextToImage.check_corrections`."""
+        """As of the run."""
         self.run.check_corrections(corrections)
 
 
-class Pairs(Protocol):
+@dataclass(frozen=True)
+class Pairs:
     """Images with captions, by number."""
 
     name: str
     captions: list[str]
-
-    def images(self, indices: list[int]) -> Iterator[Tensor]:
-        """Yield the images of these numbers, which ascend, uint8 ``(C, H, W)``."""
-
-    def fingerprint(self) -> str:
-        """Return a hash that another image, caption or size changes."""
+    images: Callable[[list[int]], Iterable[Tensor]]  # yields those of ascending numbers, uint8 (C, H, W)
+    fingerprint: Callable[[], str]  # which another image, caption or size changes
 
 
-class _Captioned:
-    """Images with captions of their own."""
-
-    def __init__(self, source: CaptionedImages) -> None:
-        self.name, self.captions, self.source = source.name, source.captions, source
-
-    def images(self, indices: list[int]) -> Iterator[Tensor]:
-        return (image for image, _ in self.source.subset(indices))
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-
-class _Prompted:
-    """Images that get the prompt of their class, or prompts in turn."""
-
-    def __init__(self, data: ImageData, prompts: Sequence[str]) -> None:
-        self.name, self.data = data.name, data
-        one_a_class = data.labels is not None and data.num_classes == len(prompts)
-        numbers = data.labels.tolist() if one_a_class and data.labels is not None else range(len(data))
-        self.captions = [prompts[number % len(prompts)] for number in numbers]
-
-    def images(self, indices: list[int]) -> Iterator[Tensor]:
-        return (as_bytes(self.data.images[index]) for index in indices)
-
-    def fingerprint(self) -> str:
-        return settings_fingerprint(self.data.fingerprint(), self.captions)
+def prompted(data: ImageData, prompts: Sequence[str]) -> Pairs:
+    """Return images that get the prompt of their class, or prompts in turn."""
+    one_per_class = data.labels is not None and data.num_classes == len(prompts)
+    numbers = data.labels.tolist() if one_per_class and data.labels is not None else range(len(data))
+    captions = [prompts[number % len(prompts)] for number in numbers]
+    return Pairs(
+        data.name,
+        captions,
+        lambda indices: (as_bytes(data.images[index]) for index in indices),
+        lambda: settings_fingerprint(data.fingerprint(), captions),
+    )
 
 
 class TrueLatents:
     """Latents and conditions of images with captions, encoded as they are asked for.
 
     Args:
-        pairs: the images.
-        latent: their autoencoder and text encoders.
         guidance: embedding of the guidance scale that a distilled U-Net is shown, shape ``(1, D)``; None for others.
-
-    Attributes:
-        name: what the images are.
     """
 
     def __init__(self, pairs: Pairs, latent: LatentPipeline, guidance: Tensor | None = None) -> None:
@@ -181,11 +149,8 @@ class TrueLatents:
     def x0(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Return latents at ``indices``, ``(B,)``, each drawn from its posterior: float32 ``(B, C, h, w)``, on the CPU.
 
-        The noise of an image's posterior depends on its number alone, and not on the batch. In the place of unreadable
-        images that are left out others of those drawn are taken.
-
-        Raises:
-            UserError: images cannot be read.
+        The noise of an image's posterior depends on its number alone. In the place of unreadable images others of those
+        drawn are taken, where the former are left out; else they are a ``UserError``.
         """
         used, places = indices.unique(return_inverse=True)
         numbers = used.tolist()
@@ -216,11 +181,9 @@ class TrueLatents:
 
 
 def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None) -> LatentRun:
-    """Return a run with its latents as images.
+    """Return a run with its latents as images; ``guided`` as in sampling, which it is not in training.
 
     Args:
-        run: a text-to-image run.
-        guided: whether its network is guided, as in sampling; in training it is not.
         image_size: pixels along a side of its images, where the network takes several sizes.
     """
     if image_size is not None and run.family.any_size:
@@ -235,17 +198,12 @@ def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None)
 def true_latents(
     run: LatentRun, name: str | None, options: DataOptions = AS_TRAINED, prompts: tuple[str, ...] | None = None
 ) -> TrueLatents:
-    """Return the true latents of a run: of its images with their captions, or with prompts.
+    """Return the true latents of a run: of the images ``name``, or those of the training, with captions or prompts.
 
-    Args:
-        run: from :func:`latent_run`.
-        name: of the images; None for those of the training.
-        options: how they are read; the size is that of the run's images.
-        prompts: for images without captions of their own, one a class or in turn; None for those of the training.
+    Prompts are for images without captions of their own, one per class or in turn; None for those of the training.
 
     Raises:
-        UserError: they cannot be loaded, have neither captions nor prompts, or are of classes that the network does not
-            know.
+        UserError: they cannot be loaded, have neither captions nor prompts, or are of unknown classes.
     """
     latent = _pipeline_of(run.run)
     if options.image_size not in (None, latent.image_size):
@@ -273,39 +231,32 @@ def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tupl
     if own is not None:
         if prompts is not None:
             raise UserError(f"{own.name} has captions of its own: leave out --prompts.")
-        return _Captioned(own)
+        source = own
+        return Pairs(own.name, own.captions, lambda some: (image for image, _ in source.subset(some)), own.fingerprint)
     sized = replace(options, image_size=latent.image_size, channels=latent.image_channels)
     data = reference_data(run.run, name, sized)
     if not numbered:
-        return _Prompted(data, prompts or run.run.prompts)
-    known = class_embeddings(run.run.model)
-    if data.labels is None or int(data.labels.max()) >= known:
+        return prompted(data, prompts or run.run.prompts)
+    check_classes(run.source, class_embeddings(run.run.model), data)
+    assert data.labels is not None
+    return prompted(data, [str(label) for label in range(int(data.labels.max()) + 1)])
+
+
+def check_classes(source: str, classes: int, data: ImageData) -> None:
+    """Raise a ``UserError`` for data without labels, or with more classes than a network knows."""
+    if data.labels is None or int(data.labels.max()) >= classes:
         found = "no labels" if data.labels is None else f"{data.num_classes} classes"
         raise UserError(
-            f"{run.source} knows {known} classes but {data.name} has {found}; name the images that it was trained on."
+            f"{source} knows {classes} classes but {data.name} has {found}; name the images that it was trained on."
         )
-    return _Prompted(data, [str(label) for label in range(int(data.labels.max()) + 1)])
 
 
 def _own(run: LatentRun, name: str | None, options: DataOptions, limit: int | None) -> CaptionedImages:
-    """Return the images with captions of their own.
-
-    Raises:
-        UncaptionedError: they have none.
-    """
-    reading, latent = reading_of(run.run, name, options), _pipeline_of(run.run)
-    return load_captioned(
-        reference_name(run, name),
-        split=reading["split"],
-        image_size=latent.image_size,
-        channels=latent.image_channels,
-        caption_column=reading["caption_column"],
-        limit=limit,
-        crop=reading["crop"],
-        background=reading["background"],
-        image_column=reading["image_column"],
-        unreadable=reading["unreadable"],
-    )
+    """Return the images with captions of their own; an ``UncaptionedError`` where they have none."""
+    latent = _pipeline_of(run.run)
+    reading = {key: value for key, value in reading_of(run.run, name, options).items() if key in READING}
+    size = {"image_size": latent.image_size, "channels": latent.image_channels}
+    return load_captioned(reference_name(run, name), limit=limit, **{**reading, **size})
 
 
 def _pipeline_of(run: TextToImage) -> LatentPipeline:

@@ -1,34 +1,10 @@
-"""The law of a network's inputs while sampling against their law in training.
-
-In training a network sees ``x_t = alpha_t x0 + sigma_t noise`` of true images; while sampling it sees what its own
-earlier steps made. At every evaluation of a sampler two sets are compared: the sampler's ``x_t``, and truly noised
-images at the same ``(alpha_t, sigma_t)``. With ``x`` of the first set and ``y`` of the second, both of ``D`` pixels and
-in the units of the schedule's ``x_t``:
-
-- ``mean_bias``: ``||mean(x) - mean(y)||_2 / sqrt(D)``;
-- ``variance_ratio``, ``variance_bias``: the mean over pixels of ``var(x)``, over and minus that of ``var(y)``;
-- ``sliced_wasserstein``: distance of ``x`` and ``y`` over 256 projections;
-- ``frechet_pixels``: Frechet distance of Gaussian fits of ``x`` and ``y``; left out above 4,096 pixels, and where a
-  set has fewer samples than pixels, whose covariance says nothing of most directions;
-- ``noise_norm_ratio``, ``noise_norm_std_ratio``: mean and standard deviation of ``||noise_hat||_2`` at ``x`` over
-  those at ``y``, whatever the network predicts: the measure of exposure bias of `Ning et al.
-  <https://arxiv.org/abs/2308.15321>`_, section 3;
-- ``frechet_features``: Frechet distance of an extractor's features of ``x0_hat``, in 8 bits, at ``x`` and at ``y``;
-  left out where a set has fewer samples than features.
-
-Of a latent pipeline ``x`` and ``y`` are latents, the network is guided as in sampling, both sides are told the captions
-(or prompts) of the true images, and there are no features: its ``x0_hat`` would have to be decoded at every step.
-
-Finite sets of one law differ too. So each figure has a *floor*, of the suffix ``_floor``: the same figure of a second
-truly noised set in the place of ``x``. Only what is clear of the floor is mismatch.
-"""
+"""The distribution of a network's inputs while sampling against that in training; see :func:`measure_mismatch`."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,73 +15,42 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase
 
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule, network_time, noise_level
+from atdiff.core.noise import NoiseSchedule, network_time
 from atdiff.core.prediction import make_prediction, resolve_prediction_type, to_clean, to_noise
-from atdiff.data.reading import AS_TRAINED, DataOptions
-from atdiff.data.sources import ImageData, to_uint8
-from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries, Notify
+from atdiff.data.sources import to_uint8
 from atdiff.measure.latents import LatentRun, TrueLatents
-from atdiff.measure.stale import say
-from atdiff.measure.subjects import open_subject
+from atdiff.measure.robustness import place_of
+from atdiff.measure.runs import Notify, Prepared, RunsConfig, TrueData, counted, measure_runs, say, silent
 from atdiff.metrics.distances import GaussianFit, sliced_wasserstein
 from atdiff.metrics.features.extractors import extract, feature_layers, make_extractor
 from atdiff.models.call import class_embeddings, predict
 from atdiff.models.inference import evaluating
-from atdiff.pipelines.model import TrainedModel, reference_name
+from atdiff.pipelines.model import TrainedModel
 from atdiff.sampling.corrections import Correction, make_correction
 from atdiff.sampling.generate import denoise_steps, generate, image_generators
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.system.fingerprint import network_fingerprint
-from atdiff.system.locks import one_writer
 
 __all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
 
 # The Frechet distance takes the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
 FRECHET_PIXELS = 4_096
-MEASURED = "mismatch.json"
 
 
 @dataclass(frozen=True)
-class MismatchConfig:
-    """Which trajectories are compared with truly noised images, and how.
+class MismatchConfig(RunsConfig):
+    """Which trajectories are compared with truly noised images, and how; ``num`` is of the samples too."""
 
-    Attributes:
-        sampler: a sampler by name; None for the default sampler of each run.
-        steps: of the sampler.
-        num: pictures sampled, and truly noised images in each of the two sets.
-        seed: of the pictures, and of the images and the noise of the sets.
-        extractor: whose features of ``x0_hat`` are compared; None for no such figures.
-        weights: a local weights file of the extractor.
-        data: the data set of the true images; None for each run's own.
-        reading: how they are read, where that is another way than in training.
-        prompts: of latent pipelines, for images without captions of their own: one a class, or taken in turn; None for
-            those of the training.
-        batch_size: pictures at once.
-        correction: of the sampler; see :func:`atdiff.sampling.corrections.make_correction`.
-        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
-    """
-
-    sampler: str | None
+    sampler: str | None  # None for the default sampler of each run
     steps: int
-    num: int = 2048
-    seed: int = 0
-    extractor: str | None = "digits-classifier"
-    weights: Path | None = None
-    data: str | None = None
-    reading: DataOptions = AS_TRAINED
-    prompts: tuple[str, ...] | None = None
-    batch_size: int = 512
-    correction: str = "none"
-    variant: str | None = None
+    num: int = field(default=2048, kw_only=True)
+    batch_size: int = field(default=512, kw_only=True)
+    extractor: str | None = field(default="digits-classifier", kw_only=True)  # of the features of ``x0_hat``
+    weights: Path | None = field(default=None, kw_only=True)  # a local file, of the extractor
+    correction: str = field(default="none", kw_only=True)
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
-        """Find, before any compute, what cannot be measured on networks of this scheduler.
-
-        Raises:
-            UserError: too few pictures, a seed or batch size out of range, or a sampler, steps or correction that do
-                not fit.
-        """
+        """Raise a ``UserError``, before any compute, for what cannot be measured on networks of this scheduler."""
         if self.num < 2:
             raise UserError(f"num={self.num} samples are too few for a variance; use 2 or more, 2048 as a rule.")
         if self.batch_size < 1:
@@ -122,92 +67,74 @@ class MismatchConfig:
 @torch.no_grad()
 def measure_mismatch(
     denoiser: TrainedModel,
-    data: ImageData | TrueLatents,
+    data: TrueData,
     config: MismatchConfig,
     extractor: FeatureExtractorBase | None = None,
     device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Return one record for each evaluation of the network while sampling, and one for the final pictures.
+    """Compare, at every evaluation of a sampler, its ``x_t`` with truly noised images at the same noise level.
 
-    A record holds ``t`` (the sampler's timestep; None for the final images), ``level`` (1 for noise, 0 for data; see
-    :func:`atdiff.core.noise.noise_level`), ``alpha``, ``sigma``, and the figures that the module describes. Those of
-    the final images, which are within [-1, 1], compare with the images themselves, and lack the predicted noise. Heun's
-    method evaluates twice at a timestep, first after its predictor.
-
-    The pictures are those of ``generate`` with the same sampler, steps and seed. True images are drawn from ``data``
-    with replacement, so that both sides are independent draws, and a class-conditional network samples the labels of
-    the images drawn. With a correction, the sampler's ``noise_hat`` and ``x0_hat`` are the corrected ones.
+    In training a network sees ``alpha_t x0 + sigma_t noise`` of true images, in sampling what its own earlier steps
+    made. The samples are those of ``generate``; true images are drawn with replacement, as other draws, and a
+    class-conditional network samples their labels. Of a latent pipeline both are latents, guided and told the captions
+    as in sampling. Finite sets of one distribution differ too: each figure has a floor (``_floor``), the same figure of
+    a second truly noised set in the place of the samples.
 
     Args:
-        denoiser: the network and the scheduler of its training; of latents as
-            :func:`atdiff.measure.latents.latent_run` gives it.
-        data: the true images, or latents.
-        config: what to measure; its ``extractor``, ``weights`` and ``data`` are the caller's to resolve.
-        extractor: for ``frechet_features``, else left out, as for latents.
-        device: where the network is moved and run.
-        notify: called with the number of batches through the network done and in all.
+        extractor: for ``frechet_features``; else these are left out, as for latents.
+
+    Returns:
+        Per evaluation ``t`` (the sampler's timestep), ``level`` (see :func:`atdiff.core.noise.noise_level`), ``alpha``,
+        ``sigma`` and the figures of :func:`_distances`; twice at a timestep of Heun's. The last record, of ``t`` None
+        and level 0, compares the final samples, in [-1, 1], with the images themselves.
 
     Raises:
-        UserError: as ``config.check``, images of another shape than the network's, or labels that do not fit it.
-        FloatingPointError: the pictures are not finite.
+        UserError: as ``config.check``, or images or labels that do not fit the network.
+        FloatingPointError: the samples are not finite.
     """
-    config.check(denoiser.scheduler)
-    _check_data(denoiser, data)
+    _check_run(denoiser, data, config)
     if isinstance(denoiser.model, nn.Module):
         denoiser.model.to(device)
-    counter, total = itertools.count(1), _batches(denoiser, config)
-
-    def probe(correction: Correction | None = None) -> _Probe:
-        return _Probe(correction, extractor is not None, lambda: notify(next(counter), total))
-
+    sampler, batches = config.sampler_for(denoiser.scheduler), -(-config.num // config.at_once(denoiser))
+    advance = counted(notify, 3 * denoiser.evaluations(sampler, config.steps) * batches)  # samples and two true sets
+    keep = extractor is not None
     sets = [_TrueImages(denoiser, data, config, number, device) for number in (0, 1)]
-    sampling = probe(make_correction(config.correction))
-    pictures = _sampled(denoiser, config, sets[0], sampling, device)
-    scheduler = denoiser.sampling_scheduler(config.sampler_for(denoiser.scheduler), config.steps)
+    sampling = _Probe(make_correction(config.correction), keep, advance)
+    samples = _sampled(denoiser, config, sets[0], sampling, device)
+    scheduler = denoiser.sampling_scheduler(sampler, config.steps)
     schedule, timesteps = NoiseSchedule(denoiser.scheduler), scheduler.timesteps
-    records: list[dict[str, Any]] = []
+    records = []
     for i, t in enumerate(timesteps):
         # As the network was told it: an EDM sampler may count its timesteps in other units.
         told = network_time(scheduler, t)
-        seen = [_Seen.cat(sampling.seen[i :: len(timesteps)]), *(images.shown(told, probe()) for images in sets)]
-        alpha, sigma = schedule(told.reshape(1))
-        where = {"t": t.item(), "level": noise_level(alpha, sigma).item(), "alpha": alpha.item(), "sigma": sigma.item()}
-        records.append(where | _compare(*seen, extractor=extractor))
-    keep = extractor is not None
-    seen = [_Seen(x0, None, to_uint8(x0) if keep else None) for x0 in (pictures, *(images.x0 for images in sets))]
-    records.append({"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0} | _compare(*seen, extractor=extractor))
-    return records
+        true = [images.shown(told, _Probe(None, keep, advance)) for images in sets]
+        compared = _compare(_Seen.cat(sampling.seen[i :: len(timesteps)]), *true, extractor=extractor)
+        records.append({**place_of(schedule, told), "t": t.item(), **compared})
+    seen = [_Seen(x0, None, to_uint8(x0) if keep else None) for x0 in (samples, *(images.x0 for images in sets))]
+    final = {"t": None, "level": 0.0, "alpha": 1.0, "sigma": 0.0}
+    return [*records, final | _compare(*seen, extractor=extractor)]
 
 
 def _sampled(
     denoiser: TrainedModel, config: MismatchConfig, true: _TrueImages, probe: _Probe, device: torch.device | str
 ) -> Tensor:
-    """Return the pictures, or latents, that the sampler makes for the labels or captions of true ones."""
+    """Return the samples for the labels or captions of true images."""
     sampler = config.sampler_for(denoiser.scheduler)
     if not isinstance(denoiser, LatentRun):
         return generate(
-            denoiser.model,
-            denoiser.scheduler,
-            sampler=sampler,
-            steps=config.steps,
-            num=config.num,
-            shape=denoiser.image_shape,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            class_labels=true.labels,
-            correction=probe,
-            device=device,
-        )
+            denoiser.model, denoiser.scheduler, sampler=sampler, steps=config.steps, num=config.num,
+            shape=denoiser.image_shape, seed=config.seed, batch_size=config.batch_size, class_labels=true.labels,
+            correction=probe, device=device,
+        )  # fmt: skip
     drawn: list[Tensor] = []
     with evaluating(denoiser.model):
         for part in true.batches():
             scheduler = denoiser.sampling_scheduler(sampler, config.steps)
             generators = image_generators(config.seed, range(part.start, part.stop))
-            x = randn_tensor(
-                (len(generators), *denoiser.image_shape), generator=generators, device=torch.device(device)
-            )
-            steps = denoise_steps(
+            shape = (len(generators), *denoiser.image_shape)
+            x = randn_tensor(shape, generator=generators, device=torch.device(device))
+            *_, x = denoise_steps(
                 denoiser.model,
                 scheduler,
                 x * getattr(scheduler, "init_noise_sigma", 1.0),
@@ -215,7 +142,6 @@ def _sampled(
                 model_kwargs=true.conditions(part),
                 correction=probe,
             )
-            *_, x = steps
             drawn.append(x.float().cpu())
     latents = torch.cat(drawn)
     if not latents.isfinite().all():
@@ -223,63 +149,46 @@ def _sampled(
     return latents
 
 
-@one_writer("folder")
 def mismatch_of_runs(
     runs: Sequence[str],
     config: MismatchConfig,
     out: Path,
     *,
     device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/mismatch.json`` does not hold yet, and write it after each.
+    """Keep what :func:`measure_mismatch` finds in ``out/mismatch.json``; see :func:`~atdiff.measure.runs.measure_runs`.
 
-    Args:
-        runs: training folders, pipeline folders or hub ids.
-        config: what to measure.
-        out: a folder, made or gone on with, for ``mismatch.json``.
-        device: where the networks run.
-        notify: called with the number of batches through a network done and in all.
-
-    Returns:
-        One entry a run, in the order of ``runs``: ``run``, the recipe of its figures, and ``records`` as
-        :func:`measure_mismatch` returns them. The file may hold others, of other runs or settings.
-
-    Raises:
-        UserError: a run cannot be loaded or measured, or ``out`` holds something else.
+    An entry also names the figures that are ``left_out``, and why.
     """
-    entries = Entries(out / MEASURED)
-    subjects = [
-        open_subject(run, config.data, config.reading, config.prompts, guided=True, variant=config.variant)
-        for run in dict.fromkeys(runs)
-    ]
-    for denoiser, data in subjects:
-        config.check(denoiser.scheduler)
-        _check_data(denoiser, data)
+
+    def check(denoiser: TrainedModel, data: TrueData) -> None:
+        _check_run(denoiser, data, config)
         denoiser.check_corrections([config.correction])
-    extractors = [_extractor(data, config, device) for _, data in subjects]
-    recipes = [
-        _recipe(denoiser, data, config, extractor)
-        for (denoiser, data), extractor in zip(subjects, extractors, strict=True)
-    ]
 
-    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        denoiser, data = subjects[number]
-        records = measure_mismatch(denoiser, data, config, extractors[number], device, advance)
-        left_out = _left_out(denoiser, config, extractors[number], records[-1])
-        for line in left_out:
-            say(f"{denoiser.source}: {line}")
-        return records, {"left_out": left_out}
+    def prepare(denoiser: TrainedModel, data: TrueData) -> Prepared:
+        extractor = None
+        if config.extractor is not None and not isinstance(data, TrueLatents):
+            extractor = make_extractor(config.extractor, weights=config.weights, device=device, data=data)
 
-    return entries.complete(recipes, entries.missing(recipes), measured, notify)
+        def measured(advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+            records = measure_mismatch(denoiser, data, config, extractor, device, advance)
+            left_out = _left_out(denoiser, config, extractor, records[-1])
+            for line in left_out:
+                say(f"{denoiser.source}: {line}")
+            return records, {"left_out": left_out}
 
+        settings = {
+            "sampler": config.sampler_for(denoiser.scheduler),
+            "steps": config.steps,
+            "correction": config.correction,
+            "sample_seed": config.seed,
+            "num": config.num,
+            "extractor": None if extractor is None else config.extractor,
+        }
+        return Prepared(settings, measured, {} if extractor is None else {"features": network_fingerprint(extractor)})
 
-def _extractor(
-    data: ImageData | TrueLatents, config: MismatchConfig, device: torch.device | str
-) -> FeatureExtractorBase | None:
-    if config.extractor is None or isinstance(data, TrueLatents):
-        return None
-    return make_extractor(config.extractor, weights=config.weights, device=device, data=data)
+    return measure_runs(runs, config, out, "mismatch", check=check, prepare=prepare, guided=True, notify=notify)
 
 
 def _left_out(
@@ -319,7 +228,7 @@ class _Probe(Correction):
     def __init__(self, inner: Correction | None, keep_clean: bool, advance: Callable[[], None]) -> None:
         self.inner, self.keep_clean, self.advance = inner or Correction(), keep_clean, advance
         self.moves_steps = self.inner.moves_steps
-        self.seen: list[_Seen] = []  # one a call
+        self.seen: list[_Seen] = []  # one per call
 
     def check(self, schedule: NoiseSchedule) -> None:
         self.inner.check(schedule)
@@ -346,16 +255,11 @@ class _TrueImages:
     """Images, or latents, drawn from the data, each with its own noise, which is the same at every timestep."""
 
     def __init__(
-        self,
-        denoiser: TrainedModel,
-        data: ImageData | TrueLatents,
-        config: MismatchConfig,
-        number: int,
-        device: torch.device | str,
+        self, denoiser: TrainedModel, data: TrueData, config: MismatchConfig, number: int, device: torch.device | str
     ) -> None:
         rng = np.random.default_rng([config.seed, number])
         self.indices = torch.from_numpy(rng.integers(len(data), size=config.num))
-        self.data, self.denoiser, self.batch_size, self.device = data, denoiser, _batch_size(denoiser, config), device
+        self.data, self.denoiser, self.batch_size, self.device = data, denoiser, config.at_once(denoiser), device
         self.labels: Tensor | None = None
         if isinstance(data, TrueLatents):
             self.x0 = data.x0(self.indices, device)
@@ -395,7 +299,7 @@ class _TrueImages:
         return _Seen.cat(probe.seen)
 
 
-class _Law(NamedTuple):
+class _Points(NamedTuple):
     """What distances are taken of, float64."""
 
     x: Tensor  # (N, D)
@@ -403,8 +307,7 @@ class _Law(NamedTuple):
     features: Tensor | None  # (N, F)
 
     @classmethod
-    def of(cls, seen: _Seen, extractor: FeatureExtractorBase | None) -> _Law:
-        """Flatten the inputs and extract the features of the clean images."""
+    def of(cls, seen: _Seen, extractor: FeatureExtractorBase | None) -> _Points:
         features = None
         if extractor is not None and seen.clean is not None:
             features = extract(seen.clean, extractor)[feature_layers(extractor)[0]]
@@ -413,29 +316,39 @@ class _Law(NamedTuple):
 
 def _compare(sampled: _Seen, true: _Seen, again: _Seen, *, extractor: FeatureExtractorBase | None) -> dict[str, float]:
     """Return the figures of the sampler's set, and as floors those of the second true set."""
-    sampled_law, true_law, again_law = (_Law.of(seen, extractor) for seen in (sampled, true, again))
+    samples, reference, others = (_Points.of(seen, extractor) for seen in (sampled, true, again))
     fits: dict[str, GaussianFit] = {}  # of the true set, which both are compared with
-    floors = _distances(again_law, true_law, fits)
-    return _distances(sampled_law, true_law, fits) | {f"{name}_floor": value for name, value in floors.items()}
+    floors = _distances(others, reference, fits)
+    return _distances(samples, reference, fits) | {f"{name}_floor": value for name, value in floors.items()}
 
 
-def _distances(law: _Law, true: _Law, fits: dict[str, GaussianFit]) -> dict[str, float]:
-    bias = law.x.mean(dim=0) - true.x.mean(dim=0)
+def _distances(points: _Points, true: _Points, fits: dict[str, GaussianFit]) -> dict[str, float]:
+    """Return the figures of points ``x`` against true ones ``y``, of ``D`` values in the units of the schedule's x_t.
+
+    - ``mean_bias``: ``||mean(x) - mean(y)||_2 / sqrt(D)``;
+    - ``variance_ratio``, ``variance_bias``: the mean over pixels of ``var(x)``, over and minus that of ``var(y)``;
+    - ``sliced_wasserstein``: the distance over 256 projections;
+    - ``frechet_pixels``: of Gaussian fits; left out above 4,096 values, and where a set has fewer samples than values;
+    - ``noise_norm_ratio``, ``noise_norm_std_ratio``: mean and standard deviation of ``||noise_hat||_2`` at ``x`` over
+      those at ``y``: the exposure bias of `Ning et al. <https://arxiv.org/abs/2308.15321>`_, section 3;
+    - ``frechet_features``: of the features of ``x0_hat`` in 8 bits; left out where a set has fewer samples than those.
+    """
+    bias = points.x.mean(dim=0) - true.x.mean(dim=0)
     # A ratio of means, not a mean of ratios: a pixel that hardly varies in the data would outweigh all others.
-    variance, true_variance = law.x.var(dim=0).mean().item(), true.x.var(dim=0).mean().item()
+    variance, true_variance = points.x.var(dim=0).mean().item(), true.x.var(dim=0).mean().item()
     out = {
         "mean_bias": bias.square().mean().sqrt().item(),
         "variance_ratio": variance / true_variance,
         "variance_bias": variance - true_variance,
-        "sliced_wasserstein": sliced_wasserstein(law.x, true.x),
+        "sliced_wasserstein": sliced_wasserstein(points.x, true.x),
     }
-    if law.x.shape[1] <= FRECHET_PIXELS:
-        out |= _frechet("frechet_pixels", law.x, true.x, fits)
-    if law.noise_norm is not None and true.noise_norm is not None:
-        out["noise_norm_ratio"] = (law.noise_norm.mean() / true.noise_norm.mean()).item()
-        out["noise_norm_std_ratio"] = (law.noise_norm.std() / true.noise_norm.std()).item()
-    if law.features is not None and true.features is not None:
-        out |= _frechet("frechet_features", law.features, true.features, fits)
+    if points.x.shape[1] <= FRECHET_PIXELS:
+        out |= _frechet("frechet_pixels", points.x, true.x, fits)
+    if points.noise_norm is not None and true.noise_norm is not None:
+        out["noise_norm_ratio"] = (points.noise_norm.mean() / true.noise_norm.mean()).item()
+        out["noise_norm_std_ratio"] = (points.noise_norm.std() / true.noise_norm.std()).item()
+    if points.features is not None and true.features is not None:
+        out |= _frechet("frechet_features", points.features, true.features, fits)
     return out
 
 
@@ -448,17 +361,8 @@ def _frechet(name: str, x: Tensor, true: Tensor, fits: dict[str, GaussianFit]) -
     return {name: fits[name].frechet(GaussianFit(x))}
 
 
-def _batch_size(denoiser: TrainedModel, config: MismatchConfig) -> int:
-    return min(config.batch_size, denoiser.most_at_once) if isinstance(denoiser, LatentRun) else config.batch_size
-
-
-def _batches(denoiser: TrainedModel, config: MismatchConfig) -> int:
-    """Return the number of batches through the network: those of the sampler and of two true sets."""
-    evaluations = denoiser.evaluations(config.sampler_for(denoiser.scheduler), config.steps)
-    return 3 * evaluations * -(-config.num // _batch_size(denoiser, config))
-
-
-def _check_data(denoiser: TrainedModel, data: ImageData | TrueLatents) -> None:
+def _check_run(denoiser: TrainedModel, data: TrueData, config: MismatchConfig) -> None:
+    config.check(denoiser.scheduler)
     if isinstance(data, TrueLatents):  # which were encoded by the pipeline itself
         return
     shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
@@ -473,27 +377,3 @@ def _check_data(denoiser: TrainedModel, data: ImageData | TrueLatents) -> None:
             f"{data.name} has {found} but {denoiser.source} is conditional on {classes} classes: name the images that "
             "it was trained on."
         )
-
-
-def _recipe(
-    denoiser: TrainedModel,
-    data: ImageData | TrueLatents,
-    config: MismatchConfig,
-    extractor: FeatureExtractorBase | None,
-) -> dict[str, Any]:
-    features = {} if extractor is None else {"features": network_fingerprint(extractor)}
-    return {
-        "run": denoiser.source,
-        "sampler": config.sampler_for(denoiser.scheduler),
-        "steps": config.steps,
-        "correction": config.correction,
-        "sample_seed": config.seed,
-        "num": config.num,
-        "extractor": None if extractor is None else config.extractor,
-        "reference": reference_name(denoiser, config.data, config.reading),
-        "weights": denoiser.weights_name,
-        "dtype": "float32",
-        **denoiser.recipe,
-        "fingerprints": {**denoiser.fingerprints(), "reference": data.fingerprint(), **features},
-        "versions": versions(),
-    }

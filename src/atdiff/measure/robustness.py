@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,119 +14,69 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from atdiff.adversary.attack import Objective
+from atdiff.adversary.adversary import Adversary
+from atdiff.adversary.attack import Forward, Objective
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, expand, noise_level
 from atdiff.core.norms import NORMS, Norm, project, steepest_step
-from atdiff.data.reading import AS_TRAINED, DataOptions
-from atdiff.data.sources import ImageData
-from atdiff.measure.cells import versions
-from atdiff.measure.kept import Entries, Notify
-from atdiff.measure.latents import LatentRun, TrueLatents
-from atdiff.measure.subjects import open_subject
+from atdiff.measure.latents import TrueLatents, check_classes
+from atdiff.measure.runs import Notify, Prepared, RunsConfig, TrueData, counted, measure_runs, silent
 from atdiff.models.inference import evaluating
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective, Target
-from atdiff.pipelines.model import TrainedModel, reference_name
+from atdiff.pipelines.model import TrainedModel
 from atdiff.sampling.generate import image_generators
-from atdiff.system.locks import one_writer
 
 __all__ = [
-    "ProbeConfig",
-    "RobustnessConfig",
-    "doubling_radius",
-    "draw_images",
-    "measure_robustness",
-    "noised_batches",
-    "objective_of",
-    "place_of",
-    "probe_runs",
-    "robustness_of_runs",
-    "worst_case_loss",
-]
+    "ProbeConfig", "RobustnessConfig", "by_level", "doubling_radius", "draw_images", "measure_robustness",
+    "noised_batches", "objective_of", "place_of", "probe_runs", "robustness_of_runs", "worst_case_loss",
+]  # fmt: skip
 
-MEASURED = "robustness.json"
 # Of radius / steps: a walk can cross the whole ball, and turn along its border (Madry et al.).
 STEP_FACTOR = 2.5
 
-Generator = torch.Generator | list[torch.Generator]
-
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """Which images, at which noise levels, a network is probed with.
+class ProbeConfig(RunsConfig):
+    """At which noise levels a network is probed."""
 
-    Attributes:
-        levels: noise levels above 0 (data) and below 1 (noise), ``2 / pi * atan(sigma / alpha)``; each stands for the
-            nearest timestep of a network's schedule.
-        num: images, drawn from the data with replacement.
-        seed: of the images and of all noise.
-        data: the data set; None for what each run was trained on.
-        reading: how it is read, where that is another way than in training.
-        prompts: of latent pipelines, for images without captions of their own: one a class, or taken in turn; None for
-            those of the training.
-        batch_size: images at once; no figure depends on it.
-        variant: of the weights of pipelines, such as ``fp16``; training folders know their own.
-    """
-
+    # Above 0 (data) and below 1 (noise), ``2 / pi * atan(sigma / alpha)``; each stands for the nearest timestep.
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    num: int = 256
-    seed: int = 0
-    data: str | None = None
-    reading: DataOptions = AS_TRAINED
-    prompts: tuple[str, ...] | None = None
-    batch_size: int = 256
-    variant: str | None = None
 
     def check(self) -> None:
-        """Find, before any compute, what cannot be measured.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
+        """Raise a ``UserError``, before any compute, for a value that is unknown or out of its range."""
         if not self.levels or not all(0.0 < level < 1.0 for level in self.levels):
             raise UserError(f"levels={self.levels} must be one number or more above 0 (data) and below 1 (noise).")
-        for name in ("num", "batch_size"):
+        self._check_positive("num", "batch_size")
+        image_generators(self.seed, [self.num - 1])
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
-        image_generators(self.seed, [self.num - 1])
 
 
 @dataclass(frozen=True)
 class RobustnessConfig(ProbeConfig):
-    """What the worst case is taken over, and how it is sought.
+    """What the worst case is taken over, and how it is sought."""
 
-    Attributes:
-        norm: of the perturbation of an image, flattened.
-        radii: in units of ``sigma_t``; sorted, and 0 (the clean loss) is always among them.
-        steps: gradient steps from each start.
-        restarts: starts, of which the first is no perturbation, the others random points of norm ``radius``.
-        target: ``equivariant``, the worst case of the objective of adversarial training, or ``invariant``.
-    """
-
-    norm: Norm = "l2"
-    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
-    steps: int = 20
-    restarts: int = 2
-    target: Target = "equivariant"
+    norm: Norm = "l2"  # of the perturbation of an image, flattened
+    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # of ``sigma_t``; sorted, and 0 is among them
+    steps: int = 20  # of the gradient, from each start
+    restarts: int = 2  # starts: no perturbation, then random points of norm ``radius``
+    target: Target = "equivariant"  # the worst case of adversarial training's objective; or ``invariant``
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "radii", tuple(sorted({0.0, *self.radii})))
 
     def check(self) -> None:
-        """Find, before any compute, what cannot be measured.
-
-        Raises:
-            UserError: a value is unknown or out of its range.
-        """
+        """See :meth:`ProbeConfig.check`."""
         super().check()
         for name, valid in (("norm", NORMS), ("target", get_args(Target))):
             if getattr(self, name) not in valid:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(valid)}.")
         if len(self.radii) < 2 or not all(0.0 <= radius < math.inf for radius in self.radii):
             raise UserError(f"radii={self.radii} must be finite, none below 0 and one or more above, such as 0.5,1,2.")
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more.")
+        self._check_positive("steps", "restarts")
 
 
 def worst_case_loss(
@@ -140,7 +89,7 @@ def worst_case_loss(
     steps: int = 20,
     restarts: int = 2,
     target: Target = "equivariant",
-    generator: Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Seek ``max loss(x_t + delta)`` over ``||delta|| <= radius`` for each sample by projected gradient ascent.
@@ -148,77 +97,42 @@ def worst_case_loss(
     The loss is the unweighted squared error of the network's own prediction, a mean over its values (``terms["mse"]``).
     With the equivariant target, delta moves the target too and is differentiated through it: the inner maximum of
     `Wang et al. <https://arxiv.org/abs/2502.17099>`_. The ascent is that of `Madry et al.
-    <https://arxiv.org/abs/1706.06083>`_, with steps of ``2.5 radius / steps``. What is returned is the best of all
-    points visited, among them delta = 0: a lower bound of the maximum, and never below the clean loss.
+    <https://arxiv.org/abs/1706.06083>`_, with steps of ``2.5 radius / steps``. The best of all points visited is
+    returned, among them delta = 0: a lower bound of the maximum, and never below the clean loss.
 
     Args:
-        objective: what computes the losses.
-        model: the network. A module runs in evaluation mode and is put back after; its weights get no gradient.
-        batch: ``B`` noised samples, as ``objective.draw`` returns them.
         radius: ``(B,)``, not negative, in the units of ``x_t``.
-        norm: of the flattened perturbation.
-        steps: from each start.
-        restarts: starts: delta = 0, then random points of norm ``radius`` (l2: of the sphere; linf and l1: vertices).
-        target: whether the target follows delta.
-        generator: of the random starts; one, or a list of one a sample, so that the batch size does not matter.
-        start: ``(B, ...)``, one start more, such as the worst case at a smaller radius; the result is then never
-            below its loss.
+        generator: of the random starts; one, or one per sample, so that the batch size does not matter.
+        start: ``(B, ...)``, a further start, such as the worst case at a smaller radius.
 
     Returns:
         The losses, ``(B,)``, and the perturbations where they are reached, ``(B, ...)``.
     """
-    zero = torch.zeros_like(batch.x0)
-    with evaluating(model):
-        best, worst = _ascend(objective, model, batch, zero, torch.zeros_like(radius), norm, 0, target)
-        if not (radius > 0).any():
-            return best, worst
-        starts = [zero] if start is None else [zero, project(start, radius, norm)]
+    best, worst = torch.full_like(batch.sigma, -math.inf), torch.zeros_like(batch.x0)
+    walks = [(worst, 0)]
+    if (radius > 0).any():
+        starts = [worst] if start is None else [worst, project(start, radius, norm)]
         for _ in range(restarts - 1):
-            normal = randn_tensor(tuple(zero.shape), generator=generator, device=zero.device, dtype=zero.dtype)
+            normal = randn_tensor(tuple(worst.shape), generator=generator, device=worst.device, dtype=worst.dtype)
             starts.append(steepest_step(normal, radius, norm))
-        for delta in starts:
-            loss, reached = _ascend(objective, model, batch, delta, radius, norm, steps, target)
-            better = loss > best
-            best, worst = torch.where(better, loss, best), torch.where(expand(better, zero), reached, worst)
-    return best, worst
-
-
-def _ascend(
-    objective: Objective,
-    model: Callable[..., Any],
-    batch: DenoisingBatch,
-    delta: Tensor,
-    radius: Tensor,
-    norm: Norm,
-    steps: int,
-    target: Target,
-) -> tuple[Tensor, Tensor]:
-    """Return the highest losses on the way of ``steps`` steps from ``delta``, and where they were."""
-    best, worst = torch.full_like(batch.sigma, -math.inf), delta
-    for step in range(steps + 1):
-        moving = step < steps
-        delta = delta.detach().requires_grad_(moving)
-        with torch.set_grad_enabled(moving):
-            loss = objective.compute(model, batch, delta, target=target, detach_target=False).terms["mse"]
-        better = loss.detach() > best  # what is not a number never is
-        best = torch.where(better, loss.detach(), best)
-        worst = torch.where(expand(better, worst), delta.detach(), worst)
-        if moving:
-            # Of delta alone, so that no gradient is left in the weights.
-            (gradient,) = torch.autograd.grad(loss, delta, torch.ones_like(loss))
-            stride = steepest_step(gradient, STEP_FACTOR / steps * radius, norm)
-            delta = project(delta.detach() + stride, radius, norm)
+        walks += [(delta, steps) for delta in starts]
+    # Its steps of training, but for bounds that differ between samples.
+    adversary = Adversary(norm, STEP_FACTOR / max(steps, 1), steps + 1, radius=1.0, scale=lambda alpha, sigma: radius,
+                          direction="gradient_full", target=target)  # fmt: skip
+    forward = Forward(adversary, objective, model)
+    with evaluating(model):
+        for delta, length in walks:
+            for loss, reached in forward.walk(batch, delta, length, lambda output: output.terms["mse"]):
+                better = loss > best  # false for what is not a number
+                best, worst = torch.where(better, loss, best), torch.where(expand(better, worst), reached, worst)
     return best, worst
 
 
 def doubling_radius(radii: Sequence[float], losses: Sequence[float]) -> float:
     """Return the smallest radius at which the loss is twice that at ``radii[0]``, infinity where none is.
 
-    Between measured radii the logarithm of the loss is taken to be linear in the radius.
-
-    Args:
-        radii: ascending from 0.
-        losses: the mean worst-case loss at each, never falling.
+    Radii ascend from 0, and the mean worst-case losses never fall; between them the logarithm of the loss is taken to
+    be linear in the radius.
     """
     doubled = 2.0 * losses[0]
     above = next((i for i, loss in enumerate(losses) if loss >= doubled), None)
@@ -238,117 +152,81 @@ def measure_robustness(
     *,
     conditions: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Return one record a noise level: the mean worst-case loss at each radius, and where it has doubled.
+    """Return one record for each noise level: the mean worst-case loss at each radius, and where it has doubled.
 
     The worst case of a sample at one radius is a start of the ascent at the next, so a curve never falls. Image and
-    noise ``i`` are the same at all levels and for all networks.
-
-    A record holds ``t`` (the timestep), ``level``, ``alpha``, ``sigma``; the lists ``radius_sigma`` and ``radius`` (in
-    units of ``sigma_t`` and of ``x_t``) and ``loss`` (the mean over samples); ``doubling_radius_sigma`` and
-    ``doubling_radius`` as :func:`doubling_radius` finds them, None where the loss does not double within the largest
-    radius.
+    noise ``i`` are the same at all levels and for all networks. A record holds ``t`` (the timestep), ``level``,
+    ``alpha``, ``sigma``; the lists ``radius_sigma`` and ``radius`` (in units of ``sigma_t`` and of ``x_t``) and
+    ``loss`` (the mean over samples); ``doubling_radius_sigma`` and ``doubling_radius`` (see :func:`doubling_radius`),
+    None where the loss does not double within the largest radius.
 
     Args:
-        objective: of the network; its weighting does not matter.
-        model: the network, on ``device``.
+        model: the network, on ``device``. A module runs in evaluation mode and is put back after; its weights get no
+            gradient.
         x0: clean images in [-1, 1], ``(N, C, H, W)``; ``config.num`` and ``config.data`` are the caller's to resolve.
-        config: what to measure.
         conditions: further arguments of the network, with samples along their first axis.
-        device: where to compute.
         notify: called with the number of parts (level, batch and radius) done and in all.
 
     Raises:
         UserError: as ``config.check``.
         FloatingPointError: the clean loss of a sample is not finite.
     """
-    config.check()
-    records: list[dict[str, Any]] = []
-    counter = itertools.count(1)
-    total = len(config.levels) * -(-len(x0) // config.batch_size) * len(config.radii)
-    for level in config.levels:
-        timestep = objective.schedule.timestep_at(level)
-        batches = noised_batches(objective, x0, timestep, config, conditions, device)
-        curves = [
-            _curve(objective, model, batch, generators, config, lambda: notify(next(counter), total))
-            for batch, generators in batches
-        ]
-        records.append(_record(objective.schedule, timestep, config.radii, torch.cat(curves, dim=1)))
-    return records
+    parts = len(config.radii)
+
+    def curve(batch: DenoisingBatch, generators: list[torch.Generator], advance: Callable[[], None]) -> Tensor:
+        losses, delta = [], None
+        for radius in config.radii:
+            loss, delta = worst_case_loss(
+                objective, model, batch, radius * batch.sigma, norm=config.norm, steps=config.steps,
+                restarts=config.restarts, target=config.target, generator=generators, start=delta,
+            )  # fmt: skip
+            losses.append(loss.cpu())
+            advance()
+        return torch.stack(losses)
+
+    found = by_level(objective, x0, config, curve, parts, conditions=conditions, device=device, notify=notify)
+    return [{**place, **_curve_figures(config.radii, place["sigma"], losses)} for place, losses in found]
 
 
-def _curve(
-    objective: DenoisingObjective,
-    model: Callable[..., Any],
-    batch: DenoisingBatch,
-    generators: list[torch.Generator],
-    config: RobustnessConfig,
-    advance: Callable[[], None],
-) -> Tensor:
-    """Return the worst-case loss at each radius of each sample, ``(radii, B)``, on the CPU."""
-    losses, delta = [], None
-    for radius in config.radii:
-        loss, delta = worst_case_loss(
-            objective,
-            model,
-            batch,
-            radius * batch.sigma,
-            norm=config.norm,
-            steps=config.steps,
-            restarts=config.restarts,
-            target=config.target,
-            generator=generators,
-            start=delta,
-        )
-        losses.append(loss.cpu())
-        advance()
-    return torch.stack(losses)
-
-
-def _record(schedule: NoiseSchedule, timestep: Tensor, radii: Sequence[float], losses: Tensor) -> dict[str, Any]:
-    if not losses.isfinite().all():
-        raise FloatingPointError(f"the loss at timestep {timestep.item():g} is not finite; the network is broken.")
+def _curve_figures(radii: Sequence[float], sigma: float, losses: Tensor) -> dict[str, Any]:
     mean = losses.double().mean(dim=1).tolist()
-    place = place_of(schedule, timestep)
     doubled = doubling_radius(radii, mean)
     reached = doubled < math.inf
     return {
-        **place,
         "radius_sigma": list(radii),
-        "radius": [radius * place["sigma"] for radius in radii],
+        "radius": [radius * sigma for radius in radii],
         "loss": mean,
         "doubling_radius_sigma": doubled if reached else None,
-        "doubling_radius": doubled * place["sigma"] if reached else None,
+        "doubling_radius": doubled * sigma if reached else None,
     }
 
 
-@one_writer("folder")
-def robustness_of_runs(
-    runs: Sequence[str],
-    config: RobustnessConfig,
-    out: Path,
+def by_level(
+    objective: DenoisingObjective,
+    x0: Tensor,
+    config: ProbeConfig,
+    measure: Callable[[DenoisingBatch, list[torch.Generator], Callable[[], None]], Tensor],
+    parts: int = 1,
     *,
+    conditions: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Measure every run that ``out/robustness.json`` does not hold yet, and write it after each.
+    notify: Notify = silent,
+) -> Iterator[tuple[dict[str, float], Tensor]]:
+    """Yield the place of each noise level, and what is measured there of all samples, ``(..., N)``, all finite.
 
-    Args:
-        runs: training folders, pipeline folders or hub ids.
-        config: what to measure.
-        out: a folder, made or gone on with, for ``robustness.json``.
-        device: where to compute.
-        notify: called with the number of parts done and in all.
-
-    Returns:
-        One entry a run, in the order of ``runs``: ``run``, the recipe of its figures, and ``records`` as
-        :func:`measure_robustness` returns them. The file may hold further ones, of other settings.
-
-    Raises:
-        UserError: a run cannot be loaded or measured, or ``out`` holds something else.
+    ``measure`` takes a batch, a generator for each sample, and what to call after each of its ``parts``.
     """
-    return probe_runs(runs, config, out / MEASURED, measure_robustness, device=device, notify=notify)
+    config.check()
+    advance = counted(notify, len(config.levels) * -(-len(x0) // config.batch_size) * parts)
+    for level in config.levels:
+        timestep = objective.schedule.timestep_at(level)
+        batches = noised_batches(objective, x0, timestep, config, conditions, device)
+        measured = torch.cat([measure(*batch, advance) for batch in batches], dim=-1)
+        if not measured.isfinite().all():
+            raise FloatingPointError(f"the loss at timestep {timestep.item():g} is not finite; the network is broken.")
+        yield place_of(objective.schedule, timestep), measured
 
 
 def place_of(schedule: NoiseSchedule, timestep: Tensor) -> dict[str, float]:
@@ -392,13 +270,9 @@ def objective_of(denoiser: TrainedModel) -> DenoisingObjective:
 
 
 def draw_images(
-    denoiser: TrainedModel, data: ImageData | TrueLatents, config: ProbeConfig, device: torch.device | str = "cpu"
+    denoiser: TrainedModel, data: TrueData, config: ProbeConfig, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and what the network is told.
-
-    Raises:
-        UserError: the data lack labels that the network knows.
-    """
+    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and what the network is told."""
     indices = torch.from_numpy(np.random.default_rng(config.seed).integers(len(data), size=config.num))
     if isinstance(data, TrueLatents):
         return data.x0(indices, device), data.conditions(indices, device)
@@ -408,86 +282,50 @@ def draw_images(
     return data.x0(indices), {"class_labels": data.labels[indices]}
 
 
-def _check_labels(denoiser: TrainedModel, data: ImageData | TrueLatents) -> None:
-    classes = denoiser.num_classes
-    if not classes or isinstance(data, TrueLatents):
-        return
-    if data.labels is None or int(data.labels.max()) >= classes:
-        found = "no labels" if data.labels is None else f"{data.num_classes} classes"
-        raise UserError(
-            f"{denoiser.source} knows {classes} classes but {data.name} has {found}; name the images that it was "
-            "trained on."
-        )
+def robustness_of_runs(
+    runs: Sequence[str],
+    config: RobustnessConfig,
+    out: Path,
+    **options: Any,  # noqa: ANN401
+) -> list[dict[str, Any]]:
+    """Keep what :func:`measure_robustness` finds of runs in ``out/robustness.json``; see :func:`probe_runs`."""
+    return probe_runs(runs, config, out, "robustness", measure_robustness, **options)
 
 
 def probe_runs(
     runs: Sequence[str],
     config: ProbeConfig,
-    file: Path,
+    out: Path,
+    name: str,
     measure: Callable[..., list[dict[str, Any]]],
     *,
     device: torch.device | str = "cpu",
-    notify: Notify = lambda done, total: None,
+    notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Return the entry of every run: its recipe and its ``records``, read from ``file`` or measured and written there.
+    """Measure runs, as :func:`atdiff.measure.runs.measure_runs` does, by a function like :func:`measure_robustness`.
 
-    An entry for which the run or the images changed since is said and measured again.
-
-    Args:
-        runs: training folders, pipeline folders or hub ids. Of a latent pipeline the latents are probed, with the
-            captions of the images, and without guidance, as in training.
-        config: what is measured.
-        file: a JSON file, made or gone on with, written after each run.
-        measure: called as :func:`measure_robustness` is.
-        device: where to compute.
-        notify: called with the number of parts done and in all, of the runs that are missing.
-
-    Raises:
-        UserError: a run cannot be loaded or measured, or ``file`` holds something else.
+    Of a latent pipeline the latents are probed, with the captions of the images and without guidance, as in training.
     """
     config.check()
-    entries = Entries(file)
-    subjects = [
-        open_subject(run, config.data, config.reading, config.prompts, guided=False, variant=config.variant)
-        for run in dict.fromkeys(runs)
-    ]
-    recipes = [_recipe(denoiser, data, config) for denoiser, data in subjects]
-    missing = entries.missing(recipes)
-    absent = [i for i, is_missing in enumerate(missing) if is_missing]
-    for i in absent:
-        _check_labels(*subjects[i])
-    # Whatever is wrong with the objective of the last run is found before the first is measured.
-    objectives = {i: objective_of(subjects[i][0]) for i in absent}
-
-    def measured(number: int, advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        denoiser, data = subjects[number]
-        x0, conditions = draw_images(denoiser, data, config, device)
-        how: dict[str, Any] = {"conditions": conditions, "device": device, "notify": advance}
-        model = denoiser.model.to(device)
-        return measure(objectives[number], model, x0, _at_once(denoiser, config), **how), {}
-
-    return entries.complete(recipes, missing, measured, notify)
-
-
-def _at_once(denoiser: TrainedModel, config: ProbeConfig) -> ProbeConfig:
-    """Return the configuration with batches that fit the memory; no figure depends on them."""
-    if not isinstance(denoiser, LatentRun):
-        return config
-    return replace(config, batch_size=min(config.batch_size, denoiser.most_at_once))
-
-
-def _recipe(denoiser: TrainedModel, data: ImageData | TrueLatents, config: ProbeConfig) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
-    for name in ("data", "reading", "prompts", "batch_size", "variant"):
-        del settings[name]
-    return {
-        "run": denoiser.source,
-        "sample_seed": settings.pop("seed"),
-        **settings,
-        "reference": reference_name(denoiser, config.data, config.reading),
-        "weights": denoiser.weights_name,
-        "dtype": "float32",
-        **denoiser.recipe,
-        "fingerprints": {**denoiser.fingerprints(), "reference": data.fingerprint()},
-        "versions": versions(),
-    }
+    for of_the_subject in ("data", "reading", "prompts", "batch_size", "variant"):
+        del settings[of_the_subject]
+    # In the order of the files of earlier versions, by which their entries are known.
+    settings = {"sample_seed": settings.pop("seed"), "levels": settings.pop("levels"), **settings}
+
+    def check(denoiser: TrainedModel, data: TrueData) -> None:
+        if denoiser.num_classes and not isinstance(data, TrueLatents):
+            check_classes(denoiser.source, denoiser.num_classes, data)
+
+    def prepare(denoiser: TrainedModel, data: TrueData) -> Prepared:
+        objective = objective_of(denoiser)
+
+        def measured(advance: Notify) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+            x0, conditions = draw_images(denoiser, data, config, device)
+            how: dict[str, Any] = {"conditions": conditions, "device": device, "notify": advance}
+            at_once = replace(config, batch_size=config.at_once(denoiser))
+            return measure(objective, denoiser.model.to(device), x0, at_once, **how), {}
+
+        return Prepared(settings, measured, {})
+
+    return measure_runs(runs, config, out, name, check=check, prepare=prepare, notify=notify)

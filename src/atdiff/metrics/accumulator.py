@@ -19,27 +19,16 @@ __all__ = ["Accumulator", "Against"]
 
 @dataclass(frozen=True, eq=False)
 class Against:
-    """What the generated images of a metric are compared with.
-
-    Attributes:
-        data: the real images.
-        prompts: one for all images, one per class, or none.
-        weights: local files of weights by name.
-        device: where networks run.
-        extractor: the name of the chosen one.
-        name: of the metric.
-        loaded: what :meth:`Accumulator.load` returned.
-        reference: statistics of the real images in the metric's layer, where it asks for some.
-    """
+    """What the generated images of a metric are compared with."""
 
     data: ImageData
-    prompts: Sequence[str]
-    weights: Mapping[str, Path]
+    prompts: Sequence[str]  # one for all images, one per class, or none
+    weights: Mapping[str, Path]  # local files by name
     device: torch.device | str
-    extractor: str
-    name: str = ""
-    loaded: Any = None
-    reference: Reference | None = None
+    extractor: str  # the chosen one
+    name: str = ""  # of the metric
+    loaded: Any = None  # what :meth:`Accumulator.load` returned
+    reference: Reference | None = None  # of the real images in the metric's layer, where it asks for it
 
     @property
     def statistics(self) -> Reference:
@@ -55,17 +44,12 @@ class Against:
 
 
 class Accumulator:
-    """One metric of one set of generated images, which come batch by batch; a metric is a subclass.
+    """One metric of one set of ``num`` generated images, which come batch by batch; a metric is a subclass.
 
     Attributes:
-        keeps: what is kept of the values of all batches, :class:`Moments` or :class:`Rows`, which metrics of the same
-            layer share; None for nothing, where :meth:`add` takes what it needs.
+        keeps: what is kept of the values of all batches, which metrics of the same layer share; None for nothing, where
+            :meth:`add` takes what it needs.
         compares: what is asked of the real images: their ``moments``, their ``features`` too, or nothing.
-
-    Args:
-        against: what the images are compared with.
-        num: how many images will come.
-        kept: what is kept of them, of the type ``keeps``.
     """
 
     keeps: ClassVar[type[Moments] | type[Rows] | None] = None
@@ -76,27 +60,16 @@ class Accumulator:
 
     @classmethod
     def load(cls, against: Against) -> Any:  # noqa: ANN401  (None, or whatever the metric needs)
-        """Return what is made once and serves all sets of images, such as a network of the metric's own.
-
-        Raises:
-            UserError: the real images do not suit the metric, or what it needs cannot be had.
-        """
+        """Return what serves all sets of images, such as a network; a ``UserError`` for data that do not suit."""
 
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
-        """Find, before any compute, what a set of images lacks.
-
-        Raises:
-            UserError: the labels that they were asked for are missing or do not fit.
-        """
+        """Raise a ``UserError``, before any compute, for labels that are missing or do not fit."""
 
     def add(self, values: Tensor, labels: Tensor | None) -> None:
-        """Take in a batch.
+        """Take in a batch, and the classes that it was asked for, ``(B,)``.
 
-        Args:
-            values: what the registry says that the metric takes: features ``(B, D)`` in float64, images
-                ``(B, C, H, W)`` in uint8, or points ``(B, D)``.
-            labels: classes that the images were asked for, ``(B,)``.
+        By the registry, values are float64 features ``(B, D)``, uint8 images ``(B, C, H, W)`` or points ``(B, D)``.
         """
 
     def figures(self, seed: int) -> dict[str, float]:

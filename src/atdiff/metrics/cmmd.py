@@ -36,12 +36,7 @@ def embedding_mmd(fake: Tensor, real: Tensor, device: torch.device | str = "cpu"
     """Return 1,000 times the squared MMD of embeddings at length 1, with the kernel ``exp(-||x - y||^2 / (2 10^2))``.
 
     All pairs count, those of a row with itself included, as in the paper: it is never negative, and biased upwards by
-    about ``(1 / M + 1 / N) (1 - mean kernel)``.
-
-    Args:
-        fake: float64, shape ``(M, D)``.
-        real: float64, shape ``(N, D)``.
-        device: where the kernels are computed.
+    about ``(1 / M + 1 / N) (1 - mean kernel)`` for float64 embeddings ``(M, D)`` and ``(N, D)``.
     """
     a, b = (normalize(rows.to(device), dim=1) for rows in (fake, real))
     return SCALE * (_mean_kernel(a, a) + _mean_kernel(b, b) - 2.0 * _mean_kernel(a, b))

@@ -1,16 +1,22 @@
-"""Distances between two sets of points, without features or fits."""
+"""Metrics of the values of images themselves, in [-1, 1]: distances of sets of points, and the share on a mode."""
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.data.mixture import mixture_of
+from atdiff.metrics.accumulator import Accumulator, Against
+from atdiff.metrics.moments import Rows
 
-__all__ = ["GaussianFit", "energy_distance", "sliced_wasserstein"]
+__all__ = [
+    "Energy", "GaussianFit", "OnMode", "SlicedWasserstein", "as_points", "energy_distance", "sliced_wasserstein",
+]  # fmt: skip
 
 ENERGY_SAMPLES = 10_000
 PROJECTIONS_AT_ONCE = 32  # of 100,000 points: 26 MB
@@ -19,20 +25,12 @@ ROWS = 1_024  # of a distance matrix held at once
 
 @torch.no_grad()
 def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, projections: int = 256) -> float:
-    """Return the sliced 2-Wasserstein distance of two sets of points, in the units of the points.
+    """Return the sliced 2-Wasserstein distance of two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
 
     ``sqrt(mean_k W_2^2(a theta_k, b theta_k))`` over unit vectors ``theta_k`` drawn uniformly from the sphere
     (`Bonneel et al., 2015 <https://hal.science/hal-00881872>`_). In one dimension ``W_2^2`` is the integral over
-    levels of the squared difference of the quantile functions; it is exact here, for unequal counts too.
-
-    Args:
-        a: points, shape ``(N, D)``.
-        b: points, shape ``(M, D)``.
-        seed: of the directions.
-        projections: number of directions.
-
-    Raises:
-        UserError: shapes that do not fit, or no projection.
+    levels of the squared difference of the quantile functions; it is exact here, for unequal counts too. Shapes that do
+    not fit, and no projection, are a ``UserError``.
     """
     _check(a, b)
     if projections < 1:
@@ -51,20 +49,12 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, projections: int 
 
 @torch.no_grad()
 def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
-    """Return the squared energy distance of two sets of points, in the units of the points.
+    """Return the squared energy distance of two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
 
     ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs, those of a point with itself included: that of the two
     empirical distributions (`Szekely and Rizzo, 2013 <https://doi.org/10.1016/j.jspi.2013.03.018>`_). It is never
-    negative, and of two sets of ``N`` and ``M`` points from one distribution about ``(1 / N + 1 / M) E|X - X'|``. A
-    set of more than 10,000 points is represented by as many, drawn without replacement.
-
-    Args:
-        a: points, shape ``(N, D)``.
-        b: points, shape ``(M, D)``.
-        seed: of that draw.
-
-    Raises:
-        UserError: shapes that do not fit.
+    negative, and of two sets from one distribution about ``(1 / N + 1 / M) E|X - X'|``. A set of more than 10,000
+    points is represented by as many, drawn without replacement by ``seed``. Shapes that do not fit are a ``UserError``.
     """
     _check(a, b)
     a, b = (_subset(points, seed).double().cpu() for points in (a, b))
@@ -72,11 +62,7 @@ def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
 
 
 class GaussianFit:
-    """A Gaussian of the mean and the covariance of points, to take Frechet distances from.
-
-    Args:
-        points: shape ``(N, D)``, N above D, so that the covariance has full rank as far as the points have.
-    """
+    """The mean and covariance of points ``(N, D)``, N above D for full rank, to take Frechet distances from."""
 
     def __init__(self, points: Tensor) -> None:
         points = points.double().cpu()
@@ -133,3 +119,47 @@ def _subset(points: Tensor, seed: int) -> Tensor:
 
 def _mean_distance(a: Tensor, b: Tensor) -> float:
     return sum(torch.cdist(rows, b).sum().item() for rows in a.split(ROWS)) / (len(a) * len(b))
+
+
+def as_points(images: Tensor) -> Tensor:
+    """Return images ``(N, C, H, W)``, floats or uint8, as rows of values in [-1, 1], ``(N, D)``."""
+    return (images if images.is_floating_point() else images.float() / 127.5 - 1).flatten(1)
+
+
+class SlicedWasserstein(Accumulator):
+    """See :func:`atdiff.metrics.distances.sliced_wasserstein`."""
+
+    keeps = Rows
+
+    def figures(self, seed: int) -> dict[str, float]:
+        """Return the distance; ``seed`` is of the projections."""
+        real = as_points(self.against.data.images)
+        return {"sliced_wasserstein": sliced_wasserstein(self.kept.rows, real, seed=seed)}
+
+
+class Energy(Accumulator):
+    """See :func:`atdiff.metrics.distances.energy_distance`."""
+
+    keeps = Rows
+
+    def figures(self, seed: int) -> dict[str, float]:
+        """Return the distance; ``seed`` is of the points that represent large sets."""
+        return {"energy": energy_distance(self.kept.rows, as_points(self.against.data.images), seed=seed)}
+
+
+class OnMode(Accumulator):
+    """Share of points within 3 standard deviations of a mode, of data with known modes."""
+
+    keeps = Rows
+
+    @classmethod
+    def load(cls, against: Against) -> Any:  # noqa: ANN401
+        """Return the mixture that the real points are of."""
+        mixture = mixture_of(against.data.name)
+        if mixture is None:
+            raise UserError(f"on_mode needs data with known modes, such as mixture-ring, and not {against.data.name}.")
+        return mixture
+
+    def figures(self, seed: int) -> dict[str, float]:
+        """Return the share."""
+        return {"on_mode": self.against.loaded.on_mode(self.kept.rows)}

@@ -15,12 +15,7 @@ DISTANCES = 2**26  # held at once: 512 MiB
 
 
 def neighbour_radii(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Return each row's distance to its 3rd and 5th neighbour among the others, shape ``(N, 2)``.
-
-    Args:
-        features: float64, shape ``(N, D)``, N of 2 or more.
-        device: where the distances are computed.
-    """
+    """Return the distances of 2 or more float64 rows ``(N, D)`` to their 3rd and 5th neighbour, shape ``(N, 2)``."""
     device = float64_device(device)
     last = len(features) - 1
     columns = [min(k, last) for k in (NEIGHBOURS_PRECISION, NEIGHBOURS_COVERAGE)]
@@ -38,13 +33,8 @@ def manifold_metrics(
     """Return ``precision`` and ``recall`` (3 neighbours), ``density`` and ``coverage`` (5 neighbours).
 
     They are those of `Kynkaanniemi et al., 2019 <https://arxiv.org/abs/1904.06991>`_ and `Naeem et al., 2020
-    <https://arxiv.org/abs/2002.09797>`_; all four come from one distance matrix.
-
-    Args:
-        fake: features of generated images, float64, shape ``(M, D)``.
-        real: features of real images, float64, shape ``(N, D)``.
-        real_radii: of the real images, by :func:`neighbour_radii`.
-        device: where the distances are computed.
+    <https://arxiv.org/abs/2002.09797>`_, from one distance matrix of float64 features ``(M, D)`` and ``(N, D)``;
+    ``real_radii`` are those of :func:`neighbour_radii`.
     """
     device = float64_device(device)
     fake_radii = neighbour_radii(fake, device)[:, :1].to(device)

@@ -16,9 +16,6 @@ class Moments:
 
     Batches are merged by the pairwise update of `Chan, Golub and LeVeque, 1979
     <http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf>`_, which loses no digits to large means.
-
-    Args:
-        num: how many rows will come, which does not matter here, as it does to :class:`Rows`.
     """
 
     def __init__(self, num: int = 0) -> None:
@@ -47,11 +44,7 @@ class Moments:
 
 
 class Rows:
-    """Rows that come batch by batch, kept as float64 in a temporary file that is mapped into memory.
-
-    Args:
-        num: how many rows will come.
-    """
+    """``num`` rows that come batch by batch, kept as float64 in a temporary file that is mapped into memory."""
 
     def __init__(self, num: int) -> None:
         self.num, self.count = num, 0

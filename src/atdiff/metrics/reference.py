@@ -20,7 +20,7 @@ from atdiff.data.sources import ImageData
 from atdiff.metrics.features.extractors import as_bytes, device_of, extract
 from atdiff.metrics.manifold import neighbour_radii
 from atdiff.metrics.moments import Moments, Rows
-from atdiff.system.files import cache_folder, written_aside
+from atdiff.system.files import cache_folder, cached_aside
 from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Reference", "load_reference"]
@@ -31,19 +31,12 @@ BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of the real images in one layer of an extractor, all in float64.
+    """Statistics of the real images in one layer of an extractor, all in float64."""
 
-    Attributes:
-        mean: shape ``(D,)``.
-        covariance: shape ``(D, D)``.
-        features: shape ``(N, D)``, or None where they were not asked for.
-        radii: distance of each real image to its 3rd and 5th neighbour, shape ``(N, 2)``, or None like the features.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    features: Tensor | None = None
-    radii: Tensor | None = None
+    mean: Tensor  # (D,)
+    covariance: Tensor  # (D, D)
+    features: Tensor | None = None  # (N, D), where they were asked for
+    radii: Tensor | None = None  # distances of each image to its 3rd and 5th neighbour, (N, 2), like the features
 
 
 def load_reference(
@@ -52,14 +45,8 @@ def load_reference(
     """Return the statistics of a data set, from the cache where they are there, else computed and put there.
 
     A file of the cache is found by a hash of the images' bytes, the extractor's name, weights and layer, the kind of
-    device, and the versions of torch and torch-fidelity. One whose content does not match its own checksum is said in a
-    warning and made anew.
-
-    Args:
-        data: the real images.
-        extractor: from :func:`atdiff.metrics.features.extractors.make_extractor`.
-        layer: one of the extractor's features.
-        with_features: whether to keep the features of all images too, for KID, precision and recall.
+    device, and the versions of torch and torch-fidelity. One that does not match its own checksum is said in a warning
+    and made anew. The features of all images, for KID, precision and recall, are kept ``with_features``.
 
     Raises:
         UserError: fewer than two images, images that the extractor does not take, or a cache that cannot be written.
@@ -69,14 +56,9 @@ def load_reference(
     path = _cache_file(data, extractor, layer, with_features)
     tensors = _read(path)
     if tensors is None:
-        try:
-            with written_aside(path) as partial:
-                tensors = _compute(data, extractor, layer, with_features)
-                save_file(tensors, partial, metadata={"sha256": fingerprint(tensors)})
-        except UserError as error:
-            if "cannot be written" not in str(error):
-                raise
-            raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
+        with cached_aside(path) as partial:
+            tensors = _compute(data, extractor, layer, with_features)
+            save_file(tensors, partial, metadata={"sha256": fingerprint(tensors)})
     return Reference(**tensors)
 
 

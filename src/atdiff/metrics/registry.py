@@ -1,8 +1,4 @@
-"""The metrics and the feature networks by name: all that help texts, checks and reports say of them, without torch.
-
-A metric is one :class:`Metric` in :data:`METRICS`, and the :class:`~atdiff.metrics.accumulator.Accumulator` at its
-``home``.
-"""
+"""The metrics and the feature networks by name: all that help texts, checks and reports say of them, without torch."""
 
 from __future__ import annotations
 
@@ -15,38 +11,22 @@ from typing import Any
 from atdiff.core.errors import UserError
 
 __all__ = [
-    "CHOSEN",
-    "CLIP_MODEL",
-    "EXTRACTORS",
-    "FIGURES",
-    "HUB_WEIGHTS",
-    "METRICS",
-    "Extractor",
-    "Figure",
-    "Metric",
-    "check_names",
-    "class_at",
-    "needed_networks",
-]
+    "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FIGURES", "HUB_WEIGHTS", "METRICS", "Extractor", "Figure", "Metric",
+    "check_names", "class_at", "needed_networks",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose features metrics are taken in.
+    """A network whose features metrics are taken in."""
 
-    Attributes:
-        home: ``module:class`` of the torch-fidelity extractor.
-        trained: whether it is trained here, on images of one size and any channels, rather than downloaded.
-        weights: the extractor whose file of weights it takes too.
-    """
-
-    home: str
-    trained: bool = False
-    weights: str | None = None
+    home: str  # ``module:class`` of the torch-fidelity extractor
+    trained: bool = False  # here, on images of one size and any channels, rather than downloaded
+    weights: str | None = None  # the extractor whose file of weights it takes too
 
 
 EXTRACTORS = {
-    "digits-classifier": Extractor("atdiff.metrics.features.digits:DigitsClassifier", trained=True),
+    "digits-classifier": Extractor("atdiff.metrics.features.labels:DigitsClassifier", trained=True),
     "label-classifier": Extractor("atdiff.metrics.features.labels:LabelClassifier", trained=True),
     "inception-v3-compat": Extractor("torch_fidelity.feature_extractor_inceptionv3:FeatureExtractorInceptionV3"),
     "inception-v3-spatial": Extractor(
@@ -60,17 +40,11 @@ EXTRACTORS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a metric.
+    """One number of a metric."""
 
-    Attributes:
-        name: its key in a cell.
-        label: what tables and plots call it.
-        higher: whether higher is better.
-    """
-
-    name: str
-    label: str
-    higher: bool = False
+    name: str  # its key in a cell
+    label: str  # in tables and plots
+    higher: bool = False  # whether higher is better
 
 
 CHOSEN = "chosen"  # the network of ``--extractor``
@@ -79,32 +53,20 @@ CLIP_MODEL = ("clip-score", "openai/clip-vit-large-patch14")  # torchmetrics' de
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name.
+    """A metric by name."""
 
-    Attributes:
-        name: what ``--metrics`` calls it.
-        about: what it is, in a few words.
-        home: ``module:class`` of its accumulator, below ``atdiff.metrics``.
-        figures: what it puts into a cell.
-        takes: a network, of whose features batches are given; ``chosen`` for that of ``--extractor``; ``bytes`` for
-            uint8 images and ``points`` for rows of values in [-1, 1].
-        layer: of the network: that which torch-fidelity takes for this metric, ``fid`` or ``isc``.
-        needs: ``labels`` or ``prompts``, without which it has no meaning.
-        packages: beyond those that are always installed.
-        hub: of a network of its own, which is no extractor: the name of its weights, and its id on the hub.
-        caption: what reports say in the place of the cells' extractor.
-    """
-
-    name: str
+    name: str  # what ``--metrics`` calls it
     about: str
-    home: str
-    figures: tuple[Figure, ...]
+    home: str  # ``module:class`` of its accumulator, below ``atdiff.metrics``
+    figures: tuple[Figure, ...]  # what it puts into a cell
+    # A network, of whose features batches are given; ``chosen`` for that of ``--extractor``; ``bytes`` for uint8 images
+    # and ``points`` for rows of values in [-1, 1].
     takes: str = CHOSEN
-    layer: str = "fid"
-    needs: str = ""
-    packages: tuple[str, ...] = ()
-    hub: tuple[str, str] | None = None
-    caption: str = ""
+    layer: str = "fid"  # of the network: that which torch-fidelity takes for this metric, ``fid`` or ``isc``
+    needs: str = ""  # ``labels`` or ``prompts``, without which it has no meaning
+    packages: tuple[str, ...] = ()  # beyond those that are always installed
+    hub: tuple[str, str] | None = None  # of a network of its own: the name of its weights, and its id on the hub
+    caption: str = ""  # what reports say in the place of the cells' extractor
 
     @property
     def is_distance(self) -> bool:
@@ -115,20 +77,20 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("fid", "Frechet distance; called fd in any features but Inception's", "frechet:FrechetDistance",
+        Metric("fid", "Frechet distance; called fd in any features but Inception's", "fidelity:FrechetDistance",
                (Figure("fd", "FD"), Figure("fid", "FID"))),
-        Metric("kid", "kernel distance", "kid:KernelDistance", (Figure("kid", "KID"),)),
-        Metric("isc", "Inception score", "isc:InceptionScore", (Figure("isc", "IS", higher=True),), layer="isc"),
-        Metric("prc", "precision, recall, density and coverage", "prc:PrecisionRecall",
+        Metric("kid", "kernel distance", "fidelity:KernelDistance", (Figure("kid", "KID"),)),
+        Metric("isc", "Inception score", "fidelity:InceptionScore", (Figure("isc", "IS", higher=True),), layer="isc"),
+        Metric("prc", "precision, recall, density and coverage", "fidelity:PrecisionRecall",
                tuple(Figure(name, name, higher=True) for name in ("precision", "recall", "density", "coverage"))),
-        Metric("fd_dinov2", "Frechet distance in DINOv2's features", "frechet:FrechetDistance",
+        Metric("fd_dinov2", "Frechet distance in DINOv2's features", "fidelity:FrechetDistance",
                (Figure("fd_dinov2", "FD-DINOv2"),), takes="dinov2-vit-l-14", packages=("transformers",),
                caption="features of DINOv2 ViT-L/14"),
-        Metric("clip_fid", "Frechet distance in CLIP's features", "frechet:FrechetDistance",
+        Metric("clip_fid", "Frechet distance in CLIP's features", "fidelity:FrechetDistance",
                (Figure("clip_fid", "CLIP-FID"),), takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
         Metric("cmmd", "kernel distance of CLIP's embeddings", "cmmd:ClipKernelDistance", (Figure("cmmd", "CMMD"),),
                takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
-        Metric("sfid", "Frechet distance of Inception's spatial features", "frechet:FrechetDistance",
+        Metric("sfid", "Frechet distance of Inception's spatial features", "fidelity:FrechetDistance",
                (Figure("sfid", "sFID"),), takes="inception-v3-spatial", caption="Inception's spatial features"),
         Metric("clip_score", "how well samples fit their prompts", "clip_score:ClipScore",
                (Figure("clip_score", "CLIP score", higher=True),), takes="bytes", needs="prompts",
@@ -138,11 +100,11 @@ METRICS = {
                "label_accuracy:LabelAccuracy", (Figure("label_accuracy", "label accuracy", higher=True),),
                takes="label-classifier", layer="isc", needs="labels",
                caption="a classifier of the reference images' labels"),
-        Metric("sliced_wasserstein", "sliced Wasserstein distance of the pixels", "points:SlicedWasserstein",
+        Metric("sliced_wasserstein", "sliced Wasserstein distance of the pixels", "distances:SlicedWasserstein",
                (Figure("sliced_wasserstein", "sliced Wasserstein distance"),), takes="points", caption="pixels"),
-        Metric("energy", "energy distance of the pixels", "points:Energy", (Figure("energy", "energy distance"),),
+        Metric("energy", "energy distance of the pixels", "distances:Energy", (Figure("energy", "energy distance"),),
                takes="points", caption="pixels"),
-        Metric("on_mode", "share of points on a mode, of data with known modes", "points:OnMode",
+        Metric("on_mode", "share of points on a mode, of data with known modes", "distances:OnMode",
                (Figure("on_mode", "share on a mode", higher=True),), takes="points", caption="points"),
     )
 }  # fmt: skip
@@ -168,11 +130,7 @@ def class_at(home: str) -> Any:  # noqa: ANN401  (whatever class is there)
 
 
 def check_names(metrics: Sequence[str]) -> None:
-    """Find metrics that do not exist.
-
-    Raises:
-        UserError: one of them, or no metric is named.
-    """
+    """Raise a ``UserError`` where no metric is named, or one that does not exist."""
     if not metrics:
         raise UserError(f"no metric is named: expected some of {', '.join(METRICS)}.")
     for metric in metrics:

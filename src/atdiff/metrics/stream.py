@@ -16,6 +16,7 @@ from torch_fidelity import FeatureExtractorBase
 from atdiff.core.errors import UserError
 from atdiff.data.sources import ImageData
 from atdiff.metrics.accumulator import Accumulator, Against
+from atdiff.metrics.distances import as_points
 from atdiff.metrics.features.extractors import (
     INCEPTION,
     SPATIAL,
@@ -26,8 +27,7 @@ from atdiff.metrics.features.extractors import (
     feature_layers,
     make_extractor,
 )
-from atdiff.metrics.frechet import FEW_SAMPLES
-from atdiff.metrics.points import as_points
+from atdiff.metrics.fidelity import FEW_SAMPLES
 from atdiff.metrics.reference import Reference, load_reference
 from atdiff.metrics.registry import CHOSEN, EXTRACTORS, HUB_WEIGHTS, METRICS, check_names, class_at
 from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint
@@ -45,12 +45,7 @@ def check_metrics(
     weights: Mapping[str, Path] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> None:
-    """Find what :class:`Metrics` would refuse, as far as that needs neither data, network nor compute.
-
-    Raises:
-        UserError: an unknown metric or extractor, a file of weights that is missing or belongs to no extractor, no
-            prompts for ``clip_score``, or a package that is not installed.
-    """
+    """Raise the ``UserError`` of :class:`Metrics`, as far as that needs neither data, network nor compute."""
     check_names(metrics)
     check_extractor(extractor)
     known = (*EXTRACTORS, *HUB_WEIGHTS)
@@ -72,20 +67,14 @@ def check_metrics(
 class Metrics:
     """The metrics of generated images against one set of real ones: networks and reference statistics, made once.
 
-    The metrics are those of :data:`atdiff.metrics.registry.METRICS`, each an accumulator in a file of its own. All but
-    those of points see the images in 8 bits, as saved ones are. Frechet distances need memory for one batch and
-    ``D x D`` sums; ``kid``, ``isc``, ``prc`` and the metrics of points keep their rows in a temporary file.
+    All metrics but those of points see the images in 8 bits, as saved ones are. Frechet distances need memory for one
+    batch and ``D x D`` sums; metrics that keep all rows keep them in a temporary file.
 
     Args:
-        data: the real images.
-        metrics: names as above.
-        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use; see
-            :func:`atdiff.metrics.features.extractors.make_extractor`.
-        weights: local files by extractor: ``inception-v3-compat`` (also for ``sfid``), ``dinov2-vit-l-14``,
-            ``clip-vit-b-32``, ``digits-classifier``, ``label-classifier``, and ``clip-score``, the folder of a CLIP
-            model. What is not given is downloaded or trained.
-        device: where the networks run.
-        prompts: for ``clip_score``, one for all images or one a class.
+        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
+        weights: local files by extractor, and for ``clip-score`` the folder of a CLIP model; others are downloaded or
+            trained.
+        prompts: for ``clip_score``, one for all images or one per class.
         prepare: compute the statistics now; else :meth:`prepare` or the first call does.
 
     Raises:
@@ -132,10 +121,7 @@ class Metrics:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of what the figures depend on besides the generated images.
-
-        ``reference`` of the real images and their labels, ``features`` of the weights of all networks.
-        """
+        """Return hashes of the real images (``reference``) and of the weights of all networks (``features``)."""
         networks = list(self._networks.values())
         names = [network.get_name() for network in networks]
         own = [loaded for loaded in self._loaded.values() if isinstance(loaded, nn.Module)]
@@ -145,11 +131,7 @@ class Metrics:
         }
 
     def prepare(self) -> None:
-        """Compute the statistics of the real images, or read them from the cache.
-
-        Raises:
-            UserError: an extractor does not take images of their shape.
-        """
+        """Compute the statistics of the real images, or read them from the cache."""
         assert self._against
 
     @cached_property
@@ -174,10 +156,8 @@ class Metrics:
         """Return the metrics of generated images, which are taken in batch by batch.
 
         Args:
-            batches: images of any numbers, ``(B, C, H, W)``, floats in [-1, 1] or uint8.
-            num: how many images they hold in all.
-            labels: classes that the images were asked for, shape ``(num,)``, for ``label_accuracy``, and for
-                ``clip_score`` with one prompt a class.
+            batches: ``num`` images, ``(B, C, H, W)``, floats in [-1, 1] or uint8.
+            labels: their classes, shape ``(num,)``, for ``label_accuracy`` and for one prompt per class.
             seed: of KID's subsets, the order of the score's splits, and the random projections.
 
         Raises:

@@ -149,23 +149,11 @@ def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
     return int(config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0)
 
 
-def check_labels(
-    model: Any,  # noqa: ANN401
-    conditions: Mapping[str, Tensor],
-    null_label: int | None,
-    *,
-    values: bool,
-) -> None:
-    """Make sure that a network can look up the class labels.
+def check_labels(model: Any, conditions: Mapping[str, Tensor], null_label: int | None, *, values: bool) -> None:  # noqa: ANN401
+    """Raise a UserError for ``class_labels`` that are not ``(B,)`` integers, or beyond the classes of the network.
 
-    Args:
-        model: the network, wrapped as it may be.
-        conditions: with ``class_labels``, or without.
-        null_label: that some labels are replaced by; None for none.
-        values: read them too, for which a GPU is waited for.
-
-    Raises:
-        UserError: they are not ``(B,)`` integers, or beyond the classes of the network.
+    So for a null label that some are replaced by. Their values are read only where ``values`` says: a GPU is waited
+    for.
     """
     network, labels = unwrapped(model), conditions.get("class_labels")
     known = class_embeddings(network)

@@ -1,7 +1,4 @@
-"""Which classes a network knows: their names, and the null label, which is none of them.
-
-Both are kept in the network's own configuration, under names that diffusers passes over and keeps.
-"""
+"""Which classes a network knows, by names in its own configuration that diffusers passes over and keeps."""
 
 from __future__ import annotations
 
@@ -18,10 +15,8 @@ NAMES, NULL = "_classes", "_null_label"
 def remember_classes(network: Any, names: Sequence[str] | None, null: int | None) -> None:  # noqa: ANN401
     """Write into the configuration of a diffusers network which classes it is trained on.
 
-    Args:
-        network: to be saved.
-        names: of the classes, in the order of their labels; None where they have none.
-        null: the label that stands for no class; None where there is none, or the network has one of its own.
+    ``names`` are in the order of the labels, None where they have none; ``null`` is the label that stands for no class,
+    None where there is none, or the network has one of its own.
     """
     mapping = None if names is None else {name: label for label, name in enumerate(names)}
     network.register_to_config(**{NAMES: mapping, NULL: null})

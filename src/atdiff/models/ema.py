@@ -17,9 +17,8 @@ __all__ = ["EMA", "average_name", "decay_at", "last_decay"]
 def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
     """Return the decay of the average's next update, when ``updates`` of them are behind.
 
-    With a fixed decay, an average of fewer updates than ``1 / (1 - decay)`` is mostly the initial weights. The warm-up
-    is the default of diffusers' ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the
-    first, so that the initial weights are no part of the average.
+    An average of fewer updates than ``1 / (1 - decay)`` is mostly the initial weights. The warm-up is that of
+    diffusers' ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the first.
     """
     if not warmup:
         return decay
@@ -46,8 +45,8 @@ def average_name(config: Mapping[str, Any]) -> str:
 class EMA:
     """``average <- decay * average + (1 - decay) * weights``, from the initial weights on.
 
-    ``torch.optim.swa_utils.AveragedModel`` does the same, but copies at its first update and walks the modules at
-    every one, which for a small network costs as much as its forward pass.
+    ``torch.optim.swa_utils.AveragedModel`` copies at its first update and walks the modules at every one, which for a
+    small network costs as much as its forward pass.
 
     Args:
         network: its parameters are averaged; its buffers are copied.

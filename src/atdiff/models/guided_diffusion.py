@@ -1,8 +1,6 @@
 """Import of guided-diffusion (ADM) U-Nets: the same network and weights as diffusers' ``UNet2DModel``.
 
-The architecture is that of `Diffusion Models Beat GANs <https://arxiv.org/abs/2105.05233>`_, section 3, whose
-`code <https://github.com/openai/guided-diffusion>`_ numbers its blocks flatly; diffusers groups them by
-resolution.
+(`Dhariwal and Nichol, 2021 <https://arxiv.org/abs/2105.05233>`_, `code <https://github.com/openai/guided-diffusion>`_.)
 Checkpoints of improved-diffusion, ADM-IP, ADM-ES and ADM-AT share the format.
 """
 
@@ -15,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,39 +60,30 @@ ADM_CIFAR10: dict[str, Any] = {
 """The unconditional CIFAR-10 ADM with learned variance that ADM-IP, ADM-ES and ADM-AT share
 (https://github.com/forever208/DDPM-IP); attention at 16 and 8 pixels is by a factor of 2 and 4."""
 
-# What weights cannot tell, for the published checkpoints that differ from the rule of `infer_arch`; the key
-# is (model_channels, num_res_blocks, channel_mult, resblock_updown). From the flags in the READMEs of
-# guided-diffusion, improved-diffusion and DDPM-IP.
-_PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], dict[str, Any]] = {
-    (128, 3, (1, 2, 2, 2), True): {
-        key: ADM_CIFAR10[key] for key in ("image_size", "dropout", "num_head_channels", "use_new_attention_order")
-    },
-    (192, 3, (1, 2, 3, 4), True): {"dropout": 0.1, "num_head_channels": 64, "use_new_attention_order": True},
-    (256, 2, (1, 1, 2, 3, 4), True): {"num_heads": 4},
-    (256, 3, (1, 1, 2, 3, 4), True): {
-        "dropout": 0.1,
-        "num_head_channels": 64,
-        "use_new_attention_order": True,
-    },
-    (128, 3, (1, 2, 2, 2), False): {"image_size": 32, "num_heads": 4},
-    (128, 3, (1, 2, 3, 4), False): {"num_heads": 4},
-    (192, 3, (1, 2, 3, 4), False): {"num_heads": 4},
-    (128, 2, (1, 1, 2, 2, 4, 4), False): {"num_heads": 1},
-}
+_NEW_HEADS: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order": True}
 
-# Betas and number of timesteps of all that is published of such a network, by the same key and from the same READMEs.
-# The 4,000 steps of the other networks of improved-diffusion are told to them as times of 1,000.
-_NOISE: dict[tuple[int, int, tuple[float, ...], bool], tuple[Literal["linear", "cosine"], int]] = {
-    (128, 3, (1, 2, 2, 2), True): ("cosine", 1000),  # CIFAR-10, ImageNet-32 (ADM-IP, -ES, -AT)
-    (192, 3, (1, 2, 3, 4), True): ("cosine", 1000),  # ImageNet-64, CelebA-64, LSUN tower
-    (256, 3, (1, 1, 2, 3, 4), True): ("cosine", 1000),  # FFHQ-128
-    (256, 2, (1, 1, 2, 3, 4), True): ("linear", 1000),  # ImageNet-128
-    (256, 2, (1, 1, 2, 2, 4, 4), True): ("linear", 1000),  # ImageNet-256, LSUN
-    (256, 2, (0.5, 1, 1, 2, 2, 4, 4), True): ("linear", 1000),  # ImageNet-512
-    (128, 3, (1, 2, 2, 2), False): ("cosine", 1000),  # CIFAR-10 of improved-diffusion
-    (128, 3, (1, 2, 3, 4), False): ("cosine", 1000),  # ImageNet-64 of improved-diffusion
-    (192, 3, (1, 2, 3, 4), False): ("cosine", 4000),  # the class-conditional one
-    (128, 2, (1, 1, 2, 2, 4, 4), False): ("linear", 1000),  # LSUN bedroom of improved-diffusion
+Noise = tuple[Literal["linear", "cosine"], int]
+
+# By (model_channels, num_res_blocks, channel_mult, resblock_updown), from the READMEs of guided-diffusion,
+# improved-diffusion and DDPM-IP: what weights cannot tell where it is not by the rule of `infer_arch`, and the betas
+# and timesteps that all published networks of these widths have. Other networks of improved-diffusion are told their
+# 4,000 timesteps as times of 1,000.
+_PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], tuple[dict[str, Any] | None, Noise]] = {
+    (128, 3, (1, 2, 2, 2), True): (  # CIFAR-10, ImageNet-32 (ADM-IP, -ES, -AT)
+        {key: ADM_CIFAR10[key] for key in ("image_size", "dropout", "num_head_channels", "use_new_attention_order")},
+        ("cosine", 1000),
+    ),
+    # ImageNet-64, CelebA-64, LSUN tower
+    (192, 3, (1, 2, 3, 4), True): ({"dropout": 0.1, **_NEW_HEADS}, ("cosine", 1000)),
+    (256, 3, (1, 1, 2, 3, 4), True): ({"dropout": 0.1, **_NEW_HEADS}, ("cosine", 1000)),  # FFHQ-128
+    (256, 2, (1, 1, 2, 3, 4), True): ({"num_heads": 4}, ("linear", 1000)),  # ImageNet-128
+    (256, 2, (1, 1, 2, 2, 4, 4), True): (None, ("linear", 1000)),  # ImageNet-256, LSUN
+    (256, 2, (0.5, 1, 1, 2, 2, 4, 4), True): (None, ("linear", 1000)),  # ImageNet-512
+    # of improved-diffusion: CIFAR-10, ImageNet-64, the class-conditional one, LSUN bedroom
+    (128, 3, (1, 2, 2, 2), False): ({"image_size": 32, "num_heads": 4}, ("cosine", 1000)),
+    (128, 3, (1, 2, 3, 4), False): ({"num_heads": 4}, ("cosine", 1000)),
+    (192, 3, (1, 2, 3, 4), False): ({"num_heads": 4}, ("cosine", 4000)),
+    (128, 2, (1, 1, 2, 2, 4, 4), False): ({"num_heads": 1}, ("linear", 1000)),
 }
 
 _STEM = {
@@ -113,18 +103,11 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0"}
-_DOWNSAMPLE = {"op": "conv"}
-_UPSAMPLE = {"conv": "conv"}
 _NORM_GROUPS = 32
 _UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    safetensors.SafetensorError,
-)
+    OSError, EOFError, ValueError, RuntimeError,
+    pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError,
+)  # fmt: skip
 _FLAT = "expected a flat dict of tensors as guided-diffusion saves it"
 
 
@@ -223,12 +206,10 @@ class ADMArchitecture:
 class ADMUNet2DModel(UNet2DModel):
     """A ``UNet2DModel`` for the two things that it cannot express.
 
-    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level
-    of another width than ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` opens
-    a pipeline that holds it wherever atdiff is installed; ``UNet2DModel.from_pretrained`` must not be used.
-
-    Args:
-        arch: the arguments of ``ADMArchitecture``.
+    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level of
+    another width than ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` opens a pipeline
+    that holds it wherever atdiff is installed; ``UNet2DModel.from_pretrained`` must not be used. ``arch`` are the
+    arguments of ``ADMArchitecture``.
     """
 
     @register_to_config
@@ -247,15 +228,9 @@ class ADMUNet2DModel(UNet2DModel):
 def adm_unet(**arch: Any) -> UNet2DModel:  # noqa: ANN401  (the fields of ADMArchitecture)
     """Build the network of guided-diffusion's ``UNetModel(**arch)``, with new weights, in training mode.
 
-    Its input is ``(B, in_channels, H, W)`` with H and W divisible by ``2 ** (len(channel_mult) - 1)``,
-    timesteps ``(B,)`` and, with ``num_classes``, ``class_labels`` ``(B,)``; its output is
-    ``(B, out_channels, H, W)``.
-
-    Args:
-        arch: the arguments of ``ADMArchitecture``, such as ``ADM_CIFAR10``.
-
-    Returns:
-        A plain ``UNet2DModel``, or an ``ADMUNet2DModel`` where that cannot express the architecture.
+    It maps ``(B, in_channels, H, W)``, H and W divisible by ``2 ** (len(channel_mult) - 1)``, timesteps ``(B,)`` and,
+    with ``num_classes``, ``class_labels`` ``(B,)`` to ``(B, out_channels, H, W)``. It is a plain ``UNet2DModel``, or an
+    ``ADMUNet2DModel`` where that cannot express the architecture. Arguments are those of ``ADMArchitecture``.
 
     Raises:
         UserError: an argument is unknown, missing or unsupported.
@@ -315,11 +290,10 @@ def read_adm_checkpoint(path: Path) -> dict[str, Tensor]:
 def infer_arch(state_dict: Mapping[str, Tensor], **overrides: Any) -> dict[str, Any]:  # noqa: ANN401
     """Infer the arguments of ``ADMArchitecture`` from guided-diffusion weights.
 
-    Weights do not tell the heads, their order, dropout and image size. These come from ``overrides``, else
-    from the flags published for networks of exactly these widths and blocks (CIFAR-10, ImageNet-64 and -128,
-    FFHQ-128 of guided-diffusion, improved-diffusion and ADM-IP; the CIFAR-10 ADM has heads of 32 channels in
-    the new order), else they are ``num_head_channels`` 64 in the legacy order, dropout 0, and the image size
-    that has 8 pixels at the coarsest level, as in the ADMs of ImageNet-256, ImageNet-512 and LSUN.
+    Weights do not tell the heads, their order, dropout and image size. These come from ``overrides``, else from the
+    flags published for networks of exactly these widths and blocks, else they are ``num_head_channels`` 64 in the
+    legacy order, dropout 0, and the image size that has 8 pixels at the coarsest level, as in the ADMs of ImageNet-256
+    and LSUN.
 
     Args:
         state_dict: keys and shapes of guided-diffusion's ``UNetModel``.
@@ -332,7 +306,7 @@ def infer_arch(state_dict: Mapping[str, Tensor], **overrides: Any) -> dict[str, 
     levels = arch["channel_mult"]
     checkpoint = (arch["model_channels"], arch["num_res_blocks"], levels, arch["resblock_updown"])
     rule = {"image_size": 8 * 2 ** (len(levels) - 1), "dropout": 0.0, "use_new_attention_order": False}
-    untold = rule | _PUBLISHED.get(checkpoint, {"num_head_channels": 64})
+    untold = rule | (_PUBLISHED.get(checkpoint, (None, None))[0] or {"num_head_channels": 64})
     return _override(arch | untold, overrides)
 
 
@@ -358,7 +332,7 @@ def import_adm(path: Path, arch: Mapping[str, Any] | None = None, **overrides: A
     return unet.eval()
 
 
-def published_noise(unet: UNet2DModel) -> tuple[Literal["linear", "cosine"], int] | None:
+def published_noise(unet: UNet2DModel) -> Noise | None:
     """Return the betas and the number of timesteps that all published networks of an architecture were trained with.
 
     Weights do not tell them. None where no network of these widths and blocks is published, or the network is shown
@@ -369,7 +343,8 @@ def published_noise(unet: UNet2DModel) -> tuple[Literal["linear", "cosine"], int
     if config.in_channels != 3:
         return None
     factors = tuple(width / channels for width in config.block_out_channels)  # 1.0 is the key 1, too
-    return _NOISE.get((channels, config.layers_per_block, factors, config.downsample_type == "resnet"))
+    checkpoint = (channels, config.layers_per_block, factors, config.downsample_type == "resnet")
+    return _PUBLISHED.get(checkpoint, (None, None))[1]
 
 
 def _architecture(arch: Mapping[str, Any]) -> ADMArchitecture:
@@ -390,10 +365,9 @@ def _override(arch: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 def _unet_config(arch: ADMArchitecture) -> dict[str, Any]:
     """Return the arguments of ``UNet2DModel``, as far as it can express the architecture."""
-    resample = "resnet" if arch.resblock_updown else "conv"
-    down, up = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if arch.resblock_updown else ("DownBlock2D", "UpBlock2D")
-    )
+    resample, middle = ("resnet", "sample") if arch.resblock_updown else ("conv", "")
+    prefix = "Resnet" if arch.resblock_updown else ""
+    down, up = f"{prefix}Down{middle}Block2D", f"{prefix}Up{middle}Block2D"
     return {
         "sample_size": arch.image_size,
         "in_channels": arch.in_channels,
@@ -422,46 +396,36 @@ def _unet_config(arch: ADMArchitecture) -> dict[str, Any]:
 def _renames(arch: ADMArchitecture) -> dict[str, str]:
     """Map the module names of guided-diffusion to those of diffusers; qkv maps to the stand-in ``to_qkv``."""
     renames = dict(_STEM)
-    for kind, old, new in [*_down_blocks(arch), *_middle_blocks(), *_up_blocks(arch)]:
+    for kind, old, new in _blocks(arch):
         renames |= {f"{old}.{old_part}": f"{new}.{new_part}" for old_part, new_part in kind.items()}
     return renames
 
 
-_Blocks = Iterator[tuple[dict[str, str], str, str]]
-
-
-def _down_blocks(arch: ADMArchitecture) -> _Blocks:
-    per_level = arch.num_res_blocks + 1  # the last one downsamples
+def _blocks(arch: ADMArchitecture) -> Iterator[tuple[dict[str, str], str, str]]:
+    """Yield the parts of every block but the stem, and its names there and in diffusers."""
+    per_level, last = arch.num_res_blocks + 1, len(arch.attends) - 1  # the last one of a level resamples
     for level, attends in enumerate(arch.attends):
-        new = f"down_blocks.{level}"
-        for layer in range(arch.num_res_blocks):
-            old = f"input_blocks.{1 + level * per_level + layer}"
-            yield _RESNET, f"{old}.0", f"{new}.resnets.{layer}"
-            if attends:
-                yield _ATTENTION, f"{old}.1", f"{new}.attentions.{layer}"
-        if level < len(arch.attends) - 1:
-            kind = _RESNET if arch.resblock_updown else _DOWNSAMPLE
-            yield kind, f"input_blocks.{(level + 1) * per_level}.0", f"{new}.downsamplers.0"
-
-
-def _middle_blocks() -> _Blocks:
+        new, end = f"down_blocks.{level}", (level + 1) * per_level
+        yield from _layers("input_blocks", end - arch.num_res_blocks, end, new, attends)
+        if level < last:
+            kind = _RESNET if arch.resblock_updown else {"op": "conv"}
+            yield kind, f"input_blocks.{end}.0", f"{new}.downsamplers.0"
     yield _RESNET, "middle_block.0", "mid_block.resnets.0"
     yield _ATTENTION, "middle_block.1", "mid_block.attentions.0"
     yield _RESNET, "middle_block.2", "mid_block.resnets.1"
-
-
-def _up_blocks(arch: ADMArchitecture) -> _Blocks:
-    per_level = arch.num_res_blocks + 1
     for step, attends in enumerate(reversed(arch.attends)):
-        new = f"up_blocks.{step}"
-        for layer in range(per_level):
-            old = f"output_blocks.{step * per_level + layer}"
-            yield _RESNET, f"{old}.0", f"{new}.resnets.{layer}"
-            if attends:
-                yield _ATTENTION, f"{old}.1", f"{new}.attentions.{layer}"
-        if step < len(arch.attends) - 1:
-            kind = _RESNET if arch.resblock_updown else _UPSAMPLE
-            yield kind, f"output_blocks.{(step + 1) * per_level - 1}.{1 + attends}", f"{new}.upsamplers.0"
+        new, end = f"up_blocks.{step}", (step + 1) * per_level
+        yield from _layers("output_blocks", end - per_level, end, new, attends)
+        if step < last:
+            kind = _RESNET if arch.resblock_updown else {"conv": "conv"}
+            yield kind, f"output_blocks.{end - 1}.{1 + attends}", f"{new}.upsamplers.0"
+
+
+def _layers(old: str, first: int, end: int, new: str, attends: bool) -> Iterator[tuple[dict[str, str], str, str]]:
+    for layer, number in enumerate(range(first, end)):
+        yield _RESNET, f"{old}.{number}.0", f"{new}.resnets.{layer}"
+        if attends:
+            yield _ATTENTION, f"{old}.{number}.1", f"{new}.attentions.{layer}"
 
 
 def _split_qkv(tensor: Tensor, arch: ADMArchitecture) -> list[Tensor]:
@@ -562,12 +526,10 @@ def _inferred_levels(state_dict: Mapping[str, Tensor]) -> tuple[int, int, bool]:
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401  (a pickle holds anything)
+    pickled = partial(torch.load, map_location="cpu", weights_only=True)
     readers: dict[str, Callable[[Path], Any]] = {
-        ".pt": _read_pickle,
-        ".pth": _read_pickle,
-        ".safetensors": safetensors.torch.load_file,
-        ".npz": _read_npz,
-    }
+        ".pt": pickled, ".pth": pickled, ".safetensors": safetensors.torch.load_file, ".npz": _read_npz,
+    }  # fmt: skip
     if path.suffix not in readers:
         raise UserError(f"{path} is of an unknown kind: expected a file that ends in {', '.join(readers)}.")
     if not path.is_file():
@@ -579,10 +541,6 @@ def _read(path: Path) -> Any:  # noqa: ANN401  (a pickle holds anything)
             f"{path} cannot be read as weights in {path.suffix} format ({type(error).__name__}): "
             "give an intact guided-diffusion checkpoint."
         ) from error
-
-
-def _read_pickle(path: Path) -> Any:  # noqa: ANN401
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

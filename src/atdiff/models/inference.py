@@ -31,7 +31,7 @@ def prepare_inference(
     Args:
         model: the network.
         precision: ``no`` (float32), or autocast to ``bf16`` or ``fp16``.
-        compile: run it through torch.compile, which takes a minute or so at the first picture.
+        compile: run it through torch.compile, which takes a minute or so at the first image.
         device: where it will run.
 
     Raises:

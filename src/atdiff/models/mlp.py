@@ -26,8 +26,7 @@ class _Block(nn.Module):
 class MLP2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A residual MLP over flattened images, with the call and the configuration of ``UNet2DModel``.
 
-    It costs a twentieth of a small U-Net at 8x8 pixels. ``DiffusionPipeline.from_pretrained`` opens a pipeline
-    that holds it once ``atdiff.models.mlp`` is imported.
+    ``DiffusionPipeline.from_pretrained`` opens a pipeline that holds it once ``atdiff.models.mlp`` is imported.
 
     Args:
         sample_size: height and width of the image in pixels.

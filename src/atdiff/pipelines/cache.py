@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,10 +74,9 @@ class LatentData:
         return _float(self.latents[indices.cpu().numpy()])
 
     def conditions(self, indices: Tensor) -> dict[str, Tensor]:
-        """Return the conditions of the captions at ``indices``, shape ``(B,)``, as float32 ``(B, ...)`` on the CPU.
+        """Return the conditions of the captions at ``indices``, ``(B,)``, on the CPU.
 
-        Class labels are int64. The names are those of
-        :meth:`atdiff.pipelines.latent_model.LatentPipeline.encode_prompts`.
+        They are float32 ``(B, ...)``, class labels int64, by the names of :meth:`LatentPipeline.encode_prompts`.
         """
         rows = self.caption_ids[indices.cpu().numpy()]
         return {name: _float(values[rows]) for name, values in self.table.items()}
@@ -98,16 +98,15 @@ def latent_data(
     """Return the latents and conditions of a source, from the cache where they are there, else encoded and put there.
 
     An image is encoded once, so the noise of its posterior stays the same over epochs; different captions are encoded
-    once each. The folder of the cache is found by a hash of the source's fingerprint, the size of the images, the
-    weights and settings of autoencoder and text encoders, the tokenizers, and the seed. One whose files are not as its
-    manifest says is said in a warning and made anew. Of several processes one should come first.
+    once each. The folder of the cache is found by a hash of all that its content depends on. One whose files are not as
+    its manifest says is said in a warning and made anew. Of several processes one should come first.
 
     Args:
         source: images with captions, walked through once.
         latent: autoencoder and text encoders.
         batch_size: images or captions at a time.
         device: where they are encoded; the encoders are put back afterwards.
-        progress: whether to show a bar on stderr.
+        progress: whether to show a bar.
         seed: of the noise of the posteriors.
 
     Raises:
@@ -120,15 +119,8 @@ def latent_data(
         raise UserError(f"{source.name} has no images: expected at least one with a caption.")
     parts = _key_parts(source, latent, seed)
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    if folder.exists():
-        data = _open(folder, source.name)
-        if data is not None and not data.content:  # an older version wrote it
-            return _with_content(folder, source, data, progress)
-        if data is not None:
-            source.unreadable.found[:] = data.skipped
-            source.unreadable.settle(source.name, len(source))
-            return data
-        warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=2)
+    if (kept := _kept(folder, source, progress)) is not None:
+        return kept
     try:
         with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
             partial.mkdir()
@@ -143,6 +135,19 @@ def latent_data(
         raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
     data = _open(folder, source.name)
     assert data is not None, folder
+    return data
+
+
+def _kept(folder: Path, source: CaptionedImages, progress: bool) -> LatentData | None:
+    """Return what the cache has, and warn where it is damaged."""
+    data = _open(folder, source.name) if folder.exists() else None
+    if data is not None and not data.content:  # an older version wrote it
+        return _with_content(folder, source, data, progress)
+    if data is not None:
+        source.unreadable.found[:] = data.skipped
+        source.unreadable.settle(source.name, len(source))
+    elif folder.exists():
+        warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=3)
     return data
 
 
@@ -182,11 +187,8 @@ def _open(folder: Path, name: str) -> LatentData | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         found = {file: (folder / file).stat().st_size for file in manifest["sizes"]}
-        arrays = {
-            Path(file).stem: np.load(folder / file, mmap_mode="r", allow_pickle=False)
-            for file in found
-            if file.endswith(".npy")
-        }
+        mapped = [folder / file for file in found if file.endswith(".npy")]
+        arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in mapped}
         captions = json.loads((folder / "captions.json").read_text())
         latents, caption_ids = arrays["latents"], arrays["caption_ids"]
         skipped = tuple((name, reason) for name, reason in manifest["skipped"])
@@ -195,8 +197,10 @@ def _open(folder: Path, name: str) -> LatentData | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    table = {key.removeprefix("caption-"): rows for key, rows in arrays.items() if key.startswith("caption-")}
-    null = {key.removeprefix("null-"): rows for key, rows in arrays.items() if key.startswith("null-")}
+    table, null = (
+        {key.removeprefix(prefix): rows for key, rows in arrays.items() if key.startswith(prefix)}
+        for prefix in ("caption-", "null-")
+    )
     return LatentData(name, latents, captions, caption_ids, table, null, skipped, content)
 
 
@@ -280,13 +284,8 @@ def _tracked(items: Iterable[T], what: str, total: int, progress: bool) -> Itera
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the items in lists of ``size``, the last one shorter."""
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
         yield batch
 
 
@@ -300,6 +299,4 @@ def _half(values: Tensor, what: str) -> np.ndarray:
 
 
 def _float(values: np.ndarray) -> Tensor:
-    if values.dtype.kind == "i":
-        return torch.from_numpy(np.array(values))
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(np.array(values) if values.dtype.kind == "i" else values.astype(np.float32))

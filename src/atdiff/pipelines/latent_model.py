@@ -52,7 +52,7 @@ class LatentPipeline:
 
     @property
     def family(self) -> Family:
-        """What is peculiar to pipelines of that class."""
+        """That of the pipeline."""
         return family_of(self.pipeline)
 
     @property
@@ -97,11 +97,7 @@ class LatentPipeline:
         return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
-        """Find out whether images of shape ``(C, H, W)`` have latents of the network's shape.
-
-        Raises:
-            UserError: their size or their channels do not fit; it says which do.
-        """
+        """Raise a UserError unless images of shape ``(C, H, W)`` have latents of the network's shape."""
         expected = (self.image_channels, self.image_size, self.image_size)
         if tuple(shape) != expected:
             found = "x".join(map(str, shape))
@@ -115,38 +111,36 @@ class LatentPipeline:
         """Return latents of images, each drawn from the autoencoder's posterior, scaled as the network is fed.
 
         Args:
-            images: uint8, shape ``(B, C, H, W)``.
-            generator: where the noise of the posterior comes from, one or one an image; torch's own when None.
+            images: uint8, ``(B, C, H, W)``.
+            generator: where the noise of the posterior comes from, one or one per image; torch's own when None.
 
         Returns:
-            float32, shape ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
+            float32, ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
 
         Raises:
-            UserError: the images are of another size or other channels than the pipeline's.
+            UserError: as :meth:`check_image`.
         """
         assert images.dtype == torch.uint8, images.dtype
         self.check_image(images.shape[1:])
         pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1.0
-        mean, scale = self._latent_scale()
+        mean, scale = self.family.latent_scale(self.vae)
         latents: Tensor = (self.vae.encode(pixels).latent_dist.sample(generator) - mean) * scale
         return latents.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
-        mean, scale = self._latent_scale()
+        mean, scale = self.family.latent_scale(self.vae)
         unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
         images: Tensor = self.vae.decode(unscaled).sample
         return images.float().clamp(-1.0, 1.0)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the pipeline itself conditions the network on.
+        """Return what the pipeline itself conditions the network on, on the text encoder's device.
 
-        Returns:
-            float32 on the text encoder's device: ``encoder_hidden_states``, shape ``(B, L, D)``; for SDXL also
-            ``text_embeds``, ``(B, P)``, and ``time_ids``, ``(B, 6)``: original size, corner of the crop and target
-            size, for an uncropped image of the pipeline's size; for SD3 and Flux ``pooled_projections``, ``(B, P)``.
-            For DiT, whose prompts are numbers of classes, int64 ``class_labels``, ``(B,)``.
+        float32 ``encoder_hidden_states``, ``(B, L, D)``; for SDXL also ``text_embeds``, ``(B, P)``, and ``time_ids``,
+        ``(B, 6)``: original size, corner of the crop and target size of an uncropped image of the pipeline's size; for
+        SD3 and Flux ``pooled_projections``, ``(B, P)``. For DiT int64 ``class_labels``, ``(B,)``.
         """
         return self._encode_prompts(list(prompts), negative=False)
 
@@ -161,19 +155,9 @@ class LatentPipeline:
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
         return self.family.conditions(self.pipeline, prompts, PromptOptions(self.image_size, self.tokens, negative))
 
-    def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
-        return self.family.latent_scale(self.vae)
-
 
 def require_transformers(source: str) -> None:
-    """Find out at once whether text encoders can be had; diffusers would fail late and at length.
-
-    Args:
-        source: what needs them.
-
-    Raises:
-        UserError: transformers, which comes with the extra ``lcm``, is not installed.
-    """
+    """Raise a UserError where transformers, which ``source`` needs, is not installed: diffusers would fail late."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -192,15 +176,13 @@ def load_latent_pipeline(
 
     Args:
         source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
-        dtype: of the network's weights. Autoencoder and text encoders are float32, whatever they were saved in: they
-            run once an image, and the autoencoder of SDXL overflows in float16.
+        dtype: of the network's weights; autoencoder and text encoders are float32 (see :func:`load_pipeline`).
         image_size: pixels along a side of the images, for networks that take several sizes; others have their own.
         tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
         variant: of the weights, such as ``fp16``; a training folder has none.
 
     Raises:
-        UserError: there is nothing of the kind, the download failed, a text encoder is missing, it has no such variant,
-            or it is a pipeline of another class.
+        UserError: as :func:`load_pipeline`, a text encoder is missing, or size or tokens do not fit.
     """
     check_local(source)
     require_transformers(source)
@@ -226,15 +208,9 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
 def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (U-Net or transformer)
     """Return a trainable float32 copy of a teacher that, if a U-Net, takes the guidance strength as an input too.
 
-    The added projection of the guidance embedding starts at zero, as in the paper, so that the student starts as the
-    teacher's own function whatever the guidance. (diffusers' training script leaves it at its random initial values.)
-
-    Source: Luo et al., Latent Consistency Models (https://arxiv.org/abs/2310.04378).
-
-    Args:
-        unet: the teacher; it is left as it is.
-        guidance_dim: length of the guidance embedding; None for a student without one. A teacher that has one keeps
-            its own, weights included.
+    The added projection of its embedding, of length ``guidance_dim`` (None for none), starts at zero, so that the
+    student starts as the teacher's own function whatever the guidance, as in the paper (`Luo et al., 2023
+    <https://arxiv.org/abs/2310.04378>`_) and not in diffusers' training script. A teacher that has one keeps its own.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
         if "time_cond_proj_dim" not in unet.config:
@@ -251,17 +227,7 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
 
 
 def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write the whole pipeline with another network and scheduler; plain diffusers opens it.
-
-    Args:
-        folder: where to; it appears, or replaces an older one, once it is complete.
-        latent: the teacher's pipeline, for all other parts; it is left as it is.
-        network: the student, or its average.
-        scheduler: the one to sample with, such as an ``LCMScheduler``.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write the pipeline with another network and scheduler; the folder appears, or is replaced, once complete."""
     pipeline = with_network(latent, network, scheduler)
     with written_aside(folder) as partial, quiet_libraries():
         pipeline.save_pretrained(partial)

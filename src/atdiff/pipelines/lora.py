@@ -38,10 +38,8 @@ def add_lora(
     """Freeze a network and add low-rank adapters, in place; their float32 weights alone are trained.
 
     An adapter adds ``alpha / rank * B A x`` to the output of a layer. ``B`` starts at zero, so the network starts as
-    the function that it was; ``A`` is drawn from torch's global generator.
-
-    Source: Hu et al., LoRA (https://arxiv.org/abs/2106.09685); for consistency distillation Luo et al., LCM-LoRA
-    (https://arxiv.org/abs/2311.05556).
+    the function that it was; ``A`` is drawn from torch's global generator. (`LoRA <https://arxiv.org/abs/2106.09685>`_,
+    `LCM-LoRA <https://arxiv.org/abs/2311.05556>`_)
 
     Args:
         unet: the network.
@@ -51,8 +49,7 @@ def add_lora(
         dropout: probability with which an entry of an adapter's input is dropped in training.
 
     Raises:
-        UserError: a rank below 1, an alpha that is not positive, a dropout outside of [0, 1), a target that no layer
-            is called, or peft is not installed.
+        UserError: a number out of range, a target that no layer is called, or peft is not installed.
     """
     if rank < 1:
         raise UserError(f"the rank of LoRA is {rank}: expected 1 or more; 64 is usual.")
@@ -92,16 +89,8 @@ def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: AN
 def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -> None:  # noqa: ANN401
     """Write the adapters as ``load_lora_weights`` of plain diffusers reads them, and the scheduler beside them.
 
-    ``alpha / rank`` is multiplied into the saved weights: not every version of diffusers reads it from a file.
-
-    Args:
-        folder: gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, once both are complete.
-        latent: the pipeline that the adapters belong to.
-        unet: the network with adapters.
-        scheduler: the one to sample with, such as an ``LCMScheduler``.
-
-    Raises:
-        UserError: the folder cannot be written.
+    ``alpha / rank`` is multiplied into the saved weights: not every version of diffusers reads it from a file. The
+    folder gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, the one to sample with, once both are complete.
     """
     config = unet.peft_config[ADAPTER]
     scale = config.lora_alpha / config.r
@@ -132,13 +121,8 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
             f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline that "
             "they were trained on."
         ) from error
-    latent.pipeline.register_modules(scheduler=_saved_scheduler(folder / "scheduler"))
-
-
-def _saved_scheduler(folder: Path) -> Any:  # noqa: ANN401  (LCMScheduler, or that of a pipeline that was not distilled)
-    """Load a scheduler of the class that its folder names."""
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
-    return getattr(diffusers, name).from_pretrained(folder)
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    latent.pipeline.register_modules(scheduler=getattr(diffusers, name).from_pretrained(folder / "scheduler"))
 
 
 def _require_peft() -> None:

@@ -1,4 +1,4 @@
-"""Where results live: training folders and diffusers pipelines."""
+"""Trained models of training folders and diffusers pipelines, and the images that they are measured against."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def load_denoiser(
         guidance_scale: see :meth:`TrainedModel.guided`; None for that of the run's training, or the usual one.
 
     Raises:
-        UserError: there is nothing of the kind, the download failed, it is a pipeline of a class that is not taken, or
-            a text-to-image pipeline and those are not taken; or the scale does not fit.
+        UserError: as :func:`load_pipeline`, or it is a text-to-image pipeline and those are not taken; or the scale
+            does not fit.
     """
     config = run_config(run)
     variant = None if config else variant
@@ -98,11 +98,7 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
 def reference_name(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
     """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
 
-    Whatever is read in another way than in training follows the name, so that figures against the same images in two
-    sizes stand beside each other.
-
-    Raises:
-        UserError: neither is known.
+    What ``options`` change of how these were read follows it. A UserError where neither is known.
     """
     found = name or denoiser.config.get("data", {}).get("name")
     if not found:
@@ -114,8 +110,7 @@ def reference_name(denoiser: TrainedModel, name: str | None = None, options: Dat
 def reference_data(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> ImageData:
     """Load those images, read as in training but for ``options``, and with the labels that the network knows.
 
-    Raises:
-        UserError: they cannot be loaded, are of another size than the network's, or of a class that it does not know.
+    A UserError where they are of another size than the network's, or of a class that it does not know.
     """
     reading = reading_of(denoiser, name, options)
     del reading["caption_column"]
@@ -125,11 +120,7 @@ def reference_data(denoiser: TrainedModel, name: str | None = None, options: Dat
 
 
 def check_shape(denoiser: TrainedModel, found: tuple[int, ...], name: str) -> None:
-    """Find out whether images of a shape ``(C, H, W)`` are of the size that a network makes.
-
-    Raises:
-        UserError: they are not; it says how to read them so.
-    """
+    """Raise a UserError unless images of a shape ``(C, H, W)`` are of the size that a network makes."""
     channels, height, width = denoiser.image_shape
     if found == (channels, height, width):
         return

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import FrozenDict
 
-from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift
+from atdiff.core.noise import NoiseSchedule, Traits, dynamic_mu, flow_shift
 from atdiff.pipelines.families import FAMILIES, Family, absent_parts
 from atdiff.system.locate import hub_location, run_config
 from atdiff.system.pipeline_files import class_name
@@ -51,42 +51,28 @@ def pipeline_class(network: Any, scheduler: Any) -> Any:  # noqa: ANN401  (any n
 def usage(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
     """Return the section of a model card that draws images in a few steps with plain diffusers alone.
 
-    Args:
-        folder: what a finished run leaves, ``pipeline`` or ``lora``.
-        config: the settings of the run.
-        repo_id: where it is published.
+    ``folder`` is what a finished run of the settings ``config`` leaves, ``pipeline`` or ``lora``, and ``repo_id`` where
+    it is published.
     """
-    if folder.name == "lora":
-        return _fenced(_lora_code(folder, config, repo_id))
-    index = json.loads((folder / "model_index.json").read_text())
-    if index.get("vae") is not None:
-        return _fenced(_text_code(folder, config, index, repo_id))
+    index = None if folder.name == "lora" else json.loads((folder / "model_index.json").read_text())
+    if index is None or index.get("vae") is not None:
+        return _fenced(_latent_code(folder, config, index, repo_id))
     network = json.loads((folder / "unet" / "config.json").read_text())
-    pixels = _Pixels(network, _scheduler(folder, index), index["unet"], config, repo_id)
-    return pixels.text()
+    return _Pixels(network, _scheduler(folder), index["unet"], config, repo_id).text()
 
 
 def _fenced(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _scheduler(folder: Path, index: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401
-    file = folder / "scheduler" / "scheduler_config.json"
-    name = json.loads(file.read_text())["_class_name"] if index is None else index["scheduler"][1]
+def _scheduler(folder: Path) -> Any:  # noqa: ANN401
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
 @dataclass(frozen=True)
 class _Pixels:
-    """A saved pipeline of a network of pixels.
-
-    Attributes:
-        network: its configuration.
-        scheduler: of its training.
-        network_class: module and class, as ``model_index.json`` has them.
-        config: the settings of the run.
-        repo_id: where it is published.
-    """
+    """A saved pipeline of a network of pixels: its configurations, and its class as ``model_index.json`` has it."""
 
     network: Mapping[str, Any]
     scheduler: Any
@@ -115,6 +101,10 @@ class _Pixels:
         embeds = self.network.get("num_class_embeds") or self.network.get("num_embeds_ada_norm") or 0
         return int(embeds) - int(embeds > 0 and self.config["objective"]["label_dropout"] > 0)
 
+    @property
+    def _traits(self) -> Traits:
+        return NoiseSchedule(self.scheduler).traits
+
     def text(self) -> str:
         """Return the call of a pipeline where one fits, or a loop."""
         loop = self._loop()
@@ -135,24 +125,24 @@ class _Pixels:
         return f"{own}import torch\nfrom diffusers import {', '.join(sorted(names))}\n"
 
     def _call(self) -> str:
-        traits, swap, options = NoiseSchedule(self.scheduler).traits, "", ""
-        names = ["DiffusionPipeline"]
-        if not self.distilled and traits.has_shift:
+        traits, names, swap, options = self._traits, ["DiffusionPipeline"], "", ""
+        if self.distilled:
+            pass
+        elif traits.has_shift:
             if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
                 names.append("FlowMatchEulerDiscreteScheduler")
-                shift = flow_shift(self.scheduler)
-                swap = f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift:g})\n"
-            swap += f"pipeline.scheduler.sigma_min = 1 / {self.steps}  # even steps, the last one to the image\n"
-        elif not self.distilled and traits.variance_exploding and type(self.scheduler).__name__ != "EDMEulerScheduler":
+                swap = f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={flow_shift(self.scheduler):g})\n"
+            swap += _even(self.steps)
+        elif traits.variance_exploding and type(self.scheduler).__name__ != "EDMEulerScheduler":
             names.append("EDMEulerScheduler")
             swap = "pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)\n"
-        elif not self.distilled and traits.integer_timesteps and self.learns_variance:
+        elif traits.integer_timesteps and self.learns_variance:
             names.append("DDPMScheduler")
             swap = (
                 "pipeline.scheduler = DDPMScheduler.from_config(\n"
                 '    pipeline.scheduler.config, timestep_spacing="linspace"\n)\n'
             )
-        elif not self.distilled and traits.integer_timesteps:
+        elif traits.integer_timesteps:
             names = ["DDIMPipeline"]  # which makes a DDIMScheduler of the scheduler
             options = ", use_clipped_model_output=True"
         labels = f", class_labels=[i % {self.classes} for i in range({IMAGES})]" if self.classes else ""
@@ -169,7 +159,7 @@ class _Pixels:
 
     def _loop(self) -> tuple[str, str] | None:
         """Return why no pipeline fits, and the loop to take its place; None where one does."""
-        traits = NoiseSchedule(self.scheduler).traits
+        traits = self._traits
         is_dit = self.network_class[1] == "DiTTransformer2DModel"
         if not self.distilled and isinstance(self.scheduler, CMStochasticIterativeScheduler):
             euler = "EDMEulerScheduler.from_config(pipeline.scheduler.config)"
@@ -206,7 +196,7 @@ class _Pixels:
         name = scheduler.partition(".from_config")[0].partition("(")[0]
         names = {"DiffusionPipeline", *([name] if name.endswith("Scheduler") else [])}
         shape = f"{self.network['in_channels']}, {self.network['sample_size']}, {self.network['sample_size']}"
-        traits = NoiseSchedule(self.scheduler).traits
+        traits = self._traits
         inputs = "scheduler.scale_model_input(x, t)" if traits.variance_exploding else "x"
         t = f"{times} * t" if times != 1 else "t"
         draws = name in ("DDPMScheduler", "pipeline.scheduler") and traits.integer_timesteps
@@ -229,36 +219,25 @@ class _Pixels:
         )
 
 
-def _text_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any], repo_id: str) -> str:
-    """Return the call of a pipeline of latents."""
+def _latent_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any] | None, repo_id: str) -> str:
+    """Return the call of a pipeline of latents, or of the one that adapters, which have no index, were trained on."""
+    of_lora, source, loaded, scheduler = index is None, repo_id, "", _scheduler(folder)
+    index = _index_of(folder.parent) if index is None else index
     family = FAMILIES[class_name(index)]
-    network = json.loads((folder / family.network / "config.json").read_text())
-    scheduler = _scheduler(folder, index)
     names, swap = _few_steps(scheduler, family)
+    if of_lora:
+        network, source = UNTOLD, config["training"]["init"]
+        loaded = f'pipeline.load_lora_weights("{repo_id}")\n'
+        if isinstance(scheduler, LCMScheduler):
+            names = {"LCMScheduler"}
+            swap = f'pipeline.scheduler = LCMScheduler.from_pretrained("{repo_id}", subfolder="scheduler")\n'
+    else:
+        network = json.loads((folder / family.network / "config.json").read_text())
+    absent = "".join(f", {part}=None" for part in absent_parts(index))
     return (
         f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{_absent(index)})\n{swap}'
+        f'pipeline = DiffusionPipeline.from_pretrained("{source}"{absent})\n{loaded}{swap}'
         f"{_text_call(config, family, scheduler, network)}"
-    )
-
-
-def _lora_code(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
-    """Return the call of the pipeline that adapters were trained on."""
-    base = config["training"]["init"]
-    index = _index_of(folder.parent)
-    family = FAMILIES[class_name(index)]
-    scheduler = _scheduler(folder)
-    names, swap = _few_steps(scheduler, family)
-    if isinstance(scheduler, LCMScheduler):
-        names, swap = (
-            {"LCMScheduler"},
-            f'pipeline.scheduler = LCMScheduler.from_pretrained("{repo_id}", subfolder="scheduler")\n',
-        )
-    return (
-        f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{base}"{_absent(index)})\n'
-        f'pipeline.load_lora_weights("{repo_id}")\n{swap}'
-        f"{_text_call(config, family, scheduler, UNTOLD)}"
     )
 
 
@@ -279,9 +258,8 @@ def _index_of(run: Path) -> Mapping[str, Any]:
     return index
 
 
-def _absent(index: Mapping[str, Any]) -> str:
-    """Return the parts that a pipeline lacks, as arguments of its loader."""
-    return "".join(f", {part}=None" for part in absent_parts(index))
+def _even(steps: int) -> str:
+    return f"pipeline.scheduler.sigma_min = 1 / {steps}  # even steps, the last one to the image\n"
 
 
 def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa: ANN401
@@ -294,19 +272,11 @@ def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa:
             options += ', timestep_spacing="trailing"'
         swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
         return {"DDIMScheduler"}, swap
-    if family.makes_even_steps:
-        return set(), ""
-    return set(), f"pipeline.scheduler.sigma_min = 1 / {STEPS}  # even steps, the last one to the image\n"
+    return set(), "" if family.makes_even_steps else _even(STEPS)
 
 
-def _text_call(
-    config: Mapping[str, Any],
-    family: Family,
-    scheduler: Any,  # noqa: ANN401
-    network: Mapping[str, Any],
-) -> str:
-    made_for = SimpleNamespace(config=FrozenDict(network))
-    guidance = family.guidance_of(config, made_for, scheduler)
+def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, network: Mapping[str, Any]) -> str:  # noqa: ANN401
+    guidance = family.guidance_of(config, SimpleNamespace(config=FrozenDict(network)), scheduler)
     data = config["data"]
     asked = list(data.get("captions") or [])
     prompts = [asked[i % len(asked)] for i in range(IMAGES)] if asked else ["a photo"] * IMAGES

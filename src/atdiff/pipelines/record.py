@@ -22,9 +22,8 @@ def stored_data(run: str | Path) -> dict[str, Any]:
 def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:
     """Return the names of the classes of a run in the order of its labels; None where they have none.
 
-    Args:
-        stored: see :func:`stored_data`.
-        now: the names that the data have now: runs that did not store them counted them as text.
+    ``stored`` is what :func:`stored_data` returns, and ``now`` the names that the data have now: runs that did not
+    store them counted them as text.
     """
     if not stored:
         return None

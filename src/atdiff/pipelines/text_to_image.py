@@ -1,4 +1,4 @@
-"""Images of latent pipelines, one prompt per class."""
+"""A trained latent pipeline, and the images that it draws, one prompt per class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.families import Family, family_of
 from atdiff.pipelines.families.base import pixels_per_latent
 from atdiff.pipelines.trained import TrainedModel
-from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import check_request, finite_images, image_generators
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.fingerprint import (
@@ -41,13 +40,12 @@ PIXELS = 2**20  # at once: four images of 512 x 512, so that an autoencoder in f
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage(TrainedModel):
-    """A run whose pipeline makes images of latents: Stable Diffusion (1 to 3), Flux, DiT, or one with the same parts.
+    """A run whose pipeline makes images of latents, with ``model`` its network.
 
-    The classes of its images are its prompts, or of DiT numbers of classes. `model` is the network, which works on
-    latents.
+    The classes of its images are its prompts, or of DiT numbers of classes.
 
     Attributes:
-        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
+        pipeline: of diffusers.
         guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
             diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
             <https://arxiv.org/abs/2210.03142>`_).
@@ -75,11 +73,7 @@ class TextToImage(TrainedModel):
         return {**super().recipe, "guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded.
-
-        Raises:
-            UserError: a scale that is negative or not finite, or a network that can have no guidance.
-        """
+        """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded."""
         if not 0.0 <= scale < math.inf:
             raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
         told = self.family.is_told_guidance(self.model)
@@ -99,10 +93,9 @@ class TextToImage(TrainedModel):
 
     def _settings_fingerprint(self) -> str:
         # Prompts and guidance are in the recipe of a figure, which tells figures apart.
+        parts = sorted(self.pipeline.components.items())
         tokenizers = [
-            tokenizer_fingerprint(part)
-            for name, part in sorted(self.pipeline.components.items())
-            if name.startswith("tokenizer") and part is not None
+            tokenizer_fingerprint(part) for name, part in parts if name.startswith("tokenizer") and part is not None
         ]
         flags = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int | float)}
         tokens = self.config.get("data", {}).get("caption_tokens")
@@ -118,11 +111,7 @@ class TextToImage(TrainedModel):
         return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Refuse all corrections: the pipeline makes its steps itself.
-
-        Raises:
-            UserError: one of ``corrections`` is not ``none``.
-        """
+        """Refuse all corrections: the pipeline makes its steps itself."""
         if asked := [correction for correction in corrections if correction != "none"]:
             raise UserError(
                 f"the correction {asked[0]} cannot be applied to {self.source}: a text-to-image pipeline makes its "
@@ -130,11 +119,7 @@ class TextToImage(TrainedModel):
             )
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor:
-        """Return the index of the prompt of each of ``num`` images, all in turn or ``label`` for each.
-
-        Raises:
-            UserError: no prompts are known, or there is no such prompt.
-        """
+        """Return the index of the prompt of each of ``num`` images; see :meth:`TrainedModel.class_labels`."""
         if not self.prompts:
             raise UserError(
                 f"{self.source} is a text-to-image pipeline that comes without prompts: give --prompts, a text file of "
@@ -150,38 +135,18 @@ class TextToImage(TrainedModel):
         """The classes of a DiT, or the prompts."""
         return super()._names() if self.family.labelled else self.prompts
 
-    def samples(
-        self,
-        *,
-        sampler: str,
-        steps: int,
-        num: int,
-        seed: int,
-        batch_size: int = 256,
-        label: int | None = None,
-        correction: Correction | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> Iterator[Tensor]:
-        """Return batches of images as :meth:`TrainedModel.samples` does, drawn by the pipeline.
-
-        Batches hold at most ``2**20`` pixels, whatever ``batch_size`` is.
-
-        Raises:
-            UserError: an option is out of range or does not fit the network, no prompts are known, or a correction is
-                given.
-            FloatingPointError: the images are not finite.
-        """
-        self.check_corrections([] if correction is None else [type(correction).__name__])
-        labels = self.class_labels(max(num, 0), label)
-        check_request(self.model, num, self.image_shape, batch_size, labels)
-        image_generators(seed, [num - 1])
+    def _drawn(self, labels: Tensor | None, **request: Any) -> Iterator[Tensor]:  # noqa: ANN401
+        """Check what is asked for at once, and have the pipeline draw, at most ``2**20`` pixels at a time."""
+        assert labels is not None
+        sampler, steps, seed = request["sampler"], request["steps"], request["seed"]
+        check_request(self.model, request["num"], self.image_shape, request["batch_size"], labels)
+        image_generators(seed, [request["num"] - 1])
         self.evaluations(sampler, steps)
-        if device is not None:
-            self.pipeline.to(device)
-        return self._drawn(sampler, steps, labels, seed, batch_size, progress)
+        if request["device"] is not None:
+            self.pipeline.to(request["device"])
+        return self._batches(sampler, steps, labels, seed, request["batch_size"], request["progress"])
 
-    def _drawn(
+    def _batches(
         self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
     ) -> Iterator[Tensor]:
         num, side = len(labels), self.image_shape[-1]
@@ -227,12 +192,10 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     """Return the run of a loaded text-to-image pipeline.
 
     Args:
-        pipeline: of diffusers, with ``unet`` or ``transformer``, and ``vae``.
+        pipeline: of diffusers, of one of the families.
         source: the run, as the user named it.
-        config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are
-            those of the folder's ``prompts.txt``) and the guidance scale (``consistency.sample_guidance``, or
-            ``sampling.guidance_scale``; else it is the usual one, within the range that a distilled network was told,
-            and 1 for one that was distilled and not told); empty for others.
+        config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are those
+            of the folder's ``prompts.txt``) and the guidance scale (see :meth:`Family.guidance_of`); empty for others.
     """
     captions = config.get("data", {}).get("captions") or ()
     file = Path(source) / PROMPTS_FILE
@@ -244,25 +207,16 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
         captions = [str(label) for label in range(network.config.num_embeds_ada_norm)]
     guidance_scale = family.guidance_of(config, network, pipeline.scheduler)
     said = (config.get("consistency") or {}).get("sample_guidance")
-    made_for_one = isinstance(pipeline.scheduler, LCMScheduler) and (
-        family.usual_guidance(network, pipeline.scheduler) == 1.0
-    )
-    if said is not None and made_for_one and guidance_scale > 1.0:
+    usual = family.usual_guidance(network, pipeline.scheduler)
+    if said is not None and isinstance(pipeline.scheduler, LCMScheduler) and usual == 1.0 and guidance_scale > 1.0:
         warnings.warn(
             f"{source} was distilled with guidance and takes no scale as input, so "
             f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
             "--guidance-scale 1 draws without.",
             stacklevel=2,
         )
-    return TextToImage(
-        network,
-        pipeline.scheduler,
-        source,
-        config,
-        tuple(captions),
-        pipeline=pipeline,
-        guidance_scale=guidance_scale,
-    )
+    options = {"pipeline": pipeline, "guidance_scale": guidance_scale}
+    return TextToImage(network, pipeline.scheduler, source, config, tuple(captions), **options)
 
 
 def prompts_name(prompts: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from atdiff.system.locate import run_config
 
 __all__ = ["TrainedModel"]
 
-# Embeddings of networks of CIFAR and ImageNet with a null label, which plain diffusers has no place to say.
+# Labels of networks of CIFAR and ImageNet with a null label, which plain diffusers has no place to say.
 USUAL_WITH_NULL = (11, 101, 1001)
 
 
@@ -75,7 +75,7 @@ class TrainedModel:
     def prepared(self, *, precision: str = "no", compile: bool = False, device: torch.device | str = "cpu") -> Self:
         """Return the run with its network set up to draw in another precision, or compiled; once a network.
 
-        Args and errors: see :func:`atdiff.models.inference.prepare_inference`.
+        Arguments and errors: see :func:`atdiff.models.inference.prepare_inference`.
         """
         prepare_inference(self.model, precision=precision, compile=compile, device=device)
         return replace(self, precision=precision)
@@ -86,20 +86,15 @@ class TrainedModel:
         return {} if self.variant is None else {"variant": self.variant}
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another scale of guidance, for the networks that know guidance.
-
-        Raises:
-            UserError: this one does not, or the scale is out of range.
-        """
+        """Return the run with another scale of guidance, or raise a UserError: this network knows none."""
         raise UserError(
             f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of what its images depend on, computed now: before :meth:`prepared`, which wraps the network.
+        """Return hashes of what its images depend on: call it before :meth:`prepared`, which wraps the network.
 
-        ``weights`` of all networks with their configurations, ``scheduler`` of its class and configuration, and
-        ``settings`` of the size and the classes of its images.
+        They are ``weights``, ``scheduler`` and ``settings``, the last of the size and the classes of its images.
         """
         return {
             "weights": network_fingerprint(self.model),
@@ -112,28 +107,16 @@ class TrainedModel:
         return settings_fingerprint(self.image_shape, labels)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return the NFE: how often an image takes the network.
-
-        Raises:
-            UserError: the sampler or the number of steps does not fit the network.
-        """
+        """Return the NFE: how often an image takes the network; errors as :meth:`sampling_scheduler`."""
         return len(self.sampling_scheduler(sampler, steps).timesteps)
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler of a sampler, with its timesteps set.
-
-        Raises:
-            UserError: as :func:`atdiff.sampling.make_scheduler`.
-        """
+        """Return the scheduler of a sampler, its timesteps set; errors as :func:`atdiff.sampling.make_scheduler`."""
         tokens = image_tokens(self.model, self.image_shape)
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Find out whether this run can be sampled with corrections at all; every network of pixels can.
-
-        Raises:
-            UserError: it cannot, and one of ``corrections`` is not ``none``.
-        """
+        """Raise a UserError where this run cannot be sampled with one of ``corrections``; networks of pixels can."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -163,11 +146,7 @@ class TrainedModel:
         return self.model.config.get("num_class_embeds") in USUAL_WITH_NULL
 
     def label_of(self, text: str) -> int:
-        """Return the label of a class, by name or else by number.
-
-        Raises:
-            UserError: there is no such class.
-        """
+        """Return the label of a class, by name or else by number; a UserError where there is none."""
         names = self._names()
         if text in names:
             return names.index(text)
@@ -183,7 +162,7 @@ class TrainedModel:
         """Return labels for ``num`` images, all classes in turn or ``label`` for each; None if unconditional.
 
         The null label is no class. A network of others that does not say whether it has one is taken to have, as its
-        last label, if it has 10, 100 or 1,000 labels and one more; a warning says so.
+        last label, if it has 11, 101 or 1,001 labels; a warning says so.
 
         Raises:
             UserError: a label is asked of an unconditional network, or there is no such class.
@@ -223,37 +202,24 @@ class TrainedModel:
     ) -> Iterator[Tensor]:
         """Return batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-        Image ``i`` depends on ``seed``, ``i`` and its class alone.
-
-        Args:
-            sampler: one of :data:`atdiff.sampling.SAMPLERS`.
-            steps: of the sampler.
-            num: of images.
-            seed: see :func:`atdiff.sampling.generate.image_generators`.
-            batch_size: images at once.
-            label: the class of all images; None for all classes in turn.
-            correction: of the sampler.
-            device: where to run, and the network is moved; default: where it is.
-            progress: show a progress bar.
-
-        Raises:
-            UserError: an option is out of range or does not fit the network.
-            FloatingPointError: the images are not finite.
+        Image ``i`` depends on ``seed``, ``i`` and its class alone. ``label`` is the class of all images, or None for
+        all in turn; the rest is as in :func:`atdiff.sampling.generate.iter_generate`, errors included.
         """
-        return iter_generate(
-            self.model,
-            self.scheduler,
+        self.check_corrections([] if correction is None else [type(correction).__name__])
+        return self._drawn(
+            self.class_labels(max(num, 0), label),
             sampler=sampler,
             steps=steps,
             num=num,
-            shape=self.image_shape,
             seed=seed,
             batch_size=batch_size,
-            class_labels=self.class_labels(max(num, 0), label),
             correction=correction,
             device=device,
             progress=progress,
         )
+
+    def _drawn(self, labels: Tensor | None, **request: Any) -> Iterator[Tensor]:  # noqa: ANN401
+        return iter_generate(self.model, self.scheduler, shape=self.image_shape, class_labels=labels, **request)
 
     def pictures(self, **options: Any) -> Iterator[Tensor]:  # noqa: ANN401
         """Return what :meth:`samples` does, by its earlier name."""

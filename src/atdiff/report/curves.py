@@ -67,11 +67,11 @@ def add_legend(figure: Figure, styles: Mapping[str, Style]) -> None:
     figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, fontsize=10.5)
 
 
-def rendered(figure: Figure, file_format: str) -> bytes:
+def rendered(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
     """Return a figure as a file of this format; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata.get(file_format))
+    figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata.get(file_format))
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Curves of what was measured of runs besides their cells."""
+"""Curves of what was measured of runs besides their cells, drawn from the records by run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,131 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atdiff.report.mismatch import mismatch_curves
-from atdiff.report.robustness import direction_curves, robustness_curves
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from atdiff.core.errors import UserError
+from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, short_names, styles_of
 from atdiff.system.files import write_bytes
 
-__all__ = ["MEASURED", "save_measured"]
+__all__ = ["DISTANCES", "MEASURED", "direction_curves", "mismatch_curves", "robustness_curves", "save_measured"]
+
+Records = Sequence[Mapping[str, Any]]
+
+FLOOR = "floor: two sets of true data"
+RATIOS = {
+    "noise_norm_ratio": "norm of predicted noise, ratio to training",
+    "variance_ratio": "variance of x_t, ratio to training",
+}
+DISTANCES = {
+    "mean_bias": "bias of the mean of x_t",
+    "sliced_wasserstein": "sliced Wasserstein distance of x_t",
+    "frechet_pixels": "Fréchet distance of x_t, pixels",
+    "frechet_features": "Fréchet distance of x̂₀, features",
+}
+COLUMNS = 3
+WIDTH = 11.1  # inches
+DARK = "#222222"
+# Below this level the noise is that of a few grey levels: what a network says of it matters to no image, and would
+# flatten the rest of the panel.
+LOWEST_NOISE = 0.02
+DOUBLED = "twice the clean loss"
+# The control first, in the grey of a baseline.
+NAMES = {
+    "random": "random",
+    "gradient": "gradient",
+    "gradient_full": "full gradient (worst case)",
+    "residual": "residual",
+}
+LEVEL = "noise level (1: noise, 0: data)"
+
+
+def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+    """One panel for each measure: sampling against training along the trajectory, one line per run, floors dashed.
+
+    Panels without figures are left out, and so is noise predicted below level 0.02.
+    """
+    curves = _named(by_run, "no mismatch was measured", "mismatch")
+    measured = set().union(*(record for records in curves.values() for record in records))
+    panels = [name for name in (*RATIOS, *DISTANCES) if name in measured]
+    rows = -(-len(panels) // COLUMNS)
+    # Colours as in the other curves of a report, but dashed grey is for the floors here.
+    styles = styles_of(list(curves))
+    first = next(iter(curves))
+    styles[first] = {**styles[first], "color": DARK, "linestyle": "-"}
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 0.8 + 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, COLUMNS, sharex=True, squeeze=False).flatten()
+        for panel, name in zip(axes, panels, strict=False):
+            _mismatch_panel(panel, name, curves, styles)
+        _finish_grid(axes, len(panels), COLUMNS, LEVEL)
+        handles = [Line2D([], [], **style, markersize=6, linewidth=1.8, label=run) for run, style in styles.items()]
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label=FLOOR))
+        columns = int(WIDTH / (0.8 + 0.09 * max(map(len, [*styles, FLOOR]))))
+        figure.legend(handles=handles, loc="outside upper left", ncols=max(columns, 1), fontsize=10.5)
+        return rendered(figure, file_format)
+
+
+def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+    """One panel for each noise level: worst-case over clean loss against the radius, one line per run, log axes."""
+    curves = _named(by_run, "nothing was measured", "robustness")
+    levels = sorted({round(record["level"], 2) for records in curves.values() for record in records})
+    columns = min(COLUMNS, len(levels))
+    rows = -(-len(levels) // columns)
+    styles = styles_of([DOUBLED, *curves])
+    styles[DOUBLED] = {**styles[DOUBLED], "marker": ""}
+    radii = sorted({r for records in curves.values() for record in records for r in record["radius_sigma"][1:]})
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(max(5.0, 3.7 * columns), 0.8 + 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for panel, level in zip(axes, levels, strict=False):
+            panel.axhline(2.0, color=GREY, linestyle="--", linewidth=1.2)
+            for run, records in curves.items():
+                for record in records:
+                    if round(record["level"], 2) == level:
+                        # Radii above 0, which a logarithmic axis can show.
+                        radius, loss = np.array(record["radius_sigma"]), np.array(record["loss"])
+                        panel.plot(radius[1:], loss[1:] / loss[0], **styles[run], markersize=4, linewidth=1.6)
+            panel.set_title(f"noise level {level:g}", loc="left")
+        axes[0].set_xscale("log")
+        axes[0].set_xticks(radii, [f"{radius:g}" for radius in radii])
+        axes[0].xaxis.set_minor_locator(NullLocator())
+        log_axis(axes[0])
+        for panel in axes[: len(levels) : columns]:
+            panel.set_ylabel("worst-case / clean loss")
+        _finish_grid(axes, len(levels), columns, "radius / σ")
+        add_legend(figure, styles)
+        return rendered(figure, file_format)
+
+
+def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+    """One column per run: each direction's cosine with ``x0 - x0_hat``, its middle 80 %, and the loss after a step."""
+    curves = _named(by_run, "nothing was measured", "robustness")
+    styles = styles_of(list(NAMES.values()))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(max(6.6, 1.0 + 3.3 * len(curves)), 6.6), layout="constrained")
+        axes = figure.subplots(2, len(curves), sharex=True, sharey="row", squeeze=False)
+        for column, (run, records) in enumerate(curves.items()):
+            for direction, name in NAMES.items():
+                line = [record for record in records if record["direction"] == direction]
+                if line:
+                    _direction_line(axes[0, column], axes[1, column], line, styles[name])
+            axes[0, column].set_title(run, loc="left", fontsize=10.5)
+            axes[0, column].axhline(0.0, color=GREY, linewidth=0.8)
+            axes[1, column].axhline(1.0, color=GREY, linewidth=0.8)
+            axes[1, column].set_xlabel(LEVEL)
+        axes[0, 0].set(ylim=(-1.06, 1.06), ylabel="cosine with x₀ − x̂₀")
+        # Without 0 and 1, whose labels would meet those of the next column.
+        axes[0, 0].set(xlim=(1.0, 0.0), xticks=(0.9, 0.7, 0.5, 0.3, 0.1))
+        axes[1, 0].set_ylabel("loss after the step / before")
+        log_axis(axes[1, 0])
+        add_legend(figure, {name: {**style, "linestyle": "-"} for name, style in styles.items()})
+        return rendered(figure, file_format)
+
 
 MEASURED: dict[str, Callable[..., bytes]] = {
     "mismatch": mismatch_curves,
@@ -24,3 +144,45 @@ def save_measured(name: str, entries: Sequence[Mapping[str, Any]], folder: Path)
     """Draw the entries of a measurement, one per run, as ``folder/NAME.png``."""
     records = {entry["run"]: entry["records"] for entry in entries}
     write_bytes(folder / f"{name}.png", MEASURED[name](records, file_format="png"))
+
+
+def _named(by_run: Mapping[str, Records], nothing: str, command: str) -> dict[str, Records]:
+    if not any(by_run.values()):
+        raise UserError(f"{nothing}, expected the records of one run or more; run `atdiff {command}`.")
+    return dict(zip(short_names(list(by_run)), by_run.values(), strict=True))
+
+
+def _finish_grid(axes: np.ndarray, panels: int, columns: int, label: str) -> None:
+    """Remove the panels beyond the last, and label the horizontal axis of the lowest of each column."""
+    for panel in axes[panels:]:
+        panel.remove()
+    for panel in axes[max(0, panels - columns) : panels]:
+        panel.set_xlabel(label)
+        panel.tick_params(labelbottom=True)
+
+
+def _mismatch_panel(axes: Axes, name: str, curves: Mapping[str, Records], styles: Mapping[str, Style]) -> None:
+    for run, records in curves.items():
+        axes.plot(*_points(records, f"{name}_floor"), color=GREY, linestyle="--", linewidth=1, alpha=0.6)
+        axes.plot(*_points(records, name), **styles[run], markersize=3.5, linewidth=1.5)
+    axes.set_title((RATIOS | DISTANCES)[name], loc="left", fontsize=10.5)
+    axes.set_xlim(1.02, -0.02)
+    if name in DISTANCES:
+        axes.set_yscale("log")  # first, as the limits of a linear axis may reach below 0
+        log_axis(axes)
+
+
+def _points(records: Records, name: str) -> tuple[list[float], list[float]]:
+    """Levels and values; of several records at a level, the last (a corrector's)."""
+    lowest = LOWEST_NOISE if name.startswith("noise_norm") else 0.0
+    values = {record["level"]: record[name] for record in records if name in record and record["level"] >= lowest}
+    return list(values), list(values.values())
+
+
+def _direction_line(cosines: Axes, losses: Axes, line: Records, style: Style) -> None:
+    names = ("level", "cosine", "cosine_p10", "cosine_p90", "loss", "loss_after")
+    level, cosine, low, high, before, after = np.array([[record[name] for name in names] for record in line]).T
+    style = {**style, "linestyle": "-"}
+    cosines.fill_between(level, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    cosines.plot(level, cosine, **style, markersize=3.5, linewidth=1.5)
+    losses.plot(level, after / before, **style, markersize=3.5, linewidth=1.5)

@@ -15,28 +15,10 @@ from jinja2 import Environment, StrictUndefined
 
 from atdiff.core.specs import FAMILIES, correction_label
 from atdiff.metrics.registry import METRICS
-from atdiff.report.measured import MEASURED
-from atdiff.report.mismatch import DISTANCES
+from atdiff.report import statistics, tables
+from atdiff.report.measured import DISTANCES, MEASURED
 from atdiff.report.plots import loss_curves, metric_curves
-from atdiff.report.statistics import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
-    Row,
-    compare,
-    compare_corrected,
-    corrections_of,
-    winners,
-)
-from atdiff.report.tables import (
-    SYMBOLS,
-    best_text,
-    correction_grid,
-    correction_heads,
-    grid,
-    interval_text,
-    mean_text,
-    values_text,
-)
+from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, Row, compare, compare_corrected, corrections_of
 from atdiff.report.words import conclusions, corrected_conclusions, interval_label, metric_label, percent, scores
 from atdiff.system.files import write_bytes
 
@@ -73,18 +55,16 @@ def write_report(
             ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
             the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
             ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness`` and
-            ``directions``, each with ``by_run`` (records by arm, as those modules measure them) and ``recipe``.
-        path: of the HTML file.
+            ``directions``, each with ``by_run`` (records by arm) and ``recipe``.
         samples: PNGs by sampler, number of steps and arm; see :func:`atdiff.report.samples.sample_grids`.
-        interval: ``t`` or ``bootstrap``.
 
     Raises:
         UserError: as ``compare`` does, and where ``path`` is a folder.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=percent, mean=mean_text, best=best_text, interval=interval_text, p=_p_text, values=values_text,
-        digest=_digest, sentence=lambda text: text[:1].upper() + text[1:],
+        percent=percent, mean=tables.mean_text, best=tables.best_text, interval=tables.interval_text, p=_p_text,
+        values=tables.values_text, digest=_digest, sentence=lambda text: text[:1].upper() + text[1:],
     )  # fmt: skip
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
     page = environment.from_string(source).render(_contents(summary, samples or {}, interval))
@@ -98,7 +78,10 @@ def _contents(
     cells, baseline = summary["cells"], summary.get("baseline", "plain")
     corrections = corrections_of(cells)
     options = {"baseline": baseline, "interval": interval, "correction": corrections[0]}
-    metrics = _metrics(cells, summary.get("metric", "fd"), corrections[0])
+    # The leading metric, then the others of the first correction's cells whose good direction is known.
+    mine = [cell for cell in cells if cell.get("correction", "none") == corrections[0]]
+    found = [name for cell in mine for name in cell["metrics"] if name in LOWER_IS_BETTER | HIGHER_IS_BETTER]
+    metrics = list(dict.fromkeys([summary.get("metric", "fd"), *found]))
     first, *others = [_section(cells, compare(cells, metric=name, **options)) for name in metrics]
     corrected = _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None
     losses = loss_curves(summary.get("training") or {}, first["arms"])
@@ -130,16 +113,9 @@ def _contents(
     }
 
 
-def _metrics(cells: Sequence[Mapping[str, Any]], first: str, correction: str) -> list[str]:
-    """The first metric, then the others of the correction's cells whose good direction is known."""
-    mine = [cell for cell in cells if cell.get("correction", "none") == correction]
-    names = dict.fromkeys(name for cell in mine for name in cell["metrics"])
-    return [first, *(name for name in names if name != first and name in LOWER_IS_BETTER | HIGHER_IS_BETTER)]
-
-
 def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, Any]:
     """What the template needs of one metric and one correction."""
-    arms, lines = grid(rows)
+    arms, lines = tables.grid(rows)
     groups: dict[str, list[tuple[int, list[Row | None]]]] = {}
     for (sampler, steps), found in lines:
         groups.setdefault(sampler, []).append((steps, found))
@@ -152,7 +128,7 @@ def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, A
         "rows": rows,
         "arms": arms,
         "groups": groups,
-        "winners": winners(rows),
+        "winners": statistics.winners(rows),
         "baseline": rows[0].arm,
         "conclusions": conclusions(rows),
         "scores": scores(rows),
@@ -165,35 +141,24 @@ def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, A
 def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, interval: str) -> dict[str, Any]:
     """What the template needs of a metric without and with corrections."""
     found = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
-    corrections, lines = correction_grid(found)
+    corrections, lines = tables.correction_grid(found)
     groups: dict[str, dict[int, list[Any]]] = {}
     for (sampler, steps), arm, line in lines:
         groups.setdefault(sampler, {}).setdefault(steps, []).append((arm, line))
-    curves = {
-        correction_label(correction): _data_uri(
-            metric_curves([one.row for one in found if one.row.correction == correction]), "svg+xml"
-        )
-        for correction in corrections[1:]
-    }
+    further = {name: [one.row for one in found if one.row.correction == name] for name in corrections[1:]}
+    symbols = list(tables.SYMBOLS.values())
+    names = [f"the {family.value} ({name})" for name, family in FAMILIES.items()]
     return {
-        "heads": correction_heads(corrections),
+        "heads": tables.correction_heads(corrections),
         "groups": groups,
         "conclusions": corrected_conclusions(found),
-        "scores": [
-            scores([one.row for one in found if one.row.correction == correction]) for correction in corrections[1:]
-        ],
-        "curves": curves,
-        "symbols": _symbols(),
+        "scores": list(map(scores, further.values())),
+        "curves": {correction_label(name): _data_uri(metric_curves(rows), "svg+xml") for name, rows in further.items()},
+        "symbols": f"{', '.join(symbols[:-1])} and {symbols[-1]}: {', '.join(names[:-1])} and {names[-1]}",
         "searched": any(one.values for one in found),
         "uncorrected": corrections[0] == "none",
         "recipe": _recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
-
-
-def _symbols() -> str:
-    """What the symbols of searched values mean: ``b, w and s: the scale (epsilon-scaling), ...``."""
-    lists = (list(SYMBOLS.values()), [f"the {family.value} ({name})" for name, family in FAMILIES.items()])
-    return ": ".join(f"{', '.join(words)} and {last}" for *words, last in lists)
 
 
 def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:

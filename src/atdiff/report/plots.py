@@ -26,9 +26,8 @@ LOSS_POINTS = 250  # a curve; more would only make the page heavy
 
 
 def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
-    """One column a sampler: the metric's mean with its interval, and below the paired change in percent.
+    """One column for each sampler: the metric's mean with its interval, and below the paired change in percent.
 
-    ``rows`` are those of one metric as ``compare`` returns them, ``file_format`` any that matplotlib writes.
     Axes are logarithmic except for metrics that reach zero or lie between 0 and 1.
     """
     arms = list(dict.fromkeys(row.arm for row in rows))
@@ -51,12 +50,9 @@ def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
 
 
 def loss_curves(
-    training: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]],
-    arms: Sequence[str],
-    *,
-    file_format: str = "svg",
+    training: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]], arms: Sequence[str], *, file_format: str = "svg"
 ) -> bytes | None:
-    """Training loss against passes: a faint line a seed and their smoothed mean; None without any point.
+    """Training loss against passes: a faint line per seed and their smoothed mean; None without any point.
 
     ``training[arm][seed]`` is a list of ``[pass, loss]``; ``arms`` gives the order, the baseline first.
     """
@@ -68,7 +64,11 @@ def loss_curves(
     if not curves:
         return None
     block = math.ceil(max(len(points) for seeds in curves.values() for points in seeds) / LOSS_POINTS)
-    curves = {arm: [_block_means(points, block) for points in seeds] for arm, seeds in curves.items()}
+    starts = range(0, block * LOSS_POINTS, block)
+    curves = {
+        arm: [np.array([points[i : i + block].mean(0) for i in starts if i < len(points)]) for points in seeds]
+        for arm, seeds in curves.items()
+    }
     styles = {arm: style for arm, style in styles_of(arms).items() if arm in curves}
     with mpl.rc_context(RC):
         figure = Figure(figsize=(11.1, 4.2), layout="constrained")
@@ -148,10 +148,6 @@ def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
     margin = max(0.35 * (high - low), 5)
     axes.set_ylim(max(low - margin, -105), high + margin)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0"))
-
-
-def _block_means(points: np.ndarray, size: int) -> np.ndarray:
-    return np.array([points[start : start + size].mean(0) for start in range(0, len(points), size)])
 
 
 def _smoothed_mean(seeds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

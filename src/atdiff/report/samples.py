@@ -1,4 +1,4 @@
-"""Pictures of several arms side by side, from the same seeds."""
+"""Samples of several arms side by side, from the same seeds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from atdiff.core.errors import UserError
 from atdiff.data.mixture import density_picture
 from atdiff.data.sources import to_uint8
 from atdiff.pipelines.model import TrainedModel, load_denoiser
-from atdiff.report.curves import RC
+from atdiff.report.curves import RC, rendered
 
 __all__ = ["Grids", "sample_grids", "samples_picture"]
 
 Grids = dict[str, dict[int, dict[str, bytes]]]
 
 MOST_BYTES = 2_200_000  # of all pixels, so that a page with them in base64, and its curves, stays under 5 MB
-COLUMNS = 6  # pictures along the side of a grid, at most
+COLUMNS = 6  # samples along the side of a grid, at most
 POINTS = 1_000  # of the plane, where the data are points
 
 
@@ -41,21 +41,17 @@ def sample_grids(
     loading: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grids:
-    """Draw one square grid a sampler, number of steps and arm, with the same noise in the same places of all.
+    """Draw one square grid for each sampler, number of steps and arm, with the same noise in the same places of all.
 
     Args:
-        runs: arm to run.
-        samplers: samplers by name.
-        steps: numbers of steps.
-        seed: of the pictures; see :func:`atdiff.sampling.generate.iter_generate`.
-        columns: pictures along the side of a grid; default at most 6, and as many as keep all grids together under
-            5 MB in a page. Runs on points of the plane are drawn as one picture of 1,000 points instead.
+        runs: run by arm.
+        columns: samples along the side of a grid; None for as many up to 6 as keep all grids together under 5 MB in a
+            page. Runs on points of the plane are drawn as one image of 1,000 points instead.
         prompts: for text-to-image runs, in the place of the captions of their training.
-        loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
-        device: where to sample.
+        loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
 
     Returns:
-        PNGs by sampler, steps and arm, a pixel of the picture a pixel of the image.
+        PNGs by sampler, steps and arm, a pixel of the PNG a pixel of the image.
 
     Raises:
         UserError: a run cannot be loaded, its images have neither 1 nor 3 channels, or it needs prompts.
@@ -70,13 +66,14 @@ def sample_grids(
                 f"{denoiser.source} makes images of {channels} channels, expected 1 or 3 to show them: evaluate it "
                 "with `atdiff evaluate`, which draws none."
             )
-    grids = len(denoisers) * len(samplers) * len(steps)
+    room = MOST_BYTES / (len(denoisers) * len(samplers) * len(steps))
+
+    def side(denoiser: TrainedModel) -> int:
+        return columns or min(max(math.isqrt(int(room / math.prod(denoiser.image_shape))), 2), COLUMNS)
+
     return {
         sampler: {
-            count: {
-                arm: _grid(denoiser, sampler, count, seed, columns or _columns(denoiser, grids), device)
-                for arm, denoiser in denoisers.items()
-            }
+            count: {arm: _grid(one, sampler, count, seed, side(one), device) for arm, one in denoisers.items()}
             for count in steps
         }
         for sampler in samplers
@@ -101,18 +98,11 @@ def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
                     axes.set_title(arm, fontsize=11)
                 if column == 0:
                     axes.set_ylabel(f"{steps} step{'s' * (steps != 1)}", fontsize=11)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        return rendered(figure, "png", dpi=110)
 
 
 def _is_plane(denoiser: TrainedModel) -> bool:
     return tuple(denoiser.image_shape) == (2, 1, 1)
-
-
-def _columns(denoiser: TrainedModel, grids: int) -> int:
-    room = MOST_BYTES / (grids * math.prod(denoiser.image_shape))
-    return min(max(math.isqrt(int(room)), 2), COLUMNS)
 
 
 def _grid(
@@ -123,7 +113,7 @@ def _grid(
     if _is_plane(denoiser):
         images, columns = density_picture(images)[None], 1
     pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[:, :, 0] if images.shape[1] == 1 else pixels)
+    image = Image.fromarray(pixels[:, :, 0] if images.shape[1] == 1 else pixels)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

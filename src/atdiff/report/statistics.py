@@ -1,23 +1,4 @@
-"""Comparison of training arms at equal compute, paired over seeds.
-
-Every arm of a seed starts from the same base model and is evaluated with the same sampling seeds, so an arm
-is judged by its ratio to the baseline *within* a seed; what a seed does to both cancels.
-
-For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of the baseline on the ``m`` seeds
-that both have, and ``r_i = log(a_i / b_i)``:
-
-* ``change = exp(mean(r)) - 1``, the geometric mean of the ratios, in percent;
-* its interval ``exp(mean(r) +- t_{m-1} * std(r) / sqrt(m)) - 1``, Student's t, ``std`` with ``m - 1``; or that of the
-  bootstrap: percentiles of ``mean(r)`` over 9,999 resamples of the seeds (B. Efron, R. Tibshirani, An Introduction to
-  the Bootstrap, 1993, section 13.3; by :func:`scipy.stats.bootstrap`);
-* ``p_value``: the two-sided paired t test of ``mean(r) = 0``, with either interval.
-
-The interval of an arm's mean is of the same kind, over all ``n`` seeds of that arm.  Holm's step-down correction
-(S. Holm, Scandinavian Journal of Statistics 6, 1979) is taken over the cells of one arm.
-
-A *correction* of the sampler (epsilon scaling, time shift) is another column of cells: an arm with it is compared with
-the baseline with the same one, and with the baseline without.
-"""
+"""Comparison of training arms at equal compute, paired over seeds; see :func:`compare` for the formulas."""
 
 from __future__ import annotations
 
@@ -34,16 +15,9 @@ from atdiff.core.specs import NO_CORRECTION, correction_label
 from atdiff.metrics.registry import FIGURES
 
 __all__ = [
-    "HIGHER_IS_BETTER",
-    "LOWER_IS_BETTER",
-    "CorrectedRow",
-    "Row",
-    "compare",
-    "compare_corrected",
-    "corrections_of",
-    "holm",
-    "winners",
-]
+    "HIGHER_IS_BETTER", "LOWER_IS_BETTER", "CorrectedRow", "Row", "compare", "compare_corrected", "corrections_of",
+    "holm", "winners",
+]  # fmt: skip
 
 LOWER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if not figure.higher)
 HIGHER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if figure.higher)
@@ -87,18 +61,11 @@ class Row:
 
 @dataclass(frozen=True)
 class CorrectedRow:
-    """One arm with one correction in one cell.
+    """One arm with one correction in one cell."""
 
-    Attributes:
-        row: against the baseline with the same correction.
-        uncorrected: the same figures against the baseline without correction; for the baseline itself with a
-            correction this is what the correction alone changes.
-        values: of the correction, as a search chose them, lowest first; none where nothing was searched.
-    """
-
-    row: Row
-    uncorrected: Row
-    values: tuple[float, ...] = ()
+    row: Row  # against the baseline with the same correction
+    uncorrected: Row  # against the baseline without; of the baseline itself, what the correction alone changes
+    values: tuple[float, ...] = ()  # of the correction, as a search chose them, lowest first
 
 
 @dataclass(frozen=True)
@@ -122,26 +89,29 @@ def compare(
 ) -> list[Row]:
     """Compare every arm with the baseline in every cell of one correction, paired over seeds.
 
-    ``verdict`` is ``better`` or ``worse`` only where the whole interval of the change lies on that side of zero.  One
-    shared seed gives no interval, hence ``unclear``; so does a value that is not positive and finite (a diverged
-    arm), which is kept rather than dropped.
+    Every arm of a seed starts from the same base model and is evaluated with the same sampling seeds, so what a seed
+    does to both cancels. For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of the baseline on
+    the ``m`` seeds that both have, and ``r_i = log(a_i / b_i)``:
+
+    - ``change = exp(mean(r)) - 1``, the geometric mean of the ratios, in percent;
+    - its interval ``exp(mean(r) +- t_{m-1} std(r) / sqrt(m)) - 1``, or percentiles of ``mean(r)`` over 9,999 resamples
+      of the seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; too narrow under 5);
+    - ``p_value`` of the two-sided paired t test of ``mean(r) = 0``, and ``p_holm`` (see :func:`holm`) over the arm;
+    - ``verdict``: ``better`` or ``worse`` only where the whole interval lies on that side of zero. One shared seed is
+      ``unclear``, and so is a value that is not positive and finite (a diverged arm), which is kept.
 
     Args:
         cells: with ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``, and ``correction`` where there is one;
             where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed.
-        baseline: an arm.
-        metric: of the cells, and of :data:`LOWER_IS_BETTER` or :data:`HIGHER_IS_BETTER`.
-        confidence: of the intervals, between 0 and 1.
-        interval: ``t`` or ``bootstrap``.  Under 5 seeds bootstrap intervals are too narrow, which ``conclusions``
-            says; p-values are those of the paired t test with either.
+        interval: ``t`` or ``bootstrap``.
         correction: as the cells spell it; both the arms' and the baseline's.
 
     Returns:
         Rows arm by arm, the baseline first, then by sampler and steps.
 
     Raises:
-        UserError: an absent baseline or correction, an unknown interval, a metric that no cell holds or whose good
-            direction is unknown, a cell given twice, or arms evaluated under different conditions.
+        UserError: an absent baseline or correction, an unknown interval or metric, one that no cell holds, a cell given
+            twice, or arms evaluated under different conditions.
     """
     _check_options(confidence, interval)
     columns = _tabulate(cells, metric)
@@ -161,12 +131,9 @@ def compare_corrected(
     confidence: float = 0.95,
     interval: str = "t",
 ) -> list[CorrectedRow]:
-    """Compare every arm in every cell with every correction, against the baseline with the same one and without.
+    """Compare by every correction, none first, against the baseline with the same one and without, as :func:`compare`.
 
-    A search of the correction's value (``epsilon-scaling:search``) is one correction, whatever the value that it chose
-    for a cell, which the cell holds as ``correction_value``.
-
-    Args, order of the rows and errors: as :func:`compare`, correction by correction, none first.
+    A search (``epsilon-scaling:search``) is one correction, whatever value it chose for a cell.
     """
     _check_options(confidence, interval)
     columns = _tabulate(cells, metric)
@@ -188,7 +155,7 @@ def compare_corrected(
 
 
 def corrections_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The corrections of the cells as they spell them, without correction first; a cell that names none has none."""
+    """The corrections of the cells as they spell them, none first."""
     found = dict.fromkeys(_correction(cell) for cell in cells)
     return sorted(found, key=lambda name: name != NO_CORRECTION)
 
@@ -204,7 +171,10 @@ def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan is no member of m."""
+    """Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan is no member of m.
+
+    (S. Holm, Scandinavian Journal of Statistics 6, 1979.)
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)[: np.isfinite(p).sum()]  # nan sorts last
     adjusted = np.full(p.shape, math.nan)
@@ -270,10 +240,9 @@ def _rows(table: Column, references: Column, baseline: str, design: _Design) -> 
     settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
     rows: list[Row] = []
     for arm in arms:
+        own = arm == baseline and references is table
         family = [
-            _baseline_row(arm, setting, table[arm, setting], design)
-            if arm == baseline and references is table
-            else _row(arm, setting, table[arm, setting], references.get((baseline, setting), {}), design)
+            _row(arm, setting, table[arm, setting], None if own else references.get((baseline, setting), {}), design)
             for setting in settings
             if (arm, setting) in table
         ]
@@ -302,28 +271,14 @@ def _estimate(values: Sequence[float] | np.ndarray, design: _Design) -> tuple[fl
     return mean, mean - half_width, mean + half_width, p_value
 
 
-def _row(arm: str, setting: Setting, values: Values, base: Values, design: _Design) -> Row:
-    seeds = [seed for seed in values if seed in base]
-    pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
-    usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
-    *ends, p_value = _estimate(np.log(pairs[:, 0] / pairs[:, 1]) if usable else [], design)
-    with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
-        change, low, high = (float(end) for end in 100 * np.expm1(ends))
-    bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))
-    verdict: Verdict = "better" if bounds[1] < 0 else "worse" if bounds[0] > 0 else "unclear"
-    alone = _baseline_row(arm, setting, values, design)
-    return replace(
-        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict
-    )
-
-
-def _baseline_row(arm: str, setting: Setting, values: Values, design: _Design) -> Row:
+def _row(arm: str, setting: Setting, values: Values, base: Values | None, design: _Design) -> Row:
+    """The row of an arm against the baseline's values; without these it is the baseline's own."""
     mean, low, high, _ = _estimate(list(values.values()), design)
     best = max if design.metric in HIGHER_IS_BETTER else min
-    return Row(
+    alone = Row(
         arm,
         *setting,
-        metric=design.metric,
+        **vars(design),
         n=len(values),
         pairs=len(values),
         mean=mean,
@@ -335,7 +290,17 @@ def _baseline_row(arm: str, setting: Setting, values: Values, design: _Design) -
         p_value=math.nan,
         p_holm=math.nan,
         verdict="baseline",
-        confidence=design.confidence,
-        interval=design.interval,
-        correction=design.correction,
+    )
+    if base is None:
+        return alone
+    seeds = [seed for seed in values if seed in base]
+    pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
+    usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
+    *ends, p_value = _estimate(np.log(pairs[:, 0] / pairs[:, 1]) if usable else [], design)
+    with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
+        change, low, high = (float(end) for end in 100 * np.expm1(ends))
+    bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))
+    verdict: Verdict = "better" if bounds[1] < 0 else "worse" if bounds[0] > 0 else "unclear"
+    return replace(
+        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict
     )

@@ -15,25 +15,13 @@ from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, compar
 from atdiff.report.words import interval_label, metric_label, percent
 
 __all__ = [
-    "SYMBOLS",
-    "CorrectionLine",
-    "Grid",
-    "best_text",
-    "cells_table",
-    "comparison_table",
-    "correction_grid",
-    "correction_heads",
-    "correction_markdown",
-    "correction_table",
-    "grid",
-    "interval_text",
-    "markdown_table",
-    "mean_text",
-    "values_text",
-]
+    "SYMBOLS", "CorrectionLine", "Grid", "best_text", "cells_table", "comparison_table", "correction_grid",
+    "correction_heads", "correction_markdown", "correction_table", "grid", "interval_text", "markdown_table",
+    "mean_text", "values_text",
+]  # fmt: skip
 
 Grid = list[tuple[tuple[str, int], list[Row | None]]]
-CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one a correction
+CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one per correction
 SYMBOLS = {name: family.symbol for name, family in FAMILIES.items()}
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
@@ -65,20 +53,10 @@ def interval_text(row: Row) -> str:
 
 
 def comparison_table(rows: Sequence[Row], metric_name: str | None = None) -> Table:
-    """A rich table: a row for each sampler and steps, a column for each arm.
-
-    ``★`` marks the winner of a cell, ``?`` a change whose interval does not clear zero.
-    """
+    """A rich table by sampler, steps and arm: ``★`` marks the winner of a cell, ``?`` an interval that holds zero."""
     arms, lines = grid(rows)
     best = winners(rows)
-    table = Table(
-        title=f"{metric_name or metric_label(rows[0].metric)}, mean over seeds",
-        caption=_legend(rows),
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = _table(f"{metric_name or metric_label(rows[0].metric)}, mean over seeds", _legend(rows))
     table.add_column("sampler", overflow="fold")
     for arm in arms:
         table.add_column(Text(arm), justify="right", overflow="fold")
@@ -93,14 +71,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """A markdown table with the intervals; the winner of a row is bold and carries ``★``."""
     arms, lines = grid(rows)
     best = winners(rows)
-    head = ["sampler", "steps", *(arm.replace("|", "\\|") for arm in arms)]
+    head = ["sampler", "steps", *map(_escaped, arms)]
     body = [
         [sampler, str(steps), *(_markdown_cell(row, best[sampler, steps]) for row in cells)]
         for (sampler, steps), cells in lines
     ]
-    rule = ["---", "---:"] + ["---:"] * len(arms)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
-    return f"{table}\n\n{_legend(rows)}\n"
+    return _markdown(head, ["---", "---:"] + ["---:"] * len(arms), body, _legend(rows))
 
 
 def correction_grid(rows: Sequence[CorrectedRow]) -> tuple[list[str], list[CorrectionLine]]:
@@ -135,29 +111,21 @@ def values_text(one: CorrectedRow) -> str:
 
 
 def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
-    """A markdown table of a line for each sampler, steps and arm, and a column for each correction.
-
-    Arguments and errors: those of :func:`atdiff.report.statistics.compare_corrected`.
-    """
+    """A markdown table: a line for each sampler, steps and arm, a column per correction; see ``compare_corrected``."""
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)
     head = ["sampler", "steps", "arm", *correction_heads(corrections)]
     body = [
-        [sampler, str(steps), arm.replace("|", "\\|"), *map(_correction_cell, found)]
-        for (sampler, steps), arm, found in lines
+        [sampler, str(steps), _escaped(arm), *map(_correction_cell, found)] for (sampler, steps), arm, found in lines
     ]
-    rule = ["---", "---:", "---"] + ["---:"] * len(corrections)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
-    return f"{table}\n\n{_correction_legend(rows)}\n"
+    return _markdown(head, ["---", "---:", "---"] + ["---:"] * len(corrections), body, _correction_legend(rows))
 
 
 def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> Table:
     """The rich table of :func:`correction_markdown`, without the intervals of the changes."""
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)
-    title = f"{metric_label(metric)} without and with correction, mean over seeds"
-    table = Table(title=title, caption=_correction_legend(rows), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  pad_edge=False, show_edge=False)  # fmt: skip
+    table = _table(f"{metric_label(metric)} without and with correction, mean over seeds", _correction_legend(rows))
     for name in ("sampler", "arm"):
         table.add_column(name, overflow="fold")
     for name in correction_heads(corrections):
@@ -170,14 +138,11 @@ def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metri
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of evaluated cells (``run``, ``sampler``, ``steps``, ``sample_seed``, ``metrics``).
-
-    Corrections and precisions are shown where cells differ in them.
-    """
+    """A rich table of evaluated cells; corrections and precisions are shown where cells differ in them."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     usual = {"correction": "none", "dtype": "float32"}
     varied = [name for name in usual if len({cell.get(name, usual[name]) for cell in cells}) > 1]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = _table()
     table.add_column("run", overflow="fold")
     for name in ("sampler", *varied):
         table.add_column(name)
@@ -188,6 +153,21 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
         how = [cell["sampler"], *(cell.get(name, usual[name]) for name in varied)]
         table.add_row(Text(str(cell["run"])), *how, str(cell["steps"]), str(cell["sample_seed"]), *values)
     return table
+
+
+def _table(title: str | None = None, caption: str | None = None) -> Table:
+    return Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+
+
+def _markdown(head: list[str], rule: list[str], body: list[list[str]], legend: str) -> str:
+    table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return f"{table}\n\n{legend}\n"
+
+
+def _escaped(arm: str) -> str:
+    return arm.replace("|", "\\|")
 
 
 def _digits(value: float) -> int:
@@ -201,7 +181,7 @@ def _number(value: float | None) -> str:
     return f"{value:.{_digits(value)}f}"
 
 
-def _cell(row: Row | None, winner: str | None) -> Text:
+def _cell(row: Row | None, winner: str | None, between: str = "\n") -> Text:
     if row is None:
         return Text("-", style="dim")
     text = Text(mean_text(row).replace(" ", ""))
@@ -209,7 +189,7 @@ def _cell(row: Row | None, winner: str | None) -> Text:
         return text
     won = row.arm == winner
     mark = " ★" if won else " ?" if row.verdict == "unclear" else ""
-    return text.append(f"\n{percent(row.change)}{mark}", style=STYLES[row.verdict] + (" bold" if won else ""))
+    return text.append(f"{between}{percent(row.change)}{mark}", style=STYLES[row.verdict] + (" bold" if won else ""))
 
 
 def _markdown_cell(row: Row | None, winner: str | None) -> str:
@@ -232,13 +212,7 @@ def _correction_cell(one: CorrectedRow | None) -> str:
 
 
 def _corrected_cell(one: CorrectedRow | None) -> Text:
-    if one is None:
-        return Text("-", style="dim")
-    text = Text(mean_text(one.row).replace(" ", ""))
-    if one.row.verdict != "baseline":
-        mark = " ?" if one.row.verdict == "unclear" else ""
-        text.append(f" {percent(one.row.change)}{mark}", style=STYLES[one.row.verdict])
-    values = values_text(one)
+    text, values = _cell(one.row if one else None, None, " "), one and values_text(one)
     return text.append(f" ({values})", style="dim") if values else text
 
 

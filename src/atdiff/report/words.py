@@ -10,14 +10,7 @@ from atdiff.core.specs import NO_CORRECTION, correction_label
 from atdiff.metrics.registry import FIGURES
 from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, corrections_of, winners
 
-__all__ = [
-    "conclusions",
-    "corrected_conclusions",
-    "interval_label",
-    "metric_label",
-    "percent",
-    "scores",
-]
+__all__ = ["conclusions", "corrected_conclusions", "interval_label", "metric_label", "percent", "scores"]
 
 # Percentile intervals of m seeds are narrower than they should be by more than sqrt((m - 1) / m).
 FEW_SEEDS = 5

@@ -1,15 +1,8 @@
-"""Sampling: diffusers schedulers by name, per-picture seeds, training-free corrections."""
+"""Sampling: diffusers schedulers by name, per-image seeds, training-free corrections."""
 
-from atdiff.sampling.corrections import (
-    CORRECTIONS,
-    Correction,
-    EpsilonScaling,
-    TimeShift,
-    WaveletCorrection,
-    from_noise,
-    make_correction,
-    to_noise,
-)
+from atdiff.core.prediction import from_noise, to_noise
+from atdiff.core.specs import CORRECTIONS
+from atdiff.sampling.corrections import Correction, EpsilonScaling, TimeShift, WaveletCorrection, make_correction
 from atdiff.sampling.generate import denoise_steps, generate, image_generators, iter_generate, save_images
 from atdiff.sampling.schedulers import SAMPLERS, make_scheduler
 from atdiff.sampling.search import search_correction

@@ -1,10 +1,11 @@
-"""Draw pictures from any denoiser with any diffusers scheduler."""
+"""Images drawn from any denoiser with any diffusers scheduler, and saved."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ _SEED_STRIDE = 1_000_000
 
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """Return one CPU generator a picture: picture ``i`` of seed ``S`` is drawn from ``S * 1_000_000 + i``.
+    """Return one CPU generator per image: image ``i`` of seed ``S`` is drawn from ``S * 1_000_000 + i``.
 
-    So a picture depends on its seed and index alone, not on the batch it was drawn in, and any diffusers
-    pipeline that is given this list draws the same.
+    So an image depends on its seed and index alone, not on its batch, and any diffusers pipeline that is given this
+    list draws the same.
 
     Raises:
         UserError: seed or index is out of range. torch's CPU generator uses only 32 bits of its seed.
@@ -76,30 +77,24 @@ def denoise_steps(
 ) -> Iterator[Tensor]:
     """Yield ``x`` after each of the scheduler's steps; the caller owns progress, gradients and stopping.
 
-    Args:
-        model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are
-            ``(B,)``. A network with ``2C`` output channels has a learned variance, which schedulers that use
-            none never see.
-        scheduler: with its timesteps set, and fresh: one per run.
-        x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``; see
-            :func:`iter_generate`.
-        generators: one a picture, for stochastic schedulers.
-        model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
-        correction: see :class:`atdiff.sampling.corrections.Correction`.
+    It is in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
 
-    Yields:
-        ``(B, C, H, W)``, in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
+    Args:
+        model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are ``(B,)``. Of
+            ``2C`` output channels half are a learned variance, which schedulers that use none never see.
+        scheduler: with its timesteps set, and fresh: one per run.
+        x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``.
+        generators: one per image, for stochastic schedulers.
+        model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
 
     Raises:
-        UserError: the network's channels fit neither the picture nor the scheduler's ``variance_type``, or the
-            correction does not fit the noise schedule.
+        UserError: the network's channels do not fit image and ``variance_type``, or the correction the noise schedule.
     """
     schedule = NoiseSchedule(scheduler)
     correction = correction or Correction()
     correction.check(schedule)
     prediction_type = resolve_prediction_type(schedule, scheduler)
-    accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs = {"generator": generators} if accepts_generator else {}
+    step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for index, t in enumerate(scheduler.timesteps):
         inputs = _scaled(scheduler, x, t)
         x_t = x if schedule.traits.variance_exploding else inputs
@@ -112,11 +107,11 @@ def denoise_steps(
         if seen is not timesteps:
             prediction, x_t = realign(prediction, x_t, seen, timesteps, schedule, prediction_type)
             x = x_t / _scaled(scheduler, torch.ones_like(x[:1]), t)
+        if correction.moves_steps and begins:
+            x0_hat = to_clean(prediction, x_t, timesteps, schedule, prediction_type)
+            begun = _clipped(x0_hat, scheduler), timesteps
         if variance is not None:
             prediction = torch.cat([prediction, variance], dim=1)
-        if correction.moves_steps and begins:
-            x0_hat = to_clean(prediction[:, : x.shape[1]], x_t, timesteps, schedule, prediction_type)
-            begun = _clipped(x0_hat, scheduler), timesteps
         x = scheduler.step(prediction, t, x, **step_kwargs, return_dict=False)[0]
         if correction.moves_steps and getattr(scheduler, "state_in_first_order", True):
             x = correction.after_step(x, *begun, schedule)
@@ -125,11 +120,9 @@ def denoise_steps(
 
 def _clipped(x0_hat: Tensor, scheduler: Any) -> Tensor:  # noqa: ANN401
     """Return ``x0_hat`` as the scheduler clips it, if it does."""
-    config = scheduler.config
-    if not (config.get("clip_sample") or config.get("thresholding")):
-        return x0_hat
-    largest = config.get("clip_sample_range", 1.0)
-    return x0_hat.clamp(-largest, largest)
+    config, largest = scheduler.config, scheduler.config.get("clip_sample_range", 1.0)
+    clips = config.get("clip_sample") or config.get("thresholding")
+    return x0_hat.clamp(-largest, largest) if clips else x0_hat
 
 
 def _scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401
@@ -150,11 +143,7 @@ def _split_variance(output: Tensor, channels: int, scheduler: Any) -> tuple[Tens
 
 
 def generate(model: Denoiser, training_scheduler: Any, *, num: int, **options: Any) -> Tensor:  # noqa: ANN401
-    """Return ``num`` pictures in [-1, 1], float32 on the CPU, ``(num, C, H, W)``.
-
-    Options, what may go wrong and how pictures are seeded: see :func:`iter_generate`, whose batches these
-    are.
-    """
+    """Return ``num`` images in [-1, 1], float32, ``(num, C, H, W)``: the batches of :func:`iter_generate`."""
     return torch.cat(list(iter_generate(model, training_scheduler, num=num, **options)))
 
 
@@ -174,51 +163,37 @@ def iter_generate(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield pictures batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+    """Yield images batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-    Picture ``i`` depends on ``seed`` and ``i`` alone (:func:`image_generators`), also where many processes share the
-    work (:func:`atdiff.system.processes.draw_in_turn`). A model that is a module runs in evaluation mode, and is put
-    back after.
+    Image ``i`` depends on ``i`` and ``seed``, 0 to 4293, alone (:func:`image_generators`), also where many processes
+    share the work. A module runs in evaluation mode, and is put back after.
 
     Args:
-        model: see :func:`denoise_steps`.
-        training_scheduler: the scheduler of the network's training.
-        sampler: one of :data:`atdiff.sampling.SAMPLERS`.
-        steps: of the sampler; see :func:`atdiff.sampling.make_scheduler`.
-        num: pictures.
-        shape: ``(C, H, W)`` of a picture.
-        seed: from 0 to 4293.
-        batch_size: pictures at once.
-        class_labels: ``(num,)``, for class-conditional networks.
-        correction: see :class:`atdiff.sampling.corrections.Correction`.
-        device: where to run, and the model is moved; default: where its parameters are.
-        progress: show a progress bar.
+        model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``, ``(num,)``.
+        training_scheduler: of the network; ``sampler`` and ``steps`` as in :func:`atdiff.sampling.make_scheduler`.
+        shape: ``(C, H, W)``.
+        device: where the model is moved; default: where it is.
 
     Raises:
-        UserError: an option is out of range or does not fit the model or its scheduler.
-        FloatingPointError: the pictures are not finite.
+        UserError: an option is out of range or does not fit the model.
+        FloatingPointError: the images are not finite.
     """
     check_request(model, num, shape, batch_size, class_labels)
-    home, dtype = _home(model)
-    device = torch.device(device) if device is not None else home
-    if isinstance(model, nn.Module):
-        model.to(device)
-    tokens = image_tokens(model, shape)
-    evaluations = len(make_scheduler(sampler, training_scheduler, steps, tokens=tokens).timesteps)
+    device, dtype = _placed(model, device)
+    scheduler_of = partial(make_scheduler, sampler, training_scheduler, steps, tokens=image_tokens(model, shape))
+    evaluations = len(scheduler_of().timesteps)
     image_generators(seed, [num - 1])
     with evaluating(model), Progress(disable=not progress) as bar:
         task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
 
         def draw(indices: range) -> Tensor:
-            scheduler = make_scheduler(sampler, training_scheduler, steps, tokens=tokens)
-            generators = image_generators(seed, indices)
-            x = randn_tensor((len(indices), *shape), generator=generators, device=device, dtype=dtype)
+            scheduler = scheduler_of()
+            options: dict[str, Any] = {"generators": image_generators(seed, indices), "correction": correction}
+            if class_labels is not None:
+                options["model_kwargs"] = {"class_labels": class_labels[indices.start : indices.stop].to(device)}
+            x = randn_tensor((len(indices), *shape), generator=options["generators"], device=device, dtype=dtype)
             x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-            labels = None if class_labels is None else class_labels[indices.start : indices.stop].to(device)
-            kwargs = {} if labels is None else {"class_labels": labels}
-            for x in denoise_steps(  # noqa: B007, B020  (the last x is the picture)
-                model, scheduler, x, generators=generators, model_kwargs=kwargs, correction=correction
-            ):
+            for x in denoise_steps(model, scheduler, x, **options):  # noqa: B007, B020  (the last x is the image)
                 bar.advance(task, len(indices) * num_processes())
             return finite_images(x, indices.start, f"{sampler} at {steps} steps")
 
@@ -228,11 +203,7 @@ def iter_generate(
 def check_request(
     model: Denoiser, num: int, shape: tuple[int, int, int], batch_size: int, class_labels: Tensor | None
 ) -> None:
-    """Find a request for images that cannot be met.
-
-    Raises:
-        UserError: a number or shape out of range, or class labels that do not fit the network.
-    """
+    """Raise a UserError for a number or shape out of range, or class labels that do not fit the network."""
     if num < 1 or batch_size < 1:
         raise UserError(f"num={num} and batch_size={batch_size} must be 1 or more.")
     if len(shape) != 3 or min(shape) < 1:
@@ -244,23 +215,21 @@ def check_request(
         raise UserError(f"the network is conditional on {classes} classes; give class_labels, one per sample.")
 
 
-def _home(model: Denoiser) -> tuple[torch.device, torch.dtype]:
+def _placed(model: Denoiser, device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
+    """Return where and in which type a model runs; a module is moved to the device if one is given."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if parameter is None:
-        return torch.device("cpu"), torch.float32
-    return parameter.device, parameter.dtype
+    home, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    device = home if device is None else torch.device(device)
+    if isinstance(model, nn.Module):
+        model.to(device)
+    return device, dtype
 
 
 def finite_images(x: Tensor, start: int, run: str) -> Tensor:
-    """Return drawn images ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
-
-    Args:
-        x: the sampler's last ``x``.
-        start: number of its first image.
-        run: the sampler and its steps, for the message.
+    """Return a sampler's last ``x`` ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
 
     Raises:
-        FloatingPointError: some are not finite.
+        FloatingPointError: some are not finite; the first of all is number ``start``, and ``run`` says what drew them.
     """
     images = x.float().cpu()
     finite = images.isfinite().flatten(1).all(dim=1)
@@ -274,21 +243,15 @@ def finite_images(x: Tensor, start: int, run: str) -> Tensor:
 
 
 def save_images(images: Tensor | Iterable[Tensor], path: str | Path) -> Path:
-    """Save pictures in [-1, 1], ``(N, C, H, W)``, as what the path's suffix says, and return the path.
+    """Save images in [-1, 1], ``(N, C, H, W)`` or batches of them, as what the path's suffix says, and return the path.
 
-    - ``.png``: one grid, tiny pictures enlarged by whole factors to 64 pixels; points in the plane,
-      ``(N, 2, 1, 1)``, all in one picture of their density;
+    - ``.png``: one grid, tiny images enlarged by whole factors to 64 pixels; points in the plane, ``(N, 2, 1, 1)``, all
+      in one image of their density;
     - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, as guided-diffusion's evaluator reads it;
     - none: a folder of ``000000.png``, ``000001.png``, ..., where each batch is written while the next is drawn.
 
-    Args:
-        images: all pictures, or their batches, such as those of :func:`iter_generate`; for a folder, no more than two
-            batches are held at a time.
-        path: where to.
-
     Raises:
-        UserError: the path exists, has another suffix, or channels are neither 1 nor 3 where a PNG is asked
-            for.
+        UserError: the path exists, has another suffix, or channels are neither 1 nor 3 where a PNG is asked for.
     """
     path = Path(path)
     writers = {".png": _write_grid, ".npz": _write_array, "": _write_folder}
@@ -305,7 +268,7 @@ def _write_grid(batches: Iterable[Tensor], path: Path) -> None:
     factor = max(1, 64 // max(pixels.shape[2:]))
     enlarged = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     columns = int(np.ceil(len(pixels) ** 0.5))
-    _write_picture(make_grid(enlarged, nrow=columns, padding=2, pad_value=255), path)
+    _write_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=255), path)
 
 
 def _write_array(batches: Iterable[Tensor], path: Path) -> None:
@@ -320,7 +283,7 @@ def _write_folder(batches: Iterable[Tensor], path: Path) -> None:
         for batch in batches:
             if written is not None:
                 written.result()
-            written = writer.submit(_write_pictures, _pixels(batch), path, start)
+            written = writer.submit(_write_images, _pixels(batch), path, start)
             start += len(batch)
         if written is not None:
             written.result()
@@ -332,11 +295,11 @@ def _pixels(images: Tensor) -> Tensor:
     return to_uint8(images.detach().cpu())
 
 
-def _write_pictures(pixels: Tensor, path: Path, start: int) -> None:
-    for index, picture in enumerate(pixels, start):
-        _write_picture(picture, path / f"{index:06d}.png")
+def _write_images(pixels: Tensor, path: Path, start: int) -> None:
+    for index, image in enumerate(pixels, start):
+        _write_image(image, path / f"{index:06d}.png")
 
 
-def _write_picture(picture: Tensor, path: Path) -> None:
-    array = picture.permute(1, 2, 0).numpy()
+def _write_image(image: Tensor, path: Path) -> None:
+    array = image.permute(1, 2, 0).numpy()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path)

@@ -47,18 +47,17 @@ __all__ = [
     "make_scheduler",
 ]
 
-# The share of the schedule at which the solvers of higher order start: at its very end alpha is so small that
-# the first x0_hat of an epsilon network is its error times thousands.
+# The share of the schedule at which the solvers of higher order start: at its very end alpha is so small that the first
+# x0_hat of an epsilon network is its error times thousands.
 _START = 0.992
 
 
 def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
-    """Return ``steps`` strictly decreasing integer timesteps, as even in logSNR as integers allow.
+    """Return ``steps`` strictly decreasing integer timesteps from ``0.992 T`` on, as even in logSNR as integers allow.
 
-    From ``0.992 T`` to 0, which is itself left out: the last step goes from the last timestep to clean
-    images. Where the even spacing asks for less than one timestep, at low noise, timesteps are moved up to be
-    neighbours. (`DPM-Solver <https://arxiv.org/abs/2206.00927>`_, section 3.3.) diffusers' ``use_lu_lambdas``
-    repeats timesteps on cosine betas.
+    The last step goes from the last of them to clean images. Where the even spacing asks for less than one timestep, at
+    low noise, timesteps are moved up to be neighbours. (`DPM-Solver <https://arxiv.org/abs/2206.00927>`_, section 3.3;
+    diffusers' ``use_lu_lambdas`` repeats timesteps on cosine betas.)
 
     Args:
         alphas_cumprod: ``alpha_t^2``, ``(T,)``, decreasing and above 0.
@@ -116,8 +115,7 @@ class LogSNRUniPCScheduler(_IntegerSteps, UniPCMultistepScheduler):
 class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
     """SA-Solver with steps even in t. (`Xue et al. <https://arxiv.org/abs/2309.05019>`_)
 
-    Noise is injected (``tau = 1``) in the middle three fifths of the schedule, whatever its length. Steps
-    even in logSNR would leave that part to a step or two.
+    Noise is injected in the middle three fifths of the schedule, which steps even in logSNR leave to a step or two.
     """
 
     spacing = staticmethod(even_timesteps)
@@ -131,10 +129,7 @@ class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
 
 
 class LogSNRHeunScheduler(HeunDiscreteScheduler):
-    """Heun's method with steps even in logSNR. (`EDM <https://arxiv.org/abs/2206.00364>`_, alg. 1)
-
-    Each step but the last evaluates the network twice, so ``steps`` cost ``2 steps - 1`` evaluations.
-    """
+    """Heun's method with steps even in logSNR. (`EDM <https://arxiv.org/abs/2206.00364>`_, alg. 1)"""
 
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -156,10 +151,9 @@ class LogSNRHeunScheduler(HeunDiscreteScheduler):
 class ClippedDDIMScheduler(DDIMScheduler):
     """DDIM whose noise estimate follows from the clipped ``x0_hat``, and whose steps end where the next one begins.
 
-    diffusers' default keeps the network's noise beside a clipped ``x0_hat``, so that the two no longer make
-    up ``x_t``: in few steps the pictures drift out of range. (`DDIM
-    <https://arxiv.org/abs/2010.02502>`_, eq. 12) Its steps end ``T // steps`` before they begin, which is
-    where the next one begins with ``leading`` spacing alone.
+    diffusers' default keeps the network's noise beside a clipped ``x0_hat``, so that the two no longer make up ``x_t``:
+    in few steps the images drift out of range. (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12) Its steps end
+    ``T // steps`` before they begin, where the next one begins with ``leading`` spacing alone.
 
     Attributes:
         own: the scheduler whose timesteps are visited; None for those of ``timestep_spacing``.
@@ -208,11 +202,8 @@ class ClippedDDIMScheduler(DDIMScheduler):
         fresh = eta * ((1 - acp_end) / (1 - acp) * (1 - acp / acp_end)) ** 0.5  # DDIM, eq. 16
         moved = acp_end**0.5 * x0_hat + (1 - acp_end - fresh**2) ** 0.5 * noise_hat
         if eta > 0:
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-                )
-            moved = moved + fresh * variance_noise
+            drawn: dict[str, Any] = {"generator": generator, "device": sample.device, "dtype": sample.dtype}
+            moved = moved + fresh * (randn_tensor(sample.shape, **drawn) if variance_noise is None else variance_noise)
         return DDIMSchedulerOutput(moved, x0_hat) if return_dict else (moved, x0_hat)
 
 
@@ -220,11 +211,7 @@ _SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "us
 
 
 def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noqa: ANN401  (any diffusers scheduler)
-    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between.
-
-    Raises:
-        UserError: it cannot make as many steps, or some begin at the same timestep.
-    """
+    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between."""
     own = copy.deepcopy(training_scheduler)
     try:
         own.set_timesteps(steps)
@@ -264,10 +251,7 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
-    """Heun's method on the steps of :class:`EvenFlowMatchEulerScheduler`.
-
-    Each step but the last evaluates the network twice, so ``steps`` cost ``2 steps - 1`` evaluations.
-    """
+    """Heun's method on the steps of :class:`EvenFlowMatchEulerScheduler`."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps (each but the first twice); arguments as in diffusers."""
@@ -302,9 +286,12 @@ _COPIED = (
 )  # fmt: skip
 
 
-def _options(cls: type, training_scheduler: Any) -> dict[str, Any]:  # noqa: ANN401  (any diffusers scheduler)
-    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    config = training_scheduler.config
+def _parameters(cls: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(cls).parameters
+
+
+def _options(cls: Callable[..., Any], training_scheduler: Any) -> dict[str, Any]:  # noqa: ANN401  (any diffusers scheduler)
+    known, config = _parameters(cls), training_scheduler.config
     options = {key: config[key] for key in _COPIED if key in config and key in known}
     if "trained_betas" in known:
         # Not every scheduler knows every beta_schedule, nor zero-terminal-SNR rescaling.
@@ -323,10 +310,9 @@ _FLOW_STEPS: dict[str, Any] = {
 _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
-def _flow(sampler: str, cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+def _flow(sampler: str, cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN401
     """Build a sampler of flows that makes its steps as the network's scheduler says, or refuse what it cannot."""
-    known: Collection[str] = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    config, shift = training_scheduler.config, flow_shift(training_scheduler)
+    known, config, shift = _parameters(cls), training_scheduler.config, flow_shift(training_scheduler)
     is_solver = own_setting(training_scheduler, "flow_shift") is not None
     if "use_flow_sigmas" in known:  # a solver, whose steps are even and shifted, no more
         options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
@@ -349,37 +335,34 @@ def _flow(sampler: str, cls: type, training_scheduler: Any) -> Any:  # noqa: ANN
     return cls(**options)
 
 
-def _edm(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
-    options, end = _options(cls, training_scheduler), own_setting(training_scheduler, "final_sigmas_type")
+def _edm(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN401
+    end = own_setting(training_scheduler, "final_sigmas_type")
     if end in (None, "zero"):
-        return cls(**options)
-    if "final_sigmas_type" not in inspect.signature(cls.__init__).parameters:  # type: ignore[misc]
+        return _plain(cls, training_scheduler)
+    if "final_sigmas_type" not in _parameters(cls):
         raise UserError(
             f"{cls.__name__} of this version of diffusers has no final_sigmas_type={end!r}; update diffusers."
         )
-    return cls(**options, final_sigmas_type=end)
+    return _plain(cls, training_scheduler, final_sigmas_type=end)
 
 
-def _plain(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
-    return cls(**_options(cls, training_scheduler))
+def _plain(cls: Callable[..., Any], training_scheduler: Any, **options: Any) -> Any:  # noqa: ANN401
+    return cls(**_options(cls, training_scheduler), **options)
 
 
 def _iddpm(training_scheduler: Any) -> Any:  # noqa: ANN401
-    options = _options(DDPMScheduler, training_scheduler)
     variance_type = training_scheduler.config.get("variance_type") or "fixed_small"
-    return _exact(DDPMScheduler(**options, variance_type=variance_type, timestep_spacing="linspace"))
+    return _exact(_plain(DDPMScheduler, training_scheduler, variance_type=variance_type, timestep_spacing="linspace"))
 
 
 def _ddim(training_scheduler: Any) -> Any:  # noqa: ANN401
-    spacing = own_setting(training_scheduler, "timestep_spacing") or "leading"
-    scheduler = _spaced_ddim(spacing, training_scheduler)
+    scheduler = _spaced_ddim(own_setting(training_scheduler, "timestep_spacing") or "leading", training_scheduler)
     scheduler.own = training_scheduler
     return scheduler
 
 
 def _spaced_ddim(spacing: str, training_scheduler: Any) -> Any:  # noqa: ANN401
-    options = _options(ClippedDDIMScheduler, training_scheduler)
-    return _exact(ClippedDDIMScheduler(**options, timestep_spacing=spacing))
+    return _exact(_plain(ClippedDDIMScheduler, training_scheduler, timestep_spacing=spacing))
 
 
 def _exact(scheduler: Any) -> Any:  # noqa: ANN401
@@ -388,7 +371,7 @@ def _exact(scheduler: Any) -> Any:  # noqa: ANN401
     return scheduler
 
 
-def _solver(cls: type, training_scheduler: Any) -> Any:  # noqa: ANN401
+def _solver(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN401
     config = training_scheduler.config
     options = _options(cls, training_scheduler)
     # No logSNR where alpha = 0, the end of a zero-terminal-SNR schedule; cosine betas stop at 0.999 too.
@@ -425,52 +408,22 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
 SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
 
 
-def make_scheduler(
-    sampler: str,
-    training_scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
-    steps: int,
-    *,
-    tokens: int | None = None,
-) -> Any:  # noqa: ANN401
+def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens: int | None = None) -> Any:  # noqa: ANN401
     """Return the diffusers scheduler of a sampler, for the noise schedule a network was trained on.
 
-    Its timesteps are set, and a pipeline that sets them again gets the same, so that
-    ``pipe.scheduler = make_scheduler(...)`` samples as :func:`atdiff.sampling.generate` does.
-
-    ================== ========= ======================================================= ===============
-    sampler            schedule  steps                                                   evaluations
-    ================== ========= ======================================================= ===============
-    ``iddpm``          vp        ancestral, from T - 1 to 0, both visited ("linspace")    steps
-    ``ddim``           vp        eta 0, where the training scheduler's own steps begin   steps
-    ``ddim-trailing``  vp        eta 0, from T - 1 on ("trailing")                       steps
-    ``dpmsolver++``    vp, edm   2M, even in logSNR (Karras' spacing for edm)            steps
-    ``sasolver``       vp        order 2, stochastic, even in t                          steps
-    ``unipc``          vp        order 2, even in logSNR                                 steps
-    ``heun``           vp        even in logSNR                                          2 steps - 1
-    ``flow-euler``     flow      even in t, then shifted                                 steps
-    ``flow-heun``      flow      even in t, then shifted                                 2 steps - 1
-    ``flow-unipc``     flow      order 2, even in t, then shifted                        steps
-    ``edm-euler``      edm       Karras' spacing                                         steps
-    ``lcm``            vp        of a consistency model: even on its grid, new noise      steps
-    ``consistency``    edm       of a consistency model: even on its grid, new noise      steps
-    ================== ========= ======================================================= ===============
-
-    Of the training scheduler, ``ddim`` takes all that spaces its steps (``timestep_spacing``, ``steps_offset``,
-    ``use_karras_sigmas``, ...; a ``DDPMScheduler`` unless told otherwise visits multiples of T // steps), and the
-    samplers of flows the shift, static or dynamic, and ``shift_terminal``. What they cannot take they refuse. The
-    other samplers have the steps of the table.
-
-    The training scheduler's ``clip_sample`` holds for every vp sampler: where it is true, ``x0_hat`` is
-    clipped at each step. Its ``variance_type`` holds for ``iddpm``, the only sampler that uses a learned
-    variance.
+    Its timesteps are set, and a pipeline that sets them again gets the same: ``pipe.scheduler = make_scheduler(...)``
+    samples as :func:`atdiff.sampling.generate` does. Of the training scheduler, ``ddim`` takes all that spaces its
+    steps (``timestep_spacing``, ``steps_offset``, ``use_karras_sigmas``, ...; a ``DDPMScheduler`` unless told otherwise
+    visits multiples of T // steps), samplers of flows the shift, static or dynamic, and ``shift_terminal``, every vp
+    sampler ``clip_sample``, and ``iddpm``, which alone uses a learned variance, ``variance_type``. What a sampler
+    cannot take it refuses.
 
     Args:
         sampler: one of :data:`SAMPLERS`.
-        training_scheduler: the scheduler of the network's training; only its configuration and betas are
-            read.
-        steps: steps of the sampler, from 1 (2 for ``iddpm`` and, unless spaced otherwise, ``ddim``) to
+        training_scheduler: the scheduler of the network's training; only its configuration and betas are read.
+        steps: of the sampler, from 1 (2 for ``iddpm`` and, unless spaced otherwise, ``ddim``) to
             ``num_train_timesteps``.
-        tokens: of a picture, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline that has its own
+        tokens: of an image, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline that has its own
             number sets the timesteps again.
 
     Raises:
@@ -490,11 +443,6 @@ def make_scheduler(
         )
     scheduler = build(training_scheduler)
     _check_grid(sampler, scheduler, steps)
-    if steps == 1 and scheduler.config.get("shift_terminal"):
-        terminal = scheduler.config.shift_terminal
-        raise UserError(
-            f"steps=1 of {sampler} cannot both begin at noise and at shift_terminal={terminal}; use 2 or more."
-        )
     mu = dynamic_mu(scheduler, tokens)
     scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
     # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
@@ -506,8 +454,10 @@ def make_scheduler(
 
 def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
     """Return the plain sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
-    if isinstance(training_scheduler, LCMScheduler | CMStochasticIterativeScheduler):
-        return "lcm" if isinstance(training_scheduler, LCMScheduler) else "consistency"
+    if isinstance(training_scheduler, LCMScheduler):
+        return "lcm"
+    if isinstance(training_scheduler, CMStochasticIterativeScheduler):
+        return "consistency"
     return NoiseSchedule(training_scheduler).traits.default_sampler
 
 
@@ -527,6 +477,11 @@ def _check_grid(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN4
     grid = scheduler.config.get("original_inference_steps", steps)
     if steps > grid:
         raise UserError(f"steps={steps} of {sampler} exceed the {grid} intervals of the network's grid; use fewer.")
+    terminal = scheduler.config.get("shift_terminal")
+    if steps == 1 and terminal:
+        raise UserError(
+            f"steps=1 of {sampler} cannot both begin at noise and at shift_terminal={terminal}; use 2 or more."
+        )
 
 
 def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401

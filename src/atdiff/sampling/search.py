@@ -21,21 +21,20 @@ def search_correction(
 ) -> tuple[float, dict[float, float]]:
     """Return the value of the least distance, and the distance of each value tried.
 
-    A grid is tried, and for epsilon scaling then the two midpoints beside its best value. Of equal distances
-    the one that corrects less is taken. The noise that ``distance`` samples from must not be that of the
-    figures to report, or the correction is chosen to suit them.
+    A grid is tried, and for epsilon scaling then the two midpoints beside its best value. Of equal distances the one
+    that corrects less is taken. ``distance`` must not sample from the noise of the figures to report.
 
     Args:
         family: ``epsilon-scaling`` (values are scales), ``time-shift`` (windows in timesteps) or ``dcw`` (strengths of
             the low band).
-        distance: samples with the correction (None for none) and returns how far the pictures are from data.
-            A ``FloatingPointError``, as of pictures that are not finite, and NaN count as infinitely far.
+        distance: samples with the correction (None for none) and returns how far the images are from data. A
+            ``FloatingPointError``, as of images that are not finite, and NaN count as infinitely far.
         grid: values to try; those of :data:`atdiff.core.specs.FAMILIES` when None.
         data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
 
     Raises:
-        UserError: an unknown family, an empty grid or bad value in it, before any sampling; or no value with a
-            finite distance.
+        UserError: an unknown family, an empty grid or bad value in it, before any sampling; or no value with a finite
+            distance.
     """
     if family not in FAMILIES:
         raise UserError(f"correction {family!r} has no value to search for; use {' or '.join(FAMILIES)}.")

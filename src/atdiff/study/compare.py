@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atdiff.data.reading import AS_TRAINED
-from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs, versions
+from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
+from atdiff.measure.entries import versions
 from atdiff.study.arms import ArmRun, check_arms, find_runs
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
@@ -33,57 +35,67 @@ def compare_runs(
     """Evaluate the runs where that was not done yet, compare them, and write the page; return the summary.
 
     Args:
-        runs: from :func:`find_runs`.
-        config: how to evaluate; None to take the cells that the runs' studies left in ``cells.json``, which all of
-            them must have.
-        report: the HTML file; figures are kept in a ``.cells.json`` beside it, from which an interrupted
-            comparison goes on.
-        baseline: an arm; default ``plain`` where there is one, else the first.
+        runs: see :func:`check_arms`, as ``baseline`` and ``unequal_passes``.
+        config: how to evaluate; None takes the cells that the studies of all runs left in ``cells.json``.
+        report: the HTML file; an interrupted comparison resumes from the ``.cells.json`` beside it.
+        baseline: an arm.
         interval: ``t`` or ``bootstrap``.
         unequal_passes: allow arms of different compute.
-        mismatch: measure the mismatch of every arm.
-        robustness: measure the worst-case loss and the directions of the first seed's runs.
+        mismatch: see :class:`Measurements`, as ``robustness``.
+        robustness: likewise.
         command: what the user typed, for the page.
         device: where the networks run.
-        notify: called with the number of cells done and in all.
+        notify: takes the numbers of cells done and in all.
 
     Raises:
-        UserError: fewer than two arms, no such baseline, unequal compute, different reference images, or as
-            :func:`evaluate_runs` does.
+        UserError: as :func:`check_arms` or :func:`evaluate_runs`.
     """
     arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=config.data if config else None)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
-    of_arm: dict[str, list[str]] = {arm: [] for arm in (baseline, *arms)}
-    for one in sorted(runs, key=lambda one: one.seed):
-        of_arm[one.arm].append(one.run)
-    measured = Measurements(
-        sampler=cells[0]["sampler"],
-        steps=cells[0]["steps"],
-        num=cells[0]["num"],
-        seed=cells[0]["sample_seed"],
-        extractor=cells[0]["extractor"] if {"fd", "fid"} & cells[0]["metrics"].keys() else None,
-        weights=(config or runs[0]).weights.get(cells[0]["extractor"]),
-        data=config.data if config else None,
-        reading=config.reading if config else AS_TRAINED,
-        mismatch=mismatch,
-        robustness=robustness,
-        variant=config.variant if config else None,
-    ).of(of_arm, report.with_suffix(""), device)
+    by_seed = sorted(runs, key=lambda one: one.seed)
+    of_arm = {arm: [one.run for one in by_seed if one.arm == arm] for arm in (baseline, *arms)}
+    measurements = replace(_measurements(cells[0], config or runs[0]), mismatch=mismatch, robustness=robustness)
+    measured = measurements.of(of_arm, report.with_suffix(""), device)
     summary = {
-        "title": f"{', '.join(arms)}: compared at equal compute" if not unequal_passes else ", ".join(arms),
+        "title": ", ".join(arms) + ("" if unequal_passes else ": compared at equal compute"),
         "command": command,
-        "versions": versions(),
         "baseline": baseline,
-        "metric": leading_metric(cells),
-        "recipe": {"evaluation": _shared(cells)},
-        "cells": cells,
-        "training": _training(runs),
+        **_summary(runs, cells),
         **measured,
     }
     first = {arm: found[0] for arm, found in of_arm.items()}
     publish(summary, first, report, interval=interval, device=device, loading=config.loading if config else None)
     return summary
+
+
+def _summary(runs: Sequence[ArmRun], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    training: dict[str, dict[str, Any]] = {}
+    for one in runs:
+        training.setdefault(one.arm, {})[str(one.seed)] = training_curves(Path(one.run))
+    return {
+        "versions": versions(),
+        "metric": leading_metric(cells),
+        "recipe": {"evaluation": _shared(cells)},
+        "cells": cells,
+        "training": training,
+    }
+
+
+def _measurements(cell: Mapping[str, Any], source: EvaluationConfig | ArmRun) -> Measurements:
+    """Return what is measured along the way of a cell; ``source`` says how it was evaluated, or by whose study."""
+    asked = source if isinstance(source, EvaluationConfig) else None
+    return Measurements(
+        sampler=cell["sampler"],
+        steps=cell["steps"],
+        num=cell["num"],
+        seed=cell["sample_seed"],
+        extractor=cell["extractor"] if {"fd", "fid"} & cell["metrics"].keys() else None,
+        weights=source.weights.get(cell["extractor"]),
+        data=asked.data if asked else None,
+        reading=asked.reading if asked else AS_TRAINED,
+        variant=asked.variant if asked else None,
+    )
 
 
 def _cells(
@@ -115,10 +127,3 @@ def _shared(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     of_latents = (name for name in ("guidance_scale", "prompts", "variant") if any(name in cell for cell in cells))
     found = {name: list(dict.fromkeys(cell.get(name) for cell in cells)) for name in (*names, *of_latents)}
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
-
-
-def _training(runs: Sequence[ArmRun]) -> dict[str, dict[str, Any]]:
-    curves: dict[str, dict[str, Any]] = {}
-    for one in runs:
-        curves.setdefault(one.arm, {})[str(one.seed)] = training_curves(Path(one.run))
-    return curves

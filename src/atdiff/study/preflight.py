@@ -28,6 +28,7 @@ __all__ = [
     "check_measured",
     "check_metrics_of",
     "check_runs",
+    "check_sampling",
     "check_study",
     "check_train",
 ]
@@ -78,13 +79,9 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
 
 
 def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
-    """Refuse arms that a table would compare at other compute, on other images, or from another start than it says.
+    """Refuse arms, whose ``configs`` follow that of the base, that differ in compute, images or start.
 
     Passes are compute whatever they are spent on: those that paid for the pairs of a reflow are among them.
-
-    Args:
-        recipe: of the study.
-        configs: of its base, then of its arms.
     """
     seed = resolve(recipe).training.seed
     base, (first, *_) = configs[0], configs[1:]
@@ -147,15 +144,23 @@ def check_drawing(
         raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
 
 
+def check_sampling(
+    *, sampler: str | None, steps: int, num: int, seed: int, correction: str, **network: Any  # noqa: ANN401
+) -> None:  # fmt: skip
+    """Check what one sampler is told as :func:`check_drawing` does; ``network`` is the rest that it takes."""
+    samplers = () if sampler is None else (sampler,)
+    check_drawing(samplers=samplers, steps=(steps,), num=num, seeds=(seed,), corrections=(correction,), **network)
+
+
 def check_runs(
     runs: Sequence[str], data: str | None = None, *, with_data: bool = True, variant: str | None = None
 ) -> None:
-    """Find runs that are not there, and the images that they are measured against.
+    """Find runs that are not there, and ``with_data`` the images that they are measured against.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
         data: the data set that the user named; None for what each run was trained on.
-        with_data: whether the images are needed at all.
+        with_data: whether the images are needed.
         variant: of the weights of pipelines that the user asked for.
 
     Raises:
@@ -208,11 +213,7 @@ def check_metrics_of(
 
 
 def check_measured(norm: str, target: str) -> None:
-    """Find a norm or a target that does not exist.
-
-    Raises:
-        UserError: one of them.
-    """
+    """Raise a UserError for a norm or a target that does not exist."""
     for name, value, kind in (("norm", norm, Norm), ("target", target, Target)):
         valid: Any = get_args(kind)
         if value not in valid:

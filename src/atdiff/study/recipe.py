@@ -42,8 +42,8 @@ class StudyConfig(Settings):
         samplers: samplers by name.
         steps: numbers of steps of each sampler.
         corrections: of the samplers; see :class:`atdiff.measure.cells.EvaluationConfig`.
-        num: pictures a cell (arm, seed, sampler, correction, steps).
-        search_num: pictures of the held-out noise that a correction's value is searched on.
+        num: samples per cell (arm, seed, sampler, correction, steps).
+        search_num: samples of the held-out noise that a correction's value is searched on.
         extractor: whose features the metrics use.
         metrics: which metrics.
         weights: local files of weights by extractor, where they cannot be downloaded.

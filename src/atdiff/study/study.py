@@ -1,4 +1,4 @@
-"""A whole comparison: base models, arms at equal passes, metrics, table, pictures, report."""
+"""A whole comparison: base models, arms at equal passes, metrics, table, samples, report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atdiff.core.errors import UserError
-from atdiff.measure.cells import EvaluationConfig, evaluate_runs, read_cells, versions
+from atdiff.measure.cells import EvaluationConfig, evaluate_runs
+from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.study.preflight import check_study
@@ -29,6 +30,7 @@ from atdiff.study.summary import Measurements, leading_metric, publish, training
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
+from atdiff.system.progress import in_words, shows_bars
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
@@ -65,17 +67,16 @@ def run_study(
     jobs: int | None = None,
     interval: str = "t",
 ) -> Path:
-    """Run, or go on with, the comparison that a recipe describes; return the report's path.
+    """Run or resume the comparison that a recipe describes; return the report's path.
 
-    Every seed trains its own base model; every arm goes on from that base with the same number of passes and the
-    same order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms
-    start from ``training.init``. Writes ``summary.json``, ``table.md``,
-    ``samples.png`` and ``report.html`` beside the runs. In the folder of an earlier start, or of a study of fewer
-    arms, seeds or cells, only what is missing is done.
+    Every seed trains its own base model; every arm starts from that base, with the same number of passes and the same
+    order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms start
+    from ``training.init``. Writes ``summary.json``, ``table.md``, ``samples.png`` and ``report.html`` beside the runs.
 
     Args:
         recipe: with at least one arm.
-        out: a new folder, or that of an earlier start of the same study, which is gone on with.
+        out: a new folder, or that of an earlier start, or of a study of fewer arms, seeds or cells: only what is
+            missing is done.
         command: what the user typed, for the report.
         overrides: settings of every run, as command-line words.
         jobs: processes at once; default one a core without a GPU, else one.
@@ -90,20 +91,19 @@ def run_study(
     _open(out, recipe, overrides, stages)
     started, before = time.perf_counter(), _stamps(stages)
     console = Console()
-    workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    _run_stages(stages, workers, console)
+    _run_stages(stages, jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1), console)
     worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
         runs.setdefault(stage.arm, []).append(str(stage.folder))
     measured = _measurements(recipe.study, stages).of(runs, out, _device())
-    shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
     # A finished study that is started again keeps the time that it took; one that has more to do adds to it.
     file = out / "summary.json"
     seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else 0.0
     if worked or not file.is_file():
         seconds += time.perf_counter() - started
     summary = {**_summarise(recipe, stages, command, seconds), **measured}
+    shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
     publish(summary, shown, out / "report.html", interval=interval, device=_device(), console=console)
     return out / "report.html"
 
@@ -212,8 +212,7 @@ def _check_bases(stages: Sequence[_Stage]) -> None:
 def _check_start(stage: _Stage) -> None:
     """Refuse an arm that started from other weights than its base has now.
 
-    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have started from those of
-    today.
+    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have today's.
     """
     base, file = stage.folder.parent / BASE, stage.folder.parent / f"{stage.arm}.start.json"
     if stage.arm == BASE or stage.config.training.init != str(base):
@@ -245,48 +244,83 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _run_stage(stage: _Stage) -> None:
+def _run_stage(stage: _Stage) -> float:
+    """Train and evaluate a run; return the seconds that its training took."""
     _check_start(stage)
+    started = time.perf_counter()
     train(stage.config, stage.folder, progress=False)
+    seconds = time.perf_counter() - started
     if stage.evaluation is not None:
         evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
         write_card(stage.folder)
+    return seconds
+
+
+class _Telling:
+    """Shows how far the runs of a study are: as a bar, or as a line a run where there is no terminal."""
+
+    def __init__(self, stages: Sequence[_Stage], console: Console) -> None:
+        self.console, self.stages, self.lines = console, stages, not shows_bars(console)
+        self.total, self.finished = sum(stage.work for stage in stages), 0
+        self.before, self.started = {id(stage): _passes_done(stage) for stage in stages}, time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} passes"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=self.lines,
+        )
+        self.task = self.bar.add_task("studying", total=self.total)
+
+    def update(self) -> None:
+        """Move the bar to where the runs are."""
+        passes = sum(map(_passes_done, self.stages))
+        self.bar.update(self.task, completed=passes, description=f"{self.finished}/{len(self.stages)} runs")
+
+    def finish(self, stage: _Stage, seconds: float) -> None:
+        """Count a run whose training took so many seconds."""
+        self.finished += 1
+        if not self.lines:
+            return
+        passes = stage.work - self.before[id(stage)]
+        done = f"{passes} passes in {in_words(seconds)}" if passes > 0 else f"{stage.work} passes, trained before"
+        curve = training_curves(stage.folder)
+        loss = f", loss {curve[-1][1]:.4f}" if curve else ""
+        line = (
+            f"{stage.arm}, seed {stage.seed}: {done}{loss} ({self.finished} of {len(self.stages)} runs{self._left()})"
+        )
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def _left(self) -> str:
+        now, begun = sum(map(_passes_done, self.stages)), sum(self.before.values())
+        if now <= begun or now >= self.total:
+            return ""
+        return f", {in_words((time.monotonic() - self.started) * (self.total - now) / (now - begun))} left"
 
 
 def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
     """Run each base before its arms, ``workers`` at once, and show how far they are."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} passes"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    total = sum(stage.work for stage in stages)
+    context, telling = multiprocessing.get_context("spawn"), _Telling(stages, console)
     with (
         ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool,
-        Progress(*columns, console=console) as progress,
+        telling.bar,
     ):
-        bar = progress.add_task("studying", total=total)
         first = [stage for stage in stages if stage.arm == BASE] or stages
-        pending: dict[Future[None], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
-        finished = 0
+        pending: dict[Future[float], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     stage = pending.pop(future)
-                    future.result()
-                    finished += 1
+                    telling.finish(stage, future.result())
                     if stage.arm == BASE:
                         arms = [s for s in stages if s.seed == stage.seed and s.arm != BASE]
                         pending |= {pool.submit(_run_stage, s): s for s in arms}
-                passes = sum(_passes_done(stage) for stage in stages)
-                label = f"{finished}/{len(stages)} runs"
-                progress.update(bar, completed=passes, description=label)
+                telling.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -317,8 +351,8 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}
-    base = by_arm.get(BASE)
-    study = recipe.study
+    study, base = recipe.study, by_arm.get(BASE)
+    first = by_arm[study.arms[0]]
     return {
         "title": f"{recipe.name}: adversarial training at equal compute",
         "about": recipe.about,
@@ -327,21 +361,19 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         "baseline": study.arms[0],
         "metric": leading_metric(cells),
         "recipe": {
-            "base": asdict(base or by_arm[study.arms[0]]),
+            "base": asdict(base or first),
             "arms": {arm: recipe.arms[arm] for arm in study.arms},
             "evaluation": {
-                "samplers": study.samplers,
-                "steps": study.steps,
-                "corrections": study.corrections,
-                "num": study.num,
-                "seeds": study.seeds,
-                "extractor": study.extractor,
-                "reference": "{name} ({split} split)".format(**asdict(by_arm[study.arms[0]].data)),
+                **{
+                    name: getattr(study, name)
+                    for name in ("samplers", "steps", "corrections", "num", "seeds", "extractor")
+                },
+                "reference": f"{first.data.name} ({first.data.split} split)",
                 "weights": cells[0]["weights"],
                 "dtype": "float32",
             },
         },
-        "passes": {"base": base.training.passes if base else 0, "arm": by_arm[study.arms[0]].training.passes},
+        "passes": {"base": base.training.passes if base else 0, "arm": first.training.passes},
         "wall_seconds": round(seconds, 1),
         "cells": cells,
         "training": training,

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: ``summary.json``, the table, the pictures and the page, from its cells."""
+"""What a comparison leaves behind: ``summary.json``, the table, the samples and the page, from its cells."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Measurements:
     Attributes:
         sampler: along whose trajectory the mismatch is measured.
         steps: of that sampler.
-        num: pictures, at most 2,048.
-        seed: of the pictures.
+        num: samples, at most 2,048.
+        seed: of the samples.
         extractor: for distances in features; None for none.
         weights: a local file of its weights.
         mismatch: whether to measure it.
@@ -61,7 +61,7 @@ class Measurements:
     reading: DataOptions = AS_TRAINED
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
-        """Measure runs by arm (one a seed) into folders in ``out``; return entries for the summary."""
+        """Measure runs by arm (one per seed) into folders in ``out``; return entries for the summary."""
         found: dict[str, Any] = {}
         if self.mismatch:
             config = MismatchConfig(
@@ -86,12 +86,7 @@ class Measurements:
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
-        options: dict[str, Any] = {
-            "seed": self.seed,
-            "variant": self.variant,
-            "data": self.data,
-            "reading": self.reading,
-        }
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "variant", "data", "reading")}
         with cell_progress("levels of the robustness") as notify:
             worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:
@@ -173,28 +168,37 @@ def publish(
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = sorted({cell["steps"] for cell in cells})
     grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
-    names = {
-        name: report.parent / name if report.name == "report.html" else report.with_suffix(f".{name}")
+    json_file, table_file, png_file = files = [
+        report.parent / name if report.name == "report.html" else report.with_suffix(f".{name}")
         for name in ("summary.json", "table.md", "samples.png")
-    }
-    write_json(names["summary.json"], summary)
-    write_bytes(names["samples.png"], samples_picture(grids[samplers[0]]))
+    ]
+    write_json(json_file, summary)
+    write_bytes(png_file, samples_picture(grids[samplers[0]]))
     write_report(summary, report, samples=grids, interval=interval)
-    corrections, options = corrections_of(cells), {"baseline": baseline, "metric": metric, "interval": interval}
+    options = {"baseline": baseline, "metric": metric, "interval": interval}
+    markdown, said = _compared(cells, options, console)
+    write_text(table_file, markdown)
+    for sentence in said:
+        console.print(f"- {sentence}")
+    console.print(f"\n{report}", *files, sep="\n", soft_wrap=True)
+
+
+def _compared(
+    cells: Sequence[Mapping[str, Any]], options: Mapping[str, Any], console: Console
+) -> tuple[str, list[str]]:
+    """Print the tables; return them as Markdown, and the conclusions."""
+    corrections = corrections_of(cells)
     rows = compare(cells, correction=corrections[0], **options)
     tables, said = [markdown_table(rows)], conclusions(rows)
-    console.print(comparison_table(rows, metric))
+    console.print(comparison_table(rows, options["metric"]))
     if len(corrections) > 1:
         tables.append(correction_markdown(cells, **options))
         said += corrected_conclusions(compare_corrected(cells, **options))
         console.print(correction_table(cells, **options))
-    write_text(names["table.md"], "\n".join(tables))
     fewest = min(cell["num"] for cell in cells)
     if fewest < FEW_SAMPLES:
         said.append(
             f"Distances of {fewest} samples are biased upwards, alike for all arms: compare them only with each "
             f"other; {FEW_SAMPLES} or more make figures to publish."
         )
-    for sentence in said:
-        console.print(f"- {sentence}")
-    console.print(f"\n{report}", *names.values(), sep="\n", soft_wrap=True)
+    return "\n".join(tables), said

@@ -16,6 +16,7 @@ from atdiff.core.errors import UserError
 __all__ = [
     "LOCK",
     "cache_folder",
+    "cached_aside",
     "check_images_path",
     "remove_leftovers",
     "write_bytes",
@@ -61,6 +62,18 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def cached_aside(path: Path) -> Iterator[Path]:
+    """Write a file of the cache as :func:`written_aside` does; where it cannot, say how to choose another cache."""
+    try:
+        with written_aside(path) as partial:
+            yield partial
+    except UserError as error:
+        if "cannot be written" not in str(error):
+            raise
+        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
 
 
 def check_images_path(path: Path) -> None:

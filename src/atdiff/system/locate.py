@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from atdiff.core.choices import order_of
 from atdiff.core.errors import UserError
 from atdiff.system.pipeline_files import check_class, no_pipeline
 
@@ -63,11 +64,7 @@ Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form OWNER/NAME of the hub and nothing suggests a mistyped path.
-
-    A path has another number of separators, begins with ``.``, ``/`` or ``~``, ends in the suffix of a file, or lies in
-    a folder that exists.
-    """
+    """Whether ``name`` has the form OWNER/NAME of the hub, without the suffix of a file or a folder that exists."""
     path = Path(name)
     has_form = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     return has_form and path.suffix.lower() not in FILE_SUFFIXES and not path.parent.exists()
@@ -88,6 +85,9 @@ def run_config(run: str) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); put it back as it was.") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no settings of a training run; {run} is not a training folder.")
+    adversary = config.get("adversary")
+    if isinstance(adversary, dict) and "order" in adversary:
+        adversary["order"] = order_of(adversary["order"])
     return config
 
 

@@ -39,13 +39,9 @@ FAMILY_MODULES = {
 LATENTS = tuple(FAMILY_MODULES)
 """Classes of diffusers' pipelines that make images of latents, from a text or a class."""
 PIXELS = (
-    "DDPMPipeline",
-    "DDIMPipeline",
-    "PNDMPipeline",
-    "ScoreSdeVePipeline",
-    "KarrasVePipeline",
+    "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline",
     "ConsistencyModelPipeline",
-)
+)  # fmt: skip
 """Classes of diffusers' pipelines that make images of noise with a network of pixels."""
 
 INDEX = "model_index.json"
@@ -103,11 +99,7 @@ def _remedy(source: str, name: str) -> str:
 
 
 def file_names(location: str) -> list[str]:
-    """Return the files of a pipeline, as ``unet/config.json``: of a folder, or of a hub id; none where it is not known.
-
-    Args:
-        location: a folder, or a hub id.
-    """
+    """Return the files of a pipeline, as ``unet/config.json``, in a folder or on the hub; none where not known."""
     folder = Path(location)
     if folder.is_dir():
         return [file.relative_to(folder).as_posix() for file in sorted(folder.glob("*/*"))]
@@ -202,11 +194,7 @@ def _listed(variants: Sequence[str], *, plain: bool) -> str:
 
 
 def no_pipeline(run: str) -> UserError:
-    """Return what to say of a file or folder that is neither a training folder nor a pipeline, and what to do.
-
-    Args:
-        run: as the user named it; it exists.
-    """
+    """Return what to say of an existing file or folder that is neither a training folder nor a pipeline."""
     path = Path(run).expanduser()
     if _is_lora(path):
         return UserError(f"{run} holds LoRA weights alone: {_remedy_of_lora(run, path)}")

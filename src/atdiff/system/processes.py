@@ -76,14 +76,14 @@ def in_main(make: Callable[[], T]) -> T | None:
 
 
 def draw_in_turn(num: int, batch_size: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
-    """Yield the batches of ``num`` pictures in order, all of them in every process.
+    """Yield the batches of ``num`` images in order, all of them in every process.
 
-    Each batch is drawn by one process. Batches are the same however many processes there are, and so are pictures.
+    Each batch is drawn by one process. Batches are the same however many processes there are, and so are images.
 
     Args:
-        num: pictures.
-        batch_size: pictures at once and process.
-        draw: returns the pictures of these numbers, on the CPU.
+        num: images.
+        batch_size: images at once and process.
+        draw: returns the images of these numbers, on the CPU.
 
     Raises:
         FloatingPointError: ``draw`` raised it in any process; it is raised in all of them.

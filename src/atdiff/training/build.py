@@ -98,7 +98,7 @@ def build_objective(
     """Build the objective of a run; the null label of label dropout comes after the classes."""
     settings = config.objective
     if config.consistency.mode != "none":
-        return _consistency_objective(config, scheduler, teacher)
+        return ConsistencyObjective(scheduler, settings.prediction_type, teacher=teacher, **consistency_options(config))
     objective = DenoisingObjective(
         scheduler,
         settings.prediction_type,
@@ -112,16 +112,6 @@ def build_objective(
     if not (objective.schedule.traits.variance_exploding and settings.timestep_sampler == "uniform"):
         objective.timestep_sampler = make_timestep_sampler(settings.timestep_sampler, objective.schedule)
     return objective
-
-
-def _consistency_objective(
-    config: TrainConfig,
-    scheduler: Any,  # noqa: ANN401
-    teacher: Teacher | None,
-) -> ConsistencyObjective:
-    return ConsistencyObjective(
-        scheduler, config.objective.prediction_type, teacher=teacher, **consistency_options(config)
-    )
 
 
 def consistency_options(config: TrainConfig) -> dict[str, Any]:

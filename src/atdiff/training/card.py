@@ -156,7 +156,8 @@ def _results(run: Path) -> str:
     cells = []
     if file.exists():
         # These bring feature networks, which training has no use for.
-        from atdiff.measure.cells import cells_of_weights, read_cells
+        from atdiff.measure.cells import cells_of_weights
+        from atdiff.measure.entries import read_cells
 
         # A run that is trained on keeps the cells of what it was.
         cells = cells_of_weights(str(run), read_cells(file))

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_TRY_AGAIN = "free space, or make the folder writable, and run the same command again."
 
 
 def save_checkpoint(
@@ -45,11 +46,11 @@ def save_checkpoint(
 ) -> None:
     """Write ``folder/pass-<passes>`` aside, flush and rename it, then drop all but the newest and the best.
 
-    Its manifest names every file with its size and SHA-256. Nothing is written of weights that are not finite.
+    Its manifest names every file with its size and SHA-256.
 
     Args:
         folder: of the checkpoints.
-        passes: how many are behind.
+        passes: that are behind.
         weights: of the network.
         ema: their average.
         state: tensors and plain values.
@@ -63,7 +64,7 @@ def save_checkpoint(
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(
                 f"the weights are not finite at pass {passes} ({name}), and no checkpoint is written of them; lower "
-                f"optimizer.lr; the last good checkpoint is {latest_checkpoint(folder) or 'none yet'}."
+                f"optimizer.lr; {last_good(folder)}."
             )
     try:
         remove_leftovers(folder / "pass-*")
@@ -79,9 +80,8 @@ def save_checkpoint(
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise RunError(
-            f"the checkpoint of pass {passes} could not be written to {folder} ({reason}); the last good checkpoint is "
-            f"{latest_checkpoint(folder) or 'none yet'}: free space, or make the folder writable, and run the same "
-            "command again."
+            f"the checkpoint of pass {passes} could not be written to {folder} ({reason}); "
+            f"{last_good(folder)}: {_TRY_AGAIN}"
         ) from error
 
 
@@ -154,9 +154,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     return load_file(path / "model.safetensors"), load_file(path / "ema.safetensors"), state
 
 
-def last_good(out: Path) -> str:
-    """Return which checkpoint of a run is the newest whole one, in words."""
-    return f"the last good checkpoint is {latest_checkpoint(out / 'checkpoints') or 'none yet'}"
+def last_good(folder: Path) -> str:
+    """Return which checkpoint of a folder of them is the newest whole one, in words."""
+    return f"the last good checkpoint is {latest_checkpoint(folder) or 'none yet'}"
 
 
 @contextlib.contextmanager
@@ -170,7 +170,5 @@ def disk_errors(out: Path, passes: Callable[[], int]) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        raise RunError(
-            f"training ended at pass {passes()} ({what}); {last_good(out)}: free space, or make the "
-            "folder writable, and run the same command again."
-        ) from error
+        good = last_good(out / "checkpoints")
+        raise RunError(f"training ended at pass {passes()} ({what}); {good}: {_TRY_AGAIN}") from error

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from atdiff.adversary.checks import check_adversary
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
-from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
@@ -26,7 +26,7 @@ def check_config(config: TrainConfig) -> None:
     _check_batch(config)
     _check_adversary(config)
     _check_reflow(config)
-    if config.model.name not in LATENT_MODELS:
+    if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
 
 
@@ -113,7 +113,7 @@ def _check_adversary(config: TrainConfig) -> None:
 
 def _check_reflow(config: TrainConfig) -> None:
     settings = config.objective
-    if settings.reflow and config.model.name in LATENT_MODELS:
+    if settings.reflow and config.model.name not in PIXEL_MODELS:
         raise UserError(
             f"objective.reflow={settings.reflow} is for networks of pixels, and model.name={config.model.name!r} is of "
             "latents; leave it out."

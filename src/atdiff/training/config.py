@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
 
 from atdiff.core.choices import (
     WHITE,
@@ -24,10 +25,12 @@ from atdiff.core.choices import (
     Unreadable,
     Variance,
     Weighting,
+    order_of,
 )
 
 __all__ = [
-    "LATENT_MODELS",
+    "PIXEL_MODELS",
+    "SMALL_PIPELINES",
     "AdversaryConfig",
     "ConsistencyConfig",
     "DataConfig",
@@ -48,7 +51,19 @@ Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 are no guidance; null for that of the network"]
 Beta = Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); [0.9, 0.999] is usual"]
 
-LATENT_MODELS = ("pipeline", "tiny-sd", "tiny-sd3", "tiny-flux")
+PIXEL_MODELS = ("mlp", "unet", "dit", "adm")
+SMALL_PIPELINES = ("tiny-sd", "tiny-sd3", "tiny-flux")
+_ModelWord = Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"]
+_FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
+
+
+def _or_function(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
+    """Let ``FILE.py:FUNCTION`` pass, and check any other value; a union would show in the place of a mistake."""
+    return value if isinstance(value, str) and re.match(_FUNCTION, value) else check(value)
+
+
+_SCHEMA = {"anyOf": [{"enum": list(get_args(_ModelWord))}, {"type": "string", "pattern": _FUNCTION}]}
+ModelName = Annotated[_ModelWord, WrapValidator(_or_function), WithJsonSchema(_SCHEMA)]
 
 
 class Settings:
@@ -106,15 +121,16 @@ class ModelConfig(Settings):
 
     Attributes:
         name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
-            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents; ``tiny-sd``,
-            ``tiny-sd3`` and ``tiny-flux``, small ones made from the data.
-        args: of the constructor.
+            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents;
+            ``FILE.py:FUNCTION``, a pipeline that the function makes for the data; ``tiny-sd``, ``tiny-sd3`` and
+            ``tiny-flux``, small ones that ``studies/small_pipelines.py`` of the repository makes.
+        args: of the constructor, or of the function.
         variant: of the weights of the pipelines that ``training.init`` and ``consistency.teacher`` name, such as
             ``fp16``; null for the plain ones, or the only ones. Training and what it leaves are float32 in any case.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
-    name: Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"] = "mlp"
+    name: ModelName = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
     variant: str | None = None
     gradient_checkpointing: bool = False
@@ -245,9 +261,12 @@ class AdversaryConfig(Settings):
     noise_levels: tuple[float, float] | None = None
     method: Method = "free"
     direction: Direction = "gradient"
-    order: Order = "authors"
+    order: Annotated[Order, BeforeValidator(order_of)] = "consecutive"
     target: Target = "equivariant"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.order = order_of(self.order)
 
 
 @dataclass

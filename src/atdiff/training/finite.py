@@ -89,7 +89,7 @@ class FiniteSteps:
         return {"skipped": self.skipped, "newest": self.newest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved count."""
+        """Resume from a saved count."""
         self.skipped, self.newest = state["skipped"], state["newest"]
 
 

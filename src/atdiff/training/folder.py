@@ -14,7 +14,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
-from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, TrainConfig
 
 __all__ = ["as_begun", "open_run"]
 
@@ -114,7 +114,7 @@ def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
     for name, section in defaults.items():
         stored[name] = {**section, **BEFORE.get(name, {}), **(written.get(name) or {})}
     scheduler, objective = stored["scheduler"], stored["objective"]
-    if stored["model"]["name"] in LATENT_MODELS:  # where it was written down, and never used
+    if stored["model"]["name"] not in PIXEL_MODELS:  # where it was written down, and never used
         stored["scheduler"] = defaults["scheduler"]
     elif objective["prediction_type"] is None:
         args = scheduler["args"] or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,23 +11,22 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
-from atdiff.core.errors import RunError, Stopped
+from atdiff.core.errors import Stopped
 from atdiff.core.noise import NoiseSchedule
-from atdiff.sampling.generate import save_images
 from atdiff.system.locks import one_writer
-from atdiff.system.processes import from_main, uses_cpu
+from atdiff.system.processes import uses_cpu
 from atdiff.training.agreement import agreed_reason, take_folder
 from atdiff.training.build import build_adversary, scaled
 from atdiff.training.card import has_card, write_card
-from atdiff.training.checkpoint import disk_errors, last_good, passes_of
+from atdiff.training.checkpoint import disk_errors, passes_of
 from atdiff.training.checks import check_config, check_machine
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
-from atdiff.training.log import MetricsLog, line_of
 from atdiff.training.order import batch_indices, seed_batch
-from atdiff.training.progress import TrainingBar, tell_data, training_progress
+from atdiff.training.progress import TrainingBar, tell_data
+from atdiff.training.records import Records
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
 from atdiff.training.tasks import make_task
@@ -68,10 +66,12 @@ class Trainer:
         adversary: perturbs its inputs.
         weights: of the network and its averages, once :meth:`open` was called.
         state: what a checkpoint holds, likewise.
+        records: what is written on the way, likewise.
     """
 
     weights: Weights
     state: TrainingState
+    records: Records
 
     def __init__(self, config: TrainConfig) -> None:
         check_config(config)
@@ -82,12 +82,11 @@ class Trainer:
         self.config = self.task.config = scaled(
             self.task.config, NoiseSchedule(self.task.scheduler).traits.default_scale
         )
-        self._bar = TrainingBar(None, None)
 
     def open(self, out: Path, *, progress: bool = False) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
         settings, task = self.config.training, self.task
-        self.out, self._log_file = out, MetricsLog(out / "metrics.jsonl")
+        self.out = out
         self.accelerator = Accelerator(
             mixed_precision=settings.precision,
             # Each said in full: what is left out, Accelerate takes from the environment.
@@ -115,14 +114,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             task.note_in(out)
             # What came after the checkpoint, or before the first, is done again.
-            self._log_file.cut(self.state.passes)
+            self.records.log.cut(self.state.passes)
 
     def _build(self) -> None:
         """Put the networks on their device, and make what trains them."""
         settings, task = self.config.training, self.task
         self.weights = weights = Weights(task, self.accelerator.device)
-        if task.is_consistency:
-            task.objective.place(self.accelerator, None if weights.target is None else weights.target.module)
+        task.place(self.accelerator, None if weights.target is None else weights.target.module)
         model: Any = torch.compile(weights.network) if settings.compile else weights.network
         # Split weights exchange their gradients themselves.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=settings.shard)
@@ -130,6 +128,7 @@ class Trainer:
             self.accelerator.init_trackers("atdiff")
         self.steps = Steps(self.accelerator, weights, self.model, self.config)
         self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary)
+        self.records = Records(self.out, task, self.steps, self.state)
 
     def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
         """Train to the last pass and write the pipeline; nothing where that was done before.
@@ -146,22 +145,19 @@ class Trainer:
         show = progress and self.accelerator.is_main_process
         if show:
             tell_data(self.task)
+        self.records.bar = bar = TrainingBar(self.config.training.passes, self.state.passes, show=show)
         with disk_errors(self.out, lambda: self.state.passes):
-            with stop, training_progress(self.config.training.passes, self.state.passes, show) as self._bar:
+            with stop, bar:
                 for updates, _ in enumerate(self.passes(), 1):
-                    self._bar.update(self.state.passes)
-                    reason = self._reason_to_stop(stop, updates)
-                    if reason and self.state.passes < self.config.training.passes:
-                        self._stop(reason)
+                    bar.update(self.state.passes)
+                    if self.state.between_batches:
+                        reason = agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
+                        if reason and self.state.passes < self.config.training.passes:
+                            self._stop(reason)
             self._finish()
 
-    def _reason_to_stop(self, stop: StopRequest, updates: int) -> str | None:
-        if not self.state.between_batches:
-            return None
-        return agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
-
     def _stop(self, reason: str) -> NoReturn:
-        self._save()
+        self.records.save()
         self.accelerator.end_training()
         raise Stopped(
             f"{reason}: pass {self.state.passes} of {self.config.training.passes} is saved in {self.out}, and the same "
@@ -171,7 +167,7 @@ class Trainer:
     def passes(self) -> Iterator[None]:
         """Train to the last pass, with logs, checkpoints and samples on the way; yield after every weight update."""
         self.model.train()
-        self._started, self._first_pass = time.perf_counter(), self.state.passes
+        self.records.start()
         while self.state.passes < self.config.training.passes:
             yield from self._train_batch()
 
@@ -190,7 +186,7 @@ class Trainer:
             if self.state.between_batches:
                 next(losses, None)  # The batch is done: the adversary takes note of its last pass.
             self._set_progress()
-            self._periodic(self.state.passes - cost, before)
+            self.records.write(self._last_loss, self.state.passes - cost, before)
             yield
             if self.state.passes >= self.config.training.passes:
                 return  # The last batch may have more passes than were left.
@@ -221,80 +217,14 @@ class Trainer:
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""
         passes, total = self.state.passes, self.config.training.passes
-        if self.task.is_consistency:
-            self.task.objective.progress = passes / total
+        self.task.at(passes / total)
         self.steps.set_rate(passes)
-
-    def _periodic(self, before: int, batch: int) -> None:
-        """Log, save and draw what is due since so many passes; a save waits for the end of the batch."""
-        settings, now = self.config.training, self.state.passes
-
-        def due(every: int, before: int) -> bool:
-            return every > 0 and (now // every > before // every or now >= settings.passes)
-
-        if due(settings.log_every, before):
-            self._log()
-        # The last batch may be cut short, and a longer run resumes before it.
-        cut = self.adversary.updates_per_batch > 1 and now + self.adversary.num_passes > settings.passes
-        between = self.state.between_batches
-        if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
-            self._save()
-        if due(settings.sample_every, before):
-            self._sample()
-
-    def _log(self) -> None:
-        self._check_finite()
-        seen = self.state.batches * self.config.training.batch_size * self.accelerator.num_processes
-        seconds = time.perf_counter() - self._started
-        values = {
-            "pass": self.state.passes,
-            "epoch": round(seen / self.task.epoch_size, 4),
-            **line_of(self._last_loss, self.adversary),
-            "skipped_steps": self.steps.finite.skipped,
-            "lr": self.steps.rate,
-            "ema_decay": self.weights.ema.last,
-            "passes_per_second": round((self.state.passes - self._first_pass) / max(seconds, 1e-9), 2),
-        }
-        if self.accelerator.is_main_process:
-            self._log_file.append(values)
-            self._bar.describe(values)
-        known = {name: value for name, value in values.items() if value is not None}
-        self.accelerator.log(known, step=self.state.passes)
-
-    def _save(self) -> None:
-        """Write a checkpoint, where this pass has none."""
-        if self.state.saved_at != self.state.passes:
-            self._check_finite()
-            self.state.save(self.out / "checkpoints", self.config.training.keep_checkpoints)
-
-    def _check_finite(self) -> None:
-        """Count the steps that were skipped; end the run where they are too many, or all that was left of it."""
-        finite = self.steps.finite
-        nothing_else, limit = finite.collect(), self.config.training.max_skipped
-        if finite.skipped > limit or (nothing_else and self.state.passes >= self.config.training.passes):
-            raise RunError(
-                f"{finite.newest}; {finite.skipped} steps were skipped for it, and training.max_skipped is "
-                f"{limit}: lower optimizer.lr or the adversary's step_size; {last_good(self.out)}."
-            )
-
-    def _sample(self) -> None:
-        """Write a grid of pictures of the average; every process takes part."""
-        path = self.out / "samples" / f"pass-{self.state.passes:09d}.png"
-        if from_main(path.exists()):
-            return
-        device = self.accelerator.device
-        # Training goes on as if nothing had been drawn.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            images = self.task.samples(self.out, self.weights.published(), device)
-        if self.accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            save_images(images, path)
 
     def _finish(self) -> None:
         average = self.weights.published()
         if self.accelerator.is_main_process:
             self.task.publish(self.out, average)
             write_card(self.out)
-        self._sample()
+        self.records.sample(average)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -2,57 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import math
+import time
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from atdiff.data.labels import class_line
+from atdiff.system.progress import in_words, shows_bars
 from atdiff.training.tasks.base import Task
 
-__all__ = ["TrainingBar", "tell_data", "training_progress"]
+__all__ = ["TrainingBar", "tell_data"]
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingBar:
-    """A progress bar of passes; silent where there is nothing to show it on."""
+    """A bar of passes, or where none can be shown a line now and then.
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
-        self._progress, self._task = progress, task
+    Args:
+        total: passes of the run.
+        done: passes that are behind.
+        show: else it is silent.
+    """
+
+    def __init__(self, total: int, done: int = 0, *, show: bool = False) -> None:
+        self._total, self._console, self._told = total, Console(), -math.inf
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not show or not shows_bars(self._console),
+        )
+        self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+        self._lines = show and self._bar.disable
+
+    def __enter__(self) -> TrainingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bar.stop()
 
     def update(self, passes: int) -> None:
         """Move to ``passes``."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=passes)
+        self._bar.update(self._task, completed=passes)
 
     def describe(self, values: dict[str, Any]) -> None:
-        """Show passes a second, loss and delta norm."""
-        if self._progress is not None and self._task is not None:
-            loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-            text = f"{values['passes_per_second']:.1f} passes/s  loss {loss}"
-            if values["delta_norm"] is not None:
-                text += f"  |delta| {values['delta_norm']:.3f}"
-            if values["skipped_steps"]:
-                text += f"  {values['skipped_steps']} steps skipped"
-            self._progress.update(self._task, figures=text)
-
-
-@contextlib.contextmanager
-def training_progress(total: int, done: int, show: bool) -> Iterator[TrainingBar]:
-    """Yield a bar of ``total`` passes of which ``done`` are behind."""
-    if not show:
-        yield TrainingBar(None, None)
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        yield TrainingBar(progress, progress.add_task("training", total=total, completed=done, figures=""))
+        """Show what a line of the log tells: loss, passes per second, norm of delta, steps that were skipped."""
+        rate, loss = values["passes_per_second"], values["loss"]
+        figures = [f"{rate:.1f} passes/s", "loss not finite" if loss is None else f"loss {loss:.4f}"]
+        if values["delta_norm"] is not None:
+            figures.append(f"|delta| {values['delta_norm']:.3f}")
+        if values["skipped_steps"]:
+            figures.append(f"{values['skipped_steps']} steps skipped")
+        self._bar.update(self._task, figures="  ".join(figures))
+        left = self._total - values["pass"]
+        if self._lines and (left <= 0 or time.monotonic() - self._told >= SECONDS_BETWEEN_LINES):
+            self._told = time.monotonic()
+            if left > 0 and rate > 0:
+                figures.append(f"{in_words(left / rate)} left")
+            line = f"pass {values['pass']} of {self._total}: {', '.join(figures)}"
+            self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def tell_data(task: Task) -> None:

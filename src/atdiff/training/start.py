@@ -32,19 +32,10 @@ __all__ = [
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 DYNAMIC = (
-    "use_dynamic_shifting",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-    "time_shift_type",
-)
-OUTPUTS = (
-    "conv_out.weight",
-    "conv_out.bias",
-    "proj_out.weight",
-    "proj_out.bias",
-)  # whose second half is a learned variance
+    "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type",
+)  # fmt: skip
+# Whose second half is a learned variance.
+OUTPUTS = ("conv_out.weight", "conv_out.bias", "proj_out.weight", "proj_out.bias")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from atdiff.metrics.features.weights import read_tensors
+from atdiff.metrics.features.weights import FileExtractor, read_tensors
 from atdiff.system.locate import URLS
 from atdiff.system.quiet import quiet_libraries
 
@@ -36,39 +35,22 @@ RENAMED = {
 }
 
 
-class DinoV2Features(FeatureExtractorDinoV2):
+class DinoV2Features(FileExtractor, FeatureExtractorDinoV2):
     """torch-fidelity's ``dinov2-vit-l-14``, for FD-DINOv2 (`Stein et al., 2023 <https://arxiv.org/abs/2306.04675>`_).
 
-    Pictures are prepared as torch-fidelity does. Its own loader fetches and runs the repository of DINOv2, and takes no
+    Images are prepared as torch-fidelity does. Its own loader fetches and runs the repository of DINOv2, and takes no
     local file; here the published tensors go into transformers' network. The position embeddings are resized to 16 x 16
     as in that repository, whose bicubic scale is 16.1 / 37 rather than 16 / 37.
-
-    Args:
-        name: ``"dinov2-vit-l-14"``.
-        features_list: ``["dinov2"]``.
-        feature_extractor_weights_path: the published file of weights; downloaded when None.
-        **kwargs: torch-fidelity's other options, unused.
-
-    Raises:
-        UserError: the file cannot be read.
-        RuntimeError, KeyError: it holds another network's weights.
     """
 
-    def __init__(
-        self,
-        name: str,
-        features_list: list[str],
-        feature_extractor_weights_path: str | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        FeatureExtractorBase.__init__(self, name, features_list)
+    def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
+        """See :meth:`atdiff.metrics.features.weights.FileExtractor.load`."""
         self.feature_extractor_internal_dtype = torch.float32
-        if feature_extractor_weights_path is None:
+        if path is None:
             tensors = torch.hub.load_state_dict_from_url(URL_DINOV2, map_location="cpu", weights_only=True)
         else:
-            tensors = read_tensors(Path(feature_extractor_weights_path), f"the file of {URL_DINOV2}")
+            tensors = read_tensors(path, f"the file of {URL_DINOV2}")
         self.model = _ClassToken(tensors)
-        self.requires_grad_(False).eval()
 
 
 class _ClassToken(nn.Module):

@@ -19,26 +19,14 @@ from atdiff.metrics.features.weights import read_tensors
 from atdiff.metrics.registry import EXTRACTORS, class_at
 from atdiff.system.locate import URLS, bounded_network
 
-__all__ = [
-    "as_bytes",
-    "check_extractor",
-    "device_of",
-    "extract",
-    "extractor_class",
-    "feature_layers",
-    "make_extractor",
-]
+__all__ = ["as_bytes", "check_extractor", "device_of", "extract", "extractor_class", "feature_layers", "make_extractor"]
 
 INCEPTION = "inception-v3-compat"
 SPATIAL = "inception-v3-spatial"
 
 
 def check_extractor(name: str) -> None:
-    """Find an extractor that is neither in the registry nor registered with torch-fidelity.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Raise a ``UserError`` for an extractor neither of the registry nor registered with torch-fidelity."""
     registered = FEATURE_EXTRACTORS_REGISTRY.get(name)
     if name not in EXTRACTORS and (registered is None or registered.__module__.startswith("torch_fidelity.")):
         nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
@@ -46,11 +34,7 @@ def check_extractor(name: str) -> None:
 
 
 def extractor_class(name: str) -> type[FeatureExtractorBase]:
-    """Return the class of an extractor.
-
-    Raises:
-        UserError: as :func:`check_extractor`.
-    """
+    """Return the class of an extractor, checked by :func:`check_extractor`."""
     check_extractor(name)
     return class_at(EXTRACTORS[name].home) if name in EXTRACTORS else FEATURE_EXTRACTORS_REGISTRY[name]
 
@@ -63,38 +47,32 @@ def make_extractor(
     data: ImageData | None = None,
     layers: Sequence[str] | None = None,
 ) -> FeatureExtractorBase:
-    """Return a frozen extractor.
+    """Return a frozen extractor, one of ``EXTRACTORS`` or registered with torch-fidelity.
 
     Args:
-        name: ``"digits-classifier"`` or ``"label-classifier"``, trained on first use and cached;
-            ``"inception-v3-compat"``, the network of the published FID figures; ``"inception-v3-spatial"``, the same
-            with the features of sFID; ``"dinov2-vit-l-14"``; ``"clip-vit-b-32"``; or any extractor that was registered
-            with torch-fidelity.
-        weights: a local file of weights; when None they are trained or downloaded.
-        device: where the network runs.
-        data: the labelled images that a ``"label-classifier"`` is trained on.
-        layers: which features it gives; None for the layers which :func:`feature_layers` names.
+        weights: a local file of weights; when None they are trained and cached, or downloaded.
+        data: the labelled images to train on.
+        layers: which features it gives; None for those of :func:`feature_layers`.
 
     Raises:
-        UserError: unknown name, or weights that are missing, unreadable, of another network or cannot be downloaded.
+        UserError: an unknown name, or weights that cannot be had or are of another network.
     """
     network = extractor_class(name)
     if weights is None and name == LABEL_CLASSIFIER:
         if data is None:
             raise UserError(f"{name} is trained on labelled images: give them as data, or a local file as weights.")
         weights = label_classifier_weights(data)
-    if weights is not None:
-        _check_weights(name, Path(weights))
-    path = None if weights is None else str(weights)
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"the weights {weights} of {name} do not exist: expected the path of a local file.")
+    if weights is not None and name in (INCEPTION, SPATIAL):
+        # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
+        read_tensors(Path(weights), f"the file of {URLS[name]}")
     try:
         # Networks are initialised before their weights are loaded; the caller's random state must not move.
         with torch.random.fork_rng(devices=[]), bounded_network():
-            extractor = network(
-                name,
-                list(dict.fromkeys(layers or feature_layers(network))),
-                feature_extractor_weights_path=path,
-                verbose=False,
-            )
+            features = list(dict.fromkeys(layers or feature_layers(network)))
+            path = None if weights is None else str(weights)
+            extractor = network(name, features, feature_extractor_weights_path=path, verbose=False)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -105,9 +83,8 @@ def make_extractor(
             "and give the path of that file as weights."
         ) from error
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{weights or 'the download'} does not hold the weights of {name}: its tensors do not fit."
-        ) from error
+        found = weights or "the download"
+        raise UserError(f"{found} does not hold the weights of {name}: its tensors do not fit.") from error
     return extractor.requires_grad_(False).eval().to(device)
 
 
@@ -121,10 +98,8 @@ def feature_layers(extractor: FeatureExtractorBase | type[FeatureExtractorBase])
 def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int = 64) -> dict[str, Tensor]:
     """Return the extractor's features of uint8 images ``(N, C, H, W)``, each ``(N, D)``, float64, on the CPU.
 
-    Greyscale images are repeated over three channels for networks of colour images.
-
-    Raises:
-        UserError: images of a shape that the extractor does not take.
+    Greyscale images are repeated over three channels for networks of colour images. A shape that the extractor does not
+    take is a ``UserError``.
     """
     name = extractor.get_name()
     if images.shape[1] == 1 and not (name in EXTRACTORS and EXTRACTORS[name].trained):
@@ -138,18 +113,10 @@ def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int 
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Return images as uint8: as they are, or quantised from floats in [-1, 1] as a picture file does."""
+    """Return images as uint8: as they are, or quantised from floats in [-1, 1] as an image file does."""
     return images if images.dtype == torch.uint8 else to_uint8(images)
 
 
 def device_of(extractor: FeatureExtractorBase) -> torch.device:
     """Return the device that an extractor's weights are on."""
     return next((p.device for p in extractor.parameters()), torch.device("cpu"))
-
-
-def _check_weights(name: str, path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file.")
-    if name in (INCEPTION, SPATIAL):
-        # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
-        read_tensors(path, f"the file of {URLS[name]}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from atdiff.metrics.features.weights import FileExtractor
 
 __all__ = ["SPATIAL", "SpatialInception"]
 
@@ -15,34 +18,20 @@ SPATIAL = "inception-v3-spatial"
 CHANNELS = 7  # of 17 x 17 positions: 2,023 features, about as many as the pooled ones
 
 
-class SpatialInception(FeatureExtractorBase):
+class SpatialInception(FileExtractor):
     """torch-fidelity's ``inception-v3-compat`` with one more feature, ``"spatial"``, ``(N, 2023)``.
 
     sFID (`Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_) is taken on the first 7 channels of ``mixed_6/conv``,
-    as in `guided-diffusion's evaluator <https://github.com/openai/guided-diffusion/tree/main/evaluations>`_. In
-    torch-fidelity's names that is the 1x1 branch of ``Mixed_6d``, after its ReLU; the graph counts its blocks from
-    ``mixed``, which is ``Mixed_5b``.
-
-    Args:
-        name: the name under which it is registered.
-        features_list: which features to return.
-        feature_extractor_weights_path: weights of ``inception-v3-compat``; downloaded when None.
-        **kwargs: torch-fidelity's other options.
+    as in `guided-diffusion's evaluator <https://github.com/openai/guided-diffusion/tree/main/evaluations>`_: the 1x1
+    branch of torch-fidelity's ``Mixed_6d``, after its ReLU, as the graph counts from ``Mixed_5b``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        features_list: list[str],
-        feature_extractor_weights_path: str | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(name, features_list)
+    def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
+        """See :meth:`atdiff.metrics.features.weights.FileExtractor.load`; the file is ``inception-v3-compat``'s."""
         # Where only the spatial features are asked for, the network runs up to the first layer behind them.
-        others = [feature for feature in features_list if feature != "spatial"] or ["768"]
-        self.network = FeatureExtractorInceptionV3(
-            name, others, feature_extractor_weights_path=feature_extractor_weights_path, **kwargs
-        )
+        others = [feature for feature in self.features_list if feature != "spatial"] or ["768"]
+        weights = None if path is None else str(path)
+        self.network = FeatureExtractorInceptionV3(self.name, others, feature_extractor_weights_path=weights, **options)
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 

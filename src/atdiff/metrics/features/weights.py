@@ -5,26 +5,46 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch_fidelity import FeatureExtractorBase
 
 from atdiff.core.errors import UserError
 
-__all__ = ["read_tensors"]
+__all__ = ["FileExtractor", "read_tensors"]
+
+
+class FileExtractor(FeatureExtractorBase):
+    """A frozen torch-fidelity extractor, whose weights are read without running what their file holds.
+
+    A file that cannot be read is a ``UserError``, one of another network a ``RuntimeError`` or ``KeyError``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        features_list: list[str],
+        feature_extractor_weights_path: str | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        FeatureExtractorBase.__init__(self, name, features_list)
+        path = feature_extractor_weights_path
+        self.load(None if path is None else Path(path), **kwargs)
+        self.requires_grad_(False).eval()
+
+    def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
+        """Build the network with the weights of a file; without one they are downloaded, or trained."""
+        raise NotImplementedError
 
 
 def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file or of one that ``torch.save`` wrote; nothing but tensors is unpickled.
 
-    Args:
-        path: the file.
-        expected: what belongs there, for the message.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds something else.
+    A file that is missing, damaged or holds something else is a ``UserError``, which says what was ``expected``.
     """
     if not path.is_file():
         raise UserError(f"the weights {path} do not exist: expected {expected}.")

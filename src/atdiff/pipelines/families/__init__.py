@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from atdiff.core.errors import UserError
@@ -30,19 +29,14 @@ class _Families(Mapping[str, Family]):
     """The families of :data:`atdiff.system.pipeline_files.FAMILY_MODULES`, each loaded when it is asked for."""
 
     def __getitem__(self, name: str) -> Family:
-        return _loaded(FAMILY_MODULES[name])
+        family: Family = importlib.import_module(f"{__name__}.{FAMILY_MODULES[name]}").FAMILY
+        return family
 
     def __iter__(self) -> Iterator[str]:
         return iter(FAMILY_MODULES)
 
     def __len__(self) -> int:
         return len(FAMILY_MODULES)
-
-
-@cache
-def _loaded(module: str) -> Family:
-    family: Family = importlib.import_module(f"{__name__}.{module}").FAMILY
-    return family
 
 
 FAMILIES: Mapping[str, Family] = _Families()
@@ -56,11 +50,7 @@ def find_family(pipeline: Any) -> Family | None:  # noqa: ANN401
 
 
 def family_of(pipeline: Any) -> Family:  # noqa: ANN401
-    """Return the family of a loaded pipeline, of one of the classes of :data:`FAMILIES` or a class derived from one.
-
-    Raises:
-        UserError: it is of another class; it says which are taken.
-    """
+    """Return the family of a loaded pipeline, as :func:`find_family`; a UserError says which there are."""
     family = find_family(pipeline)
     if family is None:
         raise UserError(f"a {type(pipeline).__name__} is not taken: expected a {' or a '.join(FAMILIES)}.")
@@ -68,11 +58,7 @@ def family_of(pipeline: Any) -> Family:  # noqa: ANN401
 
 
 def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
-    """Return the optional parts that a saved pipeline lacks, as arguments that tell its loader so.
-
-    Args:
-        index: what its ``model_index.json`` holds.
-    """
+    """Return the optional parts that the pipeline of a ``model_index.json`` lacks, as arguments of its loader."""
     family = FAMILIES.get(class_name(index))
     return {part: None for part in (family.optional_parts if family else ()) if index.get(part, [None])[0] is None}
 

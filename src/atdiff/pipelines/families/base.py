@@ -16,17 +16,11 @@ __all__ = ["Family", "NetworkView", "PromptOptions", "as_diffusers", "pixels_per
 
 
 class PromptOptions(NamedTuple):
-    """What conditions depend on besides the prompts.
+    """What conditions depend on besides the prompts."""
 
-    Attributes:
-        image_size: pixels along a side.
-        tokens: how many a T5 cuts or fills a prompt to; None for the pipeline's own number.
-        negative: whether they are what guidance points away from.
-    """
-
-    image_size: int
-    tokens: int | None = None
-    negative: bool = False
+    image_size: int  # pixels along a side
+    tokens: int | None = None  # that a T5 cuts or fills a prompt to; None for the pipeline's own number
+    negative: bool = False  # whether they are what guidance points away from
 
 
 class NetworkView:
@@ -87,11 +81,7 @@ class Family:
     lora_targets: tuple[str, ...] = ()
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
-        """Find out that the network of a loaded pipeline works on the latents of its autoencoder.
-
-        Raises:
-            UserError: it does not, or its latents are no squares.
-        """
+        """Raise a UserError unless the network of a loaded pipeline works on its autoencoder's latents, squares."""
         channels, *side = self.latent_shape(pipeline)
         expected = pipeline.vae.config.latent_channels
         if channels != expected or side[-2] != side[-1]:
@@ -165,11 +155,7 @@ class Family:
         """Have a view of the network be told the scale, where its call does not."""
 
     def check_guidance(self, source: str, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
-        """Find out that images can be drawn at that guidance scale.
-
-        Raises:
-            UserError: the network can have no guidance.
-        """
+        """Raise a UserError where the network can have no guidance, and the scale asks for it."""
 
     def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
         """Return the scale to draw with where nothing says another: none on top of a distilled network.

@@ -30,12 +30,6 @@ class FlowTransformer(Family):
         return vae.config.shift_factor or 0.0, vae.config.scaling_factor
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
-        """Return the dynamic shift that the pipelines have for that many tokens.
-
-        Args:
-            scheduler: of the pipeline.
-            latent_shape: channels, height and width.
-            network: whose tokens are counted; published ones have a token for 2 x 2 latents.
-        """
+        """Return the dynamic shift that the pipelines have for that many tokens of the network."""
         tokens = image_tokens(network, latent_shape)
         return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)

@@ -10,7 +10,7 @@ __all__ = ["FAMILY", "LatentConsistencyModel"]
 class LatentConsistencyModel(StableDiffusion):
     """Stable Diffusion's parts, opened by its pipeline, which takes every scheduler.
 
-    Source: `Luo et al., 2023 <https://arxiv.org/abs/2310.04378>`_.
+    (`Luo et al., 2023 <https://arxiv.org/abs/2310.04378>`_)
     """
 
     opened_as = "StableDiffusionPipeline"

@@ -21,11 +21,8 @@ class PixArtDenoiser(NetworkView, PixArtTransformer2DModel):
     ) -> Tensor:
         """Return noise and variance, ``(B, 2C, h, w)``, at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000.
 
-        Args:
-            x_t: latents, h and w even.
-            timesteps: of each sample.
-            encoder_hidden_states: of the prompts, ``(B, L, D)``.
-            encoder_attention_mask: 1 for the tokens of a prompt, 0 for what fills it up, ``(B, L)``.
+        h and w are even. Of the prompts are the states, ``(B, L, D)``, and the mask, ``(B, L)``: 1 for their tokens, 0
+        for what fills them up.
         """
         output: Tensor = super().forward(  # type: ignore[misc]
             x_t,

@@ -8,21 +8,9 @@ __all__ = ["FAMILY", "UNET_LORA_TARGETS", "StableDiffusion"]
 
 # All linear layers and convolutions of the blocks, as in diffusers' train_lcm_distill_lora_sd_wds.py.
 UNET_LORA_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
 
 
 class StableDiffusion(Family):

@@ -7,39 +7,21 @@ from collections.abc import Sequence
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
-from atdiff.core.prediction import from_noise, to_noise
-from atdiff.core.specs import CORRECTIONS, FAMILIES, NO_CORRECTION, CorrectionSpec, parse_correction
+from atdiff.core.specs import FAMILIES, NO_CORRECTION, parse_correction
 from atdiff.sampling.corrections.correction import Correction, realign
 from atdiff.sampling.corrections.dcw import WaveletCorrection
 from atdiff.sampling.corrections.epsilon_scaling import EpsilonScaling
 from atdiff.sampling.corrections.time_shift import TimeShift
 
 __all__ = [
-    "CORRECTIONS",
-    "GRIDS",
-    "Correction",
-    "CorrectionSpec",
-    "EpsilonScaling",
-    "TimeShift",
-    "WaveletCorrection",
-    "check_correction",
-    "from_noise",
-    "make_correction",
-    "parse_correction",
-    "realign",
-    "to_noise",
-]
-
-GRIDS = {name: family.grid for name, family in FAMILIES.items()}
-"""The values of each family that a search tries."""
+    "Correction", "EpsilonScaling", "TimeShift", "WaveletCorrection", "check_correction", "make_correction", "realign",
+]  # fmt: skip
 
 
 def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | None:
-    """Return the correction of a spec; None where it changes nothing.
+    """Return the correction of a spec (see :func:`atdiff.core.specs.parse_correction`); None where it changes nothing.
 
-    Args:
-        spec: see :func:`atdiff.core.specs.parse_correction`.
-        data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
+    ``data_variance`` is for the time shift; see :class:`TimeShift`.
 
     Raises:
         UserError: a bad spec or value, or one that is still to be searched for.

@@ -17,9 +17,9 @@ __all__ = ["Correction", "realign", "wide_dtype"]
 class Correction:
     """What a sampler changes at each evaluation of the network; this one changes nothing.
 
-    A subclass overrides what it needs: :meth:`shift` is asked before the network is evaluated (at all but the
-    first evaluation, whose ``x_T`` is exact), the correction itself is called with what the network said, and
-    :meth:`after_step` with where the step ended, if ``moves_steps`` is set.
+    :meth:`shift` is asked before the network is evaluated (at all but the first evaluation, whose ``x_T`` is exact),
+    the correction itself is called with what the network said, and :meth:`after_step` with where the step ended, if
+    ``moves_steps`` is set.
     """
 
     moves_steps = False
@@ -35,11 +35,7 @@ class Correction:
         return True
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Find, before any compute, what does not fit a noise schedule.
-
-        Raises:
-            UserError: the correction cannot be used with the schedule.
-        """
+        """Raise a UserError, before any compute, where the correction cannot be used with a noise schedule."""
 
     def shift(self, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Return the timesteps ``(B,)`` to evaluate the network at: ``timesteps`` itself where none moves.
@@ -50,22 +46,9 @@ class Correction:
         return timesteps
 
     def __call__(
-        self,
-        prediction: Tensor,
-        x_t: Tensor,
-        timesteps: Tensor,
-        schedule: NoiseSchedule,
-        prediction_type: str,
+        self, prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
     ) -> Tensor:
-        """Return the corrected prediction.
-
-        Args:
-            prediction: output of the network without any learned variance, ``(B, C, H, W)``.
-            x_t: ``alpha_t x0 + sigma_t noise`` of ``schedule``, ``(B, C, H, W)``.
-            timesteps: ``(B,)``, that the network was evaluated at, in the schedule's convention.
-            schedule: the forward process.
-            prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``.
-        """
+        """Return the corrected prediction; arguments as in :func:`atdiff.core.prediction.to_noise`."""
         return prediction
 
     def after_step(self, x: Tensor, x0_hat: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -82,19 +65,14 @@ class Correction:
 
 
 def realign(
-    prediction: Tensor,
-    x_t: Tensor,
-    seen: Tensor,
-    timesteps: Tensor,
-    schedule: NoiseSchedule,
-    prediction_type: str,
+    prediction: Tensor, x_t: Tensor, seen: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
     """Return the prediction and the ``x`` at ``timesteps`` of the ``x0_hat`` and ``noise_hat`` seen elsewhere.
 
     At ``seen``, the prediction splits ``x_t = alpha_s x0_hat + sigma_s noise_hat``. Returned are
     ``x = alpha_t x0_hat + sigma_t noise_hat`` and the prediction that splits it into the same two, so that a
     scheduler's step from ``x`` at ``timesteps`` is its step from ``x_t`` at ``seen``: for DDIM,
-    ``alpha' x0_hat + sigma' noise_hat`` whichever of them it starts from.
+    ``alpha' x0_hat + sigma' noise_hat``.
 
     Args:
         prediction: of the network at ``(x_t, seen)``, ``(B, C, H, W)``.
@@ -102,7 +80,7 @@ def realign(
         seen: ``(B,)``, with ``alpha > 0`` wherever it differs from ``timesteps``.
         timesteps: ``(B,)``. Samples with ``seen == timesteps`` are returned as they are.
         schedule: the forward process.
-        prediction_type: as in :meth:`Correction.__call__`.
+        prediction_type: as in :func:`atdiff.core.prediction.to_noise`.
     """
     wide_x = x_t.to(wide_dtype(x_t))
     alpha_seen, sigma_seen = schedule.levels(seen, wide_x)
@@ -111,14 +89,13 @@ def realign(
     moved = alpha * (wide_x - sigma_seen * noise) / alpha_seen + sigma * noise
     implied = from_noise(noise, moved, timesteps, schedule, prediction_type)
     same = expand(seen == timesteps, x_t)
-    return (
-        torch.where(same, prediction, implied.to(prediction.dtype)),
-        torch.where(same, x_t, moved.to(x_t.dtype)),
-    )
+    implied, moved = implied.to(prediction.dtype), moved.to(x_t.dtype)
+    return torch.where(same, prediction, implied), torch.where(same, x_t, moved)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the type to convert predictions in: float64 where the device has it."""
-    # Near t = T the way to the noise and back divides by a tiny alpha: float32 would not return what it was
-    # given. MPS has no float64.
+    """Return the type to convert predictions in: float64 where the device has it.
+
+    Near t = T the way to the noise and back divides by a tiny alpha, and float32 would not return what it was given.
+    """
     return torch.float32 if x.device.type == "mps" else torch.float64

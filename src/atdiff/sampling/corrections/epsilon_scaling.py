@@ -18,19 +18,17 @@ __all__ = ["EpsilonScaling"]
 class EpsilonScaling(Correction):
     """Divide the predicted noise by ``b(t) = slope * t + scale`` with ``x_t`` held fixed.
 
-    A network meets noisier inputs while sampling than in training and over-predicts the noise; dividing it by
-    a little more than 1 undoes that. (`Epsilon scaling <https://arxiv.org/abs/2308.15321>`_, section 4; the
-    paper uses 1.005 to 1.02.) Networks that predict something else are converted to noise and back, so that
-    their ``x0_hat`` moves as that of an epsilon network would. Where ``alpha_t = 0`` nothing but ``x_t``
-    fixes the noise, and the prediction of any but an epsilon network stays as it is.
+    A network meets noisier inputs while sampling than in training and over-predicts the noise; dividing it by a little
+    more than 1 undoes that. (`Epsilon scaling <https://arxiv.org/abs/2308.15321>`_, section 4; the paper uses 1.005 to
+    1.02.) What other networks predict is converted to noise and back. Where ``alpha_t = 0`` nothing but ``x_t`` fixes
+    the noise, and the prediction of any but an epsilon network stays as it is.
 
     Args:
         scale: ``b(0)``, above 0; 1 with slope 0 changes nothing.
         slope: change of b per timestep, in the units of the schedule's timesteps.
 
     Raises:
-        UserError: ``scale`` is not positive or not finite, or (when called) ``b(t)`` is not positive at a
-            timestep.
+        UserError: ``scale`` is not positive or not finite; when called, ``b(t)`` is not positive at a timestep.
     """
 
     def __init__(self, scale: float = 1.0, slope: float = 0.0) -> None:
@@ -49,12 +47,7 @@ class EpsilonScaling(Correction):
         return f"EpsilonScaling(scale={self.scale}, slope={self.slope})"
 
     def __call__(
-        self,
-        prediction: Tensor,
-        x_t: Tensor,
-        timesteps: Tensor,
-        schedule: NoiseSchedule,
-        prediction_type: str,
+        self, prediction: Tensor, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
     ) -> Tensor:
         """Return the prediction whose noise is ``to_noise(prediction) / b(t)``; see :meth:`Correction.__call__`."""
         dtype = wide_dtype(x_t)

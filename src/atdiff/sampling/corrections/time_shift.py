@@ -19,26 +19,22 @@ __all__ = ["TimeShift"]
 class TimeShift(Correction):
     """Evaluate the network at the timestep whose noise the sampler's ``x_t`` really has.
 
-    While sampling, ``x_t`` is noisier or cleaner than true data at t. Its variance over pixels tells which
-    timestep it fits best: among the whole timesteps ``tau`` in ``[t - window / 2, t + window / 2]``, that of
-    the least ``|var(x_t) - alpha_tau^2 data_variance - sigma_tau^2|``, for each sample by itself.
-    (`Time-Shift Sampler <https://arxiv.org/abs/2305.15583>`_, algorithm 3.) The step is then taken as
-    :func:`realign` says, which for DDIM is the step from ``t_s``, but for the clipping of ``x0_hat``: the noise
-    that goes with a clipped one is that at t. Solvers that correct ``x_t`` by a new prediction (unipc,
-    sasolver) use the shifted ``x0_hat`` alone.
+    While sampling, ``x_t`` is noisier or cleaner than true data at t. Its variance over pixels tells which timestep it
+    fits best: among the whole timesteps ``tau`` in ``[t - window / 2, t + window / 2]``, that of the least
+    ``|var(x_t) - alpha_tau^2 data_variance - sigma_tau^2|``, for each sample by itself. (`Time-Shift Sampler
+    <https://arxiv.org/abs/2305.15583>`_, algorithm 3.) The step is then taken as :func:`realign` says, which for DDIM
+    is the step from ``t_s``, but for the clipping of ``x0_hat``.
 
-    The authors' code counts ``sigma_tau^2`` only, which is ``data_variance = 0``: of images of high contrast, this
-    shifts most by half a window, to more noise than there is. With the data's own variance, true states stay where they
-    are but for the error of the estimate, of relative standard deviation ``sqrt(2 / n)`` for the noise in n pixels:
-    that is 18 % for 8 x 8 grey ones.
-
-    There is none for EDM: its networks are conditioned on ``log(sigma)``, without timesteps to count a window in.
+    The authors' code counts ``sigma_tau^2`` only (``data_variance = 0``): of images of high contrast, this shifts most
+    by half a window, to more noise than there is. With the data's own variance, true states stay where they are but for
+    the error of the estimate, of relative standard deviation ``sqrt(2 / n)`` in n pixels: 18 % for 8 x 8 grey ones.
+    There is no shift for EDM, whose networks are conditioned on ``log(sigma)``, without timesteps to count a window in.
 
     Args:
-        window: width of the window in timesteps, a whole number; less than 2 shifts nothing. The fewer the
-            steps, the wider: the authors' example for 5 steps on CIFAR-10 has 80.
-        cutoff: shift at ``t > cutoff`` only, as at low noise the variance is that of the image. None for
-            three tenths of the schedule's timesteps (the same example has 300 of 1000).
+        window: in timesteps, a whole number; less than 2 shifts nothing. The fewer the steps, the wider: the authors'
+            example for 5 steps on CIFAR-10 has 80.
+        cutoff: shift at ``t > cutoff`` only, as at low noise the variance is that of the image. None for three tenths
+            of the schedule's timesteps.
         data_variance: mean over true images of each one's variance over channels and pixels, in [0, 1).
 
     Raises:

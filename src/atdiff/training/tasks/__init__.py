@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atdiff.training.config import LATENT_MODELS, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, TrainConfig
 from atdiff.training.tasks.base import Task
 
 __all__ = ["Task", "make_task"]
@@ -14,7 +14,7 @@ def make_task(config: TrainConfig) -> Task:
     Raises:
         UserError: for settings, data or weights that do not fit.
     """
-    if config.model.name in LATENT_MODELS:
+    if config.model.name not in PIXEL_MODELS:
         from atdiff.training.tasks.latents import LatentTask  # transformers takes seconds to import
 
         return LatentTask(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from atdiff.data.sources import ImageData
 from atdiff.training.config import TrainConfig
@@ -43,6 +43,21 @@ class Task(ABC):
     def is_consistency(self) -> bool:
         """Whether a consistency model is trained, which samples in few steps."""
         return self.config.consistency.mode != "none"
+
+    def place(self, accelerator: Accelerator, target: nn.Module | None) -> None:
+        """Put what a consistency objective learns from on the device: its teacher, and the average that is its target.
+
+        Args:
+            accelerator: of the run.
+            target: None where the network is its own.
+        """
+        if self.is_consistency:
+            self.objective.place(accelerator, target)
+
+    def at(self, progress: float) -> None:
+        """Set the curriculum of timesteps, where the objective has one, to the share of the passes that is behind."""
+        if self.is_consistency:
+            self.objective.progress = progress
 
     @property
     def charged(self) -> int:

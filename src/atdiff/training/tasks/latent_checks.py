@@ -42,8 +42,8 @@ def _check_distillation(config: TrainConfig) -> None:
     settings = config.consistency
     if settings.teacher is None and config.training.init is None:
         raise UserError(
-            "consistency.mode='distillation' needs a teacher, and the U-Net of model.name='tiny-sd' is untrained: "
-            "give a trained pipeline as --training.init (or --consistency.teacher)."
+            f"consistency.mode='distillation' needs a teacher, and the U-Net of model.name={config.model.name!r} is "
+            "untrained: give a trained pipeline as --training.init (or --consistency.teacher)."
         )
     # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
     LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))

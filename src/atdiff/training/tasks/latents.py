@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
 from atdiff.pipelines.latent_model import load_latent_pipeline, make_student, save_student, with_network
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
+from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
 from atdiff.pipelines.text_to_image import PROMPTS_FILE, text_to_image_run
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
-from atdiff.training.config import TrainConfig
+from atdiff.training.config import SMALL_PIPELINES, TrainConfig
 from atdiff.training.start import noise_scheduler
 from atdiff.training.tasks.base import Task
 from atdiff.training.tasks.latent_checks import (
@@ -41,7 +42,7 @@ from atdiff.training.tasks.latent_checks import (
 __all__ = ["LatentTask"]
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
-SHOWN = 16  # pictures of a grid of samples
+SHOWN = 16  # images of a grid of samples
 
 
 class LatentTask(Task):
@@ -99,23 +100,16 @@ class LatentTask(Task):
             self.captioned = self._captioned(classes)
 
     def _source(self) -> str:
-        """Return the pipeline to start from; a tiny one is made of the data."""
+        """Return the pipeline to start from, made for the data where the settings name what makes it."""
         config = self.config
         if config.model.name == "pipeline" or config.training.init is not None:
             assert config.training.init is not None
             return config.training.init
-        if not config.data.captions:
+        if config.model.name in SMALL_PIPELINES and not config.data.captions:
             raise UserError(
                 f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
             )
-        from atdiff.pipelines.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
-
-        makers: dict[str, Callable[..., Path]] = {
-            "tiny-sd": tiny_stable_diffusion,
-            "tiny-sd3": tiny_stable_diffusion_3,
-            "tiny-flux": tiny_flux,
-        }
-        return str(makers[config.model.name](self.images, config.data.captions, **config.model.args))
+        return str(find_maker(config.model.name)(self.images, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
         """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
@@ -151,7 +145,7 @@ class LatentTask(Task):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pictures."""
+        """Channels, height and width of the images."""
         return self.latent.image_channels, self.latent.image_size, self.latent.image_size
 
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)

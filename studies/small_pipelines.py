@@ -1,4 +1,7 @@
-"""Text-to-image pipelines small enough to train on a CPU, made of labelled images and a prompt for each class."""
+"""Text-to-image pipelines small enough to train on a CPU, made of labelled images and a prompt for each class.
+
+In a recipe: ``model: {name: studies/small_pipelines.py:tiny_sd3}``, or ``tiny-sd3`` for short.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,13 @@ from atdiff.system.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-__all__ = ["tiny_flux", "tiny_stable_diffusion", "tiny_stable_diffusion_3"]
+__all__ = ["tiny_flux", "tiny_sd", "tiny_sd3"]
+
+VAE_CHANNELS, UPDATES = (16, 32, 32), 600
 
 PROGRESS_FROM = 100  # updates of the autoencoder; fewer take a few seconds
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-PIPELINE_SIDE = 8  # StableDiffusionPipeline makes pictures of multiples of 8 pixels alone
+PIPELINE_SIDE = 8  # StableDiffusionPipeline makes images of multiples of 8 pixels alone
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 # How CLIP's tokenizer cuts a text into words; its own pattern, so that what is learned here are the words it sees.
 CLIP_WORDS = (
@@ -63,14 +68,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def tiny_stable_diffusion(
+def tiny_sd(
     images: ImageData,
     prompts: Sequence[str],
     *,
     prediction_type: str = "epsilon",
-    vae_channels: Sequence[int] = (16, 32, 32),
+    vae_channels: Sequence[int] = VAE_CHANNELS,
     unet_channels: Sequence[int] = (32, 64),
-    updates: int = 600,
+    updates: int = UPDATES,
 ) -> Path:
     """Return a folder of a ``StableDiffusionPipeline`` for the images, made now unless the cache has it.
 
@@ -95,104 +100,81 @@ def tiny_stable_diffusion(
             class, empty or equal; an unknown prediction type, widths that are no multiples of 8, no updates; or a cache
             folder that cannot be written.
     """
-    args = {
-        "prediction_type": prediction_type,
-        "vae_channels": list(vae_channels),
-        "unet_channels": list(unet_channels),
-        "updates": updates,
-    }
-    return _cached("tiny-sd", images, prompts, args, _stable_diffusion)
+    args = {"prediction_type": prediction_type, "unet_channels": list(unet_channels)}
+    return _cached("tiny-sd", images, prompts, _stable_diffusion, vae_channels, updates, args)
 
 
-def tiny_stable_diffusion_3(
+def tiny_sd3(
     images: ImageData,
     prompts: Sequence[str],
     *,
-    vae_channels: Sequence[int] = (16, 32, 32),
+    vae_channels: Sequence[int] = VAE_CHANNELS,
     num_layers: int = 3,
     num_attention_heads: int = 4,
-    updates: int = 600,
+    updates: int = UPDATES,
 ) -> Path:
-    """Return a folder of a ``StableDiffusion3Pipeline`` for the images, made now unless the cache has it.
+    """Return a folder of a ``StableDiffusion3Pipeline`` for the images; see :func:`tiny_sd`.
 
-    Autoencoder and text encoders are made as for :func:`tiny_stable_diffusion`; there are two of the latter, and no T5.
-    The transformer, with heads of 16 channels and a latent a token, is untrained. The noise is that of SD3 with a
-    shift of 1. (`Esser et al., 2024 <https://arxiv.org/abs/2403.03206>`_)
+    It has two text encoders and no T5. The transformer, with heads of 16 channels and a latent a token, is untrained.
+    The noise is that of SD3 with a shift of 1. (`Esser et al., 2024 <https://arxiv.org/abs/2403.03206>`_)
 
     Args:
-        images: as for :func:`tiny_stable_diffusion`.
+        images: as for :func:`tiny_sd`.
         prompts: likewise.
         vae_channels: likewise.
         num_layers: blocks of the transformer.
         num_attention_heads: of each block.
-        updates: batches that the autoencoder is trained for.
-
-    Returns:
-        A folder in the cache that ``DiffusionPipeline.from_pretrained`` opens; the same arguments give the same one.
-
-    Raises:
-        UserError: as :func:`tiny_stable_diffusion`, or no layers or heads.
+        updates: as for :func:`tiny_sd`.
     """
-    args: dict[str, Any] = {
-        "vae_channels": list(vae_channels),
-        "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads,
-        "updates": updates,
-    }
-    return _cached("tiny-sd3", images, prompts, args, _stable_diffusion_3)
+    args = {"num_layers": num_layers, "num_attention_heads": num_attention_heads}
+    return _cached("tiny-sd3", images, prompts, _stable_diffusion_3, vae_channels, updates, args)
 
 
 def tiny_flux(
     images: ImageData,
     prompts: Sequence[str],
     *,
-    vae_channels: Sequence[int] = (16, 32, 32),
+    vae_channels: Sequence[int] = VAE_CHANNELS,
     num_layers: int = 2,
     num_single_layers: int = 2,
     num_attention_heads: int = 4,
-    updates: int = 600,
+    updates: int = UPDATES,
 ) -> Path:
-    """Return a folder of a ``FluxPipeline`` for the images, made now unless the cache has it.
+    """Return a folder of a ``FluxPipeline`` for the images; see :func:`tiny_sd`.
 
-    Autoencoder and CLIP are made as for :func:`tiny_stable_diffusion`; a small T5 of random weights, which knows the
-    words of the prompts, tells them apart. The transformer, with heads of 16 channels, 2 x 2 latents a token and a
-    guidance embedding, is untrained. The noise is that of Flux.1 dev, its shift following the number of tokens.
-    (`Flux <https://github.com/black-forest-labs/flux>`_)
+    Beside the CLIP, a small T5 of random weights, which knows the words of the prompts, tells them apart. The
+    transformer, with heads of 16 channels, 2 x 2 latents a token and a guidance embedding, is untrained. The noise is
+    that of Flux.1 dev, its shift following the number of tokens. (`Flux <https://github.com/black-forest-labs/flux>`_)
 
     Args:
-        images: as for :func:`tiny_stable_diffusion`, whose latents must have an even side.
+        images: as for :func:`tiny_sd`, but the latents must have an even side.
         prompts: likewise.
         vae_channels: likewise.
-        num_layers: blocks that keep pictures and text apart.
+        num_layers: blocks that keep image and text apart.
         num_single_layers: blocks of both together.
         num_attention_heads: of each block.
-        updates: batches that the autoencoder is trained for.
-
-    Returns:
-        A folder in the cache that ``DiffusionPipeline.from_pretrained`` opens; the same arguments give the same one.
-
-    Raises:
-        UserError: as :func:`tiny_stable_diffusion`, or no layers or heads.
+        updates: as for :func:`tiny_sd`.
     """
-    args: dict[str, Any] = {
-        "vae_channels": list(vae_channels),
+    args = {
         "num_layers": num_layers,
         "num_single_layers": num_single_layers,
         "num_attention_heads": num_attention_heads,
         "token_side": PATCH,
-        "updates": updates,
     }
-    return _cached("tiny-flux", images, prompts, args, _flux)
+    return _cached("tiny-flux", images, prompts, _flux, vae_channels, updates, args)
 
 
 def _cached(
     kind: str,
     images: ImageData,
     prompts: Sequence[str],
-    args: dict[str, Any],
     make: Callable[[ImageData, Sequence[str], dict[str, Any], Path], Any],
+    vae_channels: Sequence[int],
+    updates: int,
+    args: dict[str, Any],
 ) -> Path:
     """Return the folder of the cache that ``make`` fills, checked and made first where it is not there."""
+    args = {"vae_channels": list(vae_channels), "updates": updates, **args}
     require_transformers(kind)
     _check_images(images)
     _check_prompts(images, prompts)
@@ -497,7 +479,7 @@ def _autoencoder(images: ImageData, args: dict[str, Any]) -> AutoencoderKL:
 
 
 def _train(vae: Any, images: ImageData, updates: int) -> None:  # noqa: ANN401  (attributes of diffusers)
-    """Train for the squared error of the pixels and a small weight on the divergence from the normal law."""
+    """Train for the squared error of the pixels and a small weight on the divergence from the normal distribution."""
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=RECIPE["weight_decay"])
     # The schedule divides by its number of warm-up steps, which is none of a single one.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["max_lr"], total_steps=max(updates, 10))

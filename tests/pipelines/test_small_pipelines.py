@@ -18,8 +18,13 @@ from transformers import CLIPTokenizer
 
 from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
-from atdiff.pipelines.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3
+from atdiff.pipelines import maker
+from atdiff.pipelines.maker import find_maker
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.training.tasks import make_task
+from small_pipelines import tiny_flux, tiny_sd, tiny_sd3
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
 QUICK: dict[str, Any] = {"vae_channels": (8, 16), "unet_channels": (8, 16), "updates": 60}
@@ -47,7 +52,7 @@ def drawn(pipeline: Any, prompts: list[str], **options: Any) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """The quick pipeline of the digits; not to be written into."""
-    return tiny_stable_diffusion(digits(), PROMPTS, **QUICK)
+    return tiny_sd(digits(), PROMPTS, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def test_pictures_depend_on_the_prompt_alone(pipeline: Any) -> None:
 
 
 def test_colour_images_have_pictures_in_colour() -> None:
-    path = tiny_stable_diffusion(digits(32, channels=3), PROMPTS, **{**QUICK, "updates": 1})
+    path = tiny_sd(digits(32, channels=3), PROMPTS, **{**QUICK, "updates": 1})
     assert drawn(opened(path), [PROMPTS[0]]).shape == (1, 16, 16, 3)
 
 
 def test_size_of_the_latents_follows_the_levels() -> None:
-    small = opened(tiny_stable_diffusion(digits(32), PROMPTS, **{**QUICK, "vae_channels": (8, 8, 8), "updates": 1}))
+    small = opened(tiny_sd(digits(32), PROMPTS, **{**QUICK, "vae_channels": (8, 8, 8), "updates": 1}))
     assert small.unet.config.sample_size == 4
     assert drawn(small, [PROMPTS[0]], height=None, width=None).shape == (1, 16, 16, 1)
 
@@ -94,7 +99,7 @@ def test_noise_schedule_is_that_of_stable_diffusion(pipeline: Any) -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_scheduler_says_what_is_predicted(prediction_type: str) -> None:
     args = {**QUICK, "updates": 1}
-    path = tiny_stable_diffusion(digits(32), PROMPTS, prediction_type=prediction_type, **args)
+    path = tiny_sd(digits(32), PROMPTS, prediction_type=prediction_type, **args)
     assert json.loads((path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == prediction_type
 
 
@@ -176,7 +181,7 @@ def test_prompts_have_embeddings_far_apart(pipeline: Any) -> None:
 
 def test_long_prompts_fit_whole() -> None:
     long = [" ".join([word] * 20) for word in WORDS]
-    path = tiny_stable_diffusion(digits(32), long, **{**QUICK, "updates": 1})
+    path = tiny_sd(digits(32), long, **{**QUICK, "updates": 1})
     made = opened(path)
     assert made.tokenizer.model_max_length == made.text_encoder.config.max_position_embeddings == 22
     assert drawn(made, [long[0]]).shape == (1, 16, 16, 1)
@@ -194,7 +199,7 @@ def test_same_input_gives_the_same_bytes_and_leaves_the_random_state(
         monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / cache))
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        path = tiny_stable_diffusion(digits(64), PROMPTS, **{**QUICK, "updates": 3})
+        path = tiny_sd(digits(64), PROMPTS, **{**QUICK, "updates": 3})
         assert torch.equal(torch.get_rng_state(), before)
         assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
         found.append((path.name, contents(path)))
@@ -203,7 +208,7 @@ def test_same_input_gives_the_same_bytes_and_leaves_the_random_state(
 
 def test_cache_is_used_again(folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert tiny_stable_diffusion(digits(), list(PROMPTS), **QUICK) == folder
+    assert tiny_sd(digits(), list(PROMPTS), **QUICK) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
@@ -212,11 +217,11 @@ def test_other_input_has_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_pat
     data, args = digits(32), {**QUICK, "updates": 1}
     assert data.labels is not None
     folders = {
-        tiny_stable_diffusion(data, PROMPTS, **args),
-        tiny_stable_diffusion(data, PROMPTS[::-1], **args),
-        tiny_stable_diffusion(data, PROMPTS, **{**args, "updates": 2}),
-        tiny_stable_diffusion(replace(data, images=data.images.flip(0)), PROMPTS, **args),
-        tiny_stable_diffusion(replace(data, labels=data.labels.flip(0)), PROMPTS, **args),
+        tiny_sd(data, PROMPTS, **args),
+        tiny_sd(data, PROMPTS[::-1], **args),
+        tiny_sd(data, PROMPTS, **{**args, "updates": 2}),
+        tiny_sd(replace(data, images=data.images.flip(0)), PROMPTS, **args),
+        tiny_sd(replace(data, labels=data.labels.flip(0)), PROMPTS, **args),
     }
     assert len(folders) == 5
 
@@ -251,20 +256,20 @@ def images(shape: tuple[int, ...] = (20, 1, 16, 16), dtype: torch.dtype = torch.
 )
 def test_mistakes_are_named(data: ImageData, prompts: list[str], args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        tiny_stable_diffusion(data, prompts, **args)
+        tiny_sd(data, prompts, **args)
 
 
 def test_cache_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="ATDIFF_CACHE"):
-        tiny_stable_diffusion(digits(32), PROMPTS, **{**QUICK, "updates": 1})
+        tiny_sd(digits(32), PROMPTS, **{**QUICK, "updates": 1})
 
 
 def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
     few = {"vae_channels": (8, 16), "num_layers": 1, "num_attention_heads": 2, "updates": 1}
-    folder = tiny_stable_diffusion_3(digits(32), PROMPTS, **few)
-    assert folder == tiny_stable_diffusion_3(digits(32), PROMPTS, **few)
+    folder = tiny_sd3(digits(32), PROMPTS, **few)
+    assert folder == tiny_sd3(digits(32), PROMPTS, **few)
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
     pipeline.set_progress_bar_config(disable=True)
@@ -275,7 +280,7 @@ def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt()
     assert np.abs(one - other).max() > 1e-5
     for name in ("num_layers", "num_attention_heads"):
         with pytest.raises(UserError, match=f"{name} is 0"):
-            tiny_stable_diffusion_3(digits(32), PROMPTS, **{**few, name: 0})
+            tiny_sd3(digits(32), PROMPTS, **{**few, name: 0})
 
 
 def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
@@ -299,7 +304,7 @@ def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
         tiny_flux(digits(32), PROMPTS, **{**few, "vae_channels": (8,) * 5})
 
 
-@pytest.mark.parametrize("make", [tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_flux])
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3, tiny_flux])
 def test_without_transformers_one_sentence_names_the_extra(
     make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -308,3 +313,39 @@ def test_without_transformers_one_sentence_names_the_extra(
     with pytest.raises(UserError, match=r"needs text encoders of transformers: pip install 'atdiff\[lcm\]'"):
         make(digits(32), PROMPTS)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("word", ["tiny-sd", "tiny-sd3", "tiny-flux"])
+def test_a_word_means_the_file_of_a_clone(word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = find_maker(word)
+    assert made is find_maker(f"{ROOT}/studies/small_pipelines.py:{word.replace('-', '_')}")
+    monkeypatch.setattr(maker, "SMALL", tmp_path / "small_pipelines.py")  # as where a wheel is installed
+    with pytest.raises(UserError, match=rf"repository and not in .* as PATH/small_pipelines.py:{made.__name__}\.$"):
+        find_maker(word)
+
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Made:
+    folder: str
+
+def mine(images, prompts, *, at):
+    assert len(images) > len(prompts) == 10
+    return Made(at).folder
+"""
+
+
+def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    recipe = load_recipe("text-digits")
+    words = ["--data.image_size", "16", "--model.args.at", str(folder), "--model.name"]
+    assert make_task(resolve(recipe, None, [*words, f"{file}:mine"])).latent.source == str(folder)
+    for wrong, message in ((f"{file}:other", "names no function of"), (f"{tmp_path}/no.py:mine", "that is not there")):
+        with pytest.raises(UserError, match=message):
+            make_task(resolve(recipe, None, [*words, wrong]))
+    with pytest.raises(UserError, match="is unknown; expected one of"):
+        resolve(recipe, None, [*words, str(file)])

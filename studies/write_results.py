@@ -1,7 +1,7 @@
-"""Write the page of a comparison and its pictures beside this file.
+"""Write the page of a comparison, with its figures, into docs/results.
 
-python docs/results/write.py runs/digits-v                          # a study: digits-v.md
-python docs/results/write.py runs/corrected/quickstart.summary.json  # of atdiff compare: corrected-quickstart.md
+python studies/write_results.py runs/digits-v                          # a study: digits-v.md
+python studies/write_results.py runs/corrected/quickstart.summary.json  # of atdiff compare: corrected-quickstart.md
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.report import save_curves
-from atdiff.report.mismatch import mismatch_curves
-from atdiff.report.robustness import direction_curves, robustness_curves
+from atdiff.report.measured import direction_curves, mismatch_curves, robustness_curves
 from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of
 from atdiff.report.tables import correction_markdown, markdown_table
 from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_text
 
-HERE = Path(__file__).parent
+PAGES = Path(__file__).parent.parent / "docs" / "results"
 FIGURES = {
     "mismatch": (
         mismatch_curves,
@@ -34,15 +33,15 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         name = path.name if path.is_dir() else f"{path.parent.name}-{path.name.removesuffix('.summary.json')}"
         summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
-        write_text(HERE / f"{name}.md", page(name, summary))
-        print(HERE / f"{name}.md")
+        write_text(PAGES / f"{name}.md", page(name, summary))
+        print(PAGES / f"{name}.md")
 
 
 def page(name: str, summary: dict[str, Any]) -> str:
     cells, options = summary["cells"], {"baseline": summary["baseline"], "metric": summary["metric"]}
     corrections = corrections_of(cells)
     rows = compare(cells, correction=corrections[0], **options)
-    save_curves(rows, HERE / f"{name}.png")
+    save_curves(rows, PAGES / f"{name}.png")
     parts = [
         f"# {name}",
         f"`{summary['command']}`",
@@ -106,7 +105,7 @@ def means(rows: list[Row]) -> list[str]:
 
 def picture(name: str, part: str, measured: dict[str, Any]) -> str:
     draw, caption = FIGURES[part]
-    write_bytes(HERE / f"{name}-{part}.png", draw(measured["by_run"], file_format="png"))
+    write_bytes(PAGES / f"{name}-{part}.png", draw(measured["by_run"], file_format="png"))
     told = {key: value for key, value in measured["recipe"].items() if isinstance(value, str | int | float)}
     of = ", ".join(f"{key} {value}" for key, value in told.items())
     return f"## {part.capitalize()}\n\n![{caption}]({name}-{part}.png)\n\n{caption}. {of}."

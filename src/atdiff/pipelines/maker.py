@@ -1,0 +1,58 @@
+"""A pipeline that a function of a python file makes for the data of a run: ``model.name: FILE.py:FUNCTION``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+
+__all__ = ["find_maker"]
+
+SMALL = Path(__file__).parents[3] / "studies" / "small_pipelines.py"  # of a clone; no part of a wheel
+
+
+def find_maker(name: str) -> Callable[..., Path]:
+    """Return the function that ``FILE.py:FUNCTION`` names, or a stand-in of the repository: tiny-sd, -sd3 or -flux.
+
+    It takes :class:`atdiff.data.ImageData`, a prompt for each class (or None) and ``model.args`` as keywords, and
+    returns the folder of a saved pipeline.
+
+    Raises:
+        UserError: there is no such file, or no such function in it.
+    """
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        path, function = str(SMALL), name.replace("-", "_")
+        if not SMALL.is_file():
+            raise UserError(
+                f"model.name={name!r} is a stand-in of studies/small_pipelines.py, which lives in atdiff's repository "
+                f"and not in the installed package: name that file of a clone, as PATH/small_pipelines.py:{function}."
+            )
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.name={name!r} names a file that is not there: expected FILE.py:FUNCTION.")
+    maker = getattr(_loaded(file.resolve()), function, None)
+    if not callable(maker):
+        raise UserError(f"model.name={name!r} names no function of {file}: expected FILE.py:FUNCTION.")
+    return maker
+
+
+def _loaded(file: Path) -> Any:  # noqa: ANN401
+    """Import a file under its path, once, so that no other module is in its way."""
+    name = str(file)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # which dataclasses look up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -1,0 +1,158 @@
+"""What a run leaves on its way: lines of its log, checkpoints, grids of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.adversary import Adversary
+from atdiff.core.errors import RunError
+from atdiff.sampling.generate import save_images
+from atdiff.system.files import write_text
+from atdiff.system.processes import from_main
+from atdiff.training.checkpoint import last_good
+from atdiff.training.progress import TrainingBar
+from atdiff.training.state import TrainingState
+from atdiff.training.steps import Steps
+from atdiff.training.tasks.base import Task
+
+__all__ = ["MetricsLog", "Records"]
+
+
+class Records:
+    """Writes what is due after an update; every process takes part.
+
+    Args:
+        out: the folder of the run.
+        task: of the run.
+        steps: of the run.
+        state: of the run.
+    """
+
+    def __init__(self, out: Path, task: Task, steps: Steps, state: TrainingState) -> None:
+        self.out, self.task, self.steps, self.state = out, task, steps, state
+        self.settings, self.accelerator = task.config.training, state.accelerator
+        self.log = MetricsLog(out / "metrics.jsonl")
+        self.bar = TrainingBar(self.settings.passes)
+
+    def start(self) -> None:
+        """Count the passes per second from here."""
+        self._started, self._first_pass = time.perf_counter(), self.state.passes
+
+    def write(self, loss: Tensor, before: int, batch: int) -> None:
+        """Log, save and draw what is due; a save waits for the end of the batch.
+
+        Args:
+            loss: of the last pass.
+            before: passes that were behind before the update.
+            batch: passes that were behind before its batch.
+        """
+        settings, now, adversary = self.settings, self.state.passes, self.state.adversary
+
+        def due(every: int, before: int) -> bool:
+            return every > 0 and (now // every > before // every or now >= settings.passes)
+
+        if due(settings.log_every, before):
+            self._write_line(loss)
+        # The last batch may be cut short, and a longer run resumes before it.
+        cut = adversary.updates_per_batch > 1 and now + adversary.num_passes > settings.passes
+        between = self.state.between_batches
+        if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
+            self.save()
+        if due(settings.sample_every, before):
+            self.sample()
+
+    def _write_line(self, loss: Tensor) -> None:
+        self._check_finite()
+        seen = self.state.batches * self.settings.batch_size * self.accelerator.num_processes
+        seconds = time.perf_counter() - self._started
+        values = {
+            "pass": self.state.passes,
+            "epoch": round(seen / self.task.epoch_size, 4),
+            **_line_of(loss, self.state.adversary),
+            "skipped_steps": self.steps.finite.skipped,
+            "lr": self.steps.rate,
+            "ema_decay": self.state.weights.ema.last,
+            "passes_per_second": round((self.state.passes - self._first_pass) / max(seconds, 1e-9), 2),
+        }
+        if self.accelerator.is_main_process:
+            self.log.append(values)
+            self.bar.describe(values)
+        known = {name: value for name, value in values.items() if value is not None}
+        self.accelerator.log(known, step=self.state.passes)
+
+    def save(self) -> None:
+        """Write a checkpoint, where this pass has none."""
+        if self.state.saved_at != self.state.passes:
+            self._check_finite()
+            self.state.save(self.out / "checkpoints", self.settings.keep_checkpoints)
+
+    def _check_finite(self) -> None:
+        """Count the steps that were skipped; end the run where they are too many, or all that was left of it."""
+        finite, limit = self.steps.finite, self.settings.max_skipped
+        nothing_else = finite.collect()
+        if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):
+            raise RunError(
+                f"{finite.newest}; {finite.skipped} steps were skipped for it, and training.max_skipped is "
+                f"{limit}: lower optimizer.lr or the adversary's step_size; {last_good(self.out / 'checkpoints')}."
+            )
+
+    def sample(self, average: Any = None) -> None:  # noqa: ANN401  (any diffusers model)
+        """Write a grid of samples of the average, where this pass has none; None gathers the average first."""
+        path = self.out / "samples" / f"pass-{self.state.passes:09d}.png"
+        if from_main(path.exists()):
+            return
+        device = self.accelerator.device
+        # Training resumes as if nothing had been drawn.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            average = self.state.weights.published() if average is None else average
+            images = self.task.samples(self.out, average, device)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            save_images(images, path)
+
+
+class MetricsLog:
+    """A file of one JSON object a line, each with the ``pass`` that it tells of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def cut(self, passes: int) -> None:
+        """Drop the lines beyond ``passes``, and one that a killed process has not finished."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines()
+        kept = [line for line in lines if _pass_of(line) <= passes]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def _line_of(loss: Tensor, adversary: Adversary) -> dict[str, float | int | None]:
+    """Return what a line tells of the last pass, its loss, terms and perturbation; None for what is not finite."""
+    output = adversary.output
+    assert output is not None
+    measured = {
+        "loss": loss.item(),
+        **{name: term.detach().mean().item() for name, term in output.terms.items()},
+        "delta_norm": adversary.mean_norm().item(),
+    }
+    known = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+    return {**known, "nonfinite_deltas": int(adversary.nonfinite)}
+
+
+def _pass_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["pass"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

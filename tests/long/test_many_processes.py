@@ -1,0 +1,146 @@
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
+"""Two processes (gloo, on the CPU) through the commands: the weights, images and figures of one, and a clear end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from launching import LIMIT, SCRIPT, ended, free_port, launch, recipe, run  # noqa: F401
+from processes import CAN_SHARD
+
+from atdiff.pipelines.model import load_denoiser
+from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
+
+
+def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -> None:
+    """Started without Accelerate, whose variables alone would make a group of CPUs."""
+    arms = ["plain", "authors-accumulated", "consistency"]
+    threads = torch.get_num_threads()
+    processes.main(tmp_path / "one", arms)
+    torch.set_num_threads(threads)
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        *torchrun,
+        SCRIPT,
+        str(tmp_path / "two"),
+    ]
+    subprocess.run([*command, *arms], check=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=LIMIT)
+    for arm in arms:
+        one = torch.load(tmp_path / "one" / f"{arm}-0.pt")
+        for rank in (0, 1):
+            two = torch.load(tmp_path / "two" / f"{arm}-{rank}.pt")
+            for name, expected in one["weights"].items():
+                torch.testing.assert_close(two["weights"][name], expected, rtol=0, atol=1e-6)
+                torch.testing.assert_close(two["ema"][name], one["ema"][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
+def test_split_weights_are_saved_whole_and_gone_on_with_exactly(recipe: Path, run: Path, tmp_path: Path) -> None:
+    words = ["-m", "atdiff", "train", str(recipe), "--training.shard", "true", "--out"]
+    for passes, folder in ((40, "whole"), (15, "parts"), (40, "parts")):
+        code, error = ended(launch(*words, str(tmp_path / folder), "--training.passes", str(passes)))
+        assert code == 0, error
+    found = [latest_checkpoint(tmp_path / folder / "checkpoints") for folder in ("whole", "parts")]
+    (weights, ema, state), other = (load_checkpoint(path) for path in found if path is not None)
+    assert all(torch.equal(value, other[0][name]) for name, value in weights.items())
+    assert all(torch.equal(value, other[1][name]) for name, value in ema.items())
+    moments = state["optimizer"]["state"], other[2]["optimizer"]["state"]
+    assert all(
+        torch.equal(value, moments[1][name][key]) for name in moments[0] for key, value in moments[0][name].items()
+    )
+    # And it is the run of processes that have whole weights, to rounding, with the same files.
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    for name, value in load_checkpoint(newest)[0].items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    published = [load_denoiser(str(folder)).model.state_dict() for folder in (tmp_path / "whole", run)]
+    for name, value in published[0].items():
+        assert torch.equal(value, ema[name])
+        torch.testing.assert_close(value, published[1][name], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == sorted(path.name for path in run.iterdir())
+
+
+def test_pictures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    words = ["-m", "atdiff", "sample", str(run), "--num", "20", "--steps", "5", "--batch-size", "8", "--out"]
+    two = launch(*words, str(tmp_path / "two.npz"))
+    subprocess.run([sys.executable, *words, str(tmp_path / "one.npz")], check=True)
+    code, error = ended(two)
+    assert code == 0, error
+    pictures = [np.load(tmp_path / name)["arr_0"] for name in ("one.npz", "two.npz")]
+    assert pictures[0].shape == (20, 8, 8, 1)
+    assert np.array_equal(*pictures)
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    words = ["-m", "atdiff", "evaluate", str(run), "--num", "600", "--steps", "3,5", "--search-num", "64"]
+    words += ["--corrections", "none,epsilon-scaling:search", "--out"]
+    code, error = ended(launch(*words, str(tmp_path / "two.json")))
+    assert code == 0, error
+    subprocess.run([sys.executable, "-W", "ignore", *words, str(tmp_path / "one.json")], check=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert len(one) == 4
+    for first, second in zip(one, two, strict=True):
+        assert first.pop("metrics") == pytest.approx(second.pop("metrics"), rel=1e-6)
+        for cell in (first, second):
+            cell.pop("correction_search", None)
+        assert first == second
+
+
+def test_other_commands_say_that_they_work_in_one_process(run: Path, tmp_path: Path) -> None:
+    _, error = ended(launch("-m", "atdiff", "mismatch", str(run), "--out", str(tmp_path / "out")))
+    assert "`atdiff mismatch` works in one process: start it without a launcher" in error
+    assert not (tmp_path / "out").exists()
+
+
+def long_run(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a run of two processes that does not end by itself; return once it has saved."""
+    process = launch(
+        "-m", "atdiff", "train", str(recipe), "--out", str(out), "--training.passes", "1000000",
+        "--training.sample_every", "0",
+    )  # fmt: skip
+    for _ in range(10 * LIMIT):
+        if list((out / "checkpoints").glob("pass-*")):
+            return process
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("nothing was saved")
+
+
+def test_a_process_that_dies_ends_all_of_them(recipe: Path, tmp_path: Path) -> None:
+    process = long_run(recipe, tmp_path / "run")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    started = time.monotonic()
+    code, error = ended(process)
+    assert code != 0
+    assert time.monotonic() - started < 60
+    assert "SIGKILL" in error or "Signal 9" in error
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert checkpoint_problem(newest) is None
+
+
+def test_sigterm_stops_all_at_the_same_pass(recipe: Path, tmp_path: Path) -> None:
+    process = long_run(recipe, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    _, error = ended(process)
+    assert "SIGTERM was received: pass " in error
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert f"pass {int(newest.name.removeprefix('pass-'))} of 1000000 is saved" in error
+    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
