@@ -73,6 +73,6 @@ class Steps:
     def set_rate(self, passes: int) -> None:
         """Set the learning rate for the step after ``passes`` passes."""
         settings = self.config.optimizer
-        factor = learning_rate_factor(settings, passes, self.config.training.passes)
+        factor = learning_rate_factor(settings, passes, self.config.training.passes, self.weights.task.charged)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
