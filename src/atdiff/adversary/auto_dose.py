@@ -12,6 +12,8 @@ from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
 from atdiff.objectives.batch import Batch
+from atdiff.objectives.denoising import DenoisingObjective
+from atdiff.objectives.implied import estimates
 from atdiff.system.processes import mean_over_processes
 
 __all__ = ["AutoDose"]
@@ -76,7 +78,7 @@ class AutoDose:
         """Return ``k`` of each sample of a batch, ``(B,)``."""
         return self.dose(sampler_time(schedule, batch.timesteps))
 
-    def observe(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
+    def observe(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> None:
         """Draw samples, where it is due, and correct the doses by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
@@ -88,7 +90,7 @@ class AutoDose:
         self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(*LIMITS)
 
     @torch.no_grad()
-    def _measured(self, objective: Any, model: Callable[..., Any], batch: Batch) -> Tensor:  # noqa: ANN401
+    def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the variance of samples over that of noised data, after each step, ``(steps,)``."""
         schedule = objective.schedule
         times = sampler_times(schedule, self.steps).to(batch.x0.device)
@@ -97,7 +99,7 @@ class AutoDose:
         x, found = sigma[0] * torch.randn_like(batch.x0), []
         for i, time in enumerate(times):
             timesteps = timesteps_at(schedule, time.expand(len(x)))
-            x0_hat, noise_hat = objective.estimates(model, x, timesteps, batch.conditions)
+            x0_hat, noise_hat = estimates(objective, model, x, timesteps, batch.conditions)
             if objective.prediction.needs_signal:  # as samplers do: at little signal it is far from any data
                 x0_hat = x0_hat.clamp(*self.range)
                 noise_hat = (x - alpha[i] * x0_hat) / sigma[i]

@@ -72,12 +72,18 @@ def check_adversary(
         )
     if method != "free" and order == "staggered":
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
-    if dose is not None or steps is not None:
+    if (dose is not None or steps is not None) and method not in STEPLESS:
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
     if method in STEPLESS:
-        given = {"direction": direction, "target": target, "radius": radius, "noise_levels": noise_levels}
+        given = {
+            "dose": dose or steps,
+            "direction": direction,
+            "target": target,
+            "radius": radius,
+            "noise_levels": noise_levels,
+        }
         check_stepless(method, passes, weight, **given)
 
 

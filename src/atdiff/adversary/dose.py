@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.auto_dose import AutoDose
-from atdiff.core.errors import UserError
 from atdiff.core.noise import expand, noise_level
 from atdiff.objectives.batch import Batch
+from atdiff.objectives.implied import as_denoiser, x0_error
 
 __all__ = ["Dosed"]
 
@@ -48,11 +48,6 @@ class Dosed:
         """Take note of the objective, whose residual is measured in its own units."""
         del warns
         self._objective = objective
-        if self.auto is not None and not hasattr(objective, "estimates"):
-            raise UserError(
-                f"steps={self.auto.steps} sets the dose of a sampler that takes many steps, and a consistency model "
-                "has none: give dose=0.1 or another number."
-            )
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what the dose is multiplied by, ``(B,)``: ``sigma_t``, and 0 outside the noise levels."""
@@ -64,7 +59,7 @@ class Dosed:
 
     def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return delta after one move, and how many samples had no finite direction and stay."""
-        error = expand(self._objective.x0_error(batch), delta) * direction.to(delta.dtype)
+        error = expand(x0_error(self._objective, batch), delta) * direction.to(delta.dtype)
         finite = error.isfinite().flatten(1).all(dim=1)
         error = torch.where(expand(finite, delta), error, 0.0)
         auto = self.auto
@@ -78,4 +73,5 @@ class Dosed:
     def before(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
         """Measure the sampler, where it is due; called before the passes of a batch."""
         if self.auto is not None:
-            self.auto.observe(objective, model, batch)
+            denoiser, _ = as_denoiser(objective, batch, f"steps={self.auto.steps}")
+            self.auto.observe(denoiser, model, batch)
