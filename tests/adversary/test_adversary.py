@@ -64,7 +64,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], **bounds: float) ->
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
-@pytest.mark.parametrize("direction", ["gradient", "gradient_full", "residual", "random"])
+@pytest.mark.parametrize("direction", ["gradient", "gradient_full", "residual", "drift", "random"])
 def test_weight_gradients_are_those_of_an_ordinary_pass_at_the_same_input(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, norm: Any, direction: Any
 ) -> None:

@@ -24,7 +24,7 @@ from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, lo
 
 def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -> None:
     """Started without Accelerate, whose variables alone would make a group of CPUs."""
-    arms = ["plain", "authors-accumulated", "consistency"]
+    arms = ["plain", "consecutive-accumulated", "consistency"]
     threads = torch.get_num_threads()
     processes.main(tmp_path / "one", arms)
     torch.set_num_threads(threads)

@@ -60,6 +60,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "look-ahead": {"direction": "residual", "method": "pgd", "scale": "high"},
     "ascent": {"direction": "gradient_full", "method": "pgd", "scale": "middle"},
     "equivariance": {"direction": "gradient", "method": "equivariance"},
+    "drift": {"direction": "drift", "scale": "sigma"},
+    "soar": {"method": "soar"},
+    "adr": {"method": "adr", "passes": 2},
+    "contrastive": {"method": "contrastive", "passes": 1, "weight": 0.05},
+    "mac": {"method": "mac", "passes": 2, "weight": 2.0},
     "sigma": {"scale": "sigma"},
     "constant": {"scale": "constant", "direction": "residual"},
     "unbounded": {"scale": lambda alpha, sigma: 1.0 / sigma},
@@ -86,7 +91,7 @@ def at_ends(name: str, kind: str, **options: Any) -> tuple[DenoisingObjective, A
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_losses_gradients_and_perturbations_are_finite(name: str, kind: str, arm: str, weighting: Any) -> None:
     objective, batch = at_ends(name, kind, weighting=weighting)
-    adversary, net = Adversary(step_size=0.2, passes=3, **ARMS[arm]), network()
+    adversary, net = Adversary(**{"step_size": 0.2, "passes": 3, **ARMS[arm]}), network()
     for loss in adversary.passes(objective, lambda x, t: net(x), batch):
         assert loss.isfinite()
         loss.backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import pytest
@@ -311,12 +311,12 @@ def test_wrong_number_of_channels_is_named() -> None:
         objective.loss(Affine(), drawn(objective))
 
 
-class Nearest(Noising):
-    """The nearest of two noises to each sample."""
+class Nearer(Noising):
+    """The nearer of two noises to each sample."""
 
-    name = "nearest"
+    name = "nearer"
 
-    def noise(self, x0: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    def noise(self, x0: Tensor, draw: Callable[[], Tensor], conditions: Mapping[str, Tensor]) -> Tensor:
         first, second = draw(), draw()
         nearer = (first - x0).flatten(1).norm(dim=1) < (second - x0).flatten(1).norm(dim=1)
         return torch.where(nearer.view(-1, 1, 1, 1), first, second)
@@ -324,8 +324,8 @@ class Nearest(Noising):
 
 def test_a_further_noising_is_a_class_and_a_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """It composes with the others, and what a caller gives stays as it is."""
-    monkeypatch.setitem(NOISINGS, "nearest", Nearest)
-    objective, plain = objective_of("flow", nearest=1.0, input_perturbation=0.5), objective_of("flow")
+    monkeypatch.setitem(NOISINGS, "nearer", Nearer)
+    objective, plain = objective_of("flow", nearer=1.0, input_perturbation=0.5), objective_of("flow")
     x0, t = torch.randn(512, 2, 4, 4), torch.full((512,), 500.0)
     paired, independent = objective.draw(x0, timesteps=t), plain.draw(x0, timesteps=t)
     assert (paired.noise - x0).norm() < 0.97 * (independent.noise - x0).norm()

@@ -165,21 +165,27 @@ def test_every_combination_of_the_adversary_works_or_says_why() -> None:
     """Whatever passes the check of the settings makes an adversary, and what does not is told before."""
     recipe, good, bad = load_recipe("quickstart"), 0, []
     names = ("norm", "method", "direction", "order", "target")
+    own = {"soar": (2, 0, 1), "adr": (2, 0, 1), "contrastive": (1, 0, 0.05), "mac": (2, 0, 2)}
     for values in itertools.product(*(get_args(kind) for kind in (Norm, Method, Direction, Order, Target))):
+        passes, step, weight = own.get(values[1], (2, 1, 1))
         words = [f"--adversary.{name}={value}" for name, value in zip(names, values, strict=True)]
+        words += [f"--adversary.passes={passes}", f"--adversary.step_size={step}", f"--adversary.weight={weight}"]
         try:
-            config = resolve(recipe, None, [*words, "--adversary.passes=2", "--adversary.step_size=1"])
+            config = resolve(recipe, None, words)
             adversary = build_adversary(config)
         except UserError as error:
             bad.append((values, str(error)))
             continue
         good += 1
         assert (adversary.norm, adversary.method, adversary.direction, adversary.order, adversary.target) == values
-    assert good + len(bad) == 3 * 3 * 4 * 2 * 2
+    assert good + len(bad) == 3 * 7 * 5 * 2 * 2
     for (_, method, direction, order, target), why in bad:
         assert method != "free"
         if order == "staggered":
             assert "staggered" in why
+        elif method in own:
+            told = f"target={target!r}" if direction == "gradient" else f"direction={direction!r}"
+            assert f"{told} does not go with method={method!r}" in why
         else:
             assert method == "equivariance"
             assert ("needs target='equivariant'" if target == "invariant" else f"direction='{direction}'") in why

@@ -53,6 +53,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "pgd": {"adversary": {**CONSECUTIVE, "method": "pgd"}},
     "pgd-accumulated": {"adversary": {**CONSECUTIVE, "method": "pgd"}, "accumulate": 2},
     "pgd-residual": {"adversary": {**CONSECUTIVE, "method": "pgd", "direction": "residual"}},
+    "adr": {"adversary": {"passes": 2, "method": "adr"}},
+    "adr-accumulated": {"adversary": {"passes": 2, "method": "adr"}, "accumulate": 2},
     "learned": {"adversary": CONSECUTIVE, "objective": {"variance": "learned_range"}},
     "consistency": {
         "adversary": CONSECUTIVE,
@@ -62,7 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no-clip": {"adversary": CONSECUTIVE, "grad_clip": None},
 }
 # Weights split over the processes, which one process cannot do: it trains with whole ones.
-SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "consistency", "no-clip")
+SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "adr", "consistency", "no-clip")
 CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs; 2.6 asks for streams there
 ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atdiff.core.errors import Stopped, UserError
-from atdiff.objectives.noising import NOISINGS, Noising
+from atdiff.objectives.noising import NOISINGS
 from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling.generate import generate
 from atdiff.study.recipe import load_recipe, resolve
@@ -296,14 +296,21 @@ def test_other_couplings_contradict_it(name: str, root: Path, tmp_path: Path, mo
     run(root, "flow", "plain", tmp_path / "plain")
     config = settings(root, "flow", "reflow", f"--objective.{name}", "0.1")
     Trainer(config)
-    monkeypatch.setitem(NOISINGS, "ot", Noising)
-    monkeypatch.setattr("atdiff.training.config.ObjectiveConfig.ot", 0.0, raising=False)
+    monkeypatch.setitem(NOISINGS, "another", NOISINGS["input_perturbation"])
+    monkeypatch.setattr("atdiff.training.config.ObjectiveConfig.another", 0.0, raising=False)
     start = load_start(config)
     assert start is not None
     check_reflow(config, start.scheduler, start)
-    config.objective.ot = 0.5
-    with pytest.raises(UserError, match=r"objective.ot=0.5 and objective.reflow=40 each say which noise goes with"):
+    config.objective.another = 0.5
+    with pytest.raises(UserError, match=r"objective.another=0.5 and objective.reflow=40 each say which noise goes"):
         check_reflow(config, start.scheduler, start)
+
+
+@pytest.mark.parametrize("coupling", ["ot=true", "nearest=4", "explorative=3"])
+def test_a_coupling_contradicts_it(coupling: str, root: Path, tmp_path: Path) -> None:
+    run(root, "flow", "plain", tmp_path / "plain")
+    with pytest.raises(UserError, match=r"and objective.reflow=40 each say which noise goes with a sample"):
+        Trainer(settings(root, "flow", "reflow", f"--objective.{coupling}"))
 
 
 def test_a_study_finds_what_is_wrong_with_the_arm_before_the_base_is_trained(root: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from atdiff.adversary.attack import Forward, Kept, Objective, in_turn, micro_batches, placed
-from atdiff.adversary.checks import check_adversary
+from atdiff.adversary.auto_dose import AutoDose
+from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_coupling
 from atdiff.adversary.directions import DIRECTIONS
+from atdiff.adversary.dose import Dosed
 from atdiff.adversary.methods import METHODS
 from atdiff.adversary.perturbation import Perturbation
 from atdiff.adversary.scale import ScaleFunction
@@ -25,44 +27,40 @@ __all__ = ["Adversary"]
 class Adversary:
     """The perturbation set, and the passes that train on it.
 
-    ``free`` adversarial training runs each batch through ``passes`` forward-backward passes. It starts at
-    ``delta = 0``; each backward pass gives the gradient of the weights, which the caller's optimizer uses, and the
-    direction in which delta then moves. (`Wang et al. <https://arxiv.org/abs/2502.17099>`_, algorithm 1; `FreeLB
-    <https://arxiv.org/abs/1909.11764>`_.) ``pgd`` spends ``passes - 1`` passes on delta alone and one on the weights
-    (`Madry et al. <https://arxiv.org/abs/1706.06083>`_); without an input gradient those are forwards alone.
+    ``Adversary(steps=8)`` is all that a network needs that is to sample in 8 steps: ``pgd`` in two passes along the
+    residual, by a dose that sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting
+    of `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
-    ``equivariance`` trains at the clean input and adds ``weight * || e(x_t + delta) - e(x_t) ||^2``, with e the error
-    of the network's prediction against the equivariant target. Both inputs share one forward and backward of twice the
-    batch, counted as two passes; ``passes - 2`` more move delta first (one is FGSM; a random step takes none).
-    (`Briglia et al. <https://arxiv.org/abs/2505.21742>`_)
-
-    ``direction``:
-
-    - ``gradient``: of the loss with delta detached from the target (the authors').
-    - ``gradient_full``: of the loss with delta in the target too: the true worst case.
-    - ``residual``: the predicted minus the true noise. No input gradient is needed.
-    - ``random``: normal; the control of the same norm.
-
-    ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row. ``staggered`` cuts the batch into
-    ``passes`` parts; each pass joins the next fresh part, at ``delta = 0``, with the parts of the passes before it,
-    at their newest delta. Cost and reuse are the same, but every update sees fresh samples.
+    - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
+      and the same backward pass moves delta; ``pgd`` moves delta first (without an input gradient by forwards alone)
+      and updates once; ``equivariance`` regularises. The rivals ``soar``, ``adr``, ``contrastive`` and ``mac`` have no
+      direction and update once a batch.
+    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``,
+      with delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs
+      no input gradient; ``drift``, its opposite, the control of sign; ``random``, the control of the same norm.
+    - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
+      of a batch with the parts of the passes before it, so that every update sees fresh samples.
 
     Args:
         norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
-        step_size: norm of one step, times ``scale(alpha_t, sigma_t)``. 0 repeats the batch unperturbed.
+        step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
         radius: bound of the norm of delta, times the same scale; None for no bound but ``(passes - 1) * step_size``.
-        passes: forward-backward passes a batch; 1 is plain training.
+        passes: forward-backward passes a batch; 1 is plain training. Default 3, and 2 with a dose.
+        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, in place of ``step_size``: a number without units, such as
+            0.15, or ``auto``.
+        steps: of the sampler that ``dose="auto"`` is for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only),
-            ``middle`` (``sigma_t alpha_t``, which vanishes at pure noise), or a function of ``(alpha_t, sigma_t)``,
-            each ``(B,)``. None: ``constant`` on schedules of the DDPM family, else ``sigma``: the target moves by
-            ``delta / sigma_t``, and where the noise of a flow ends a constant delta moves it without bound.
+            ``middle`` (``sigma_t alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant``
+            on schedules of the DDPM family, else ``sigma``, since where the noise of a flow ends a constant delta moves
+            the target, by ``delta / sigma_t``, without bound.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level` lies in
             ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
-        method: ``free``, ``pgd`` or ``equivariance``.
-        direction: see above.
+        method: see above; default ``free``, and ``pgd`` with a dose.
+        direction: see above; default ``gradient``, and ``residual`` with a dose.
         order: see above.
         target: whether the network's target follows delta (``equivariant``) or not.
-        weight: of the regulariser of ``equivariance``.
+        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
+            to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
 
     Attributes:
         batch: the samples of the pass last yielded.
@@ -77,28 +75,39 @@ class Adversary:
     def __init__(
         self,
         norm: Norm = "l2",
-        step_size: float = 0.1,
-        passes: int = 3,
+        step_size: float | None = None,
+        passes: int | None = None,
         *,
+        dose: float | Literal["auto"] | None = None,
+        steps: int | None = None,
         radius: float | None = None,
         scale: str | ScaleFunction | None = None,
         noise_levels: tuple[float, float] | None = None,
-        method: Method = "free",
-        direction: Direction = "gradient",
+        method: Method | None = None,
+        direction: Direction | None = None,
         order: Order = "consecutive",
         target: Target = "equivariant",
         weight: float = 1.0,
     ) -> None:
-        order = order_of(order)
+        order, dosed = order_of(order), dose is not None or steps is not None
+        usual = DOSED if dosed else PAPER
+        method, direction = method or usual.method, direction or usual.direction
+        passes = usual.passes if passes is None else passes
+        step_size = usual.step_size if step_size is None else step_size
         check_adversary(
-            norm=norm, step_size=step_size, passes=passes, radius=radius, scale=scale, noise_levels=noise_levels,
-            method=method, direction=direction, order=order, target=target, weight=weight,
+            norm=norm, step_size=step_size, passes=passes, dose=dose, steps=steps, radius=radius, scale=scale,
+            noise_levels=noise_levels, method=method, direction=direction, order=order, target=target, weight=weight,
         )  # fmt: skip
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self.noise_levels, self.weight = noise_levels, weight
-        self._perturbation = Perturbation(norm, step_size, radius, scale, noise_levels)
+        self.dose, self.steps = ("auto" if dosed and dose is None else dose), steps
         self._direction, self._method = DIRECTIONS[direction], METHODS["staggered" if order == "staggered" else method]
+        self._perturbation: Perturbation | Dosed = Perturbation(norm, step_size, radius, scale, noise_levels)
+        if dosed:
+            clean = 1.0 / passes if self._method.every_pass else 0.0
+            number = dose if isinstance(dose, float | int) else None
+            self._perturbation = Dosed(number, steps, moves=passes - 1, clean=clean, noise_levels=noise_levels)
         self.batch: Batch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
@@ -116,13 +125,18 @@ class Adversary:
 
     @property
     def passes_per_update(self) -> int:
-        """Forward-backward passes that a weight update is charged."""
+        """Forward-backward passes that a weight update is charged, beside the objective's ``coupling_passes``."""
         return self.num_passes // self.updates_per_batch
 
     @property
     def needs_input_gradient(self) -> bool:
         """Whether delta moves along a gradient."""
-        return self._direction.gradient and self.num_passes > 1 and self.step_size > 0
+        return self._method.steps and self._direction.gradient and self.num_passes > 1 and self.step_size > 0
+
+    @property
+    def auto_dose(self) -> AutoDose | None:
+        """The dose that sets itself; None of others."""
+        return self._perturbation.auto if isinstance(self._perturbation, Dosed) else None
 
     def passes(
         self,
@@ -138,7 +152,7 @@ class Adversary:
         Args:
             objective: draws the batch and computes its losses.
             model: the network, wrapped or compiled as it may be.
-            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned.
+            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned, whose noise then stays.
             accumulate: micro-batches per weight update. That many losses are yielded in a row; divide them by
                 ``accumulate`` (Accelerate does) and step the optimizer after the last. Each is weighted so that all
                 samples of the update weigh the same. Each micro-batch keeps its own delta.
@@ -148,7 +162,8 @@ class Adversary:
             Scalar losses: ``updates_per_batch * accumulate`` of them.
 
         Raises:
-            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``.
+            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``;
+                or the network chooses the noise, for several weight updates.
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
         if isinstance(x0, Batch) and fixed:
@@ -156,7 +171,13 @@ class Adversary:
                 f"{', '.join(fixed)} cannot be added to a batch that is drawn already: give it to objective.draw."
             )
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
-        self._perturbation.meet(objective, warns=self.target == "equivariant" and self.num_passes > 1)
+        if batch is not x0 and "noise" not in fixed:
+            check_coupling(objective.coupling_passes, self.updates_per_batch)
+            batch = objective.couple(model, batch, accumulate)
+        moves = self._method.steps and self.num_passes > 1
+        self._perturbation.meet(objective, warns=self.target == "equivariant" and moves)
+        if isinstance(self._perturbation, Dosed):
+            self._perturbation.before(objective, model, batch)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
             yield from self._losses(Forward(self, objective, model), part, accumulate)
 
@@ -172,7 +193,7 @@ class Adversary:
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
         """Return delta, which brings its gradient, after one step, detached; without a finite direction it stays."""
-        if self.step_size == 0:
+        if self.step_size == 0 and self.dose is None:
             return delta.detach()
         direction = self._direction.find(delta, batch, output)
         moved, lost = self._perturbation.moved(delta.detach(), direction, batch)
@@ -188,9 +209,13 @@ class Adversary:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two batches: the samples that wait, and the count of lost directions."""
-        return {"nonfinite": self.nonfinite, "waiting": {i: dict(kept) for i, kept in self._kept.items() if kept}}
+        waiting = {i: dict(kept) for i, kept in self._kept.items() if kept}
+        state = {"nonfinite": self.nonfinite, "waiting": waiting}
+        return state if self.auto_dose is None else {**state, "dose": self.auto_dose.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Resume from a state that was saved between two batches, with its samples on ``device``."""
         self.nonfinite = state["nonfinite"].to(device)
         self._kept = placed(state["waiting"], device)
+        if self.auto_dose is not None:
+            self.auto_dose.load_state_dict(state["dose"], device)

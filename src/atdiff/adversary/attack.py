@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.core.choices import Direction, Target
 from atdiff.core.errors import UserError
+from atdiff.models.call import unsynced
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 
 __all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "in_turn", "micro_batches", "placed"]
@@ -28,6 +28,13 @@ class Objective(Protocol):
 
     def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (its batch, as in what follows)
         """Draw what is random about a batch."""
+
+    @property
+    def coupling_passes(self) -> int:
+        """Whole passes that :meth:`couple` is charged per batch; 0 for none."""
+
+    def couple(self, model: Callable[..., Any], batch: Any, micro_batches: int = 1) -> Any:  # noqa: ANN401
+        """Choose noise by what the network makes of it, in so many micro-batches."""
 
     def compute(
         self,
@@ -101,14 +108,18 @@ class Forward:
         self, batch: Batch, start: Tensor, loss_of: Callable[[ObjectiveOutput], Tensor]
     ) -> tuple[ObjectiveOutput, Tensor]:
         attack = self.attack
-        # Without no_sync a DistributedDataParallel wrapper would wait for gradients of the weights.
-        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)
-        with no_sync(), torch.set_grad_enabled(attack.needs_input_gradient):
+        with unsynced(self.model), torch.set_grad_enabled(attack.needs_input_gradient):
             output, delta = self(batch, start, track=True)
             if attack.needs_input_gradient:
                 # Of delta alone, so that no gradient is left in the weights.
                 (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
         return output, attack.moved(delta, batch, output)
+
+    @torch.no_grad()
+    def glance(self, batch: Batch) -> ObjectiveOutput:
+        """Return the output at the unperturbed input, without any gradient; the attack does not remember it."""
+        with getattr(self.model, "no_sync", contextlib.nullcontext)():
+            return self.objective.compute(self.model, batch)
 
 
 Method = Callable[[Attack, Forward, Batch, Kept], Iterator[Pass]]

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+from atdiff.adversary.stepless import STEPLESS, check_stepless
 from atdiff.core.choices import Direction, Method, Norm, Order, Scale, Target
 from atdiff.core.errors import UserError
 
-__all__ = ["check_adversary"]
+__all__ = ["DOSED", "PAPER", "check_adversary", "check_coupling"]
+
+
+class Usual(NamedTuple):
+    """What :class:`atdiff.Adversary` takes where nothing is said."""
+
+    method: Method
+    direction: Direction
+    passes: int
+    step_size: float
+
+
+PAPER = Usual("free", "gradient", 3, 0.1)
+DOSED = Usual("pgd", "residual", 2, 0.0)
 
 
 def check_adversary(
@@ -17,6 +31,8 @@ def check_adversary(
     norm: str,
     step_size: float,
     passes: int,
+    dose: float | str | None,
+    steps: int | None,
     radius: float | None,
     scale: str | Callable[..., Any] | None,
     noise_levels: tuple[float, float] | None,
@@ -56,8 +72,30 @@ def check_adversary(
         )
     if method != "free" and order == "staggered":
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
+    if dose is not None or steps is not None:
+        _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
+    if method in STEPLESS:
+        given = {"direction": direction, "target": target, "radius": radius, "noise_levels": noise_levels}
+        check_stepless(method, passes, weight, **given)
+
+
+def check_coupling(coupling_passes: int, updates: int) -> None:
+    """Check that a noise that the network chooses is that of one weight update.
+
+    Args:
+        coupling_passes: that choosing is charged per batch; 0 where nothing is chosen.
+        updates: of the weights, per batch.
+
+    Raises:
+        UserError: it is that of several.
+    """
+    if coupling_passes and updates > 1:
+        raise UserError(
+            f"explorative chooses the noise for one weight update, and passes={updates} with method='free' makes "
+            f"{updates} per batch; use method='pgd' or passes=1."
+        )
 
 
 def _check_equivariance(passes: int, direction: str, target: str, weight: float) -> None:
@@ -76,3 +114,34 @@ def _check_equivariance(passes: int, direction: str, target: str, weight: float)
             f"passes={passes} is too many for method='equivariance' with direction='random', whose step "
             "takes no pass; use passes=2."
         )
+
+
+def _check_dose(
+    dose: float | str | None,
+    steps: int | None,
+    step_size: float,
+    radius: float | None,
+    scale: str | Callable[..., Any] | None,
+    passes: int,
+    direction: str,
+) -> None:
+    if isinstance(dose, str) and dose != "auto":
+        raise UserError(f"dose={dose!r} is unknown; use 'auto' with steps, or a number such as 0.15.")
+    if dose == "auto" and steps is None:
+        raise UserError("dose='auto' needs steps, of the sampler that it is for; use steps=8.")
+    if steps is not None and dose not in (None, "auto"):
+        raise UserError(
+            f"dose={dose} and steps={steps} contradict each other: the steps set the dose; give one of them."
+        )
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 2):
+        raise UserError(f"steps={steps!r} must be a whole number of 2 or more, of the sampler that the dose is for.")
+    if isinstance(dose, float | int) and not 0 < dose < math.inf:
+        raise UserError(f"dose={dose} must be above 0 and finite; 0.1 to 0.3 is usual.")
+    given = {"step_size": step_size or None, "radius": radius, "scale": scale}
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value} contradicts a dose, which replaces it; leave {name} out.")
+    if direction not in ("residual", "drift"):
+        raise UserError(f"direction={direction!r} has no dose, which is of the residual; use direction='residual'.")
+    if passes < 2:
+        raise UserError(f"passes={passes} moves nothing, and a dose is of a move; use passes=2.")

@@ -45,6 +45,10 @@ def _residual(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Te
     return output.residual
 
 
+def _drift(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
+    return -_residual(delta, batch, output)
+
+
 def _random(delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
     return torch.randn_like(delta)
 
@@ -53,5 +57,6 @@ DIRECTIONS: dict[str, Direction] = {
     "gradient": Direction(_gradient, gradient=True),
     "gradient_full": Direction(_gradient, gradient=True, through_target=True),
     "residual": Direction(_residual),
+    "drift": Direction(_drift),
     "random": Direction(_random, passes=False),
 }

@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 Crop = Literal["bicubic", "adm"]
-Direction = Literal["gradient", "gradient_full", "residual", "random"]
+Direction = Literal["gradient", "gradient_full", "residual", "drift", "random"]
 Distance = Literal["pseudo-huber", "huber", "l2"]
-Method = Literal["free", "pgd", "equivariance"]
+Method = Literal["free", "pgd", "equivariance", "soar", "adr", "contrastive", "mac"]
 Norm = Literal["l2", "linf", "l1"]
 Order = Literal["consecutive", "staggered"]
 PairName = Literal["even", "ict", "ect"]

@@ -295,6 +295,11 @@ class NoiseSchedule:
         return TRAITS[self.kind]
 
     @property
+    def first_timestep(self) -> float:
+        """The least noisy timestep; for ``edm`` that of ``sigma_min``."""
+        return self.time_factor * math.log(self.sigma_min) if self.kind == "edm" else 0.0
+
+    @property
     def last_timestep(self) -> float:
         """The noisiest timestep; for ``edm`` that of ``sigma_max``."""
         if self.kind == "edm":

@@ -22,7 +22,8 @@ from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
 
 __all__ = ["DirectionsConfig", "directions_of_runs", "measure_directions"]
 
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+# Without the drift, which is the opposite of the residual by definition.
+DIRECTIONS: tuple[Direction, ...] = tuple(name for name in get_args(Direction) if name != "drift")
 
 
 @dataclass(frozen=True)

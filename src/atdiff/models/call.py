@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -23,6 +24,7 @@ __all__ = [
     "keep_labels",
     "predict",
     "unet_kwargs",
+    "unsynced",
     "unwrapped",
 ]
 
@@ -127,6 +129,12 @@ def unwrapped(model: Any) -> Any:  # noqa: ANN401
             break
         model = inner
     return model
+
+
+def unsynced(model: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ANN401  (any network)
+    """Return a context in which a DistributedDataParallel wrapper waits for no gradients of the weights."""
+    context: contextlib.AbstractContextManager[Any] = getattr(model, "no_sync", contextlib.nullcontext)()
+    return context
 
 
 def compute_dtype(model: Any) -> torch.dtype | None:  # noqa: ANN401

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from atdiff.core.charge import charge_of
+
 __all__ = ["EMA", "average_name", "decay_at", "last_decay"]
 
 
@@ -27,10 +29,9 @@ def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
 
 def last_decay(config: Mapping[str, Any]) -> float:
     """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
-    training, adversary = config["training"], config.get("adversary", {})
-    passes = 1 if adversary.get("method", "free") == "free" else adversary["passes"]  # a weight update
+    training = config["training"]
     charged = config.get("objective", {}).get("reflow_passes") or 0  # passes that paid for pairs
-    updates = -(-(training["passes"] - charged) // passes)
+    updates = -(-(training["passes"] - charged) // charge_of(config).update)
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
 
 

@@ -70,6 +70,21 @@ class Batch:
         conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in names}
         return cls(**tensors, conditions=conditions)
 
+    @classmethod
+    def picked(cls: type[B], batches: list[B], which: Tensor) -> B:
+        """Return the batch whose sample ``i`` is that of ``batches[which[i]]``; all have the same conditions.
+
+        Tensors that all of them share stay as they are.
+        """
+        rows = torch.arange(len(which), device=which.device)
+
+        def one_of(tensors: list[Tensor]) -> Tensor:
+            first = tensors[0]
+            return first if all(other is first for other in tensors) else torch.stack(tensors)[which, rows]
+
+        tensors: dict[str, Any] = {name: one_of([getattr(batch, name) for batch in batches]) for name in cls._tensors()}
+        return cls(**tensors, conditions=batches[0].conditions)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors by name, to be saved."""
         return {name: getattr(self, name) for name in (*self._tensors(), "conditions")}

@@ -118,6 +118,7 @@ class ConsistencyObjective:
         distance: Distance = "pseudo-huber",
         huber_c: float | None = None,
     ) -> None:
+        self.coupling_passes = 0
         self.schedule = NoiseSchedule(scheduler)
         _check_kind(self.schedule, type(scheduler).__name__)
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
@@ -177,17 +178,9 @@ class ConsistencyObjective:
         x_t = self.schedule.add_noise(x0, noise, timesteps)
         alpha, sigma = self.schedule(timesteps if self.site == "student" else next_timesteps)
         batch = ConsistencyBatch(
-            x0=x0,
-            noise=noise,
-            timesteps=timesteps,
-            next_timesteps=next_timesteps,
-            weights=weights,
-            alpha=alpha,
-            sigma=sigma,
-            x_t=x_t,
-            x_s=x_t,
-            conditions=conditions,
-        )
+            x0=x0, noise=noise, timesteps=timesteps, next_timesteps=next_timesteps, weights=weights, alpha=alpha,
+            sigma=sigma, x_t=x_t, x_s=x_t, conditions=conditions,
+        )  # fmt: skip
         with torch.no_grad(), self.autocast():
             return self.replaced(batch, x_s=self.neighbour(batch, x_t))
 
@@ -214,6 +207,10 @@ class ConsistencyObjective:
     def replaced(batch: ConsistencyBatch, **tensors: Tensor) -> ConsistencyBatch:
         """Return the batch with other tensors."""
         return type(batch)(**{**batch.state_dict(), **tensors})
+
+    def couple(self, model: Callable[..., Any], batch: ConsistencyBatch, micro_batches: int = 1) -> ConsistencyBatch:
+        """Return the batch as it was drawn: couplings are for denoisers."""
+        return batch
 
     def neighbour(self, batch: ConsistencyBatch, x_t: Tensor) -> Tensor:
         """Return the estimate at ``s`` of the trajectory through ``x_t``, ``(B, ...)``."""
@@ -265,6 +262,10 @@ class ConsistencyObjective:
         # noise_hat - noise is a positive multiple of x0 - x0_hat, and f is the x0_hat at the perturbed place.
         residual = (batch.x0 - (f_t if self.site == "student" else f_s)).detach()
         return ObjectiveOutput(batch.weights * distance, {"consistency": distance}, residual)
+
+    def x0_error(self, batch: Batch) -> Tensor:
+        """Return what makes ``x0 - f`` of :attr:`ObjectiveOutput.residual`, ``(B,)``: 1, since it is that."""
+        return torch.ones_like(batch.sigma)
 
     def _perturbed(
         self, batch: ConsistencyBatch, delta: Tensor, target: Target, detach_target: bool

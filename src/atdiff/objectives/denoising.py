@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -14,10 +14,19 @@ from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import make_prediction, resolve_prediction_type
 from atdiff.core.timesteps import TimestepSampler, default_timestep_sampler
-from atdiff.models.call import check_labels, predict
+from atdiff.models.call import check_labels, predict, unsynced
 from atdiff.objectives.batch import Batch, ObjectiveOutput
-from atdiff.objectives.inputs import FirstBatches, check_conditions, check_like, check_output, clean_samples, one_each
-from atdiff.objectives.noising import make_noisings, paired_noise
+from atdiff.objectives.inputs import (
+    FirstBatches,
+    check_conditions,
+    check_like,
+    check_output,
+    clean_samples,
+    one_each,
+    without_variance,
+)
+from atdiff.objectives.noising import Noising, make_noisings, paired_noise
+from atdiff.objectives.target import replayed_dropout
 from atdiff.objectives.variational import check_variances, variational_bound
 from atdiff.objectives.weighting import WEIGHTINGS
 
@@ -57,8 +66,9 @@ class DenoisingObjective:
         label_dropout: share of class labels replaced by ``null_label`` (classifier-free guidance).
         null_label: the label of the unconditional case.
         **noisings: amounts of what :mod:`atdiff.objectives.noising` has, 0 for none: ``input_perturbation``, gamma of
-            `DDPM-IP <https://arxiv.org/abs/2301.11706>`_, and ``slowed_interpolation``, gamma of `MixFlow
-            <https://arxiv.org/abs/2512.19311>`_.
+            `DDPM-IP <https://arxiv.org/abs/2301.11706>`_, ``slowed_interpolation``, gamma of `MixFlow
+            <https://arxiv.org/abs/2512.19311>`_; and one of the couplings of noise and samples in
+            :mod:`atdiff.objectives.couplings`: ``ot``, ``nearest`` and ``explorative``.
 
     Raises:
         UserError: a value is out of its range, or two contradict each other.
@@ -91,13 +101,18 @@ class DenoisingObjective:
     def _moves_input_time(self) -> bool:
         return any(noising.moves_input_time for noising in self.noisings)
 
+    @property
+    def coupling_passes(self) -> int:
+        """Forward-backward passes that :meth:`couple` is charged per batch."""
+        return sum(noising.passes for noising in self.noisings)
+
     def _check(self) -> None:
         if self.variance not in get_args(Variance):
             raise UserError(f"variance={self.variance!r} is unknown; use 'fixed' or 'learned_range'.")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"weighting={self.weighting!r} is unknown; use one of {', '.join(WEIGHTINGS)}.")
         if self.variance == "learned_range":
-            self._check_learned_variance()
+            _check_learned_variance(self.schedule, self.noisings)
         if not self.snr_gamma > 0:
             raise UserError(f"snr_gamma={self.snr_gamma} must be above 0; 5 is the usual choice.")
         if not 0.0 <= self.label_dropout < 1.0:
@@ -107,17 +122,6 @@ class DenoisingObjective:
                 f"label_dropout={self.label_dropout} needs null_label, the index that stands for 'no class'; "
                 "set it to the number of classes and give the network one more class embedding."
             )
-
-    def _check_learned_variance(self) -> None:
-        if not self.schedule.traits.integer_timesteps:
-            raise UserError(
-                f"variance='learned_range' needs a DDPM-family scheduler, got a {self.schedule.kind} one; "
-                "use variance='fixed'."
-            )
-        check_variances(self.schedule)
-        for noising in self.noisings:
-            if noising.moves_input_time:
-                raise UserError(f"{noising.name}={noising.amount} needs variance='fixed'; leave it out.")
 
     def draw(
         self,
@@ -143,27 +147,57 @@ class DenoisingObjective:
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
         timesteps, weights = self._timesteps(x0, timesteps, weights)
-        noise = paired_noise(self.noisings, x0) if noise is None else noise
+        # Labels are dropped here where noise goes by them, else last, as random numbers were drawn before couplings.
+        by_condition = noise is None and any(noising.by_condition for noising in self.noisings)
+        if by_condition:
+            self._drop_labels(conditions)
+        noise = paired_noise(self.noisings, x0, conditions) if noise is None else noise
         check_like("noise", noise, x0)
         alpha, sigma = self.schedule(timesteps)
         weights = weights * WEIGHTINGS[self.weighting](self.prediction, alpha, sigma, self.snr_gamma)
-        input_noise, input_timesteps = noise, timesteps
-        for noising in self.noisings:
-            input_noise = noising.input_noise(input_noise)
-            input_timesteps = noising.input_timesteps(input_timesteps)
+        input_noise = self._input_noise(noise)
         if self._moves_input_time:
-            alpha, sigma = self.schedule(input_timesteps)
-        self._drop_labels(conditions)
+            alpha, sigma = self.schedule(self._input_timesteps(timesteps))
+        if not by_condition:
+            self._drop_labels(conditions)
         return DenoisingBatch(
-            x0=x0,
-            noise=noise,
-            input_noise=input_noise,
-            timesteps=timesteps,
-            weights=weights,
-            alpha=alpha,
-            sigma=sigma,
-            conditions=conditions,
-        )
+            x0=x0, noise=noise, input_noise=input_noise, timesteps=timesteps, weights=weights, alpha=alpha,
+            sigma=sigma, conditions=conditions,
+        )  # fmt: skip
+
+    def _input_noise(self, noise: Tensor) -> Tensor:
+        for noising in self.noisings:
+            noise = noising.input_noise(noise)
+        return noise
+
+    def _input_timesteps(self, timesteps: Tensor) -> Tensor:
+        for noising in self.noisings:
+            timesteps = noising.input_timesteps(timesteps)
+        return timesteps
+
+    def couple(self, model: Callable[..., Any], batch: DenoisingBatch, micro_batches: int = 1) -> DenoisingBatch:
+        """Return the batch with the noise that a coupling chooses by what the network makes of it.
+
+        Args:
+            model: the network, which runs in the mode that it is in, without gradient.
+            batch: what :meth:`draw` returned.
+            micro_batches: that the network is shown a batch in.
+        """
+
+        def redrawn() -> DenoisingBatch:
+            noise = paired_noise(self.noisings, batch.x0, batch.conditions)
+            return replace(batch, noise=noise, input_noise=self._input_noise(noise))
+
+        def errors(one: DenoisingBatch) -> Tensor:
+            # Every noise is judged under the dropout with which the chosen one is then trained.
+            with torch.no_grad(), unsynced(model), replayed_dropout(model) as replay:
+                found = [self.compute(model, part).terms["mse"] for part in one.chunk(micro_batches)]
+                replay()
+            return torch.cat(found)
+
+        for noising in self.noisings:
+            batch = noising.choose(batch, redrawn, errors)
+        return batch
 
     def _timesteps(self, x0: Tensor, timesteps: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return timesteps and importance weights, each ``(B,)``: those given, the others drawn."""
@@ -219,7 +253,7 @@ class DenoisingObjective:
                 # Without noise there is none to move: the target stays.
                 noise = noise + divide(delta.detach() if detach_target else delta, sigma)
         output = predict(model, self.prediction.network_input(x_t, sigma), batch.timesteps, batch.conditions)
-        prediction, variance = self._split(output.float(), batch.x0)
+        prediction, variance = _split(output.float(), batch.x0, self.variance)
         if self._moves_input_time:  # the target is that of the timestep that the network is told
             alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
         error = prediction - self.prediction.target(batch.x0, noise, x_t, alpha, sigma)
@@ -231,6 +265,19 @@ class DenoisingObjective:
         # predicted, since alpha x0_hat + sigma noise_hat = x_t.
         residual = -error.detach() if self.prediction.predicts_x0 else error.detach()
         return ObjectiveOutput(loss, terms, residual, error)
+
+    def x0_error(self, batch: Batch) -> Tensor:
+        """Return how many times the residual ``x0 - x0_hat`` is, ``(B,)``; infinite without signal."""
+        return self.prediction.x0_error(batch.alpha, batch.sigma)
+
+    def estimates(
+        self, model: Callable[..., Any], x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ``x0_hat`` and the ``noise_hat`` of inputs ``(B, ...)`` at timesteps ``(B,)``, each like them."""
+        alpha, sigma = self.schedule.levels(timesteps, x_t)
+        output = predict(model, self.prediction.network_input(x_t, sigma), timesteps, conditions)
+        prediction = without_variance(output, x_t, "network")
+        return (self.prediction.x0(prediction, x_t, alpha, sigma), self.prediction.noise(prediction, x_t, alpha, sigma))
 
     def _bound(self, batch: DenoisingBatch, x_t: Tensor, prediction: Tensor, variance: Tensor) -> Tensor:
         """Return the variational bound of the variance alone, ``(B,)``, in the weight of Improved DDPM."""
@@ -254,16 +301,29 @@ class DenoisingObjective:
         """Go on from a saved state."""
         self.timestep_sampler.load_state_dict(state)
 
-    def _split(self, output: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
-        channels = x0.shape[1]
-        expected = 2 * channels if self.variance == "learned_range" else channels
-        check_output(output, x0)
-        if output.shape[1] != expected:
-            raise UserError(
-                f"the network returned {output.shape[1]} channels, expected {expected} for variance="
-                f"{self.variance!r} and images of {channels}; set variance='learned_range' for networks with "
-                "twice the channels, 'fixed' otherwise."
-            )
-        if self.variance == "fixed":
-            return output, None
-        return output[:, :channels], output[:, channels:]
+
+def _check_learned_variance(schedule: NoiseSchedule, noisings: Sequence[Noising]) -> None:
+    if not schedule.traits.integer_timesteps:
+        raise UserError(
+            f"variance='learned_range' needs a DDPM-family scheduler, got a {schedule.kind} one; use variance='fixed'."
+        )
+    check_variances(schedule)
+    for noising in noisings:
+        if noising.moves_input_time:
+            raise UserError(f"{noising.name}={noising.amount} needs variance='fixed'; leave it out.")
+
+
+def _split(output: Tensor, x0: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
+    """Return the prediction of an output, and its learned variance; None for a fixed one."""
+    channels = x0.shape[1]
+    expected = 2 * channels if variance == "learned_range" else channels
+    check_output(output, x0)
+    if output.shape[1] != expected:
+        raise UserError(
+            f"the network returned {output.shape[1]} channels, expected {expected} for variance="
+            f"{variance!r} and images of {channels}; set variance='learned_range' for networks with "
+            "twice the channels, 'fixed' otherwise."
+        )
+    if variance == "fixed":
+        return output, None
+    return output[:, :channels], output[:, channels:]

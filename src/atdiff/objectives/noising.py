@@ -1,63 +1,23 @@
 """How clean samples and noise meet: which noise goes with which sample, and what input the two make.
 
-A further one is a class here, its place in :data:`NOISINGS`, and its key in ``ObjectiveConfig``, which
-:class:`atdiff.DenoisingObjective` takes as an argument of the same name.
+A further one is a class here, or in :mod:`atdiff.objectives.couplings` where it decides which noise goes with which
+sample, its place in :data:`NOISINGS`, and its key in ``ObjectiveConfig``, which :class:`atdiff.DenoisingObjective`
+takes as an argument of the same name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
+from atdiff.objectives.couplings import Explorative, Nearest, OptimalTransport
+from atdiff.objectives.noising_base import Noising
 
 __all__ = ["NOISINGS", "InputPerturbation", "Noising", "SlowedInterpolation", "make_noisings", "paired_noise"]
-
-
-class Noising:
-    """A noising that leaves all as it was drawn: noise is independent, and the input is ``x_t`` of its timestep.
-
-    A subclass overrides what it changes. Whatever it draws comes from torch's own generator, which a run seeds for
-    each batch.
-
-    Args:
-        amount: what a recipe gives, above 0.
-        schedule: the forward process.
-
-    Attributes:
-        name: the recipe's key, in the section ``objective``.
-        moves_input_time: whether :meth:`input_timesteps` differ from the timesteps that the network is told.
-
-    Raises:
-        UserError: the amount is out of range, or does not fit the schedule.
-    """
-
-    name: ClassVar[str]
-    moves_input_time: ClassVar[bool] = False
-
-    def __init__(self, amount: float, schedule: NoiseSchedule) -> None:
-        self.amount, self.schedule = amount, schedule
-
-    def noise(self, x0: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """Return the noise that goes with each sample, like ``x0`` ``(B, ...)``: a coupling permutes or picks it.
-
-        Args:
-            x0: the clean samples of a batch.
-            draw: returns new noise like ``x0``; may be called several times.
-        """
-        return draw()
-
-    def input_noise(self, noise: Tensor) -> Tensor:
-        """Return the noise that the input is built with, ``(B, ...)``; the target goes by ``noise`` itself."""
-        return noise
-
-    def input_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return the timesteps that the input is built at, ``(B,)``; the network is told ``timesteps`` themselves."""
-        return timesteps
 
 
 class InputPerturbation(Noising):
@@ -101,8 +61,11 @@ class SlowedInterpolation(Noising):
         return slowed.round().long() if self.schedule.traits.integer_timesteps else slowed
 
 
-NOISINGS: dict[str, type[Noising]] = {noising.name: noising for noising in (InputPerturbation, SlowedInterpolation)}
-"""By name, in the order in which they apply."""
+NOISINGS: dict[str, type[Noising]] = {
+    noising.name: noising
+    for noising in (OptimalTransport, Nearest, Explorative, InputPerturbation, SlowedInterpolation)
+}
+"""By name, in the order in which they apply: couplings first."""
 
 
 def make_noisings(amounts: Mapping[str, float], schedule: NoiseSchedule) -> list[Noising]:
@@ -110,18 +73,22 @@ def make_noisings(amounts: Mapping[str, float], schedule: NoiseSchedule) -> list
 
     Raises:
         TypeError: a name is unknown, as of any argument.
-        UserError: an amount is out of range, or a noising does not fit the schedule.
+        UserError: an amount is out of range, a noising does not fit the schedule, or two of them are couplings.
     """
     unknown = [name for name in amounts if name not in NOISINGS]
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-    return [make(amounts[name], schedule) for name, make in NOISINGS.items() if amounts.get(name, 0.0) != 0.0]
+    made = [make(amounts[name], schedule) for name, make in NOISINGS.items() if amounts.get(name, 0.0) != 0.0]
+    couplings = [f"{noising.name}={noising.amount}" for noising in made if noising.couples]
+    if len(couplings) > 1:
+        raise UserError(f"{' and '.join(couplings)} are two couplings of noise and samples: leave one of them out.")
+    return made
 
 
-def paired_noise(noisings: Sequence[Noising], x0: Tensor) -> Tensor:
-    """Return standard normal noise like ``x0``, as the noisings pair it with the samples."""
+def paired_noise(noisings: Sequence[Noising], x0: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """Return standard normal noise like ``x0``, as the noisings pair it with the samples of these conditions."""
 
     def drawn(left: Sequence[Noising]) -> Tensor:
-        return left[-1].noise(x0, lambda: drawn(left[:-1])) if left else torch.randn_like(x0)
+        return left[-1].noise(x0, lambda: drawn(left[:-1]), conditions) if left else torch.randn_like(x0)
 
     return drawn(noisings)

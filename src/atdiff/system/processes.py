@@ -14,7 +14,16 @@ from torch import Tensor
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import num_processes
 
-__all__ = ["device", "draw_in_turn", "from_main", "is_main", "num_processes", "uses_cpu"]
+__all__ = [
+    "device",
+    "draw_in_turn",
+    "from_main",
+    "in_main",
+    "is_main",
+    "mean_over_processes",
+    "num_processes",
+    "uses_cpu",
+]
 
 T = TypeVar("T")
 
@@ -55,6 +64,15 @@ def from_main(value: T) -> T:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes, like it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    total = value.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def in_main(make: Callable[[], T]) -> T | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from atdiff.core.charge import charge_of
 from atdiff.core.errors import UserError
 from atdiff.system.processes import from_main, in_main
 from atdiff.training.checkpoint import latest_checkpoint
@@ -46,7 +48,7 @@ def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
 
     A shorter run, and one of an earlier version, may have ended within the passes of a batch.
     """
-    total, cost, first = config.training.passes, config.adversary.passes, config.objective.reflow_passes or 0
+    total, cost, first = config.training.passes, charge_of(asdict(config)).batch, config.objective.reflow_passes or 0
     newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or (passes - first) % cost == 0)
     if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
         raise UserError(

@@ -147,7 +147,7 @@ def build_adversary(config: TrainConfig) -> Adversary:
 def scaled(config: TrainConfig, default: Scale) -> TrainConfig:
     """Return the settings with the scale that is in effect; it has none where nothing is perturbed."""
     adversary = config.adversary
-    if adversary.scale is not None:
+    if adversary.scale is not None or adversary.dose is not None:
         return config
     perturbs = adversary.passes > 1 and adversary.step_size > 0
     return replace(config, adversary=replace(adversary, scale=default if perturbs else "constant"))

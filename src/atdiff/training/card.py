@@ -121,9 +121,11 @@ def _about(config: dict[str, Any]) -> str:
     start = f", from `{training['init']}`" if training["init"] else ""
     how = "without a perturbation (plain training)"
     if adversary["passes"] > 1:
+        size = f"{adversary['norm']} steps of {adversary['step_size']:g}, scale `{adversary['scale']}`"
+        if adversary.get("dose") is not None:
+            size = f"dose {adversary['dose']}" + (f" for {adversary['steps']} steps" if adversary["steps"] else "")
         how = (
-            f"with {adversary['direction']} perturbations of its inputs ({adversary['norm']} steps of "
-            f"{adversary['step_size']:g}, scale `{adversary['scale']}`, method `{adversary['method']}`, order "
+            f"with {adversary['direction']} perturbations of its inputs ({size}, method `{adversary['method']}`, order "
             f"`{adversary['order']}`)"
         )
     return (

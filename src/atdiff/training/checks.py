@@ -6,7 +6,9 @@ import os
 import warnings
 from dataclasses import asdict
 
-from atdiff.adversary.checks import check_adversary
+from atdiff.adversary.checks import check_adversary, check_coupling
+from atdiff.adversary.stepless import STEPLESS
+from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
 from atdiff.training.config import PIXEL_MODELS, TrainConfig
@@ -97,8 +99,13 @@ def _check_batch(config: TrainConfig) -> None:
 def _check_adversary(config: TrainConfig) -> None:
     settings = config.adversary
     check_adversary(**asdict(settings))
-    if settings.method == "equivariance" and config.consistency.mode != "none":
-        raise UserError("adversary.method='equivariance' is for denoisers: use 'free' or 'pgd' with consistency.mode.")
+    check_coupling(passes_of_forwards(config.objective.explorative), charge_of(asdict(config)).updates)
+    if settings.method in ("equivariance", *STEPLESS) and config.consistency.mode != "none":
+        raise UserError(
+            f"adversary.method={settings.method!r} is for denoisers: use 'free' or 'pgd' with consistency.mode."
+        )
+    if settings.method in STEPLESS:
+        _check_stepless(config)
     if settings.passes == 1 and settings.step_size > 0:
         raise UserError(
             f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
@@ -123,6 +130,20 @@ def _check_reflow(config: TrainConfig) -> None:
             f"objective.reflow_passes={settings.reflow_passes} are the cost of pairs, and objective.reflow draws none; "
             "leave it out."
         )
+
+
+def _check_stepless(config: TrainConfig) -> None:
+    settings, objective = config.adversary, config.objective
+    if settings.step_size > 0:
+        raise UserError(
+            f"adversary.step_size={settings.step_size} has no effect with adversary.method={settings.method!r}, which "
+            "takes no step; leave it out."
+        )
+    for name in ("input_perturbation", "slowed_interpolation"):
+        if getattr(objective, name) and STEPLESS[settings.method].rolls_out:
+            raise UserError(
+                f"adversary.method={settings.method!r} rolls x_t out, which objective.{name} changes; use one of them."
+            )
 
 
 def _check_pixels(config: TrainConfig) -> None:

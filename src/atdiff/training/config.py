@@ -176,6 +176,11 @@ class ObjectiveConfig(Settings):
         weighting: of the loss by the signal-to-noise ratio.
         snr_gamma: of either weighting.
         label_dropout: share of labels replaced by the null label, for classifier-free guidance.
+        ot: assign the noises of a batch to its images by least total squared distance, among images of equal
+            conditions.
+        nearest: of how many draws of its noise an image takes the nearest; 4 is usual, 0 for none.
+        explorative: of how many draws of its noise an image takes the one at which the network errs least; 0 for none.
+            Three draws are charged a pass per batch, rounded up.
         input_perturbation: gamma of DDPM-IP; 0 for none.
         slowed_interpolation: gamma of MixFlow; 0 for none.
         reflow: pairs of noise and sample, drawn from ``training.init``, that are trained on in the place of images, as
@@ -191,6 +196,9 @@ class ObjectiveConfig(Settings):
     weighting: Weighting = "none"
     snr_gamma: float = 5.0
     label_dropout: float = 0.0
+    ot: bool = False
+    nearest: Natural = 0
+    explorative: Natural = 0
     input_perturbation: float = 0.0
     slowed_interpolation: float = 0.0
     reflow: Natural = 0
@@ -240,14 +248,19 @@ class AdversaryConfig(Settings):
     Attributes:
         norm: of a sample's perturbation.
         step_size: norm of one step, times the scale.
+        dose: of the residual, in place of ``step_size``: ``auto``, or the ``k`` of ``k sigma_t (x0 - x0_hat)``, such as
+            0.15. With nothing else said of the method, it is ``pgd`` in two passes along the residual.
+        steps: of the sampler that ``dose: auto`` is for, such as 8; implies it.
         passes: forward-backward passes a batch.
         radius: bound of the perturbation's norm, times the scale; null for none.
         scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``; null for
             ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
         noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
         method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
-            regulariser to the plain loss.
-        weight: of that regulariser.
+            regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac`` (2)
+            are rivals without steps.
+        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05) add to the
+            plain loss; of the half of the pairs that ``mac`` prefers (2). No effect with ``free`` and ``pgd``.
         direction: of the steps.
         order: which passes of a batch update the weights together.
         target: ``equivariant`` moves the network's target with the perturbation.
@@ -255,6 +268,8 @@ class AdversaryConfig(Settings):
 
     norm: Norm = "l2"
     step_size: float = 0.0
+    dose: float | Literal["auto"] | None = None
+    steps: int | None = None
     passes: int = 1
     radius: float | None = None
     scale: Scale | None = None
@@ -266,7 +281,12 @@ class AdversaryConfig(Settings):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        """Write out the method where a dose is all that is said, and today's word for the order."""
         self.order = order_of(self.order)
+        if self.steps is not None and self.dose is None:
+            self.dose = "auto"
+        if self.dose is not None and (self.method, self.passes, self.direction) == ("free", 1, "gradient"):
+            self.method, self.passes, self.direction = "pgd", 2, "residual"
 
 
 @dataclass

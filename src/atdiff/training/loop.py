@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
+from atdiff.core.charge import charge_of
 from atdiff.core.errors import Stopped
 from atdiff.core.noise import NoiseSchedule
 from atdiff.system.locks import one_writer
@@ -21,6 +23,7 @@ from atdiff.training.card import has_card, write_card
 from atdiff.training.checkpoint import disk_errors, passes_of
 from atdiff.training.checks import check_config, check_machine
 from atdiff.training.config import TrainConfig
+from atdiff.training.dosing import fit_dose
 from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
@@ -64,6 +67,7 @@ class Trainer:
     Attributes:
         task: what is trained; see :class:`atdiff.training.tasks.Task`.
         adversary: perturbs its inputs.
+        charge: what a batch and a weight update cost.
         weights: of the network and its averages, once :meth:`open` was called.
         state: what a checkpoint holds, likewise.
         records: what is written on the way, likewise.
@@ -82,6 +86,7 @@ class Trainer:
         self.config = self.task.config = scaled(
             self.task.config, NoiseSchedule(self.task.scheduler).traits.default_scale
         )
+        self.charge = charge_of(asdict(self.config))
 
     def open(self, out: Path, *, progress: bool = False) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
@@ -114,7 +119,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             task.note_in(out)
             # What came after the checkpoint, or before the first, is done again.
-            self.records.log.cut(self.state.passes)
+            self.records.cut(self.state.passes)
 
     def _build(self) -> None:
         """Put the networks on their device, and make what trains them."""
@@ -127,7 +132,8 @@ class Trainer:
         if settings.tracker:
             self.accelerator.init_trackers("atdiff")
         self.steps = Steps(self.accelerator, weights, self.model, self.config)
-        self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary)
+        self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary, self.charge)
+        fit_dose(self.adversary, task, self.accelerator.device)
         self.records = Records(self.out, task, self.steps, self.state)
 
     def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
@@ -151,7 +157,7 @@ class Trainer:
                 for updates, _ in enumerate(self.passes(), 1):
                     bar.update(self.state.passes)
                     if self.state.between_batches:
-                        reason = agreed_reason(stop, self.accelerator, updates, self.adversary.updates_per_batch)
+                        reason = agreed_reason(stop, self.accelerator, updates, self.charge.updates)
                         if reason and self.state.passes < self.config.training.passes:
                             self._stop(reason)
             self._finish()
@@ -173,7 +179,7 @@ class Trainer:
 
     def _train_batch(self) -> Iterator[None]:
         """Run the passes of one batch; yield after every weight update."""
-        cost, before, losses = self.adversary.passes_per_update, self.state.passes, self._losses()
+        cost, before, losses = self.charge.update, self.state.passes, self._losses()
         for loss in losses:
             with self.accelerator.accumulate(self.model):
                 self.accelerator.backward(loss)

@@ -17,6 +17,7 @@ from atdiff.sampling.generate import save_images
 from atdiff.system.files import write_text
 from atdiff.system.processes import from_main
 from atdiff.training.checkpoint import last_good
+from atdiff.training.dosing import DOSE_LOG, dose_line
 from atdiff.training.progress import TrainingBar
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
@@ -38,12 +39,17 @@ class Records:
     def __init__(self, out: Path, task: Task, steps: Steps, state: TrainingState) -> None:
         self.out, self.task, self.steps, self.state = out, task, steps, state
         self.settings, self.accelerator = task.config.training, state.accelerator
-        self.log = MetricsLog(out / "metrics.jsonl")
+        self.log, self.dose_log = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / DOSE_LOG)
         self.bar = TrainingBar(self.settings.passes)
 
     def start(self) -> None:
         """Count the passes per second from here."""
         self._started, self._first_pass = time.perf_counter(), self.state.passes
+
+    def cut(self, passes: int) -> None:
+        """Drop what the logs tell beyond so many passes."""
+        for log in (self.log, self.dose_log):
+            log.cut(passes)
 
     def write(self, loss: Tensor, before: int, batch: int) -> None:
         """Log, save and draw what is due; a save waits for the end of the batch.
@@ -53,7 +59,7 @@ class Records:
             before: passes that were behind before the update.
             batch: passes that were behind before its batch.
         """
-        settings, now, adversary = self.settings, self.state.passes, self.state.adversary
+        settings, now, charge = self.settings, self.state.passes, self.state.charge
 
         def due(every: int, before: int) -> bool:
             return every > 0 and (now // every > before // every or now >= settings.passes)
@@ -61,7 +67,7 @@ class Records:
         if due(settings.log_every, before):
             self._write_line(loss)
         # The last batch may be cut short, and a longer run resumes before it.
-        cut = adversary.updates_per_batch > 1 and now + adversary.num_passes > settings.passes
+        cut = charge.updates > 1 and now + charge.batch > settings.passes
         between = self.state.between_batches
         if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
             self.save()
@@ -83,6 +89,9 @@ class Records:
         }
         if self.accelerator.is_main_process:
             self.log.append(values)
+            dose = dose_line(self.state.adversary, self.state.passes)
+            if dose is not None:
+                self.dose_log.append(dose)
             self.bar.describe(values)
         known = {name: value for name, value in values.items() if value is not None}
         self.accelerator.log(known, step=self.state.passes)

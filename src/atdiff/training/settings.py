@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -120,6 +121,9 @@ def _inner(hint: Any, part: str) -> Any:  # noqa: ANN401
 def _loaded(text: str, hint: Any) -> Any:  # noqa: ANN401
     """Return the value that a word of the command line stands for, which is the word itself where text is expected."""
     kinds = _kinds(hint)
+    if float in kinds and any(get_origin(kind) is Literal for kind in kinds):  # a word, or a number
+        with contextlib.suppress(ValueError):
+            return float(text)
     if any(kind is str or get_origin(kind) is Literal for kind in kinds):
         return None if text == "null" and NoneType in kinds else text
     try:
@@ -146,23 +150,28 @@ def _sentence(error: str, path: tuple[str, ...], value: Any, kind: Any) -> str: 
         return _unknown(path, kind)
     section, hint, keys = kind, kind, list[str]()
     for part in path:
-        if not isinstance(value, dict):
-            break
+        if not isinstance(value, dict) or part not in map(str, value):
+            break  # what is left names the member of a union
         section, hint, keys = hint, _inner(hint, part), [*keys, part]
         value = {str(name): one for name, one in value.items()}[part]
     key, kinds = ".".join(keys), _kinds(hint)
     if error in ("dataclass_type", "dict_type") and (_is_section(hint) or _is_section(_inner(hint, ""))):
         return f"key '{key}' must hold further keys, got {'null' if value is None else repr(value)}."
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
-    if choices:
+    if choices and float not in kinds:
         quote = "; YAML reads no and yes as booleans, so quote them" if isinstance(value, bool) else ""
         return f"{key}={value!r} is unknown{quote}; {nearest(str(value), choices)}"
     if float in kinds and type(value) is int:
         value = float(value)
     if error.startswith(("greater", "less", "finite")):
         return f"{key}={value} {next(_texts(get_type_hints(section, include_extras=True)[keys[-1]]))}."
-    named = ["null" if one is NoneType else str(one) if get_args(one) else one.__name__ for one in kinds]
+    named = ["null" if one is NoneType else _text_of(one) for one in kinds]
     return f"{key}={'null' if value is None else value} must be of the type {', or '.join(named)}."
+
+
+def _text_of(kind: Any) -> str:  # noqa: ANN401
+    words = get_args(kind)
+    return " or ".join(map(repr, words)) if get_origin(kind) is Literal else str(kind) if words else kind.__name__
 
 
 def _texts(hint: Any) -> Iterator[str]:  # noqa: ANN401

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from atdiff.adversary.adversary import Adversary
+from atdiff.core.charge import Charge
 from atdiff.core.errors import UserError
 from atdiff.training.checkpoint import load_checkpoint, save_checkpoint
 from atdiff.training.steps import Steps
@@ -28,6 +29,7 @@ class TrainingState:
         steps: of the optimizer.
         objective: its own state is that of its timestep sampler.
         adversary: its state is what waits for another pass.
+        charge: of its batches.
 
     Attributes:
         charged: passes that were behind when training started; see :attr:`atdiff.training.tasks.Task.charged`.
@@ -42,9 +44,10 @@ class TrainingState:
         steps: Steps,
         objective: Any,  # noqa: ANN401  (of atdiff.objectives)
         adversary: Adversary,
+        charge: Charge,
     ) -> None:
         self.accelerator, self.weights, self.optimizer = accelerator, weights, steps.optimizer
-        self.objective, self.adversary, self.finite = objective, adversary, steps.finite
+        self.objective, self.adversary, self.finite, self.charge = objective, adversary, steps.finite, charge
         self.charged = weights.task.charged
         self.passes, self.saved_at = self.charged, -1
         # Of the passes since the last checkpoint.
@@ -53,12 +56,12 @@ class TrainingState:
     @property
     def batches(self) -> int:
         """How many batches have had all their passes."""
-        return self._trained // self.adversary.num_passes
+        return self._trained // self.charge.batch
 
     @property
     def between_batches(self) -> bool:
         """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
-        return self._trained % self.adversary.num_passes == 0
+        return self._trained % self.charge.batch == 0
 
     @property
     def _trained(self) -> int:
@@ -138,4 +141,4 @@ class TrainingState:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
-        self.weights.ema.updates = self._trained // self.adversary.passes_per_update
+        self.weights.ema.updates = self._trained // self.charge.update

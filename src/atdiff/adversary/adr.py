@@ -1,0 +1,36 @@
+"""Anti-drift rectification: at the state that the sampler's own step leads to, the velocity is to point at ``x0``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import normalize
+
+from atdiff.adversary.attack import Attack, Forward, Kept, Pass
+from atdiff.adversary.lookahead import denoiser, look_ahead
+from atdiff.core.noise import divide, expand
+from atdiff.objectives.batch import Batch
+from atdiff.objectives.implied import missing
+
+__all__ = ["adr"]
+
+
+def adr(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
+    """Yield the plain loss plus ``weight * || v / |v| - (x - x0) / |x - x0| ||^2`` at the rolled-out ``x``.
+
+    (`Huang et al. <https://arxiv.org/abs/2606.28226>`_, without its frequency weights.) The velocity of any network is
+    ``noise_hat - x0_hat``, and ``x - x0`` has the direction of ``noise' - x0``, where ``noise'`` is the noise of ``x``
+    with the true ``x0``: for a flow that is the formula itself. The length of the step and the weight are ours.
+    """
+    objective, batch = denoiser(forward, batch, "adr")
+    clean, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
+    ahead, drift = look_ahead(objective, batch, clean, "adr")
+    output, _ = forward(ahead, drift, track=False)
+    assert output.error is not None
+    alpha, sigma = expand(ahead.alpha, drift), expand(ahead.sigma, drift)
+    true = ahead.noise + divide(drift, sigma) - ahead.x0
+    # noise_hat - noise' = alpha / sigma (x0 - x0_hat); without noise there is no velocity.
+    velocity = true + divide(alpha + sigma, sigma) * missing(objective, ahead, output.error)
+    missed = normalize(velocity.flatten(1)) - normalize(true.flatten(1))
+    yield batch, clean, clean.loss + attack.weight * batch.weights * missed.square().sum(dim=1)

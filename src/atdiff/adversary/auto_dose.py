@@ -1,0 +1,126 @@
+"""The dose that a number of steps needs: a closed form, corrected by what the sampler is seen to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
+from atdiff.core.noise import NoiseSchedule
+from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
+from atdiff.objectives.batch import Batch
+from atdiff.system.processes import mean_over_processes
+
+__all__ = ["AutoDose"]
+
+GRID = 32  # times at which the closed form is solved; between them the dose is interpolated
+EVERY = 25  # batches between two looks at the sampler
+GAIN = 3.0  # of the factor's logarithm, per look and unit of the logarithm of the variance ratio
+LIMITS = (0.25, 2.0)  # of the factor: twice the dose is about that of half the steps, and more may take over
+
+
+class AutoDose:
+    """``k(t)`` for a sampler of ``steps`` steps, with nothing to tune.
+
+    Few steps lose variance: the samples are less spread out than the data, and so are the sampler's inputs on the way.
+
+    1. The closed form. For a network that is linear, as that of Gaussian data, one DDIM or Euler step multiplies each
+       eigendirection of the data's covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
+       dose at which a step keeps the total variance, and 0 for the last step.
+    2. The loop. Every 25 batches the network draws a batch from noise in ``steps`` steps. ``k(t)`` is multiplied by a
+       factor, common to all times, which rises while the samples have less variance than the data and falls while they
+       have more. Those forwards cost less than what a look-ahead is charged beyond its own.
+
+    Args:
+        steps: of the sampler.
+        clean: share of the samples that the network is trained on unperturbed.
+
+    Attributes:
+        table: ``k`` of the closed form at :data:`GRID` times, float32; empty until the data are known.
+        factor: by which it is multiplied, a 0-d tensor.
+        ratio: variance of samples over that of truly noised data, after each step, ``(steps,)``; a running mean.
+    """
+
+    def __init__(self, steps: int, clean: float) -> None:
+        self.steps, self.clean = steps, clean
+        self.times = (torch.arange(GRID) + 0.5) / GRID
+        self.table = self.mean = torch.empty(0)
+        self.factor, self.ratio = torch.ones(()), torch.ones(steps)
+        self.variance, self.range, self.batches = 0.0, (0.0, 0.0), 0
+
+    def fit(self, x0: Tensor, schedule: NoiseSchedule) -> None:
+        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch will do."""
+        x0 = x0.detach().float()
+        self.mean, self.range = x0.mean(dim=0), (float(x0.min()), float(x0.max()))
+        variances = spectrum(x0)
+        self.variance = float(variances.sum())
+        before = schedule(timesteps_at(schedule, self.times))
+        after = next_levels(schedule, self.times, self.steps)
+        levels = torch.stack([*before, *after], dim=1).double().tolist()
+        doses = [closed_form_dose((level[0], level[1], level[2], level[3]), variances, self.clean) for level in levels]
+        self.table = torch.tensor(doses, device=x0.device)
+        self.factor, self.ratio = self.factor.to(x0.device), self.ratio.to(x0.device)
+
+    def dose(self, time: Tensor) -> Tensor:
+        """Return ``k`` at times ``(B,)`` of the sampler, ``(B,)``; 0 within the last step."""
+        place = (time * GRID - 0.5).clamp(0, GRID - 1)
+        low = place.floor().long()
+        table = (self.table * self.factor).clamp(max=LARGEST_DOSE)
+        between = torch.lerp(table[low], table[(low + 1).clamp(max=GRID - 1)], place - low)
+        return torch.where(table[low] == 0.0, 0.0, between)
+
+    def at(self, batch: Batch, schedule: NoiseSchedule) -> Tensor:
+        """Return ``k`` of each sample of a batch, ``(B,)``."""
+        return self.dose(sampler_time(schedule, batch.timesteps))
+
+    def observe(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
+        """Draw samples, where it is due, and correct the doses by their variance."""
+        if not len(self.table):
+            self.fit(batch.x0, objective.schedule)
+        self.batches += 1
+        if self.batches % EVERY != 1:
+            return
+        ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
+        self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
+        self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(*LIMITS)
+
+    @torch.no_grad()
+    def _measured(self, objective: Any, model: Callable[..., Any], batch: Batch) -> Tensor:  # noqa: ANN401
+        """Return the variance of samples over that of noised data, after each step, ``(steps,)``."""
+        schedule = objective.schedule
+        times = sampler_times(schedule, self.steps).to(batch.x0.device)
+        alpha, sigma = schedule(timesteps_at(schedule, times))
+        next_alpha, next_sigma = next_levels(schedule, times, self.steps)
+        x, found = sigma[0] * torch.randn_like(batch.x0), []
+        for i, time in enumerate(times):
+            timesteps = timesteps_at(schedule, time.expand(len(x)))
+            x0_hat, noise_hat = objective.estimates(model, x, timesteps, batch.conditions)
+            if objective.prediction.needs_signal:  # as samplers do: at little signal it is far from any data
+                x0_hat = x0_hat.clamp(*self.range)
+                noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
+            x = next_alpha[i] * x0_hat + next_sigma[i] * noise_hat
+            spread = (x - next_alpha[i] * self.mean).square().flatten(1).sum(dim=1).mean()
+            found.append(spread / (next_alpha[i] ** 2 * self.variance + next_sigma[i] ** 2 * self.mean.numel()))
+        return torch.stack(found)
+
+    def report(self) -> dict[str, Any]:
+        """Return the dose by time, and the variance ratio after each step, as plain numbers."""
+        return {
+            "times": self.times.tolist(),
+            "dose": self.dose(self.times.to(self.table.device)).tolist(),
+            "factor": float(self.factor),
+            "variance_ratio": self.ratio.tolist(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        names = ("table", "factor", "ratio", "mean", "variance", "range", "batches")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Resume from a saved state."""
+        for name, value in state.items():
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)

@@ -1,0 +1,86 @@
+"""The drift: how far its own error leads a sampler astray in one step, and where training meets the drifted state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.attack import Forward
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule, divide, expand
+from atdiff.objectives.batch import Batch, ObjectiveOutput
+from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
+from atdiff.objectives.implied import at_timesteps, missing
+from atdiff.objectives.noising import Noising
+
+__all__ = ["LookAhead", "denoiser", "look_ahead", "noisier"]
+
+STEPS = 40  # of the sampler that looks ahead by one of them; SOAR's code
+LEAST = 1e-3  # of the time of a schedule that starts without noise; the last step of a sampler of 1000
+
+
+class LookAhead(NamedTuple):
+    """Where one deterministic step of the sampler leads.
+
+    Attributes:
+        batch: the true states at the less noisy timesteps ``s``.
+        drift: the sampler's ``x_s`` minus the true one, like ``x0``, detached.
+    """
+
+    batch: DenoisingBatch
+    drift: Tensor
+
+
+def denoiser(forward: Forward, batch: Batch, method: str) -> tuple[DenoisingObjective, DenoisingBatch]:
+    """Return objective and batch of a denoiser, which some methods need.
+
+    Raises:
+        UserError: they are those of a consistency model.
+    """
+    objective = forward.objective
+    if not isinstance(objective, DenoisingObjective) or not isinstance(batch, DenoisingBatch):
+        raise UserError(f"method={method!r} is for denoisers; use another method for consistency models.")
+    return objective, batch
+
+
+def look_ahead(objective: DenoisingObjective, batch: DenoisingBatch, output: ObjectiveOutput, method: str) -> LookAhead:
+    """Take one step of DDIM (Euler, for a flow) from the unperturbed ``x_t``, with the network's own prediction.
+
+    ``x_s_hat - x_s = -(alpha_s - sigma_s alpha_t / sigma_t) (x0 - x0_hat)``.
+
+    Raises:
+        UserError: the input of the network is not ``x_t``, but that of a noising.
+    """
+    for noising in objective.noisings:
+        if noising.moves_input_time or type(noising).input_noise is not Noising.input_noise:
+            raise UserError(f"method={method!r} rolls x_t out, which {noising.name} changes; use one of them.")
+    assert output.error is not None
+    missed = missing(objective, batch, output.error.detach())
+    if objective.prediction.needs_signal:  # unbounded where the signal vanishes: samplers clip it to the data's range
+        low, high = batch.x0.aminmax()
+        missed = batch.x0 - (batch.x0 - missed).clamp(low, high)
+    ahead = at_timesteps(objective, batch, _earlier(objective.schedule, batch.timesteps))
+    step = ahead.alpha - ahead.sigma * divide(batch.alpha, batch.sigma)
+    step = torch.where(batch.sigma > 0, step, 0.0)  # without noise there is no step
+    return LookAhead(ahead, -expand(step, missed).to(missed.dtype) * missed)
+
+
+def _earlier(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Return the next timesteps of a sampler of ``STEPS`` steps, ``(B,)``."""
+    first, last, shift = schedule.first_timestep, schedule.last_timestep, schedule.shift
+    fraction = (timesteps - first) / (last - first)
+    even = fraction / (shift - (shift - 1.0) * fraction)  # the sampler's steps are even before the shift
+    even = (even - 1.0 / STEPS).clamp_min(LEAST if schedule.traits.starts_without_noise else 0.0)
+    earlier = first + (last - first) * shift * even / (1.0 + (shift - 1.0) * even)
+    if schedule.traits.integer_timesteps:
+        return torch.minimum(earlier.round().long(), timesteps - 1).clamp_min(0).to(timesteps.dtype)
+    return torch.minimum(earlier, timesteps)
+
+
+def noisier(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Return timesteps that are uniform from the given ones to the noisiest, ``(B,)``."""
+    room = (schedule.last_timestep - timesteps).clamp_min(0)
+    drawn = timesteps + room * torch.rand(timesteps.shape, device=timesteps.device)
+    return drawn.round().to(timesteps.dtype) if schedule.traits.integer_timesteps else drawn

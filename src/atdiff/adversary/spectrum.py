@@ -1,0 +1,87 @@
+"""The variance of data by direction, and the dose that a linear network needs to keep it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["closed_form_dose", "linear_slope", "spectrum", "step_ratio"]
+
+Array = NDArray[np.float64]
+
+LARGEST_DOSE = 1.5
+
+
+def spectrum(x0: Tensor) -> Array:
+    """Return the eigenvalues of the covariance of samples ``(N, ...)``, float64, the largest first.
+
+    Of samples fewer than their values the ``N x N`` matrix of inner products is decomposed, which has the same ones.
+    """
+    rows = x0.flatten(1).double()
+    rows = rows - rows.mean(dim=0)
+    product = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
+    values = torch.linalg.eigvalsh(product / max(len(rows) - 1, 1)).clamp_min(0.0).flip(0)
+    missing = rows.shape[1] - len(values)  # directions in which so few samples do not differ
+    found: Array = np.concatenate([values.cpu().numpy(), np.zeros(max(missing, 0))])
+    return found
+
+
+def linear_slope(push: float, alpha: float, sigma: float, variances: Array, clean: float = 0.0) -> Array:
+    """Return the slope ``m`` of ``E[x0 | y]`` in each direction, for inputs ``y = x_t + push (x0 - m x_t)``.
+
+    A fixed point: ``m = A v / (A^2 v + S^2)`` with ``A = (1 - push m) alpha + push`` and ``S = (1 - push m) sigma``.
+
+    Args:
+        push: ``k sigma_t``.
+        alpha: of the level.
+        sigma: of the level.
+        variances: ``v`` of x0 by direction.
+        clean: share of the samples that the network sees unperturbed.
+    """
+    unmoved = alpha**2 * variances + sigma**2
+    slope = alpha * variances / unmoved
+    for _ in range(60):
+        signal, noise = (1.0 - push * slope) * alpha + push, (1.0 - push * slope) * sigma
+        covariance = (1.0 - clean) * signal * variances + clean * alpha * variances
+        variance = (1.0 - clean) * (signal**2 * variances + noise**2) + clean * unmoved
+        slope = 0.5 * slope + 0.5 * covariance / np.maximum(variance, 1e-12)
+    return slope
+
+
+Levels = tuple[float, float, float, float]
+"""Alpha and sigma before a step, and after it."""
+
+
+def step_ratio(dose: float, levels: Levels, variances: Array, clean: float = 0.0) -> float:
+    """Return the variance after one DDIM or Euler step, over that of truly noised data at the level it ends at."""
+    alpha, sigma, next_alpha, next_sigma = levels
+    slope = linear_slope(dose * sigma, alpha, sigma, variances, clean)
+    factor = next_alpha * slope + next_sigma / sigma * (1.0 - alpha * slope)
+    reached = factor**2 * (alpha**2 * variances + sigma**2)
+    return float(reached.sum() / (next_alpha**2 * variances + next_sigma**2).sum())
+
+
+def closed_form_dose(levels: Levels, variances: Array, clean: float = 0.0) -> float:
+    """Return the smallest dose ``k`` at which a step keeps the variance: 0 for one that ends without noise.
+
+    Where none does, the one that comes nearest. The network is taken as linear, as it would be of Gaussian data.
+    """
+    if levels[3] == 0.0:
+        return 0.0
+    grid = np.linspace(0.0, LARGEST_DOSE, 31)
+    ratios = [step_ratio(dose, levels, variances, clean) for dose in grid]
+    above = next((i for i, ratio in enumerate(ratios) if ratio >= 1.0), None)
+    if above is None:
+        return float(grid[int(np.argmax(ratios))])
+    if above == 0:
+        return 0.0
+    low, high = grid[above - 1], grid[above]
+    for _ in range(25):
+        middle = 0.5 * (low + high)
+        if step_ratio(middle, levels, variances, clean) < 1.0:
+            low = middle
+        else:
+            high = middle
+    return float(high)

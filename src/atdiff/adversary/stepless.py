@@ -1,0 +1,67 @@
+"""What the settings of methods whose perturbation takes no step may be, found out without importing torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from atdiff.core.errors import UserError
+
+__all__ = ["STEPLESS", "check_stepless"]
+
+
+class Stepless(NamedTuple):
+    """A method without steps.
+
+    Attributes:
+        passes: that it takes.
+        why: what they are.
+        usual: the usual ``weight``.
+        more: whether it may take more passes.
+        below: that the weight must stay below.
+        rolls_out: whether it takes a step of the sampler from ``x_t``.
+    """
+
+    passes: int
+    why: str
+    usual: float
+    more: bool = False
+    below: float = math.inf
+    rolls_out: bool = False
+
+
+STEPLESS = {
+    "soar": Stepless(2, "one for the clean input and one for each auxiliary point", 1.0, more=True, rolls_out=True),
+    "adr": Stepless(2, "one for the clean input and one for the rolled-out input", 1.0, rolls_out=True),
+    "contrastive": Stepless(1, "that of plain training", 0.05, below=1.0),
+    "mac": Stepless(2, "one for the looks at both ends of the time and one for the weights", 2.0),
+}
+DEFAULTS = {"direction": "gradient", "target": "equivariant", "radius": None, "noise_levels": None}
+
+
+def check_stepless(method: str, passes: int, weight: float, **others: Any) -> None:  # noqa: ANN401
+    """Check the settings of a method of :data:`STEPLESS`.
+
+    Args:
+        method: its name.
+        passes: a batch.
+        weight: the method's strength.
+        others: further settings of :class:`atdiff.Adversary`.
+
+    Raises:
+        UserError: one is out of its range, or has no effect.
+    """
+    spec = STEPLESS[method]
+    if passes < spec.passes or (passes > spec.passes and not spec.more):
+        least = " or more" if spec.more else ""
+        raise UserError(
+            f"passes={passes} does not fit method={method!r}, which takes {spec.why}; use passes={spec.passes}{least}."
+        )
+    if not 0 <= weight < spec.below:
+        bounds = "must not be negative or infinite" if spec.below == math.inf else f"must lie in [0, {spec.below:g})"
+        raise UserError(f"weight={weight} {bounds} for method={method!r}; {spec.usual:g} is usual.")
+    for name, default in DEFAULTS.items():
+        if others[name] != default:
+            raise UserError(
+                f"{name}={others[name]!r} does not go with method={method!r}, which takes no step; leave it out."
+            )

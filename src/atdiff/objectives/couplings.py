@@ -1,0 +1,133 @@
+"""Couplings: which noise goes with which clean sample, other than by chance.
+
+Each noise is still normal by itself, or nearly so, but it depends on its sample, so that paths from noise to data cross
+less and few steps of a sampler follow them better.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from atdiff.core.charge import passes_of_forwards
+from atdiff.core.errors import UserError
+from atdiff.core.noise import NoiseSchedule
+from atdiff.objectives.batch import Batch
+from atdiff.objectives.inputs import LOOKS
+from atdiff.objectives.noising_base import Noising
+
+__all__ = ["Explorative", "Nearest", "OptimalTransport"]
+
+B = TypeVar("B", bound=Batch)
+
+
+class OptimalTransport(Noising):
+    """The noises of a batch are assigned to its samples by least total squared distance, each to one sample.
+
+    (`Tong et al. <https://arxiv.org/abs/2302.00482>`_; `Pooladian et al. <https://arxiv.org/abs/2304.14772>`_.)
+    Only samples of equal conditions trade their noises: else the noise would tell the condition, which a sampler draws
+    independently of it. Each process assigns within its own batch.
+
+    On a GPU it costs a synchronisation per batch, and one for each condition: the distances are computed there in
+    float32 and assigned on the CPU, which takes about a millisecond for 128 samples and grows with their cube.
+    """
+
+    name = "ot"
+    couples = True
+    by_condition = True
+
+    def __init__(self, amount: float, schedule: NoiseSchedule) -> None:
+        super().__init__(amount, schedule)
+        if amount != 1:
+            raise UserError(f"ot={amount} must be true or false.")
+        self._alone = 0  # first batches in which no two samples had equal conditions; -1 once some had
+
+    def noise(self, x0: Tensor, draw: Callable[[], Tensor], conditions: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Noising.noise`."""
+        drawn, groups = draw(), _groups(x0, conditions)
+        other = groups[:, None] != groups[None, :]
+        # Of the squared distance only the inner product depends on the assignment; autocast would round it.
+        with torch.autocast(x0.device.type, enabled=False):
+            inner = x0.flatten(1).float() @ drawn.flatten(1).float().T
+        cost = (-inner).nan_to_num(0.0, 0.0, 0.0).masked_fill(other, math.inf).cpu().numpy()
+        if 0 <= self._alone < LOOKS:
+            self._look(int((cost < math.inf).sum()) == len(x0))
+        _, noises = linear_sum_assignment(cost)
+        return drawn[torch.as_tensor(noises, device=x0.device)]
+
+    def _look(self, alone: bool) -> None:
+        self._alone = self._alone + 1 if alone else -1
+        if self._alone == LOOKS:
+            warnings.warn(
+                "ot couples nothing: no two samples of the first batches have equal conditions, as where each caption "
+                "is one of its own; use nearest=4 instead, which couples every sample by itself.",
+                stacklevel=5,
+            )
+
+
+class Nearest(Noising):
+    """Each sample takes the nearest of ``amount`` draws of its noise.
+
+    (Immiscible diffusion, `Li et al. <https://arxiv.org/abs/2505.18521>`_; 4 is usual.)
+    """
+
+    name = "nearest"
+    couples = True
+
+    def __init__(self, amount: float, schedule: NoiseSchedule) -> None:
+        super().__init__(amount, schedule)
+        self.draws = _draws(self.name, amount)
+
+    def noise(self, x0: Tensor, draw: Callable[[], Tensor], conditions: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Noising.noise`."""
+        drawn = torch.stack([draw() for _ in range(self.draws)])
+        nearest = (drawn - x0).square().flatten(2).sum(dim=2).argmin(dim=0)
+        return drawn[nearest, torch.arange(len(x0), device=x0.device)]
+
+
+class Explorative(Noising):
+    """Each sample takes that of ``amount`` draws of its noise at which the network errs least.
+
+    (Explorative modelling, `XM-K <https://arxiv.org/abs/2607.27372>`_.) The error is ``|| prediction - target ||^2`` at
+    the input of that noise, at one timestep and under one dropout for all draws. A forward without gradient is charged
+    a third of a pass, and a batch whole passes: 3 draws cost one, 4 to 6 two.
+    """
+
+    name = "explorative"
+    couples = True
+
+    def __init__(self, amount: float, schedule: NoiseSchedule) -> None:
+        super().__init__(amount, schedule)
+        self.draws = _draws(self.name, amount)
+        self.passes = passes_of_forwards(self.draws)
+
+    def choose(self, batch: B, redrawn: Callable[[], B], errors: Callable[[B], Tensor]) -> B:
+        """See :meth:`Noising.choose`."""
+        # All are drawn before the network runs, which may draw its dropout.
+        drawn = [batch, *(redrawn() for _ in range(self.draws - 1))]
+        found = torch.stack([errors(one) for one in drawn])
+        return type(batch).picked(drawn, found.nan_to_num(nan=math.inf).argmin(dim=0))
+
+
+def _draws(name: str, amount: float) -> int:
+    if not amount >= 2 or amount % 1 != 0:
+        raise UserError(f"{name}={amount} must be a whole number of draws, 2 or more; 0 is none.")
+    return int(amount)
+
+
+def _groups(x0: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """Return a number for each sample, ``(B,)``, that those of equal conditions share."""
+    groups = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+    # The small ones first: where a label tells all samples apart, no embedding need be compared.
+    for value in sorted(conditions.values(), key=Tensor.numel):
+        _, own = value.reshape(len(x0), -1).unique(dim=0, return_inverse=True)
+        found, groups = torch.stack([groups, own.to(x0.device)], dim=1).unique(dim=0, return_inverse=True)
+        if len(found) == len(x0):
+            break
+    return groups

@@ -1,0 +1,67 @@
+"""The dose that sets itself, within a run: the data it is solved for, and the log of what it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atdiff.adversary.adversary import Adversary
+from atdiff.core.noise import divide, expand, noise_level
+
+__all__ = ["DOSE_LOG", "coupled_noise", "dose_line", "fit_dose"]
+
+DOSE_LOG = "dose.jsonl"
+SAMPLES = 2048  # of the data; its spectrum is that of a sample where there are more
+VALUES = 2**25  # that may be held at once for it
+LEVELS = 8  # bins of noise level
+
+
+def fit_dose(adversary: Adversary, task: Any, device: torch.device) -> None:  # noqa: ANN401  (of atdiff.training.tasks)
+    """Solve the closed form of a dose that sets itself for the data of a run; nothing for other adversaries.
+
+    The samples are the same in every process, and whenever the run resumes.
+    """
+    auto = adversary.auto_dose
+    if auto is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        order = torch.randperm(len(task.data))
+        first, _ = task.load(order[:1], torch.device("cpu"))
+        count = min(SAMPLES, len(order), max(VALUES // first.numel(), 2))
+        parts = [task.load(indices, torch.device("cpu"))[0] for indices in order[:count].split(64)]
+    auto.fit(torch.cat(parts).to(device), task.objective.schedule)
+
+
+def coupled_noise(adversary: Adversary) -> list[dict[str, float]]:
+    """Return the distribution of ``noise + delta / sigma`` in the last pass, by noise level.
+
+    Independent noise has variance 1, no excess kurtosis, and no correlation with ``x0``. A list of bins of the noise
+    level that hold samples: ``level``, its middle; ``variance``, ``kurtosis`` and ``correlation`` over all values.
+    """
+    batch, delta = adversary.batch, adversary.delta
+    if batch is None or delta is None:
+        return []
+    noise = batch.noise + divide(delta.detach(), expand(batch.sigma, delta))
+    bins = (noise_level(batch.alpha, batch.sigma) * LEVELS).long().clamp(0, LEVELS - 1)
+    centred = batch.x0 - batch.x0.mean(dim=0)
+    return [
+        {"level": (i + 0.5) / LEVELS, **_moments(noise[bins == i], centred[bins == i])} for i in bins.unique().tolist()
+    ]
+
+
+def _moments(noise: Tensor, x0: Tensor) -> dict[str, float]:
+    variance = noise.square().mean()
+    correlation = (noise * x0).mean() / (variance * x0.square().mean()).sqrt().clamp_min(1e-12)
+    kurtosis = noise.pow(4).mean() / variance.square().clamp_min(1e-12) - 3.0
+    return {"variance": float(variance), "kurtosis": float(kurtosis), "correlation": float(correlation)}
+
+
+def dose_line(adversary: Adversary, passes: int) -> dict[str, Any] | None:
+    """Return what a line of :data:`DOSE_LOG` tells after so many passes; None without a perturbation."""
+    if adversary.num_passes == 1:
+        return None
+    auto = adversary.auto_dose
+    return {"pass": passes, "noise": coupled_noise(adversary), **({} if auto is None else auto.report())}

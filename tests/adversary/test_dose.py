@@ -1,0 +1,231 @@
+"""The dose of the residual: against the closed form, Gaussian data, and diffusers' schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from atdiff import Adversary, DenoisingObjective, UserError
+from atdiff.adversary.auto_dose import AutoDose
+from atdiff.adversary.spectrum import closed_form_dose, linear_slope, spectrum, step_ratio
+from atdiff.core.noise import NoiseSchedule
+from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
+
+FLOW = FlowMatchEulerDiscreteScheduler()
+COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+VARIANCES = 4.0 * 0.7 ** np.arange(12)
+
+
+def flow_levels(time: float, steps: int) -> tuple[float, float, float, float]:
+    after = time - 1 / steps
+    return 1 - time, time, 1 - after, after
+
+
+# Of an implementation of its own, with the eigenvalues above: steps, time, share of clean samples, dose.
+DOSES = [
+    (4, 1.0, 0.0, 0.14759), (4, 0.75, 0.0, 0.21109), (4, 0.5, 0.0, 0.43872), (4, 0.3, 0.0, 1.1898),
+    (4, 1.0, 0.5, 0.31734), (4, 0.75, 0.5, 0.7), (4, 0.5, 0.5, 0.9), (4, 0.3, 0.5, 1.5),
+    (8, 1.0, 0.0, 0.06974), (8, 0.75, 0.0, 0.11205), (8, 0.5, 0.0, 0.23859), (8, 0.3, 0.0, 0.65317),
+    (8, 1.0, 0.5, 0.14121), (8, 0.75, 0.5, 0.25024), (8, 0.5, 0.5, 0.63902), (8, 0.2, 0.0, 1.4442),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "time", "clean", "expected"), DOSES)
+def test_the_closed_form(steps: int, time: float, clean: float, expected: float) -> None:
+    found = closed_form_dose(flow_levels(time, steps), VARIANCES, clean)
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_last_step_has_no_dose() -> None:
+    assert closed_form_dose((0.8, 0.2, 1.0, 0.0), VARIANCES) == 0.0
+
+
+@pytest.mark.parametrize("clean", [0.0, 0.5])
+def test_the_slope_is_that_of_a_regression_on_perturbed_gaussians(clean: float) -> None:
+    generator = np.random.default_rng(0)
+    alpha, sigma, push, variance, size = 0.4, 0.6, 0.2, 1.7, 2_000_000
+    slope = float(linear_slope(push, alpha, sigma, np.array([variance]), clean)[0])
+    x0 = variance**0.5 * generator.standard_normal(size)
+    x_t = alpha * x0 + sigma * generator.standard_normal(size)
+    y = x_t + push * (x0 - slope * x_t)
+    y = np.where(generator.random(size) < clean, x_t, y)
+    assert (x0 * y).mean() / (y * y).mean() == pytest.approx(slope, abs=2e-3)
+
+
+def test_a_step_of_the_best_linear_network_loses_the_variance_that_gaussians_lose() -> None:
+    generator = np.random.default_rng(1)
+    alpha, sigma, after, below, variance, size = 0.4, 0.6, 0.6, 0.4, 1.7, 2_000_000
+    x0 = variance**0.5 * generator.standard_normal(size)
+    x_t = alpha * x0 + sigma * generator.standard_normal(size)
+    mean = x_t * alpha * variance / (alpha**2 * variance + sigma**2)
+    x_r = after * mean + below * (x_t - alpha * mean) / sigma
+    expected = x_r.var() / (after**2 * variance + below**2)
+    found = step_ratio(0.0, (alpha, sigma, after, below), np.array([variance]))
+    assert found == pytest.approx(expected, abs=3e-3)
+    assert found < 1
+
+
+@pytest.mark.parametrize("count", [200, 20])
+def test_the_spectrum_is_that_of_numpy(count: int) -> None:
+    samples = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, 4)
+    expected = np.linalg.eigvalsh(np.cov(samples.flatten(1).double().numpy().T))[::-1]
+    np.testing.assert_allclose(spectrum(samples), expected.clip(0), atol=1e-8)
+
+
+def test_times_are_those_at_which_the_samplers_of_diffusers_stop() -> None:
+    shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    shifted.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
+    ddim = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    ddim.set_timesteps(8)
+    edm = EDMEulerScheduler()
+    edm.set_timesteps(8)
+    for scheduler, tolerance in ((shifted, 1e-4), (ddim, 0.0), (edm, 1e-4)):
+        schedule: Any = NoiseSchedule(scheduler)
+        times = sampler_times(schedule, 8)
+        timesteps = timesteps_at(schedule, times)
+        torch.testing.assert_close(timesteps.float(), scheduler.timesteps.float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(sampler_time(schedule, timesteps), times, rtol=0, atol=1e-5)
+        alpha, sigma = next_levels(schedule, times, 8)
+        assert (float(alpha[-1]), float(sigma[-1])) == (1.0, 0.0)
+        torch.testing.assert_close(sigma[:-1], schedule(timesteps)[1][1:], rtol=1e-4, atol=1e-5)
+
+
+def linear(slope: Any) -> Any:
+    """Return a flow network whose ``x0_hat`` is ``slope(t) x_t``."""
+
+    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        t = (timesteps / 1000).view(-1, 1, 1, 1)
+        return x_t * (1.0 - slope(t)) / t
+
+    return network
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type"),
+    [(COSINE, "epsilon"), (COSINE, "v_prediction"), (COSINE, "sample"), (FLOW, "flow"), (EDMEulerScheduler(), "edm")],
+)
+@pytest.mark.parametrize("sign", ["residual", "drift"])
+def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type: Any, sign: Any) -> None:
+    torch.manual_seed(0)
+    objective = DenoisingObjective(scheduler, prediction_type)
+    x0 = torch.randn(6, 1, 4, 4)
+    timesteps = {"flow": torch.full((6,), 400.0), "edm": torch.full((6,), -0.1)}.get(prediction_type)
+    batch = objective.draw(x0, timesteps=torch.full((6,), 400) if timesteps is None else timesteps)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return 0.1 * x + 0.05
+
+    adversary = Adversary(dose=0.2, direction=sign)
+    list(adversary.passes(objective, network, batch))
+    alpha, sigma = batch.alpha.view(-1, 1, 1, 1), batch.sigma.view(-1, 1, 1, 1)
+    x_t = alpha * batch.x0 + sigma * batch.noise
+    if prediction_type == "edm":
+        total = sigma**2 + objective.schedule.sigma_data**2
+        output = network(x_t / total.sqrt(), timesteps)
+        x0_hat = (
+            objective.schedule.sigma_data**2 / total * x_t
+            + sigma * objective.schedule.sigma_data / total.sqrt() * output
+        )
+    else:
+        output = network(x_t, batch.timesteps)
+        x0_hat = {
+            "epsilon": (x_t - sigma * output) / alpha,
+            "v_prediction": alpha * x_t - sigma * output,
+            "sample": output,
+            "flow": x_t - sigma * output,
+        }[prediction_type]
+    error = x0 - x0_hat
+    worst = (x0 - x0.mean(dim=0)).square().flatten(1).sum(dim=1)
+    trust = (worst / error.square().flatten(1).sum(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+    expected = 0.2 * sigma * error * trust * (1 if sign == "residual" else -1)
+    assert adversary.delta is not None
+    torch.testing.assert_close(adversary.delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def gaussian_data(count: int = 4096) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return 0.5 * torch.randn(count, 1, 4, 4, generator=generator)
+
+
+def best_slope(t: Tensor) -> Tensor:
+    return (1 - t) * 0.25 / ((1 - t) ** 2 * 0.25 + t**2)
+
+
+def test_the_loop_measures_what_the_sampler_of_gaussians_does() -> None:
+    torch.manual_seed(0)
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data()
+    auto = AutoDose(4, 0.0)
+    auto.fit(data, objective.schedule)
+    auto.observe(objective, linear(best_slope), objective.draw(data))
+    scale, expected = 1.0, []
+    for i in range(4):
+        t, r = 1 - i / 4, 0.75 - i / 4
+        m = float(best_slope(torch.tensor(t)))
+        scale *= (1 - r) * m + r / t * (1 - (1 - t) * m)
+        expected.append(scale**2 / ((1 - r) ** 2 * 0.25 + r**2))
+    torch.testing.assert_close(auto.ratio, torch.tensor(expected), rtol=0.05, atol=0.0)
+    assert float(auto.factor) > 1, "samples of less variance than the data ask for more"
+
+
+def test_samples_of_too_much_variance_ask_for_less() -> None:
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(512)
+    auto = AutoDose(4, 0.0)
+    auto.fit(data, objective.schedule)
+    auto.observe(objective, linear(lambda t: 1.8 * best_slope(t)), objective.draw(data))
+    assert float(auto.factor) < 1
+
+
+def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data()
+    auto = AutoDose(8, 0.0)
+    auto.fit(data, objective.schedule)
+    times = torch.tensor([15.5 / 32, 24.5 / 32])
+    expected = [closed_form_dose(flow_levels(float(time), 8), spectrum(data)) for time in times]
+    torch.testing.assert_close(auto.dose(times), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    auto.factor = torch.tensor(0.5)
+    torch.testing.assert_close(auto.dose(times), 0.5 * torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert float(auto.dose(torch.tensor([0.05]))) == 0.0
+
+
+def test_a_saved_dose_resumes() -> None:
+    torch.manual_seed(0)
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)
+    first, second = Adversary(steps=4), Adversary(steps=4)
+    list(first.passes(objective, linear(best_slope), data))
+    second.load_state_dict(first.state_dict())
+    for adversary in (first, second):
+        torch.manual_seed(1)
+        list(adversary.passes(objective, linear(best_slope), data))
+    assert first.delta is not None
+    assert second.delta is not None
+    assert torch.equal(first.delta, second.delta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dose": "auto"}, "needs steps"),
+        ({"dose": "much"}, "'much' is unknown"),
+        ({"dose": 0.1, "steps": 8}, "contradict"),
+        ({"dose": -0.1}, "above 0"),
+        ({"steps": 1}, "2 or more"),
+        ({"steps": 8, "step_size": 0.1}, "step_size=0.1 contradicts"),
+        ({"steps": 8, "scale": "high"}, "scale=high contradicts"),
+        ({"steps": 8, "direction": "gradient"}, "has no dose"),
+        ({"steps": 8, "passes": 1}, "moves nothing"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Adversary(**settings)
+
+
+def test_defaults_are_the_papers_without_a_dose() -> None:
+    paper, ours = Adversary(), Adversary(steps=8)
+    assert (paper.method, paper.direction, paper.num_passes, paper.step_size) == ("free", "gradient", 3, 0.1)
+    assert (ours.method, ours.direction, ours.num_passes, ours.dose) == ("pgd", "residual", 2, "auto")
