@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -119,7 +118,7 @@ class Forward:
     @torch.no_grad()
     def glance(self, batch: Batch) -> ObjectiveOutput:
         """Return the output at the unperturbed input, without any gradient; the attack does not remember it."""
-        with getattr(self.model, "no_sync", contextlib.nullcontext)():
+        with unsynced(self.model):
             return self.objective.compute(self.model, batch)
 
 

@@ -60,11 +60,6 @@ class Task(ABC):
             self.objective.progress = progress
 
     @property
-    def charged(self) -> int:
-        """Passes that count as behind when training starts: what its pairs cost, if it draws any."""
-        return self.config.objective.reflow_passes or 0
-
-    @property
     def epoch_size(self) -> int:
         """Samples of an epoch, once the data were read."""
         return len(self.data)

@@ -72,7 +72,7 @@ class ReflowTask(PixelTask):
         self.pairs = file.read()
         self.told = (
             f"{settings.reflow:,} pairs of {self.config.training.init} by {sampler} in {settings.reflow_steps} steps, "
-            f"charged as {self.charged:,} passes, kept in {file.path} ({file.size}) for a longer run"
+            f"charged as {settings.reflow_passes:,} passes, kept in {file.path} ({file.size}) for a longer run"
         )
 
     def _labels(self) -> Tensor | None:
