@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import get_total_norm
 
-from atdiff.core.charge import charge_of
 from atdiff.training.config import TrainConfig
 from atdiff.training.finite import FiniteSteps
 from atdiff.training.order import learning_rate_factor
@@ -34,7 +32,7 @@ class Steps:
 
     def __init__(self, accelerator: Accelerator, weights: Weights, model: Any, config: TrainConfig) -> None:  # noqa: ANN401
         self.accelerator, self.weights, self.model, self.config = accelerator, weights, model, config
-        settings, self._before = config.optimizer, charge_of(asdict(config)).before
+        settings = config.optimizer
         self.optimizer: Any = accelerator.prepare(
             torch.optim.AdamW(
                 [parameter for parameter in weights.network.parameters() if parameter.requires_grad],
@@ -74,7 +72,7 @@ class Steps:
 
     def set_rate(self, passes: int) -> None:
         """Set the learning rate for the step after ``passes`` passes."""
-        settings = self.config.optimizer
-        factor = learning_rate_factor(settings, passes, self.config.training.passes, self._before)
+        settings, before = self.config.optimizer, self.config.objective.reflow_passes or 0
+        factor = learning_rate_factor(settings, passes, self.config.training.passes, before)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor
