@@ -16,7 +16,6 @@ from atdiff.training.start import Start
 __all__ = ["charged_passes", "check_reflow", "noise_seed", "pair_sampler"]
 
 LAST_SEED = 4292  # of a million images each
-FITTING = ("input_perturbation", "slowed_interpolation")  # of NOISINGS: they leave the noise to its sample
 
 
 def pair_sampler(scheduler: Any) -> str:  # noqa: ANN401  (any diffusers scheduler)
@@ -64,9 +63,9 @@ def check_reflow(config: TrainConfig, scheduler: Any, start: Start | None) -> No
             f"objective.reflow={settings.reflow} draws pairs of noise and sample from a trained network; name its run, "
             "pipeline folder or hub id as --training.init."
         )
-    for name in NOISINGS:
+    for name, noising in NOISINGS.items():
         amount = getattr(settings, name)
-        if name not in FITTING and amount != getattr(ObjectiveConfig(), name):
+        if noising.couples and amount != getattr(ObjectiveConfig(), name):
             raise UserError(
                 f"objective.{name}={amount} and objective.reflow={settings.reflow} each say which noise goes with a "
                 "sample; leave one of them out."
