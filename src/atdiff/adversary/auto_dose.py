@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
+from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
 from atdiff.objectives.batch import Batch
@@ -54,7 +55,16 @@ class AutoDose:
         self.variance, self.range, self.batches = 0.0, (0.0, 0.0), 0
 
     def fit(self, x0: Tensor, schedule: NoiseSchedule) -> None:
-        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch will do."""
+        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch of some size will do.
+
+        Raises:
+            UserError: there is one sample, which has no variance.
+        """
+        if len(x0) < 2:
+            raise UserError(
+                f"steps={self.steps} needs the variance of the data, and the first batch is one sample: call "
+                "adversary.auto_dose.fit(x0, objective.schedule) with some more before training."
+            )
         x0 = x0.detach().float()
         self.mean, self.range = x0.mean(dim=0), (float(x0.min()), float(x0.max()))
         variances = spectrum(x0)
