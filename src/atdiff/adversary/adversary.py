@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atdiff.adversary.attack import Forward, Kept, Objective, in_turn, micro_batches, placed
+from atdiff.adversary.attack import Forward, Kept, Objective, losses_of, placed
 from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_coupling
 from atdiff.adversary.directions import DIRECTIONS
@@ -27,8 +27,8 @@ __all__ = ["Adversary"]
 class Adversary:
     """The perturbation set, and the passes that train on it.
 
-    ``Adversary(steps=8)`` is for networks that are to sample in 8 steps: ``pgd`` along the residual, by a dose that sets
-    itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting of `Wang et al.
+    ``Adversary(steps=8)`` is for networks that are to sample in 8 steps: ``pgd`` along the residual, by a dose that
+    sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting of `Wang et al.
     <https://arxiv.org/abs/2502.17099>`_.
 
     - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
@@ -53,9 +53,7 @@ class Adversary:
             DDPM family, else ``sigma``: a constant delta moves the target without bound where a flow's noise ends.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level`, from 0 (data)
             to 1 (noise), lies in ``[low, high)``; None for all.
-        method: default ``free``, and ``pgd`` with a dose.
-        direction: default ``gradient``, and ``residual`` with a dose.
-        order: of ``free``.
+        method, direction, order: default ``free`` along the ``gradient``, and with a dose ``pgd`` along the residual.
         target: whether the network's target follows delta (``equivariant``) or not.
         weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
             to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
@@ -64,7 +62,7 @@ class Adversary:
         batch: the samples of the pass last yielded.
         delta: the perturbation of that pass, ``(B, ...)``.
         output: the per-sample results of that pass.
-        nonfinite: how often a direction was not finite, so that delta stayed where it was (a 0-d tensor).
+        nonfinite: how often a direction was not finite, so that delta stayed (a 0-d tensor).
 
     Raises:
         UserError: a value is out of its range, unknown, or contradicts another.
@@ -156,7 +154,7 @@ class Adversary:
             fixed: passed on to ``objective.draw``, such as ``class_labels``.
 
         Yields:
-            Scalar losses: ``updates_per_batch * accumulate`` of them.
+            ``updates_per_batch * accumulate`` scalar losses.
 
         Raises:
             UserError: the batch has too few samples for so many micro-batches, or cannot have what is ``fixed``.
@@ -168,20 +166,11 @@ class Adversary:
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)
             batch = objective.couple(model, batch, accumulate)
-        moves = self._method.steps and self.num_passes > 1
-        self._perturbation.meet(objective, warns=self.target == "equivariant" and moves)
+        moves = self._method.steps and self.num_passes > 1 and self.target == "equivariant"
+        self._perturbation.meet(objective, warns=moves)
         self._perturbation.before(objective, model, batch)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
-            yield from self._losses(Forward(self, objective, model), part, accumulate)
-
-    def _losses(self, forward: Forward, batch: Batch, accumulate: int) -> Iterator[Tensor]:
-        parts = micro_batches(batch, accumulate)
-        kept = [self._kept.setdefault(i, {}) for i in range(len(parts))]
-        samples = len(batch) + sum(sum(one.get("sizes", ())) for one in kept)  # of a weight update
-        running = [self._method.passes(self, forward, *one) for one in zip(parts, kept, strict=True)]
-        for seen, output, losses in in_turn(running):
-            yield losses.mean() * (len(losses) * len(parts) / samples)
-            forward.objective.update(seen, output)
+            yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
@@ -195,9 +184,7 @@ class Adversary:
 
     def mean_norm(self) -> Tensor:
         """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""
-        if self.delta is None:
-            return torch.zeros(())
-        norms = norm_of(self.delta.detach(), self.norm)
+        norms = torch.zeros(1) if self.delta is None else norm_of(self.delta.detach(), self.norm)
         return norms.sum() / (norms > 0).sum().clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
