@@ -47,18 +47,8 @@ def check_adversary(
     Raises:
         UserError: a value is out of its range, unknown, or contradicts another.
     """
-    choices: dict[str, tuple[Any, Any]] = {
-        "norm": (norm, Norm),
-        "method": (method, Method),
-        "direction": (direction, Direction),
-        "order": (order, Order),
-        "target": (target, Target),
-    }
-    if scale is not None and not callable(scale):
-        choices["scale"] = (scale, Scale)
-    for name, (value, kind) in choices.items():
-        if value not in get_args(kind):
-            raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(kind))}.")
+    _check_words(scale, norm=(norm, Norm), method=(method, Method), direction=(direction, Direction),
+        order=(order, Order), target=(target, Target))  # fmt: skip
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise UserError(f"passes={passes!r} must be an integer of at least 1; 1 is plain training.")
     if not 0 <= step_size < math.inf:
@@ -85,6 +75,14 @@ def check_adversary(
             "noise_levels": noise_levels,
         }
         check_stepless(method, passes, weight, **given)
+
+
+def _check_words(scale: str | Callable[..., Any] | None, **choices: tuple[str, Any]) -> None:
+    if scale is not None and not callable(scale):
+        choices["scale"] = (scale, Scale)
+    for name, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(kind))}.")
 
 
 def check_coupling(coupling_passes: int, updates: int) -> None:
