@@ -12,6 +12,7 @@ from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
+from atdiff.models.inference import evaluating
 from atdiff.objectives.batch import Batch
 from atdiff.objectives.denoising import DenoisingObjective
 from atdiff.objectives.implied import estimates
@@ -95,7 +96,8 @@ class AutoDose:
         self.batches += 1
         if self.batches % EVERY != 1:
             return
-        ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
+        with evaluating(model):  # a sampler knows no dropout
+            ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
         self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(*LIMITS)
 
