@@ -23,7 +23,7 @@ __all__ = ["AutoDose"]
 GRID = 32  # times at which the closed form is solved; between them the dose is interpolated
 EVERY = 25  # batches between two looks at the sampler
 GAIN = 3.0  # of the factor's logarithm, per look and unit of the logarithm of the variance ratio
-LIMITS = (0.25, 2.0)  # of the factor: twice the dose is about that of half the steps, and more may take over
+LEAST = 0.25  # of the factor
 
 
 class AutoDose:
@@ -50,6 +50,8 @@ class AutoDose:
 
     def __init__(self, steps: int, clean: float) -> None:
         self.steps, self.clean = steps, clean
+        # The closed form goes with 1 / steps: at most about the dose of two steps, beyond which x0 shows in the input.
+        self.most = steps / 2
         self.times = (torch.arange(GRID) + 0.5) / GRID
         self.table = self.mean = torch.empty(0)
         self.factor, self.ratio = torch.ones(()), torch.ones(steps)
@@ -99,7 +101,7 @@ class AutoDose:
         with evaluating(model):  # a sampler knows no dropout
             ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
-        self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(*LIMITS)
+        self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(LEAST, self.most)
 
     @torch.no_grad()
     def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -17,12 +17,15 @@ from atdiff.objectives.implied import as_denoiser, x0_error
 __all__ = ["Dosed"]
 
 
+TRUST = 4.0  # times the variance of the data, up to which a square error is taken at its word
+
+
 class Dosed(Perturbation):
     """Moves delta by a dose of the network's own error, ``k sigma_t (x0 - x0_hat)``.
 
     It has no norm to tune, does not depend on the number of pixels, and is small where the network is right. Where its
-    error is larger than that of the mean of the data (of 0, where that is not known), the output tells nothing of
-    ``x0``, as of an epsilon network at pure noise; there it is scaled down to the square of their ratio.
+    square error is more than four times the variance of the data (the mean square, where that is not known), the output
+    tells nothing of ``x0``, as of an epsilon network at pure noise; there the dose falls with the ratio of the two.
 
     Args:
         dose: ``k`` at every noise level; ``auto`` or None for that of ``steps``.
@@ -58,9 +61,8 @@ class Dosed(Perturbation):
         finite = error.isfinite().flatten(1).all(dim=1)
         error = torch.where(expand(finite, delta), error, 0.0)
         auto = self.auto
-        mean = 0.0 if auto is None else auto.mean.to(delta)
-        worst = (batch.x0 - mean).square().flatten(1).sum(dim=1)
-        trust = (worst / error.square().flatten(1).sum(dim=1).clamp_min(1e-12)).clamp(max=1.0)
+        variance: Any = batch.x0.square().flatten(1).sum(dim=1).mean() if auto is None else auto.variance
+        trust = (TRUST * variance / error.square().flatten(1).sum(dim=1).clamp_min(1e-12)).clamp(max=1.0)
         dose: Any = self.dose if auto is None else auto.at(batch, self._objective.schedule)
         factor = trust * dose * self.scale(batch.alpha, batch.sigma) / self.moves
         return delta + expand(factor, delta) * error, (~finite).sum()
