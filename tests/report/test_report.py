@@ -341,7 +341,7 @@ def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
         "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples per seed; training seed 0, "
         "1, 2; sampling seed 1, 2, 3; {}; against digits; torch 2.9."
     )
-    assert text.count(recipe.format("features of vgg")) == 3  # the table and curves of FD, the details of recall
+    assert text.count(recipe.format("features of vgg")) == 4  # table, curves and steps saved of FD, details of recall
     assert text.count(recipe.format("pixels")) == 1
 
 
