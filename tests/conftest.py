@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; too late once a product has been computed.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # A test process for each core; inherited by those that tests start.
+# Tests that need two threads share their core with another process, which spinning would keep from it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel

@@ -461,7 +461,7 @@ def test_forwards_are_charged_whole_passes_rounded_up() -> None:
     assert [passes_of_forwards(draws) for draws in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
     assert [objective_of(explorative=draws).coupling_passes for draws in (0, 2, 3, 4, 7)] == [0, 1, 1, 2, 3]
     assert objective_of(ot=True).coupling_passes == objective_of(nearest=8).coupling_passes == 0
-    assert charge_of({"training": {"passes": 3}}) == (1, 1)  # as a run of before stored it
+    assert charge_of({"training": {"passes": 3}}) == (1, 1, 0)  # as a run of before stored it
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "plain"])

@@ -40,6 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "staggered": {"adversary": STAGGERED, "training": {"batch_size": 18}},
     "staggered-accumulated": {"adversary": STAGGERED, "training": {"batch_size": 18, "accumulate": 2}},
     "pgd": {"adversary": {**CONSECUTIVE, "method": "pgd"}},
+    "dose": {"adversary": {"steps": 4, "passes": 3, "method": "pgd", "direction": "residual"}},
     "second-moment": {"adversary": CONSECUTIVE, "objective": {"timestep_sampler": "loss-second-moment"}},
     "schedule": {"optimizer": {"warmup_passes": 4, "decay": "cosine"}, "data": {"flip": True}},
     "dropout": {"adversary": CONSECUTIVE},

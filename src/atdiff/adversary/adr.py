@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import normalize
 
 from atdiff.adversary.attack import Attack, Forward, Kept, Pass
-from atdiff.adversary.lookahead import denoiser, look_ahead
+from atdiff.adversary.lookahead import look_ahead
 from atdiff.core.noise import divide, expand
 from atdiff.objectives.batch import Batch
-from atdiff.objectives.implied import missing
+from atdiff.objectives.implied import as_denoiser, missing
 
 __all__ = ["adr"]
 
@@ -23,7 +23,7 @@ def adr(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[
     ``noise_hat - x0_hat``, and ``x - x0`` has the direction of ``noise' - x0``, where ``noise'`` is the noise of ``x``
     with the true ``x0``: for a flow that is the formula itself. The length of the step and the weight are ours.
     """
-    objective, batch = denoiser(forward, batch, "adr")
+    objective, batch = as_denoiser(forward.objective, batch, "method='adr'")
     clean, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
     ahead, drift = look_ahead(objective, batch, clean, "adr")
     output, _ = forward(ahead, drift, track=False)

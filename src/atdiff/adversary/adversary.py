@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atdiff.adversary.attack import Forward, Kept, Objective, in_turn, micro_batches, placed
+from atdiff.adversary.attack import Forward, Kept, Objective, losses_of, placed
 from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_coupling
 from atdiff.adversary.directions import DIRECTIONS
@@ -27,16 +27,15 @@ __all__ = ["Adversary"]
 class Adversary:
     """The perturbation set, and the passes that train on it.
 
-    ``Adversary(steps=8)`` is all that a network needs that is to sample in 8 steps: ``pgd`` in two passes along the
-    residual, by a dose that sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting
-    of `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
+    ``Adversary(steps=8)`` is for networks that are to sample in 8 steps: ``pgd`` along the residual, by a dose that
+    sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting of `Wang et al.
+    <https://arxiv.org/abs/2502.17099>`_.
 
     - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
-      and the same backward pass moves delta; ``pgd`` moves delta first (without an input gradient by forwards alone)
-      and updates once; ``equivariance`` regularises. The rivals ``soar``, ``adr``, ``contrastive`` and ``mac`` have no
-      direction and update once a batch.
-    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'); ``gradient_full``,
-      with delta in the target too: the true worst case; ``residual``, the predicted minus the true noise, which needs
+      and the same backward pass moves delta; ``pgd`` moves delta first and updates once; ``equivariance`` regularises.
+      The rivals ``soar``, ``adr``, ``contrastive`` and ``mac`` have no direction and update once a batch.
+    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'), or with delta in the
+      target too (``gradient_full``, the true worst case); ``residual``, the predicted minus the true noise, which needs
       no input gradient; ``drift``, its opposite, the control of sign; ``random``, the control of the same norm.
     - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
       of a batch with the parts of the passes before it, so that every update sees fresh samples.
@@ -44,20 +43,17 @@ class Adversary:
     Args:
         norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
-        radius: bound of the norm of delta, times the same scale; None for no bound but ``(passes - 1) * step_size``.
+        radius: bound of the norm of delta, times the same scale; None for none.
         passes: forward-backward passes a batch; 1 is plain training. Default 3, and 2 with a dose.
         dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, in place of ``step_size``: a number without units, such as
             0.15, or ``auto``.
         steps: of the sampler that ``dose="auto"`` is for.
-        scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``, high noise only),
-            ``middle`` (``sigma_t alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant``
-            on schedules of the DDPM family, else ``sigma``, since where the noise of a flow ends a constant delta moves
-            the target, by ``delta / sigma_t``, without bound.
-        noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level` lies in
-            ``[low, high)``; the others are trained as they are. Levels go from 0 (data) to 1 (noise); None for all.
-        method: see above; default ``free``, and ``pgd`` with a dose.
-        direction: see above; default ``gradient``, and ``residual`` with a dose.
-        order: see above.
+        scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
+            alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
+            DDPM family, else ``sigma``: a constant delta moves the target without bound where a flow's noise ends.
+        noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level`, from 0 (data)
+            to 1 (noise), lies in ``[low, high)``; None for all.
+        method, direction, order: default ``free`` along the ``gradient``, and with a dose ``pgd`` along the residual.
         target: whether the network's target follows delta (``equivariant``) or not.
         weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
             to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
@@ -66,7 +62,7 @@ class Adversary:
         batch: the samples of the pass last yielded.
         delta: the perturbation of that pass, ``(B, ...)``.
         output: the per-sample results of that pass.
-        nonfinite: how often a direction was not finite, so that delta stayed where it was (a 0-d tensor).
+        nonfinite: how often a direction was not finite, so that delta stayed (a 0-d tensor).
 
     Raises:
         UserError: a value is out of its range, unknown, or contradicts another.
@@ -103,11 +99,11 @@ class Adversary:
         self.noise_levels, self.weight = noise_levels, weight
         self.dose, self.steps = ("auto" if dosed and dose is None else dose), steps
         self._direction, self._method = DIRECTIONS[direction], METHODS["staggered" if order == "staggered" else method]
-        self._perturbation: Perturbation | Dosed = Perturbation(norm, step_size, radius, scale, noise_levels)
-        if dosed:
-            clean = 1.0 / passes if self._method.every_pass else 0.0
-            number = dose if isinstance(dose, float | int) else None
-            self._perturbation = Dosed(number, steps, moves=passes - 1, clean=clean, noise_levels=noise_levels)
+        self._perturbation: Perturbation = (
+            Dosed(dose, steps, passes, noise_levels, every_pass=self._method.every_pass)
+            if dosed
+            else Perturbation(norm, step_size, radius, scale, noise_levels)
+        )
         self.batch: Batch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
@@ -136,7 +132,7 @@ class Adversary:
     @property
     def auto_dose(self) -> AutoDose | None:
         """The dose that sets itself; None of others."""
-        return self._perturbation.auto if isinstance(self._perturbation, Dosed) else None
+        return self._perturbation.auto
 
     def passes(
         self,
@@ -153,42 +149,28 @@ class Adversary:
             objective: draws the batch and computes its losses.
             model: the network, wrapped or compiled as it may be.
             x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned, whose noise then stays.
-            accumulate: micro-batches per weight update. That many losses are yielded in a row; divide them by
-                ``accumulate`` (Accelerate does) and step the optimizer after the last. Each is weighted so that all
-                samples of the update weigh the same. Each micro-batch keeps its own delta.
+            accumulate: micro-batches per weight update. That many losses are yielded in a row, weighted so that all
+                samples of the update weigh the same; divide them by ``accumulate`` (Accelerate does).
             fixed: passed on to ``objective.draw``, such as ``class_labels``.
 
         Yields:
-            Scalar losses: ``updates_per_batch * accumulate`` of them.
+            ``updates_per_batch * accumulate`` scalar losses.
 
         Raises:
-            UserError: the batch has too few samples for so many micro-batches, or was drawn without what is ``fixed``;
-                or the network chooses the noise, for several weight updates.
+            UserError: the batch has too few samples for so many micro-batches, or cannot have what is ``fixed``.
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
         if isinstance(x0, Batch) and fixed:
-            raise UserError(
-                f"{', '.join(fixed)} cannot be added to a batch that is drawn already: give it to objective.draw."
-            )
+            raise UserError(f"{', '.join(fixed)} cannot be added to a drawn batch: give it to objective.draw.")
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)
             batch = objective.couple(model, batch, accumulate)
-        moves = self._method.steps and self.num_passes > 1
-        self._perturbation.meet(objective, warns=self.target == "equivariant" and moves)
-        if isinstance(self._perturbation, Dosed):
-            self._perturbation.before(objective, model, batch)
+        moves = self._method.steps and self.num_passes > 1 and self.target == "equivariant"
+        self._perturbation.meet(objective, warns=moves)
+        self._perturbation.before(objective, model, batch)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
-            yield from self._losses(Forward(self, objective, model), part, accumulate)
-
-    def _losses(self, forward: Forward, batch: Batch, accumulate: int) -> Iterator[Tensor]:
-        parts = micro_batches(batch, accumulate)
-        kept = [self._kept.setdefault(i, {}) for i in range(len(parts))]
-        samples = len(batch) + sum(sum(one.get("sizes", ())) for one in kept)  # of a weight update
-        running = [self._method.passes(self, forward, *one) for one in zip(parts, kept, strict=True)]
-        for seen, output, losses in in_turn(running):
-            yield losses.mean() * (len(losses) * len(parts) / samples)
-            forward.objective.update(seen, output)
+            yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
@@ -202,20 +184,16 @@ class Adversary:
 
     def mean_norm(self) -> Tensor:
         """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""
-        if self.delta is None:
-            return torch.zeros(())
-        norms = norm_of(self.delta.detach(), self.norm)
+        norms = torch.zeros(1) if self.delta is None else norm_of(self.delta.detach(), self.norm)
         return norms.sum() / (norms > 0).sum().clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state between two batches: the samples that wait, and the count of lost directions."""
+        """Return the state between two batches: samples that wait, the count of lost directions, and the dose."""
         waiting = {i: dict(kept) for i, kept in self._kept.items() if kept}
-        state = {"nonfinite": self.nonfinite, "waiting": waiting}
-        return state if self.auto_dose is None else {**state, "dose": self.auto_dose.state_dict()}
+        return {"nonfinite": self.nonfinite, "waiting": waiting, **self._perturbation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Resume from a state that was saved between two batches, with its samples on ``device``."""
         self.nonfinite = state["nonfinite"].to(device)
         self._kept = placed(state["waiting"], device)
-        if self.auto_dose is not None:
-            self.auto_dose.load_state_dict(state["dose"], device)
+        self._perturbation.load_state_dict(state, device)

@@ -14,7 +14,7 @@ from atdiff.core.errors import UserError
 from atdiff.models.call import unsynced
 from atdiff.objectives.batch import Batch, ObjectiveOutput
 
-__all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "in_turn", "micro_batches", "placed"]
+__all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "losses_of", "placed"]
 
 Kept = dict[str, Any]
 """What a method keeps of a micro-batch for the next batch: plain values and tensors; ``sizes`` of parts that wait."""
@@ -118,7 +118,7 @@ class Forward:
     @torch.no_grad()
     def glance(self, batch: Batch) -> ObjectiveOutput:
         """Return the output at the unperturbed input, without any gradient; the attack does not remember it."""
-        with getattr(self.model, "no_sync", contextlib.nullcontext)():
+        with unsynced(self.model):
             return self.objective.compute(self.model, batch)
 
 
@@ -148,6 +148,30 @@ def in_turn(generators: list[Iterator[Pass]]) -> Iterator[Pass]:
             left -= found is None
             if found is not None:
                 yield found
+
+
+def losses_of(
+    method: Method, forward: Forward, batch: Batch, accumulate: int, kept: dict[int, Kept]
+) -> Iterator[Tensor]:
+    """Yield the losses of a method's passes, of micro-batch after micro-batch, and let the objective learn from each.
+
+    Args:
+        method: yields the passes of a micro-batch.
+        forward: the network.
+        batch: what one pass takes of a batch, new samples.
+        accumulate: into how many micro-batches it is cut.
+        kept: by micro-batch, what the method keeps for the next batch.
+
+    Raises:
+        UserError: there are too few samples.
+    """
+    parts = micro_batches(batch, accumulate)
+    states = [kept.setdefault(i, {}) for i in range(len(parts))]
+    samples = len(batch) + sum(sum(one.get("sizes", ())) for one in states)  # of a weight update
+    running = [method(forward.attack, forward, *one) for one in zip(parts, states, strict=True)]
+    for seen, output, losses in in_turn(running):
+        yield losses.mean() * (len(losses) * len(parts) / samples)
+        forward.objective.update(seen, output)
 
 
 def placed(value: Any, device: torch.device | str) -> Any:  # noqa: ANN401  (nested dictionaries)

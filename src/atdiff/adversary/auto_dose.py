@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
+from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
+from atdiff.models.inference import evaluating
 from atdiff.objectives.batch import Batch
+from atdiff.objectives.denoising import DenoisingObjective
+from atdiff.objectives.implied import estimates
 from atdiff.system.processes import mean_over_processes
 
 __all__ = ["AutoDose"]
@@ -52,7 +56,16 @@ class AutoDose:
         self.variance, self.range, self.batches = 0.0, (0.0, 0.0), 0
 
     def fit(self, x0: Tensor, schedule: NoiseSchedule) -> None:
-        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch will do."""
+        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch of some size will do.
+
+        Raises:
+            UserError: there is one sample, which has no variance.
+        """
+        if len(x0) < 2:
+            raise UserError(
+                f"steps={self.steps} needs the variance of the data, and the first batch is one sample: call "
+                "adversary.auto_dose.fit(x0, objective.schedule) with some more before training."
+            )
         x0 = x0.detach().float()
         self.mean, self.range = x0.mean(dim=0), (float(x0.min()), float(x0.max()))
         variances = spectrum(x0)
@@ -76,19 +89,20 @@ class AutoDose:
         """Return ``k`` of each sample of a batch, ``(B,)``."""
         return self.dose(sampler_time(schedule, batch.timesteps))
 
-    def observe(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
+    def observe(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> None:
         """Draw samples, where it is due, and correct the doses by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
         self.batches += 1
         if self.batches % EVERY != 1:
             return
-        ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
+        with evaluating(model):  # a sampler knows no dropout
+            ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
         self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(*LIMITS)
 
     @torch.no_grad()
-    def _measured(self, objective: Any, model: Callable[..., Any], batch: Batch) -> Tensor:  # noqa: ANN401
+    def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the variance of samples over that of noised data, after each step, ``(steps,)``."""
         schedule = objective.schedule
         times = sampler_times(schedule, self.steps).to(batch.x0.device)
@@ -97,7 +111,7 @@ class AutoDose:
         x, found = sigma[0] * torch.randn_like(batch.x0), []
         for i, time in enumerate(times):
             timesteps = timesteps_at(schedule, time.expand(len(x)))
-            x0_hat, noise_hat = objective.estimates(model, x, timesteps, batch.conditions)
+            x0_hat, noise_hat = estimates(objective, model, x, timesteps, batch.conditions)
             if objective.prediction.needs_signal:  # as samplers do: at little signal it is far from any data
                 x0_hat = x0_hat.clamp(*self.range)
                 noise_hat = (x - alpha[i] * x0_hat) / sigma[i]

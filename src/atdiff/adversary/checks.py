@@ -47,18 +47,8 @@ def check_adversary(
     Raises:
         UserError: a value is out of its range, unknown, or contradicts another.
     """
-    choices: dict[str, tuple[Any, Any]] = {
-        "norm": (norm, Norm),
-        "method": (method, Method),
-        "direction": (direction, Direction),
-        "order": (order, Order),
-        "target": (target, Target),
-    }
-    if scale is not None and not callable(scale):
-        choices["scale"] = (scale, Scale)
-    for name, (value, kind) in choices.items():
-        if value not in get_args(kind):
-            raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(kind))}.")
+    _check_words(scale, norm=(norm, Norm), method=(method, Method), direction=(direction, Direction),
+        order=(order, Order), target=(target, Target))  # fmt: skip
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise UserError(f"passes={passes!r} must be an integer of at least 1; 1 is plain training.")
     if not 0 <= step_size < math.inf:
@@ -72,13 +62,27 @@ def check_adversary(
         )
     if method != "free" and order == "staggered":
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
-    if dose is not None or steps is not None:
+    if (dose is not None or steps is not None) and method not in STEPLESS:
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
     if method in STEPLESS:
-        given = {"direction": direction, "target": target, "radius": radius, "noise_levels": noise_levels}
+        given = {
+            "dose": dose or steps,
+            "direction": direction,
+            "target": target,
+            "radius": radius,
+            "noise_levels": noise_levels,
+        }
         check_stepless(method, passes, weight, **given)
+
+
+def _check_words(scale: str | Callable[..., Any] | None, **choices: tuple[str, Any]) -> None:
+    if scale is not None and not callable(scale):
+        choices["scale"] = (scale, Scale)
+    for name, (value, kind) in choices.items():
+        if value not in get_args(kind):
+            raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(kind))}.")
 
 
 def check_coupling(coupling_passes: int, updates: int) -> None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.attack import Attack, Forward, Kept, Pass
-from atdiff.adversary.lookahead import denoiser
 from atdiff.core.errors import UserError
 from atdiff.objectives.batch import Batch
-from atdiff.objectives.implied import target_of
+from atdiff.objectives.implied import as_denoiser, target_of
 
 __all__ = ["contrastive"]
 
@@ -23,7 +22,7 @@ def contrastive(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> I
     The other's ``x0`` and noise are taken at this sample's noise level; for a flow its target is their velocity.
     (`Stoica et al. <https://arxiv.org/abs/2506.05350>`_, with a weight of 0.05.)
     """
-    objective, batch = denoiser(forward, batch, "contrastive")
+    objective, batch = as_denoiser(forward.objective, batch, "method='contrastive'")
     others = _others(batch)
     output, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
     assert output.error is not None

@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atdiff.adversary.attack import Forward
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
-from atdiff.objectives.batch import Batch, ObjectiveOutput
+from atdiff.objectives.batch import ObjectiveOutput
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
 from atdiff.objectives.implied import at_timesteps, missing
 from atdiff.objectives.noising import Noising
 
-__all__ = ["LookAhead", "denoiser", "look_ahead", "noisier"]
+__all__ = ["LookAhead", "look_ahead", "noisier"]
 
 STEPS = 40  # of the sampler that looks ahead by one of them; SOAR's code
 LEAST = 1e-3  # of the time of a schedule that starts without noise; the last step of a sampler of 1000
@@ -31,18 +30,6 @@ class LookAhead(NamedTuple):
 
     batch: DenoisingBatch
     drift: Tensor
-
-
-def denoiser(forward: Forward, batch: Batch, method: str) -> tuple[DenoisingObjective, DenoisingBatch]:
-    """Return objective and batch of a denoiser, which some methods need.
-
-    Raises:
-        UserError: they are those of a consistency model.
-    """
-    objective = forward.objective
-    if not isinstance(objective, DenoisingObjective) or not isinstance(batch, DenoisingBatch):
-        raise UserError(f"method={method!r} is for denoisers; use another method for consistency models.")
-    return objective, batch
 
 
 def look_ahead(objective: DenoisingObjective, batch: DenoisingBatch, output: ObjectiveOutput, method: str) -> LookAhead:

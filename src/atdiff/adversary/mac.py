@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.attack import Attack, Forward, Kept, Pass
-from atdiff.adversary.lookahead import denoiser
 from atdiff.objectives.batch import Batch
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
-from atdiff.objectives.implied import at_timesteps
+from atdiff.objectives.implied import as_denoiser, at_timesteps
 
 __all__ = ["mac"]
 
@@ -23,7 +22,7 @@ def mac(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[
     gradient, are charged as a pass. (`Lin et al. <https://arxiv.org/abs/2505.23346>`_; half of the batch and a weight
     of 2 are usual.)
     """
-    objective, batch = denoiser(forward, batch, "mac")
+    objective, batch = as_denoiser(forward.objective, batch, "method='mac'")
     aligned = _errors(forward, objective, batch).argsort()[: len(batch) // 2]
     output, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
     factor = torch.ones_like(output.loss)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.scale import SCALES, ScaleFunction
 from atdiff.core.choices import Norm
 from atdiff.core.noise import TRAITS, expand, noise_level
@@ -22,7 +24,10 @@ class Perturbation:
 
     Attributes:
         kind: of the objective's noise schedule, on which the default scale depends.
+        auto: the dose that sets itself; None of others.
     """
+
+    auto: AutoDose | None = None
 
     def __init__(
         self,
@@ -61,6 +66,16 @@ class Perturbation:
                 "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
                 stacklevel=4,
             )
+
+    def before(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
+        """Do what is due before the passes of a batch: nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
+        """Resume from a saved state: there is none."""
 
     def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return delta after one step and the projection, and how many samples had no finite direction and stay."""

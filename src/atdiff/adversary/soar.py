@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from atdiff.adversary.attack import Attack, Forward, Kept, Pass
-from atdiff.adversary.lookahead import denoiser, look_ahead, noisier
+from atdiff.adversary.lookahead import look_ahead, noisier
 from atdiff.core.noise import divide, expand
 from atdiff.objectives.batch import Batch
-from atdiff.objectives.implied import at_timesteps
+from atdiff.objectives.implied import as_denoiser, at_timesteps
 
 __all__ = ["soar"]
 
@@ -25,7 +25,7 @@ def soar(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator
     ``sigma_s`` to 1, and takes six points, ``num_passes`` of 7. On schedules other than a flow's, the uniform draw in
     the schedule's own time is ours; guidance in the step is left out.)
     """
-    objective, batch = denoiser(forward, batch, "soar")
+    objective, batch = as_denoiser(forward.objective, batch, "method='soar'")
     clean, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
     ahead, drift = look_ahead(objective, batch, clean, "soar")
     points = attack.num_passes - 1

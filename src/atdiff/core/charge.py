@@ -14,15 +14,25 @@ class Charge(NamedTuple):
     Attributes:
         batch: forward-backward passes that a batch is charged.
         updates: of the weights, per batch.
+        before: passes that are behind when the first batch begins: what the pairs of a reflow cost.
     """
 
     batch: int
     updates: int
+    before: int = 0
 
     @property
     def update(self) -> int:
         """Forward-backward passes that a weight update is charged."""
         return self.batch // self.updates
+
+    def trained(self, passes: int) -> int:
+        """Return how many of the passes that are behind went into batches."""
+        return passes - self.before
+
+    def ends_batch(self, passes: int) -> bool:
+        """Whether no batch has had only a part of its passes when so many are behind."""
+        return self.trained(passes) % self.batch == 0
 
 
 def passes_of_forwards(forwards: int) -> int:
@@ -35,7 +45,8 @@ def charge_of(config: Mapping[str, Any]) -> Charge:
 
     Passes of the adversary, and those that a coupling's own use of the network is charged.
     """
-    adversary = config.get("adversary", {})
+    adversary, objective = config.get("adversary", {}), config.get("objective", {})
     passes = adversary.get("passes", 1)
     updates = passes if adversary.get("method", "free") == "free" else 1
-    return Charge(passes + passes_of_forwards(config.get("objective", {}).get("explorative", 0)), updates)
+    chosen = passes_of_forwards(objective.get("explorative") or 0)
+    return Charge(passes + chosen, updates, objective.get("reflow_passes") or 0)

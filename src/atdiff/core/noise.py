@@ -38,6 +38,7 @@ class Traits:
     Attributes:
         predictions: the prediction types that fit, that of a scheduler that names none first.
         default_sampler: the plain sampler of such networks.
+        second_order_sampler: the plain deterministic one of second order.
         default_scale: of an adversary; the paper's, or one whose share of the noise is bounded.
         integer_timesteps: whether timesteps are the integers in ``[0, num_train_timesteps)``.
         variance_exploding: whether ``alpha_t = 1`` and timesteps tell ``log(sigma)``, without a first or a last one.
@@ -49,6 +50,7 @@ class Traits:
 
     predictions: tuple[PredictionType, ...]
     default_sampler: str
+    second_order_sampler: str = ""
     default_scale: Scale = "sigma"
     integer_timesteps: bool = False
     variance_exploding: bool = False
@@ -61,12 +63,25 @@ TRAITS: dict[Kind, Traits] = {
     "vp": Traits(
         predictions=("epsilon", "sample", "v_prediction"),
         default_sampler="ddim",
+        second_order_sampler="heun",
         default_scale="constant",
         integer_timesteps=True,
         fits_consistency=True,
     ),
-    "edm": Traits(predictions=("edm",), default_sampler="edm-euler", variance_exploding=True, fits_consistency=True),
-    "flow": Traits(predictions=("flow",), default_sampler="flow-euler", starts_without_noise=True, has_shift=True),
+    "edm": Traits(
+        predictions=("edm",),
+        default_sampler="edm-euler",
+        second_order_sampler="dpmsolver++",
+        variance_exploding=True,
+        fits_consistency=True,
+    ),
+    "flow": Traits(
+        predictions=("flow",),
+        default_sampler="flow-euler",
+        second_order_sampler="flow-heun",
+        starts_without_noise=True,
+        has_shift=True,
+    ),
     "function": Traits(
         predictions=("epsilon", "sample", "v_prediction", "flow"), default_sampler="", starts_without_noise=True
     ),

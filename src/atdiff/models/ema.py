@@ -29,8 +29,8 @@ def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
 
 def last_decay(config: Mapping[str, Any]) -> float:
     """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
-    training = config["training"]
-    updates = -(-training["passes"] // charge_of(config).update)
+    training, charge = config["training"], charge_of(config)
+    updates = -(-charge.trained(training["passes"]) // charge.update)
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
 
 

@@ -263,10 +263,6 @@ class ConsistencyObjective:
         residual = (batch.x0 - (f_t if self.site == "student" else f_s)).detach()
         return ObjectiveOutput(batch.weights * distance, {"consistency": distance}, residual)
 
-    def x0_error(self, batch: Batch) -> Tensor:
-        """Return what makes ``x0 - f`` of :attr:`ObjectiveOutput.residual`, ``(B,)``: 1, since it is that."""
-        return torch.ones_like(batch.sigma)
-
     def _perturbed(
         self, batch: ConsistencyBatch, delta: Tensor, target: Target, detach_target: bool
     ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -23,7 +23,6 @@ from atdiff.objectives.inputs import (
     check_output,
     clean_samples,
     one_each,
-    without_variance,
 )
 from atdiff.objectives.noising import Noising, make_noisings, paired_noise
 from atdiff.objectives.target import replayed_dropout
@@ -265,19 +264,6 @@ class DenoisingObjective:
         # predicted, since alpha x0_hat + sigma noise_hat = x_t.
         residual = -error.detach() if self.prediction.predicts_x0 else error.detach()
         return ObjectiveOutput(loss, terms, residual, error)
-
-    def x0_error(self, batch: Batch) -> Tensor:
-        """Return how many times the residual ``x0 - x0_hat`` is, ``(B,)``; infinite without signal."""
-        return self.prediction.x0_error(batch.alpha, batch.sigma)
-
-    def estimates(
-        self, model: Callable[..., Any], x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the ``x0_hat`` and the ``noise_hat`` of inputs ``(B, ...)`` at timesteps ``(B,)``, each like them."""
-        alpha, sigma = self.schedule.levels(timesteps, x_t)
-        output = predict(model, self.prediction.network_input(x_t, sigma), timesteps, conditions)
-        prediction = without_variance(output, x_t, "network")
-        return (self.prediction.x0(prediction, x_t, alpha, sigma), self.prediction.noise(prediction, x_t, alpha, sigma))
 
     def _bound(self, batch: DenoisingBatch, x_t: Tensor, prediction: Tensor, variance: Tensor) -> Tensor:
         """Return the variational bound of the variance alone, ``(B,)``, in the weight of Improved DDPM."""

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from atdiff.core.errors import UserError
 from atdiff.core.noise import divide, expand
+from atdiff.models.call import predict
+from atdiff.objectives.batch import Batch
 from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
+from atdiff.objectives.inputs import without_variance
 from atdiff.objectives.weighting import WEIGHTINGS
 
-__all__ = ["at_timesteps", "missing", "target_of"]
+__all__ = ["as_denoiser", "at_timesteps", "estimates", "missing", "target_of", "x0_error"]
+
+
+def as_denoiser(objective: Any, batch: Batch, method: str) -> tuple[DenoisingObjective, DenoisingBatch]:  # noqa: ANN401
+    """Return objective and batch of a denoiser, which some methods need.
+
+    Raises:
+        UserError: they are those of a consistency model.
+    """
+    if not isinstance(objective, DenoisingObjective) or not isinstance(batch, DenoisingBatch):
+        raise UserError(f"{method} is for denoisers; use another for consistency models.")
+    return objective, batch
+
+
+def x0_error(objective: Any, batch: Batch) -> Tensor:  # noqa: ANN401
+    """Return how many times the residual of a pass ``x0 - x0_hat`` is, ``(B,)``.
+
+    Where there is no signal, an epsilon network says nothing of ``x0``: it is 0 there. A consistency model's residual
+    is that difference itself.
+    """
+    if not isinstance(objective, DenoisingObjective):
+        return torch.ones_like(batch.sigma)
+    factor = objective.prediction.x0_error(batch.alpha, batch.sigma)
+    return torch.where(factor.isfinite(), factor, 0.0)
+
+
+def estimates(
+    objective: DenoisingObjective,
+    model: Callable[..., Any],
+    x_t: Tensor,
+    timesteps: Tensor,
+    conditions: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the ``x0_hat`` and the ``noise_hat`` of inputs ``(B, ...)`` at timesteps ``(B,)``, each like them."""
+    alpha, sigma = objective.schedule.levels(timesteps, x_t)
+    prediction = objective.prediction
+    output = predict(model, prediction.network_input(x_t, sigma), timesteps, conditions)
+    output = without_variance(output, x_t, "network")
+    return prediction.x0(output, x_t, alpha, sigma), prediction.noise(output, x_t, alpha, sigma)
 
 
 def target_of(objective: DenoisingObjective, batch: DenoisingBatch) -> Tensor:
@@ -23,13 +67,8 @@ def target_of(objective: DenoisingObjective, batch: DenoisingBatch) -> Tensor:
 
 
 def missing(objective: DenoisingObjective, batch: DenoisingBatch, error: Tensor) -> Tensor:
-    """Return ``x0 - x0_hat``, like ``x0``, of a prediction with that error, with the error's gradient.
-
-    Where there is no signal, an epsilon network says nothing of ``x0``: it is 0 there.
-    """
-    factor = objective.prediction.x0_error(batch.alpha, batch.sigma)
-    factor = torch.where(factor.isfinite(), factor, 0.0)
-    return expand(factor, error) * (-error if objective.prediction.predicts_x0 else error)
+    """Return ``x0 - x0_hat``, like ``x0``, of a prediction with that error, with the error's gradient."""
+    return expand(x0_error(objective, batch), error) * (-error if objective.prediction.predicts_x0 else error)
 
 
 def at_timesteps(objective: DenoisingObjective, batch: DenoisingBatch, timesteps: Tensor) -> DenoisingBatch:

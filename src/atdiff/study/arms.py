@@ -30,7 +30,7 @@ class ArmRun:
 
     @property
     def compute(self) -> tuple[int, int] | None:
-        """Passes and images a pass, where they are known."""
+        """Passes, those that paid for pairs among them, and images a pass, where they are known."""
         training = self.config.get("training")
         return training and (training["passes"], training["batch_size"])
 

@@ -79,7 +79,10 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
 
 
 def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
-    """Refuse arms, whose ``configs`` follow that of the base, that differ in compute, images or start."""
+    """Refuse arms, whose ``configs`` follow that of the base, that differ in compute, images or start.
+
+    Passes are compute whatever they are spent on: those that paid for the pairs of a reflow are among them.
+    """
     seed = resolve(recipe).training.seed
     base, (first, *_) = configs[0], configs[1:]
     for arm, config in zip(recipe.study.arms, configs[1:], strict=True):

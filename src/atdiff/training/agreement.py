@@ -48,11 +48,12 @@ def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
 
     A shorter run, and one of an earlier version, may have ended within the passes of a batch.
     """
-    total, cost = config.training.passes, charge_of(asdict(config)).batch
-    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or passes % cost == 0)
+    total, charge = config.training.passes, charge_of(asdict(config))
+    newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or charge.ends_batch(passes))
     if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
         raise UserError(
-            f"{other} lies within the {cost} passes of a batch, and no checkpoint between two batches is left to "
-            f"resume from: remove {other.parent} to begin again, or name the run as --training.init of another --out."
+            f"{other} lies within the {charge.batch} passes of a batch, and no checkpoint between two batches is left "
+            f"to resume from: remove {other.parent} to begin again, or name the run as --training.init of another "
+            "--out."
         )
     return newest

@@ -130,8 +130,19 @@ def _about(config: dict[str, Any]) -> str:
         )
     return (
         f"{what} of `{config['data']['name']}`, trained for {training['passes']:,} forward-backward passes of "
-        f"{training['batch_size']}{start}, {how}, by atdiff. The weights are averages of decay "
+        f"{training['batch_size']}{start}, {_pairs(config)}{how}, by atdiff. The weights are averages of decay "
         f"{training['ema_decay']:g}{_warmup(config)}. The method: [Wang et al., ICLR 2025](https://arxiv.org/abs/2502.17099)."
+    )
+
+
+def _pairs(config: dict[str, Any]) -> str:
+    objective = config["objective"]
+    if not objective.get("reflow"):
+        return ""
+    return (
+        f"on {objective['reflow']:,} pairs of noise and sample that were drawn from there in "
+        f"{objective['reflow_steps']} steps ([reflow](https://arxiv.org/abs/2209.03003)) and cost "
+        f"{objective['reflow_passes']:,} of these passes, "
     )
 
 

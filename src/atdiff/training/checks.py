@@ -27,6 +27,7 @@ def check_config(config: TrainConfig) -> None:
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
+    _check_reflow(config)
     if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
 
@@ -129,6 +130,20 @@ def _check_stepless(config: TrainConfig) -> None:
             raise UserError(
                 f"adversary.method={settings.method!r} rolls x_t out, which objective.{name} changes; use one of them."
             )
+
+
+def _check_reflow(config: TrainConfig) -> None:
+    settings = config.objective
+    if settings.reflow and config.model.name not in PIXEL_MODELS:
+        raise UserError(
+            f"objective.reflow={settings.reflow} is for networks of pixels, and model.name={config.model.name!r} is of "
+            "latents; leave it out."
+        )
+    if settings.reflow_passes is not None and not settings.reflow:
+        raise UserError(
+            f"objective.reflow_passes={settings.reflow_passes} are the cost of pairs, and objective.reflow draws none; "
+            "leave it out."
+        )
 
 
 def _check_pixels(config: TrainConfig) -> None:

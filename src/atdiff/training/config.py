@@ -183,6 +183,11 @@ class ObjectiveConfig(Settings):
             Three draws are charged a pass per batch, rounded up.
         input_perturbation: gamma of DDPM-IP; 0 for none.
         slowed_interpolation: gamma of MixFlow; 0 for none.
+        reflow: pairs of noise and sample, drawn from ``training.init``, that are trained on in the place of images, as
+            in rectified flow; 0 for none. They are taken as they are drawn, whatever ``data.flip``.
+        reflow_steps: of the sampler of second order that draws the pairs.
+        reflow_passes: of ``training.passes`` that count as behind when training starts, since the pairs cost as much;
+            null for a third of a pass an evaluation and batch.
     """
 
     prediction_type: PredictionType | None = None
@@ -196,6 +201,9 @@ class ObjectiveConfig(Settings):
     explorative: Natural = 0
     input_perturbation: float = 0.0
     slowed_interpolation: float = 0.0
+    reflow: Natural = 0
+    reflow_steps: Count = 16
+    reflow_passes: Natural | None = None
 
 
 @dataclass

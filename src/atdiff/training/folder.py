@@ -18,6 +18,13 @@ from atdiff.training.config import PIXEL_MODELS, TrainConfig
 
 __all__ = ["as_begun", "open_run"]
 
+# What a task writes out where it is null: the start's, or what the pairs of a reflow cost.
+SETTLED = (
+    ("scheduler", "name"),
+    ("scheduler", "args"),
+    ("objective", "prediction_type"),
+    ("objective", "reflow_passes"),
+)
 CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
 
 
@@ -38,7 +45,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     settings = _plain(as_begun(config, out))
     file = out / "config.yaml"
     if not look_only:
-        for name in ("config.yaml", "data.json", "metrics.jsonl", "pipeline", "lora", "samples/pass-*"):
+        for name in ("config.yaml", "data.json", "metrics.jsonl", "pairs.*", "pipeline", "lora", "samples/pass-*"):
             remove_leftovers(out / name)
     if file.is_file():
         written = run_config(str(out))
@@ -79,8 +86,7 @@ def _of_a_start(name: str) -> bool:
 def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
     """Return the settings with which a run was begun: what could not be set then is what it was.
 
-    A null of the noise schedule or prediction type is what the folder has: see
-    :func:`atdiff.training.start.settled`.
+    A null of what is in :data:`SETTLED` is what the folder has: see :func:`atdiff.training.start.settled`.
     """
     written = run_config(str(out))
     if not written:
@@ -90,7 +96,7 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
         section: {name: value for name, value in values.items() if name not in (written.get(section) or {})}
         for section, values in BEFORE.items()
     }
-    for section, key in (("scheduler", "name"), ("scheduler", "args"), ("objective", "prediction_type")):
+    for section, key in SETTLED:
         if getattr(getattr(config, section), key) is None:
             taken.setdefault(section, {})[key] = stored[section][key]
     changes: Any = {section: replace(getattr(config, section), **values) for section, values in taken.items()}

@@ -56,7 +56,7 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRe
         Stopped: ``stop`` asked for it.
     """
     trainer = Trainer(as_begun(config, out))
-    trainer.open(out)
+    trainer.open(out, progress=progress)
     trainer.run(progress=progress, stop=stop)
     return out
 
@@ -88,7 +88,7 @@ class Trainer:
         )
         self.charge = charge_of(asdict(self.config))
 
-    def open(self, out: Path) -> None:
+    def open(self, out: Path, *, progress: bool = False) -> None:
         """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
         settings, task = self.config.training, self.task
         self.out = out
@@ -112,6 +112,7 @@ class Trainer:
             return
         task.read_data(self.accelerator)
         store_data(out, task)
+        task.prepare(out, self.accelerator, progress=progress)
         self._build()
         if checkpoint is not None:
             self.state.restore(checkpoint)
@@ -217,7 +218,7 @@ class Trainer:
         """Return which samples of the data this process takes for a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.training.batch_size * world
-        return batch_indices(self.config.training.seed, batch, size, len(self.task.data))[rank::world]
+        return batch_indices(self.config.training.seed, batch, size, self.task.epoch_size)[rank::world]
 
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""

@@ -24,14 +24,18 @@ def seed_batch(seed: int, rank: int, batch: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
-def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int) -> float:
-    """Return what the learning rate is multiplied by after ``passes`` of ``total`` passes."""
-    if passes < settings.warmup_passes:
-        return (passes + 1) / (settings.warmup_passes + 1)
+def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int, charged: int = 0) -> float:
+    """Return what the learning rate is multiplied by after ``passes`` of ``total`` passes.
+
+    The first ``charged`` of them trained nothing: the warm-up begins after them, the decay is that of all passes.
+    """
+    warmup = settings.warmup_passes
+    warm = min(1.0, (passes - charged + 1) / (warmup + 1))
     if settings.decay == "constant":
-        return 1.0
-    progress = min(1.0, (passes - settings.warmup_passes) / max(1, total - settings.warmup_passes))
-    return 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return warm
+    progress = min(1.0, max(0, passes - warmup) / max(1, total - warmup))
+    left = 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return warm * left
 
 
 def batch_indices(seed: int, batch: int, batch_size: int, num_images: int) -> Tensor:

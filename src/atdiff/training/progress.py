@@ -80,3 +80,5 @@ def tell_data(task: Task) -> None:
     print(f"{len(data):,} images of {data.name}{left_out}{where}")
     if classes is not None:
         print(class_line(classes))
+    if task.told:
+        print(task.told)

@@ -80,7 +80,7 @@ class Records:
         seconds = time.perf_counter() - self._started
         values = {
             "pass": self.state.passes,
-            "epoch": round(seen / len(self.task.data), 4),
+            "epoch": round(seen / self.task.epoch_size, 4),
             **_line_of(loss, self.state.adversary),
             "skipped_steps": self.steps.finite.skipped,
             "lr": self.steps.rate,

@@ -32,7 +32,7 @@ class TrainingState:
         charge: of its batches.
 
     Attributes:
-        passes: that are behind.
+        passes: that are behind, with those that were charged before the first batch.
         saved_at: ``passes`` of the newest checkpoint.
     """
 
@@ -47,19 +47,19 @@ class TrainingState:
     ) -> None:
         self.accelerator, self.weights, self.optimizer = accelerator, weights, steps.optimizer
         self.objective, self.adversary, self.finite, self.charge = objective, adversary, steps.finite, charge
-        self.passes, self.saved_at = 0, -1
+        self.passes, self.saved_at = charge.before, -1
         # Of the passes since the last checkpoint.
         self._loss_sum, self._loss_count = torch.zeros((), device=accelerator.device), 0
 
     @property
     def batches(self) -> int:
         """How many batches have had all their passes."""
-        return self.passes // self.charge.batch
+        return self.charge.trained(self.passes) // self.charge.batch
 
     @property
     def between_batches(self) -> bool:
         """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
-        return self.passes % self.charge.batch == 0
+        return self.charge.ends_batch(self.passes)
 
     def note(self, loss: Tensor) -> None:
         """Add the loss of a pass to the mean by which the best checkpoint is known, unread."""
@@ -135,4 +135,4 @@ class TrainingState:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
-        self.weights.ema.updates = self.passes // self.charge.update
+        self.weights.ema.updates = self.charge.trained(self.passes) // self.charge.update

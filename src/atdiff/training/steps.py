@@ -72,7 +72,7 @@ class Steps:
 
     def set_rate(self, passes: int) -> None:
         """Set the learning rate for the step after ``passes`` passes."""
-        settings = self.config.optimizer
-        factor = learning_rate_factor(settings, passes, self.config.training.passes)
+        settings, before = self.config.optimizer, self.config.objective.reflow_passes or 0
+        factor = learning_rate_factor(settings, passes, self.config.training.passes, before)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * factor

@@ -18,6 +18,10 @@ def make_task(config: TrainConfig) -> Task:
         from atdiff.training.tasks.latents import LatentTask  # transformers takes seconds to import
 
         return LatentTask(config)
+    if config.objective.reflow:
+        from atdiff.training.tasks.reflow import ReflowTask
+
+        return ReflowTask(config)
     from atdiff.training.tasks.pixels import PixelTask
 
     return PixelTask(config)

@@ -27,6 +27,7 @@ class Task(ABC):
         data: what it is trained on, once :meth:`read_data` was called.
         published: the folder that a finished run leaves.
         beside_pixels: what else the data are made of.
+        told: a line on what is trained on beside the data; empty for none.
     """
 
     config: TrainConfig
@@ -36,6 +37,7 @@ class Task(ABC):
     data: Any
     published = "pipeline"
     beside_pixels = "labels"
+    told = ""
 
     @property
     def is_consistency(self) -> bool:
@@ -56,6 +58,11 @@ class Task(ABC):
         """Set the curriculum of timesteps, where the objective has one, to the share of the passes that is behind."""
         if self.is_consistency:
             self.objective.progress = progress
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of an epoch, once the data were read."""
+        return len(self.data)
 
     @property
     @abstractmethod
@@ -91,12 +98,15 @@ class Task(ABC):
     def read_data(self, accelerator: Accelerator) -> None:  # noqa: B027  (nothing, of images)
         """Read what is too large to read before the folder is known to be good."""
 
+    def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:  # noqa: B027  (nothing, mostly)
+        """Make in the folder of a run what its untrained network is asked for; every process takes part."""
+
     def note_in(self, out: Path) -> None:  # noqa: B027  (nothing, of images)
         """Write what the folder of a run tells of its data beside ``data.json``; the main process alone."""
 
     @abstractmethod
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``x0`` ``(B, ...)`` and the conditions of a batch, on the device."""
+        """Return ``x0`` ``(B, ...)`` of a batch and what else of it is not drawn, on the device: conditions, noise."""
 
     @abstractmethod
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401  (any diffusers model)

@@ -22,6 +22,7 @@ from atdiff.sampling.generate import generate
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, build_scheduler, build_teacher
 from atdiff.training.config import TrainConfig
+from atdiff.training.reflow import check_reflow
 from atdiff.training.start import Start, check_agreement, check_weights, load_start, load_teacher, settled
 from atdiff.training.tasks.base import Task
 
@@ -55,6 +56,8 @@ class PixelTask(Task):
         """Return the scheduler of a run, which agrees with what it starts and learns from."""
         scheduler = build_scheduler(config, start or teacher)
         build_objective(config, scheduler)
+        if config.objective.reflow:
+            check_reflow(config, scheduler, start)
         if start is not None:
             check_agreement(scheduler, config.objective.prediction_type, start)
         if teacher is not None and teacher is not start:

@@ -1,0 +1,81 @@
+"""Pairs of noise and sample in the folder of a run: whole, or drawn again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.system.files import write_json, written_aside
+from atdiff.system.fingerprint import fingerprint
+
+__all__ = ["PAIRS", "PairFile"]
+
+PAIRS, RECORD = "pairs.safetensors", "pairs.json"
+
+
+class PairFile:
+    """``pairs.safetensors`` in the folder of a run, and beside it ``pairs.json``: what it depends on, and its hash.
+
+    Args:
+        out: the folder.
+        settings: what the pairs depend on, as plain values.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.out, self.path, self.settings = out, out / PAIRS, settings
+
+    def is_whole(self) -> bool:
+        """Whether the pairs of these settings are there as they were written; a warning names those that are damaged.
+
+        Raises:
+            UserError: a run that is under way had pairs of other settings: what it starts from has changed.
+        """
+        try:
+            record = json.loads((self.out / RECORD).read_text())
+            drawn, content = record["settings"], record["content"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if drawn != self.settings:
+            if any((self.out / "checkpoints").glob("pass-*")):
+                changed = next(
+                    name for name in {**drawn, **self.settings} if drawn.get(name) != self.settings.get(name)
+                )
+                raise UserError(
+                    f"{self.out} was trained on pairs of noise and sample that would be others now (by their "
+                    f"{changed}): put back what it started from, or choose another --out."
+                )
+            return False
+        try:
+            whole = fingerprint(load_file(self.path)) == content
+        except (OSError, SafetensorError):
+            whole = False
+        if not whole:
+            warnings.warn(f"{self.path} is missing or damaged: its pairs are drawn again.", stacklevel=2)
+        return whole
+
+    def write(self, pairs: dict[str, Tensor]) -> str | None:
+        """Write the pairs aside and rename them, then their record; return what the disk did not do, if anything."""
+        try:
+            with written_aside(self.path, flush=True) as partial:
+                save_file(pairs, partial)
+            write_json(self.out / RECORD, {"settings": self.settings, "content": fingerprint(pairs)})
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+            return f"{self.path} could not be written ({reason}): free space, and run the same command again."
+        return None
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the pairs by name, read as they are asked for."""
+        return load_file(self.path)
+
+    @property
+    def size(self) -> str:
+        """How large the file is, in words."""
+        return f"{self.path.stat().st_size / 1e6:.1f} MB"
