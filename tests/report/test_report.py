@@ -197,7 +197,7 @@ def test_page_loads_nothing(source: str, page: Page) -> None:
     assert not {"iframe", "object"} & {tag for tag, _ in page.tags}
     loads = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
     assert loads[0] == "data:,"  # an empty icon, or a browser asks for one
-    assert len(loads) == 1 + 2 + 1 + 5 * 5  # curves of two metrics, losses, grids
+    assert len(loads) == 1 + 2 + 1 + 1 + 5 * 5  # curves of two metrics, steps saved, losses, grids
     assert all(str(address).startswith("data:image/") for address in loads[1:])
     assert "url(" not in source
     assert "@import" not in source
@@ -323,7 +323,7 @@ def test_measurements_have_their_sections(summary: Summary, tmp_path: Path) -> N
         "64 samples per seed; torch 2; norm l2; attack steps 10.",
     ):  # fmt: skip
         assert words in text, words
-    assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 1 + 3
+    assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 1 + 1 + 3
     bare = {name: {"by_run": {}, "recipe": {}} for name in ("mismatch", "robustness", "directions")}
     write_report(summary | bare, tmp_path / "bare.html")
     assert "Robustness" not in (tmp_path / "bare.html").read_text("utf-8")
@@ -341,7 +341,7 @@ def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
         "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples per seed; training seed 0, "
         "1, 2; sampling seed 1, 2, 3; {}; against digits; torch 2.9."
     )
-    assert text.count(recipe.format("features of vgg")) == 3  # the table and curves of FD, the details of recall
+    assert text.count(recipe.format("features of vgg")) == 4  # table, curves and steps saved of FD, details of recall
     assert text.count(recipe.format("pixels")) == 1
 
 
@@ -506,7 +506,9 @@ def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
     assert line.split()[4] == "-"  # sampler, plain, ip, random, at
     write_report({"cells": cells}, tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text("utf-8"))
-    assert [attrs.get("class") for tag, attrs in page.tags].count("absent") == 2  # one a metric
+    assert [attrs.get("class") for tag, attrs in page.tags].count(
+        "absent"
+    ) == 3  # one a metric, and one of the steps saved
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from atdiff.core.errors import UserError
 from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, short_names, styles_of
 from atdiff.system.files import write_bytes
 
-__all__ = ["DISTANCES", "MEASURED", "direction_curves", "mismatch_curves", "robustness_curves", "save_measured"]
+__all__ = [
+    "DISTANCES", "MEASURED", "direction_curves", "dose_curves", "mismatch_curves", "robustness_curves", "save_measured",
+]  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -39,6 +41,7 @@ DARK = "#222222"
 # flatten the rest of the panel.
 LOWEST_NOISE = 0.02
 DOUBLED = "twice the clean loss"
+INDEPENDENT = "no dose"
 # The control first, in the grey of a baseline.
 NAMES = {
     "random": "random",
@@ -47,6 +50,17 @@ NAMES = {
     "residual": "residual",
 }
 LEVEL = "noise level (1: noise, 0: data)"
+# Title, horizontal axis, and the value that means that there is nothing to see.
+DOSES: dict[str, tuple[str, str, float]] = {
+    "dose": ("dose k(t) at the end", "sampler's time (1: noise, 0: data)", 0.0),
+    "factor": ("factor of the dose", "passes", 1.0),
+    "variance_ratio": ("variance of samples / of data", "after so many sampling steps", 1.0),
+    "variance": ("variance of the perturbed noise", LEVEL, 1.0),
+    "correlation": ("correlation of that noise with x₀", LEVEL, 0.0),
+    "kurtosis": ("excess kurtosis of that noise", LEVEL, 0.0),
+}
+NOISE = ("variance", "correlation", "kurtosis")
+POINTS = 250  # of a curve; more would only make the page heavy
 
 
 def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
@@ -132,7 +146,43 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") ->
         return rendered(figure, file_format)
 
 
+def dose_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+    """One panel for each figure of a dose, one line per run; dashed: no dose, no loss of variance, independent noise.
+
+    The last record of a run has its noise, and of a dose that sets itself ``times``, ``dose`` and ``variance_ratio``;
+    every record of the latter has its ``pass`` and ``factor``.
+    """
+    curves = {run: _doses(records) for run, records in _named(by_run, "no run logged a dose", "train").items()}
+    panels = [name for name in DOSES if any(name in found for found in curves.values())]
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    styles = styles_of([INDEPENDENT, *curves])
+    styles[INDEPENDENT] = {**styles[INDEPENDENT], "marker": ""}
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(max(5.0, 3.7 * columns), 0.8 + 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, name in zip(axes, panels, strict=False):
+            title, label, neutral = DOSES[name]
+            panel.axhline(neutral, color=GREY, linestyle="--", linewidth=1.2)
+            for run, found in curves.items():
+                if name in found:
+                    places, values = found[name]
+                    marker = "" if name in ("dose", "factor") else styles[run]["marker"]
+                    panel.plot(places, values, **{**styles[run], "marker": marker}, markersize=3.5, linewidth=1.5)
+            panel.set_title(title, loc="left", fontsize=10.5)
+            panel.set_xlabel(label)
+            if name == "variance_ratio":
+                panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            elif name != "factor":
+                panel.set_xlim(1.02, -0.02)
+        for panel in axes[len(panels) :]:
+            panel.remove()
+        add_legend(figure, styles)
+        return rendered(figure, file_format)
+
+
 MEASURED: dict[str, Callable[..., bytes]] = {
+    "dose": dose_curves,
     "mismatch": mismatch_curves,
     "robustness": robustness_curves,
     "directions": direction_curves,
@@ -150,6 +200,21 @@ def _named(by_run: Mapping[str, Records], nothing: str, command: str) -> dict[st
     if not any(by_run.values()):
         raise UserError(f"{nothing}, expected the records of one run or more; run `atdiff {command}`.")
     return dict(zip(short_names(list(by_run)), by_run.values(), strict=True))
+
+
+def _doses(records: Records) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Return the places and values of each curve of a run."""
+    last, course = records[-1], [record for record in records if "factor" in record]
+    found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    if "dose" in last:
+        shown = course[:: -(-len(course) // POINTS)]
+        found["dose"] = last["times"], last["dose"]
+        found["factor"] = [record["pass"] for record in shown], [record["factor"] for record in shown]
+        found["variance_ratio"] = range(1, len(last["variance_ratio"]) + 1), last["variance_ratio"]
+    if last.get("noise"):
+        levels = [bin_["level"] for bin_ in last["noise"]]
+        found |= {name: (levels, [bin_[name] for bin_ in last["noise"]]) for name in NOISE}
+    return found
 
 
 def _finish_grid(axes: np.ndarray, panels: int, columns: int, label: str) -> None:

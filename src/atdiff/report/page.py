@@ -17,8 +17,10 @@ from atdiff.core.specs import FAMILIES, correction_label
 from atdiff.metrics.registry import METRICS
 from atdiff.report import statistics, tables
 from atdiff.report.measured import DISTANCES, MEASURED
-from atdiff.report.plots import loss_curves, metric_curves
+from atdiff.report.plots import loss_curves, metric_curves, saved_curves
 from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, Row, compare, compare_corrected, corrections_of
+from atdiff.report.steps_saved import StepsSaved, saved_where_known
+from atdiff.report.tables import SomeRow
 from atdiff.report.words import conclusions, corrected_conclusions, interval_label, metric_label, percent, scores
 from atdiff.system.files import write_bytes
 
@@ -54,8 +56,8 @@ def write_report(
         summary: holds ``cells`` (see :func:`atdiff.report.statistics.compare`) and, as far as known, ``title``,
             ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
             the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
-            ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness`` and
-            ``directions``, each with ``by_run`` (records by arm) and ``recipe``.
+            ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness``,
+            ``directions`` and ``dose``, each with ``by_run`` (records by arm) and ``recipe``.
         samples: PNGs by sampler, number of steps and arm; see :func:`atdiff.report.samples.sample_grids`.
 
     Raises:
@@ -64,7 +66,8 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=percent, mean=tables.mean_text, best=tables.best_text, interval=tables.interval_text, p=_p_text,
-        values=tables.values_text, digest=_digest, sentence=lambda text: text[:1].upper() + text[1:],
+        values=tables.values_text, saved=tables.saved_text, digest=_digest,
+        sentence=lambda text: text[:1].upper() + text[1:],
     )  # fmt: skip
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
     page = environment.from_string(source).render(_contents(summary, samples or {}, interval))
@@ -93,6 +96,7 @@ def _contents(
         "compared": _compared(summary, first["rows"]),
         "main": first,
         "others": others,
+        "saved": _saved(saved_where_known(cells, metric=metrics[0], **options)),
         "corrected": corrected,
         "losses": losses and _data_uri(losses, "svg+xml"),
         "samples": {
@@ -113,12 +117,32 @@ def _contents(
     }
 
 
-def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, Any]:
-    """What the template needs of one metric and one correction."""
+def _by_sampler(rows: Sequence[SomeRow]) -> tuple[list[str], dict[str, list[tuple[int, list[SomeRow | None]]]]]:
+    """The arms, and for each sampler its numbers of steps with one row an arm."""
     arms, lines = tables.grid(rows)
-    groups: dict[str, list[tuple[int, list[Row | None]]]] = {}
+    groups: dict[str, list[tuple[int, list[SomeRow | None]]]] = {}
     for (sampler, steps), found in lines:
         groups.setdefault(sampler, []).append((steps, found))
+    return arms, groups
+
+
+def _saved(rows: Sequence[StepsSaved]) -> dict[str, Any] | None:
+    """What the template needs of the steps saved; None where nothing is known of them."""
+    if not rows:
+        return None
+    arms, groups = _by_sampler(rows)
+    return {
+        "title": tables.saved_title(rows),
+        "arms": arms,
+        "groups": groups,
+        "interval": interval_label(rows[0]),
+        "curves": _data_uri(saved_curves(rows), "svg+xml"),
+    }
+
+
+def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, Any]:
+    """What the template needs of one metric and one correction."""
+    arms, groups = _by_sampler(rows)
     metric, correction = rows[0].metric, rows[0].correction
     mine = [cell for cell in cells if cell.get("correction", "none") == correction and metric in cell["metrics"]]
     return {

@@ -16,10 +16,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from atdiff.core.errors import UserError
 from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, styles_of
 from atdiff.report.statistics import Row
+from atdiff.report.steps_saved import StepsSaved
 from atdiff.report.words import metric_label
 from atdiff.system.files import write_bytes
 
-__all__ = ["loss_curves", "metric_curves", "save_curves"]
+__all__ = ["loss_curves", "metric_curves", "save_curves", "saved_curves"]
 
 DODGE = 1.055  # factor between the points of two arms at the same number of steps
 LOSS_POINTS = 250  # a curve; more would only make the page heavy
@@ -85,6 +86,27 @@ def loss_curves(
         return rendered(figure, file_format)
 
 
+def saved_curves(rows: Sequence[StepsSaved], *, file_format: str = "svg") -> bytes:
+    """One column for each sampler: steps of the baseline against the steps that replace them, both logarithmic.
+
+    The diagonal is the baseline's own. A triangle is a bound: the figure lies beyond the steps that were measured.
+    """
+    baseline = rows[0].baseline
+    styles = styles_of(list(dict.fromkeys([baseline, *(row.arm for row in rows)])))
+    styles[baseline] = {**styles[baseline], "marker": ""}
+    samplers = list(dict.fromkeys(row.sampler for row in rows))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(max(5.0, 1.2 + 3.3 * len(samplers)), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(samplers), sharey=True, squeeze=False)[0]
+        for axes, sampler in zip(panels, samplers, strict=True):
+            _saved_panel(axes, [row for row in rows if row.sampler == sampler], styles)
+            axes.set_title(sampler, loc="left", fontweight="bold")
+        _limit_saved(panels[0], rows)
+        panels[0].set_ylabel(f"steps of {baseline} needed")
+        add_legend(figure, styles)
+        return rendered(figure, file_format)
+
+
 def save_curves(rows: Sequence[Row], path: Path | str) -> None:
     """Write ``metric_curves`` to ``path``; the suffix names the format (``.png``, ``.svg``, ``.pdf``)."""
     path = Path(path)
@@ -92,6 +114,34 @@ def save_curves(rows: Sequence[Row], path: Path | str) -> None:
     if path.suffix[1:] not in known:
         raise UserError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(known)}: rename it.")
     write_bytes(path, metric_curves(rows, file_format=path.suffix[1:]))
+
+
+def _saved_panel(axes: Axes, rows: Sequence[StepsSaved], styles: Mapping[str, Style]) -> None:
+    steps = sorted({row.steps for row in rows})
+    ends = [steps[0] / 4, steps[-1] * 4]  # beyond the axes
+    axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.2, scalex=False, scaley=False)
+    for arm, style in styles.items():
+        line = sorted((row for row in rows if row.arm == arm and math.isfinite(row.needed)), key=lambda row: row.steps)
+        if not line:
+            continue
+        used, needed, low, high = np.array([(row.steps, row.needed, row.low, row.high) for row in line]).T
+        axes.plot(used, needed, **{**style, "marker": ""}, linewidth=1.7)
+        axes.fill_between(used, low, high, color=style["color"], alpha=0.11, linewidth=0)
+        for row in line:
+            marker = {"": style["marker"], ">": "^", "<": "v"}[row.bound]
+            face = "white" if row.bound else style["markerfacecolor"]
+            axes.plot(row.steps, row.needed, color=style["color"], marker=marker, markerfacecolor=face, markersize=6)
+    _step_axis(axes, steps, 1)
+    axes.set_xlabel("steps used")
+
+
+def _limit_saved(axes: Axes, rows: Sequence[StepsSaved]) -> None:
+    """Limits follow the figures and the diagonal, intervals may leave."""
+    found = [value for row in rows for value in (row.needed, float(row.steps)) if math.isfinite(value)]
+    axes.set_ylim(min(found) / 1.3, max(found) * 1.3)
+    log_axis(axes)
+    measured = sorted({row.steps for row in rows})
+    axes.set_yticks(measured, [str(steps) for steps in measured])
 
 
 def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:

@@ -15,8 +15,9 @@ from atdiff.core.specs import NO_CORRECTION, correction_label
 from atdiff.metrics.registry import FIGURES
 
 __all__ = [
-    "HIGHER_IS_BETTER", "LOWER_IS_BETTER", "CorrectedRow", "Row", "compare", "compare_corrected", "corrections_of",
-    "holm", "winners",
+    "HIGHER_IS_BETTER", "LOWER_IS_BETTER", "Column", "CorrectedRow", "Row", "Setting", "check_baseline",
+    "check_options", "compare", "compare_corrected", "corrections_of", "estimate", "holm", "settings_of", "tabulate",
+    "winners",
 ]  # fmt: skip
 
 LOWER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if not figure.higher)
@@ -113,13 +114,13 @@ def compare(
         UserError: an absent baseline or correction, an unknown interval or metric, one that no cell holds, a cell given
             twice, or arms evaluated under different conditions.
     """
-    _check_options(confidence, interval)
-    columns = _tabulate(cells, metric)
+    check_options(confidence, interval)
+    columns = tabulate(cells, metric)
     if correction not in columns:
         known = ", ".join(map(repr, columns))
         raise UserError(f"no cell has the correction {correction!r}, expected one of {known}: evaluate with it.")
     table = columns[correction]
-    _check_baseline(baseline, table)
+    check_baseline(baseline, table)
     return _rows(table, table, baseline, _Design(metric, confidence, interval, correction))
 
 
@@ -135,8 +136,8 @@ def compare_corrected(
 
     A search (``epsilon-scaling:search``) is one correction, whatever value it chose for a cell.
     """
-    _check_options(confidence, interval)
-    columns = _tabulate(cells, metric)
+    check_options(confidence, interval)
+    columns = tabulate(cells, metric)
     chosen: dict[tuple[str, str, Setting], set[float]] = {}
     for cell in cells:
         if cell.get("correction_value") is not None:
@@ -144,7 +145,7 @@ def compare_corrected(
             chosen.setdefault(key, set()).add(float(cell["correction_value"]))
     found = []
     for correction, table in columns.items():
-        _check_baseline(baseline, table)
+        check_baseline(baseline, table)
         design = _Design(metric, confidence, interval, correction)
         same = _rows(table, table, baseline, design)
         other = _rows(table, columns.get(NO_CORRECTION, {}), baseline, design)
@@ -190,21 +191,23 @@ def _correction(cell: Mapping[str, Any]) -> str:
     return str(cell.get("correction", NO_CORRECTION))
 
 
-def _check_options(confidence: float, interval: str) -> None:
+def check_options(confidence: float, interval: str) -> None:
+    """Refuse a confidence that is no probability, and an unknown kind of interval."""
     if not 0 < confidence < 1:
         raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
     if interval not in INTERVALS:
         raise UserError(f"interval {interval!r} is unknown, expected {' or '.join(INTERVALS)}.")
 
 
-def _check_baseline(baseline: str, table: Column) -> None:
+def check_baseline(baseline: str, table: Column) -> None:
+    """Refuse a baseline that is not among the arms of a table."""
     arms = dict.fromkeys(arm for arm, _ in table)
     if baseline not in arms:
         raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
 
 
-def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Column]:
-    """Values by correction, none first, then by arm and setting, then by seed."""
+def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Column]:
+    """Return the values by correction, none first, then by arm and setting, then by seed."""
     known = LOWER_IS_BETTER | HIGHER_IS_BETTER
     if metric not in known:
         raise UserError(f"metric {metric!r} is not known, expected one of {', '.join(sorted(known))}.")
@@ -232,12 +235,17 @@ def _tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colu
     return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}
 
 
+def settings_of(table: Column) -> list[Setting]:
+    """The samplers of a table in its order, each by number of steps."""
+    samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
+    return sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
+
+
 def _rows(table: Column, references: Column, baseline: str, design: _Design) -> list[Row]:
     """Rows of every arm of a table, against the baseline's values in ``references``, with Holm over each arm's."""
     arms = list(dict.fromkeys(arm for arm, _ in table))
     arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
-    samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
-    settings = sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
+    settings = settings_of(table)
     rows: list[Row] = []
     for arm in arms:
         own = arm == baseline and references is table
@@ -251,7 +259,9 @@ def _rows(table: Column, references: Column, baseline: str, design: _Design) -> 
     return rows
 
 
-def _estimate(values: Sequence[float] | np.ndarray, design: _Design) -> tuple[float, float, float, float]:
+def estimate(
+    values: Sequence[float] | np.ndarray, confidence: float, interval: str
+) -> tuple[float, float, float, float]:
     """Mean, the ends of its interval, and the two-sided p-value of a t test of zero mean."""
     values = np.sort(np.asarray(values, dtype=float))  # resamples do not depend on the order of the seeds
     if len(values) < 2:
@@ -261,19 +271,19 @@ def _estimate(values: Sequence[float] | np.ndarray, design: _Design) -> tuple[fl
     if not math.isfinite(error):
         return mean, math.nan, math.nan, math.nan
     p_value = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1)) if error else float(mean == 0)
-    if design.interval == "bootstrap":
+    if interval == "bootstrap":
         low, high = stats.bootstrap(
-            (values,), np.mean, n_resamples=RESAMPLES, confidence_level=design.confidence, method="percentile",
+            (values,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, method="percentile",
             random_state=0,
         ).confidence_interval  # fmt: skip
         return mean, float(low), float(high), p_value
-    half_width = float(stats.t.ppf((1 + design.confidence) / 2, len(values) - 1)) * error
+    half_width = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
     return mean, mean - half_width, mean + half_width, p_value
 
 
 def _row(arm: str, setting: Setting, values: Values, base: Values | None, design: _Design) -> Row:
     """The row of an arm against the baseline's values; without these it is the baseline's own."""
-    mean, low, high, _ = _estimate(list(values.values()), design)
+    mean, low, high, _ = estimate(list(values.values()), design.confidence, design.interval)
     best = max if design.metric in HIGHER_IS_BETTER else min
     alone = Row(
         arm,
@@ -296,7 +306,8 @@ def _row(arm: str, setting: Setting, values: Values, base: Values | None, design
     seeds = [seed for seed in values if seed in base]
     pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
     usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
-    *ends, p_value = _estimate(np.log(pairs[:, 0] / pairs[:, 1]) if usable else [], design)
+    ratios = np.log(pairs[:, 0] / pairs[:, 1]) if usable else []
+    *ends, p_value = estimate(ratios, design.confidence, design.interval)
     with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
         change, low, high = (float(end) for end in 100 * np.expm1(ends))
     bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))

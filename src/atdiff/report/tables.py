@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -12,21 +12,23 @@ from rich.text import Text
 
 from atdiff.core.specs import FAMILIES, correction_label
 from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, compare_corrected, corrections_of, winners
+from atdiff.report.steps_saved import StepsSaved
 from atdiff.report.words import interval_label, metric_label, percent
 
 __all__ = [
-    "SYMBOLS", "CorrectionLine", "Grid", "best_text", "cells_table", "comparison_table", "correction_grid",
+    "SYMBOLS", "CorrectionLine", "Grid", "SomeRow", "best_text", "cells_table", "comparison_table", "correction_grid",
     "correction_heads", "correction_markdown", "correction_table", "grid", "interval_text", "markdown_table",
-    "mean_text", "values_text",
+    "mean_text", "saved_markdown", "saved_table", "saved_text", "saved_title", "values_text",
 ]  # fmt: skip
 
-Grid = list[tuple[tuple[str, int], list[Row | None]]]
+SomeRow = TypeVar("SomeRow", Row, StepsSaved)
+Grid = list[tuple[tuple[str, int], list[SomeRow | None]]]
 CorrectionLine = tuple[tuple[str, int], str, list[CorrectedRow | None]]  # sampler and steps, arm, one per correction
 SYMBOLS = {name: family.symbol for name, family in FAMILIES.items()}
 STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
 
-def grid(rows: Sequence[Row]) -> tuple[list[str], Grid]:
+def grid(rows: Sequence[SomeRow]) -> tuple[list[str], Grid[SomeRow]]:
     """The arms, and for each sampler and steps one row an arm (None where the arm lacks the cell)."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
@@ -137,6 +139,46 @@ def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metri
     return table
 
 
+def saved_text(row: StepsSaved) -> str:
+    """``9.1 [8.0, 10.4]``: steps of the baseline and their interval; ``> 64`` beyond those that were measured."""
+    needed = "n/a" if math.isnan(row.needed) else _number(row.needed)
+    if row.bound:
+        return f"{row.bound} {row.needed:.3g}"
+    return needed if math.isnan(row.low) else f"{needed} [{_number(row.low)}, {_number(row.high)}]"
+
+
+def saved_title(rows: Sequence[StepsSaved]) -> str:
+    """What the figures of the table are."""
+    return f"Steps of {rows[0].baseline} sampling that N steps replace"
+
+
+def saved_markdown(rows: Sequence[StepsSaved]) -> str:
+    """A markdown table under its title, by sampler and steps; a column per arm, the baseline left out."""
+    arms, lines = grid(rows)
+    body = [[sampler, str(steps), *map(_saved_cell, found)] for (sampler, steps), found in lines]
+    head = ["sampler", "N", *map(_escaped, arms)]
+    table = _markdown(head, ["---", "---:"] + ["---:"] * len(arms), body, _saved_legend(rows))
+    return f"**{saved_title(rows)}**\n\n{table}"
+
+
+def saved_table(rows: Sequence[StepsSaved]) -> Table:
+    """The rich table of :func:`saved_markdown`, with the interval below each figure."""
+    arms, lines = grid(rows)
+    table = _table(saved_title(rows), _saved_legend(rows))
+    table.add_column("sampler", overflow="fold")
+    table.add_column("N", justify="right")
+    for arm in arms:
+        table.add_column(Text(arm), justify="right", overflow="fold")
+    for number, ((sampler, steps), found) in enumerate(lines):
+        last = number + 1 == len(lines) or lines[number + 1][0][0] != sampler
+        texts = [
+            Text("-", style="dim") if row is None else Text(_saved_cell(row).replace(" [", "\n["), STYLES[row.verdict])
+            for row in found
+        ]
+        table.add_row(sampler, str(steps), *texts, end_section=last)
+    return table
+
+
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     """A rich table of evaluated cells; corrections and precisions are shown where cells differ in them."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
@@ -203,6 +245,10 @@ def _markdown_cell(row: Row | None, winner: str | None) -> str:
     return f"{text} ?" if row.verdict == "unclear" else text
 
 
+def _saved_cell(row: StepsSaved | None) -> str:
+    return "-" if row is None else saved_text(row)
+
+
 def _correction_cell(one: CorrectedRow | None) -> str:
     if one is None:
         return "-"
@@ -226,6 +272,16 @@ def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
         symbols, values = ", ".join(SYMBOLS.values()), ", ".join(family.value for family in FAMILIES.values())
         text += f"; {symbols}: {values} that a search chose on held-out noise, lowest to highest over seeds"
     return text
+
+
+def _saved_legend(rows: Sequence[StepsSaved]) -> str:
+    first = rows[0]
+    text = (
+        f"steps at which {first.baseline}, interpolated, reaches the figure that the arm reaches in N; geometric mean "
+        f"over seeds, {interval_label(first)}"
+    )
+    beyond = "; > or <: beyond the numbers of steps that were measured, on some seed at least"
+    return text + (beyond if any(row.bound for row in rows) else "")
 
 
 def _legend(rows: Sequence[Row]) -> str:

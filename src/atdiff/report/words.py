@@ -9,6 +9,7 @@ from atdiff.core.errors import UserError
 from atdiff.core.specs import NO_CORRECTION, correction_label
 from atdiff.metrics.registry import FIGURES
 from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, corrections_of, winners
+from atdiff.report.steps_saved import StepsSaved
 
 __all__ = ["conclusions", "corrected_conclusions", "interval_label", "metric_label", "percent", "scores"]
 
@@ -77,7 +78,7 @@ def metric_label(metric: str) -> str:
     return FIGURES[metric].label if metric in FIGURES else metric
 
 
-def interval_label(row: Row) -> str:
+def interval_label(row: Row | StepsSaved) -> str:
     """The kind of the intervals as printed: ``95% t interval``, ``95% bootstrap interval``."""
     return f"{100 * row.confidence:g}% {row.interval} interval"
 

@@ -19,10 +19,20 @@ from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.metrics.stream import FEW_SAMPLES
 from atdiff.report.measured import save_measured
 from atdiff.report.page import write_report
+from atdiff.report.plots import saved_curves
 from atdiff.report.samples import sample_grids, samples_picture
 from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, compare, compare_corrected, corrections_of
-from atdiff.report.tables import comparison_table, correction_markdown, correction_table, markdown_table
+from atdiff.report.steps_saved import StepsSaved, saved_where_known
+from atdiff.report.tables import (
+    comparison_table,
+    correction_markdown,
+    correction_table,
+    markdown_table,
+    saved_markdown,
+    saved_table,
+)
 from atdiff.report.words import conclusions, corrected_conclusions
+from atdiff.study.doses import doses_of_runs
 from atdiff.system.files import write_bytes, write_json, write_text
 
 __all__ = ["Measurements", "leading_metric", "publish", "training_curves"]
@@ -61,8 +71,15 @@ class Measurements:
     reading: DataOptions = AS_TRAINED
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
-        """Measure runs by arm (one per seed) into folders in ``out``; return entries for the summary."""
-        found: dict[str, Any] = {}
+        """Measure runs by arm (one per seed) into folders in ``out``; return entries for the summary.
+
+        The logs of doses, where runs have any, are drawn as ``out/dose.png`` whatever else is asked for.
+        """
+        doses = doses_of_runs(runs)
+        found: dict[str, Any] = {} if doses is None else {"dose": doses}
+        if doses is not None:
+            entries = [{"run": arm, "records": records} for arm, records in doses["by_run"].items()]
+            save_measured("dose", entries, out)
         if self.mismatch:
             config = MismatchConfig(
                 self.sampler,
@@ -152,7 +169,9 @@ def publish(
     loading: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Write the page, and beside it ``summary.json``, ``table.md`` and ``samples.png``; print table and conclusions.
+    """Write the page, and beside it ``summary.json``, ``table.md`` and PNGs; print tables and conclusions.
+
+    The PNGs are ``samples.png``, and ``steps-saved.png`` where there are two numbers of steps or more.
 
     Args:
         summary: see :func:`atdiff.report.page.write_report`.
@@ -168,29 +187,35 @@ def publish(
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = sorted({cell["steps"] for cell in cells})
     grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
-    json_file, table_file, png_file = files = [
-        report.parent / name if report.name == "report.html" else report.with_suffix(f".{name}")
-        for name in ("summary.json", "table.md", "samples.png")
-    ]
-    write_json(json_file, summary)
-    write_bytes(png_file, samples_picture(grids[samplers[0]]))
+    names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
+    beside = report.name == "report.html"
+    files = {name: report.parent / name if beside else report.with_suffix(f".{name}") for name in names}
+    write_json(files["summary.json"], summary)
+    write_bytes(files["samples.png"], samples_picture(grids[samplers[0]]))
     write_report(summary, report, samples=grids, interval=interval)
     options = {"baseline": baseline, "metric": metric, "interval": interval}
-    markdown, said = _compared(cells, options, console)
-    write_text(table_file, markdown)
+    markdown, said, saved = _compared(cells, options, console)
+    write_text(files["table.md"], markdown)
+    if saved:
+        write_bytes(files["steps-saved.png"], saved_curves(saved, file_format="png"))
     for sentence in said:
         console.print(f"- {sentence}")
-    console.print(f"\n{report}", *files, sep="\n", soft_wrap=True)
+    shown = [file for name, file in files.items() if saved or name != "steps-saved.png"]
+    console.print(f"\n{report}", *shown, sep="\n", soft_wrap=True)
 
 
 def _compared(
     cells: Sequence[Mapping[str, Any]], options: Mapping[str, Any], console: Console
-) -> tuple[str, list[str]]:
-    """Print the tables; return them as Markdown, and the conclusions."""
+) -> tuple[str, list[str], list[StepsSaved]]:
+    """Print the tables; return them as Markdown, the conclusions, and the steps saved."""
     corrections = corrections_of(cells)
     rows = compare(cells, correction=corrections[0], **options)
     tables, said = [markdown_table(rows)], conclusions(rows)
     console.print(comparison_table(rows, options["metric"]))
+    saved = saved_where_known(cells, correction=corrections[0], **options)
+    if saved:
+        tables.append(saved_markdown(saved))
+        console.print(saved_table(saved))
     if len(corrections) > 1:
         tables.append(correction_markdown(cells, **options))
         said += corrected_conclusions(compare_corrected(cells, **options))
@@ -201,4 +226,4 @@ def _compared(
             f"Distances of {fewest} samples are biased upwards, alike for all arms: compare them only with each "
             f"other; {FEW_SAMPLES} or more make figures to publish."
         )
-    return "\n".join(tables), said
+    return "\n".join(tables), said, saved
