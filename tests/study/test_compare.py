@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import atdiff.measure.cells
 import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.study.compare import find_runs
@@ -23,9 +24,9 @@ def test_a_study_is_compared_by_the_figures_that_it_left(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: object, **options: object) -> None:
-        raise AssertionError("nothing is left to sample")
+        raise AssertionError("nothing is left to measure")
 
-    monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", never)
+    monkeypatch.setattr(atdiff.measure.cells, "Metrics", never)
     page = tmp_path / "report.html"
     assert main(["compare", str(finished[1]), "--no-mismatch", "--out", str(page)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
