@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import atdiff.measure.cells
+import atdiff.metrics.stream
 import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.study.compare import find_runs
@@ -26,7 +26,7 @@ def test_a_study_is_compared_by_the_figures_that_it_left(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("nothing is left to measure")
 
-    monkeypatch.setattr(atdiff.measure.cells, "Metrics", never)
+    monkeypatch.setattr(atdiff.metrics.stream.Metrics, "__call__", never)
     page = tmp_path / "report.html"
     assert main(["compare", str(finished[1]), "--no-mismatch", "--out", str(page)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
