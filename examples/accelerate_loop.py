@@ -32,7 +32,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     objective = DenoisingObjective(scheduler)
-    adversary = Adversary(step_size=3.0, passes=2, scale="high", direction="residual", order="staggered")
+    adversary = Adversary(steps=8)  # for a sampler of 8 steps
 
     done = 0
     while done < args.passes:
@@ -46,7 +46,7 @@ def main() -> None:
                     optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     ema.update()
-                    done += 1
+                    done += adversary.passes_per_update
             if done >= args.passes:
                 break
         accelerator.print(f"pass {done}: loss {loss.item():.4f}")

@@ -21,7 +21,7 @@ class Denoiser(lightning.LightningModule):
         self.network, self.passes, self.done = MLP2DModel(), passes, 0
         self.scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         self.objective = DenoisingObjective(self.scheduler)
-        self.adversary = Adversary(step_size=3.0, passes=2, scale="high", direction="residual", order="staggered")
+        self.adversary = Adversary(steps=8)  # for a sampler of 8 steps
 
     def training_step(self, x0: Tensor, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -29,7 +29,7 @@ class Denoiser(lightning.LightningModule):
             self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            self.done += 1
+            self.done += self.adversary.passes_per_update
         print(f"pass {self.done}: loss {loss.item():.4f}")
         self.trainer.should_stop = self.done >= self.passes
 

@@ -38,7 +38,7 @@ def main() -> None:
     data, network = load_data("digits"), Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     objective = DenoisingObjective(schedule, prediction_type="flow")
-    adversary = Adversary(step_size=3.0, passes=2, scale="high", direction="residual", order="staggered")
+    adversary = Adversary(steps=8)  # for a sampler of 8 steps
     done = 0
     while done < args.passes:
         x0 = data.x0(torch.randint(len(data), (128,)))
@@ -46,7 +46,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            done += 1
+            done += adversary.passes_per_update
     print(f"pass {done}: loss {loss.item():.4f}")
     if args.out:
         x, steps = torch.randn(64, 1, 8, 8), 8
