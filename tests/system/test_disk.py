@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from atdiff.cli import main
-from atdiff.training import checkpoint, loop
+from atdiff.training import checkpoint, records
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
 from atdiff.training.records import MetricsLog
 from atdiff.training.tasks import pixels
@@ -27,7 +27,7 @@ WRITES: dict[str, tuple[Any, str, int]] = {  # what writes a file while a run wo
     "the log": (MetricsLog, "append", 3),
     "a checkpoint": (checkpoint, "save_file", 3),
     "a manifest": (checkpoint, "write_json", 1),
-    "samples": (loop, "save_images", 1),
+    "samples": (records, "save_images", 1),
     "the pipeline": (pixels, "save_pipeline", 0),
 }
 

@@ -475,7 +475,9 @@ def test_the_terminal_shows_progress_and_results_alone(
         assert results <= set(text.out.splitlines())
         shown += [*(line for line in text.out.splitlines() if line not in results), *text.err.splitlines()]
     assert [
-        line for line in shown if line.strip() and not line.startswith(("training ", "lcm, 2 steps ", "4 images of "))
+        line
+        for line in shown
+        if line.strip() and not line.startswith(("pass 1 of 1: ", "lcm, 2 steps ", "4 images of "))
     ] == []
 
 

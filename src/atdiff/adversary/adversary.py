@@ -45,15 +45,16 @@ class Adversary:
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
         radius: bound of the norm of delta, times the same scale; None for none.
         passes: forward-backward passes a batch; 1 is plain training. Default 3, and 2 with a dose.
-        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, in place of ``step_size``: a number without units, such as
-            0.15, or ``auto``.
+        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, in place of ``step_size``: such as 0.15, or ``auto``.
         steps: of the sampler that ``dose="auto"`` is for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
             DDPM family, else ``sigma``: a constant delta moves the target without bound where a flow's noise ends.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level`, from 0 (data)
             to 1 (noise), lies in ``[low, high)``; None for all.
-        method, direction, order: default ``free`` along the ``gradient``, and with a dose ``pgd`` along the residual.
+        method: default ``free``, and ``pgd`` with a dose.
+        direction: default ``gradient``, and ``residual`` with a dose.
+        order: of ``free``.
         target: whether the network's target follows delta (``equivariant``) or not.
         weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
             to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
@@ -161,7 +162,7 @@ class Adversary:
             RuntimeError: the next loss was asked for before the backward pass of the last.
         """
         if isinstance(x0, Batch) and fixed:
-            raise UserError(f"{', '.join(fixed)} cannot be added to a drawn batch: give it to objective.draw.")
+            raise UserError(f"{', '.join(fixed)} cannot be added to a batch that is drawn: give it to objective.draw.")
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)

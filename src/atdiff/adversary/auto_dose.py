@@ -65,8 +65,8 @@ class AutoDose:
         """
         if len(x0) < 2:
             raise UserError(
-                f"steps={self.steps} needs the variance of the data, and the first batch is one sample: call "
-                "adversary.auto_dose.fit(x0, objective.schedule) with some more before training."
+                f"steps={self.steps} needs the variance of the data, and the first batch is one sample: give "
+                "Adversary.auto_dose.fit some more before training."
             )
         x0 = x0.detach().float()
         self.mean, self.range = x0.mean(dim=0), (float(x0.min()), float(x0.max()))

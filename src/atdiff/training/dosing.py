@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def coupled_noise(adversary: Adversary) -> list[dict[str, float]]:
     """Return the distribution of ``noise + delta / sigma`` in the last pass, by noise level.
 
     Independent noise has variance 1, no excess kurtosis, and no correlation with ``x0``. A list of bins of the noise
-    level that hold samples: ``level``, its middle; ``variance``, ``kurtosis`` and ``correlation`` over all values.
+    level that hold samples: ``level``, its middle; ``variance``, ``kurtosis`` and ``correlation`` over all values. Bins
+    that are not finite are left out.
     """
     batch, delta = adversary.batch, adversary.delta
     if batch is None or delta is None:
@@ -47,9 +49,10 @@ def coupled_noise(adversary: Adversary) -> list[dict[str, float]]:
     noise = batch.noise + divide(delta.detach(), expand(batch.sigma, delta))
     bins = (noise_level(batch.alpha, batch.sigma) * LEVELS).long().clamp(0, LEVELS - 1)
     centred = batch.x0 - batch.x0.mean(dim=0)
-    return [
+    found = [
         {"level": (i + 0.5) / LEVELS, **_moments(noise[bins == i], centred[bins == i])} for i in bins.unique().tolist()
     ]
+    return [one for one in found if all(map(math.isfinite, one.values()))]
 
 
 def _moments(noise: Tensor, x0: Tensor) -> dict[str, float]:
@@ -60,8 +63,8 @@ def _moments(noise: Tensor, x0: Tensor) -> dict[str, float]:
 
 
 def dose_line(adversary: Adversary, passes: int) -> dict[str, Any] | None:
-    """Return what a line of :data:`DOSE_LOG` tells after so many passes; None without a perturbation."""
-    if adversary.num_passes == 1:
+    """Return what a line of :data:`DOSE_LOG` tells after so many passes; None without a dose."""
+    if adversary.dose is None:
         return None
     auto = adversary.auto_dose
     return {"pass": passes, "noise": coupled_noise(adversary), **({} if auto is None else auto.report())}
