@@ -13,8 +13,10 @@ from typing import Any
 
 from atdiff.report import save_curves
 from atdiff.report.measured import direction_curves, mismatch_curves, robustness_curves
+from atdiff.report.plots import saved_curves
 from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of
-from atdiff.report.tables import correction_markdown, markdown_table
+from atdiff.report.steps_saved import saved_where_known
+from atdiff.report.tables import correction_markdown, markdown_table, saved_markdown
 from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_text
 
@@ -55,6 +57,11 @@ def page(name: str, summary: dict[str, Any]) -> str:
         corrected = compare_corrected(cells, **options)
         said = listed(corrected_conclusions(corrected))
         parts += ["## Without and with correction", correction_markdown(cells, **options), said]
+    saved = saved_where_known(cells, **options, correction=corrections[0])
+    if saved:
+        write_bytes(PAGES / f"{name}-steps-saved.png", saved_curves(saved, file_format="png"))
+        parts += ["## Steps saved", f"![steps of plain sampling that N steps replace]({name}-steps-saved.png)"]
+        parts += [saved_markdown(saved)]
     parts += [quality(cells, summary["baseline"])]
     parts += [picture(name, part, summary[part]) for part in FIGURES if part in summary]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -89,7 +96,7 @@ def recipe(summary: dict[str, Any]) -> str:
 def quality(cells: list[dict[str, Any]], baseline: str) -> str:
     """Precision, recall and the like of every arm, the mean over seeds, samplers and steps."""
     lines = []
-    for metric in ("precision", "recall", "coverage", "label_accuracy"):
+    for metric in ("precision", "recall", "density", "coverage", "label_accuracy"):
         if any(metric in cell["metrics"] for cell in cells):
             rows = compare(cells, baseline=baseline, metric=metric, correction=corrections_of(cells)[0])
             lines.append(f"{metric.replace('_', ' ').capitalize()}, mean of all cells: " + ", ".join(means(rows)) + ".")
