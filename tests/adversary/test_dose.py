@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,9 @@ def test_the_loop_measures_what_the_sampler_of_gaussians_does() -> None:
         expected.append(scale**2 / ((1 - r) ** 2 * 0.25 + r**2))
     torch.testing.assert_close(auto.ratio, torch.tensor(expected), rtol=0.05, atol=0.0)
     assert float(auto.factor) > 1, "samples of less variance than the data ask for more"
+    logs = auto.ratio.log()
+    error = 0.5 * float(logs[-1]) + 0.5 * sum(map(float, logs)) / 4
+    assert float(auto.factor) == pytest.approx(min(math.exp(-3.0 * error), 2.0))
 
 
 def test_samples_of_too_much_variance_ask_for_less() -> None:
@@ -210,6 +214,10 @@ def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
     auto.factor = torch.tensor(0.5)
     torch.testing.assert_close(auto.dose(times), 0.5 * torch.tensor(expected), rtol=1e-4, atol=1e-5)
     assert float(auto.dose(torch.tensor([0.05]))) == 0.0
+    auto.factor = torch.tensor(4.0)
+    expected = [min(4.0 * closed_form_dose(flow_levels(float(time), 8), spectrum(data)), 0.5) for time in times]
+    torch.testing.assert_close(auto.dose(times), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert expected[0] == 0.5
 
 
 def test_a_saved_dose_resumes() -> None:
