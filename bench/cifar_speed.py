@@ -6,7 +6,7 @@ The textbook loop is that of diffusers' ``train_unconditional.py`` on the same n
 ``datasets`` table decoded when they are asked for, float32, AdamW, clipping, a cosine rate, ``EMAModel``, the loss read
 at every pass. Every round times a block of each arm, in alternating order; on a CPU in seconds of this process, which
 other work on the machine does not stretch. Two processes of one thread against one of two are timed by the clock on the
-wall. Images are random, which cost what real ones cost, unless ``--data`` names some.
+wall. Seconds are of a pass, of 1,000 images and an evaluation of the network, or of 1,000 images' features. Images are random, which cost what real ones cost, unless ``--data`` names some.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, load_dataset
+from datasets import ClassLabel, Dataset, Features, disable_progress_bars, load_dataset
 from datasets import Image as Images
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
@@ -219,19 +217,25 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = args.data or written(folder)
-        rows = rows_of(loops(data, folder, args), args.passes)
         draws = {f"drawing, {name}": drawing(kind) for name, kind in (("float32", "no"), ("bf16", "bf16"))}
-        rows += rows_of(in_turn(draws, args.pairs), STEPS * DRAWN / 1_000)
-        rows += rows_of(in_turn({"features": judging()}, args.pairs), DRAWN / 1_000)
-        rows += rows_of(processes(data, folder, args), 2 * args.passes)
-    table = Table("arm", "faster than the first", "range", "seconds", caption="a pass, or 1,000 images and evaluation")
-    for line in rows:
-        span = f"{line['min']:.2f} to {line['max']:.2f}"
-        table.add_row(line["arm"], f"{line['median']:.2f}", span, f"{line['seconds']:.3f}")
-    Console().print(table)
+        groups: list[tuple[Callable[[], dict[str, list[float]]], float]] = [
+            (lambda: loops(data, folder, args), args.passes),
+            (lambda: in_turn(draws, args.pairs), STEPS * DRAWN / 1_000),
+            (lambda: in_turn({"features": judging()}, args.pairs), DRAWN / 1_000),
+            (lambda: processes(data, folder, args), 2 * args.passes),
+        ]
+        rows: list[dict[str, Any]] = []
+        for times, unit in groups:
+            for line in rows_of(times(), unit):
+                rows.append(line)
+                span = f"{line['min']:.2f} to {line['max']:.2f}"
+                print(
+                    f"{line['arm']}: {line['seconds']:.3f} s, {line['median']:.2f} ({span}) times as fast", flush=True
+                )
     write_json(args, "cifar_speed", "seconds of the first arm of a group over seconds of an arm, paired", rows)
 
 

@@ -123,10 +123,12 @@ def test_the_small_recipes_train_on_the_same_stand_in(cifar_of_the_hub: str, tmp
     for recipe, arm, out in (
         ("cifar10-small", None, base),
         ("cifar10-small", "residual-staggered", tmp_path / "residual"),
+        ("cifar10-small-cd", None, tmp_path / "teacher"),
         ("cifar10-small-cd", "at", tmp_path / "cd"),
         ("cifar10-small-flow", "auto8", tmp_path / "flow"),
     ):
-        start = ["--training.init", str(base)] if arm and recipe != "cifar10-small-flow" else []
+        starts = {"residual-staggered": base, "at": tmp_path / "teacher"}
+        start = ["--training.init", str(starts[arm])] if arm in starts else []
         named = ["--arm", arm] if arm else []
         assert main(["train", recipe, "--out", str(out), *words, *start, *named]) == 0
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
