@@ -6,7 +6,8 @@ The textbook loop is that of diffusers' ``train_unconditional.py`` on the same n
 ``datasets`` table decoded when they are asked for, float32, AdamW, clipping, a cosine rate, ``EMAModel``, the loss read
 at every pass. Every round times a block of each arm, in alternating order; on a CPU in seconds of this process, which
 other work on the machine does not stretch. Two processes of one thread against one of two are timed by the clock on the
-wall. Seconds are of a pass, of 1,000 images and an evaluation of the network, or of 1,000 images' features. Images are random, which cost what real ones cost, unless ``--data`` names some.
+wall. Seconds are of a pass, of 1,000 images and an evaluation of the network, or of the features of 1,000 images.
+Images are random, which cost what real ones cost, unless ``--data`` names some.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def main() -> None:
             (lambda: processes(data, folder, args), 2 * args.passes),
         ]
         rows: list[dict[str, Any]] = []
-        for times, unit in groups:
+        for times, unit in groups:  # each is told at once, as all of them take minutes
             for line in rows_of(times(), unit):
                 rows.append(line)
                 span = f"{line['min']:.2f} to {line['max']:.2f}"
