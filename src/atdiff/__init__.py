@@ -50,15 +50,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else any name would pass for one that there is
+
+    def __getattr__(name: str) -> Any:  # noqa: ANN401
+        # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 install()

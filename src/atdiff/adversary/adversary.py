@@ -17,6 +17,7 @@ from atdiff.adversary.methods import METHODS
 from atdiff.adversary.perturbation import Perturbation
 from atdiff.adversary.scale import ScaleFunction
 from atdiff.core.choices import Direction, Method, Norm, Order, Target, order_of
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 from atdiff.core.norms import norm_of
 from atdiff.objectives.batch import Batch, ObjectiveOutput
@@ -110,6 +111,19 @@ class Adversary:
         self.output: ObjectiveOutput | None = None
         self.nonfinite: Tensor = torch.zeros((), dtype=torch.long)
         self._kept: dict[int, Kept] = {}  # by micro-batch
+
+    def __repr__(self) -> str:
+        dosed = self.dose is not None
+        names = ("step_size", "radius", "noise_levels", "method", "direction", "order", "target", "weight")
+        settings = {
+            "norm": self.norm,
+            "passes": self.num_passes,
+            "dose": None if self.steps else self.dose,
+            "steps": self.steps,
+            "scale": None if dosed else self._perturbation.scale_name,
+            **{name: getattr(self, name) for name in names},
+        }
+        return as_call("Adversary", **unusual(type(self), settings, **(DOSED if dosed else PAPER)._asdict()))
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``, on the schedule that :meth:`passes` met last."""

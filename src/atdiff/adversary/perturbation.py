@@ -42,6 +42,12 @@ class Perturbation:
         self._traits = TRAITS["vp"]  # of the schedule met last
         self._warned = False
 
+    @property
+    def scale_name(self) -> str | None:
+        """The name of the scale that was given; None of none."""
+        named = [name for name, function in SCALES.items() if function is self._scale]
+        return named[0] if named else getattr(self._scale, "__name__", None)
+
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
         function = self._scale or SCALES[self._traits.default_scale]

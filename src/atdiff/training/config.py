@@ -17,6 +17,7 @@ from atdiff.core.choices import (
     Norm,
     Order,
     PairName,
+    PredictionAlias,
     PredictionType,
     Scale,
     Site,
@@ -26,6 +27,8 @@ from atdiff.core.choices import (
     Variance,
     Weighting,
     order_of,
+    prediction_word,
+    scheduler_word,
 )
 
 __all__ = [
@@ -64,6 +67,14 @@ def _or_function(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noq
 
 _SCHEMA = {"anyOf": [{"enum": list(get_args(_ModelWord))}, {"type": "string", "pattern": _FUNCTION}]}
 ModelName = Annotated[_ModelWord, WrapValidator(_or_function), WithJsonSchema(_SCHEMA)]
+
+
+_SAID = {"type": "string", "enum": [*get_args(PredictionType), *get_args(PredictionAlias)]}
+Predicted = Annotated[
+    PredictionType | Literal["v"] | None,  # v until the noise schedule tells which one
+    BeforeValidator(prediction_word),
+    WithJsonSchema({"anyOf": [_SAID, {"type": "null"}]}),
+]
 
 
 class Settings:
@@ -163,14 +174,19 @@ class SchedulerConfig(Settings):
     name: str | None = None
     args: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Write out the prediction type that another name of it stands for, as diffusers calls it."""
+        if self.args and "prediction_type" in self.args:
+            self.args = {**self.args, "prediction_type": scheduler_word(self.args["prediction_type"])}
+
 
 @dataclass
 class ObjectiveConfig(Settings):
     """What is learned; see :class:`atdiff.DenoisingObjective`.
 
     Attributes:
-        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``; null for that of
-            ``training.init``, or what the scheduler says.
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``, or another name, such as
+            ``eps``, ``x0`` or ``v``; null for that of ``training.init``, or what the scheduler says.
         variance: ``learned_range`` learns it beside the mean.
         timestep_sampler: from which timesteps are drawn.
         weighting: of the loss by the signal-to-noise ratio.
@@ -190,7 +206,7 @@ class ObjectiveConfig(Settings):
             null for a third of a pass an evaluation and batch.
     """
 
-    prediction_type: PredictionType | None = None
+    prediction_type: Predicted = None
     variance: Variance = "fixed"
     timestep_sampler: Literal["uniform", "loss-second-moment", "logit-normal", "beta", "log-normal"] = "uniform"
     weighting: Weighting = "none"
@@ -204,6 +220,10 @@ class ObjectiveConfig(Settings):
     reflow: Natural = 0
     reflow_steps: Count = 16
     reflow_passes: Natural | None = None
+
+    def __post_init__(self) -> None:
+        """Write out the prediction type that another name of it stands for."""
+        self.prediction_type = prediction_word(self.prediction_type)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
@@ -99,6 +100,8 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
     for section, key in SETTLED:
         if getattr(getattr(config, section), key) is None:
             taken.setdefault(section, {})[key] = stored[section][key]
+    if stored["objective"]["prediction_type"] in ALIASES.get(config.objective.prediction_type or "", ()):
+        taken.setdefault("objective", {})["prediction_type"] = stored["objective"]["prediction_type"]
     changes: Any = {section: replace(getattr(config, section), **values) for section, values in taken.items()}
     return replace(config, **changes)
 
