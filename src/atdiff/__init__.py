@@ -9,6 +9,7 @@ from atdiff._moved import install
 
 if TYPE_CHECKING:
     from atdiff.adversary.adversary import Adversary
+    from atdiff.adversary.hook import residual_noise
     from atdiff.core.errors import UserError
     from atdiff.core.noise import NoiseSchedule
     from atdiff.models.ema import EMA
@@ -32,6 +33,7 @@ __all__ = [
     "Teacher",
     "UserError",
     "consistency_scheduler",
+    "residual_noise",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "Teacher": "objectives.teacher",
     "UserError": "core.errors",
     "consistency_scheduler": "training.build",
+    "residual_noise": "adversary.hook",
 }
 
 

@@ -181,11 +181,19 @@ class Adversary:
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)
             batch = objective.couple(model, batch, accumulate)
+        self._meet(objective, model, batch)
+        for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
+            yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
+
+    def _meet(self, objective: Objective, model: Callable[..., Any], batch: Batch) -> None:
         moves = self._method.steps and self.num_passes > 1 and self.target == "equivariant"
         self._perturbation.meet(objective, warns=moves)
         self._perturbation.before(objective, model, batch)
-        for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
-            yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
+
+    def ascended(self, objective: Objective, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Return the delta at which ``pgd`` trains the weights, like ``x0`` and detached, and leave the training."""
+        self._meet(objective, model, batch)
+        return Forward(self, objective, model).ascended(batch, self.num_passes - 1)
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:

@@ -70,7 +70,7 @@ class Perturbation:
             warnings.warn(
                 "scale='constant' moves the target of a flow by delta / sigma_t, without bound where noise ends, so "
                 "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def before(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
