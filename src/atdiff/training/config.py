@@ -353,7 +353,8 @@ class TrainingConfig(Settings):
         checkpoint_every: passes between checkpoints; the last one is always written.
         keep_checkpoints: how many of the newest are kept; the one of the lowest mean loss is kept beside them.
         max_skipped: steps that may be skipped because a gradient is not finite; at one more the run ends.
-        tracker: a tracker of Accelerate, such as ``tensorboard`` or ``wandb``, beside ``metrics.jsonl``.
+        tracker: a tracker of Accelerate, such as ``tensorboard``, ``wandb`` or ``trackio``, which gets the lines of
+            ``metrics.jsonl``, the settings and the grids of samples as well.
     """
 
     passes: Count = 1000
