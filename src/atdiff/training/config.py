@@ -32,6 +32,8 @@ from atdiff.core.choices import (
 )
 
 __all__ = [
+    "ADAMW",
+    "DECAYS",
     "PIXEL_MODELS",
     "SMALL_PIPELINES",
     "AdversaryConfig",
@@ -75,6 +77,29 @@ Predicted = Annotated[
     BeforeValidator(prediction_word),
     WithJsonSchema({"anyOf": [_SAID, {"type": "null"}]}),
 ]
+
+
+ADAMW = "torch.optim.AdamW"
+DECAYS = ("constant", "linear", "cosine")
+_DecayWord = Literal["constant", "linear", "cosine"]
+_CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
+
+
+def _or_class(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
+    """Let the path of a class pass, and check any other value; see :func:`_or_function`."""
+    return value if isinstance(value, str) and re.match(_CLASS, value) else check(value)
+
+
+_DECAY_SCHEMA = {"anyOf": [{"enum": list(DECAYS)}, {"type": "string", "pattern": _CLASS}]}
+DecayName = Annotated[_DecayWord, WrapValidator(_or_class), WithJsonSchema(_DECAY_SCHEMA)]
+
+
+def optimizer_path(name: Any) -> Any:  # noqa: ANN401
+    """Return the path of an optimizer's class; a word without dots is one of torch's."""
+    return f"torch.optim.{name}" if isinstance(name, str) and "." not in name else name
+
+
+ClassPath = Annotated[str, BeforeValidator(optimizer_path)]
 
 
 class Settings:
@@ -311,23 +336,35 @@ class AdversaryConfig(Settings):
 
 @dataclass
 class OptimizerConfig(Settings):
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Attributes:
+        name: the path of its class, such as ``bitsandbytes.optim.AdamW8bit``, ``prodigyopt.Prodigy``,
+            ``schedulefree.AdamWScheduleFree`` or ``torch.optim.Muon``, which trains the matrices, and AdamW the rest.
+        args: further arguments of the class.
         lr: the learning rate, after the warm-up and before the decay.
-        betas: of AdamW.
-        weight_decay: of AdamW.
+        betas: of AdamW; those of other classes are among ``args``.
+        weight_decay: of AdamW, likewise.
         warmup_passes: over which the learning rate rises from 0.
-        decay: of the learning rate until the last pass.
+        decay: of the learning rate until the last pass: ``constant``, ``linear``, ``cosine``, or the path of a class of
+            ``torch.optim.lr_scheduler``, which steps once a pass after the warm-up.
+        decay_args: of that class.
         grad_clip: norm that gradients are clipped to; null for none.
     """
 
+    name: ClassPath = ADAMW
+    args: dict[str, Any] = field(default_factory=dict)
     lr: Annotated[Finite, "must be finite and not negative; 1e-4 is usual"] = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Annotated[Finite, "must be finite and not negative; 0 or 0.01 is usual"] = 0.0
     warmup_passes: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: DecayName = "constant"
+    decay_args: dict[str, Any] = field(default_factory=dict)
     grad_clip: Annotated[float, Field(gt=0), "must be above 0; null clips nothing"] | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Write out the path of one of torch's classes."""
+        self.name = optimizer_path(self.name)
 
 
 @dataclass
@@ -387,7 +424,7 @@ class TrainConfig(Settings):
         consistency: consistency distillation and training.
         lora: low-rank adapters of a pipeline.
         adversary: who perturbs the input.
-        optimizer: AdamW and its learning rate.
+        optimizer: the optimizer and its learning rate.
         training: how long, how fast, and what is written meanwhile.
     """
 

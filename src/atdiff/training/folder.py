@@ -139,7 +139,7 @@ def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
         UserError: they would.
     """
     decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
-    if decay != "constant":
+    if decay in ("linear", "cosine"):  # a class goes by its own arguments
         what = f"the learning rate of optimizer.decay={decay!r} falls"
     elif consistency["mode"] != "none" and consistency["pairs"] in CURRICULA:
         what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"

@@ -173,6 +173,7 @@ class Trainer:
     def passes(self) -> Iterator[None]:
         """Train to the last pass, with logs, checkpoints and samples on the way; yield after every weight update."""
         self.model.train()
+        self.steps.start()
         self.records.start()
         while self.state.passes < self.config.training.passes:
             yield from self._train_batch()
@@ -187,7 +188,8 @@ class Trainer:
                 self.steps.take(self.state.passes + cost)
             if not self.accelerator.sync_gradients:
                 continue
-            self.weights.average()
+            with self.steps.evaluated():
+                self.weights.average()
             self.state.passes += cost
             if self.state.between_batches:
                 next(losses, None)  # The batch is done: the adversary takes note of its last pass.

@@ -25,7 +25,7 @@ ID = "tracker.json"  # by which a tracker knows a run that resumes
 def start_trackers(accelerator: Accelerator, config: TrainConfig, out: Path, *, resumed: bool) -> None:
     """Open the tracker of a run, under the run's name and with its settings as hyperparameters.
 
-    A resumed run goes on where it was, in Weights & Biases and trackio too. TensorBoard has a folder for each time that
+    A resumed run stays one run, in Weights & Biases and trackio too. TensorBoard has a folder for each time that
     hyperparameters are told, so that it hears them once.
 
     Args:
