@@ -45,8 +45,9 @@ def batch(kind: str) -> tuple[Any, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
-    [{"dose": 0.2}, {"dose": 0.2, "passes": 3}, {"dose": 0.2, "direction": "drift"}, {"steps": 8},
-     {"dose": 0.2, "noise_levels": (0.3, 0.8)}, {"method": "pgd", "direction": "residual", "step_size": 0.5},
+    [{"dose": 0.2}, {"dose": 0.2, "passes": 3, "rescale_noise": True}, {"steps": 8},
+     {"dose": 0.2, "direction": "drift"}, {"dose": 0.2, "noise_levels": (0.3, 0.8)},
+     {"method": "pgd", "direction": "residual", "step_size": 0.5},
      {"method": "pgd", "direction": "gradient", "step_size": 0.5}],
     ids=str,
 )  # fmt: skip

@@ -85,6 +85,7 @@ def test_types_are_seen_by_a_checker(tmp_path: Path) -> None:
         (Adversary(passes=3, dose=0.15), "Adversary(passes=3, dose=0.15)"),
         (Adversary("linf", step_size=0.2, passes=2), "Adversary(norm='linf', passes=2, step_size=0.2)"),
         (Adversary(scale="high", order="staggered"), "Adversary(scale='high', order='staggered')"),
+        (Adversary(steps=8, rescale_noise=True), "Adversary(steps=8, rescale_noise=True)"),
         (Adversary(method="pgd", direction="random"), "Adversary(method='pgd', direction='random')"),
         (NoiseSchedule(COSINE), f"NoiseSchedule({SHOWN})"),
         (NoiseSchedule(FLOW), "NoiseSchedule(FlowMatchEulerDiscreteScheduler(shift=3.0))"),

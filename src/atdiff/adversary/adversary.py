@@ -114,7 +114,8 @@ class Adversary:
 
     def __repr__(self) -> str:
         dosed = self.dose is not None
-        names = ("step_size", "radius", "noise_levels", "method", "direction", "order", "target", "weight")
+        names = ("step_size", "radius", "noise_levels", "rescale_noise", "method", "direction", "order", "target",
+            "weight")  # fmt: skip
         settings = {
             "norm": self.norm,
             "passes": self.num_passes,
