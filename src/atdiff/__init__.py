@@ -9,6 +9,7 @@ from atdiff._moved import install
 
 if TYPE_CHECKING:
     from atdiff.adversary.adversary import Adversary
+    from atdiff.adversary.hook import residual_noise
     from atdiff.core.errors import UserError
     from atdiff.core.noise import NoiseSchedule
     from atdiff.models.ema import EMA
@@ -32,6 +33,7 @@ __all__ = [
     "Teacher",
     "UserError",
     "consistency_scheduler",
+    "residual_noise",
 ]
 
 _HOMES = {
@@ -47,18 +49,21 @@ _HOMES = {
     "Teacher": "objectives.teacher",
     "UserError": "core.errors",
     "consistency_scheduler": "training.build",
+    "residual_noise": "adversary.hook",
 }
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else any name would pass for one that there is
+
+    def __getattr__(name: str) -> Any:  # noqa: ANN401
+        # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 install()

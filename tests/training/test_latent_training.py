@@ -22,13 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
 from atdiff.pipelines.lora import add_lora, load_lora, save_lora
 from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
+from atdiff.training.config import ObjectiveConfig, TrainConfig
 from atdiff.training.loop import Trainer
+from atdiff.training.tasks.latent_checks import check_parametrisation
 
 CAPTIONS = ["a cat", "a red\n\u2028car", "a cat", "the dog on 2"]
 INTERVALS = 50
@@ -190,6 +193,13 @@ def test_the_loss_is_that_of_diffusers_script(latent: LatentPipeline, dim: int |
 
 
 @torch.no_grad()
+def test_other_names_of_a_prediction_are_those_of_the_pipeline(latent: LatentPipeline) -> None:
+    word = {"v_prediction": "v", "epsilon": "eps"}[latent.prediction_type]
+    check_parametrisation(TrainConfig(objective=ObjectiveConfig(prediction_type=word)), latent)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="prediction_type='sample' does not fit"):
+        check_parametrisation(TrainConfig(objective=ObjectiveConfig(prediction_type="x0")), latent)  # type: ignore[arg-type]
+
+
 def test_the_teachers_step_is_that_of_ddim(latent: LatentPipeline) -> None:
     drawn, objective = Drawn(latent), _objective(latent, None, None)
     # Only of the scheduler's first step does DDIM look at set_alpha_to_one; False has it end at timestep 0.

@@ -256,6 +256,31 @@ def test_a_run_resumes_whether_its_schedule_was_written_down_or_left_out(tmp_pat
     assert main([*words, "--training.passes", "4", "--scheduler.args", "{beta_schedule: linear}"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "scheduler", "means"),
+    [
+        ("v", {"name": "DDPMScheduler", "args": COSINE}, "v_prediction"),
+        ("v", {"name": "FlowMatchEulerDiscreteScheduler", "args": {}}, "flow"),
+        ("x0", {"name": "DDPMScheduler", "args": COSINE}, "sample"),
+    ],
+)
+def test_another_name_of_a_prediction_is_stored_and_resumed_as_the_canonical_one(
+    word: str, scheduler: dict[str, Any], means: str, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path, "r", scheduler=scheduler, objective={"prediction_type": word})
+    words = ["train", recipe, "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["objective"]["prediction_type"] == means
+    assert scheduler_of(tmp_path / "run").get("prediction_type", means) == means
+    assert main([*words, "--training.passes", "3"]) == 0
+    assert main([*words, "--training.passes", "4", "--objective.prediction_type", means]) == 0
+    assert main([*words, "--training.passes", "4", "--objective.prediction_type", "eps"]) == 2
+    # An arm of it, which takes the start's scheduler.
+    arm = write(tmp_path, "arm", scheduler={}, objective={"prediction_type": word})
+    assert main(["train", arm, "--out", str(tmp_path / "arm"), "--training.init", str(tmp_path / "run")]) == 0
+    assert yaml.safe_load((tmp_path / "arm" / "config.yaml").read_text())["objective"]["prediction_type"] == means
+
+
 BUNDLED = [name for name in bundled_recipes() if load_recipe(name).finetune and "text" not in name]
 
 

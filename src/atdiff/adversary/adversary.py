@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from atdiff.adversary.attack import Forward, Kept, Objective, losses_of, placed
-from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_coupling
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.adversary.dose import Dosed
@@ -17,6 +16,7 @@ from atdiff.adversary.methods import METHODS
 from atdiff.adversary.perturbation import Perturbation, with_norm_of_noise
 from atdiff.adversary.scale import ScaleFunction
 from atdiff.core.choices import Direction, Method, Norm, Order, Target, order_of
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 from atdiff.core.norms import norm_of
 from atdiff.objectives.batch import Batch, ObjectiveOutput
@@ -30,12 +30,11 @@ class Adversary:
     ``Adversary(steps=8)`` is for sampling in 8 steps: ``pgd`` along the residual, by a dose that sets itself
     (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
-    - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
-      and the same backward pass moves delta; ``pgd`` moves delta first and updates once; ``equivariance`` regularises.
-      The rivals ``soar``, ``adr``, ``contrastive`` and ``mac`` have no direction and update once a batch.
-    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'), or with delta in the
-      target too (``gradient_full``, the true worst case); ``residual``, the predicted minus the true noise, which needs
-      no input gradient; ``drift``, its opposite, the control of sign; ``random``, the control of the same norm.
+    - ``method``: ``free`` updates the weights at every pass of a batch, and the same backward pass moves delta; ``pgd``
+      moves delta first and updates once; others are rivals (:mod:`atdiff.adversary.methods`, a file each).
+    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors') or in it too
+      (``gradient_full``, the true worst case); ``residual``, the predicted minus the true noise; ``drift``, its
+      opposite, and ``random``, the controls.
     - ``order`` (of ``free``): passes of a batch in a row (``consecutive``), or fresh samples beside those of before.
 
     Args:
@@ -48,19 +47,19 @@ class Adversary:
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
             DDPM family, else ``sigma``, which keeps the target finite where a flow's noise ends.
-        noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level`, from 0 (data)
-            to 1 (noise), lies in ``[low, high)``; None for all.
+        noise_levels: ``(low, high)``: perturb only noise levels in ``[low, high)``, of 0 (data) to 1 (noise).
         rescale_noise: give ``noise + delta / sigma_t`` of each sample the norm that its noise had.
         method: default ``free``, and ``pgd`` with a dose; ``direction``: ``gradient``, and ``residual``.
         order: of ``free``.
         target: whether the network's target follows delta (``equivariant``) or not.
-        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
-            to the plain loss; of the chosen half against the others in ``mac`` (2). No effect elsewhere.
+        weight: of what rivals add to the plain loss (``contrastive``: 0.05, others 1; ``mac``, of the chosen half: 2).
 
     Attributes:
         batch: the samples of the pass last yielded.
         delta: the perturbation of that pass, ``(B, ...)``.
         output: the per-sample results of that pass.
+        auto_dose: the dose that sets itself, :class:`atdiff.adversary.auto_dose.AutoDose`; None of others.
+        needs_input_gradient: whether delta moves along a gradient.
         nonfinite: how often a direction was not finite, so that delta stayed (a 0-d tensor).
 
     Raises:
@@ -90,11 +89,12 @@ class Adversary:
         method, direction = method or usual.method, direction or usual.direction
         passes = usual.passes if passes is None else passes
         step_size = usual.step_size if step_size is None else step_size
-        check_adversary(
-            norm=norm, step_size=step_size, passes=passes, dose=dose, steps=steps, radius=radius, scale=scale,
-            noise_levels=noise_levels, method=method, direction=direction, order=order, target=target, weight=weight,
-            rescale_noise=rescale_noise,
-        )  # fmt: skip
+        self._settings: dict[str, Any] = {
+            "norm": norm, "passes": passes, "step_size": step_size, "dose": dose, "steps": steps, "radius": radius,
+            "scale": scale, "noise_levels": noise_levels, "rescale_noise": rescale_noise, "method": method,
+            "direction": direction, "order": order, "target": target, "weight": weight,
+        }  # fmt: skip
+        check_adversary(**self._settings)
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
         self.noise_levels, self.weight, self.rescale_noise = noise_levels, weight, rescale_noise
@@ -105,11 +105,18 @@ class Adversary:
             if dosed
             else Perturbation(norm, step_size, radius, scale, noise_levels)
         )
+        self.auto_dose, moves = self._perturbation.auto, self._method.steps and passes > 1
+        self.needs_input_gradient = moves and self._direction.gradient and step_size > 0
+        self._warns = moves and target == "equivariant"
         self.batch: Batch | None = None
         self.delta: Tensor | None = None
         self.output: ObjectiveOutput | None = None
         self.nonfinite: Tensor = torch.zeros((), dtype=torch.long)
         self._kept: dict[int, Kept] = {}  # by micro-batch
+
+    def __repr__(self) -> str:
+        usual = DOSED if self.dose is not None else PAPER
+        return as_call("Adversary", **unusual(type(self), self._settings, **usual._asdict()))
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return what step and radius are multiplied by, ``(B,)``, on the schedule that :meth:`passes` met last."""
@@ -124,16 +131,6 @@ class Adversary:
     def passes_per_update(self) -> int:
         """Forward-backward passes that a weight update is charged, beside the objective's ``coupling_passes``."""
         return self.num_passes // self.updates_per_batch
-
-    @property
-    def needs_input_gradient(self) -> bool:
-        """Whether delta moves along a gradient."""
-        return self._method.steps and self._direction.gradient and self.num_passes > 1 and self.step_size > 0
-
-    @property
-    def auto_dose(self) -> AutoDose | None:
-        """The dose that sets itself; None of others."""
-        return self._perturbation.auto
 
     def passes(
         self,
@@ -167,11 +164,14 @@ class Adversary:
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)
             batch = objective.couple(model, batch, accumulate)
-        moves = self._method.steps and self.num_passes > 1 and self.target == "equivariant"
-        self._perturbation.meet(objective, warns=moves)
-        self._perturbation.before(objective, model, batch)
+        self._perturbation.meet(objective, model, batch, warns=self._warns)
         for part in batch.chunk(self.num_passes) if self._method.parts else [batch]:
             yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
+
+    def ascended(self, objective: Objective, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Return the delta at which ``pgd`` trains the weights, like ``x0`` and detached, and leave the training."""
+        self._perturbation.meet(objective, model, batch, warns=self._warns)
+        return Forward(self, objective, model).ascended(batch, self.num_passes - 1)
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:

@@ -50,17 +50,7 @@ def check_adversary(
     """
     _check_words(scale, norm=(norm, Norm), method=(method, Method), direction=(direction, Direction),
         order=(order, Order), target=(target, Target))  # fmt: skip
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise UserError(f"passes={passes!r} must be an integer of at least 1; 1 is plain training.")
-    if not 0 <= step_size < math.inf:
-        raise UserError(f"step_size={step_size} must not be negative or infinite; 0 repeats batches unperturbed.")
-    if radius is not None and not radius > 0:
-        raise UserError(f"radius={radius} must be above 0; None leaves delta unbounded.")
-    low, high = noise_levels or (0.0, 1.0)
-    if not 0.0 <= low < high <= 1.0:
-        raise UserError(
-            f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
-        )
+    _check_ranges(passes, step_size, radius, noise_levels)
     if method != "free" and order == "staggered":
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
     if (dose is not None or steps is not None) and method not in STEPLESS:
@@ -79,6 +69,22 @@ def check_adversary(
             "rescale_noise": rescale_noise,
         }
         check_stepless(method, passes, weight, **given)
+
+
+def _check_ranges(
+    passes: int, step_size: float, radius: float | None, noise_levels: tuple[float, float] | None
+) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise UserError(f"passes={passes!r} must be an integer of at least 1; 1 is plain training.")
+    if not 0 <= step_size < math.inf:
+        raise UserError(f"step_size={step_size} must not be negative or infinite; 0 repeats batches unperturbed.")
+    if radius is not None and not radius > 0:
+        raise UserError(f"radius={radius} must be above 0; None leaves delta unbounded.")
+    low, high = noise_levels or (0.0, 1.0)
+    if not 0.0 <= low < high <= 1.0:
+        raise UserError(
+            f"noise_levels=({low}, {high}) must be two numbers from 0 (data) to 1 (noise), the lower first."
+        )
 
 
 def _check_words(scale: str | Callable[..., Any] | None, **choices: tuple[str, Any]) -> None:

@@ -50,10 +50,13 @@ class Dosed(Perturbation):
             self.auto = AutoDose(steps, 1.0 / passes if every_pass else 0.0)
         self._objective: Any = None
 
-    def meet(self, objective: Any, *, warns: bool) -> None:  # noqa: ANN401
-        """Take note of the objective, whose residual is measured in its own units."""
-        super().meet(objective, warns=warns)
+    def meet(self, objective: Any, model: Callable[..., Any], batch: Batch, *, warns: bool) -> None:  # noqa: ANN401
+        """Take note of the objective, in whose units the residual is, and measure the sampler where it is due."""
+        super().meet(objective, model, batch, warns=warns)
         self._objective = objective
+        if self.auto is not None:
+            denoiser, _ = as_denoiser(objective, batch, f"steps={self.auto.steps}")
+            self.auto.observe(denoiser, model, batch)
 
     def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return delta after one move, and how many samples had no finite direction and stay."""
@@ -66,12 +69,6 @@ class Dosed(Perturbation):
         dose: Any = self.dose if auto is None else auto.at(batch, self._objective.schedule)
         factor = trust * dose * self.scale(batch.alpha, batch.sigma) / self.moves
         return delta + expand(factor, delta) * error, (~finite).sum()
-
-    def before(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
-        """Measure the sampler, where it is due; called before the passes of a batch."""
-        if self.auto is not None:
-            denoiser, _ = as_denoiser(objective, batch, f"steps={self.auto.steps}")
-            self.auto.observe(denoiser, model, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

@@ -65,8 +65,8 @@ class Perturbation:
         inside = (level >= low) & ((level < high) | (high == 1.0))
         return torch.where(inside, scale, 0.0)
 
-    def meet(self, objective: Any, *, warns: bool) -> None:  # noqa: ANN401  (of any schedule)
-        """Take note of the schedule, and say once where a constant scale has no finite loss."""
+    def meet(self, objective: Any, model: Callable[..., Any], batch: Batch, *, warns: bool) -> None:  # noqa: ANN401
+        """Take note of the schedule before a batch, and say once where a constant scale has no finite loss."""
         self._traits = getattr(getattr(objective, "schedule", None), "traits", TRAITS["vp"])
         unbounded = self._scale is SCALES["constant"] and self._traits.starts_without_noise
         everywhere = self.step_size > 0 and (self.noise_levels or (0.0,))[0] == 0.0
@@ -78,9 +78,6 @@ class Perturbation:
                 "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
                 stacklevel=4,
             )
-
-    def before(self, objective: Any, model: Callable[..., Any], batch: Batch) -> None:  # noqa: ANN401
-        """Do what is due before the passes of a batch: nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 __all__ = [
+    "ALIASES",
     "MIXTURES",
     "PRECISIONS",
     "SAMPLERS",
@@ -17,6 +18,7 @@ __all__ = [
     "Order",
     "PairName",
     "Precision",
+    "PredictionAlias",
     "PredictionType",
     "Scale",
     "Site",
@@ -26,6 +28,8 @@ __all__ = [
     "Variance",
     "Weighting",
     "order_of",
+    "prediction_word",
+    "scheduler_word",
 ]
 
 Crop = Literal["bicubic", "adm"]
@@ -37,6 +41,10 @@ Order = Literal["consecutive", "staggered"]
 PairName = Literal["even", "ict", "ect"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
 Precision = Literal["no", "bf16", "fp16"]
+PredictionAlias = Literal[
+    "eps", "noise", "pred_noise", "x0", "x_0", "x_start", "xstart", "start_x", "pred_x0", "v", "v_pred", "vpred",
+    "pred_v", "velocity", "flow_prediction", "flow_matching", "rectified_flow",
+]  # fmt: skip
 Scale = Literal["constant", "sigma", "high", "middle"]
 Site = Literal["student", "teacher"]
 Solver = Literal["ddim", "heun"]
@@ -49,6 +57,46 @@ Weighting = Literal["none", "min-snr", "high-noise"]
 def order_of(word: Any) -> Any:  # noqa: ANN401  (what is no order is refused elsewhere)
     """Return the order that a word stands for: ``authors`` is the earlier name of ``consecutive``."""
     return "consecutive" if word == "authors" else word
+
+
+ALIASES: dict[str, tuple[PredictionType, ...]] = {
+    "eps": ("epsilon",),
+    "noise": ("epsilon",),
+    "pred_noise": ("epsilon",),
+    "x0": ("sample",),
+    "x_0": ("sample",),
+    "x_start": ("sample",),
+    "xstart": ("sample",),
+    "start_x": ("sample",),
+    "pred_x0": ("sample",),
+    "v": ("v_prediction", "flow"),  # whichever the schedule has
+    "v_pred": ("v_prediction", "flow"),
+    "vpred": ("v_prediction", "flow"),
+    "pred_v": ("v_prediction", "flow"),
+    "velocity": ("flow",),
+    "flow_prediction": ("flow",),
+    "flow_matching": ("flow",),
+    "rectified_flow": ("flow",),
+}
+"""What others call the prediction types."""
+
+
+def prediction_word(word: Any) -> Any:  # noqa: ANN401  (what is no prediction type is refused elsewhere)
+    """Return the prediction type that a word stands for, as far as the word alone tells it.
+
+    ``v`` is one that only the noise schedule tells; see :func:`atdiff.core.prediction.resolve_prediction_type`.
+    """
+    plain = word.lower().replace("-", "_") if isinstance(word, str) else word
+    if plain in get_args(PredictionType):
+        return plain
+    means = ALIASES.get(plain, (word,)) if isinstance(plain, str) else (word,)
+    return means[0] if len(means) == 1 else "v"
+
+
+def scheduler_word(word: Any) -> Any:  # noqa: ANN401
+    """Return what diffusers' schedulers call the prediction type that a word stands for."""
+    plain = prediction_word(word)
+    return {"flow": "flow_prediction", "v": "v_prediction"}.get(plain, plain) if isinstance(plain, str) else plain
 
 
 WHITE = "white"  # what transparent pixels are composed on

@@ -13,6 +13,7 @@ from diffusers import CMStochasticIterativeScheduler
 from torch import Tensor
 
 from atdiff.core.choices import PredictionType, Scale
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "network_time",
     "noise_level",
     "own_setting",
+    "spelled_out",
 ]
 
 Kind = Literal["vp", "edm", "flow", "function"]
@@ -95,6 +97,12 @@ def own_setting(scheduler: Any, name: str) -> Any:  # noqa: ANN401  (any diffuse
     """
     known = inspect.signature(type(scheduler).__init__).parameters
     return scheduler.config.get(name) if name in known else None
+
+
+def spelled_out(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401  (any diffusers scheduler)
+    """Return the arguments of a scheduler that are not its class's defaults."""
+    names = inspect.signature(type(scheduler).__init__).parameters
+    return unusual(type(scheduler), {name: scheduler.config[name] for name in names if name in scheduler.config})
 
 
 def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401
@@ -254,6 +262,7 @@ class NoiseSchedule:
     def __init__(self, scheduler: Any, tokens: int | None = None) -> None:  # noqa: ANN401
         self._function: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self._alphas_cumprod: Tensor | None = None
+        self._read_from = scheduler
         if callable(scheduler) and not hasattr(scheduler, "config"):
             self.kind: Kind = "function"
             self._function = scheduler
@@ -274,6 +283,16 @@ class NoiseSchedule:
         if self.kind == "vp":
             _check_betas(scheduler)
             self._alphas_cumprod = _alphas_cumprod(scheduler)
+
+    def __repr__(self) -> str:
+        return as_call("NoiseSchedule", self.source)
+
+    @property
+    def source(self) -> str:
+        """The scheduler or function that it was read from, as a text with the settings that are not its defaults."""
+        if self._function is not None:
+            return getattr(self._function, "__name__", type(self._function).__name__)
+        return as_call(type(self._read_from).__name__, **spelled_out(self._read_from))
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.core.choices import PredictionType
+from atdiff.core.choices import ALIASES, PredictionType, prediction_word
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide
 
@@ -26,27 +26,6 @@ __all__ = [
     "to_clean",
     "to_noise",
 ]
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "eps": ("epsilon",),
-    "noise": ("epsilon",),
-    "pred_noise": ("epsilon",),
-    "x0": ("sample",),
-    "x_0": ("sample",),
-    "x_start": ("sample",),
-    "xstart": ("sample",),
-    "start_x": ("sample",),
-    "pred_x0": ("sample",),
-    "v": ("v_prediction", "flow"),  # whichever the schedule has
-    "v_pred": ("v_prediction", "flow"),
-    "vpred": ("v_prediction", "flow"),
-    "pred_v": ("v_prediction", "flow"),
-    "velocity": ("flow",),
-    "flow_prediction": ("flow",),
-    "flow_matching": ("flow",),
-    "rectified_flow": ("flow",),
-}
-"""What others call the prediction types."""
 
 
 class Prediction:
@@ -242,7 +221,7 @@ def resolve_prediction_type(
         UserError: it does not fit the scheduler.
     """
     valid, given = schedule.traits.predictions, prediction_type or said_prediction_type(schedule, scheduler)
-    word = str(given).lower().replace("-", "_")
+    word = prediction_word(str(given))
     names = [name for name in valid if name in ALIASES.get(word, (word,))]
     if len(names) == 1:
         return names[0]

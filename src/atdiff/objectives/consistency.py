@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from atdiff.core.choices import Distance, PairName, PredictionType, Site, Target
+from atdiff.core.choices import Distance, PairName, PredictionAlias, PredictionType, Site, Target
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import Prediction, make_prediction, resolve_prediction_type
@@ -24,7 +25,7 @@ from atdiff.objectives.inputs import (
     one_each,
     without_variance,
 )
-from atdiff.objectives.pairs import Pairs, PairSampler, make_pairs
+from atdiff.objectives.pairs import EvenPairs, Pairs, PairSampler, make_pairs
 from atdiff.objectives.target import replayed_dropout, target_network
 from atdiff.objectives.teacher import Teacher
 
@@ -108,7 +109,7 @@ class ConsistencyObjective:
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
-        prediction_type: PredictionType | None = None,
+        prediction_type: PredictionType | PredictionAlias | None = None,
         *,
         teacher: Teacher | None = None,
         target: nn.Module | None = None,
@@ -139,6 +140,9 @@ class ConsistencyObjective:
         self.timestep_scaling = float(scheduler.config.get("timestep_scaling", 10.0))
         _check_ends(self.schedule, self.prediction)
         _check_teacher(self.schedule, teacher)
+
+    def __repr__(self) -> str:
+        return as_call(type(self).__name__, self.schedule.source, prediction_type=self.prediction_type, **_said(self))
 
     def place(self, accelerator: Any, target: Any) -> None:  # noqa: ANN401  (Accelerate's, and a network or None)
         """Take the precision and the device of a run, and the network that gives the target; None for its own."""
@@ -313,6 +317,13 @@ class ConsistencyObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Ignore an empty state."""
+
+
+def _said(objective: ConsistencyObjective) -> dict[str, Any]:
+    """Return the settings that are not the defaults."""
+    settings = {name: getattr(objective, name) for name in ("teacher", "target", "site", "distance", "huber_c")}
+    settings["pairs"] = "even" if isinstance(objective.pairs, EvenPairs) else objective.pairs
+    return unusual(ConsistencyObjective, settings)
 
 
 def _check_kind(schedule: NoiseSchedule, name: str) -> None:

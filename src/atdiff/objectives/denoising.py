@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atdiff.core.choices import PredictionType, Target, Variance, Weighting
+from atdiff.core.choices import PredictionAlias, PredictionType, Target, Variance, Weighting
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import make_prediction, resolve_prediction_type
@@ -76,7 +77,7 @@ class DenoisingObjective:
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
-        prediction_type: PredictionType | None = None,
+        prediction_type: PredictionType | PredictionAlias | None = None,
         *,
         variance: Variance = "fixed",
         timestep_sampler: TimestepSampler | None = None,
@@ -92,13 +93,18 @@ class DenoisingObjective:
         self.variance, self.weighting, self.snr_gamma = variance, weighting, snr_gamma
         self.label_dropout, self.null_label = label_dropout, null_label
         self.noisings = make_noisings(noisings, self.schedule)
+        self._moves_input_time = any(noising.moves_input_time for noising in self.noisings)
         self.timestep_sampler = timestep_sampler or default_timestep_sampler(self.schedule)
         self._first = FirstBatches(self.schedule)
         self._check()
 
-    @property
-    def _moves_input_time(self) -> bool:
-        return any(noising.moves_input_time for noising in self.noisings)
+    def __repr__(self) -> str:
+        names = ("variance", "weighting", "snr_gamma", "label_dropout", "null_label")
+        settings = unusual(type(self), {name: getattr(self, name) for name in names})
+        if type(self.timestep_sampler) is not type(default_timestep_sampler(self.schedule)):
+            settings["timestep_sampler"] = self.timestep_sampler
+        settings |= {noising.name: noising.amount for noising in self.noisings}
+        return as_call("DenoisingObjective", self.schedule.source, prediction_type=self.prediction_type, **settings)
 
     @property
     def coupling_passes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atdiff.core.choices import PredictionType, Solver
+from atdiff.core.choices import PredictionAlias, PredictionType, Solver
 from atdiff.core.errors import UserError
 from atdiff.core.noise import expand
 from atdiff.objectives.consistency import ConsistencyObjective
@@ -43,7 +43,7 @@ class GuidedTeacher(Teacher):
         model: Callable[..., Any],
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
         null_conditions: Mapping[str, Tensor],
-        prediction_type: PredictionType | None = None,
+        prediction_type: PredictionType | PredictionAlias | None = None,
         *,
         solver: Solver = "ddim",
     ) -> None:
@@ -86,7 +86,7 @@ class LatentConsistencyObjective(ConsistencyObjective):
     def __init__(
         self,
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
-        prediction_type: PredictionType | None = None,
+        prediction_type: PredictionType | PredictionAlias | None = None,
         *,
         guidance: tuple[float, float] = (6.0, 16.0),
         guidance_dim: int | None = 256,

@@ -8,11 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atdiff.core.choices import PredictionType, Solver
+from atdiff.core.choices import PredictionAlias, PredictionType, Solver
+from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, divide, expand
 from atdiff.core.prediction import make_prediction, resolve_prediction_type
-from atdiff.models.call import predict
+from atdiff.models.call import predict, unwrapped
 from atdiff.objectives.inputs import without_variance
 
 __all__ = ["Solver", "Teacher"]
@@ -42,7 +43,7 @@ class Teacher:
         self,
         model: Callable[..., Any],
         scheduler: Any,  # noqa: ANN401  (any diffusers scheduler)
-        prediction_type: PredictionType | None = None,
+        prediction_type: PredictionType | PredictionAlias | None = None,
         *,
         solver: Solver = "ddim",
     ) -> None:
@@ -68,6 +69,13 @@ class Teacher:
                 )
         clips = scheduler.config.get("clip_sample")
         self.clip: float | None = float(scheduler.config.get("clip_sample_range", 1.0)) if clips else None
+
+    def __repr__(self) -> str:
+        settings = unusual(Teacher, {"solver": self.solver})
+        name = type(unwrapped(self.model)).__name__
+        return as_call(
+            type(self).__name__, name, self.schedule.source, prediction_type=self.prediction_type, **settings
+        )
 
     def to(self, device: torch.device) -> None:
         """Put the network on a device, where it is a module."""

@@ -11,7 +11,7 @@ from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
-from atdiff.training.config import PIXEL_MODELS, TrainConfig
+from atdiff.training.config import ADAMW, DECAYS, PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
@@ -81,6 +81,13 @@ def _check_training(config: TrainConfig) -> None:
             f"optimizer.warmup_passes={warmup} must lie between 0 and training.passes={passes}: the "
             "learning rate would never be reached."
         )
+    optimizer = config.optimizer
+    if (optimizer.name, optimizer.args, optimizer.decay_args) != (ADAMW, {}, {}) or optimizer.decay not in DECAYS:
+        from atdiff.training.optimizers import check_optimizer  # imports torch
+
+        check_optimizer(optimizer, passes)
+    if settings.shard and optimizer.name.endswith(".Muon"):
+        raise UserError("training.shard splits matrices, which Muon needs whole; use torch.optim.AdamW, or no shards.")
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ from atdiff.core.choices import (
     Order,
     PairName,
     Precision,
+    PredictionAlias,
     PredictionType,
     Scale,
     Site,
@@ -27,9 +28,13 @@ from atdiff.core.choices import (
     Variance,
     Weighting,
     order_of,
+    prediction_word,
+    scheduler_word,
 )
 
 __all__ = [
+    "ADAMW",
+    "DECAYS",
     "PIXEL_MODELS",
     "SMALL_PIPELINES",
     "AdversaryConfig",
@@ -65,6 +70,37 @@ def _or_function(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noq
 
 _SCHEMA = {"anyOf": [{"enum": list(get_args(_ModelWord))}, {"type": "string", "pattern": _FUNCTION}]}
 ModelName = Annotated[_ModelWord, WrapValidator(_or_function), WithJsonSchema(_SCHEMA)]
+
+
+_SAID = {"type": "string", "enum": [*get_args(PredictionType), *get_args(PredictionAlias)]}
+Predicted = Annotated[
+    PredictionType | Literal["v"] | None,  # v until the noise schedule tells which one
+    BeforeValidator(prediction_word),
+    WithJsonSchema({"anyOf": [_SAID, {"type": "null"}]}),
+]
+
+
+ADAMW = "torch.optim.AdamW"
+DECAYS = ("constant", "linear", "cosine")
+_DecayWord = Literal["constant", "linear", "cosine"]
+_CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
+
+
+def _or_class(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
+    """Let the path of a class pass, and check any other value; see :func:`_or_function`."""
+    return value if isinstance(value, str) and re.match(_CLASS, value) else check(value)
+
+
+_DECAY_SCHEMA = {"anyOf": [{"enum": list(DECAYS)}, {"type": "string", "pattern": _CLASS}]}
+DecayName = Annotated[_DecayWord, WrapValidator(_or_class), WithJsonSchema(_DECAY_SCHEMA)]
+
+
+def optimizer_path(name: Any) -> Any:  # noqa: ANN401
+    """Return the path of an optimizer's class; a word without dots is one of torch's."""
+    return f"torch.optim.{name}" if isinstance(name, str) and "." not in name else name
+
+
+ClassPath = Annotated[str, BeforeValidator(optimizer_path)]
 
 
 class Settings:
@@ -164,14 +200,19 @@ class SchedulerConfig(Settings):
     name: str | None = None
     args: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Write out the prediction type that another name of it stands for, as diffusers calls it."""
+        if self.args and "prediction_type" in self.args:
+            self.args = {**self.args, "prediction_type": scheduler_word(self.args["prediction_type"])}
+
 
 @dataclass
 class ObjectiveConfig(Settings):
     """What is learned; see :class:`atdiff.DenoisingObjective`.
 
     Attributes:
-        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``; null for that of
-            ``training.init``, or what the scheduler says.
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``, or another name, such as
+            ``eps``, ``x0`` or ``v``; null for that of ``training.init``, or what the scheduler says.
         variance: ``learned_range`` learns it beside the mean.
         timestep_sampler: from which timesteps are drawn.
         weighting: of the loss by the signal-to-noise ratio.
@@ -191,7 +232,7 @@ class ObjectiveConfig(Settings):
             null for a third of a pass an evaluation and batch.
     """
 
-    prediction_type: PredictionType | None = None
+    prediction_type: Predicted = None
     variance: Variance = "fixed"
     timestep_sampler: Literal["uniform", "loss-second-moment", "logit-normal", "beta", "log-normal"] = "uniform"
     weighting: Weighting = "none"
@@ -205,6 +246,10 @@ class ObjectiveConfig(Settings):
     reflow: Natural = 0
     reflow_steps: Count = 16
     reflow_passes: Natural | None = None
+
+    def __post_init__(self) -> None:
+        """Write out the prediction type that another name of it stands for."""
+        self.prediction_type = prediction_word(self.prediction_type)
 
 
 @dataclass
@@ -294,23 +339,35 @@ class AdversaryConfig(Settings):
 
 @dataclass
 class OptimizerConfig(Settings):
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Attributes:
+        name: the path of its class, such as ``bitsandbytes.optim.AdamW8bit``, ``prodigyopt.Prodigy``,
+            ``schedulefree.AdamWScheduleFree`` or ``torch.optim.Muon``, which trains the matrices, and AdamW the rest.
+        args: further arguments of the class.
         lr: the learning rate, after the warm-up and before the decay.
-        betas: of AdamW.
-        weight_decay: of AdamW.
+        betas: of AdamW; those of other classes are among ``args``.
+        weight_decay: of AdamW, likewise.
         warmup_passes: over which the learning rate rises from 0.
-        decay: of the learning rate until the last pass.
+        decay: of the learning rate until the last pass: ``constant``, ``linear``, ``cosine``, or the path of a class of
+            ``torch.optim.lr_scheduler``, which steps once a pass after the warm-up.
+        decay_args: of that class.
         grad_clip: norm that gradients are clipped to; null for none.
     """
 
+    name: ClassPath = ADAMW
+    args: dict[str, Any] = field(default_factory=dict)
     lr: Annotated[Finite, "must be finite and not negative; 1e-4 is usual"] = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Annotated[Finite, "must be finite and not negative; 0 or 0.01 is usual"] = 0.0
     warmup_passes: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: DecayName = "constant"
+    decay_args: dict[str, Any] = field(default_factory=dict)
     grad_clip: Annotated[float, Field(gt=0), "must be above 0; null clips nothing"] | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Write out the path of one of torch's classes."""
+        self.name = optimizer_path(self.name)
 
 
 @dataclass
@@ -336,7 +393,8 @@ class TrainingConfig(Settings):
         checkpoint_every: passes between checkpoints; the last one is always written.
         keep_checkpoints: how many of the newest are kept; the one of the lowest mean loss is kept beside them.
         max_skipped: steps that may be skipped because a gradient is not finite; at one more the run ends.
-        tracker: a tracker of Accelerate, such as ``tensorboard`` or ``wandb``, beside ``metrics.jsonl``.
+        tracker: a tracker of Accelerate, such as ``tensorboard``, ``wandb`` or ``trackio``, which gets the lines of
+            ``metrics.jsonl``, the settings and the grids of samples as well.
     """
 
     passes: Count = 1000
@@ -369,7 +427,7 @@ class TrainConfig(Settings):
         consistency: consistency distillation and training.
         lora: low-rank adapters of a pipeline.
         adversary: who perturbs the input.
-        optimizer: AdamW and its learning rate.
+        optimizer: the optimizer and its learning rate.
         training: how long, how fast, and what is written meanwhile.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
@@ -99,6 +100,8 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
     for section, key in SETTLED:
         if getattr(getattr(config, section), key) is None:
             taken.setdefault(section, {})[key] = stored[section][key]
+    if stored["objective"]["prediction_type"] in ALIASES.get(config.objective.prediction_type or "", ()):
+        taken.setdefault("objective", {})["prediction_type"] = stored["objective"]["prediction_type"]
     changes: Any = {section: replace(getattr(config, section), **values) for section, values in taken.items()}
     return replace(config, **changes)
 
@@ -136,7 +139,7 @@ def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
         UserError: they would.
     """
     decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
-    if decay != "constant":
+    if decay in ("linear", "cosine"):  # a class goes by its own arguments
         what = f"the learning rate of optimizer.decay={decay!r} falls"
     elif consistency["mode"] != "none" and consistency["pairs"] in CURRICULA:
         what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"

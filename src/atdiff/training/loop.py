@@ -33,6 +33,7 @@ from atdiff.training.records import Records
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
 from atdiff.training.tasks import make_task
+from atdiff.training.trackers import start_trackers
 from atdiff.training.weights import Weights
 
 __all__ = ["Trainer", "train"]
@@ -116,6 +117,7 @@ class Trainer:
         self._build()
         if checkpoint is not None:
             self.state.restore(checkpoint)
+        start_trackers(self.accelerator, self.config, out, resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
             task.note_in(out)
             # What came after the checkpoint, or before the first, is done again.
@@ -129,8 +131,6 @@ class Trainer:
         model: Any = torch.compile(weights.network) if settings.compile else weights.network
         # Split weights exchange their gradients themselves.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=settings.shard)
-        if settings.tracker:
-            self.accelerator.init_trackers("atdiff")
         self.steps = Steps(self.accelerator, weights, self.model, self.config)
         self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary, self.charge)
         fit_dose(self.adversary, task, self.accelerator.device)
@@ -173,6 +173,7 @@ class Trainer:
     def passes(self) -> Iterator[None]:
         """Train to the last pass, with logs, checkpoints and samples on the way; yield after every weight update."""
         self.model.train()
+        self.steps.start()
         self.records.start()
         while self.state.passes < self.config.training.passes:
             yield from self._train_batch()
@@ -187,7 +188,8 @@ class Trainer:
                 self.steps.take(self.state.passes + cost)
             if not self.accelerator.sync_gradients:
                 continue
-            self.weights.average()
+            with self.steps.evaluated():
+                self.weights.average()
             self.state.passes += cost
             if self.state.between_batches:
                 next(losses, None)  # The batch is done: the adversary takes note of its last pass.

@@ -22,6 +22,7 @@ from atdiff.training.progress import TrainingBar
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
 from atdiff.training.tasks.base import Task
+from atdiff.training.trackers import show_images
 
 __all__ = ["MetricsLog", "Records"]
 
@@ -125,6 +126,7 @@ class Records:
         if self.accelerator.is_main_process:
             path.parent.mkdir(exist_ok=True)
             save_images(images, path)
+            show_images(self.accelerator, "samples", path, self.state.passes)
 
 
 class MetricsLog:

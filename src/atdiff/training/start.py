@@ -11,8 +11,9 @@ import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 
+from atdiff.core.choices import scheduler_word
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule
+from atdiff.core.noise import NoiseSchedule, spelled_out
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.model import load_denoiser
 from atdiff.training.config import SchedulerConfig, TrainConfig
@@ -97,7 +98,7 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
 def settled(config: TrainConfig, start: Start | None) -> TrainConfig:
     """Return the settings with the noise schedule and the prediction type, where those leave them out."""
     scheduler, said = noise_scheduler(config, start), config.scheduler
-    args = _spelled_out(scheduler) if said.args is None else said.args
+    args = spelled_out(scheduler) if said.args is None else said.args
     if said.args is None:  # These are of the objective.
         args = {name: value for name, value in args.items() if name not in ("prediction_type", "variance_type")}
     predicts: Any = resolve_prediction_type(NoiseSchedule(scheduler), scheduler, config.objective.prediction_type)
@@ -118,11 +119,15 @@ def noise_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # 
     said = dict(config.scheduler.args or {})
     if start is None and config.scheduler.args is None and _takes(factory, "beta_schedule"):
         said = dict(COSINE)
-    if config.objective.prediction_type in ("epsilon", "sample", "v_prediction") and _takes(factory, "prediction_type"):
-        said["prediction_type"] = config.objective.prediction_type
+    kept = {} if start is None else _kept(start, factory, said)
+    predicts = scheduler_word(config.objective.prediction_type)
+    if config.objective.prediction_type == "v" and {**kept, **said}.get("prediction_type") == "flow_prediction":
+        predicts = "flow_prediction"
+    if predicts in ("epsilon", "sample", "v_prediction") and _takes(factory, "prediction_type"):
+        said["prediction_type"] = predicts
     if config.objective.variance == "learned_range":
         said["variance_type"] = "learned_range"
-    args = said if start is None else {**_kept(start, factory, said), **said}
+    args = {**kept, **said}
     try:
         scheduler = factory(**args)
         if start is not None and not said.keys() & {*BETAS, "num_train_timesteps"}:
@@ -172,13 +177,6 @@ def _with_betas_of(start: Start, scheduler: Any, args: dict[str, Any]) -> Any:  
     if not both or ours.same_noise(theirs):
         return scheduler
     return type(scheduler)(**{**args, "trained_betas": start.scheduler.betas.tolist()})
-
-
-def _spelled_out(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the arguments of a scheduler that are not its class's defaults."""
-    parameters = inspect.signature(type(scheduler).__init__).parameters
-    config = scheduler.config
-    return {name: config[name] for name, one in parameters.items() if name in config and config[name] != one.default}
 
 
 class Difference(NamedTuple):

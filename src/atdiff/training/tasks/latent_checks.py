@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import LCMScheduler
 
+from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
 from atdiff.data.captions import CaptionedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
@@ -70,7 +71,7 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
 def check_parametrisation(config: TrainConfig, latent: LatentPipeline) -> None:
     """Make sure that the settings ask for what the pipeline's network predicts."""
     asked = config.objective.prediction_type
-    if asked not in (None, latent.prediction_type):
+    if asked is not None and latent.prediction_type not in ALIASES.get(asked, (asked,)):
         raise UserError(
             f"objective.prediction_type={asked!r} does not fit {latent.source}, which predicts "
             f"{latent.prediction_type!r}; leave it out."

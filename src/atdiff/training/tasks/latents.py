@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class LatentTask(Task):
             self._source(), image_size=size, tokens=config.data.caption_tokens, variant=config.model.variant
         )
         check_fits(config, self.latent)
+        if config.objective.prediction_type == "v":
+            predicts: Any = self.latent.prediction_type
+            self.config = config = replace(config, objective=replace(config.objective, prediction_type=predicts))
         self.scheduler = self._scheduler_of(config)
         embeds = config.consistency.embed_guidance and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.

@@ -1,0 +1,96 @@
+"""A better noise for the step that any training loop takes anyway."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from atdiff.adversary.adversary import Adversary
+from atdiff.core.choices import PredictionAlias, PredictionType
+from atdiff.core.errors import UserError
+from atdiff.core.noise import divide, expand
+from atdiff.objectives.denoising import DenoisingObjective
+
+__all__ = ["residual_noise"]
+
+
+def residual_noise(
+    model: Callable[..., Any],
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    scheduler: Any,  # noqa: ANN401  (any diffusers scheduler, a function, or an objective)
+    adversary: Adversary | None = None,
+    *,
+    dose: float | None = None,
+    prediction_type: PredictionType | PredictionAlias | None = None,
+    **conditions: Tensor,
+) -> Tensor:
+    """Return the noise to take in the place of ``noise`` in your own training step, for ``add_noise`` and target alike.
+
+    It is ``noise + k (x0 - x0_hat)``, where ``x0_hat`` is what the network makes of ``x_t = alpha_t x0 + sigma_t
+    noise``: one forward pass without gradient. Since ``alpha_t x0 + sigma_t (noise + delta / sigma_t) = x_t + delta``,
+    a step that you take with it is the ``pgd`` step of :class:`atdiff.Adversary` along the residual, ``delta = k
+    sigma_t (x0 - x0_hat)``, with the equivariant target of `Wang et al. <https://arxiv.org/abs/2502.17099>`_, section
+    4, whatever the network predicts.
+
+    Args:
+        model: the network, wrapped as it may be, or a function ``f(x_t, timesteps, **conditions)`` that calls it.
+        x0: clean images or latents, scaled as the network sees them, ``(B, ...)``.
+        noise: standard normal, like ``x0``.
+        timesteps: ``(B,)``, in the scheduler's convention, as the network is told them.
+        scheduler: what :class:`atdiff.DenoisingObjective` takes as such, or one of these objectives.
+        adversary: ``Adversary(steps=8)``, made once: its dose sets itself, and its ``state_dict`` belongs to your
+            checkpoints. Or any other with ``method="pgd"``.
+        dose: ``k`` itself, such as 0.15, in place of an adversary.
+        prediction_type: default what the scheduler says.
+        conditions: further arguments of the network, such as ``encoder_hidden_states``, with a row per sample.
+
+    Returns:
+        ``(B, ...)``, detached, in the dtype of ``noise``.
+
+    Raises:
+        UserError: neither dose nor adversary is given, or one of another method; shapes or settings do not fit.
+    """
+    if "steps" in conditions:
+        raise UserError("the dose for a number of steps learns: make adversary = Adversary(steps=8) once, and give it.")
+    adversary = _checked(adversary, dose)
+    objective = scheduler
+    if not isinstance(scheduler, DenoisingObjective):
+        objective = _objective(scheduler, prediction_type, getattr(scheduler, "config", {}).get("prediction_type"))
+    batch = objective.draw(x0, noise=noise, timesteps=timesteps, **conditions)
+    delta = adversary.ascended(objective, model, batch)
+    return (batch.noise + divide(delta, expand(batch.sigma, delta))).detach().to(noise.dtype)
+
+
+def _checked(adversary: Adversary | None, dose: float | None) -> Adversary:
+    if (adversary is None) == (dose is None):
+        raise UserError(
+            "residual_noise needs either an adversary, such as Adversary(steps=8), or a dose, such as 0.15."
+        )
+    if adversary is None:
+        assert dose is not None
+        return _dosed(dose)
+    if adversary.method != "pgd" or adversary.target != "equivariant":
+        raise UserError(
+            f"residual_noise takes the step of method='pgd' with target='equivariant', and {adversary!r} has another; "
+            "use Adversary(steps=8)."
+        )
+    return adversary
+
+
+@functools.lru_cache(maxsize=16)
+def _objective(scheduler: Any, prediction_type: Any, said: str | None) -> DenoisingObjective:  # noqa: ANN401
+    """Return the objective, anew where a script has changed what the scheduler says that it predicts.
+
+    It is kept, since one looks at the values of its first two batches, for which a GPU is waited for.
+    """
+    return DenoisingObjective(scheduler, prediction_type)
+
+
+@functools.lru_cache(maxsize=16)
+def _dosed(dose: float) -> Adversary:
+    return Adversary(dose=dose)
