@@ -75,7 +75,7 @@ def test_the_lines_that_load_a_run(tmp_path: Any) -> None:
     row = compare(found)[-1]
     code = load_code(found, row)
     assert f"atdiff sample {run} --sampler ddim --steps 16 --out samples.png" in code
-    assert "import atdiff.models.mlp\n" in code
+    assert "import atdiff.models.mlp  #" in code
     assert f'DiffusionPipeline.from_pretrained("{run}/pipeline")' in code
     (run / "lora").mkdir()
     assert f'pipeline.load_lora_weights("{run}/lora")' in load_code(found, row)

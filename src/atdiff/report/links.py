@@ -49,7 +49,7 @@ def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
         return ""
     return (
         f"atdiff sample {shlex.quote(run)} --sampler {row.sampler} --steps {row.steps} --out samples.png\n\n"
-        f"# in Python, with diffusers alone\n{_in_python(Path(run), run)}"
+        f"# in Python, with plain diffusers\n{_in_python(Path(run), run)}"
     )
 
 
@@ -59,7 +59,6 @@ def _in_python(folder: Path, run: str) -> str:
     saved = folder / "pipeline"
     index = saved / "model_index.json"
     own = json.loads(index.read_text()).get("unet", [""]) if index.is_file() else [""]
-    # A network of atdiff's own has to be imported, so that diffusers knows it.
-    known = f"import {own[0]}\n" if str(own[0]).startswith("atdiff") else ""
+    known = f"import {own[0]}  # so that diffusers knows the network\n" if str(own[0]).startswith("atdiff") else ""
     where = f"{run}/pipeline" if saved.is_dir() else run
     return f'{known}from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{where}")'

@@ -74,6 +74,7 @@ def beside_curves(sections: Sequence[Sequence[Row]], *, leading: Sequence[str] =
                 panel.set_title(f"{metric_label(rows[0].metric)}, {sampler}", loc="left", fontsize=10)
             means = [row.mean for row in rows if math.isfinite(row.mean)]
             if rows[0].metric in LOWER_IS_BETTER and means and min(means) > 0:
+                axes[0, across].set_yscale("log")  # first, as the limits of a linear axis may reach below 0
                 log_axis(axes[0, across])
         for panel in axes[-1]:
             panel.set_xlabel("sampling steps")
