@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from atdiff.report import save_curves
 from atdiff.report.curves import MOST_ARMS
-from atdiff.report.measured import direction_curves, mismatch_curves, robustness_curves
+from atdiff.report.measured import direction_curves, dose_curves, mismatch_curves, robustness_curves
 from atdiff.report.plots import saved_curves
 from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of, ranked
 from atdiff.report.steps_saved import saved_where_known
 from atdiff.report.tables import correction_markdown, markdown_table, saved_markdown
 from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.system.files import write_bytes, write_text
+
+
+def auto_doses(by_run: Mapping[str, Sequence[Mapping[str, Any]]], file_format: str = "svg") -> bytes:
+    """Draw the doses that set themselves; the noise of other arms would share the axes and hide them."""
+    return dose_curves({arm: records for arm, records in by_run.items() if "dose" in records[-1]}, file_format)
+
 
 PAGES = Path(__file__).parent.parent / "docs" / "results"
 FIGURES = {
@@ -28,6 +35,7 @@ FIGURES = {
         "Mismatch along the trajectory: the distribution of the sampler's inputs against training's",
     ),
     "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and what a step along it does"),
+    "dose": (auto_doses, "The doses that set themselves, the variance that they go by, and the noise that they make"),
     "robustness": (robustness_curves, "Worst-case loss against the radius of the perturbation"),
 }
 
@@ -66,7 +74,7 @@ def page(name: str, summary: dict[str, Any]) -> str:
         parts += ["## Steps saved", f"![steps of plain sampling that N steps replace]({name}-steps-saved.png)"]
         parts += [saved_markdown(saved)]
     parts += [quality(cells, summary["baseline"])]
-    parts += [picture(name, part, summary[part]) for part in FIGURES if part in summary]
+    parts += [picture(name, part, summary[part]) for part in FIGURES if part in summary and _tells(part, summary[part])]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -119,6 +127,10 @@ def picture(name: str, part: str, measured: dict[str, Any]) -> str:
     told = {key: value for key, value in measured["recipe"].items() if isinstance(value, str | int | float)}
     of = ", ".join(f"{key} {value}" for key, value in told.items())
     return f"## {part.capitalize()}\n\n![{caption}]({name}-{part}.png)\n\n{caption}. {of}."
+
+
+def _tells(part: str, measured: dict[str, Any]) -> bool:
+    return part != "dose" or any("dose" in records[-1] for records in measured["by_run"].values())
 
 
 def listed(sentences: list[str]) -> str:

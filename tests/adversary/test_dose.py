@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,26 @@ def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type
     torch.testing.assert_close(adversary.delta, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("scheduler", "prediction_type"), [(COSINE, "epsilon"), (FLOW, "flow")])
+def test_rescaled_noise_has_its_norm_and_the_direction_of_the_perturbed_noise(
+    scheduler: Any, prediction_type: Any
+) -> None:
+    torch.manual_seed(0)
+    objective = DenoisingObjective(scheduler, prediction_type)
+    batch = objective.draw(torch.randn(6, 1, 4, 4))
+    perturbed = []
+    for rescale_noise in (False, True):
+        adversary = Adversary(dose=0.3, rescale_noise=rescale_noise)
+        list(adversary.passes(objective, lambda x, t: 0.1 * x + 0.05, batch))
+        assert adversary.delta is not None
+        perturbed.append(batch.noise + adversary.delta / batch.sigma.view(-1, 1, 1, 1))
+    before, after = perturbed
+    torch.testing.assert_close(after.flatten(1).norm(dim=1), batch.noise.flatten(1).norm(dim=1))
+    assert (before.flatten(1).norm(dim=1) / batch.noise.flatten(1).norm(dim=1) - 1).abs().max() > 1e-2
+    cosine = torch.nn.functional.cosine_similarity(before.flatten(1), after.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(6))
+
+
 def gaussian_data(count: int = 4096) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return 0.5 * torch.randn(count, 1, 4, 4, generator=generator)
@@ -170,6 +191,9 @@ def test_the_loop_measures_what_the_sampler_of_gaussians_does() -> None:
         expected.append(scale**2 / ((1 - r) ** 2 * 0.25 + r**2))
     torch.testing.assert_close(auto.ratio, torch.tensor(expected), rtol=0.05, atol=0.0)
     assert float(auto.factor) > 1, "samples of less variance than the data ask for more"
+    logs = auto.ratio.log()
+    error = 0.5 * float(logs[-1]) + 0.5 * sum(map(float, logs)) / 4
+    assert float(auto.factor) == pytest.approx(min(math.exp(-3.0 * error), 2.0))
 
 
 def test_samples_of_too_much_variance_ask_for_less() -> None:
@@ -190,6 +214,10 @@ def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
     auto.factor = torch.tensor(0.5)
     torch.testing.assert_close(auto.dose(times), 0.5 * torch.tensor(expected), rtol=1e-4, atol=1e-5)
     assert float(auto.dose(torch.tensor([0.05]))) == 0.0
+    auto.factor = torch.tensor(4.0)
+    expected = [min(4.0 * closed_form_dose(flow_levels(float(time), 8), spectrum(data)), 0.5) for time in times]
+    torch.testing.assert_close(auto.dose(times), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert expected[0] == 0.5
 
 
 def test_a_saved_dose_resumes() -> None:
@@ -218,6 +246,12 @@ def test_a_saved_dose_resumes() -> None:
         ({"steps": 8, "scale": "high"}, "scale=high contradicts"),
         ({"steps": 8, "direction": "gradient"}, "has no dose"),
         ({"steps": 8, "passes": 1}, "moves nothing"),
+        ({"step_size": 0.1, "radius": 1.0, "rescale_noise": True}, "out of radius=1.0"),
+        ({"dose": 0.1, "target": "invariant", "rescale_noise": True}, "keeps the old one"),
+        (
+            {"method": "contrastive", "passes": 1, "weight": 0.05, "rescale_noise": True},
+            "does not go with method='contrastive'",
+        ),
     ],
 )
 def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pkgutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -398,17 +396,6 @@ def test_a_server_that_is_silent_does_not_hold_a_command_up(monkeypatch: pytest.
 
 # ---- what an interrupted command says
 
-BLOCKED = """
-import sys, time
-from pathlib import Path
-from unittest.mock import patch
-def blocked(*args, **options):
-    Path("begun").touch()
-    time.sleep(600)
-from atdiff.cli import main
-with patch(sys.argv[1], blocked):
-    sys.exit(main(sys.argv[2:]))
-"""
 FEW = ["theirs", "mine", "--data", "digits", "--num", "4", "--steps", "2"]
 MISMATCH = ["mismatch", *FEW, "--out", "out"]
 ROBUSTNESS = ["robustness", "theirs", "mine", "--data", "digits", "--num", "4", "--levels", "0.5", "--radii", "1",
@@ -473,19 +460,3 @@ def test_an_interrupted_command_says_what_is_saved(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("atdiff: interrupted; ")
     assert said in last
-
-
-def test_a_process_that_is_interrupted_says_what_is_saved(interruptible: Path) -> None:
-    """While it waits for something, as Ctrl-C finds it."""
-    command = [sys.executable, "-c", BLOCKED, "atdiff.training.loop.write_card", *TRAIN]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if (interruptible / "begun").exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode in (75, 130), error
-    last = error.strip().splitlines()[-1]
-    assert last.startswith("atdiff: interrupted; ")
-    assert "run has a checkpoint of pass 6, where" in last

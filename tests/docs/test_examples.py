@@ -45,7 +45,7 @@ def test_a_pipeline_of_others_is_looked_at(
     monkeypatch.chdir(tmp_path)
     path = next(path for path in EXAMPLES if path.stem == "evaluate_pipeline")
     monkeypatch.setattr(
-        sys, "argv", [str(path), "theirs", "images.npz", "--steps", "3", "--num", "32", "--levels", "0.5"]
+        sys, "argv", [str(path), "theirs", "images.npz", "--steps", "3", "--num", "8", "--levels", "0.5"]
     )
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out

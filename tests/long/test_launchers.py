@@ -1,4 +1,4 @@
-"""`torchrun` and `mpirun` without GPUs make one group of the processes that they start."""
+"""`torchrun` and `mpirun` without GPUs make one group of processes; the file of `accelerate config` changes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from launching import LIMIT, free_port, run_module
 
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -60,3 +62,19 @@ def test_processes_of_mpirun_make_one_group(recipe: str, tmp_path: Path) -> None
         ranks.append(subprocess.Popen(command, env=environment))
     assert [process.wait(LIMIT) for process in ranks] == [0, 0]
     assert_trained_by_two(out)
+
+
+def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Path) -> None:
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1,
+        "num_machines": 1, "mixed_precision": "bf16",
+        "dynamo_config": {"dynamo_backend": "INDUCTOR"},
+    }  # fmt: skip
+    (tmp_path / "default_config.yaml").write_text(yaml.safe_dump(settings))
+    words = ["atdiff", "train", recipe, "--out"]
+    run_module([*words, str(tmp_path / "without")])
+    launch = ["accelerate.commands.launch", "--config_file", str(tmp_path / "default_config.yaml"), "-m"]
+    run_module([*launch, *words, str(tmp_path / "with")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    found = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("without", "with")]
+    one, other = (load_checkpoint(path)[0] for path in found if path is not None)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -17,7 +17,9 @@ import pytest
 import torch
 from launching import LIMIT, SCRIPT, ended, free_port, launch, recipe, run  # noqa: F401
 from processes import CAN_SHARD
+from safetensors.torch import load_file
 
+from atdiff.cli import main
 from atdiff.pipelines.model import load_denoiser
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
 
@@ -144,3 +146,33 @@ def test_sigterm_stops_all_at_the_same_pass(recipe: Path, tmp_path: Path) -> Non
     assert newest is not None
     assert f"pass {int(newest.name.removeprefix('pass-'))} of 1000000 is saved" in error
     assert len(load_checkpoint(newest)[2]["ranks"]) == 2
+
+
+def test_the_command_trains_in_two_processes(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
+    assert len(list((run / "samples").glob("*.png"))) == 2
+    assert not list(run.rglob(".*"))
+
+
+def test_two_processes_share_the_pairs_of_reflow(tmp_path: Path) -> None:
+    """Half of the batch each: the same pairs, to rounding, for the same charge: ceil(40 * 5 / (3 * 16)) passes."""
+    small = {
+        "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
+        "scheduler": {"name": "FlowMatchEulerDiscreteScheduler"},
+        "optimizer": {"lr": 1e-2},
+        "training": {"passes": 14, "batch_size": 16, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 4},
+        "arms": {"plain": {}, "reflow": {"objective": {"reflow": 40, "reflow_steps": 3}}},
+    }
+    (tmp_path / "flow.yaml").write_text(json.dumps(small))
+    words = ["train", str(tmp_path / "flow.yaml")]
+    assert main([*words, "--out", str(tmp_path / "base")]) == 0
+    words += ["--arm", "reflow", "--training.init", str(tmp_path / "base"), "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    code, error = ended(launch("-m", "atdiff", *words, str(tmp_path / "two"), "--training.batch_size", "8"))
+    assert code == 0, error
+    pairs = [load_file(tmp_path / name / "pairs.safetensors") for name in ("one", "two")]
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=0, atol=1e-5)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [json.loads(line)["epoch"] for line in logs[0]] == [json.loads(line)["epoch"] for line in logs[1]]
+    assert json.loads(logs[1][0])["pass"] == 6

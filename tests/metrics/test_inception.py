@@ -1,4 +1,5 @@
-"""Inception's metrics, with random weights since the real ones are not at hand."""
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
+"""Inception's metrics, with random weights; `tests/long/test_fid.py` has torch-fidelity's FID of two folders."""
 
 from __future__ import annotations
 
@@ -7,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
-from PIL import Image
-from torch import Tensor, nn
+from inceptions import oracle, pictures, weights  # noqa: F401
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from atdiff.data import ImageData, load_data
@@ -18,60 +17,6 @@ from atdiff.metrics.features.extractors import extract, make_extractor
 from atdiff.metrics.stream import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Frechet distance of")
-
-
-@pytest.fixture(scope="module")
-def oracle() -> FeatureExtractorInceptionV3:
-    """torch-fidelity's network, all of its features on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    generator = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # of a gain that keeps the features of different images apart
-            nn.init.kaiming_normal_(module.weight, generator=generator)
-    return network
-
-
-@pytest.fixture(scope="module")
-def weights(oracle: FeatureExtractorInceptionV3, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "w.pth"
-    torch.save(oracle.state_dict(), path)
-    return path
-
-
-def pictures(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 4, 4, generator=generator) ** (1 + seed) * 255
-    return nn.functional.interpolate(coarse, size=16, mode="bicubic").clamp(0, 255).to(torch.uint8)
-
-
-def save(images: Tensor, folder: Path) -> Path:
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
-    return folder
-
-
-def test_fid_of_two_folders_equals_torch_fidelity(weights: Path, tmp_path: Path) -> None:
-    folders = [save(pictures(8, seed), tmp_path / str(seed)) for seed in (0, 1)]
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(folders[0]),
-        input2=str(folders[1]),
-        fid=True,
-        feature_extractor_weights_path=str(weights),
-        cuda=False,
-        cache=False,
-        verbose=False,
-        save_cpu_ram=True,
-    )
-    fake, real = (load_data(str(folder)) for folder in folders)
-    metrics = Metrics(real, ("fid",), extractor="inception-v3-compat", weights={"inception-v3-compat": weights})
-    found = metrics(fake.images.split(5), num=8)
-    assert list(found) == ["fid"]
-    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    assert found["fid"] > 0.1, "images that the network tells apart"
 
 
 def test_spatial_features_are_the_first_channels_of_mixed_6(oracle: FeatureExtractorInceptionV3, weights: Path) -> None:

@@ -434,7 +434,8 @@ def test_pixart_is_trained_sampled_and_measured(kind: str, train: Train, picture
     assert main(["evaluate", str(run), "--data", str(pictures), *words]) == 0
     (cell,) = json.loads((tmp_path / "cells.json").read_text())
     assert (cell["nfe"], cell["guidance_scale"]) == (4, 1.5)
-    assert main(["robustness", str(run), "--data", str(pictures), "--num", "4", "--out", str(tmp_path / "r")]) == 0
+    words = ["--num", "4", "--levels", "0.5", "--radii", "0.5", "--pgd-steps", "2", "--out", str(tmp_path / "r")]
+    assert main(["robustness", str(run), "--data", str(pictures), *words]) == 0
 
 
 # ---- a DiT of pixels

@@ -212,11 +212,10 @@ def test_a_step_of_ddim_ends_where_the_next_begins(spacing: str, train_steps: in
                 assert visited[0] == train_steps - 1
                 even = [train_steps - i * train_steps / steps - 1 for i in range(steps)]
                 assert np.abs(np.subtract(visited, even)).max() <= 0.5 + 1e-9
-            for t, end in zip(visited, [*visited[1:], None], strict=True):
-                a, b = acp[t], torch.ones((), dtype=torch.float64) if end is None else acp[end]
-                expected = b.sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt() + (1 - b).sqrt() * noise
-                found = scheduler.step(noise, t, x).prev_sample
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            found = torch.stack([scheduler.step(noise, t, x).prev_sample for t in visited])
+            a, b = acp[visited, None], torch.cat([acp[visited[1:]], torch.ones(1)])[:, None]
+            expected = b.sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt() + (1 - b).sqrt() * noise
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class _Spy(WaveletCorrection):

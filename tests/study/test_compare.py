@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import atdiff.metrics.stream
 import atdiff.pipelines.trained
 from atdiff.cli import main
+from atdiff.measure.directions import DirectionsConfig
+from atdiff.measure.robustness import RobustnessConfig
 from atdiff.study.compare import find_runs
 
 
@@ -93,8 +96,11 @@ def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tup
 
 
 def test_mismatch_and_robustness_are_on_the_page_where_they_are_asked_for(
-    finished: tuple[Path, Path], tmp_path: Path
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few: dict[str, Any] = {"num": 16, "levels": (0.5,)}
+    monkeypatch.setattr("atdiff.study.summary.RobustnessConfig", partial(RobustnessConfig, **few, steps=2, restarts=1))
+    monkeypatch.setattr("atdiff.study.summary.DirectionsConfig", partial(DirectionsConfig, **few))
     words = ["compare", str(finished[1]), "--robustness", "--out", str(tmp_path / "report.html")]
     assert main(words) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,12 +260,11 @@ def test_help_and_mistakes_answer_without_loading_torch(tmp_path: Path) -> None:
     assert result.stdout.strip() == "False"
 
 
-def test_a_worker_that_fails_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_ends_the_study(tmp_path: Path, study_in_process: None) -> None:
+    """In this process; `tests/long/test_child_processes.py` has it in a worker."""
     recipe = {**RECIPE, "optimizer": {"lr": 1e30}}
     (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
-    started = time.monotonic()
     assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 1
-    assert time.monotonic() - started < 300  # It does not hang.
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines in the published configurations of SD 1.5 and SDXL base, but for their widths."""
+"""Stable Diffusion pipelines in the published configurations of SD 1.5 and SDXL base, but for widths and depths."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ TEXT_WIDTH = 32
 SD_UNET: dict[str, Any] = {
     "act_fn": "silu",
     "attention_head_dim": 2,  # 8
-    "block_out_channels": [32, 64, 64, 64],  # [320, 640, 1280, 1280]
+    "block_out_channels": [32, 64],  # [320, 640, 1280, 1280]
     "center_input_sample": False,
     "cross_attention_dim": TEXT_WIDTH,  # 768
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],  # three with attention
     "downsample_padding": 1,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "in_channels": 4,
-    "layers_per_block": 2,
+    "layers_per_block": 1,  # 2
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
     "out_channels": 4,
     "sample_size": LATENT_SIZE,  # 64
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }
 SDXL_UNET: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
     "addition_embed_type_num_heads": 64,
     "addition_time_embed_dim": 8,  # 256
-    "attention_head_dim": [1, 2, 4],  # [5, 10, 20]
-    "block_out_channels": [32, 64, 64],  # [320, 640, 1280]
+    "attention_head_dim": [1, 2],  # [5, 10, 20]
+    "block_out_channels": [32, 64],  # [320, 640, 1280]
     "center_input_sample": False,
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -69,7 +69,7 @@ SDXL_UNET: dict[str, Any] = {
     "conv_out_kernel": 3,
     "cross_attention_dim": 2 * TEXT_WIDTH,  # 2048
     "cross_attention_norm": None,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],  # two with attention
     "downsample_padding": 1,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
@@ -77,7 +77,7 @@ SDXL_UNET: dict[str, Any] = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "in_channels": 4,
-    "layers_per_block": 2,
+    "layers_per_block": 1,  # 2
     "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -97,8 +97,8 @@ SDXL_UNET: dict[str, Any] = {
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
-    "transformer_layers_per_block": [1, 2, 2],  # [1, 2, 10]
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2],  # [1, 2, 10]
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "upcast_attention": None,
     "use_linear_projection": True,
 }

@@ -1,13 +1,13 @@
 """Trains arms in one process or in several on the same joint batches: what `test_processes.py` compares.
 
 ``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` of each
-arm.
+arm; ``--recipe FILE`` has the command train a recipe into ``OUT/run`` afterwards.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from atdiff.adversary.directions import DIRECTIONS
+from atdiff.cli import main as command
 from atdiff.objectives.batch import Batch
 from atdiff.training.config import (
     AdversaryConfig,
@@ -140,15 +141,23 @@ def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
     return (trainer.weights.sharding.whole(network) if trainer.weights.sharding else network).state_dict()
 
 
-def main(out: Path, arms: list[str]) -> None:
-    """Train these arms, or all."""
+def main(out: Path, arms: list[str], recipe: str | None = None) -> None:
+    """Train these arms, or all, and then a recipe by the command."""
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     for arm in arms or ARMS:
         train(arm, out)
+    if recipe is not None:
+        AcceleratorState._reset_state()
+        assert command(["train", recipe, "--out", str(out / "run")]) == 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--recipe")
+    given = parser.parse_args()
+    main(given.out, given.arms, given.recipe)

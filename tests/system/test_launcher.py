@@ -1,4 +1,7 @@
-"""What a launcher leaves in the environment never changes a recipe: the recipe wins and says so, or the run refuses."""
+"""What a launcher leaves in the environment never changes a recipe: the recipe wins and says so, or the run refuses.
+
+`tests/long/test_launchers.py` starts the launchers themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from launching import run_module
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,20 +99,6 @@ def test_the_launcher_chooses_the_device_and_fp16_is_refused_there(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
     assert main(words) == 2
     assert "ACCELERATE_USE_CPU=perhaps must be true or false" in capsys.readouterr().err
-
-
-def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Path) -> None:
-    settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1,
-        "num_machines": 1, "mixed_precision": "bf16",
-        "dynamo_config": {"dynamo_backend": "INDUCTOR"},
-    }  # fmt: skip
-    (tmp_path / "default_config.yaml").write_text(yaml.safe_dump(settings))
-    words = ["atdiff", "train", recipe, "--out"]
-    run_module([*words, str(tmp_path / "without")])
-    launch = ["accelerate.commands.launch", "--config_file", str(tmp_path / "default_config.yaml"), "-m"]
-    run_module([*launch, *words, str(tmp_path / "with")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
-    assert_same(tmp_path / "without", tmp_path / "with")
 
 
 def test_mpirun_on_several_machines_must_say_which_is_the_first(

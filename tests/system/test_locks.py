@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,26 @@ def hold(lock: Path, seconds: float, held: Any) -> None:
         time.sleep(seconds)
 
 
+def hold_in_turn(orders: Connection) -> None:
+    """Hold each lock that is named, until the next word comes."""
+    for lock in iter(orders.recv, None):
+        with writing(lock, lock.parent):
+            orders.send("held")
+            orders.recv()
+
+
+@pytest.fixture(scope="module")
+def holder() -> Iterator[tuple[int, Connection]]:
+    """A process that holds locks: its number, and the way to tell it which."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold_in_turn, args=(theirs,))
+    process.start()
+    yield process.pid or 0, ours
+    process.kill()
+    process.join()
+
+
 @one_writer("file")
 def add(number: int, out: Path) -> None:
     numbers = json.loads(out.read_text()) if out.exists() else []
@@ -163,7 +185,11 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_every_command_that_adds_to_its_output_has_it_alone(
-    words: list[str], recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    recipe: str,
+    holder: tuple[int, Connection],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, run = tmp_path / "out", tmp_path / "run"
     out.mkdir()
@@ -171,15 +197,13 @@ def test_every_command_that_adds_to_its_output_has_it_alone(
         assert main(["train", recipe, "--training.passes", "1", "--out", str(run)]) == 0
     target = Path(words[-1].replace("OUT", str(out)))
     lock = target / LOCK if target == out else target.with_name(f".{target.name}{LOCK}")
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=hold, args=(lock, 600.0, held))
-    process.start()
+    number, orders = holder
+    orders.send(lock)
+    assert orders.poll(LIMIT)
+    assert orders.recv() == "held"
     try:
-        assert held.wait(LIMIT)
         given = [word.replace("OUT", str(out)).replace("RUN", str(run)) for word in words]
         assert main(given) == 2
-        assert f"{target} is in use by process {process.pid} on" in capsys.readouterr().err
+        assert f"{target} is in use by process {number} on" in capsys.readouterr().err
     finally:
-        process.kill()
-        process.join()
+        orders.send("enough")

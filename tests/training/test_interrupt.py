@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,17 +69,38 @@ def wait_for_the_log(folder: Path) -> None:
     raise AssertionError("training has not begun within a minute")
 
 
+def ended_by(number: signal.Signals, folder: Path) -> tuple[int, str]:
+    """Train in a process of its own, which gets the signal; return its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atdiff", *words(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_the_log(folder)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+def interrupted(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Train in this process, to which a thread sends the signal."""
+
+    def send() -> None:
+        wait_for_the_log(folder)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    code = main(words(folder))
+    sender.join()
+    return code, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atdiff", *words(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_the_log(tmp_path)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED == 75
+    own = number == signal.SIGTERM  # one of them is sent as the system does
+    code, error = ended_by(number, tmp_path) if own else interrupted(number, tmp_path, capsys)
+    assert code == EXIT_STOPPED == 75
     assert error.splitlines()[-1].startswith(f"atdiff: {number.name} was received: pass ")
     assert "Traceback" not in error
     saved = latest_checkpoint(tmp_path / "run" / "checkpoints")

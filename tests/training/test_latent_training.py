@@ -569,7 +569,7 @@ def test_latents_are_resumed_on_the_same_content_alone(
 
     def go_on(passes: int) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
-        words = ["--data.name", str(folder), "--training.passes", str(passes)]
+        words = ["--data.name", str(folder), "--training.passes", str(passes), "--lora.targets", '["to_q"]']
         return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
 
     assert go_on(1) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from launching import SCRIPT, ended, launch, recipe, run  # noqa: F401
+from launching import SCRIPT, ended, launch, recipe  # noqa: F401
 from processes import ARMS, PASSES
 
 from atdiff.cli import main
@@ -18,10 +18,10 @@ from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, lo
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every arm in one process, and in two."""
+def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path, cache: None) -> Path:
+    """Every arm in one process, and in two, which then train a recipe by the command."""
     root = tmp_path_factory.mktemp("arms")
-    two = launch(SCRIPT, str(root / "two"))
+    two = launch(SCRIPT, str(root / "two"), "--recipe", str(recipe))
     threads = torch.get_num_threads()
     processes.main(root / "one", [])
     torch.set_num_threads(threads)
@@ -83,11 +83,15 @@ def test_one_process_writes(trained: Path) -> None:
     assert json.loads((trained / "two" / "plain-of-2" / "metrics.jsonl").read_text().splitlines()[-1])["pass"] == PASSES
 
 
-def test_the_command_trains_in_two_processes(run: Path) -> None:
+def test_the_command_trains_in_two_processes(trained: Path) -> None:
+    run = trained / "two" / "run"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
     assert len(list((run / "samples").glob("*.png"))) == 2
     assert not list(run.rglob(".*"))
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
 
 
 def test_one_process_cannot_split_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""Reflow: the pairs are the start's ODE, their cost is charged, and a run on them resumes as any other."""
+"""Reflow: the pairs are the start's ODE, their cost is charged, and a run on them resumes as any other.
+
+`tests/long/test_many_processes.py` has two processes share the pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import HeunDiscreteScheduler
-from launching import ended, launch
 from resuming import StopAt, everything
 from safetensors.torch import load_file
 from torch import Tensor
@@ -311,17 +313,3 @@ def test_a_study_finds_what_is_wrong_with_the_arm_before_the_base_is_trained(roo
     config.training.passes = PASSES
     with pytest.raises(UserError, match=r"as --training\.init"):
         base.check_arm(config, from_here=False)
-
-
-def test_two_processes_share_the_pairs(root: Path, tmp_path: Path) -> None:
-    """Half of the batch each: the same pairs, to rounding, for the same charge."""
-    one = run(root, "flow", "reflow", tmp_path / "one")
-    recipe, init = str(root / "flow.yaml"), str(root / "flow-base")
-    words = ["-m", "atdiff", "train", recipe, "--arm", "reflow", "--training.init", init]
-    code, error = ended(launch(*words, "--training.batch_size", str(BATCH // 2), "--out", str(tmp_path / "two")))
-    assert code == 0, error
-    pairs = [load_file(folder / "pairs.safetensors") for folder in (one, tmp_path / "two")]
-    torch.testing.assert_close(pairs[0], pairs[1], rtol=0, atol=1e-5)
-    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, tmp_path / "two")]
-    assert [json.loads(line)["epoch"] for line in logs[0]] == [json.loads(line)["epoch"] for line in logs[1]]
-    assert json.loads(logs[1][0])["pass"] == 6

@@ -14,7 +14,7 @@ from atdiff.adversary.checks import DOSED, PAPER, check_adversary, check_couplin
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.adversary.dose import Dosed
 from atdiff.adversary.methods import METHODS
-from atdiff.adversary.perturbation import Perturbation
+from atdiff.adversary.perturbation import Perturbation, with_norm_of_noise
 from atdiff.adversary.scale import ScaleFunction
 from atdiff.core.choices import Direction, Method, Norm, Order, Target, order_of
 from atdiff.core.errors import UserError
@@ -27,9 +27,8 @@ __all__ = ["Adversary"]
 class Adversary:
     """The perturbation set, and the passes that train on it.
 
-    ``Adversary(steps=8)`` is for networks that are to sample in 8 steps: ``pgd`` along the residual, by a dose that
-    sets itself (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is the setting of `Wang et al.
-    <https://arxiv.org/abs/2502.17099>`_.
+    ``Adversary(steps=8)`` is for sampling in 8 steps: ``pgd`` along the residual, by a dose that sets itself
+    (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
     - ``method``: :mod:`atdiff.adversary.methods`, a file each. ``free`` updates the weights at every pass of a batch,
       and the same backward pass moves delta; ``pgd`` moves delta first and updates once; ``equivariance`` regularises.
@@ -37,8 +36,7 @@ class Adversary:
     - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors'), or with delta in the
       target too (``gradient_full``, the true worst case); ``residual``, the predicted minus the true noise, which needs
       no input gradient; ``drift``, its opposite, the control of sign; ``random``, the control of the same norm.
-    - ``order`` (of ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` joins each fresh part
-      of a batch with the parts of the passes before it, so that every update sees fresh samples.
+    - ``order`` (of ``free``): passes of a batch in a row (``consecutive``), or fresh samples beside those of before.
 
     Args:
         norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
@@ -49,11 +47,11 @@ class Adversary:
         steps: of the sampler that ``dose="auto"`` is for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
-            DDPM family, else ``sigma``: a constant delta moves the target without bound where a flow's noise ends.
+            DDPM family, else ``sigma``, which keeps the target finite where a flow's noise ends.
         noise_levels: ``(low, high)``: perturb only samples whose :func:`atdiff.core.noise.noise_level`, from 0 (data)
             to 1 (noise), lies in ``[low, high)``; None for all.
-        method: default ``free``, and ``pgd`` with a dose.
-        direction: default ``gradient``, and ``residual`` with a dose.
+        rescale_noise: give ``noise + delta / sigma_t`` of each sample the norm that its noise had.
+        method: default ``free``, and ``pgd`` with a dose; ``direction``: ``gradient``, and ``residual``.
         order: of ``free``.
         target: whether the network's target follows delta (``equivariant``) or not.
         weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05, below 1) add
@@ -80,6 +78,7 @@ class Adversary:
         radius: float | None = None,
         scale: str | ScaleFunction | None = None,
         noise_levels: tuple[float, float] | None = None,
+        rescale_noise: bool = False,
         method: Method | None = None,
         direction: Direction | None = None,
         order: Order = "consecutive",
@@ -94,10 +93,11 @@ class Adversary:
         check_adversary(
             norm=norm, step_size=step_size, passes=passes, dose=dose, steps=steps, radius=radius, scale=scale,
             noise_levels=noise_levels, method=method, direction=direction, order=order, target=target, weight=weight,
+            rescale_noise=rescale_noise,
         )  # fmt: skip
         self.norm, self.step_size, self.num_passes, self.radius = norm, step_size, passes, radius
         self.method, self.direction, self.order, self.target = method, direction, order, target
-        self.noise_levels, self.weight = noise_levels, weight
+        self.noise_levels, self.weight, self.rescale_noise = noise_levels, weight, rescale_noise
         self.dose, self.steps = ("auto" if dosed and dose is None else dose), steps
         self._direction, self._method = DIRECTIONS[direction], METHODS["staggered" if order == "staggered" else method]
         self._perturbation: Perturbation = (
@@ -181,7 +181,7 @@ class Adversary:
         direction = self._direction.find(delta, batch, output)
         moved, lost = self._perturbation.moved(delta.detach(), direction, batch)
         self.nonfinite = self.nonfinite.to(delta.device) + lost
-        return moved
+        return with_norm_of_noise(moved, batch) if self.rescale_noise else moved
 
     def mean_norm(self) -> Tensor:
         """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""

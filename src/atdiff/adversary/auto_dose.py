@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.adversary.spectrum import LARGEST_DOSE, closed_form_dose, spectrum
+from atdiff.adversary.spectrum import closed_form_dose, spectrum
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.sampler_time import next_levels, sampler_time, sampler_times, timesteps_at
@@ -24,6 +24,7 @@ GRID = 32  # times at which the closed form is solved; between them the dose is 
 EVERY = 25  # batches between two looks at the sampler
 GAIN = 3.0  # of the factor's logarithm, per look and unit of the logarithm of the variance ratio
 LEAST = 0.25  # of the factor
+MOST_DOSE = 0.5  # beyond it, x0 shows in the input
 
 
 class AutoDose:
@@ -35,8 +36,9 @@ class AutoDose:
        eigendirection of the data's covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
        dose at which a step keeps the total variance, and 0 for the last step.
     2. The loop. Every 25 batches the network draws a batch from noise in ``steps`` steps. ``k(t)`` is multiplied by a
-       factor, common to all times, which rises while the samples have less variance than the data and falls while they
-       have more. Those forwards cost less than what a look-ahead is charged beyond its own.
+       factor, common to all times, which rises while the samples have less variance than the data, at the end and on
+       the way, and falls while they have more. No dose exceeds 0.5. Those forwards cost less than what a look-ahead is
+       charged beyond its own.
 
     Args:
         steps: of the sampler.
@@ -83,7 +85,7 @@ class AutoDose:
         """Return ``k`` at times ``(B,)`` of the sampler, ``(B,)``; 0 within the last step."""
         place = (time * GRID - 0.5).clamp(0, GRID - 1)
         low = place.floor().long()
-        table = (self.table * self.factor).clamp(max=LARGEST_DOSE)
+        table = (self.table * self.factor).clamp(max=MOST_DOSE)
         between = torch.lerp(table[low], table[(low + 1).clamp(max=GRID - 1)], place - low)
         return torch.where(table[low] == 0.0, 0.0, between)
 
@@ -101,7 +103,10 @@ class AutoDose:
         with evaluating(model):  # a sampler knows no dropout
             ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
-        self.factor = (self.factor.log() - GAIN * ratio[-1].log()).exp().clamp(LEAST, self.most)
+        # Half of the weight is the finished samples', and half that of all steps, so that the variance does not
+        # overshoot on the way: networks near convergence lose by that at many steps.
+        error = 0.5 * (ratio.log()[-1] + ratio.log().mean())
+        self.factor = (self.factor.log() - GAIN * error).exp().clamp(LEAST, self.most)
 
     @torch.no_grad()
     def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -41,6 +41,7 @@ def check_adversary(
     order: str,
     target: str,
     weight: float,
+    rescale_noise: bool,
 ) -> None:
     """Check the arguments of :class:`atdiff.Adversary`.
 
@@ -64,6 +65,8 @@ def check_adversary(
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
     if (dose is not None or steps is not None) and method not in STEPLESS:
         _check_dose(dose, steps, step_size, radius, scale, passes, direction)
+    if rescale_noise:
+        _check_rescaling(radius, target)
     if method == "equivariance":
         _check_equivariance(passes, direction, target, weight)
     if method in STEPLESS:
@@ -73,6 +76,7 @@ def check_adversary(
             "target": target,
             "radius": radius,
             "noise_levels": noise_levels,
+            "rescale_noise": rescale_noise,
         }
         check_stepless(method, passes, weight, **given)
 
@@ -99,6 +103,15 @@ def check_coupling(coupling_passes: int, updates: int) -> None:
         raise UserError(
             f"explorative chooses the noise for one weight update, and passes={updates} with method='free' makes "
             f"{updates} per batch; use method='pgd' or passes=1."
+        )
+
+
+def _check_rescaling(radius: float | None, target: str) -> None:
+    if radius is not None:
+        raise UserError(f"rescale_noise=True moves delta out of radius={radius}; leave one of them out.")
+    if target != "equivariant":
+        raise UserError(
+            f"rescale_noise=True is of noise that is the target's too; target={target!r} keeps the old one."
         )
 
 

@@ -13,10 +13,22 @@ from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.scale import SCALES, ScaleFunction
 from atdiff.core.choices import Norm
 from atdiff.core.noise import TRAITS, expand, noise_level
-from atdiff.core.norms import project, steepest_step
+from atdiff.core.norms import norm_of, project, steepest_step
 from atdiff.objectives.batch import Batch
 
-__all__ = ["Perturbation"]
+__all__ = ["Perturbation", "with_norm_of_noise"]
+
+
+def with_norm_of_noise(delta: Tensor, batch: Batch) -> Tensor:
+    """Return delta ``(B, ...)`` such that ``noise + delta / sigma_t`` has the norm of ``noise``, sample by sample.
+
+    A step towards ``x0`` changes the variance of the noise; this restores it and keeps the direction.
+    """
+    sigma = expand(batch.sigma, delta)
+    noise = sigma * batch.noise
+    moved = noise + delta
+    norms = (norm_of(noise, "l2") / norm_of(moved, "l2").clamp_min(1e-12)).to(delta.dtype)
+    return torch.where(sigma > 0, moved * expand(norms, delta) - noise, delta)
 
 
 class Perturbation:

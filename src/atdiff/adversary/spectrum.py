@@ -42,10 +42,12 @@ def linear_slope(push: float, alpha: float, sigma: float, variances: Array, clea
     """
     unmoved = alpha**2 * variances + sigma**2
     slope = alpha * variances / unmoved
+    moved, still = 1.0 - clean, (clean * alpha * variances, clean * unmoved)
     for _ in range(60):
-        signal, noise = (1.0 - push * slope) * alpha + push, (1.0 - push * slope) * sigma
-        covariance = (1.0 - clean) * signal * variances + clean * alpha * variances
-        variance = (1.0 - clean) * (signal**2 * variances + noise**2) + clean * unmoved
+        left = 1.0 - push * slope
+        signal, noise = left * alpha + push, left * sigma
+        covariance = moved * signal * variances + still[0]
+        variance = moved * (signal**2 * variances + noise**2) + still[1]
         slope = 0.5 * slope + 0.5 * covariance / np.maximum(variance, 1e-12)
     return slope
 
@@ -71,10 +73,14 @@ def closed_form_dose(levels: Levels, variances: Array, clean: float = 0.0) -> fl
     if levels[3] == 0.0:
         return 0.0
     grid = np.linspace(0.0, LARGEST_DOSE, 31)
-    ratios = [step_ratio(dose, levels, variances, clean) for dose in grid]
-    above = next((i for i, ratio in enumerate(ratios) if ratio >= 1.0), None)
-    if above is None:
+    ratios: list[float] = []
+    for dose in grid:  # up to the first that keeps it: each takes a millisecond
+        ratios.append(step_ratio(dose, levels, variances, clean))
+        if ratios[-1] >= 1.0:
+            break
+    else:
         return float(grid[int(np.argmax(ratios))])
+    above = len(ratios) - 1
     if above == 0:
         return 0.0
     low, high = grid[above - 1], grid[above]

@@ -36,7 +36,14 @@ STEPLESS = {
     "contrastive": Stepless(1, "that of plain training", 0.05, below=1.0),
     "mac": Stepless(2, "one for the looks at both ends of the time and one for the weights", 2.0),
 }
-DEFAULTS = {"dose": None, "direction": "gradient", "target": "equivariant", "radius": None, "noise_levels": None}
+DEFAULTS = {
+    "dose": None,
+    "direction": "gradient",
+    "target": "equivariant",
+    "radius": None,
+    "noise_levels": None,
+    "rescale_noise": False,
+}
 
 
 def check_stepless(method: str, passes: int, weight: float, **others: Any) -> None:  # noqa: ANN401

@@ -256,6 +256,7 @@ class AdversaryConfig(Settings):
         scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``; null for
             ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
         noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
+        rescale_noise: give the perturbed noise of each sample the norm that its noise had.
         method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
             regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac`` (2)
             are rivals without steps.
@@ -274,6 +275,7 @@ class AdversaryConfig(Settings):
     radius: float | None = None
     scale: Scale | None = None
     noise_levels: tuple[float, float] | None = None
+    rescale_noise: bool = False
     method: Method = "free"
     direction: Direction = "gradient"
     order: Annotated[Order, BeforeValidator(order_of)] = "consecutive"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from atdiff.core.choices import MIXTURES
@@ -14,7 +16,9 @@ __all__ = ["DIGITS", "MIXTURE"]
 TEST = 297  # of 1,797 images
 
 
-def _digits(request: Request) -> Found:
+@cache  # a process of a study has several runs, and the file is text
+def _read_digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return all images, their labels, and the places of the images of each split."""
     # Imported here: both take a second, and only this source needs them.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -22,10 +26,17 @@ def _digits(request: Request) -> Found:
     digits = load_digits()
     everything = np.arange(len(digits.images))
     train, test = train_test_split(everything, test_size=TEST, random_state=0, stratify=digits.target)
-    chosen = chosen_split(request.split, {"train": train, "test": test, "all": everything}, "digits")
-    pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return digits.images, digits.target, {"train": train, "test": test, "all": everything}
+
+
+def _digits(request: Request) -> Found:
+    images, labels, splits = _read_digits()
+    chosen = chosen_split(request.split, splits, "digits")
+    pixels = np.round(images[chosen] * (255 / 16)).astype(np.uint8)
     items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
-    return Found(RawImages(len(items), lambda: iter(items)), digits.target[chosen].astype(np.int64))
+    # In one block, which a run that takes them as they are copies; image by image it is a third of a short run's start.
+    raw = RawImages(len(items), lambda: iter(items), shape=(1, 8, 8), blocks=lambda: iter([pixels[:, None]]))
+    return Found(raw, labels[chosen].astype(np.int64))
 
 
 def _points(request: Request) -> Found:
