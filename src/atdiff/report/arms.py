@@ -88,6 +88,7 @@ def _adversary(config: Mapping[str, Any]) -> str:
     return (
         f"{moved} moved along {DIRECTIONS[settings.get('direction', 'gradient')]} {_size(settings)}{_way(settings)}"
         + (f", at noise levels {levels[0]:g} to {levels[1]:g} alone" if levels else "")
+        + (", its noise rescaled" if settings.get("rescale_noise") else "")
         + (", target unmoved" if unmoved else "")
     )
 
