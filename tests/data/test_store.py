@@ -119,6 +119,26 @@ def test_the_file_is_made_once_and_anew_when_anything_changed(
     assert second.fingerprint() != first.fingerprint()
 
 
+@pytest.mark.parametrize("name", ["folder", "table"])
+def test_many_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(store, "DECODED_ONCE", 6)
+    SOURCES[name](tmp_path / name)
+    first, again = (load_data(str(tmp_path / name)) for _ in range(2))
+    assert (first.mapped is None, again.mapped is None) == (True, False)
+    assert torch.equal(first.images, again.images)
+    assert first.fingerprint() == again.fingerprint()
+    # Fewer are decoded anew, and so is what a cache that cannot be written does not take.
+    monkeypatch.setattr(store, "DECODED_ONCE", 100)
+    assert load_data(str(tmp_path / name), image_size=8).mapped is None
+    monkeypatch.setattr(store, "DECODED_ONCE", 6)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
+    assert torch.equal(load_data(str(tmp_path / name)).images, first.images)
+    assert load_data(str(tmp_path / name)).mapped is None
+
+
 def test_a_damaged_file_is_said_and_made_anew(small_memory: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "set")
     first = load_data(str(tmp_path / "set")).images.clone()

@@ -425,6 +425,8 @@ def test_grids_hold_the_same_seeds_in_the_same_places(tmp_path: Path) -> None:
 
 def test_large_pictures_make_smaller_grids(tmp_path: Path) -> None:
     run = network(tmp_path / "run", 3, 64, 0)
+    by_sampler = sample_grids({"plain": run}, ["ddim", "iddpm"], {"ddim": [2, 3], "iddpm": [2]}, columns=2)
+    assert {sampler: list(counts) for sampler, counts in by_sampler.items()} == {"ddim": [2, 3], "iddpm": [2]}
     grids = sample_grids({f"arm{i}": run for i in range(10)}, ["ddim"], [2])
     pictures = [png for by_arm in grids["ddim"].values() for png in by_arm.values()]
     assert sum(map(len, pictures)) * 4 / 3 < 5e6  # of noise, which no PNG can shrink

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from atdiff.cli import main
+from atdiff.metrics.registry import few_samples
 from atdiff.models.presets import build_model
 from atdiff.sampling.generate import generate
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
@@ -113,6 +114,42 @@ def test_dry_run_prints_the_settings(recipe: str, tmp_path: Path, capsys: pytest
     assert settings["model"]["name"] == "adm"
     assert settings["objective"]["variance"] == "learned_range"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_small_recipes_train_on_the_same_stand_in(cifar_of_the_hub: str, tmp_path: Path) -> None:
+    words = ["--data.name", cifar_of_the_hub, "--training.passes", "2", "--training.batch_size", "2",
+             "--training.precision", "no", "--training.log_every", "1"]  # fmt: skip
+    base = tmp_path / "base"
+    for recipe, arm, out in (
+        ("cifar10-small", None, base),
+        ("cifar10-small", "residual-staggered", tmp_path / "residual"),
+        ("cifar10-small-cd", None, tmp_path / "teacher"),
+        ("cifar10-small-cd", "at", tmp_path / "cd"),
+        ("cifar10-small-flow", "auto8", tmp_path / "flow"),
+    ):
+        starts = {"residual-staggered": base, "at": tmp_path / "teacher"}
+        start = ["--training.init", str(starts[arm])] if arm in starts else []
+        named = ["--arm", arm] if arm else []
+        assert main(["train", recipe, "--out", str(out), *words, *start, *named]) == 0
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["pass"] == 2
+        assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize("recipe", ["cifar10-small", "cifar10-small-cd", "cifar10-small-flow"])
+def test_the_small_recipes_share_a_network_that_trains_on_a_cpu(recipe: str) -> None:
+    settings = load_recipe(recipe)
+    base = resolve(settings)
+    assert base.model == resolve(load_recipe("cifar10-small")).model
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = build_model(base.model.name, base.model.args, image_shape=(3, 32, 32))
+        network(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
+    assert round(sum(p.numel() for p in network.parameters()) / 1e5) == 25
+    assert "2.2 GFLOP an image and pass" in settings.cost
+    assert counter.get_total_flops() / 1e9 == pytest.approx(2.2, abs=0.05)
+    assert settings.study.num >= few_samples(settings.study.extractor)
+    arms = [resolve(settings, arm) for arm in settings.study.arms]
+    assert len({(arm.training.passes, arm.training.batch_size, arm.optimizer.lr) for arm in arms}) == 1
 
 
 # Parameters in millions, 296 of them published for ImageNet-64 (https://arxiv.org/abs/2105.05233), and 10^9 operations

@@ -297,6 +297,10 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         (["--study.arms", "[plan]"], "did you mean 'plain'"),
         (["--study.seeds", "[0, 0]"], "without repetition"),
         (["--study.corrections", "[epsilon-scale]"], "epsilon-scaling"),
+        (["--study.steps", "{ddim: [3]}"], "study.steps is for ['ddim']: expected one list, or one for each of"),
+        (["--study.steps", "{ddim: [3], iddpm: []}"], "study.steps.iddpm=[] must be a list without repetition"),
+        (["--study.precision", "half"], "study.precision='half' is unknown"),
+        (["--study.start", "nowhere"], "'nowhere' could not be loaded"),
     ],
 )
 def test_study_settings_are_checked(
@@ -305,6 +309,33 @@ def test_study_settings_are_checked(
     assert main(["study", str(finished[0]), "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_own(
+    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
+) -> None:
+    recipe, before = finished
+    start, out = before / "seed-0" / "base", tmp_path / "out"
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
+             "false", "--study.steps", "{ddim: [3, 5], iddpm: [2]}", "--study.precision", "bf16"]  # fmt: skip
+    assert main(words) == 0
+    assert not list(out.glob("seed-*/base"))
+    runs = [yaml.safe_load(file.read_text())["training"]["init"] for file in out.glob("seed-*/*/config.yaml")]
+    assert runs == 4 * [str(start)]
+    # An arm of the seed of that base is the arm of its own study.
+    weights = [load_file(next((one / "seed-0" / "at").glob("pipeline/unet/*.safetensors"))) for one in (before, out)]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    summary = json.loads((out / "summary.json").read_text())
+    assert {(cell["sampler"], cell["steps"]) for cell in summary["cells"]} == {("ddim", 3), ("ddim", 5), ("iddpm", 2)}
+    assert {cell["dtype"] for cell in summary["cells"]} == {"bf16 autocast"}
+    said = summary["recipe"]["evaluation"]
+    assert (said["start"], said["dtype"], summary["passes"]["base"]) == (str(start), "bf16 autocast", 20)
+    # Its figures are taken as they are.
+    arms = [str(out / "seed-0" / arm) for arm in ("plain", "at")]
+    assert main(["compare", *arms, "--out", str(tmp_path / "page.html")]) == 0
+    compared = json.loads((tmp_path / "page.summary.json").read_text())["cells"]
+    figures = [[cell["metrics"]["fd"] for cell in cells if cell["seed"] == 0] for cells in (summary["cells"], compared)]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])

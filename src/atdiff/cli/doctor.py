@@ -122,6 +122,7 @@ def _weights() -> list[Finding]:
     found += [
         Finding("weights", name, "trained at first use, in seconds") for name, one in EXTRACTORS.items() if one.trained
     ]
+    found += [Finding("weights", name, "comes with atdiff") for name, one in EXTRACTORS.items() if one.bundled]
     for name, url in URLS.items():
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 __all__ = [
     "MIXTURES",
@@ -16,6 +16,7 @@ __all__ = [
     "Norm",
     "Order",
     "PairName",
+    "Precision",
     "PredictionType",
     "Scale",
     "Site",
@@ -35,6 +36,7 @@ Norm = Literal["l2", "linf", "l1"]
 Order = Literal["consecutive", "staggered"]
 PairName = Literal["even", "ict", "ect"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
+Precision = Literal["no", "bf16", "fp16"]
 Scale = Literal["constant", "sigma", "high", "middle"]
 Site = Literal["student", "teacher"]
 Solver = Literal["ddim", "heun"]
@@ -53,7 +55,7 @@ WHITE = "white"  # what transparent pixels are composed on
 
 # The keys of registries that import torch; a test compares them.
 MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SAMPLERS = (
     "iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun", "flow-euler", "flow-heun",
     "flow-unipc", "edm-euler", "lcm", "consistency",

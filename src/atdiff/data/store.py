@@ -9,7 +9,7 @@ import json
 import mmap
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from atdiff.system.memory import address_space_left, memory_left, processes_here
 __all__ = ["Held", "Mapped", "hold"]
 
 MEMORY_SHARE = 0.5  # of what is left: images beyond it are mapped
+DECODED_ONCE = 10_000  # images; so many take seconds to decode
 FORMAT = 1  # of the folder; older ones are made anew
 PIXELS, MANIFEST = "pixels.bin", "manifest.json"
 
 # Images as they are decoded: their places in the source, and uint8 (n, C, H, W).
-Chunks = Iterator[tuple[range, np.ndarray]]
+Chunks = Iterator[tuple[Sequence[int], np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,9 @@ class Held:
     mapped: Mapped | None = None
 
 
-def hold(chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: UnreadableImages) -> Held:
+def hold(
+    chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: UnreadableImages, is_slow: bool = False
+) -> Held:
     """Decode images into memory or, beyond a share of what is left of it, into the cache, where they may be already.
 
     Args:
@@ -83,6 +86,7 @@ def hold(chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: 
         name: of the source, for messages.
         key: what the bytes depend on; empty where they are to stay in memory.
         bad: the images that could not be read; filled from the cache too.
+        is_slow: whether decoding takes time, so that many images go into the cache for the next process too.
 
     Raises:
         UserError: of unreadable images; or the disk, the address space or the cache do not take the others.
@@ -105,6 +109,8 @@ def hold(chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: 
         for places, pixels in decoded:
             out[len(kept) : len(kept) + len(pixels)] = pixels
             kept.extend(places)
+        if key and is_slow and count >= DECODED_ONCE:
+            _keep(place, out[: len(kept)], kept, bad)
         return Held(torch.from_numpy(out[: len(kept)]), kept)
     _check_room(place, size, f"the {count:,} images of {name}, {_gigabytes(size)} once decoded,")
     with _lock(place):
@@ -116,6 +122,15 @@ def hold(chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: 
         found = _open(place, bad)
     assert found is not None, place
     return found
+
+
+def _keep(place: Path, images: np.ndarray, kept: list[int], bad: UnreadableImages) -> None:
+    """Put images that are in memory into the cache, where it takes them."""
+    with contextlib.suppress(UserError):
+        _check_room(place, images.nbytes, "the images")
+        with _lock(place):
+            if not place.exists():
+                _write(place, images.shape[1:], iter([(kept, images)]), bad)
 
 
 def _gigabytes(size: int) -> str:

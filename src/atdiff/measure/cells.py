@@ -44,7 +44,7 @@ class EvaluationConfig:
     """How samples are made and judged."""
 
     samplers: tuple[str, ...] | None  # None for the default sampler of each run
-    steps: tuple[int, ...]
+    steps: tuple[int, ...] | Mapping[str, tuple[int, ...]]  # of every sampler, or by sampler
     num: int = 2048  # samples per cell
     seeds: tuple[int, ...] = (0,)  # of the samples
     # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with ``:search`` for the value, the one
@@ -84,7 +84,7 @@ class EvaluationConfig:
             if not set(SEARCHED) & set(self.metrics):
                 raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
         for sampler in self.samplers_for(training_scheduler):
-            for steps in self.steps:
+            for steps in self.steps_for(sampler):
                 make_scheduler(sampler, training_scheduler, steps)
 
     @property
@@ -110,11 +110,15 @@ class EvaluationConfig:
         """Return the samplers to evaluate a network of this scheduler with."""
         return self.samplers or (default_sampler(training_scheduler),)
 
+    def steps_for(self, sampler: str) -> tuple[int, ...]:
+        """Return the numbers of steps of a sampler."""
+        return self.steps.get(sampler, ()) if isinstance(self.steps, Mapping) else self.steps
+
     def covers(self, cell: Mapping[str, Any]) -> bool:
         """Whether a cell is one of those that this configuration asks of its run."""
         return (
             (self.samplers is None or cell["sampler"] in self.samplers)
-            and cell["steps"] in self.steps
+            and cell["steps"] in self.steps_for(cell["sampler"])
             and cell.get("correction", "none") in self.corrections
             and cell["sample_seed"] in self.seeds
             and cell["num"] == self.num
@@ -172,7 +176,7 @@ def evaluate_runs(
         for d in denoisers
         for sampler in config.samplers_for(d.scheduler)
         for correction in config.corrections
-        for steps in config.steps
+        for steps in config.steps_for(sampler)
         for seed in config.seeds
     ]
     asked = evaluation.complete([(place, config) for place in grid], notify)
@@ -237,6 +241,7 @@ def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> Evaluati
         extractor=cell["extractor"],
         weights=weights,
         metrics=tuple(cell.get("asked", ASKED)),
+        precision=next(name for name, dtype in DTYPES.items() if dtype == cell.get("dtype", DTYPES["no"])),
     )
 
 

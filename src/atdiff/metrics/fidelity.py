@@ -14,10 +14,10 @@ from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.manifold import manifold_metrics
 from atdiff.metrics.moments import Moments, Rows
 from atdiff.metrics.reference import Reference
+from atdiff.metrics.registry import few_samples
 
-__all__ = ["FEW_SAMPLES", "FrechetDistance", "InceptionScore", "KernelDistance", "PrecisionRecall", "frechet_distance"]
+__all__ = ["FrechetDistance", "InceptionScore", "KernelDistance", "PrecisionRecall", "frechet_distance"]
 
-FEW_SAMPLES = 2_048
 SPLITS = 10  # of the Inception score
 SUBSET = 1_000  # images of the kernel distance
 
@@ -36,10 +36,11 @@ class FrechetDistance(Accumulator):
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
         """Warn of few images."""
-        if num < FEW_SAMPLES:
+        enough = few_samples(against.extractor)
+        if num < enough:
             warnings.warn(
                 f"the Frechet distance of {num} samples is biased upwards: compare it only at equal "
-                f"counts, and use {FEW_SAMPLES} or more for figures to publish.",
+                f"counts, and use {enough} or more for figures to publish.",
                 stacklevel=1,  # one place, so that a table of many cells warns once a count
             )
 

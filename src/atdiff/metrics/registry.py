@@ -11,9 +11,12 @@ from typing import Any
 from atdiff.core.errors import UserError
 
 __all__ = [
-    "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FIGURES", "HUB_WEIGHTS", "METRICS", "Extractor", "Figure", "Metric",
-    "check_names", "class_at", "needed_networks",
+    "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FEW_SAMPLES", "FIGURES", "HUB_WEIGHTS", "METRICS", "Extractor", "Figure",
+    "Metric", "check_names", "class_at", "few_samples", "needed_networks",
 ]  # fmt: skip
+
+
+FEW_SAMPLES = 2_048
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,14 @@ class Extractor:
     home: str  # ``module:class`` of the torch-fidelity extractor
     trained: bool = False  # here, on images of one size and any channels, rather than downloaded
     weights: str | None = None  # the extractor whose file of weights it takes too
+    bundled: bool = False  # its weights come with atdiff
+    few: int = FEW_SAMPLES  # samples, under which its Frechet distances are said to be biased
 
 
 EXTRACTORS = {
     "digits-classifier": Extractor("atdiff.metrics.features.labels:DigitsClassifier", trained=True),
     "label-classifier": Extractor("atdiff.metrics.features.labels:LabelClassifier", trained=True),
+    "cifar-resnet56": Extractor("atdiff.metrics.features.cifar:CifarResNet56", bundled=True, few=5_000),
     "inception-v3-compat": Extractor("torch_fidelity.feature_extractor_inceptionv3:FeatureExtractorInceptionV3"),
     "inception-v3-spatial": Extractor(
         "atdiff.metrics.features.spatial:SpatialInception", weights="inception-v3-compat"
@@ -137,6 +143,11 @@ def check_names(metrics: Sequence[str]) -> None:
         if metric not in METRICS:
             near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown metric {metric!r} among {tuple(METRICS)}: did you mean {near!r}?")
+
+
+def few_samples(extractor: str) -> int:
+    """Return the number of samples under which Frechet distances of an extractor's features are too biased."""
+    return EXTRACTORS[extractor].few if extractor in EXTRACTORS else FEW_SAMPLES
 
 
 def needed_networks(metrics: Sequence[str], extractor: str) -> list[str]:

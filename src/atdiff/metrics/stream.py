@@ -27,9 +27,8 @@ from atdiff.metrics.features.extractors import (
     feature_layers,
     make_extractor,
 )
-from atdiff.metrics.fidelity import FEW_SAMPLES
 from atdiff.metrics.reference import Reference, load_reference
-from atdiff.metrics.registry import CHOSEN, EXTRACTORS, HUB_WEIGHTS, METRICS, check_names, class_at
+from atdiff.metrics.registry import CHOSEN, EXTRACTORS, FEW_SAMPLES, HUB_WEIGHTS, METRICS, check_names, class_at
 from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint
 
 __all__ = ["FEW_SAMPLES", "METRICS", "Metrics", "check_metrics"]

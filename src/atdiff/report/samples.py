@@ -34,7 +34,7 @@ POINTS = 1_000  # of the plane, where the data are points
 def sample_grids(
     runs: Mapping[str, str],
     samplers: Sequence[str],
-    steps: Sequence[int],
+    steps: Sequence[int] | Mapping[str, Sequence[int]],
     *,
     seed: int = 0,
     columns: int | None = None,
@@ -46,6 +46,7 @@ def sample_grids(
 
     Args:
         runs: run by arm.
+        steps: numbers of steps of every sampler, or by sampler.
         columns: samples along the side of a grid; None for as many up to 6 as keep all grids together under 5 MB in a
             page. Runs on points of the plane are drawn as one image of 1,000 points instead.
         prompts: for text-to-image runs, in the place of the captions of their training.
@@ -67,7 +68,8 @@ def sample_grids(
                 f"{denoiser.source} makes images of {channels} channels, expected 1 or 3 to show them: evaluate it "
                 "with `atdiff evaluate`, which draws none."
             )
-    room = MOST_BYTES / (len(denoisers) * len(samplers) * len(steps))
+    by_sampler = steps if isinstance(steps, Mapping) else dict.fromkeys(samplers, steps)
+    room = MOST_BYTES / (len(denoisers) * sum(len(by_sampler[sampler]) for sampler in samplers))
 
     def side(denoiser: TrainedModel) -> int:
         return columns or min(max(math.isqrt(int(room / math.prod(denoiser.image_shape))), 2), COLUMNS)
@@ -75,7 +77,7 @@ def sample_grids(
     return {
         sampler: {
             count: {arm: _grid(one, sampler, count, seed, side(one), device) for arm, one in denoisers.items()}
-            for count in steps
+            for count in by_sampler[sampler]
         }
         for sampler in samplers
     }

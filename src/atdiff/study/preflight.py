@@ -59,7 +59,8 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     if not recipe.arms:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
     study = recipe.study
-    check_drawing(samplers=study.samplers, steps=study.steps, num=study.num, corrections=study.corrections)
+    steps = [count for sampler in study.samplers for count in study.steps_of(sampler)]
+    check_drawing(samplers=study.samplers, steps=steps, num=study.num, corrections=study.corrections)
     check_names(study.metrics)
     _check_extractor(study.extractor)
     if (
@@ -73,9 +74,10 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     configs += [resolve(recipe, arm, list(overrides)) for arm in study.arms]
     _check_alike(recipe, configs)
     # The arms of a recipe with a base start from that.
-    for config in configs[:1] if recipe.finetune else configs[1:]:
-        if config.training.init is not None:
-            check_run(config.training.init)
+    starts = [config.training.init for config in (configs[:1] if recipe.finetune else configs[1:])]
+    for start in [study.start] if study.start else starts:
+        if start is not None:
+            check_run(start)
 
 
 def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:

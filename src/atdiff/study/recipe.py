@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from atdiff.core.choices import Precision
 from atdiff.core.errors import UserError
 from atdiff.system.suggest import nearest
 from atdiff.training.checks import check_config
@@ -40,13 +41,15 @@ class StudyConfig(Settings):
         arms: names of the recipe's arms, the baseline first; none for all of them.
         seeds: one base model, and one model an arm, is trained for each.
         samplers: samplers by name.
-        steps: numbers of steps of each sampler.
+        steps: numbers of steps of each sampler, or by sampler.
         corrections: of the samplers; see :class:`atdiff.measure.cells.EvaluationConfig`.
+        precision: in which the networks draw them: ``no`` (float32), ``bf16`` or ``fp16``.
         num: samples per cell (arm, seed, sampler, correction, steps).
         search_num: samples of the held-out noise that a correction's value is searched on.
         extractor: whose features the metrics use.
         metrics: which metrics.
         weights: local files of weights by extractor, where they cannot be downloaded.
+        start: a finished run from which the arms of all seeds start, in place of a base of each seed's own.
         base: evaluate the base models too, as the arm ``base``, which has had no further passes.
         mismatch: measure the mismatch of every arm, with the first sampler at the second number of steps.
         robustness: measure the worst-case loss and the directions of the first seed's arms.
@@ -55,16 +58,22 @@ class StudyConfig(Settings):
     arms: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samplers: list[str] = field(default_factory=lambda: ["ddim"])
-    steps: list[int] = field(default_factory=lambda: [5, 10, 20])
+    steps: list[int] | dict[str, list[int]] = field(default_factory=lambda: [5, 10, 20])
     corrections: list[str] = field(default_factory=lambda: ["none"])
+    precision: Precision = "no"
     num: int = 2048
     search_num: int = 1024
     extractor: str = "digits-classifier"
     metrics: list[str] = field(default_factory=lambda: ["fid", "prc"])
     weights: dict[str, str] = field(default_factory=dict)
+    start: str | None = None
     base: bool = False
     mismatch: bool = True
     robustness: bool = False
+
+    def steps_of(self, sampler: str) -> list[int]:
+        """Return the numbers of steps of a sampler."""
+        return self.steps[sampler] if isinstance(self.steps, dict) else self.steps
 
 
 @dataclass
@@ -204,10 +213,17 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _study(settings: dict[str, Any], words: Sequence[str], arms: dict[str, Any]) -> StudyConfig:
     study: StudyConfig = read_settings(_Study, apply_words({"study": settings}, words, _Study)).study
-    for name in ("arms", "seeds", "samplers", "steps", "corrections", "metrics"):
-        values = getattr(study, name)
+    lists = {name: getattr(study, name) for name in ("arms", "seeds", "samplers", "corrections", "metrics")}
+    by_sampler = study.steps if isinstance(study.steps, dict) else {}
+    steps: dict[str, Any] = {f"steps.{sampler}": counts for sampler, counts in by_sampler.items()}
+    lists |= steps or {"steps": study.steps}
+    for name, values in lists.items():
         if len(set(values)) != len(values) or (not values and name != "arms"):
             raise UserError(f"study.{name}={values} must be a list without repetition, of at least one.")
+    if by_sampler and set(by_sampler) != set(study.samplers):
+        raise UserError(
+            f"study.steps is for {list(by_sampler)}: expected one list, or one for each of {study.samplers}."
+        )
     for arm in study.arms:
         if arm not in arms:
             raise UserError(

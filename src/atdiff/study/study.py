@@ -23,6 +23,7 @@ from atdiff.core.errors import UserError
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
 from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
+from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
@@ -72,7 +73,8 @@ def run_study(
 
     Every seed trains its own base model; every arm starts from that base, with the same number of passes and the same
     order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms start
-    from ``training.init``. Writes ``summary.json``, ``table.md``, ``samples.png`` and ``report.html`` beside the runs.
+    from ``training.init``. With ``study.start`` the arms of all seeds start from that run. Writes ``summary.json``,
+    ``table.md``, ``samples.png`` and ``report.html`` beside the runs.
 
     Args:
         recipe: with at least one arm.
@@ -128,7 +130,7 @@ def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
     evaluation = stages[-1].evaluation
     assert evaluation is not None
     # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
-    steps = sorted(study.steps)[min(1, len(study.steps) - 1)]
+    steps = sorted(study.steps_of(study.samplers[0]))[:2][-1]
     drawn = study.extractor if "fid" in study.metrics else None
     return Measurements(
         sampler=study.samplers[0],
@@ -146,23 +148,25 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
     study = recipe.study
     evaluation = EvaluationConfig(
         samplers=tuple(study.samplers),
-        steps=tuple(study.steps),
+        steps={sampler: tuple(study.steps_of(sampler)) for sampler in study.samplers},
         num=study.num,
         corrections=tuple(study.corrections),
         search_num=study.search_num,
         extractor=study.extractor,
         metrics=tuple(study.metrics),
+        precision=study.precision,
         weights={name: Path(path) for name, path in study.weights.items()},
     )
+    has_base = bool(recipe.finetune) and study.start is None
     stages = []
     for seed in study.seeds:
         # Other noise for every seed, the same for all of its arms.
         cells = replace(evaluation, seeds=(1 + seed,))
-        for arm in (*([BASE] if recipe.finetune else []), *study.arms):
+        for arm in (*([BASE] if has_base else []), *study.arms):
             config = resolve(recipe, None if arm == BASE else arm, list(overrides))
             config.training.seed = seed
-            if arm != BASE and recipe.finetune:
-                config.training.init = str(out / f"seed-{seed}" / BASE)
+            if arm != BASE and (has_base or study.start):
+                config.training.init = study.start or str(out / f"seed-{seed}" / BASE)
             judged = arm != BASE or study.base
             stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
     return stages
@@ -370,14 +374,22 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
                     name: getattr(study, name)
                     for name in ("samplers", "steps", "corrections", "num", "seeds", "extractor")
                 },
+                **({"start": study.start} if study.start else {}),
                 "reference": f"{first.data.name} ({first.data.split} split)",
                 "weights": cells[0]["weights"],
-                "dtype": "float32",
+                "dtype": DTYPES[study.precision],
             },
         },
-        "passes": {"base": base.training.passes if base else 0, "arm": first.training.passes},
+        "passes": {"base": _base_passes(base, study.start), "arm": first.training.passes},
         "wall_seconds": round(seconds, 1),
         "cells": cells,
         "training": training,
         "samples_png": "samples.png",
     }
+
+
+def _base_passes(base: TrainConfig | None, start: str | None) -> int:
+    """Return the passes before those of the arms; 0 where they are not known."""
+    if base is not None:
+        return base.training.passes
+    return int(run_config(start).get("training", {}).get("passes", 0)) if start else 0

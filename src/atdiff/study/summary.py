@@ -16,7 +16,7 @@ from atdiff.measure.directions import DirectionsConfig, directions_of_runs
 from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.measure.progress import cell_progress
 from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
-from atdiff.metrics.stream import FEW_SAMPLES
+from atdiff.metrics.registry import few_samples
 from atdiff.report.curves import MOST_ARMS
 from atdiff.report.measured import save_measured
 from atdiff.report.page import write_report
@@ -197,7 +197,7 @@ def publish(
     console = console or Console()
     cells, metric, baseline = summary["cells"], summary["metric"], summary["baseline"]
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
-    steps = sorted({cell["steps"] for cell in cells})
+    steps = {one: sorted({cell["steps"] for cell in cells if cell["sampler"] == one}) for one in samplers}
     grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
     names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
     beside = report.name == "report.html"
@@ -234,10 +234,10 @@ def _compared(
         tables.append(correction_markdown(cells, **options))
         said += corrected_conclusions(compare_corrected(cells, **options))
         console.print(correction_table(cells, **options))
-    fewest = min(cell["num"] for cell in cells)
-    if fewest < FEW_SAMPLES:
+    fewest, enough = min(cell["num"] for cell in cells), max(few_samples(cell["extractor"]) for cell in cells)
+    if fewest < enough:
         said.append(
             f"Distances of {fewest} samples are biased upwards, alike for all arms: compare them only with each "
-            f"other; {FEW_SAMPLES} or more make figures to publish."
+            f"other; {enough} or more make figures to publish."
         )
     return "\n".join(tables), said, saved

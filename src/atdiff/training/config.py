@@ -17,6 +17,7 @@ from atdiff.core.choices import (
     Norm,
     Order,
     PairName,
+    Precision,
     PredictionType,
     Scale,
     Site,
@@ -343,7 +344,7 @@ class TrainingConfig(Settings):
     accumulate: Count = 1
     ema_decay: Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); 0.999 is usual"] = 0.999
     ema_warmup: bool = True
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Precision = "no"
     compile: bool = False
     shard: bool = False
     seed: Natural = 0

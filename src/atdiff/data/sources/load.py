@@ -152,14 +152,20 @@ def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableI
     changes = [file_status(file).st_ctime_ns for file in raw.files]
     key = repr((str(request.path.resolve()), request.split, decoding, stamp, changes)) if stamp else ""
     chunks = partial(_decoded, request.name, raw, decoding, bad)
-    return hold(chunks, raw.count, name=request.name, key=key, bad=bad)
+    is_slow = not _is_ready(raw, decoding)
+    return hold(chunks, raw.count, name=request.name, key=key, bad=bad, is_slow=is_slow)
+
+
+def _is_ready(raw: RawImages, decoding: Decoding) -> bool:
+    """Whether the source has the very pixels."""
+    return raw.blocks is not None and decoding.keeps(raw.shape)
 
 
 def _decoded(name: str, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Chunks:
     """Yield the decoded images with their places, some at a time."""
     with Progress(console=Console(stderr=True), transient=True, disable=raw.count < PROGRESS_FROM) as bar:
         task = bar.add_task("reading images", total=raw.count)
-        if raw.blocks is not None and decoding.keeps(raw.shape):
+        if raw.blocks is not None and _is_ready(raw, decoding):
             start = 0
             for block in raw.blocks():
                 yield range(start, start + len(block)), block

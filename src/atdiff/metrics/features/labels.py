@@ -104,13 +104,17 @@ class ClassifierFeatures(FileExtractor):
         """Return uint8 images in [-1, 1]."""
         return images.to(cls.dtype) / 127.5 - 1.0
 
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features of uint8 images ``(N, C, H, W)``; others are a ``UserError``."""
-        if input.dtype != torch.uint8 or tuple(input.shape[1:]) != self.image_shape:
+    def check(self, images: Tensor) -> None:
+        """Raise a ``UserError`` for images that the network does not take."""
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise UserError(
-                f"{self.get_name()} was given {input.dtype} images of shape {tuple(input.shape)}: expected uint8 of "
+                f"{self.get_name()} was given {images.dtype} images of shape {tuple(images.shape)}: expected uint8 of "
                 f"shape (N, {', '.join(map(str, self.image_shape))}), {self.expected}."
             )
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Return the requested features of uint8 images ``(N, C, H, W)``; others are a ``UserError``."""
+        self.check(input)
         features = self.network[:-1](self.normalise(input))
         found = {"64": features}
         if "logits" in self.features_list:

@@ -44,7 +44,8 @@ class FileExtractor(FeatureExtractorBase):
 def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file or of one that ``torch.save`` wrote; nothing but tensors is unpickled.
 
-    A file that is missing, damaged or holds something else is a ``UserError``, which says what was ``expected``.
+    Of a checkpoint that holds more, they are its ``state_dict``. A file that is missing, damaged or holds something
+    else is a ``UserError``, which says what was ``expected``.
     """
     if not path.is_file():
         raise UserError(f"the weights {path} do not exist: expected {expected}.")
@@ -56,6 +57,8 @@ def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read as weights: expected {expected}.") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no table of weights: expected {expected}.")
     return tensors
