@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.resources
 import inspect
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +16,28 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from atdiff.cli import COMMANDS
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Link to the repository, where one is known that has a page."""
+    config.repo_url = config.repo_url or repository(Path(config.config_file_path).parent)
+    if config.repo_url:
+        config.repo_name = config.repo_url.rpartition("/")[2]
+    return config
+
+
+def repository(root: Path) -> str | None:
+    """Return the address of the repository: ``ATDIFF_REPOSITORY``, or that of the clone's origin; None without any."""
+    address = os.environ.get("ATDIFF_REPOSITORY", "")
+    if not address:
+        asked = ["git", "-C", str(root), "config", "--get", "remote.origin.url"]
+        try:
+            address = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git, as in an archive of the sources
+            return None
+    # git@HOST:OWNER/NAME and ssh://git@HOST/OWNER/NAME have their pages at https://HOST/OWNER/NAME.
+    web = re.sub(r"^(?:ssh://)?git@([^/:]+)[:/]", r"https://\1/", address).removesuffix(".git")
+    return web if web.startswith(("https://", "http://")) and "@" not in web else None
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.report import save_curves
+from atdiff.report.curves import MOST_ARMS
 from atdiff.report.measured import direction_curves, dose_curves, mismatch_curves, robustness_curves
 from atdiff.report.plots import saved_curves
-from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of
+from atdiff.report.statistics import Row, compare, compare_corrected, corrections_of, ranked
 from atdiff.report.steps_saved import saved_where_known
 from atdiff.report.tables import correction_markdown, markdown_table, saved_markdown
 from atdiff.report.words import conclusions, corrected_conclusions
@@ -67,7 +68,9 @@ def page(name: str, summary: dict[str, Any]) -> str:
         parts += ["## Without and with correction", correction_markdown(cells, **options), said]
     saved = saved_where_known(cells, **options, correction=corrections[0])
     if saved:
-        write_bytes(PAGES / f"{name}-steps-saved.png", saved_curves(saved, file_format="png"))
+        write_bytes(
+            PAGES / f"{name}-steps-saved.png", saved_curves(saved, leading=ranked(rows)[:MOST_ARMS], file_format="png")
+        )
         parts += ["## Steps saved", f"![steps of plain sampling that N steps replace]({name}-steps-saved.png)"]
         parts += [saved_markdown(saved)]
     parts += [quality(cells, summary["baseline"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import csv
 import hashlib
 import io
 import os
@@ -27,7 +28,7 @@ from atdiff.report import comparison_table, markdown_table, save_curves, write_r
 from atdiff.report import page as page_module
 from atdiff.report.plots import loss_curves, metric_curves
 from atdiff.report.samples import Grids, sample_grids, samples_picture
-from atdiff.report.statistics import Row, compare, winners
+from atdiff.report.statistics import Row, compare, ranked, winners
 from atdiff.report.tables import cells_table, correction_markdown, correction_table, mean_text
 from atdiff.report.words import conclusions, percent
 from atdiff.sampling.generate import generate
@@ -178,7 +179,9 @@ def source(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def quick(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the curves once, on the page of ``source``: they are most of the time of a page."""
-    monkeypatch.setattr(page_module, "metric_curves", lambda rows: f"<svg><!-- {rows[0].metric} --></svg>".encode())
+    metric_curves = lambda rows, leading: f"<svg><!-- {rows[0].metric} --></svg>".encode()  # noqa: E731
+    monkeypatch.setattr(page_module, "metric_curves", metric_curves)
+    monkeypatch.setattr(page_module, "seed_dots", lambda rows, order: f"<svg><!-- {order} --></svg>".encode())
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +198,51 @@ def test_page_is_balanced_html(source: str, page: Page) -> None:
 
 def test_page_loads_nothing(source: str, page: Page) -> None:
     assert not {"iframe", "object"} & {tag for tag, _ in page.tags}
-    loads = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset") if name in attrs]
+    names = ("src", "href", "srcset")
+    loads = [attrs[name] for tag, attrs in page.tags for name in names if name in attrs and tag != "a"]
     assert loads[0] == "data:,"  # an empty icon, or a browser asks for one
-    assert len(loads) == 1 + 2 + 1 + 1 + 5 * 5  # curves of two metrics, steps saved, losses, grids
+    # curves of two metrics, seeds of three samplers, recall beside FD, steps saved, losses, grids
+    assert len(loads) == 1 + 2 + 3 + 1 + 1 + 1 + 5 * 5
     assert all(str(address).startswith("data:image/") for address in loads[1:])
     assert "url(" not in source
     assert "@import" not in source
+
+
+def test_links_lead_into_the_page_or_to_the_figures(summary: Summary, page: Page) -> None:
+    links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a"]
+    places = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
+    assert {link[1:] for link in links if link.startswith("#")} == places
+    tables = [link for link in links if not link.startswith("#")]
+    assert len(tables) == 2
+    for link in tables:
+        kind, _, content = link.partition(";base64,")
+        lines = list(csv.DictReader(io.StringIO(base64.b64decode(content).decode())))
+        assert kind == "data:text/csv"
+        assert len(lines) == len(summary["cells"])
+        for line, cell in zip(lines, summary["cells"], strict=True):
+            assert (line["arm"], line["sampler"], int(line["steps"])) == (cell["arm"], cell["sampler"], cell["steps"])
+            assert float(line["fd"]) == cell["metrics"]["fd"]
+
+
+def test_runs_are_linked_to_and_the_best_is_loaded(tmp_path: Path) -> None:
+    summary = fake_summary(seeds=2)
+    for cell in summary["cells"]:
+        cell["run"] = str(tmp_path / f"study of/seed-{cell['seed']}/{cell['arm']}")
+        Path(cell["run"]).mkdir(parents=True, exist_ok=True)
+    summary["recipe"]["words"] = {"at-residual": "moved along the residual"}
+    write_report(summary, tmp_path / "study of" / "r.html", fake_grids(), real=picture(255))
+    page = Page((tmp_path / "study of" / "r.html").read_text("utf-8"))
+    links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a"]
+    assert [link for link in links if link.startswith("seed-1")] == [
+        f"seed-1/{arm}/" for arm in ranked(compare(summary["cells"]))
+    ]
+    best = tmp_path / "study of" / "seed-0" / "at-residual"
+    assert f"atdiff sample '{best}' --sampler" in page.text
+    assert f'DiffusionPipeline.from_pretrained("{best}")' in page.text
+    assert "moved along the residual." in squeeze(page.text)
+    (real,) = (attrs for _, attrs in page.tags if attrs.get("class") == "real")
+    assert base64.b64decode(str(real["src"]).partition(",")[2]) == picture(255)
+    assert page.stack == []
 
 
 def test_every_picture_has_words(page: Page) -> None:
@@ -210,9 +252,10 @@ def test_every_picture_has_words(page: Page) -> None:
 
 
 def test_table_shows_the_rows_and_nothing_else(page: Page, rows: list[Row]) -> None:
-    best = winners(rows)
+    best, order = winners(rows), ranked(rows)
+    assert order[:2] == ["plain", "at-residual"]
     expected = []
-    for row in sorted(rows, key=lambda row: (list(LEVELS).index(row.sampler), row.steps)):
+    for row in sorted(rows, key=lambda row: (list(LEVELS).index(row.sampler), row.steps, order.index(row.arm))):
         text = mean_text(row)
         if row.verdict != "baseline":
             text += f" {percent(row.change)} {'★ ' if best[row.setting] == row.arm else ''}{row.verdict}"
@@ -323,7 +366,7 @@ def test_measurements_have_their_sections(summary: Summary, tmp_path: Path) -> N
         "64 samples per seed; torch 2; norm l2; attack steps 10.",
     ):  # fmt: skip
         assert words in text, words
-    assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 1 + 1 + 3
+    assert [attrs.get("class") for tag, attrs in page.tags].count("chart") == 2 + 3 + 1 + 1 + 1 + 3
     bare = {name: {"by_run": {}, "recipe": {}} for name in ("mismatch", "robustness", "directions")}
     write_report(summary | bare, tmp_path / "bare.html")
     assert "Robustness" not in (tmp_path / "bare.html").read_text("utf-8")
@@ -341,7 +384,8 @@ def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
         "EMA 0.9 weights; ddim, iddpm, dpmsolver++; 5, 10, 20, 50 steps; 1,024 samples per seed; training seed 0, "
         "1, 2; sampling seed 1, 2, 3; {}; against digits; torch 2.9."
     )
-    assert text.count(recipe.format("features of vgg")) == 4  # table, curves and steps saved of FD, details of recall
+    # table, curves, seeds, recall beside it and steps saved of FD; details of recall
+    assert text.count(recipe.format("features of vgg")) == 6
     assert text.count(recipe.format("pixels")) == 1
 
 

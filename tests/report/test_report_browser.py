@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_report import GAINS, fake_grids, fake_summary, with_corrections, with_measurements
+from test_report import GAINS, fake_grids, fake_summary, picture, with_corrections, with_measurements
 
 from atdiff.report import write_report
 
@@ -23,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("browser") / "report.html"
     summary = with_measurements(with_corrections(fake_summary()))
     summary["cells"] = [cell for cell in summary["cells"] if cell["sampler"] != "iddpm"]
-    write_report(summary, path, fake_grids())
+    write_report(summary, path, fake_grids(), real=picture(200))
     return path.as_uri()
 
 
@@ -81,7 +81,8 @@ def test_every_picture_is_shown_and_has_words(browser: Any) -> None:
     pictures = browser.execute_script(
         "return Promise.all([...document.images].map(i => i.decode().then(() => [i.alt, i.naturalWidth])))"
     )
-    assert len(pictures) == (2 + 2) + 1 + 3 + 5 * (1 + len(GAINS))  # metrics, corrections, losses, measured, grids
+    # metrics, corrections; losses, steps saved, recall beside FD; seeds by sampler; measured; grids, real images, flip
+    assert len(pictures) == (2 + 2) + 3 + 2 + 3 + 5 * (1 + len(GAINS)) + 2
     assert all(alt and width > 0 for alt, width in pictures)
 
 
@@ -125,7 +126,84 @@ def test_another_sampler_keeps_the_steps_where_it_has_them(browser: Any) -> None
     assert shown(browser) == [("ddim", "10")]
 
 
-@pytest.mark.parametrize("width", [390, 768])
+def test_two_arms_flip_at_equal_seeds(browser: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.select import Select
+
+    face, said = (browser.find_element("css selector", f".flip {name}") for name in (".face", "output"))
+    first, second = map(Select, browser.find_elements("css selector", ".flip select"))
+
+    def flipped() -> tuple[str, str]:
+        return said.text, face.find_element("css selector", "img").get_attribute("src")
+
+    def grid(arm: str) -> str:
+        sheet = ".sheet:not([hidden])" if arm else "#viewer"
+        return browser.find_element("css selector", f"{sheet} img[data-arm='{arm}']").get_attribute("src")
+
+    assert flipped() == ("A: plain", grid("plain"))
+    face.click()
+    assert flipped() == ("B: at-residual", grid("at-residual"))
+    ActionChains(browser).send_keys("f").perform()
+    assert flipped() == ("A: plain", grid("plain"))
+    first.select_by_visible_text("real images")
+    assert flipped() == ("A: real images", grid(""))
+    second.select_by_visible_text("at")
+    ActionChains(browser).send_keys("f").perform()  # which an open list would take as a letter
+    face.click()
+    before = flipped()
+    choose(browser, "iddpm")
+    assert flipped()[0] == before[0] == "B: at"
+    assert flipped()[1] == grid("at") != before[1]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", ["chart", "samples"])
+def test_a_click_enlarges_an_image_and_another_brings_it_back(browser: Any, width: int, kind: str) -> None:
+    resize(browser, width)
+    image = browser.execute_script(
+        f"const i = [...document.querySelectorAll('img.{kind}')].find(i => i.offsetHeight > 0);"
+        "i.scrollIntoView({block: 'center', inline: 'start'}); return i"
+    )
+    small = image.size
+    browser.execute_script("arguments[0].closest('button').click()", image)
+    box = browser.execute_script(
+        "const b = document.querySelector(':popover-open').getBoundingClientRect(); return [b.left, b.top, b.width]"
+    )
+    assert box[:2] == [0, 0]
+    assert box[2] >= width - 20
+    assert image.size["width"] > 1.2 * small["width"]
+    browser.execute_script("arguments[0].closest('button').click()", image)
+    assert browser.find_elements("css selector", ":popover-open") == []
+    assert image.size == small
+
+
+def test_on_a_phone_the_steps_stay_and_the_best_arm_is_in_sight(browser: Any) -> None:
+    resize(browser, 390)
+    left, right = browser.execute_script(
+        "const t = document.querySelector('#table table'); const h = t.tHead.rows[0].cells;"
+        "const b = h[2].getBoundingClientRect(); return [b.left, b.left + 60]"
+    )
+    head = browser.find_elements("css selector", "#table table.comparison thead th")
+    assert [cell.text for cell in head[:2]] == ["steps", "plain"]
+    assert head[2].text.startswith("at-residual ★")
+    assert 0 < left < right < 390
+    moved = browser.execute_script(
+        "const s = document.querySelector('#table .scroll'); const c = s.querySelector('tbody tr:nth-child(2) th');"
+        "const before = c.getBoundingClientRect().left; s.scrollLeft = 300;"
+        "return [before, c.getBoundingClientRect().left, s.scrollLeft]"
+    )
+    assert abs(moved[0] - moved[1]) <= 1
+    assert moved[2] > 0
+
+
+def test_the_contents_lead_to_their_sections(browser: Any) -> None:
+    for link in browser.find_elements("css selector", ".contents a[href^='#']"):
+        link.click()
+        place = browser.execute_script("return document.querySelector(':target').getBoundingClientRect().top")
+        assert place < 844
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
     resize(browser, width)
     browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")

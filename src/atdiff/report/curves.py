@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-__all__ = ["GREY", "RC", "Style", "add_legend", "log_axis", "rendered", "short_names", "styles_of"]
+__all__ = ["GREY", "MOST_ARMS", "RC", "Style", "add_legend", "log_axis", "rendered", "short_names", "styles_of"]
+
+MOST_ARMS = 8  # that a figure tells apart by colour, the baseline among them; more would hide each other
 
 # Okabe and Ito's colour-blind-safe palette (https://jfly.uni-koeln.de/color/) without its yellow, which a
 # white page swallows; grey is the baseline's.
@@ -20,6 +22,9 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 DASHES = ("-", ":", "-.")
 GREY = "#666666"
+MUTED: dict[str, Any] = {
+    "color": "#cfcfcf", "marker": "", "markerfacecolor": "#cfcfcf", "linestyle": "-", "zorder": 1.5
+}  # fmt: skip
 RC: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
     "axes.grid": True,
@@ -40,10 +45,15 @@ RC: dict[Any, Any] = {
 Style = dict[str, Any]
 
 
-def styles_of(arms: Sequence[str]) -> dict[str, Style]:
-    """The baseline grey and dashed; the others by colour and marker, then open and dotted."""
-    styles: dict[str, Style] = {arms[0]: {"color": GREY, "marker": "x", "linestyle": "--"}}
-    for number, arm in enumerate(arms[1:]):
+def styles_of(arms: Sequence[str], leading: Sequence[str] = ()) -> dict[str, Style]:
+    """The baseline grey and dashed; the others by colour and marker, then open and dotted.
+
+    Where there are more than ``MOST_ARMS``, those that are not among the ``leading`` are pale and have no marker.
+    """
+    shown = [arm for arm in arms if arm in (arms[0], *leading)] if leading and len(arms) > MOST_ARMS else list(arms)
+    styles: dict[str, Style] = dict.fromkeys(arms, MUTED)
+    styles[arms[0]] = {"color": GREY, "marker": "x", "linestyle": "--"}
+    for number, arm in enumerate(shown[1:]):
         turn, index = divmod(number, len(COLOURS))
         styles[arm] = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": DASHES[turn % 3]}
         styles[arm]["markerfacecolor"] = "white" if turn else COLOURS[index]
@@ -60,11 +70,14 @@ def log_axis(axes: Axes) -> None:
 
 
 def add_legend(figure: Figure, styles: Mapping[str, Style]) -> None:
-    """Put a legend above a figure, in as many columns as fit."""
-    handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in styles.values()]
-    column = max(1.35, 0.7 + 0.085 * max(map(len, styles)))  # inches: the line, and the longest name
-    columns = min(len(styles), max(2, int(figure.get_figwidth() / column)))
-    figure.legend(handles, list(styles), loc="outside upper left", ncols=columns, fontsize=10.5)
+    """Put a legend above a figure, in as many columns as fit; pale lines share one entry."""
+    shown = {arm: style for arm, style in styles.items() if style["color"] != MUTED["color"]}
+    if len(shown) < len(styles):
+        shown[f"{len(styles) - len(shown)} other arms"] = MUTED
+    handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in shown.values()]
+    column = max(1.35, 0.7 + 0.085 * max(map(len, shown)))  # inches: the line, and the longest name
+    columns = min(len(shown), max(2, int(figure.get_figwidth() / column)))
+    figure.legend(handles, list(shown), loc="outside upper left", ncols=columns, fontsize=10.5)
 
 
 def rendered(figure: Figure, file_format: str, dpi: int = 160) -> bytes:

@@ -10,11 +10,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from atdiff.core.errors import UserError
-from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, short_names, styles_of
+from atdiff.report.curves import GREY, MOST_ARMS, RC, Style, add_legend, log_axis, rendered, short_names, styles_of
 from atdiff.system.files import write_bytes
 
 __all__ = [
@@ -63,7 +62,7 @@ NOISE = ("variance", "correlation", "kurtosis")
 POINTS = 250  # of a curve; more would only make the page heavy
 
 
-def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
     """One panel for each measure: sampling against training along the trajectory, one line per run, floors dashed.
 
     Panels without figures are left out, and so is noise predicted below level 0.02.
@@ -73,7 +72,7 @@ def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> 
     panels = [name for name in (*RATIOS, *DISTANCES) if name in measured]
     rows = -(-len(panels) // COLUMNS)
     # Colours as in the other curves of a report, but dashed grey is for the floors here.
-    styles = styles_of(list(curves))
+    styles = styles_of(list(curves), leading)
     first = next(iter(curves))
     styles[first] = {**styles[first], "color": DARK, "linestyle": "-"}
     with mpl.rc_context(RC):
@@ -82,20 +81,18 @@ def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> 
         for panel, name in zip(axes, panels, strict=False):
             _mismatch_panel(panel, name, curves, styles)
         _finish_grid(axes, len(panels), COLUMNS, LEVEL)
-        handles = [Line2D([], [], **style, markersize=6, linewidth=1.8, label=run) for run, style in styles.items()]
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label=FLOOR))
-        columns = int(WIDTH / (0.8 + 0.09 * max(map(len, [*styles, FLOOR]))))
-        figure.legend(handles=handles, loc="outside upper left", ncols=max(columns, 1), fontsize=10.5)
+        floor = {"color": GREY, "linestyle": "--"}
+        add_legend(figure, {**styles, FLOOR: floor})
         return rendered(figure, file_format)
 
 
-def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
     """One panel for each noise level: worst-case over clean loss against the radius, one line per run, log axes."""
     curves = _named(by_run, "nothing was measured", "robustness")
     levels = sorted({round(record["level"], 2) for records in curves.values() for record in records})
     columns = min(COLUMNS, len(levels))
     rows = -(-len(levels) // columns)
-    styles = styles_of([DOUBLED, *curves])
+    styles = styles_of([DOUBLED, *curves], leading)
     styles[DOUBLED] = {**styles[DOUBLED], "marker": ""}
     radii = sorted({r for records in curves.values() for record in records for r in record["radius_sigma"][1:]})
     with mpl.rc_context(RC):
@@ -121,8 +118,13 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg") -
         return rendered(figure, file_format)
 
 
-def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
-    """One column per run: each direction's cosine with ``x0 - x0_hat``, its middle 80 %, and the loss after a step."""
+def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
+    """One column per run: each direction's cosine with ``x0 - x0_hat``, its middle 80 %, and the loss after a step.
+
+    Of more than eight runs the ``leading`` ones alone have a column.
+    """
+    if leading and len(by_run) > MOST_ARMS:
+        by_run = {run: records for run, records in by_run.items() if run in leading}
     curves = _named(by_run, "nothing was measured", "robustness")
     styles = styles_of(list(NAMES.values()))
     with mpl.rc_context(RC):
@@ -146,7 +148,7 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg") ->
         return rendered(figure, file_format)
 
 
-def dose_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> bytes:
+def dose_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
     """One panel for each figure of a dose, one line per run; dashed: no dose, no loss of variance, independent noise.
 
     The last record of a run has its noise, and of a dose that sets itself ``times``, ``dose`` and ``variance_ratio``;
@@ -156,7 +158,7 @@ def dose_curves(by_run: Mapping[str, Records], file_format: str = "svg") -> byte
     panels = [name for name in DOSES if any(name in found for found in curves.values())]
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    styles = styles_of([INDEPENDENT, *curves])
+    styles = styles_of([INDEPENDENT, *curves], leading)
     styles[INDEPENDENT] = {**styles[INDEPENDENT], "marker": ""}
     with mpl.rc_context(RC):
         figure = Figure(figsize=(max(5.0, 3.7 * columns), 0.8 + 2.9 * rows), layout="constrained")

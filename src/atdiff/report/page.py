@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
+import itertools
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from atdiff.core.specs import FAMILIES, correction_label
-from atdiff.metrics.registry import METRICS
 from atdiff.report import statistics, tables
+from atdiff.report.curves import MOST_ARMS
+from atdiff.report.headline import headline
+from atdiff.report.links import cells_csv, load_code, run_links
 from atdiff.report.measured import DISTANCES, MEASURED
+from atdiff.report.panels import beside_curves, seed_dots
 from atdiff.report.plots import loss_curves, metric_curves, saved_curves
-from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, Row, compare, compare_corrected, corrections_of
+from atdiff.report.statistics import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    Row,
+    compare,
+    compare_corrected,
+    corrections_of,
+    ranked,
+)
 from atdiff.report.steps_saved import StepsSaved, saved_where_known
 from atdiff.report.tables import SomeRow
 from atdiff.report.words import conclusions, corrected_conclusions, interval_label, metric_label, percent, scores
+from atdiff.report.written import RECIPE, data_uri, digest, duration, flat, p_text, recipe_text, yaml_text
 from atdiff.system.files import write_bytes
 
 __all__ = ["write_report"]
 
-# What the features of a figure are where they are not those of the cells' extractor.
-CAPTIONS = {figure.name: metric.caption for metric in METRICS.values() if metric.caption for figure in metric.figures}
-RECIPE = {
-    "weights": "{} weights",
-    "dtype": "{}",
-    "sampler": "{}",
-    "steps": "{} steps",
-    "correction": "{}",
-    "search_seed": "searched on sampling seed {}",
-    "num": "{} samples per seed",
-    "seed": "training seed {}",
-    "sample_seed": "sampling seed {}",
-    "extractor": "features of {}",
-    "reference": "against {}",
-}
+# What says whether a distance fell at the cost of fidelity or of diversity.
+BESIDE = ("density", "recall")
+TOLD = 5  # arms in words, before the others are folded
 
 
 def write_report(
@@ -48,6 +44,7 @@ def write_report(
     path: Path | str,
     samples: Mapping[str, Mapping[int, Mapping[str, bytes]]] | None = None,
     *,
+    real: bytes | None = None,
     interval: str = "t",
 ) -> None:
     """Write the page of a comparison to ``path``, aside and renamed.
@@ -55,23 +52,34 @@ def write_report(
     Args:
         summary: holds ``cells`` (see :func:`atdiff.report.statistics.compare`) and, as far as known, ``title``,
             ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
-            the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``evaluation``), ``passes``, ``wall_seconds``,
-            ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``, ``robustness``,
-            ``directions`` and ``dose``, each with ``by_run`` (records by arm) and ``recipe``.
+            the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``words`` by arm, ``evaluation``), ``passes``,
+            ``wall_seconds``, ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``,
+            ``robustness``, ``directions`` and ``dose``, each with ``by_run`` (records by arm) and ``recipe``. Runs of
+            cells whose folders are there are linked to.
         samples: PNGs by sampler, number of steps and arm; see :func:`atdiff.report.samples.sample_grids`.
+        real: a PNG of real images; see :func:`atdiff.report.samples.real_grid`.
+        interval: ``t`` or ``bootstrap``.
 
     Raises:
         UserError: as ``compare`` does, and where ``path`` is a folder.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("atdiff", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(
-        percent=percent, mean=tables.mean_text, best=tables.best_text, interval=tables.interval_text, p=_p_text,
-        values=tables.values_text, saved=tables.saved_text, digest=_digest,
+        percent=percent, mean=tables.mean_text, best=tables.best_text, interval=tables.interval_text, p=p_text,
+        values=tables.values_text, saved=tables.saved_text, digest=digest,
         sentence=lambda text: text[:1].upper() + text[1:],
     )  # fmt: skip
-    source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
-    page = environment.from_string(source).render(_contents(summary, samples or {}, interval))
-    write_bytes(Path(path), page.encode())
+    environment.globals["fresh"] = itertools.count(1).__next__
+    contents = _contents(summary, samples or {}, interval)
+    contents |= {
+        "real": real and data_uri(real, "image/png"),
+        "runs": run_links(summary["cells"], Path(path)),
+        "csv": data_uri(cells_csv(summary["cells"]).encode(), "text/csv"),
+    }
+    write_bytes(Path(path), environment.get_template("template.html.j2").render(contents).encode())
 
 
 def _contents(
@@ -85,35 +93,100 @@ def _contents(
     mine = [cell for cell in cells if cell.get("correction", "none") == corrections[0]]
     found = [name for cell in mine for name in cell["metrics"] if name in LOWER_IS_BETTER | HIGHER_IS_BETTER]
     metrics = list(dict.fromkeys([summary.get("metric", "fd"), *found]))
-    first, *others = [_section(cells, compare(cells, metric=name, **options)) for name in metrics]
-    corrected = _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None
-    losses = loss_curves(summary.get("training") or {}, first["arms"])
-    recipe = summary.get("recipe", {})
-    command = summary.get("command", "")
+    by_metric = {name: compare(cells, metric=name, **options) for name in metrics}
+    rows, saved = by_metric[metrics[0]], saved_where_known(cells, metric=metrics[0], **options)
+    order = ranked(rows)
+    leading = order[:MOST_ARMS]
+    first, *others = [_section(cells, found, order) for found in by_metric.values()]
+    losses = loss_curves(summary.get("training") or {}, first["told"], leading=leading)
     return {
         "title": summary.get("title", "Comparison of training arms"),
         "about": summary.get("about", ""),
-        "compared": _compared(summary, first["rows"]),
+        "headline": _headline(cells, by_metric, saved),
+        "compared": _compared(summary, rows),
         "main": first,
+        "dots": _dots(rows, order),
+        "beside": _beside(by_metric, leading),
         "others": others,
-        "saved": _saved(saved_where_known(cells, metric=metrics[0], **options)),
-        "corrected": corrected,
-        "losses": losses and _data_uri(losses, "svg+xml"),
-        "samples": {
-            sampler: {
-                steps: {arm: _data_uri(png, "png") for arm, png in by_arm.items()} for steps, by_arm in by_steps.items()
-            }
-            for sampler, by_steps in samples.items()
-        },
-        "samples_recipe": _recipe_text([{key: cell.get(key) for key in ("weights", "dtype")} for cell in cells]),
-        "evaluation": _flat(recipe.get("evaluation", {})),
-        "base": _yaml(recipe["base"]) if recipe.get("base") else "",
-        "arms": {arm: _flat(overrides) for arm, overrides in recipe.get("arms", {}).items()},
-        "versions": _flat(summary.get("versions", {})),
-        "commands": [command] if isinstance(command, str) and command else command,
-        "wall": _duration(summary["wall_seconds"]) if summary.get("wall_seconds") else "",
-        **{name: _measured(summary.get(name), draw) for name, draw in MEASURED.items()},
+        "saved": _saved(saved, leading),
+        "corrected": _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None,
+        "losses": losses and data_uri(losses, "image/svg+xml"),
+        "samples": _samples(samples),
+        "samples_recipe": recipe_text([{key: cell.get(key) for key in ("weights", "dtype")} for cell in cells]),
+        **_told(summary),
+        **{name: _measured(summary.get(name), draw, leading) for name, draw in MEASURED.items()},
         "mismatch_said": _mismatch_said((summary.get("mismatch") or {}).get("by_run", {}), baseline),
+    }
+
+
+def _samples(samples: Mapping[str, Mapping[int, Mapping[str, bytes]]]) -> dict[str, dict[int, dict[str, str]]]:
+    return {
+        sampler: {
+            steps: {arm: data_uri(png, "image/png") for arm, png in by_arm.items()}
+            for steps, by_arm in by_steps.items()
+        }
+        for sampler, by_steps in samples.items()
+    }
+
+
+def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the summary itself says of how it came about."""
+    recipe, command = summary.get("recipe", {}), summary.get("command", "")
+    return {
+        "words": recipe.get("words", {}),
+        "evaluation": flat(recipe.get("evaluation", {})),
+        "base": yaml_text(recipe["base"]) if recipe.get("base") else "",
+        "arms": {arm: flat(overrides) for arm, overrides in recipe.get("arms", {}).items()},
+        "versions": flat(summary.get("versions", {})),
+        "commands": [command] if isinstance(command, str) and command else command,
+        "wall": duration(summary["wall_seconds"]) if summary.get("wall_seconds") else "",
+    }
+
+
+def _headline(
+    cells: Sequence[Mapping[str, Any]], by_metric: Mapping[str, Sequence[Row]], saved: Sequence[StepsSaved]
+) -> dict[str, Any] | None:
+    """The sentences at the top, what density and recall are in the same cell, and how to load its arm."""
+    found = headline(next(iter(by_metric.values())), saved)
+    if found is None:
+        return None
+    at = {
+        metric_label(name): {row.arm: row for row in by_metric[name] if row.setting == found.row.setting}
+        for name in BESIDE
+        if name in by_metric
+    }
+    beside = []
+    for label, by_arm in at.items():
+        mine, base = by_arm.get(found.row.arm), next((r for r in by_arm.values() if r.verdict == "baseline"), None)
+        if mine is not None and base is not None:
+            beside.append(f"{label} is {mine.mean:.3f} against {base.mean:.3f} ({mine.verdict})")
+    return {
+        "text": found.text,
+        "more": found.more,
+        "arm": found.row.arm,
+        "setting": found.row.setting,
+        "beside": f"There {'; '.join(beside)}." if beside else "",
+        "code": load_code(cells, found.row),
+    }
+
+
+def _dots(rows: Sequence[Row], order: Sequence[str]) -> dict[str, str]:
+    """By sampler the curves of the changes seed by seed; none of one arm alone."""
+    samplers = dict.fromkeys(row.sampler for row in rows if row.changes)
+    by_sampler = {sampler: [row for row in rows if row.sampler == sampler] for sampler in samplers}
+    return {sampler: data_uri(seed_dots(mine, order), "image/svg+xml") for sampler, mine in by_sampler.items()}
+
+
+def _beside(by_metric: Mapping[str, list[Row]], leading: Sequence[str]) -> dict[str, Any] | None:
+    """The leading metric with density and recall, as curves and as figures by arm and setting."""
+    names = [name for name in BESIDE if name in by_metric and name != next(iter(by_metric))]
+    if not names:
+        return None
+    sections = [next(iter(by_metric.values())), *(by_metric[name] for name in names)]
+    return {
+        "labels": [metric_label(name) for name in names],
+        "curves": data_uri(beside_curves(sections, leading=leading), "image/svg+xml"),
+        "figures": [{(row.arm, row.setting): row for row in by_metric[name]} for name in names],
     }
 
 
@@ -126,23 +199,24 @@ def _by_sampler(rows: Sequence[SomeRow]) -> tuple[list[str], dict[str, list[tupl
     return arms, groups
 
 
-def _saved(rows: Sequence[StepsSaved]) -> dict[str, Any] | None:
+def _saved(rows: Sequence[StepsSaved], leading: Sequence[str]) -> dict[str, Any] | None:
     """What the template needs of the steps saved; None where nothing is known of them."""
     if not rows:
         return None
-    arms, groups = _by_sampler(rows)
+    arms, groups = _by_sampler(sorted(rows, key=lambda row: (*leading, row.arm).index(row.arm)))
     return {
         "title": tables.saved_title(rows),
         "arms": arms,
         "groups": groups,
         "interval": interval_label(rows[0]),
-        "curves": _data_uri(saved_curves(rows), "svg+xml"),
+        "curves": data_uri(saved_curves(rows, leading=leading), "image/svg+xml"),
     }
 
 
-def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, Any]:
-    """What the template needs of one metric and one correction."""
-    arms, groups = _by_sampler(rows)
+def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row], order: Sequence[str]) -> dict[str, Any]:
+    """What the template needs of one metric and one correction; the arms in columns by ``order``."""
+    arms, groups = _by_sampler(sorted(rows, key=lambda row: order.index(row.arm) if row.arm in order else len(order)))
+    best, told = statistics.winners(rows), list(dict.fromkeys(row.arm for row in rows))
     metric, correction = rows[0].metric, rows[0].correction
     mine = [cell for cell in cells if cell.get("correction", "none") == correction and metric in cell["metrics"]]
     return {
@@ -152,13 +226,28 @@ def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row]) -> dict[str, A
         "rows": rows,
         "arms": arms,
         "groups": groups,
-        "winners": statistics.winners(rows),
+        "winners": best,
+        "wins": {arm: list(best.values()).count(arm) for arm in arms},
         "baseline": rows[0].arm,
-        "conclusions": conclusions(rows),
+        "told": told,
+        "conclusions": _conclusions(rows, told, arms),
         "scores": scores(rows),
-        "curves": _data_uri(metric_curves(rows), "svg+xml"),
+        "curves": data_uri(metric_curves(rows, leading=order[:MOST_ARMS]), "image/svg+xml"),
         "correction": correction_label(correction),
-        "recipe": _recipe_text(mine, metric),
+        "recipe": recipe_text(mine, metric),
+    }
+
+
+def _conclusions(rows: Sequence[Row], told: Sequence[str], order: Sequence[str]) -> dict[str, list[str]]:
+    """The conclusions: on seeds and winners, and on the arms, the best first, all but a few of many folded."""
+    seeds, *said = conclusions(rows)
+    of_arms = dict(zip(told[1:], said, strict=False))
+    sentences = [of_arms[arm] for arm in order[1:]]
+    shown = TOLD if len(sentences) > MOST_ARMS else len(sentences)
+    return {
+        "frame": [seeds, *said[len(of_arms) :]],
+        "shown": sentences[:shown],
+        "folded": sentences[shown:],
     }
 
 
@@ -169,6 +258,7 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
     groups: dict[str, dict[int, list[Any]]] = {}
     for (sampler, steps), arm, line in lines:
         groups.setdefault(sampler, {}).setdefault(steps, []).append((arm, line))
+    leading = ranked([one.row for one in found if one.row.correction == corrections[0]])[:MOST_ARMS]
     further = {name: [one.row for one in found if one.row.correction == name] for name in corrections[1:]}
     symbols = list(tables.SYMBOLS.values())
     names = [f"the {family.value} ({name})" for name, family in FAMILIES.items()]
@@ -177,11 +267,14 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
         "groups": groups,
         "conclusions": corrected_conclusions(found),
         "scores": list(map(scores, further.values())),
-        "curves": {correction_label(name): _data_uri(metric_curves(rows), "svg+xml") for name, rows in further.items()},
+        "curves": {
+            correction_label(name): data_uri(metric_curves(rows, leading=leading), "image/svg+xml")
+            for name, rows in further.items()
+        },
         "symbols": f"{', '.join(symbols[:-1])} and {symbols[-1]}: {', '.join(names[:-1])} and {names[-1]}",
         "searched": any(one.values for one in found),
         "uncorrected": corrections[0] == "none",
-        "recipe": _recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
+        "recipe": recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
 
 
@@ -190,7 +283,7 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     arms = list(dict.fromkeys(row.arm for row in rows))
     passes = summary.get("passes", {})
     seeds = sorted({str(cell["seed"]) for cell in summary["cells"]})
-    sentences = [f"{len(arms)} arms: {', '.join(arms)}; {arms[0]} is the baseline."]
+    sentences = [f"{len(arms)} arms (see below); {arms[0]} is the baseline."]
     if "base" in passes and "arm" in passes:
         sentences.append(
             f"Every arm starts from the base model of its seed ({passes['base']:,} passes) and gets the same "
@@ -209,17 +302,17 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _measured(part: Mapping[str, Any] | None, draw: Any) -> dict[str, str] | None:  # noqa: ANN401
+def _measured(part: Mapping[str, Any] | None, draw: Any, leading: Sequence[str]) -> dict[str, str] | None:  # noqa: ANN401
     if not part or not any(part["by_run"].values()):
         return None
     recipe = dict(part.get("recipe", {}))
     if "sampler" not in recipe and "steps" in recipe:
         recipe["attack steps"] = recipe.pop("steps")
     known = {*RECIPE, "versions"}
-    further = [f"{key} {value}" for key, value in _flat(recipe).items() if key.partition(".")[0] not in known]
+    further = [f"{key} {value}" for key, value in flat(recipe).items() if key.partition(".")[0] not in known]
     return {
-        "curves": _data_uri(draw(part["by_run"], file_format="svg"), "svg+xml"),
-        "recipe": "; ".join(filter(None, [_recipe_text([recipe]), *further])),
+        "curves": data_uri(draw(part["by_run"], file_format="svg", leading=leading), "image/svg+xml"),
+        "recipe": "; ".join(filter(None, [recipe_text([recipe]), *further])),
     }
 
 
@@ -245,59 +338,3 @@ def _mismatch_said(by_run: Mapping[str, Sequence[Mapping[str, Any]]], baseline: 
 
 def _values(by_run: Mapping[str, Sequence[Mapping[str, Any]]], arm: str, name: str) -> dict[float, float]:
     return {round(record["level"], 4): record[name] for record in by_run.get(arm, ()) if name in record}
-
-
-def _recipe_text(cells: Sequence[Mapping[str, Any]], metric: str = "") -> str:
-    """The recipe of figures in one line: what their cells share, and all values of what differs."""
-    texts = []
-    for key, form in RECIPE.items():
-        values = list(dict.fromkeys(cell[key] for cell in cells if cell.get(key) is not None))
-        if key == "extractor" and metric in CAPTIONS:
-            texts.append(CAPTIONS[metric])
-        elif values:
-            shown = map(correction_label, values) if key == "correction" else map(_number, values)
-            texts.append(form.format(", ".join(shown)))
-    versions = dict.fromkeys(tuple(_flat(cell.get("versions", {})).items()) for cell in cells)
-    texts += [", ".join(f"{name} {version}" for name, version in one) for one in versions if one]
-    return "; ".join(texts)
-
-
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _data_uri(content: bytes, subtype: str) -> str:
-    return f"data:image/{subtype};base64,{base64.b64encode(content).decode()}"
-
-
-def _digest(script: str) -> str:
-    """The source expression that lets this script alone run (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested mapping as dotted keys and printable values."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
-
-
-def _yaml(tree: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(tree, default=str))  # tuples, paths and the like, which safe_dump refuses
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None).strip()
-
-
-def _p_text(value: float) -> str:
-    return "n/a" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,26 +14,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from atdiff.core.errors import UserError
-from atdiff.report.curves import GREY, RC, Style, add_legend, log_axis, rendered, styles_of
-from atdiff.report.statistics import Row
+from atdiff.report.curves import GREY, MOST_ARMS, RC, Style, add_legend, log_axis, rendered, styles_of
+from atdiff.report.statistics import Row, ranked
 from atdiff.report.steps_saved import StepsSaved
 from atdiff.report.words import metric_label
 from atdiff.system.files import write_bytes
 
-__all__ = ["loss_curves", "metric_curves", "save_curves", "saved_curves"]
+__all__ = ["loss_curves", "metric_curves", "save_curves", "saved_curves", "seed_points"]
 
 DODGE = 1.055  # factor between the points of two arms at the same number of steps
+BESIDE = 1.025  # factor between an interval and its seeds
 LOSS_POINTS = 250  # a curve; more would only make the page heavy
 
 
-def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
+def metric_curves(rows: Sequence[Row], *, leading: Sequence[str] = (), file_format: str = "svg") -> bytes:
     """One column for each sampler: the metric's mean with its interval, and below the paired change in percent.
 
-    Axes are logarithmic except for metrics that reach zero or lie between 0 and 1.
+    Small dots are the seeds. Axes are logarithmic except for metrics that reach zero or lie between 0 and 1. Of more
+    than eight arms the ``leading`` ones (default: by :func:`atdiff.report.statistics.ranked`) have colours, and the
+    lower panels hold these alone.
     """
     arms = list(dict.fromkeys(row.arm for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
-    styles = styles_of(arms)
+    leading = [arm for arm in arms if arm in (leading or ranked(rows)[:MOST_ARMS])]
+    styles, told = styles_of(arms, leading), arms if len(arms) <= MOST_ARMS else leading
     with mpl.rc_context(RC):  # restored on the way out
         figure = Figure(figsize=(1.2 + 3.3 * len(samplers), 6.4), layout="constrained")
         axes = figure.subplots(2, len(samplers), sharey="row", squeeze=False, height_ratios=(1.15, 1))
@@ -41,9 +45,9 @@ def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
             mine = [row for row in rows if row.sampler == sampler]
             _mean_panel(axes[0, column], mine, styles)
             axes[0, column].set_title(sampler, loc="left", fontweight="bold")
-            _change_panel(axes[1, column], mine, {arm: styles[arm] for arm in arms[1:]})
+            _change_panel(axes[1, column], mine, {arm: styles[arm] for arm in told if arm != arms[0]})
         _limit_means(axes[0, 0], rows)
-        _limit_changes(axes[1, 0], rows)
+        _limit_changes(axes[1, 0], [row for row in rows if row.arm in told])
         axes[0, 0].set_ylabel(metric_label(rows[0].metric))
         axes[1, 0].set_ylabel(f"change against {arms[0]} (%)")
         add_legend(figure, styles)
@@ -51,7 +55,11 @@ def metric_curves(rows: Sequence[Row], *, file_format: str = "svg") -> bytes:
 
 
 def loss_curves(
-    training: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]], arms: Sequence[str], *, file_format: str = "svg"
+    training: Mapping[str, Mapping[Any, Sequence[Sequence[float]]]],
+    arms: Sequence[str],
+    *,
+    leading: Sequence[str] = (),
+    file_format: str = "svg",
 ) -> bytes | None:
     """Training loss against passes: a faint line per seed and their smoothed mean; None without any point.
 
@@ -70,7 +78,7 @@ def loss_curves(
         arm: [np.array([points[i : i + block].mean(0) for i in starts if i < len(points)]) for points in seeds]
         for arm, seeds in curves.items()
     }
-    styles = {arm: style for arm, style in styles_of(arms).items() if arm in curves}
+    styles = {arm: style for arm, style in styles_of(arms, leading).items() if arm in curves}
     with mpl.rc_context(RC):
         figure = Figure(figsize=(11.1, 4.2), layout="constrained")
         axes = figure.subplots()
@@ -86,13 +94,13 @@ def loss_curves(
         return rendered(figure, file_format)
 
 
-def saved_curves(rows: Sequence[StepsSaved], *, file_format: str = "svg") -> bytes:
+def saved_curves(rows: Sequence[StepsSaved], *, leading: Sequence[str] = (), file_format: str = "svg") -> bytes:
     """One column for each sampler: steps of the baseline against the steps that replace them, both logarithmic.
 
     The diagonal is the baseline's own. A triangle is a bound: the figure lies beyond the steps that were measured.
     """
     baseline = rows[0].baseline
-    styles = styles_of(list(dict.fromkeys([baseline, *(row.arm for row in rows)])))
+    styles = styles_of(list(dict.fromkeys([baseline, *(row.arm for row in rows)])), leading)
     styles[baseline] = {**styles[baseline], "marker": ""}
     samplers = list(dict.fromkeys(row.sampler for row in rows))
     with mpl.rc_context(RC):
@@ -126,6 +134,8 @@ def _saved_panel(axes: Axes, rows: Sequence[StepsSaved], styles: Mapping[str, St
             continue
         used, needed, low, high = np.array([(row.steps, row.needed, row.low, row.high) for row in line]).T
         axes.plot(used, needed, **{**style, "marker": ""}, linewidth=1.7)
+        if not style["marker"]:  # a pale line
+            continue
         axes.fill_between(used, low, high, color=style["color"], alpha=0.11, linewidth=0)
         for row in line:
             marker = {"": style["marker"], ">": "^", "<": "v"}[row.bound]
@@ -151,7 +161,10 @@ def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) ->
             continue
         steps, mean, half = np.array([(row.steps, row.mean, row.half_width) for row in line]).T
         axes.plot(steps, mean, **style, markersize=5, linewidth=1.7)
-        axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.11, linewidth=0)
+        if style["marker"]:  # none of a pale line
+            axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.11, linewidth=0)
+            points = [(row.steps, value) for row in line for value in row.values]
+            seed_points(axes, points, style["color"])
     _step_axis(axes, sorted({row.steps for row in rows}), len(styles) - 1)
 
 
@@ -168,9 +181,18 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
         ).T
         low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
         error = [change - low, high - change]
+        # Beside the interval, which would hide them.
+        beside = [(row.steps * dodge * BESIDE, value) for row in line for value in row.changes]
+        seed_points(axes, beside, style["color"])
         axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
     _step_axis(axes, sorted({row.steps for row in rows}), len(styles))
     axes.set_xlabel("sampling steps")
+
+
+def seed_points(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """Draw one small dot a seed."""
+    if points:
+        axes.plot(*zip(*points, strict=True), "o", markersize=2.8, color=colour, alpha=0.6, markeredgewidth=0, zorder=3)
 
 
 def _step_axis(axes: Axes, steps: Sequence[int], arms: int) -> None:

@@ -17,11 +17,12 @@ from torchvision.utils import make_grid
 
 from atdiff.core.errors import UserError
 from atdiff.data.mixture import density_picture
+from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import to_uint8
-from atdiff.pipelines.model import TrainedModel, load_denoiser
+from atdiff.pipelines.model import TrainedModel, load_denoiser, reference_data
 from atdiff.report.curves import RC, rendered
 
-__all__ = ["Grids", "sample_grids", "samples_picture"]
+__all__ = ["Grids", "real_grid", "sample_grids", "samples_picture"]
 
 Grids = dict[str, dict[int, dict[str, bytes]]]
 
@@ -82,6 +83,38 @@ def sample_grids(
     }
 
 
+def real_grid(
+    run: str,
+    grids: Grids,
+    *,
+    data: str | None = None,
+    reading: DataOptions = AS_TRAINED,
+    loading: Mapping[str, Any] | None = None,
+) -> bytes | None:
+    """Draw as many real images as a grid of ``grids`` holds, drawn at random from those that a run is held against.
+
+    Args:
+        run: a training folder, pipeline folder or hub id.
+        grids: of :func:`sample_grids`.
+        data: the data set; None for that of the run's training.
+        reading: how its images are read, where that is another way than in training.
+        loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
+
+    Returns:
+        A PNG; None where the images are not known or not to be had, which no report should fail for.
+    """
+    try:
+        denoiser = load_denoiser(run, **(loading or {}))
+        real = reference_data(denoiser, data, reading)
+    except UserError:
+        return None
+    some = next(png for by_steps in grids.values() for by_arm in by_steps.values() for png in by_arm.values())
+    columns = Image.open(io.BytesIO(some)).width // (denoiser.image_shape[2] + 1)
+    num = min(POINTS if _is_plane(denoiser) else columns * columns, len(real))
+    chosen = np.random.default_rng(0).choice(len(real), num, replace=False)
+    return _drawn(denoiser, real.x0(torch.from_numpy(np.sort(chosen))), columns)
+
+
 def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
     """Put the grids of one sampler on one PNG: a row for each number of steps, a column for each arm."""
     arms = list(dict.fromkeys(arm for by_arm in grids.values() for arm in by_arm))
@@ -112,6 +145,11 @@ def _grid(
 ) -> bytes:
     num = POINTS if _is_plane(denoiser) else columns * columns
     images = torch.cat(list(denoiser.samples(sampler=sampler, steps=steps, num=num, seed=seed, device=device)))
+    return _drawn(denoiser, images, columns)
+
+
+def _drawn(denoiser: TrainedModel, images: torch.Tensor, columns: int) -> bytes:
+    """Return images, or points of the plane, as one PNG."""
     if _is_plane(denoiser):
         images, columns = density_picture(images)[None], 1
     pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()

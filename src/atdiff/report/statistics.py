@@ -16,8 +16,8 @@ from atdiff.metrics.registry import FIGURES
 
 __all__ = [
     "HIGHER_IS_BETTER", "LOWER_IS_BETTER", "Column", "CorrectedRow", "Row", "Setting", "check_baseline",
-    "check_options", "compare", "compare_corrected", "corrections_of", "estimate", "holm", "settings_of", "tabulate",
-    "winners",
+    "check_options", "compare", "compare_corrected", "corrections_of", "estimate", "holm", "ranked", "settings_of",
+    "tabulate", "winners",
 ]  # fmt: skip
 
 LOWER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if not figure.higher)
@@ -53,6 +53,8 @@ class Row:
     confidence: float
     interval: str = "t"
     correction: str = NO_CORRECTION
+    values: tuple[float, ...] = ()  # of the arm, by seed
+    changes: tuple[float, ...] = ()  # against the baseline in percent, by shared seed; none where one is unknown
 
     @property
     def setting(self) -> Setting:
@@ -169,6 +171,19 @@ def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
         if row.verdict == "better" and (leader is None or _sign(row.metric) * (row.mean - leader.mean) < 0):
             best[row.setting] = row
     return {setting: None if row is None else row.arm for setting, row in best.items()}
+
+
+def ranked(rows: Sequence[Row]) -> list[str]:
+    """The arms: the baseline, then those that win most cells, then by their mean change, the best first."""
+    best = list(winners(rows).values())
+
+    def merit(arm: str) -> tuple[bool, int, float]:
+        mine = [row for row in rows if row.arm == arm]
+        logs = [math.log1p(row.change / 100) for row in mine if -100 < row.change < math.inf]
+        mean = _sign(rows[0].metric) * sum(logs) / len(logs) if logs else math.inf
+        return mine[0].verdict != "baseline", -best.count(arm), mean
+
+    return sorted(dict.fromkeys(row.arm for row in rows), key=merit)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -300,18 +315,21 @@ def _row(arm: str, setting: Setting, values: Values, base: Values | None, design
         p_value=math.nan,
         p_holm=math.nan,
         verdict="baseline",
+        values=tuple(values[seed] for seed in sorted(values, key=str)),
     )
     if base is None:
         return alone
-    seeds = [seed for seed in values if seed in base]
+    seeds = [seed for seed in sorted(values, key=str) if seed in base]
     pairs = np.array([(values[seed], base[seed]) for seed in seeds]).reshape(-1, 2)
     usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
     ratios = np.log(pairs[:, 0] / pairs[:, 1]) if usable else []
     *ends, p_value = estimate(ratios, design.confidence, design.interval)
     with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
         change, low, high = (float(end) for end in 100 * np.expm1(ends))
+        changes = tuple(float(value) for value in 100 * np.expm1(ratios))
     bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))
     verdict: Verdict = "better" if bounds[1] < 0 else "worse" if bounds[0] > 0 else "unclear"
     return replace(
-        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict
-    )
+        alone, pairs=len(seeds), change=change, change_low=low, change_high=high, p_value=p_value, verdict=verdict,
+        changes=changes,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from atdiff.data.reading import AS_TRAINED
 from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
 from atdiff.measure.entries import versions
+from atdiff.report.arms import describe_arms
 from atdiff.study.arms import ArmRun, check_arms, find_runs
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
@@ -65,8 +66,13 @@ def compare_runs(
         **measured,
     }
     first = {arm: found[0] for arm, found in of_arm.items()}
-    publish(summary, first, report, interval=interval, device=device, loading=config.loading if config else None)
+    publish(summary, first, report, interval=interval, device=device, **_drawing(config))
     return summary
+
+
+def _drawing(config: EvaluationConfig | None) -> dict[str, Any]:
+    """Return what ``publish`` is told of the samples and the real images beside them, where it is not as trained."""
+    return {} if config is None else {"loading": config.loading, "data": config.data, "reading": config.reading}
 
 
 def _summary(runs: Sequence[ArmRun], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def _summary(runs: Sequence[ArmRun], cells: Sequence[Mapping[str, Any]]) -> dict
     return {
         "versions": versions(),
         "metric": leading_metric(cells),
-        "recipe": {"evaluation": _shared(cells)},
+        "recipe": {"words": describe_arms({one.arm: one.config for one in runs}), "evaluation": _shared(cells)},
         "cells": cells,
         "training": training,
     }

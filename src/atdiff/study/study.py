@@ -25,6 +25,7 @@ from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
+from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
 from atdiff.study.recipe import Recipe, StudyConfig, resolve
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
@@ -367,6 +368,7 @@ def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: 
         "recipe": {
             "base": asdict(base or first),
             "arms": {arm: recipe.arms[arm] for arm in study.arms},
+            "words": describe_arms({arm: asdict(by_arm[arm]) for arm in study.arms}),
             "evaluation": {
                 **{
                     name: getattr(study, name)

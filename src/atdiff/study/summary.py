@@ -17,11 +17,19 @@ from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.measure.progress import cell_progress
 from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
 from atdiff.metrics.registry import few_samples
+from atdiff.report.curves import MOST_ARMS
 from atdiff.report.measured import save_measured
 from atdiff.report.page import write_report
 from atdiff.report.plots import saved_curves
-from atdiff.report.samples import sample_grids, samples_picture
-from atdiff.report.statistics import HIGHER_IS_BETTER, LOWER_IS_BETTER, compare, compare_corrected, corrections_of
+from atdiff.report.samples import real_grid, sample_grids, samples_picture
+from atdiff.report.statistics import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    compare,
+    compare_corrected,
+    corrections_of,
+    ranked,
+)
 from atdiff.report.steps_saved import StepsSaved, saved_where_known
 from atdiff.report.tables import (
     comparison_table,
@@ -167,6 +175,8 @@ def publish(
     interval: str = "t",
     device: str = "cpu",
     loading: Mapping[str, Any] | None = None,
+    data: str | None = None,
+    reading: DataOptions = AS_TRAINED,
     console: Console | None = None,
 ) -> None:
     """Write the page, and beside it ``summary.json``, ``table.md`` and PNGs; print tables and conclusions.
@@ -180,6 +190,8 @@ def publish(
         interval: ``t`` or ``bootstrap``.
         device: where to sample.
         loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
+        data: of the real images beside the samples; None for that of the runs' training.
+        reading: how these are read, where that is another way than in training.
         console: where to print.
     """
     console = console or Console()
@@ -192,12 +204,14 @@ def publish(
     files = {name: report.parent / name if beside else report.with_suffix(f".{name}") for name in names}
     write_json(files["summary.json"], summary)
     write_bytes(files["samples.png"], samples_picture(grids[samplers[0]]))
-    write_report(summary, report, samples=grids, interval=interval)
+    real = real_grid(next(iter(runs.values())), grids, data=data, reading=reading, loading=loading)
+    write_report(summary, report, samples=grids, real=real, interval=interval)
     options = {"baseline": baseline, "metric": metric, "interval": interval}
     markdown, said, saved = _compared(cells, options, console)
     write_text(files["table.md"], markdown)
     if saved:
-        write_bytes(files["steps-saved.png"], saved_curves(saved, file_format="png"))
+        leading = ranked(compare(cells, correction=corrections_of(cells)[0], **options))[:MOST_ARMS]
+        write_bytes(files["steps-saved.png"], saved_curves(saved, leading=leading, file_format="png"))
     for sentence in said:
         console.print(f"- {sentence}")
     shown = [file for name, file in files.items() if saved or name != "steps-saved.png"]

@@ -1,0 +1,64 @@
+"""What leads from the page to the files: where the runs are, how one is loaded, and the cells as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from atdiff.report.statistics import Row
+
+__all__ = ["cells_csv", "load_code", "run_links"]
+
+FACTS = ("arm", "seed", "sampler", "steps", "correction", "nfe", "num", "sample_seed", "run")
+
+
+def cells_csv(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return the cells as comma-separated values, one line a cell, with a column for each figure."""
+    facts = [name for name in FACTS if any(name in cell for cell in cells)]
+    figures = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*facts, *figures])
+    for cell in cells:
+        writer.writerow([*(cell.get(name, "") for name in facts), *(cell["metrics"].get(name, "") for name in figures)])
+    return text.getvalue()
+
+
+def run_links(cells: Sequence[Mapping[str, Any]], page: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return by arm the seed and the address of each run whose folder is there, as seen from the page."""
+    found: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        run = str(cell.get("run") or "")
+        if run and Path(run).is_dir():
+            address = quote(Path(os.path.relpath(run, page.parent or ".")).as_posix())
+            found.setdefault(cell["arm"], {})[str(cell["seed"])] = f"{address}/"
+    return {arm: list(seeds.items()) for arm, seeds in found.items()}
+
+
+def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
+    """Return the lines that draw with the first run of a row's arm, and that load it; empty where no run is named."""
+    run = next((str(cell["run"]) for cell in cells if cell["arm"] == row.arm and cell.get("run")), "")
+    if not run:
+        return ""
+    return (
+        f"atdiff sample {shlex.quote(run)} --sampler {row.sampler} --steps {row.steps} --out samples.png\n\n"
+        f"# in Python, with plain diffusers\n{_in_python(Path(run), run)}"
+    )
+
+
+def _in_python(folder: Path, run: str) -> str:
+    if (folder / "lora").is_dir():
+        return f'pipeline.load_lora_weights("{run}/lora")  # on the pipeline that it was trained from'
+    saved = folder / "pipeline"
+    index = saved / "model_index.json"
+    own = json.loads(index.read_text()).get("unet", [""]) if index.is_file() else [""]
+    known = f"import {own[0]}  # so that diffusers knows the network\n" if str(own[0]).startswith("atdiff") else ""
+    where = f"{run}/pipeline" if saved.is_dir() else run
+    return f'{known}from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{where}")'

@@ -1,0 +1,93 @@
+"""The documentation as a site: the repository's address, installing from a clone, findings, and their charts."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("origin", "page"),
+    [
+        ("https://example.org/lab/atdiff.git", "https://example.org/lab/atdiff"),
+        ("git@example.org:lab/atdiff.git", "https://example.org/lab/atdiff"),
+        ("ssh://git@example.org/lab/atdiff", "https://example.org/lab/atdiff"),
+        ("/srv/git/atdiff", None),
+        ("https://name:secret@example.org/lab/atdiff.git", None),  # a secret is not for a page
+        (None, None),
+    ],
+)
+def test_the_site_links_to_a_repository_that_has_a_page(
+    origin: str | None, page: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mkdocs")
+    repository = module(DOCS / "reference.py").repository
+    monkeypatch.delenv("ATDIFF_REPOSITORY", raising=False)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    if origin is not None:
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", origin], check=True)
+    assert repository(tmp_path) == page
+    monkeypatch.setenv("ATDIFF_REPOSITORY", "https://example.org/other")
+    assert repository(tmp_path) == "https://example.org/other"
+
+
+def test_what_pages_install_is_the_clone_with_extras_that_exist() -> None:
+    extras = set(
+        re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("[project.optional")[2], re.M)
+    )
+    found = []
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for words in re.findall(r"pip install ([^`\n#|]*)", page.read_text()):
+            assert "atdiff" not in words, (page, words)
+            found += [name for names in re.findall(r"'\.\[([\w,]+)\]'", words) for name in names.split(",")]
+    assert {"lcm", "clip", "trackers"} <= set(found) <= extras
+
+
+def test_findings_are_numbered_in_order_and_their_charts_are_there() -> None:
+    text = (DOCS / "results" / "README.md").read_text()
+    numbers = [int(a or b) for a, b in re.findall(r"^(?:<summary>(\d+)\. |(\d+)\. \*\*)", text, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 25
+    charts = re.findall(r"\((finding-\w+\.png)\)", text)
+    assert {file.name for file in (DOCS / "results").glob("finding-*.png")} == set(charts)
+    assert text.count("<details") == text.count("</details>")
+
+
+def test_bars_of_a_chart_are_the_figures_of_its_page() -> None:
+    draw = module(ROOT / "studies" / "draw_findings.py")
+    for _, panels in draw.FOUND.values():
+        for panel in panels:
+            assert len(draw.changes(panel)) >= 2, panel
+    found = draw.changes(draw.Panel("digits-v", "ddim", ""))
+    assert found[5]["at-residual"] == (-43.0, -51.0, -32.0)
+    assert found[20]["at"] == (176.0, 152.0, 201.0)
+    assert "plain" not in found[5]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    content = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r"([\w/-]+\.md)$", content.partition("nav:")[2], re.MULTILINE)
+    made = {"reference/commands.md", "reference/recipe-keys.md"}
+    here = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | made
+    assert len(pages) == len(set(pages))
+    assert here - set(pages) == {page for page in here if page.startswith("results/")} - set(pages)
+    assert set(pages) <= here
+    assert yaml.safe_load(content.partition("theme:")[0])["docs_dir"] == "docs"

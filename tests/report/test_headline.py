@@ -1,0 +1,111 @@
+"""The sentence at the top of a report, and what its arms are in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from test_steps_saved import CURVE, cells
+
+from atdiff.core.errors import UserError
+from atdiff.report.arms import describe_arms
+from atdiff.report.headline import headline
+from atdiff.report.links import load_code
+from atdiff.report.statistics import compare, ranked
+from atdiff.report.steps_saved import saved_where_known
+from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
+
+
+def said(figures: dict[str, list[dict[int, float]]], metric: str = "fd") -> str:
+    found = cells(figures, metric)
+    line = headline(compare(found, metric=metric), saved_where_known(found, metric=metric))
+    assert line is not None
+    return f"{line.text} {line.more}".strip()
+
+
+def scaled(*factors: float) -> list[dict[int, float]]:
+    return [{steps: figure * factor for steps, figure in CURVE.items()} for factor in factors]
+
+
+def test_the_best_arm_its_cell_and_what_it_saves() -> None:
+    at = [{**curve, 4: 8.0 * factor} for curve, factor in zip(scaled(0.9, 0.91), (1.0, 1.01), strict=True)]
+    plain = scaled(1.0, 1.0)
+    text = said({"plain": plain, "ip": scaled(0.99, 1.02), "at": at})
+    # 8 is what plain has in 8 steps, and 8.08 in a little less.
+    assert text.startswith(
+        "at lowers FD by 75% against plain with ddim at 4 steps (8.04 against 32; 95% t interval of the change [−76%, "
+        "−73%], 2 seeds): plain needs 7.98 steps for that, so 3.98 steps are saved. Of 3 cells (sampler and steps) it "
+        "is clearly better than plain in"
+    )
+    assert "clearly worse in none" in text
+
+
+def test_beyond_what_was_measured_it_saves_more_than_that() -> None:
+    text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.01, 0.0101)})
+    assert ": 16 steps of plain do not reach that, so more than" in text
+
+
+def test_a_metric_that_rises_saves_no_steps() -> None:
+    text = said({"plain": scaled(0.01, 0.01), "at": scaled(0.02, 0.0201)}, "recall")
+    assert text.startswith("at raises recall by 100% against plain with ddim at")
+    assert "saved" not in text
+
+
+def test_nothing_clear_is_said_to_be_so() -> None:
+    text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.8, 1.1)})
+    assert text.startswith("No arm is clearly better than plain in any of 3 cells")
+    assert text.endswith("whose interval does not clear zero.")
+    one = said({"plain": scaled(1.0), "at": scaled(0.5)})
+    assert "a lead and not a result" in one
+    assert headline(compare(cells({"plain": scaled(1.0, 1.1)}))) is None
+
+
+def test_arms_are_ranked_by_wins_then_by_change() -> None:
+    mixed = [{4: 16.0, 8: 8.8, 16: 2.2}, {4: 16.1, 8: 8.9, 16: 2.21}]
+    rows = compare(cells({"at": mixed, "worse": scaled(1.5, 1.6), "plain": scaled(1.0, 1.0), "ip": scaled(0.98, 1.0)}))
+    assert ranked(rows) == ["plain", "at", "ip", "worse"]
+
+
+def test_the_lines_that_load_a_run(tmp_path: Any) -> None:
+    run = tmp_path / "seed-0" / "at"
+    (run / "pipeline").mkdir(parents=True)
+    (run / "pipeline" / "model_index.json").write_text('{"unet": ["atdiff.models.mlp", "MLP2DModel"]}')
+    found = [{**cell, "run": str(run)} for cell in cells({"plain": scaled(1.0), "at": scaled(0.5)})]
+    row = compare(found)[-1]
+    code = load_code(found, row)
+    assert f"atdiff sample {run} --sampler ddim --steps 16 --out samples.png" in code
+    assert "import atdiff.models.mlp  #" in code
+    assert f'DiffusionPipeline.from_pretrained("{run}/pipeline")' in code
+    (run / "lora").mkdir()
+    assert f'pipeline.load_lora_weights("{run}/lora")' in load_code(found, row)
+    assert load_code([{**cell, "run": "owner/name"} for cell in found], row).endswith('from_pretrained("owner/name")')
+    assert load_code(cells({"plain": scaled(1.0), "at": scaled(0.5)}), row) == ""
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_every_arm_of_every_recipe_has_words_of_its_own(name: str) -> None:
+    recipe = load_recipe(name)
+    try:
+        words = describe_arms({arm: asdict(resolve(recipe, arm)) for arm in recipe.arms})
+    except UserError:
+        pytest.skip("takes settings of the user's")
+    assert list(words) == list(recipe.arms)
+    assert len(set(words.values())) == len(words), words
+
+
+def test_arms_in_words() -> None:
+    recipe = load_recipe("digits-couplings")
+    words = describe_arms({arm: asdict(resolve(recipe, arm)) for arm in recipe.arms})
+    assert words["plain"] == "plain training, no perturbation"
+    assert words["at"] == (
+        "input moved along the gradient of the loss (the authors' direction) by 0.5 × σ(1 − α) in the l2 norm, every "
+        "sample 2 times, staggered"
+    )
+    assert words["auto8-ot"] == (
+        "input moved along the residual of the predicted noise by a dose that sets itself for 8 steps, by a "
+        "look-ahead, on fresh samples; noise and images paired by optimal transport"
+    )
+    assert describe_arms({"a": {}, "b": {"adversary": {"passes": 2, "step_size": 0.0}}}) == {
+        "b": "every batch used 2 times, no perturbation"
+    }
