@@ -89,6 +89,8 @@ FOUND = {
         (
             Panel("digits-couplings", "flow-euler", "flow, Euler"),
             Panel("digits-couplings", "flow-heun", "flow, Heun"),
+            Panel("digits-couplings-epsilon", "ddim-trailing", "noise, ddim, T − 1"),
+            Panel("digits-couplings-v", "ddim-trailing", "v, ddim, T − 1"),
         ),
     ),
 }
