@@ -35,9 +35,10 @@ class Panel(NamedTuple):
     title: str
 
 
+DIRECTIONS = ("random", "at", "residual-staggered", "at-residual")
 FOUND = {
     "direction": (
-        ("random", "at", "residual-staggered", "at-residual"),
+        DIRECTIONS,
         (
             Panel("quickstart", "ddim", "predicts noise, ddim"),
             Panel("digits-v", "ddim", "predicts v, ddim"),
@@ -45,7 +46,7 @@ FOUND = {
         ),
     ),
     "unet": (
-        ("random", "at", "residual-staggered", "at-residual"),
+        DIRECTIONS,
         (
             Panel("digits-unet", "ddim-trailing", "U-Net, ddim, T − 1"),
             Panel("digits-unet", "dpmsolver++", "U-Net, dpmsolver++"),
@@ -53,7 +54,7 @@ FOUND = {
         ),
     ),
     "mnist": (
-        ("random", "at", "residual-staggered", "at-residual"),
+        DIRECTIONS,
         (
             Panel("mnist", "ddim", "unfinished U-Net, ddim"),
             Panel("mnist-flow", "flow-euler", "flow, Euler"),
@@ -76,7 +77,7 @@ FOUND = {
         ),
     ),
     "transformers": (
-        ("random", "at", "residual-staggered", "at-residual"),
+        DIRECTIONS,
         (
             Panel("digits-dit-flow", "flow-euler", "DiT, flow, Euler"),
             Panel("text-digits-flow", "flow-euler", "SD3's, text, Euler"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import x0_by_hand
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -125,22 +126,7 @@ def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type
     list(adversary.passes(objective, network, batch))
     alpha, sigma = batch.alpha.view(-1, 1, 1, 1), batch.sigma.view(-1, 1, 1, 1)
     x_t = alpha * batch.x0 + sigma * batch.noise
-    if prediction_type == "edm":
-        total = sigma**2 + objective.schedule.sigma_data**2
-        output = network(x_t / total.sqrt(), timesteps)
-        x0_hat = (
-            objective.schedule.sigma_data**2 / total * x_t
-            + sigma * objective.schedule.sigma_data / total.sqrt() * output
-        )
-    else:
-        output = network(x_t, batch.timesteps)
-        x0_hat = {
-            "epsilon": (x_t - sigma * output) / alpha,
-            "v_prediction": alpha * x_t - sigma * output,
-            "sample": output,
-            "flow": x_t - sigma * output,
-        }[prediction_type]
-    error = x0 - x0_hat
+    error = x0 - x0_by_hand(prediction_type, lambda x: network(x, batch.timesteps), x_t, alpha, sigma)
     known = 4 * x0.square().flatten(1).sum(dim=1).mean()
     trust = (known / error.square().flatten(1).sum(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
     expected = 0.2 * sigma * error * trust * (1 if sign == "residual" else -1)

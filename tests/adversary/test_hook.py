@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import x0_by_hand
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
@@ -86,18 +87,7 @@ def by_hand(kind: str, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Te
         alpha, sigma = acp.sqrt(), (1 - acp).sqrt()
     alpha, sigma = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     x_t = alpha * x0 + sigma * noise
-    if kind == "edm":
-        total = sigma**2 + 0.5**2
-        output = 0.1 * x_t / total.sqrt() + 0.05
-        return x_t, 0.25 / total * x_t + sigma * 0.5 / total.sqrt() * output, alpha
-    output = 0.1 * x_t + 0.05
-    x0_hat = {
-        "epsilon": (x_t - sigma * output) / alpha,
-        "v_prediction": alpha * x_t - sigma * output,
-        "sample": output,
-        "flow": x_t - sigma * output,
-    }[kind]
-    return x_t, x0_hat, alpha
+    return x_t, x0_by_hand(kind, lambda x: 0.1 * x + 0.05, x_t, alpha, sigma), alpha
 
 
 @pytest.mark.parametrize("kind", KINDS)

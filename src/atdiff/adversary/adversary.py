@@ -47,7 +47,7 @@ class Adversary:
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
             DDPM family, else ``sigma``, which keeps the target finite where a flow's noise ends.
-        noise_levels: ``(low, high)``: perturb only noise levels in ``[low, high)``, of 0 (data) to 1 (noise).
+        noise_levels: ``(low, high)``: perturb only noise levels, 0 (data) to 1 (noise), in ``[low, high)``; None: all.
         rescale_noise: give ``noise + delta / sigma_t`` of each sample the norm that its noise had.
         method: default ``free``, and ``pgd`` with a dose; ``direction``: ``gradient``, and ``residual``.
         order: of ``free``.

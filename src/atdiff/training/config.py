@@ -35,6 +35,7 @@ from atdiff.core.choices import (
 __all__ = [
     "ADAMW",
     "DECAYS",
+    "ENDING",
     "PIXEL_MODELS",
     "SMALL_PIPELINES",
     "AdversaryConfig",
@@ -81,8 +82,9 @@ Predicted = Annotated[
 
 
 ADAMW = "torch.optim.AdamW"
-DECAYS = ("constant", "linear", "cosine")
 _DecayWord = Literal["constant", "linear", "cosine"]
+DECAYS: tuple[str, ...] = get_args(_DecayWord)
+ENDING = ("linear", "cosine")  # at the last pass
 _CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
 

@@ -15,7 +15,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import BEFORE
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
-from atdiff.training.config import PIXEL_MODELS, TrainConfig
+from atdiff.training.config import ENDING, PIXEL_MODELS, TrainConfig
 
 __all__ = ["as_begun", "open_run"]
 
@@ -139,7 +139,7 @@ def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
         UserError: they would.
     """
     decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
-    if decay in ("linear", "cosine"):  # a class goes by its own arguments
+    if decay in ENDING:  # a class goes by its own arguments
         what = f"the learning rate of optimizer.decay={decay!r} falls"
     elif consistency["mode"] != "none" and consistency["pairs"] in CURRICULA:
         what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atdiff.training.config import OptimizerConfig
+from atdiff.training.config import ENDING, OptimizerConfig
 
 __all__ = ["batch_indices", "learning_rate_factor", "seed_batch"]
 
@@ -31,7 +31,7 @@ def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int, cha
     """
     warmup = settings.warmup_passes
     warm = min(1.0, (passes - charged + 1) / (warmup + 1))
-    if settings.decay not in ("linear", "cosine"):  # a class turns the rate itself
+    if settings.decay not in ENDING:  # a class turns the rate itself
         return warm
     progress = min(1.0, max(0, passes - warmup) / max(1, total - warmup))
     left = 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
