@@ -53,6 +53,7 @@ bench: install
 	$(BIN)/python bench/optimizer_cost.py
 	$(BIN)/python bench/consistency_cost.py
 	$(BIN)/python bench/sampling_speed.py
+	$(BIN)/python bench/cifar_speed.py --pairs 3 --passes 1
 	$(BIN)/python bench/many_runs.py
 	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/latent_memory.py
