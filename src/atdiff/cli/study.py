@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -35,9 +35,21 @@ def study(invocation: Invocation, recipe: str, out: Path, interval: str, jobs: i
 
 
 def run_recipe(
-    name: str, out: Path, line: str, *, interval: str = "t", jobs: int | None = None, settings: Sequence[str] = ()
+    name: str,
+    out: Path,
+    line: str,
+    *,
+    interval: str = "t",
+    jobs: int | None = None,
+    settings: Sequence[str] = (),
+    first: Callable[[], None] | None = None,
 ) -> None:
-    """Run or resume the study of a recipe; ``line`` is the command line that its report quotes."""
+    """Run or resume the study of a recipe.
+
+    Args:
+        line: the command line that its report quotes.
+        first: what is done once the recipe and the folder are known to be right.
+    """
     from atdiff.study.preflight import check_study
     from atdiff.study.recipe import load_recipe, split_words
 
@@ -46,6 +58,8 @@ def run_recipe(
     overrides, study_words = split_words(settings)
     recipe = load_recipe(name, study_words)
     check_study(recipe, out, overrides)
+    if first is not None:
+        first()
     from atdiff.study.study import run_study
 
     run_study(recipe, out, command=line, overrides=overrides, jobs=jobs, interval=interval)
