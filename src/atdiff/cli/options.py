@@ -18,7 +18,7 @@ from atdiff.data.reading import DataOptions
 from atdiff.metrics.registry import EXTRACTORS
 
 __all__ = [
-    "CORRECTION", "DEFAULT_SAMPLER", "Decorator", "One", "Prompts", "Recipe", "Several", "Word", "correction",
+    "CORRECTION", "DEFAULT_SAMPLER", "Decorator", "One", "Prompts", "Recipe", "Several", "Size", "Word", "correction",
     "features", "guidance", "inference", "interval", "jobs", "number", "one", "option", "out", "prompts", "reading",
     "recipe", "runs", "sampler", "several", "shared", "variant", "weights_files",
 ]  # fmt: skip
@@ -104,6 +104,26 @@ class Prompts(click.ParamType):
         if not prompts:
             raise UserError(f"--prompts {value} is empty: expected one prompt per line.")
         return prompts
+
+
+class Size(click.ParamType):
+    """``512``, or ``512x768`` for a width of 512 and a height of 768, as height and width."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:  # noqa: ANN401
+        """Return height and width.
+
+        Raises:
+            UserError: they are no whole numbers above 0.
+        """
+        if isinstance(value, tuple):
+            return value
+        width, by, height = str(value).lower().partition("x")
+        sides = (height if by else width, width)
+        if not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+            raise UserError(f"--size {value} is no size: expected a side in pixels, or WIDTHxHEIGHT, such as 512x768.")
+        return int(sides[0]), int(sides[1])
 
 
 class Recipe(click.ParamType):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,36 @@ import click
 
 from atdiff.cli import options
 from atdiff.cli.command import command
+from atdiff.core.choices import OWN, SAMPLERS
 from atdiff.core.errors import UserError
 
 __all__ = ["sample"]
+
+
+_ASKED = options.shared(
+    click.option(
+        "--prompt",
+        multiple=True,
+        metavar="TEXT",
+        help="of text-to-image pipelines: what to draw; may be given several times  "
+        "[default: the prompts of the training]",
+    ),
+    options.prompts,
+    options.option(
+        "--negative-prompt",
+        help="of text-to-image pipelines but Flux: what guidance points away from",
+        metavar="TEXT",
+        unset="nothing",
+    ),
+    options.guidance,
+    options.option(
+        "--size",
+        help="of text-to-image pipelines: a side of the images in pixels, or WIDTHxHEIGHT, such as 512x768",
+        type=options.Size(),
+        metavar="SIZE",
+        unset="that of the training, or the pipeline's",
+    ),
+)
 
 
 @command(
@@ -23,56 +49,73 @@ __all__ = ["sample"]
         "runs/at --steps 5 --out samples.png",
         "runs/at --sampler dpmsolver++ --steps 10 --num 50000 --out samples.npz",
         "stabilityai/sd-turbo --prompts prompts.txt --guidance-scale 0 --steps 1 --num 8 --out samples",
+        "my-sdxl --prompt 'a red fox in snow' --negative-prompt blurry --size 1024x768 --out fox.png",
     ],
     many_processes=True,
 )
 @click.argument("run", type=click.Path(), metavar="RUN")
-@options.sampler
+@options.one(
+    "sampler",
+    f"one of {', '.join(SAMPLERS)}; or {OWN}, the scheduler of a text-to-image pipeline with its own steps",
+    known=(*SAMPLERS, OWN),
+    unset=f"{OWN} for text-to-image pipelines of others; {options.DEFAULT_SAMPLER}",
+)
 @options.one("steps", "number of sampling steps", kind=int, default=20)
-@options.number("--num", 64, "number of samples")
+@options.option("--num", help="number of samples", type=int, metavar="N", unset="64, or one for each --prompt")
 @options.one("seed", "of the noise of all samples", kind=int, default=0)
 @options.number("--batch-size", 256, "samples drawn at once")
 @options.option(
     "--class-label", help="name of a class or a prompt, or else its number from 0", metavar="LABEL", unset="all in turn"
 )
-@options.prompts
+@_ASKED
 @options.correction
-@options.guidance
 @options.variant
+@options.option(
+    "--config",
+    help="of a pipeline in one file (.safetensors, .ckpt): a pipeline folder or hub id with its configuration",
+    unset="the one on the hub that diffusers finds for its weights",
+)
 @options.inference
 @options.out("a .png grid, an .npz array, or a new folder")
 def sample(
     run: str,
     sampler: str | None,
+    num: int | None,
     class_label: str | None,
+    prompt: tuple[str, ...],
     prompts: tuple[str, ...] | None,
     correction: str,
-    guidance_scale: float | None,
     variant: str | None,
+    config: str | None,
     precision: str,
     compile: bool,
     out: Path,
-    **drawn: Any,  # noqa: ANN401  (steps, num, seed, batch_size)
+    guidance_scale: float | None,
+    negative_prompt: str | None,
+    size: tuple[int, int] | None,
+    **drawn: Any,  # noqa: ANN401  (steps, seed, batch_size)
 ) -> None:
-    """Draw samples from RUN: a training folder, a diffusers pipeline folder, or a hub id."""
-    from atdiff.study.preflight import check_runs, check_sampling
+    """Draw samples from RUN: a training folder, a diffusers pipeline folder or hub id, or a pipeline in one file."""
+    from atdiff.study.preflight import check_pipeline_config, check_runs, check_sampling
     from atdiff.system.files import check_images_path
 
     check_images_path(out)
+    asked = {"prompts": _prompts(prompt, prompts), "negative_prompt": negative_prompt, "size": size}
+    drawn["num"] = num if num is not None else len(prompt) or 64
     drawing = {name: drawn[name] for name in ("steps", "num", "seed")}
     network: dict[str, Any] = {"precision": precision, "guidance_scale": guidance_scale}
     check_sampling(sampler=sampler, correction=correction, **drawing, **network)
     check_runs([run], with_data=False, variant=variant)
+    check_pipeline_config(config, [run], "--config")
     from atdiff.sampling.corrections import make_correction
     from atdiff.sampling.generate import save_images
-    from atdiff.sampling.schedulers import default_sampler
     from atdiff.system.processes import device, is_main
 
     corrected = make_correction(correction)
-    model = _loaded(run, prompts, variant=variant, guidance_scale=guidance_scale)
+    model = _loaded(run, asked, sampler, variant=variant, guidance_scale=guidance_scale, pipeline_config=config)
     model = model.prepared(precision=precision, compile=compile, device=device())
     batches = model.samples(
-        sampler=sampler or default_sampler(model.scheduler),
+        sampler=sampler or model.usual_sampler,
         label=None if class_label is None else model.label_of(class_label),
         correction=corrected,
         device=device(),
@@ -86,14 +129,39 @@ def sample(
         deque(batches, maxlen=0)
 
 
-def _loaded(run: str, prompts: tuple[str, ...] | None, **loading: Any) -> Any:  # noqa: ANN401
-    """Return the model of a run, which draws images of the prompts where there are any."""
+def _prompts(given: tuple[str, ...], of_file: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the prompts of either option; a UserError where both name some."""
+    if given and of_file is not None:
+        raise UserError("--prompt and --prompts both say what to draw: give one of them.")
+    return given or of_file
+
+
+def _loaded(run: str, asked: dict[str, Any], sampler: str | None, **loading: Any) -> Any:  # noqa: ANN401
+    """Return the model of a run, which draws what is asked for.
+
+    Args:
+        run: which.
+        asked: arguments of :meth:`atdiff.pipelines.text_to_image.TextToImage.asked`, for pipelines of latents alone.
+        sampler: the one that was named, if any.
+        loading: how it is loaded.
+
+    Raises:
+        UserError: it cannot be loaded, or takes nothing of the kind.
+    """
     from atdiff.pipelines.model import load_denoiser
     from atdiff.pipelines.text_to_image import TextToImage
 
     model = load_denoiser(run, **loading)
-    if prompts is None:
-        return model
-    if not isinstance(model, TextToImage):
+    if isinstance(model, TextToImage):
+        return model.asked(**asked)
+    if asked["prompts"] is not None:
         raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
-    return replace(model, prompts=prompts)
+    for option in ("negative_prompt", "size"):
+        if asked[option] is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError(f"{name} is for text-to-image pipelines, and {run} is none; leave it out.")
+    if sampler == OWN:
+        raise UserError(
+            f"--sampler {OWN} is for text-to-image pipelines, and {run} is none; leave it out for its usual sampler."
+        )
+    return model

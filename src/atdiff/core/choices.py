@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 __all__ = [
     "ALIASES",
     "MIXTURES",
+    "OWN",
     "PRECISIONS",
     "SAMPLERS",
     "WHITE",
@@ -108,3 +109,4 @@ SAMPLERS = (
     "iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun", "flow-euler", "flow-heun",
     "flow-unipc", "edm-euler", "lcm", "consistency",
 )  # fmt: skip
+OWN = "own"  # the scheduler of a pipeline of latents as it was saved, with the steps that it makes itself

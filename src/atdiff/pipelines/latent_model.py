@@ -171,22 +171,25 @@ def load_latent_pipeline(
     image_size: int | None = None,
     tokens: int | None = None,
     variant: str | None = None,
+    config: str | None = None,
 ) -> LatentPipeline:
     """Load a pipeline of one of the families of :data:`atdiff.pipelines.families.FAMILIES`, without its safety checker.
 
     Args:
-        source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, or a hub id.
+        source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, a hub id, or
+            one file of a whole pipeline's weights.
         dtype: of the network's weights; autoencoder and text encoders are float32 (see :func:`load_pipeline`).
         image_size: pixels along a side of the images, for networks that take several sizes; others have their own.
         tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
         variant: of the weights, such as ``fp16``; a training folder has none.
+        config: of a single file; see :func:`load_pipeline`.
 
     Raises:
         UserError: as :func:`load_pipeline`, a text encoder is missing, or size or tokens do not fit.
     """
     check_local(source)
     require_transformers(source)
-    pipeline = load_pipeline(source, variant=variant, pixels=False)
+    pipeline = load_pipeline(source, variant=variant, pixels=False, config=config)
     family = family_of(pipeline)
     getattr(pipeline, family.network).to(dtype)
     latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens)

@@ -9,40 +9,52 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
 from atdiff.core.errors import UserError
 from atdiff.pipelines.families import FAMILIES, absent_parts, find_family
-from atdiff.system.locate import check_local, hub_failure, hub_location
-from atdiff.system.pipeline_files import check_class, choose_variant, class_name, file_names
+from atdiff.system.locate import check_hub, check_local, hub_failure, hub_location
+from atdiff.system.pipeline_files import check_class, choose_variant, class_name, file_names, is_single_file
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["load_pipeline"]
+__all__ = ["load_pipeline", "single_file_config"]
 
 
-def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = True) -> Any:  # noqa: ANN401
+def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = True, config: str | None = None) -> Any:  # noqa: ANN401
     """Load a pipeline with all of its parts in float32, whatever they were saved in, and without its safety checker.
 
     diffusers gives float32 to its own networks, and transformers leaves text encoders as they were saved. A network
     that draws in less is put under autocast later; the autoencoder of SDXL overflows in float16 (``force_upcast``).
 
     Args:
-        source: a folder in diffusers' layout, a training folder, whose ``pipeline/`` is meant, or a hub id.
+        source: a folder in diffusers' layout, a training folder, whose ``pipeline/`` is meant, a hub id, or one file
+            of a whole pipeline's weights.
         variant: of its weights, such as ``fp16``; see :func:`atdiff.system.pipeline_files.choose_variant`. A training
             folder has none.
         pixels: take pipelines of pixels too.
+        config: of a single file: a pipeline folder or hub id with its configuration and tokenizers; None for the one
+            on the hub that diffusers finds for its weights.
 
     Raises:
         UserError: there is nothing of the kind, or the download failed; it is of a class that is not taken, a part is
             missing, it has no such variant, or its network works on something else than the autoencoder's latents.
     """
     location, of_run = _location(source), (Path(source).expanduser() / "config.yaml").is_file()
+    single = is_single_file(source)
     try:
+        if single:
+            return _of_file(source, config, pixels)
         return _opened(source, location, None if of_run else variant, pixels)
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
         reason = hub_failure(" ".join(str(error).split())[:300])
+        if single:
+            raise UserError(
+                f"{source} could not be loaded as one file of a whole pipeline's weights ({reason}); give a pipeline "
+                "folder, or as model.config (--config) one with the configuration that fits the file."
+            ) from error
         raise UserError(
             f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); give the path of a "
             "training folder or of a saved diffusers pipeline."
@@ -77,6 +89,49 @@ def _opened(source: str, location: str, variant: str | None, pixels: bool) -> An
         loader: Any = getattr(diffusers, (family and family.opened_as) or "DiffusionPipeline")
         pipeline = loader.from_pretrained(location, variant=chosen, **options)
         pipeline.to(torch.float32)
+    return _checked(source, pipeline)
+
+
+def _of_file(source: str, config: str | None, pixels: bool) -> Any:  # noqa: ANN401
+    """Load one file by what diffusers has for it, in float32."""
+    file = str(Path(source).expanduser())
+    location = single_file_config(source) if config is None else _location(config)
+    with quiet_libraries():
+        index = dict(DiffusionPipeline.load_config(location))
+        check_class(source, index, pixels=pixels)
+        loader: Any = getattr(diffusers, class_name(index))
+        # A checker of the images is no part of such a file, and would be asked of the hub.
+        options: dict[str, Any] = {
+            part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index
+        }
+        if "requires_safety_checker" in index:
+            options["requires_safety_checker"] = False
+        options |= absent_parts(index)
+        local = Path(location).is_dir()
+        pipeline = loader.from_single_file(file, config=location, local_files_only=local, **options)
+        pipeline.to(torch.float32)
+    return _checked(source, pipeline)
+
+
+def single_file_config(source: str) -> str:
+    """Return where the configuration of a single file is: the pipeline on the hub that its weights are those of.
+
+    A UserError where it is neither in the hub's cache nor can be downloaded.
+    """
+    with quiet_libraries():
+        known = fetch_diffusers_config(load_single_file_checkpoint(str(Path(source).expanduser())))
+    repository = str(known["pretrained_model_name_or_path"])
+    try:
+        check_hub(repository, "model", where="as model.config (--config)")
+    except UserError as error:
+        raise UserError(
+            f"{source} holds weights alone; configuration and tokenizers come from a pipeline of its kind: {error}"
+        ) from None
+    return hub_location(repository, "model")
+
+
+def _checked(source: str, pipeline: Any) -> Any:  # noqa: ANN401
+    """Return a loaded pipeline, if its network fits, set up as its family needs it."""
     family = find_family(pipeline)
     if family is not None:
         family.check(source, pipeline)

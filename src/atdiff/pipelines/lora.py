@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
@@ -20,11 +21,12 @@ from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import written_aside
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["TARGET_MODULES", "add_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
+__all__ = ["TARGET_MODULES", "add_lora", "kohya_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
 
 TARGET_MODULES = UNET_LORA_TARGETS
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora_weights.safetensors"  # diffusers, where it finds several, takes its own
 
 
 def add_lora(
@@ -90,7 +92,8 @@ def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -
     """Write the adapters as ``load_lora_weights`` of plain diffusers reads them, and the scheduler beside them.
 
     ``alpha / rank`` is multiplied into the saved weights: not every version of diffusers reads it from a file. The
-    folder gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, the one to sample with, once both are complete.
+    folder gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, the one to sample with, once both are complete,
+    and where ComfyUI and AUTOMATIC1111 do not read that file, ``kohya_lora_weights.safetensors`` (:func:`kohya_lora`).
     """
     config = unet.peft_config[ADAPTER]
     scale = config.lora_alpha / config.r
@@ -101,6 +104,36 @@ def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -
         layers = {f"{latent.family.network}_lora_layers": state}
         type(latent.pipeline).save_lora_weights(partial, **layers, safe_serialization=True)
         scheduler.save_pretrained(partial / "scheduler")
+        kohya = kohya_lora(latent, unet)
+        if kohya is not None:
+            save_file(kohya[0], partial / KOHYA, metadata=kohya[1])
+
+
+def kohya_lora(latent: LatentPipeline, unet: Any) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # noqa: ANN401
+    """Return the adapters in the names of kohya's trainer, and its metadata; None where diffusers' names will do.
+
+    Layer ``L`` is ``lora_unet_L`` with underscores for dots, and its weights are ``.lora_down.weight``,
+    ``.lora_up.weight`` and ``.alpha``, which the reader divides by the rank.
+    (`sd-scripts <https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py>`_)
+    """
+    config, family = unet.peft_config[ADAPTER], latent.family
+    found: dict[str, Tensor] = {}
+    for name, weight in lora_state(unet).items():
+        layer, _, which = name.rpartition(".lora_")
+        own = family.kohya_layer(layer, unet)
+        if own is None:
+            return None
+        prefix = f"lora_unet_{own.replace('.', '_')}"
+        found[f"{prefix}.lora_{'down' if which == 'A.weight' else 'up'}.weight"] = weight.cpu().contiguous()
+        found[f"{prefix}.alpha"] = torch.tensor(float(config.lora_alpha))
+    version = family.kohya_version(unet, latent.prediction_type)
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(float(config.lora_alpha)),
+        "ss_v2": str((version or "").startswith("sd_v2")),
+    }
+    return found, metadata if version is None else {**metadata, "ss_base_model_version": version}
 
 
 def load_lora(latent: LatentPipeline, folder: Path) -> None:

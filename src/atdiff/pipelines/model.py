@@ -50,7 +50,12 @@ def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # no
 
 
 def load_denoiser(
-    run: str, *, text_to_image: bool = True, variant: str | None = None, guidance_scale: float | None = None
+    run: str,
+    *,
+    text_to_image: bool = True,
+    variant: str | None = None,
+    guidance_scale: float | None = None,
+    pipeline_config: str | None = None,
 ) -> TrainedModel:
     """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id, in float32.
 
@@ -59,6 +64,7 @@ def load_denoiser(
         text_to_image: take pipelines with an autoencoder too, as a :class:`atdiff.pipelines.text_to_image.TextToImage`.
         variant: of a pipeline's weights, such as ``fp16``; a training folder knows its own.
         guidance_scale: see :meth:`TrainedModel.guided`; None for that of the run's training, or the usual one.
+        pipeline_config: of a single file; see :func:`load_pipeline`.
 
     Raises:
         UserError: as :func:`load_pipeline`, or it is a text-to-image pipeline and those are not taken; or the scale
@@ -67,7 +73,7 @@ def load_denoiser(
     config = run_config(run)
     variant = None if config else variant
     of_lora = (config.get("lora") or {}).get("rank")
-    pipeline = _with_lora(run, config) if of_lora else load_pipeline(run, variant=variant)
+    pipeline = _with_lora(run, config) if of_lora else load_pipeline(run, variant=variant, config=pipeline_config)
     if find_family(pipeline) is None:
         found = TrainedModel(pipeline.unet, pipeline.scheduler, run, config, variant=variant)
     elif text_to_image:
@@ -85,9 +91,9 @@ def load_denoiser(
 def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any pipeline of latents)
     """Return the pipeline that a LoRA was trained from, with the LoRA on it and the scheduler of its training."""
     check_local(run)
-    base = config["training"]["init"]
+    base, model = config["training"]["init"], config.get("model") or {}
     try:
-        pipeline = load_pipeline(base, variant=(config.get("model") or {}).get("variant"))
+        pipeline = load_pipeline(base, variant=model.get("variant"), config=model.get("config"))
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
     load_lora(LatentPipeline(pipeline, base), Path(run) / "lora")

@@ -22,8 +22,9 @@ from diffusers.configuration_utils import FrozenDict
 
 from atdiff.core.noise import NoiseSchedule, Traits, dynamic_mu, flow_shift
 from atdiff.pipelines.families import FAMILIES, Family, absent_parts
+from atdiff.pipelines.loading import single_file_config
 from atdiff.system.locate import hub_location, run_config
-from atdiff.system.pipeline_files import class_name
+from atdiff.system.pipeline_files import class_name, is_single_file
 
 __all__ = ["pipeline_class", "usage"]
 
@@ -56,9 +57,18 @@ def usage(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
     """
     index = None if folder.name == "lora" else json.loads((folder / "model_index.json").read_text())
     if index is None or index.get("vae") is not None:
-        return _fenced(_latent_code(folder, config, index, repo_id))
+        return _fenced(_latent_code(folder, config, index, repo_id)) + _elsewhere(folder)
     network = json.loads((folder / "unet" / "config.json").read_text())
     return _Pixels(network, _scheduler(folder), index["unet"], config, repo_id).text()
+
+
+def _elsewhere(folder: Path) -> str:
+    """Return which file of a LoRA other programs read."""
+    files = [name for name in ("kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors")
+             if (folder / name).is_file()]  # fmt: skip
+    return (
+        f"\n\nComfyUI and others take `{files[0]}`, the adapters alone; choose their sampler to match." if files else ""
+    )
 
 
 def _fenced(code: str) -> str:
@@ -222,11 +232,14 @@ class _Pixels:
 def _latent_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any] | None, repo_id: str) -> str:
     """Return the call of a pipeline of latents, or of the one that adapters, which have no index, were trained on."""
     of_lora, source, loaded, scheduler = index is None, repo_id, "", _scheduler(folder)
+    kind, how = "DiffusionPipeline", "from_pretrained"
     index = _index_of(folder.parent) if index is None else index
     family = FAMILIES[class_name(index)]
     names, swap = _few_steps(scheduler, family)
     if of_lora:
         network, source = UNTOLD, config["training"]["init"]
+        if is_single_file(run_config(str(folder.parent))["training"]["init"]):
+            kind, how = class_name(index), "from_single_file"
         loaded = f'pipeline.load_lora_weights("{repo_id}")\n'
         if isinstance(scheduler, LCMScheduler):
             names = {"LCMScheduler"}
@@ -235,15 +248,18 @@ def _latent_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, An
         network = json.loads((folder / family.network / "config.json").read_text())
     absent = "".join(f", {part}=None" for part in absent_parts(index))
     return (
-        f"import torch\nfrom diffusers import {', '.join(sorted({'DiffusionPipeline', *names}))}\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{source}"{absent})\n{loaded}{swap}'
+        f"import torch\nfrom diffusers import {', '.join(sorted({kind, *names}))}\n\n"
+        f'pipeline = {kind}.{how}("{source}"{absent})\n{loaded}{swap}'
         f"{_text_call(config, family, scheduler, network)}"
     )
 
 
 def _index_of(run: Path) -> Mapping[str, Any]:
     """Return the ``model_index.json`` of the pipeline that a run started from, as far as its folder or the hub tell."""
-    source = run_config(str(run))["training"]["init"]
+    settings = run_config(str(run))
+    source = settings["training"]["init"]
+    if is_single_file(source):
+        source = (settings.get("model") or {}).get("config") or single_file_config(source)
     folder = Path(source).expanduser()
     if folder.exists():
         location = str(folder / "pipeline" if (folder / "config.yaml").is_file() else folder)
@@ -282,7 +298,8 @@ def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, networ
     prompts = [asked[i % len(asked)] for i in range(IMAGES)] if asked else ["a photo"] * IMAGES
     what = f"class_labels={list(range(IMAGES))}" if family.labelled else f"prompt={prompts!r}"
     steps = 4 if isinstance(scheduler, LCMScheduler) else STEPS
-    called = family.call_options(data.get("image_size") if family.any_size else None)
+    side = data.get("image_size") if family.any_size else None
+    called = family.call_options(None if side is None else (side, side))
     if family.has_t5 and data.get("caption_tokens") is not None:
         called["max_sequence_length"] = data["caption_tokens"]
     options = "".join(f", {name}={value!r}" for name, value in called.items())

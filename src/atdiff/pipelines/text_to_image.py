@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,12 +18,15 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from atdiff.core.choices import OWN
 from atdiff.core.errors import UserError
+from atdiff.models.call import image_tokens
 from atdiff.pipelines.families import Family, family_of
 from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.prompting import check_prompts, check_size
 from atdiff.pipelines.trained import TrainedModel
 from atdiff.sampling.generate import check_request, finite_images, image_generators
-from atdiff.sampling.schedulers import make_scheduler
+from atdiff.sampling.schedulers import make_scheduler, own_scheduler
 from atdiff.system.fingerprint import (
     network_fingerprint,
     scheduler_fingerprint,
@@ -49,14 +53,20 @@ class TextToImage(TrainedModel):
         guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
             diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
             <https://arxiv.org/abs/2210.03142>`_).
+        negative_prompt: what guidance points away from; None for nothing.
+        size: height and width of the images; None for those of the training, or of the pipeline.
     """
 
     pipeline: Any
     guidance_scale: float
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images in pixels."""
+        if self.size is not None:
+            return self.pipeline.vae.config.in_channels, *self.size
         size = self.config.get("data", {}).get("image_size")
         _, height, width = self.family.latent_shape(self.pipeline, size)
         scale = pixels_per_latent(self.pipeline)
@@ -71,6 +81,51 @@ class TextToImage(TrainedModel):
     def recipe(self) -> dict[str, Any]:
         """The guidance scale, and which prompts."""
         return {**super().recipe, "guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
+
+    @property
+    def usual_sampler(self) -> str:
+        """The scheduler that a pipeline of others was saved with, or what a run's model card draws with."""
+        return super().usual_sampler if self._training() else OWN
+
+    def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
+        """See :meth:`TrainedModel.sampling_scheduler`; ``own`` is the pipeline's scheduler as it was saved."""
+        if sampler != OWN:
+            return super().sampling_scheduler(sampler, steps)
+        return own_scheduler(self.scheduler, steps, tokens=image_tokens(self.model, self.image_shape))
+
+    def asked(
+        self,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Self:
+        """Return the run with what people ask of a pipeline, and None for what it has; a UserError where it has none.
+
+        Args:
+            prompts: in the place of its own.
+            negative_prompt: what guidance points away from.
+            size: height and width of the images.
+        """
+        if prompts is not None:
+            check_prompts(self.source, self.pipeline, prompts)
+        if negative_prompt is not None:
+            self._check_negative()
+        if size is not None:
+            check_size(self.source, self.pipeline, size)
+        found = self.prompts if prompts is None else tuple(prompts)
+        return replace(self, prompts=found, negative_prompt=negative_prompt, size=size or self.size)
+
+    def _check_negative(self) -> None:
+        if not self.family.takes_negative_prompt:
+            kind = type(self.pipeline).__name__
+            raise UserError(
+                f"{self.source} is a {kind}, whose guidance points away from no prompt; leave out the negative prompt."
+            )
+        if not self.is_guided:
+            raise UserError(
+                f"{self.source} is drawn without guidance (scale {self.guidance_scale:g}), so that a negative prompt "
+                "has no effect; leave it out, or give a guidance scale above 1 to a network that is not told it."
+            )
 
     def guided(self, scale: float) -> Self:
         """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded."""
@@ -149,18 +204,21 @@ class TextToImage(TrainedModel):
     def _batches(
         self, sampler: str, steps: int, labels: Tensor, seed: int, batch_size: int, progress: bool
     ) -> Iterator[Tensor]:
-        num, side = len(labels), self.image_shape[-1]
-        most = min(batch_size, max(1, PIXELS // side**2))
+        num, size = len(labels), self.image_shape[1:]
+        most = min(batch_size, max(1, PIXELS // math.prod(size)))
         self.pipeline.set_progress_bar_config(disable=True)
         with Progress(disable=not progress) as bar:
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
 
             def draw(indices: range) -> Tensor:
                 # A fresh one each time: schedulers remember their last steps.
-                self.pipeline.scheduler = make_scheduler(sampler, self.scheduler, steps)
+                own = sampler == OWN
+                self.pipeline.scheduler = (
+                    copy.deepcopy(self.scheduler) if own else make_scheduler(sampler, self.scheduler, steps)
+                )
                 images = self.pipeline(
                     **self._embedded(labels[indices.start : indices.stop]),
-                    **self.family.call_options(side),
+                    **self.family.call_options(size),
                     num_inference_steps=steps,
                     guidance_scale=self.guidance_scale,
                     generator=image_generators(seed, indices),
@@ -182,6 +240,7 @@ class TextToImage(TrainedModel):
             [self.prompts[int(label)] for label in used],
             self.is_guided,
             self.config.get("data", {}).get("caption_tokens"),
+            self.negative_prompt,
         )
         rows = {name: t[places.to(t.device)] if isinstance(t, Tensor) else t for name, t in tables.items()}
         # Class labels are asked for as a list.

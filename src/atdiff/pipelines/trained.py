@@ -22,7 +22,7 @@ from atdiff.models.inference import DTYPES, prepare_inference
 from atdiff.pipelines.record import classes_of, stored_data
 from atdiff.sampling.corrections import Correction
 from atdiff.sampling.generate import iter_generate
-from atdiff.sampling.schedulers import make_scheduler
+from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.system.fingerprint import network_fingerprint, scheduler_fingerprint, settings_fingerprint
 from atdiff.system.locate import run_config
 
@@ -109,6 +109,11 @@ class TrainedModel:
     def evaluations(self, sampler: str, steps: int) -> int:
         """Return the NFE: how often an image takes the network; errors as :meth:`sampling_scheduler`."""
         return len(self.sampling_scheduler(sampler, steps).timesteps)
+
+    @property
+    def usual_sampler(self) -> str:
+        """The sampler that draws where none is asked for."""
+        return default_sampler(self.scheduler)
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """Return the scheduler of a sampler, its timesteps set; errors as :func:`atdiff.sampling.make_scheduler`."""

@@ -45,6 +45,7 @@ __all__ = [
     "even_timesteps",
     "logsnr_timesteps",
     "make_scheduler",
+    "own_scheduler",
 ]
 
 # The share of the schedule at which the solvers of higher order start: at its very end alpha is so small that the first
@@ -449,6 +450,30 @@ def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens:
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.traits.integer_timesteps:
         _check_timesteps(sampler, scheduler, steps)
+    return scheduler
+
+
+def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = None) -> Any:  # noqa: ANN401
+    """Return a fresh copy of a network's own scheduler, set to ``steps`` as plain diffusers sets it.
+
+    Args:
+        training_scheduler: what is copied.
+        steps: of the sampler, 1 or more.
+        tokens: of an image, for a dynamic shift; see :func:`make_scheduler`.
+
+    Raises:
+        UserError: the scheduler cannot make so many steps.
+    """
+    scheduler = copy.deepcopy(training_scheduler)
+    mu = dynamic_mu(scheduler, tokens)
+    try:
+        scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+    except (ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{type(scheduler).__name__}, the pipeline's own, cannot make {steps} steps ({reason}); take another "
+            "number of steps, or another --sampler."
+        ) from None
     return scheduler
 
 

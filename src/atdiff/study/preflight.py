@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from atdiff.core.choices import PRECISIONS, SAMPLERS, Norm, Target
+from atdiff.core.choices import OWN, PRECISIONS, SAMPLERS, Norm, Target
 from atdiff.core.errors import UserError
 from atdiff.core.specs import parse_correction
 from atdiff.data.sources.registry import check_data
@@ -19,7 +19,7 @@ from atdiff.study.arms import other_reference
 from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
 from atdiff.system.locate import check_hub, check_run, check_weights, run_config
-from atdiff.system.pipeline_files import check_variant
+from atdiff.system.pipeline_files import check_variant, is_single_file
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_drawing",
     "check_measured",
     "check_metrics_of",
+    "check_pipeline_config",
     "check_runs",
     "check_sampling",
     "check_study",
@@ -47,6 +48,28 @@ def check_train(config: TrainConfig, out: Path) -> None:
         if source is not None:
             check_run(source)
             check_variant(source, config.model.variant)
+    check_pipeline_config(config.model.config, (config.training.init, config.consistency.teacher), "model.config")
+
+
+def check_pipeline_config(config: str | None, sources: Sequence[str | None], name: str) -> None:
+    """Find a configuration of a single file that is not there, or that no file is given for; None is fine.
+
+    Args:
+        config: a pipeline folder or hub id.
+        sources: what is loaded.
+        name: of the setting, for messages.
+
+    Raises:
+        UserError: one of these.
+    """
+    if config is None:
+        return
+    if not any(source is not None and is_single_file(source) for source in sources):
+        raise UserError(
+            f"{name}={config} is the configuration of a pipeline that is one file, .safetensors or .ckpt, and a folder "
+            "or hub id has its own; leave it out."
+        )
+    check_run(config)
 
 
 def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
@@ -150,7 +173,7 @@ def check_sampling(
     *, sampler: str | None, steps: int, num: int, seed: int, correction: str, **network: Any  # noqa: ANN401
 ) -> None:  # fmt: skip
     """Check what one sampler is told as :func:`check_drawing` does; ``network`` is the rest that it takes."""
-    samplers = () if sampler is None else (sampler,)
+    samplers = () if sampler in (None, OWN) else (sampler,)
     check_drawing(samplers=samplers, steps=(steps,), num=num, seeds=(seed,), corrections=(correction,), **network)
 
 

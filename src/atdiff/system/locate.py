@@ -21,7 +21,7 @@ import yaml
 
 from atdiff.core.choices import order_of
 from atdiff.core.errors import UserError
-from atdiff.system.pipeline_files import check_class, no_pipeline
+from atdiff.system.pipeline_files import check_class, is_single_file, no_pipeline
 
 __all__ = [
     "URLS",
@@ -118,7 +118,7 @@ def check_run(run: str) -> None:
 
 
 def check_local(run: str) -> None:
-    """Find out that a run is a folder that can be loaded, or that only the hub can know.
+    """Find out that a run is a folder or a checkpoint that can be loaded, or that only the hub can know.
 
     Raises:
         UserError: there is no such folder and the name is no hub id, it holds something else or is not finished, or it
@@ -136,6 +136,8 @@ def check_local(run: str) -> None:
         file = "lora/pytorch_lora_weights.safetensors" if of_lora else "pipeline/model_index.json"
         if not (folder / file).is_file():
             raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to resume it.")
+    elif is_single_file(run):
+        return
     elif not (folder / "model_index.json").is_file():
         raise no_pipeline(run)
     else:

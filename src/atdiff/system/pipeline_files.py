@@ -22,6 +22,7 @@ __all__ = [
     "choose_variant",
     "class_name",
     "file_names",
+    "is_single_file",
     "no_pipeline",
     "variants_of",
 ]
@@ -193,6 +194,12 @@ def _listed(variants: Sequence[str], *, plain: bool) -> str:
     return " and ".join(names) or "none that diffusers knows"
 
 
+def is_single_file(run: str) -> bool:
+    """Whether a run is one file of a whole pipeline's weights, as they are passed on outside of diffusers."""
+    path = Path(run).expanduser()
+    return path.suffix in (".safetensors", ".ckpt") and path.is_file() and not _is_lora(path)
+
+
 def no_pipeline(run: str) -> UserError:
     """Return what to say of an existing file or folder that is neither a training folder nor a pipeline."""
     path = Path(run).expanduser()
@@ -200,9 +207,9 @@ def no_pipeline(run: str) -> UserError:
         return UserError(f"{run} holds LoRA weights alone: {_remedy_of_lora(run, path)}")
     if path.is_file():
         return UserError(
-            f"{run} is a file, and a run is a folder: make one of a whole checkpoint with "
-            f"`StableDiffusionPipeline.from_single_file({run!r}).save_pretrained(FOLDER)` of diffusers, or the class "
-            "of its family, and give that folder."
+            f"{run} is a file, and a run is a folder, or a whole .safetensors or .ckpt checkpoint: make a folder of "
+            f"one with `StableDiffusionPipeline.from_single_file({run!r}).save_pretrained(FOLDER)` of diffusers, or "
+            "the class of its family, and give that folder."
         )
     kind = _network(path)
     if kind is None:

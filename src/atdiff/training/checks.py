@@ -154,6 +154,11 @@ def _check_reflow(config: TrainConfig) -> None:
 
 
 def _check_pixels(config: TrainConfig) -> None:
+    if config.validation.prompts is not None:
+        raise UserError(
+            f"validation.prompts are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
+            "pixels; leave them out."
+        )
     if config.lora.rank:
         raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
     if config.objective.label_dropout > 0 and not config.data.class_conditional:

@@ -49,6 +49,7 @@ __all__ = [
     "Settings",
     "TrainConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]
 
 # What is said of values out of range is the text beside the range.
@@ -166,12 +167,16 @@ class ModelConfig(Settings):
         args: of the constructor, or of the function.
         variant: of the weights of the pipelines that ``training.init`` and ``consistency.teacher`` name, such as
             ``fp16``; null for the plain ones, or the only ones. Training and what it leaves are float32 in any case.
+        config: of ``training.init`` where that is a pipeline in one file (``.safetensors``, ``.ckpt``): a pipeline
+            folder or hub id with its configuration and tokenizers; null for the one on the hub that diffusers finds for
+            its weights.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     name: ModelName = "mlp"
     args: dict[str, Any] = field(default_factory=dict)
     variant: str | None = None
+    config: str | None = None
     gradient_checkpointing: bool = False
 
 
@@ -418,6 +423,26 @@ class TrainingConfig(Settings):
 
 
 @dataclass
+class ValidationConfig(Settings):
+    """Images of prompts of yours, drawn while a pipeline is trained, at each of several numbers of steps.
+
+    They are drawn with every grid of samples (``training.sample_every``) by the average weights, from the same noise at
+    each number of steps, and change nothing of the training.
+
+    Attributes:
+        prompts: one an image; null draws none. Of DiT, numbers of classes.
+        negative_prompt: what guidance points away from; null for nothing.
+        guidance_scale: as diffusers counts it; null for that of the samples.
+        steps: of the sampler, a grid each.
+    """
+
+    prompts: list[str] | None = None
+    negative_prompt: str | None = None
+    guidance_scale: Guidance | None = None
+    steps: list[Count] = field(default_factory=lambda: [4, 8])
+
+
+@dataclass
 class TrainConfig(Settings):
     """One training run.
 
@@ -431,6 +456,7 @@ class TrainConfig(Settings):
         adversary: who perturbs the input.
         optimizer: the optimizer and its learning rate.
         training: how long, how fast, and what is written meanwhile.
+        validation: images of prompts, drawn meanwhile.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -442,3 +468,4 @@ class TrainConfig(Settings):
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -114,19 +114,30 @@ class Records:
             )
 
     def sample(self, average: Any = None) -> None:  # noqa: ANN401  (any diffusers model)
-        """Write a grid of samples of the average, where this pass has none; None gathers the average first."""
-        path = self.out / "samples" / f"pass-{self.state.passes:09d}.png"
-        if from_main(path.exists()):
+        """Write a grid of samples of the average, where this pass has none; None gathers the average first.
+
+        The grids of the validation come before it, so that a run that is killed between them draws them all again.
+        """
+        name = f"pass-{self.state.passes:09d}"
+        if from_main((self.out / "samples" / f"{name}.png").exists()):
             return
         device = self.accelerator.device
         # Training resumes as if nothing had been drawn.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             average = self.state.weights.published() if average is None else average
-            images = self.task.samples(self.out, average, device)
-        if self.accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            save_images(images, path)
-            show_images(self.accelerator, "samples", path, self.state.passes)
+            for steps, images in self.task.validation(self.out, average, device):
+                self._show(f"validation/{steps}-steps", images, f"{name}-{steps}-steps.png")
+            self._show("samples", self.task.samples(self.out, average, device), f"{name}.png")
+
+    def _show(self, what: str, images: Tensor, file: str) -> None:
+        """Write a grid and give it to the trackers; the main process alone."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.out / "samples" / file
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # of a run that was killed before the last of its grids
+        save_images(images, path)
+        show_images(self.accelerator, what, path, self.state.passes)
 
 
 class MetricsLog:

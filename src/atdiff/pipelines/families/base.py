@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,6 +62,8 @@ class Family:
         any_size: whether images of other sizes than the published one have fitting latents.
         has_t5: whether prompts go through a T5, or are filled up as if they did.
         labelled: whether prompts are numbers of classes.
+        takes_negative_prompt: whether guidance may point away from a prompt.
+        patch: latents along the side of what its network takes as one.
         distillable: whether latent consistency models are distilled of it.
         makes_even_steps: whether the pipeline of a flow makes even steps, the last one to the image, by itself.
         lora_targets: ends of names of layers that get adapters.
@@ -76,6 +79,8 @@ class Family:
     any_size = False
     has_t5 = False
     labelled = False
+    takes_negative_prompt = True
+    patch = 1
     distillable = False
     makes_even_steps = False
     lora_targets: tuple[str, ...] = ()
@@ -124,24 +129,44 @@ class Family:
         device: torch.device,
         guided: bool,
         tokens: int | None,
+        negative: str | None = None,
     ) -> Sequence[Tensor]:
-        """Return what the pipeline's ``encode_prompt`` does."""
-        encoded: Sequence[Tensor] = pipeline.encode_prompt(device=device, **self.prompts(prompts, guided, tokens))
+        """Return what the pipeline's ``encode_prompt`` does; guidance points away from the negative prompt, if any."""
+        # None and an empty text differ: of no negative prompt SDXL makes zeros.
+        away = {} if negative is None else {"negative_prompt": [negative] * len(prompts)}
+        asked = {**self.prompts(prompts, guided, tokens), **away}
+        encoded: Sequence[Tensor] = pipeline.encode_prompt(device=device, **asked)
         return encoded
 
     def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
         """Return the prompts, and whether guidance points away from any, as arguments of ``encode_prompt``."""
         return {"prompt": prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
 
-    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+    def call_prompts(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        guided: bool,
+        tokens: int | None,
+        negative: str | None = None,
+    ) -> dict[str, Any]:
         """Return the prompts as arguments of the pipeline's call: tensors, each with a row per prompt."""
         device = getattr(pipeline, self.network).device
-        found = self.encode_prompt(pipeline, prompts, device, guided, tokens)
+        found = self.encode_prompt(pipeline, prompts, device, guided, tokens, negative)
         return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
 
-    def call_options(self, image_size: int | None) -> dict[str, Any]:
-        """Return what else the pipeline's call needs to draw images of a size; None for the published one."""
-        return {} if image_size is None else {"height": image_size, "width": image_size}
+    def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
+        """Return what else the pipeline's call needs to draw images of height and width; None for the published."""
+        return {} if size is None else {"height": size[0], "width": size[1]}
+
+    def size_step(self, pipeline: Any) -> int:  # noqa: ANN401
+        """Return of what number the height and the width of images are multiples; diffusers takes those of 8 alone."""
+        return math.lcm(8, self.patch * pixels_per_latent(pipeline))
+
+    def largest_side(self, pipeline: Any) -> int | None:  # noqa: ANN401
+        """Return how many pixels a side may have, where the network knows so many positions."""
+        most = getattr(pipeline, self.network).config.get("pos_embed_max_size")
+        return None if most is None else int(most) * self.patch * pixels_per_latent(pipeline)
 
     def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
         """Return whether a step takes the network twice at that guidance scale, with the prompt and without."""
@@ -175,6 +200,19 @@ class Family:
             low, high = trained.get("guidance") or (usual, usual)
             return float(min(max(usual, low), high))
         return float((config.get("sampling") or {}).get("guidance_scale", usual))
+
+    def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
+        """Return what kohya's LoRA files call a layer, before its dots become underscores.
+
+        None where what reads such files reads diffusers' own, as ComfyUI does those of SD3 and Flux: ``transformer.``
+        and the layer (`comfy/lora.py <https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py>`_).
+        AUTOMATIC1111 reads none for some layers of SD3.
+        """
+        return None
+
+    def kohya_version(self, network: Any, prediction_type: str) -> str | None:  # noqa: ANN401
+        """Return what kohya calls the base model of a network, ``ss_base_model_version``; None where not known."""
+        return None
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
         """Return the shift of training's timesteps where the scheduler alone does not tell it."""

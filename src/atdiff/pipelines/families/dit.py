@@ -19,6 +19,8 @@ class DiT(Family):
     guidance_scale = 4.0
     embeddings = ("class_labels",)
     labelled = True
+    takes_negative_prompt = False
+    patch = 2
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`; int64 ``class_labels``, the null label after the classes."""
@@ -26,11 +28,18 @@ class DiT(Family):
         labels = [null if options.negative else int(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
 
-    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+    def call_prompts(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        guided: bool,
+        tokens: int | None,
+        negative: str | None = None,
+    ) -> dict[str, Any]:
         """See :meth:`Family.call_prompts`."""
         return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
 
-    def call_options(self, image_size: int | None) -> dict[str, Any]:
+    def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """See :meth:`Family.call_options`: the pipeline draws one size, and takes none."""
         return {}
 

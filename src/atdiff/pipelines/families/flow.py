@@ -19,6 +19,7 @@ class FlowTransformer(Family):
     parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     any_size = True
     has_t5 = True
+    patch = 2
     # Queries, keys, values and outputs of image and of text, as in diffusers' train_dreambooth_lora_sd3.py.
     lora_targets = (
         "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -105,6 +105,8 @@ class Flux(FlowTransformer):
     guidance_scale = FluxDenoiser.guidance
     embeddings = ("prompt_embeds", "pooled_prompt_embeds")
     makes_even_steps = True
+    takes_negative_prompt = False
+    patch = PATCH
 
     def prepare(self, network: Any) -> None:  # noqa: ANN401
         """See :meth:`Family.prepare`."""

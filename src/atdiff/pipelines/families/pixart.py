@@ -49,6 +49,7 @@ class PixArtSigma(Family):
     )  # fmt: skip
     any_size = True
     has_t5 = True
+    patch = 2
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
         """See :meth:`Family.check`; a network of PixArt-Alpha that is told the size is none of Sigma's."""
@@ -70,13 +71,20 @@ class PixArtSigma(Family):
         """See :meth:`Family.prompts`."""
         return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
 
-    def call_prompts(self, pipeline: Any, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:  # noqa: ANN401
+    def call_prompts(
+        self,
+        pipeline: Any,  # noqa: ANN401
+        prompts: list[str],
+        guided: bool,
+        tokens: int | None,
+        negative: str | None = None,
+    ) -> dict[str, Any]:
         """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
-        return {**super().call_prompts(pipeline, prompts, guided, tokens), "negative_prompt": None}
+        return {**super().call_prompts(pipeline, prompts, guided, tokens, negative), "negative_prompt": None}
 
-    def call_options(self, image_size: int | None) -> dict[str, Any]:
+    def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""
-        return {**super().call_options(image_size), "use_resolution_binning": False, "clean_caption": False}
+        return {**super().call_options(size), "use_resolution_binning": False, "clean_caption": False}
 
 
 FAMILY = PixArtSigma()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from atdiff.pipelines.families.base import Family
 
 __all__ = ["FAMILY", "UNET_LORA_TARGETS", "StableDiffusion"]
@@ -19,6 +21,22 @@ class StableDiffusion(Family):
     network = "unet"
     distillable = True
     lora_targets = UNET_LORA_TARGETS
+
+    def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
+        """See :meth:`Family.kohya_layer`: diffusers' own names, of which kohya trains these U-Nets.
+
+        (`networks/lora.py <https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py>`_)
+        """
+        return name
+
+    def kohya_version(self, network: Any, prediction_type: str) -> str | None:  # noqa: ANN401
+        """See :meth:`Family.kohya_version`; the two versions differ in the width of their text encoders.
+
+        (``get_model_version_str_for_sd1_sd2`` of `library/model_util.py
+        <https://github.com/kohya-ss/sd-scripts/blob/main/library/model_util.py>`_)
+        """
+        version = {768: "sd_v1", 1024: "sd_v2"}.get(network.config.cross_attention_dim)
+        return f"{version}_v" if version and prediction_type == "v_prediction" else version
 
 
 FAMILY = StableDiffusion()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atdiff.pipelines.families.base import PromptOptions
 from atdiff.pipelines.families.sd import StableDiffusion
+from atdiff.pipelines.original_names import original_name
 
 __all__ = ["FAMILY", "POOLED_EMBEDDINGS", "StableDiffusionXL"]
 
@@ -33,6 +34,19 @@ class StableDiffusionXL(StableDiffusion):
             "text_embeds": pooled.float(),
             "time_ids": time_ids.repeat(len(prompts), 1),
         }
+
+    def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
+        """See :meth:`Family.kohya_layer`: the names of the original U-Net, of which kohya trains SDXL.
+
+        (`library/sdxl_original_unet.py
+        <https://github.com/kohya-ss/sd-scripts/blob/main/library/sdxl_original_unet.py>`_) AUTOMATIC1111 misreads
+        diffusers' names of SDXL's first upsampler.
+        """
+        return original_name(name, network.config)
+
+    def kohya_version(self, network: Any, prediction_type: str) -> str | None:  # noqa: ANN401
+        """See :meth:`Family.kohya_version`."""
+        return "sdxl_base_v1-0"
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
         """See :meth:`Family.latent_scale`; some autoencoders of SDXL have a mean and a scale per channel."""

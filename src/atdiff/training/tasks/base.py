@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ class Task(ABC):
     @abstractmethod
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401  (any diffusers model)
         """Return images of the average ``(N, C, H, W)`` in [-1, 1]."""
+
+    def validation(self, out: Path, average: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
+        """Yield numbers of sampling steps, and the images of the prompts of the settings; none of pixels."""
+        yield from ()
 
     @abstractmethod
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401  (any diffusers model)

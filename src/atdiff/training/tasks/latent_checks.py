@@ -109,7 +109,7 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
         UserError: it cannot be distilled, or does not agree with ``latent``.
     """
     source = config.consistency.teacher
-    teacher = latent if source is None else load_latent_pipeline(source, variant=config.model.variant)
+    teacher = latent if source is None else _load_teacher(source, config)
     for one in (latent, teacher):
         if not one.family.distillable:
             raise UserError(
@@ -137,6 +137,10 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
             "encoded once for both, so give one with the same text encoders."
         )
     return teacher
+
+
+def _load_teacher(source: str, config: TrainConfig) -> LatentPipeline:
+    return load_latent_pipeline(source, variant=config.model.variant, config=config.model.config)
 
 
 def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from atdiff.pipelines.latent_model import load_latent_pipeline, make_student, sa
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
-from atdiff.pipelines.text_to_image import PROMPTS_FILE, text_to_image_run
+from atdiff.pipelines.text_to_image import PROMPTS_FILE, TextToImage, text_to_image_run
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
@@ -62,7 +62,11 @@ class LatentTask(Task):
         check_settings(config)
         size = config.data.image_size
         self.latent = load_latent_pipeline(
-            self._source(), image_size=size, tokens=config.data.caption_tokens, variant=config.model.variant
+            self._source(),
+            image_size=size,
+            tokens=config.data.caption_tokens,
+            variant=config.model.variant,
+            config=config.model.config,
         )
         check_fits(config, self.latent)
         if config.objective.prediction_type == "v":
@@ -75,6 +79,7 @@ class LatentTask(Task):
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
+        self._check_validation()
         self.captioned = self._captioned()
         if self.latent.family.labelled:
             check_classes(config, self.latent, self.captioned)
@@ -214,24 +219,51 @@ class LatentTask(Task):
         else:
             super().load_weights(network, weights)
 
-    def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """Return images of the first prompts."""
-        pipeline = with_network(self.latent, average, self.scheduler)
+    def _check_validation(self) -> None:
+        """Find out before training that the images of the validation can be drawn."""
+        settings = self.config.validation
+        if settings.prompts is None:
+            return
+        if not settings.prompts or not settings.steps:
+            name = "steps" if settings.prompts else "prompts"
+            raise UserError(f"validation.{name} is an empty list: expected one or more, or validation.prompts null.")
+        run = self._validating(self._run(self.latent.source, self.network, settings.prompts))
+        for steps in settings.steps:
+            run.evaluations(default_sampler(self.scheduler), steps)
+
+    def _run(self, name: str, network: Any, captions: Sequence[str]) -> TextToImage:  # noqa: ANN401
+        """Return the pipeline with that network, to draw images of the captions where nothing else is asked for."""
         settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
         settings["data"] = {
-            "captions": self.config.data.captions or self.data.captions[:SHOWN],
+            "captions": captions,
             "image_size": self.latent.image_size,
             "caption_tokens": self.latent.tokens,
         }
-        run = text_to_image_run(pipeline, str(out), settings)
-        drawn = run.samples(
-            sampler=default_sampler(self.scheduler),
-            steps=4 if self.is_consistency else 20,
-            num=SHOWN,
-            seed=0,
-            device=device,
-        )
-        images = torch.cat(list(drawn))
+        return text_to_image_run(with_network(self.latent, network, self.scheduler), name, settings)
+
+    def _validating(self, run: TextToImage) -> TextToImage:
+        """Return the run with the prompts and the guidance of the validation."""
+        settings = self.config.validation
+        guided = run if settings.guidance_scale is None else run.guided(settings.guidance_scale)
+        return guided.asked(settings.prompts, settings.negative_prompt)
+
+    def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
+        """Return images of the first prompts."""
+        run = self._run(str(out), average, self.config.data.captions or self.data.captions[:SHOWN])
+        return self._drawn(run, 4 if self.is_consistency else 20, SHOWN, device)
+
+    def validation(self, out: Path, average: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
+        """Yield each number of steps of the validation and its images, of the same noise."""
+        settings = self.config.validation
+        if settings.prompts is None:
+            return
+        run = self._validating(self._run(str(out), average, settings.prompts))
+        for steps in settings.steps:
+            yield steps, self._drawn(run, steps, len(settings.prompts), device)
+
+    def _drawn(self, run: TextToImage, steps: int, num: int, device: torch.device) -> Tensor:
+        sampler = default_sampler(self.scheduler)
+        images = torch.cat(list(run.samples(sampler=sampler, steps=steps, num=num, seed=0, device=device)))
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
         return images

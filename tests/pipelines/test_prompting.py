@@ -1,0 +1,248 @@
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
+"""What people ask of a pipeline: prompts, a negative prompt, guidance, a size; drawn as plain diffusers draws them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from atdiff.cli import main
+from atdiff.core.choices import OWN
+from atdiff.core.errors import UserError
+from atdiff.data import to_uint8
+from atdiff.pipelines.model import load_denoiser
+from atdiff.pipelines.text_to_image import TextToImage
+from atdiff.sampling.generate import image_generators
+from atdiff.training.checkpoint import latest_checkpoint
+
+PROMPTS = ("a cat", "the dog on 2")
+AWAY = "a red car"
+
+
+def _plain(folder: Path, prompts: tuple[str, ...], *, seed: int, latents: bool = True, **options: Any) -> np.ndarray:
+    """Let a plain pipeline draw, image by image and with its own scheduler, from noise that it is given."""
+    absent: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    size, images = (options["height"] // 8, options["width"] // 8), []
+    for i, prompt in enumerate(prompts):
+        (generator,) = image_generators(seed, [i])
+        channels = pipe.vae.config.latent_channels
+        drawn = {"latents": torch.randn(1, channels, *size, generator=generator)} if latents else {}
+        drawn["generator"] = generator
+        images.append(pipe(prompt, output_type="pt", **drawn, **options).images)
+    pixels: np.ndarray = to_uint8(torch.cat(images).float() * 2 - 1).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
+def _sampled(out: Path, folder: Path, *words: str, prompts: tuple[str, ...] = PROMPTS) -> np.ndarray:
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert main(["sample", str(folder), *asked, *words, "--out", str(out)]) == 0
+    array: np.ndarray = np.load(out)["arr_0"]
+    return array
+
+
+def _differ_at_most_a_level(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart"])
+def test_images_are_those_of_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(f"{family}_folder")
+    told: dict[str, Any] = {"height": 96, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
+    more = {"use_resolution_binning": False, "clean_caption": False} if family == "pixart" else {}
+    words = ["--guidance-scale", "4", "--size", "64x96", "--steps", "3", "--seed", "5"]
+    ours = _sampled(tmp_path / "ours.npz", folder, *words, "--negative-prompt", AWAY)
+    assert ours.shape == (2, 96, 64, 3)
+    expected = _plain(folder, PROMPTS, seed=5, negative_prompt=AWAY, **told, **more)
+    assert _differ_at_most_a_level(ours, expected)
+    without = _sampled(tmp_path / "without.npz", folder, *words)
+    assert _differ_at_most_a_level(without, _plain(folder, PROMPTS, seed=5, **told, **more))
+    assert np.abs(without.astype(int) - ours.astype(int)).max() > 1, "the negative prompt changed nothing"
+
+
+def test_flux_takes_a_size_and_no_negative_prompt(
+    flux_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "48x80", "--steps", "2", "--guidance-scale", "2"]
+    ours = _sampled(tmp_path / "ours.npz", flux_folder, *words)
+    told: dict[str, Any] = {"height": 80, "width": 48, "num_inference_steps": 2, "guidance_scale": 2.0}
+    assert _differ_at_most_a_level(ours, _plain(flux_folder, PROMPTS, seed=0, latents=False, **told))
+    asked = ["sample", str(flux_folder), "--prompt", "a", *words, "--out", str(tmp_path / "none.png")]
+    assert main([*asked, "--negative-prompt", "blurry"]) == 2
+    assert "is a FluxPipeline, whose guidance points away from no prompt" in capsys.readouterr().err
+
+
+def test_a_pipeline_of_others_is_drawn_with_its_own_scheduler_a_run_with_that_of_its_card(sd3_folder: Path) -> None:
+    model = load_denoiser(str(sd3_folder))
+    assert model.usual_sampler == OWN
+    own = model.sampling_scheduler(OWN, 4)
+    assert type(own) is type(model.scheduler)
+    fresh: Any = type(model.scheduler).from_config(model.scheduler.config)
+    fresh.set_timesteps(4)
+    assert torch.equal(own.timesteps, fresh.timesteps)
+    even = model.sampling_scheduler("flow-euler", 4)
+    assert not torch.equal(own.timesteps, even.timesteps)  # the last evaluation of diffusers' steps is all but clean
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a", "--prompts", "prompts.txt"], "--prompt and --prompts both say what to draw"),
+        (["--prompt", "a", "--size", "12x"], "--size 12x is no size: expected a side in pixels, or WIDTHxHEIGHT"),
+        (["--prompt", "a", "--size", "0"], "--size 0 is no size"),
+        (
+            ["--prompt", "a", "--size", "70x64"],
+            "size 70x64 (width x height) does not fit {sd}: expected multiples of 8 ",
+        ),
+        (["--prompt", "a", "--negative-prompt", "b", "--guidance-scale", "1"], "is drawn without guidance (scale 1)"),
+        (["--prompt", "a", "--sampler", "owl"], "sampler 'owl' is unknown"),
+        (["--prompt", "a", "--num", "0"], "num=0 must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(
+    words: list[str],
+    message: str,
+    sd_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n")
+    assert main(["sample", str(sd_folder), *words, "--out", "x.png"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message.format(sd=sd_folder) in error
+    assert len(error.splitlines()) == 1
+    assert not Path("x.png").exists()
+
+
+def test_what_does_not_fit_a_network_is_said(sd3_folder: Path, dit_folder: Path) -> None:
+    flow, dit = (load_denoiser(str(folder)) for folder in (sd3_folder, dit_folder))
+    assert isinstance(flow, TextToImage)
+    assert isinstance(dit, TextToImage)
+    with pytest.raises(UserError, match="expected multiples of 16 pixels, such as 64x64"):
+        flow.asked(size=(56, 72))
+    with pytest.raises(UserError, match="knows positions up to 192 pixels a side"):
+        flow.asked(size=(208, 64))
+    with pytest.raises(UserError, match="is a DiTPipeline, which draws one size alone"):
+        dit.asked(size=(64, 64))
+    with pytest.raises(UserError, match=r"knows no prompt 'a cat': expected a number from 0 to 999"):
+        dit.asked(["1", "a cat"])
+    with pytest.raises(UserError, match="is a DiTPipeline, whose guidance points away from no prompt"):
+        dit.asked(negative_prompt="1")
+    assert dit.asked(["1", "2"]).prompts == ("1", "2")
+
+
+# ---- validation
+
+STEPS = (2, 5)
+
+
+def _recipe(folder: Path, base: Path, **sections: Any) -> Path:
+    content: dict[str, Any] = {
+        "data": {"name": str(folder / "photos"), "captions": ["a cat", "a car"]},
+        "model": {"name": "pipeline"},
+        # Passes of a batch that draw: what moved torch's generator between them would show.
+        "adversary": {"passes": 2, "step_size": 0.1, "direction": "random"},
+        "training": {
+            "init": str(base), "passes": 4, "batch_size": 2, "log_every": 1, "sample_every": 1, "ema_decay": 0.5,
+        },
+        **sections,
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        folder = tmp_path / "photos" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def _trained(recipe: Path, out: Path, *words: str) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atdiff.training.tasks.latents.SHOWN", 1)
+        assert main(["train", str(recipe), "--out", str(out), *words]) == 0
+    return out
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    return load_file(checkpoint / "model.safetensors") | {
+        f"ema.{name}": weight for name, weight in load_file(checkpoint / "ema.safetensors").items()
+    }
+
+
+def test_validation_draws_at_several_numbers_of_steps_and_changes_nothing(photos: Path, sd_folder: Path) -> None:
+    asked = {"prompts": list(PROMPTS), "negative_prompt": AWAY, "guidance_scale": 3.0, "steps": list(STEPS)}
+    without = _trained(_recipe(photos, sd_folder), photos / "without")
+    run = _trained(_recipe(photos, sd_folder, validation=asked), photos / "with", "--training.tracker", "tensorboard")
+    one, other = _weights(run), _weights(without)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    # A grid for every number of steps, beside that of the samples.
+    expected = {f"pass-{p:09d}{kind}.png" for p in range(1, 5) for kind in ("", *(f"-{n}-steps" for n in STEPS))}
+    assert {path.name for path in (run / "samples").iterdir()} == expected
+    # The last ones are what the published pipeline draws of the same noise.
+    published = load_denoiser(str(run)).guided(3.0)
+    assert isinstance(published, TextToImage)
+    for steps in STEPS:
+        drawn = published.asked(PROMPTS, AWAY).samples(sampler="ddim", steps=steps, num=2, seed=0)
+        pixels = to_uint8(torch.cat(list(drawn))).permute(0, 2, 3, 1).numpy().astype(int)
+        grid = np.asarray(Image.open(run / "samples" / f"pass-000000004-{steps}-steps.png")).astype(int)
+        for i in range(2):
+            left = 2 + i * (IMAGE_SIZE + 2)
+            assert np.abs(grid[2 : 2 + IMAGE_SIZE, left : left + IMAGE_SIZE] - pixels[i]).max() <= 1
+    events = EventAccumulator(str(run / "atdiff"), size_guidance={"images": 0}).Reload()
+    for name in ("samples", *(f"validation/{steps}-steps" for steps in STEPS)):
+        assert [event.step for event in events.Images(name)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--validation.prompts []", "validation.prompts is an empty list"),
+        ('--validation.prompts ["a"] --validation.steps []', "validation.steps is an empty list"),
+        ('--validation.prompts ["a"] --validation.steps [0]', "must be at least 1"),
+        ('--validation.prompts ["a"] --validation.steps [2000]', "steps=2000 must lie between 1 and"),
+        (
+            '--validation.prompts ["a"] --validation.negative_prompt b --validation.guidance_scale 1',
+            "is drawn without guidance (scale 1)",
+        ),
+        (
+            '--model.name mlp --training.init null --validation.prompts ["a"]',
+            "validation.prompts are for text-to-image",
+        ),
+    ],
+)
+def test_mistakes_of_a_validation_are_found_before_anything_is_written(
+    words: str, message: str, photos: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(photos, sd_folder)
+    assert main(["train", str(recipe), "--out", str(photos / "run"), *words.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (photos / "run").exists()

@@ -1,0 +1,86 @@
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
+"""Pipelines in one file: drawn and trained as their folder is, with a configuration that is here or on the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
+from PIL import Image
+from safetensors.torch import load_file
+from single_file import write_single_file
+
+from atdiff.cli import main
+from atdiff.core.errors import UserError
+from atdiff.pipelines.model import load_denoiser
+from atdiff.training.card import model_card
+
+
+@pytest.fixture(scope="module")
+def single(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_single_file(sd_folder, tmp_path_factory.mktemp("single") / "mine.safetensors")
+
+
+def test_a_single_file_draws_what_its_folder_draws(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+    drawn = []
+    for name, words in (("file", [str(single), "--config", str(sd_folder)]), ("folder", [str(sd_folder)])):
+        out = tmp_path / f"{name}.npz"
+        assert main(["sample", *words, "--prompt", "a cat", "--steps", "3", "--out", str(out)]) == 0
+        drawn.append(np.load(out)["arr_0"])
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_a_checkpoint_of_torch_is_read_too(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.ckpt"
+    torch.save({"state_dict": load_file(single)}, file)
+    theirs, ours = (load_denoiser(str(one), pipeline_config=str(sd_folder)) for one in (sd_folder, file))
+    assert ours.fingerprints()["weights"] == theirs.fingerprints()["weights"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_starts_from_a_single_file(rank: int, single: Path, sd_folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for i in range(2):
+        (tmp_path / "photos" / str(i)).mkdir(parents=True)
+        pixels = generator.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / str(i) / "0.png")
+    content = {
+        "data": {"name": str(tmp_path / "photos"), "captions": ["a cat", "a car"]},
+        "model": {"name": "pipeline"},
+        "lora": {"rank": rank},
+        "training": {"passes": 1, "batch_size": 2, "log_every": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atdiff.training.tasks.latents.SHOWN", 1)
+        starts = {"file": [str(single), "--model.config", str(sd_folder)], "folder": [str(sd_folder)]}
+        for name, words in starts.items():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            told = ["--out", str(tmp_path / name), "--training.init", *words]
+            assert main(["train", str(tmp_path / "recipe.yaml"), *told]) == 0
+            runs.append(load_denoiser(str(tmp_path / name)))
+    assert runs[0].fingerprints()["weights"] == runs[1].fingerprints()["weights"]
+    if rank:
+        assert 'StableDiffusionPipeline.from_single_file("mine.safetensors")' in model_card(tmp_path / "file")
+
+
+def test_what_is_missing_is_said(
+    single: Path, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("atdiff.system.locate.offline_reason", lambda: "the hub cannot be reached")
+    with pytest.raises(
+        UserError, match=r"holds weights alone; configuration and tokenizers come from .* as model.config"
+    ):
+        load_denoiser(str(single))
+    (tmp_path / "broken.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match="could not be loaded as one file of a whole pipeline's weights"):
+        load_denoiser(str(tmp_path / "broken.ckpt"), pipeline_config=str(sd_folder))
+    words = ["sample", str(sd_folder), "--prompt", "a", "--config", str(sd_folder), "--out", str(tmp_path / "x.png")]
+    assert main(words) == 2
+    assert "is the configuration of a pipeline that is one file" in capsys.readouterr().err
