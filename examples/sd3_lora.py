@@ -1,5 +1,5 @@
-"""The loop of diffusers' train_dreambooth_lora_sd3.py (Flux's is alike); what atdiff adds is marked with a plus. In the
-place of a trained transformer, of latents and of text states: a small one, digits, and a vector for each of them."""
+"""The loop of diffusers' train_dreambooth_lora_sd3.py; what atdiff adds is marked with a plus. In the place of a
+trained transformer, of latents and of text states: a small one, digits, and a vector for each of them."""
 
 import argparse
 

@@ -17,6 +17,7 @@ from PIL import Image
 from atdiff.core.errors import UserError
 from atdiff.data import load_data
 from atdiff.data.captions import CaptionedImages, load_captioned
+from atdiff.metrics.features.labels import label_classifier_weights
 
 NAMES = ("b.png", "a.png", "c.png")
 CAPTIONS = ["a cat, black", "ein Hündchen", 'a "bird"\u2028on a tree']
@@ -138,6 +139,45 @@ def test_captions_of_the_digits() -> None:
     assert data.captions == [DIGITS[label] for label in oracle.labels[:50]]
     assert torch.equal(torch.stack([image for image, _ in data]), oracle.images[:50])
     assert next(iter(load_captioned("digits", image_size=None, captions=DIGITS)))[0].shape == (3, 8, 8)
+
+
+def test_images_of_some_classes_keep_numbers_and_captions() -> None:
+    oracle = load_data("digits", image_size=16)
+    assert oracle.labels is not None
+    kept = (oracle.labels == 9) | (oracle.labels == 4)
+    some = load_data("digits", image_size=16, labels=[9, 4])
+    assert some.labels is not None
+    assert torch.equal(some.images, oracle.images[kept])
+    assert torch.equal(some.labels, oracle.labels[kept])
+    assert (some.num_classes, len(some.everything), oracle.everything) == (10, len(oracle), oracle)
+    assert some.fingerprint() != oracle.fingerprint()
+    # A classifier tells the classes that were left out from the others all the same.
+    assert label_classifier_weights(some) == label_classifier_weights(oracle)
+    options: dict[str, Any] = {"image_size": 16, "channels": 1, "captions": DIGITS}
+    pairs = load_captioned("digits", labels=[9, 4], **options)
+    assert pairs.captions == [DIGITS[label] for label in some.labels]
+    assert torch.equal(torch.stack([image for image, _ in pairs]), some.images)
+    assert pairs.fingerprint() != load_captioned("digits", **options).fingerprint()
+    first = load_captioned("digits", labels=[9, 4], limit=50, **options)
+    assert len(first) == int(kept[:50].sum())
+
+
+@pytest.mark.parametrize("labels", [[], [3, 12]])
+def test_classes_without_images_cannot_be_chosen(labels: list[int]) -> None:
+    said = "choose among these" if not labels else r"data.labels is \[3, 12\] and digits\[train\] has images of 0, 1"
+    for load in (load_data, load_captioned):
+        options = {} if load is load_data else {"image_size": 8, "captions": DIGITS}
+        with pytest.raises(UserError, match=said):
+            load("digits", labels=labels, **options)
+
+
+def test_images_without_labels_have_none_to_choose(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has no labels, so none can be chosen"):
+        load_data(str(tmp_path), labels=[0])
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"has captions of its own: leave out labels \(\[0\]\)"):
+        load_captioned(str(tmp_path), image_size=8, labels=[0])
 
 
 def test_captions_of_class_folders_are_read_lazily(tmp_path: Path) -> None:

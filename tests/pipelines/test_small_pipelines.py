@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -16,11 +17,13 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline,
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data
 from atdiff.pipelines import maker
 from atdiff.pipelines.maker import find_maker
 from atdiff.study.recipe import load_recipe, resolve
+from atdiff.system.locate import run_config
 from atdiff.training.tasks import make_task
 from small_pipelines import tiny_flux, tiny_sd, tiny_sd3
 
@@ -349,3 +352,15 @@ def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_pa
             make_task(resolve(recipe, None, [*words, wrong]))
     with pytest.raises(UserError, match="is unknown; expected one of"):
         resolve(recipe, None, [*words, str(file)])
+
+
+def test_the_recipe_of_new_captions_runs(folder: Path, tmp_path: Path) -> None:
+    """A few-step model of eight classes, distilled and then tuned on the other two, with itself for a teacher."""
+    words = ["--training.init", str(folder), "--training.passes", "2", "--study.arms", "[plain,lcd]"]
+    words += ["--study.seeds", "[0]", "--study.steps", "[1]", "--study.num", "8", "--jobs", "1"]
+    assert main(["study", "text-digits-turbo", "--out", str(tmp_path), *words]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [cell["arm"] for cell in summary["cells"]] == ["plain", "lcd"]
+    assert all(math.isfinite(cell["metrics"]["fd"]) for cell in summary["cells"])
+    base, arm = (run_config(str(tmp_path / "seed-0" / name))["data"]["labels"] for name in ("base", "lcd"))
+    assert (base, arm) == ([0, 1, 2, 3, 4, 5, 6, 7], [8, 9])

@@ -30,9 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.data import load_data, to_uint8
+from atdiff.data.reading import DataOptions
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
 from atdiff.metrics.stream import Metrics
-from atdiff.pipelines.model import load_denoiser
+from atdiff.pipelines.model import load_denoiser, reference_data
 from atdiff.pipelines.text_to_image import TextToImage
 from atdiff.report.samples import sample_grids
 from atdiff.sampling import image_generators, make_scheduler
@@ -253,6 +254,23 @@ def test_embedded_guidance_is_that_of_the_plain_pipeline(tmp_path: Path) -> None
     torch.testing.assert_close(out[0], by_diffusers(folder, "ddim", 3, 2, list(prompts), 3.0), rtol=0, atol=1e-4)
     assert (out[0] - out[1]).abs().max() > 1e-3
     assert loaded(folder).evaluations("ddim", 3) == 3  # it is shown to the network, which runs once a step
+
+
+def test_captions_of_the_chosen_classes_alone_are_drawn(trained: Path, pipeline: Path, tmp_path: Path) -> None:
+    data = {"name": "digits", "image_size": SIZE, "captions": list(CAPTIONS), "labels": [7, 2]}
+    folder = training_folder(tmp_path / "some", data=data)
+    shutil.copytree(pipeline, folder / "pipeline")
+    some = loaded(folder)
+    assert some.class_labels(5).tolist() == [2, 7, 2, 7, 2]
+    assert reference_data(some).labels.unique().tolist() == [2, 7]  # type: ignore[union-attr]
+    assert some.class_labels(2, 4).tolist() == [4, 4], "another may be asked for"
+    assert replace(some, prompts=("a", "b", "c")).class_labels(4).tolist() == [0, 1, 2, 0], "no prompts of classes"
+    how = EvaluationConfig(("ddim",), (2,), metrics=("label_accuracy",), extractor="label-classifier")
+    asked = replace(how, reading=DataOptions(labels=(8, 9))).asked_of(loaded(trained))
+    assert asked.class_labels(3).tolist() == [8, 9, 8]
+    assert how.asked_of(loaded(trained)).class_labels(11).tolist() == [*range(10), 0]
+    with pytest.raises(UserError, match="has no class 12, which"):
+        replace(how, reading=DataOptions(labels=(12,))).asked_of(loaded(trained))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

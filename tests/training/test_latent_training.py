@@ -442,6 +442,28 @@ def test_a_student_is_trained_further_with_its_own_embedding(recipe: Path, full:
     assert _differ(trainer.task.network.state_dict(), _open(full / "pipeline").unet.state_dict()) == []
 
 
+@pytest.mark.parametrize("words", ["--consistency.teacher self", "--consistency.mode training"])
+def test_a_few_step_model_learns_more_from_itself_or_from_the_data(
+    words: str, train: Train, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turbo = train(tmp_path / "turbo", "full", "--consistency.embed_guidance", "false")
+    config = resolve(load_recipe(str(recipe)), "lora", ["--training.init", str(turbo), *words.split()])
+    objective = Trainer(config).task.objective
+    assert (objective.teacher is None) == ("training" in words)
+    assert objective.guidance_dim is None
+    if objective.teacher is not None:  # frozen, and the function that was distilled
+        assert _differ(objective.teacher.model.state_dict(), _open(turbo / "pipeline").unet.state_dict()) == []
+    out = train(tmp_path / "more", "lora", "--training.init", str(turbo), *words.split())
+    assert all(line["skipped_steps"] == 0 for line in metrics(out))
+    denoiser = load_denoiser(str(out))
+    assert isinstance(denoiser.scheduler, LCMScheduler)
+    assert denoiser.evaluations("lcm", 2) == 2
+    capsys.readouterr()
+    # Without the word it is a mistake, as before.
+    assert main(["train", str(recipe), "--training.init", str(turbo), "--out", str(tmp_path / "no")]) == 2
+    assert "is a distilled pipeline itself" in capsys.readouterr().err
+
+
 # ---- samples
 
 
@@ -535,7 +557,10 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--consistency.intervals 2000", "intervals=2000"),
         ("--consistency.target_decay 1.0", "consistency.target_decay=1.0 must lie in [0, 1)"),
         ("--consistency.huber_c 0", "huber_c=0"),
-        ("--consistency.mode training", "consistency.mode='training' needs a network of pixels"),
+        (
+            "--consistency.teacher self --training.init {full}",
+            "consistency.teacher='self' needs a model that is not told its guidance, and {full} is",
+        ),
         ('--lora.rank 2 --lora.targets ["to_z"]', "no layer is called 'to_z': expected ends of names of layers"),
         ("--lora.rank -1", "the rank of LoRA is -1"),
         ("--lora.rank 2 --lora.alpha 0", "the alpha of LoRA is 0"),

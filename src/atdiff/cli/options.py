@@ -244,6 +244,7 @@ def reading(images: str) -> Decorator:
         _reading("background", "colour that transparent pixels are composed on", "COLOUR"),
         _reading("image_column", "column of images, in a table"),
         _reading("label_column", "column of labels, in a table"),
+        _reading("labels", "images of these classes alone, by number", "N[,N...]", Several(kind=int)),
         _reading("caption_column", "column of captions, in a table; for latent pipelines"),
         _reading(
             "unreadable",

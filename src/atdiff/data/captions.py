@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
-from atdiff.data.labels import class_line, renumbered
+from atdiff.data.labels import class_line, places_of, renumbered
 from atdiff.data.raw import Pixels, RawImages, raw_files
 from atdiff.data.sources.load import load_data
 from atdiff.data.sources.registry import find_source
@@ -96,6 +96,7 @@ def load_captioned(
     label_column: str | None = None,
     unreadable: Unreadable = "refuse",
     classes: Sequence[str] | None = None,
+    labels: Collection[int] | None = None,
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, but not yet their images.
 
@@ -108,6 +109,7 @@ def load_captioned(
         caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
         limit: take only the first so many pairs.
         classes: names of the classes in the order of ``captions``, where that is not the order of the labels.
+        labels: of the classes to keep, by number; None for all.
 
     Raises:
         UserError: no such data, split or column; a missing or empty caption; or ``captions`` that do not fit.
@@ -120,15 +122,20 @@ def load_captioned(
     own, names = source.pairs(request), None
     if own is not None:
         raw, texts = own
-        if label_column is not None:
-            raise UserError(f"{name} has captions of its own: leave out label_column ({label_column!r}).")
+        for option, value in (("label_column", label_column), ("labels", labels)):
+            if value is not None:
+                raise UserError(f"{name} has captions of its own: leave out {option} ({value!r}).")
     elif not given:
         raise UncaptionedError(source.uncaptioned.format(name))
     else:
-        raw, labels, names = _labelled(source, request, decoding, unreadable, classes)
-        texts = _class_captions(name, captions, labels, names)[:limit]
+        raw, numbers, names = _labelled(source, request, decoding, unreadable, classes)
+        texts = _class_captions(name, captions, numbers, names)[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
-    return CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
+    found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
+    if labels is None:
+        return found
+    assert numbers is not None
+    return found.subset(places_of(labels, numbers[:limit], title).tolist())
 
 
 def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 
 import numpy as np
 
 from atdiff.core.errors import UserError
 
-__all__ = ["class_line", "in_class_order", "numbered", "renumbered"]
+__all__ = ["class_line", "in_class_order", "numbered", "places_of", "renumbered"]
 
 SHOWN = 12  # classes that a line names
 
@@ -54,6 +54,31 @@ def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str],
             "images of that class into the training split and train anew."
         )
     return found
+
+
+def places_of(labels: Collection[int], of_images: np.ndarray | None, what: str) -> np.ndarray:
+    """Return the places, int64 and ascending, of the images of some classes.
+
+    Args:
+        labels: of the classes.
+        of_images: the label of each image, ``(N,)``; None where they have none.
+        what: the images, for messages.
+
+    Raises:
+        UserError: they have no labels, or one of the classes has no image.
+    """
+    if of_images is None:
+        raise UserError(f"{what} has no labels, so none can be chosen: leave out data.labels.")
+    known = np.unique(of_images).tolist()
+    strangers = sorted(set(labels) - set(known))
+    if strangers or not labels:
+        said = f"labels is {sorted(labels)}" if strangers else "labels is empty"
+        raise UserError(f"data.{said} and {what} has images of {_listed(known)}: choose among these.")
+    return np.flatnonzero(np.isin(of_images, list(labels)))
+
+
+def _listed(labels: Sequence[int]) -> str:
+    return f"{', '.join(map(str, labels[:SHOWN]))}{', ...' if len(labels) > SHOWN else ''}"
 
 
 def class_line(classes: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ class DataOptions:
     background: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    labels: tuple[int, ...] | None = None
     caption_column: str | None = None
     unreadable: Unreadable | None = None
 

@@ -120,9 +120,10 @@ def reference_data(denoiser: TrainedModel, name: str | None = None, options: Dat
     """
     reading = reading_of(denoiser, name, options)
     del reading["caption_column"]
+    labels = reading.pop("labels")  # as the network counts them
     data = load_data(reference_name(denoiser, name), **reading)
     check_shape(denoiser, tuple(data.images.shape[1:]), data.name)
-    return _with_trained_classes(data, denoiser, of_others=name is not None)
+    return _with_trained_classes(data, denoiser, of_others=name is not None).only(labels)
 
 
 def check_shape(denoiser: TrainedModel, found: tuple[int, ...], name: str) -> None:
@@ -151,6 +152,7 @@ def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "background": settings.get("background", BEFORE["data"]["background"] if settings else WHITE),
         "image_column": settings.get("image_column"),
         "label_column": settings.get("label_column"),
+        "labels": settings.get("labels"),
         "unreadable": settings.get("unreadable", "refuse"),
     }
 
@@ -163,7 +165,7 @@ def reading_of(denoiser: TrainedModel, name: str | None = None, options: DataOpt
     settings = denoiser.config.get("data", {})
     known = {**data_options(denoiser.config), "caption_column": settings.get("caption_column")}
     if name not in (None, settings.get("name")):
-        known |= {key: None for key in known if key.endswith("_column")}
+        known |= {key: None for key in known if key.endswith("_column") or key == "labels"}
     if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
         known["channels"] = denoiser.image_shape[0]
     return {**known, **options.asked}

@@ -181,10 +181,16 @@ class TextToImage(TrainedModel):
                 "one prompt a line."
             )
         if label is None:
-            return torch.arange(num) % len(self.prompts)
+            return self._in_turn(torch.arange(len(self.prompts)), num)
         if not 0 <= label < len(self.prompts):
             raise UserError(f"class label {label} is not one of {self.source}'s prompts, 0 to {len(self.prompts) - 1}.")
         return torch.full((num,), label)
+
+    @property
+    def _chosen(self) -> Sequence[int] | None:
+        """Those of the settings where there is a prompt for each class; other prompts are all drawn."""
+        captions = self.config.get("data", {}).get("captions") or ()
+        return super()._chosen if self.family.labelled or len(self.prompts) == len(captions) else None
 
     def _names(self) -> Sequence[str]:
         """The classes of a DiT, or the prompts."""

@@ -190,7 +190,22 @@ class TrainedModel:
                 stacklevel=2,
             )
             drawn = drawn[:-1]
-        return drawn[torch.arange(num) % len(drawn)]
+        return self._in_turn(drawn, num)
+
+    @property
+    def _chosen(self) -> Sequence[int] | None:
+        """The labels that it was trained on, where some were chosen."""
+        labels: Sequence[int] | None = self.config.get("data", {}).get("labels")
+        return labels
+
+    def _in_turn(self, labels: Tensor, num: int) -> Tensor:
+        """Return ``num`` of the labels in turn, of those that were chosen alone."""
+        if self._chosen is not None:
+            strangers = sorted(set(self._chosen) - set(labels.tolist()))
+            if strangers:
+                raise UserError(f"{self.source} has no class {strangers[0]}, which data.labels names: leave it out.")
+            labels = torch.tensor(sorted(set(self._chosen)))
+        return labels[torch.arange(num) % len(labels)]
 
     def samples(
         self,

@@ -14,7 +14,7 @@ from atdiff.system.locate import run_config
 
 __all__ = ["ArmRun", "check_arms", "find_runs", "other_reference"]
 
-REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column")
+REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels")
 """Settings of ``data`` that say what a run is held against."""
 
 
@@ -109,7 +109,7 @@ def other_reference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | N
     for name in REFERENCE:
         a, b = one.get(name), other.get(name)
         # What one of them leaves out may come to the same: older runs did not have it, pipelines have a size of theirs.
-        if a != b and a is not None and b is not None:
+        if a != b and (name == "labels" or (a is not None and b is not None)):
             return name
     return None
 

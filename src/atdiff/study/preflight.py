@@ -20,7 +20,7 @@ from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
 from atdiff.system.locate import check_hub, check_run, check_weights, run_config
 from atdiff.system.pipeline_files import check_variant, is_single_file
-from atdiff.training.config import TrainConfig
+from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.folder import open_run
 
 __all__ = [
@@ -45,7 +45,7 @@ def check_train(config: TrainConfig, out: Path) -> None:
         open_run(out, config, look_only=True)
     check_data(config.data.name)
     for source in (config.training.init, config.consistency.teacher):
-        if source is not None:
+        if source not in (None, SELF):
             check_run(source)
             check_variant(source, config.model.variant)
     check_pipeline_config(config.model.config, (config.training.init, config.consistency.teacher), "model.config")

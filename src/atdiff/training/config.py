@@ -37,6 +37,7 @@ __all__ = [
     "DECAYS",
     "ENDING",
     "PIXEL_MODELS",
+    "SELF",
     "SMALL_PIPELINES",
     "AdversaryConfig",
     "ConsistencyConfig",
@@ -60,6 +61,7 @@ Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 are no guida
 Beta = Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); [0.9, 0.999] is usual"]
 
 PIXEL_MODELS = ("mlp", "unet", "dit", "adm")
+SELF = "self"  # as consistency.teacher: what training starts from, a few-step model too
 SMALL_PIPELINES = ("tiny-sd", "tiny-sd3", "tiny-flux")
 _ModelWord = Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"]
 _FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
@@ -127,6 +129,8 @@ class DataConfig(Settings):
             transparency and shows the colours that are hidden under it.
         image_column: of a table; default the first that holds images.
         label_column: of a table, whole numbers or text; default the first of classes.
+        labels: keep only the images of these classes, by number, to train on and to be judged against; null for all.
+            Classes keep their numbers and captions.
         flip: mirror half of the images left to right.
         class_conditional: give the labels to the network.
         captions: one a class, which makes text-to-image data of labelled images.
@@ -146,6 +150,7 @@ class DataConfig(Settings):
     background: str | None = WHITE
     image_column: str | None = None
     label_column: str | None = None
+    labels: list[Natural] | None = None
     flip: bool = False
     class_conditional: bool = False
     captions: list[str] | None = None
@@ -265,7 +270,8 @@ class ConsistencyConfig(Settings):
 
     Attributes:
         mode: ``none`` trains a denoiser; ``distillation`` from a teacher; ``training`` without one.
-        teacher: a run, pipeline folder or hub id; default ``training.init``.
+        teacher: a run, pipeline folder or hub id; default ``training.init``. ``self`` takes that too, though it is a
+            few-step model already, which is then tuned with itself, as it was, for a teacher.
         solver: of the teacher's step.
         site: which input the adversary perturbs.
         pairs: which timesteps are compared.

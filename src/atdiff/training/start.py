@@ -16,7 +16,7 @@ from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, spelled_out
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.model import load_denoiser
-from atdiff.training.config import SchedulerConfig, TrainConfig
+from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
 
 __all__ = [
     "Difference",
@@ -81,7 +81,7 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
     if config.consistency.mode != "distillation":
         return None
     source, teacher = config.consistency.teacher, start
-    if source is not None:
+    if source not in (None, SELF):
         denoiser = load_denoiser(source, text_to_image=False, variant=config.model.variant)
         teacher = Start(f"the teacher {source}", denoiser.scheduler, denoiser.model)
     if teacher is None:
@@ -89,7 +89,7 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
             "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
             "--training.init (or --consistency.teacher)."
         )
-    if isinstance(teacher.scheduler, LCMScheduler):
+    if isinstance(teacher.scheduler, LCMScheduler) and source != SELF:
         name = source or config.training.init
         raise UserError(f"the teacher {name} is a consistency model itself: give a diffusion model.")
     return teacher

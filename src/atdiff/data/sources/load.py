@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from atdiff.core.errors import UserError
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
-from atdiff.data.labels import renumbered
+from atdiff.data.labels import places_of, renumbered
 from atdiff.data.raw import RawImages, file_status
 from atdiff.data.sources.registry import find_source
 from atdiff.data.sources.source import Request
@@ -37,6 +37,7 @@ class ImageData:
         skipped: name and reason of each unreadable image that was left out.
         classes: names, in the order of the labels, or None.
         mapped: the file that the images are in, or None.
+        whole: the images that these were chosen from by :meth:`only`, or None for all.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class ImageData:
     skipped: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] | None = None
     mapped: Mapped | None = None
+    whole: ImageData | None = None
 
     def __post_init__(self) -> None:
         assert self.images.dtype in (torch.uint8, torch.float32), self.images.dtype
@@ -55,18 +57,38 @@ class ImageData:
         return len(self.images)
 
     @property
+    def everything(self) -> ImageData:
+        """The images of all classes, which these were chosen from or are."""
+        return self if self.whole is None else self.whole
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes: those with names, else the highest label plus one; None without labels."""
-        if self.labels is None:
+        labels = self.everything.labels
+        if labels is None:
             return None
-        return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
+        return len(self.classes) if self.classes is not None else int(labels.max()) + 1
+
+    def only(self, labels: Collection[int] | None) -> ImageData:
+        """Return the images of some classes, by label; all for None. Classes keep their numbers.
+
+        Raises:
+            UserError: one of them has no image, or the images have no labels.
+        """
+        if labels is None:
+            return self
+        places = places_of(labels, None if self.labels is None else self.labels.numpy(), self.name)
+        kept = torch.from_numpy(places)
+        assert self.labels is not None
+        return replace(self, images=self.images[kept], labels=self.labels[kept], mapped=None, whole=self)
 
     def with_classes(self, classes: Sequence[str]) -> Self:
         """Return the images with labels that count these classes; an image of none of them is a ``UserError``."""
         if self.labels is None or self.classes is None or tuple(classes) == self.classes:
             return self
         labels = renumbered(self.labels.numpy(), self.classes, classes, self.name)
-        return replace(self, labels=torch.from_numpy(labels), classes=tuple(classes))
+        whole = None if self.whole is None else self.whole.with_classes(classes)
+        return replace(self, labels=torch.from_numpy(labels), classes=tuple(classes), whole=whole)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that another image, label or order changes; of mapped images it is computed once."""
@@ -106,6 +128,7 @@ def load_data(
     image_column: str | None = None,
     label_column: str | None = None,
     unreadable: Unreadable = "refuse",
+    labels: Collection[int] | None = None,
 ) -> ImageData:
     """Read a whole data set, 8 bits a value, into memory or, where that is short, into a file of the cache folder.
 
@@ -124,6 +147,7 @@ def load_data(
         image_column: of a table; when None the first that holds images.
         label_column: of a table, whole numbers or text; when None the first one of classes, if there is one.
         unreadable: whether to ``refuse`` data with unreadable images, or ``skip`` those.
+        labels: of the classes to keep, by number; None for all.
 
     Raises:
         UserError: no such data, split, column or class; unreadable images, or mixed shapes; or the disk is full.
@@ -132,17 +156,17 @@ def load_data(
     request = Request(name, split, image_column, label_column)
     source = find_source(request)
     assert source.load is not None, name
-    raw, labels, classes = source.load(request)
-    title, numbers = f"{name}[{split}]", None if labels is None else torch.from_numpy(labels)
+    raw, read, classes = source.load(request)
+    title, numbers = f"{name}[{split}]", None if read is None else torch.from_numpy(read)
     if isinstance(raw, RawImages):
         bad = UnreadableImages(unreadable)
         held = _held(request, raw, decoding, bad)
         if numbers is not None and bad.found:
             numbers = numbers[held.kept]
-        return ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
+        return ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped).only(labels)
     if image_size is not None or channels is not None:
         raise UserError(f"{name} holds points, which have no other size: leave out image_size and channels.")
-    return ImageData(torch.from_numpy(raw), numbers, title)
+    return ImageData(torch.from_numpy(raw), numbers, title).only(labels)
 
 
 def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Held:

@@ -201,6 +201,7 @@ def label_classifier_weights(data: ImageData) -> Path:
 
     Images that are not uint8, and labels of fewer than two classes, are a ``UserError``.
     """
+    data = data.everything  # classes that were left out are still told from the others
     if data.labels is None:
         raise UserError(f"{data.name} has no labels to train the {LABEL_CLASSIFIER} on: choose another extractor.")
     images, labels, classes = data.images, data.labels, len(data.labels.unique())

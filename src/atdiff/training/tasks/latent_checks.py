@@ -11,16 +11,17 @@ from atdiff.data.captions import CaptionedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
 from atdiff.training.build import consistency_options
-from atdiff.training.config import SchedulerConfig, TrainConfig
+from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
 from atdiff.training.start import Start, differences
 
-__all__ = ["as_start", "check_classes", "check_fits", "check_parametrisation", "check_settings", "load_latent_teacher"]
+__all__ = [
+    "as_start", "check_classes", "check_distillable", "check_fits", "check_parametrisation", "check_settings",
+    "load_latent_teacher",
+]  # fmt: skip
 
 
 def check_settings(config: TrainConfig) -> None:
     """Find the mistakes that the settings alone show, before anything is loaded."""
-    if config.consistency.mode == "training":
-        raise UserError("consistency.mode='training' needs a network of pixels: latents are distilled.")
     if config.model.name == "pipeline" and config.training.init is None:
         raise UserError(
             "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
@@ -35,13 +36,13 @@ def check_settings(config: TrainConfig) -> None:
         raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
     if config.scheduler != SchedulerConfig():
         raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
-    if config.consistency.mode == "distillation":
-        _check_distillation(config)
+    if config.consistency.mode != "none":
+        _check_consistency(config)
 
 
-def _check_distillation(config: TrainConfig) -> None:
+def _check_consistency(config: TrainConfig) -> None:
     settings = config.consistency
-    if settings.teacher is None and config.training.init is None:
+    if settings.mode == "distillation" and settings.teacher in (None, SELF) and config.training.init is None:
         raise UserError(
             f"consistency.mode='distillation' needs a teacher, and the U-Net of model.name={config.model.name!r} is "
             "untrained: give a trained pipeline as --training.init (or --consistency.teacher)."
@@ -109,13 +110,12 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
         UserError: it cannot be distilled, or does not agree with ``latent``.
     """
     source = config.consistency.teacher
+    if source == SELF:
+        check_distillable(latent)
+        return _own_teacher(latent)
     teacher = latent if source is None else _load_teacher(source, config)
     for one in (latent, teacher):
-        if not one.family.distillable:
-            raise UserError(
-                f"{one.source} is a {type(one.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
-                "are distilled; train it without consistency.mode."
-            )
+        check_distillable(one)
     if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
         raise UserError(
             f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
@@ -141,6 +141,24 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
 
 def _load_teacher(source: str, config: TrainConfig) -> LatentPipeline:
     return load_latent_pipeline(source, variant=config.model.variant, config=config.model.config)
+
+
+def check_distillable(latent: LatentPipeline) -> None:
+    """Refuse a pipeline whose network cannot become a consistency model."""
+    if not latent.family.distillable:
+        raise UserError(
+            f"{latent.source} is a {type(latent.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
+            "are distilled; train it without consistency.mode."
+        )
+
+
+def _own_teacher(latent: LatentPipeline) -> LatentPipeline:
+    if latent.network.config.time_cond_proj_dim:
+        raise UserError(
+            f"consistency.teacher='self' needs a model that is not told its guidance, and {latent.source} is: distil "
+            "it with consistency.embed_guidance=false, or train it without a teacher (consistency.mode=training)."
+        )
+    return latent
 
 
 def _same_conditions(one: LatentPipeline, other: LatentPipeline) -> bool:

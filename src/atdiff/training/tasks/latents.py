@@ -33,6 +33,7 @@ from atdiff.training.tasks.base import Task
 from atdiff.training.tasks.latent_checks import (
     as_start,
     check_classes,
+    check_distillable,
     check_fits,
     check_parametrisation,
     check_settings,
@@ -49,8 +50,8 @@ class LatentTask(Task):
     """Trains the network, or adapters of it, of the pipeline that ``training.init`` names.
 
     With ``consistency.mode="distillation"`` that pipeline is the teacher and the start of the student, and the result
-    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``. Otherwise its network is trained as the denoiser
-    that it is.
+    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``; ``"training"`` has no teacher. Otherwise its
+    network is trained as the denoiser that it is.
     """
 
     data: LatentData
@@ -73,7 +74,8 @@ class LatentTask(Task):
             predicts: Any = self.latent.prediction_type
             self.config = config = replace(config, objective=replace(config.objective, prediction_type=predicts))
         self.scheduler = self._scheduler_of(config)
-        embeds = config.consistency.embed_guidance and not config.lora.rank
+        distils = config.consistency.mode != "training"
+        embeds = config.consistency.embed_guidance and distils and not config.lora.rank
         # A pipeline that was distilled before keeps its own embedding.
         own = self.latent.network.config.get("time_cond_proj_dim")
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
@@ -117,7 +119,7 @@ class LatentTask(Task):
             raise UserError(
                 f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
             )
-        return str(find_maker(config.model.name)(self.images, config.data.captions, **config.model.args))
+        return str(find_maker(config.model.name)(self.images.everything, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
         """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
@@ -127,8 +129,8 @@ class LatentTask(Task):
             return LatentTask(config).scheduler
         check_parametrisation(config, self.latent)
         scheduler = self._scheduler_of(config)
-        if config.consistency.mode == "distillation":
-            load_latent_teacher(config, self.latent)
+        if config.consistency.mode != "none":
+            self._teacher_of(config)
             guidance = config.consistency.guidance
             LatentConsistencyObjective(scheduler, guidance=guidance, **consistency_options(config))
         return scheduler
@@ -137,7 +139,7 @@ class LatentTask(Task):
         """Return the scheduler that a run of these settings trains under and publishes: of the pipeline's noise."""
         scheduler = self.latent.scheduler
         with quiet_libraries():  # it remarks on options of the scheduler's own class
-            if config.consistency.mode == "distillation":
+            if config.consistency.mode != "none":
                 return consistency_scheduler(scheduler, config.consistency.intervals)
             if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
                 return noise_scheduler(config, as_start(self.latent))
@@ -157,22 +159,28 @@ class LatentTask(Task):
         return self.latent.image_channels, self.latent.image_size, self.latent.image_size
 
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
-        settings = self.config.consistency
         if not self.is_consistency:
             objective: Any = build_objective(self.config, self.scheduler)
             shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape, self.latent.network)
             if shift is not None and hasattr(objective.timestep_sampler, "shift"):
                 objective.timestep_sampler.shift = shift
             return objective
-        teacher = load_latent_teacher(self.config, self.latent)
-        null = self.latent.encode_null()
         return LatentConsistencyObjective(
             self.scheduler,
-            teacher=GuidedTeacher(teacher.network, teacher.scheduler, null, solver=settings.solver),
-            guidance=settings.guidance,
+            teacher=self._teacher_of(self.config),
+            guidance=self.config.consistency.guidance,
             guidance_dim=self.guidance_dim,
             **consistency_options(self.config),
         )
+
+    def _teacher_of(self, config: TrainConfig) -> GuidedTeacher | None:
+        """Return the teacher of a distillation; None for consistency training, whose teacher is the data."""
+        if config.consistency.mode == "training":
+            check_distillable(self.latent)
+            return None
+        teacher = load_latent_teacher(config, self.latent)
+        null = self.latent.encode_null()
+        return GuidedTeacher(teacher.network, teacher.scheduler, null, solver=config.consistency.solver)
 
     def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config

@@ -110,11 +110,11 @@ class PixelTask(Task):
                 f"data.class_conditional is set, but {self.config.data.name!r} has no labels; put each class into "
                 "its own subfolder or unset it."
             )
-        return int(self.data.labels.max()) + 1
+        return int(self.data.everything.labels.max()) + 1
 
     def _warn_of_empty_classes(self, count: int) -> None:
         """Say which classes have no image: the network is told of them, and learns nothing."""
-        empty = (torch.bincount(self.data.labels, minlength=count) == 0).nonzero().flatten().tolist()
+        empty = (torch.bincount(self.data.everything.labels, minlength=count) == 0).nonzero().flatten().tolist()
         if empty:
             names = [str(label) if self.classes is None else repr(self.classes[label]) for label in empty[:5]]
             warnings.warn(
@@ -148,7 +148,10 @@ class PixelTask(Task):
         """Return 64 images of the average, all classes in turn."""
         labels = None
         if self.config.data.class_conditional:
-            labels = torch.arange(64) % (self._num_classes() or 1)
+            labels = torch.arange(self._num_classes() or 1)
+            if self.config.data.labels is not None:
+                labels = torch.tensor(sorted(set(self.config.data.labels)))
+            labels = labels[torch.arange(64) % len(labels)]
         sampler = default_sampler(self.scheduler)
         if sampler == "consistency" and not self.is_consistency:
             sampler = "edm-euler"
