@@ -15,7 +15,7 @@ __all__ = ["quickstart"]
 
 @command(
     "quickstart",
-    "the main comparison on real digits, in a few minutes on a CPU",
+    "run the main comparison on real digits: a few minutes on a CPU",
     examples=["", "--out runs/first --jobs 2"],
 )
 @options.out("folder of the study; an existing one is resumed", default=Path("runs/quickstart"))

@@ -30,10 +30,10 @@ __all__ = ["sample"]
 @options.sampler
 @options.one("steps", "number of sampling steps", kind=int, default=20)
 @options.number("--num", 64, "number of samples")
-@options.one("seed", "of the noise of all samples", kind=int, default=0)
-@options.number("--batch-size", 256, "samples drawn at once")
+@options.one("seed", "seed of the samples", kind=int, default=0)
+@options.number("--batch-size", 256, "samples drawn at a time")
 @options.option(
-    "--class-label", help="name of a class or a prompt, or else its number from 0", metavar="LABEL", unset="all in turn"
+    "--class-label", help="class or prompt to draw, by name or by number from 0", metavar="LABEL", unset="each in turn"
 )
 @options.prompts
 @options.correction
