@@ -84,7 +84,8 @@ def keys_page() -> str:
             lines.append(f"| `{part}` | {_type(of)} | `{default}` | {of['description']} |")
     lines += ["", "## The rest of a recipe", "", "| key | |", "|---|---|"]
     lines += [
-        f"| `{name}` | {schema['properties'][name]['description']} |" for name in ("about", "cost", "finetune", "arms")
+        f"| `{name}` | {schema['properties'][name]['description']} |"
+        for name in ("title", "about", "cost", "finetune", "arms")
     ]
     return "\n".join(lines) + "\n"
 

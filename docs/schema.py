@@ -62,6 +62,7 @@ def recipe_schema() -> dict[str, Any]:
     study.pop("$defs")
     layer = {**settings, "description": "Settings on top of the recipe's."}
     own = {
+        "title": {**TEXT, "description": "A few words for the list of recipes."},
         "about": {**TEXT, "description": "What the recipe shows."},
         "cost": {**TEXT, "description": "What a run of it takes."},
         "finetune": {"$ref": "#/$defs/Layer", "description": "Settings of every arm, on top of the base run's."},

@@ -40,7 +40,7 @@ FOUND = {
     "direction": (
         DIRECTIONS,
         (
-            Panel("quickstart", "ddim", "predicts noise, ddim"),
+            Panel("digits-epsilon", "ddim", "predicts noise, ddim"),
             Panel("digits-v", "ddim", "predicts v, ddim"),
             Panel("digits-flow", "flow-euler", "flow, Euler"),
         ),

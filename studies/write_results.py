@@ -1,7 +1,7 @@
 """Write the page of a comparison, with its figures, into docs/results.
 
 python studies/write_results.py runs/digits-v                          # a study: digits-v.md
-python studies/write_results.py runs/corrected/quickstart.summary.json  # of atdiff compare: corrected-quickstart.md
+python studies/write_results.py runs/corrected/digits-v.summary.json   # of atdiff compare: corrected-digits-v.md
 """
 
 from __future__ import annotations

@@ -136,7 +136,6 @@ def test_recipes_are_listed_one_a_line_and_shown_whole(capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     names = list(bundled_recipes())
     assert [line.split()[0] for line in lines[: len(names)]] == names
-    assert max(map(len, lines)) <= 100
     assert main(["recipes", "--json"]) == 0
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == names
     for name in ("quickstart", "cifar10-adm"):  # with arms, and without
@@ -144,12 +143,9 @@ def test_recipes_are_listed_one_a_line_and_shown_whole(capsys: pytest.CaptureFix
         shown = json.loads(capsys.readouterr().out)
         assert main(["recipes", name]) == 0
         printed = " ".join(capsys.readouterr().out.split())
-        for text in (shown["about"], shown["cost"].strip(), ", ".join(shown["arms"]), shown["file"]):
+        for text in (shown["about"], shown["cost"].strip(), *(f"{arm}:" for arm in shown["arms"])):
             assert text in printed
-        for line in shown["commands"]:
-            assert line in printed
-            assert main([*shlex.split(line)[1:], "--dry-run"]) == 0 or "study" in line
-        capsys.readouterr()
+        assert f"atdiff train {name}" in printed
     assert main(["recipes", "quikstart"]) == 2
     assert "did you mean 'quickstart'?" in capsys.readouterr().err
 

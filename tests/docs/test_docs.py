@@ -30,7 +30,7 @@ SHORT: dict[str, list[str]] = {
     "train": ["--training.passes", "4", "--training.sample_every", "0", "--optimizer.warmup_passes", "0"],
     "study": [
         "--training.passes", "4", "--study.num", "40", "--study.seeds", "[0]", "--study.steps", "[2]",
-        "--study.samplers", "[ddim]", "--study.mismatch", "false", "--study.arms", "[plain]", "--jobs", "1",
+        "--study.mismatch", "false", "--study.arms", "[plain]", "--jobs", "1",
     ],
     "sample": ["--num", "4"],
     "evaluate": ["--num", "40", "--steps", "2"],
@@ -95,7 +95,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quickstart(workplace: Path) -> Path:
     """The runs of the study that some pages go on from, cut short."""
     out = workplace / "runs" / "quickstart"
-    for arm in ("plain", "at-residual"):
+    for arm in ("plain", "auto8"):
         run = str(out / "seed-0" / arm)
         assert main(["train", "quickstart", "--arm", arm, "--out", run, *SHORT["train"]]) == 0
     return out

@@ -94,7 +94,7 @@ RUNS: dict[str, str] = {
     "dit-latent": f"dit-imagenet-at --arm at {_LATENT} --training.init {{dit-pipeline}} --data.name {{classes}}",
 }
 STUDY = (
-    "study quickstart --jobs 1 --training.passes 60 --training.log_every 20 --study.seeds [0] --study.num 64 "
+    "study digits-epsilon --jobs 1 --training.passes 60 --training.log_every 20 --study.seeds [0] --study.num 64 "
     "--study.steps [3] --out {out}"
 )
 EVALUATIONS: dict[str, str] = {

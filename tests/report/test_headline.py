@@ -103,7 +103,7 @@ def test_arms_in_words() -> None:
         "sample 2 times, staggered"
     )
     assert words["auto8-ot"] == (
-        "input moved along the residual of the predicted noise by a dose that sets itself for 8 steps, by a "
+        "input moved along the residual of the predicted noise by an automatic dose for 8 steps, with a "
         "look-ahead, on fresh samples; noise and images paired by optimal transport"
     )
     assert describe_arms({"a": {}, "b": {"adversary": {"passes": 2, "step_size": 0.0}}}) == {

@@ -145,7 +145,7 @@ def test_the_small_recipes_share_a_network_that_trains_on_a_cpu(recipe: str) -> 
         network = build_model(base.model.name, base.model.args, image_shape=(3, 32, 32))
         network(torch.zeros(1, 3, 32, 32), torch.zeros(1)).sample.sum().backward()
     assert round(sum(p.numel() for p in network.parameters()) / 1e5) == 25
-    assert "2.2 GFLOP an image and pass" in settings.cost
+    assert "2.2 GFLOP per image and pass" in settings.cost
     assert counter.get_total_flops() / 1e9 == pytest.approx(2.2, abs=0.05)
     assert settings.study.num >= few_samples(settings.study.extractor)
     arms = [resolve(settings, arm) for arm in settings.study.arms]
@@ -170,7 +170,7 @@ def test_the_networks_have_the_published_size_and_the_stated_cost(
         network(torch.zeros(1, *shape), torch.zeros(1), **labels).sample.sum().backward()
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == parameters
     assert round(counter.get_total_flops() / 1e9) == cost
-    assert f"{cost} GFLOP an image and pass" in settings.cost
+    assert f"{cost} GFLOP per image and pass" in settings.cost
 
 
 @pytest.mark.parametrize("recipe", ["cifar10-adm-at", "imagenet64-adm-at"])

@@ -253,6 +253,33 @@ def test_bundled_recipes_resolve_in_every_arm(capsys: pytest.CaptureFixture[str]
             assert config.training.passes % config.adversary.passes == 0
 
 
+def test_the_list_of_recipes_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: len(bundled_recipes())]] == list(bundled_recipes())
+    assert max(map(len, lines)) <= 140
+    titles = [load_recipe(name).title for name in bundled_recipes()]
+    assert len(set(titles)) == len(titles)
+    assert not set(titles) & set(bundled_recipes())
+
+
+def test_one_recipe_is_shown_whole_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe("quickstart")
+    assert main(["recipes", "quickstart"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert recipe.about in shown
+    assert f"Cost: {recipe.cost}" in shown
+    assert all(f"{arm}: " in shown for arm in recipe.arms)
+    assert main(["recipes", "quickstart", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["arms"] == recipe.arms
+    assert told["about"] == recipe.about
+    assert main(["recipes", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(bundled_recipes())
+    assert main(["recipes", "quikstart"]) == 2
+    assert "did you mean 'quickstart'?" in capsys.readouterr().err
+
+
 def test_help_and_mistakes_answer_without_loading_torch(tmp_path: Path) -> None:
     """The command line imports nothing heavy until a command needs it."""
     code = "import sys; from atdiff.cli import main; main(['recipes', '--x']); print('torch' in sys.modules)"

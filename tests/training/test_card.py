@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from atdiff.cli import main
 from atdiff.training.card import has_card, model_card
 
-WORDS = ["train", "quickstart", "--arm", "at-residual", "--training.passes", "4"]
+WORDS = ["train", "digits-epsilon", "--arm", "at-residual", "--training.passes", "4"]
 
 
 class Hub:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
+import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +14,6 @@ from atdiff.cli.command import command
 
 __all__ = ["recipes"]
 
-WIDTH = 100  # of output that is no terminal
-
 
 @command(
     "recipes",
@@ -25,86 +21,49 @@ WIDTH = 100  # of output that is no terminal
     examples=["", "quickstart", "--json", "--schema > recipe.schema.json"],
 )
 @click.argument("recipe", type=options.Recipe(), metavar="[RECIPE]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="print the same as JSON")
+@click.option("--json", "as_json", is_flag=True, help="print them as JSON, with all texts and arms")
 @click.option("--schema", is_flag=True, help="print the JSON schema of recipes, for editors")
 def recipes(recipe: str | None, as_json: bool, schema: bool) -> None:
-    """List the bundled recipes, one line each; with RECIPE, show what it trains, its cost, arms and evaluation.
+    """List the bundled recipes, one line each; with RECIPE, show what that one does, its cost and its arms.
 
-    RECIPE is a name of the list or a YAML file; `atdiff train` and `atdiff study` take it too.
+    A name of the list is the RECIPE of `atdiff train` and `atdiff study`.
     """
     if schema:
         import importlib.resources
 
         print((importlib.resources.files("atdiff") / "recipes" / "recipe.schema.json").read_text(), end="")
-    elif recipe is not None:
-        shown = _described(recipe)
-        print(json.dumps(shown, indent=2) if as_json else _page(shown))
+        return
+    from atdiff.study.recipe import bundled_recipes, load_recipe
+
+    found = [load_recipe(name) for name in ([recipe] if recipe else bundled_recipes())]
+    told = [
+        {"name": one.name, "title": one.title, "about": one.about, "cost": one.cost, "arms": one.arms} for one in found
+    ]
+    if as_json:
+        print(json.dumps(told[0] if recipe else told, indent=2))
+    elif recipe:
+        _show(recipe, told[0])
     else:
-        found = _summaries()
-        print(json.dumps(found, indent=2) if as_json else _lines(found))
+        _list(told)
 
 
-def _width() -> int:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+def _list(told: list[dict[str, Any]]) -> None:
+    """Print a line per recipe; the rest is what `atdiff recipes NAME` is for."""
+    names, titles = (max(len(one[key]) for one in told) for key in ("name", "title"))
+    for one in told:
+        cost = re.split(r"[:;(,]", one["cost"])[0].strip()
+        print(f"{one['name']:{names}}  {one['title']:{titles}}  {cost[:1].lower()}{cost[1:]}")
+    print("\n`atdiff recipes NAME` shows all of one.")
 
 
-def _summaries() -> list[dict[str, Any]]:
-    from atdiff.study.recipe import bundled_recipes, recipe_summary
-
-    found = []
-    for name, path in bundled_recipes().items():
-        about, cost, arms = recipe_summary(path)
-        found.append({"name": name, "about": about, "cost": cost, "arms": arms})
-    return found
-
-
-def _lines(found: list[dict[str, Any]]) -> str:
-    longest = max(len(one["name"]) for one in found)
-    room = max(_width() - longest - 2, 20)
-    lines = [f"{one['name']:<{longest}}  {textwrap.shorten(one['about'], room, placeholder=' ...')}" for one in found]
-    return "\n".join([*lines, "", "`atdiff recipes NAME` shows the rest of one: its cost, arms and evaluation."])
-
-
-def _described(recipe: str) -> dict[str, Any]:
-    from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
-
-    read = load_recipe(recipe)
-    config, study = resolve(read), read.study
-    return {
-        "name": read.name,
-        "about": read.about,
-        "cost": read.cost,
-        "data": config.data.name,
-        "model": config.model.name,
-        "passes": config.training.passes,
-        "arms": list(read.arms),
-        "seeds": study.seeds,
-        "samplers": {sampler: study.steps_of(sampler) for sampler in study.samplers},
-        "metrics": study.metrics,
-        "file": str(bundled_recipes().get(recipe, Path(recipe))),
-        "commands": [
-            f"atdiff train {recipe} --out runs/{read.name}",
-            *([f"atdiff study {recipe} --out runs/{read.name}-study"] if read.arms else []),
-        ],
-    }
-
-
-def _page(shown: dict[str, Any]) -> str:
-    steps = "; ".join(f"{name} at {', '.join(map(str, counts))} steps" for name, counts in shown["samplers"].items())
-    rows = {
-        "cost": shown["cost"],
-        "data": shown["data"],
-        "model": f"{shown['model']}; {shown['passes']:,} passes",
-        "arms": ", ".join(shown["arms"]),
-        "seeds": ", ".join(map(str, shown["seeds"])),
-        "samplers": steps,
-        "metrics": ", ".join(shown["metrics"]),
-        "file": shown["file"],
-    }
-    width, indent = min(_width(), WIDTH), 10
-    lines = [shown["name"], "", textwrap.fill(shown["about"], width), ""]
-    for name, text in rows.items():
-        if text:
-            wrapped = textwrap.wrap(str(text), width - indent, break_long_words=False, break_on_hyphens=False)
-            lines += [f"{name if i == 0 else '':<{indent}}{line}" for i, line in enumerate(wrapped)]
-    return "\n".join([*lines, "", *shown["commands"]])
+def _show(name: str, told: dict[str, Any]) -> None:
+    """Print all of one recipe, and how it is run."""
+    print(textwrap.fill(told["about"], 100), f"\nCost: {told['cost']}", sep="\n")
+    if told["arms"]:
+        print("\nArms:")
+    for arm, settings in told["arms"].items():
+        print(f"  {arm}: {json.dumps(settings) if settings else 'no change'}")
+    folder = f"runs/{told['name']}"
+    if told["arms"]:
+        print(f"\nCompare all arms: atdiff study {name} --out {folder}")
+    print(f"Train one run:    atdiff train {name} --out {folder}")

@@ -88,6 +88,7 @@ class RecipeFile(TrainConfig):
     """The content of a recipe: the settings of its base run, and its own keys.
 
     Attributes:
+        title: a few words for the list of recipes.
         about: what the recipe shows.
         cost: what a run of it takes.
         finetune: settings of every arm, on top of the base run's.
@@ -95,6 +96,7 @@ class RecipeFile(TrainConfig):
         study: how the arms are compared.
     """
 
+    title: str | None = None
     about: str | None = None
     cost: str | None = None
     finetune: TrainConfig | None = None
@@ -107,6 +109,7 @@ class Recipe:
     """A recipe as read: ``config`` for the base run, ``finetune`` on top for every arm, ``arms`` on top of that."""
 
     name: str
+    title: str
     about: str
     cost: str
     config: dict[str, Any]
@@ -152,12 +155,13 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     study = {"arms": list(arms), **(content.pop("study", None) or {})}
     return Recipe(
         name=path.stem,
+        title=read.title or path.stem,
         about=" ".join((read.about or "").split()),
-        cost=read.cost or "",
+        cost=" ".join((read.cost or "").split()),
         finetune=content.pop("finetune", None) or {},
         arms=arms,
         study=_study(study, study_words, arms),
-        config={key: value for key, value in content.items() if key not in ("about", "cost")},
+        config={key: value for key, value in content.items() if key not in ("title", "about", "cost")},
     )
 
 
