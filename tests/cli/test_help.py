@@ -20,6 +20,8 @@ from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.mismatch import MismatchConfig
 from atdiff.measure.robustness import RobustnessConfig
 from atdiff.metrics.registry import METRICS
+from atdiff.study.extractor import extractor_for
+from atdiff.study.recipe import bundled_recipes
 
 OPTIONS = [
     pytest.param(name, option, id=f"{name} {option.opts[0]}")
@@ -72,6 +74,9 @@ def test_the_defaults_of_help_are_those_of_the_library(name: str, made: Any) -> 
     parsed = COMMANDS[name].make_context(name, ["run", "--out", "x"]).params
     if name == "robustness":
         parsed |= {"steps": parsed.pop("pgd_steps"), "radii": (0.0, *parsed["radii"])}
+    # The images choose the extractor; that of the library is the choice for digits.
+    assert parsed.pop("extractor", None) is None
+    assert getattr(made, "extractor", extractor_for("digits")) == extractor_for("digits")
     shared = parsed.keys() & {field.name for field in fields(made)} - {"weights"}
     assert len(shared) > 7
     assert {field: parsed[field] for field in shared} == {field: getattr(made, field) for field in shared}
@@ -109,7 +114,7 @@ def test_singular_and_plural_are_accepted_alike(word: str) -> None:
         ("sample run --out", "option --out expects a value; see `atdiff sample --help`."),
         ("sample run --num --out x.png", "option --num expects a value"),
         ("sample run --num many --out x.png", "invalid value for '--num': 'many' is not a valid integer; see"),
-        ("evaluate run", "missing option '--out'; see `atdiff evaluate --help`."),
+        ("mismatch run", "missing option '--out'; see `atdiff mismatch --help`."),
         ("train --out x", "missing argument 'RECIPE'; see `atdiff train --help`."),
         ("sample one two --out x.png", "got unexpected extra argument"),
         ("compare a b --interval z --out x.html", "'z' is not one of 't', 'bootstrap'; see"),
@@ -124,6 +129,37 @@ def test_a_mistake_of_form_is_one_sentence(words: str, phrase: str, capsys: pyte
     assert error.startswith("atdiff: ")
     assert phrase in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_recipes_are_listed_one_a_line_and_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = list(bundled_recipes())
+    assert [line.split()[0] for line in lines[: len(names)]] == names
+    assert main(["recipes", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == names
+    for name in ("quickstart", "cifar10-adm"):  # with arms, and without
+        assert main(["recipes", name, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert main(["recipes", name]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        for text in (shown["about"], shown["cost"].strip(), *(f"{arm}:" for arm in shown["arms"])):
+            assert text in printed
+        assert f"atdiff train {name}" in printed
+    assert main(["recipes", "quikstart"]) == 2
+    assert "did you mean 'quickstart'?" in capsys.readouterr().err
+
+
+def test_train_takes_the_data_by_the_option_of_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for option in ("--data", "--data.name"):
+        assert main(["train", "quickstart", option, "mixture-ring", "--out", "x", "--dry-run"]) == 0
+        shown.append(capsys.readouterr().out)
+        for name in ("evaluate", "mismatch"):
+            words = ["run", option, "mixture-ring", "--out", "x"]
+            assert COMMANDS[name].make_context(name, words).params["data"] == "mixture-ring"
+    assert shown[0] == shown[1]
+    assert "name: mixture-ring" in shown[0]
 
 
 def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +185,15 @@ for words in json.load(sys.stdin):
 
 
 def test_help_and_the_recipes_import_nothing_heavy() -> None:
-    commands = [["--help"], ["--version"], ["recipes"], ["recipes", "--schema"], ["completion", "zsh"]]
+    commands = [
+        ["--help"],
+        ["--version"],
+        ["recipes"],
+        ["recipes", "--json"],
+        ["recipes", "quickstart"],
+        ["recipes", "--schema"],
+        ["completion", "zsh"],
+    ]
     commands += [[name, "--help"] for name in COMMANDS]
     result = subprocess.run([sys.executable, "-c", LIGHT], input=json.dumps(commands), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

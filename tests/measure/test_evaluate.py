@@ -127,6 +127,20 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     assert not out.exists()
 
 
+def test_without_a_file_the_table_is_printed(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "16"]
+    assert main([*words, "--out", "cells.json"]) == 0
+    *table, kept = capsys.readouterr().out.splitlines()
+    assert kept == "1 cells in cells.json"
+    Path("cells.json").unlink()
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [*table, "1 cells that are not kept; --out FILE.json keeps them"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_of_another_size_are_read_by_the_remedy_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

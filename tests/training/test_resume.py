@@ -137,6 +137,17 @@ def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: 
     assert_same(one, other)
 
 
+def test_a_shorter_run_says_what_to_do(tmp_path: Path) -> None:
+    run(tmp_path / "run", "plain")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    message = (
+        rf"a run of {PASSES} passes and cannot be made shorter: .* --training.passes {PASSES} or more, or train 5 in"
+    )
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", "plain", "--training.passes", "5")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str, finished: bool) -> None:

@@ -24,9 +24,9 @@ __all__ = ["compare"]
 )
 @options.runs("[ARM=]RUN...")
 @add_evaluation
-@options.option("--baseline", help="what other arms are compared with", metavar="ARM", unset="plain, or else the first")
+@options.option("--baseline", help="arm that the others are compared with", metavar="ARM", unset="plain, or the first")
 @options.interval
-@click.option("--unequal-passes", is_flag=True, help="allow arms with different compute")
+@click.option("--unequal-passes", is_flag=True, help="allow arms that differ in passes")
 @click.option("--mismatch/--no-mismatch", default=True, show_default=True, help="measure the mismatch too")
 @click.option("--robustness/--no-robustness", default=False, show_default=True, help="measure the worst-case loss too")
 @click.option("--overwrite", is_flag=True, help="replace an earlier page")
@@ -46,8 +46,8 @@ def compare(
 ) -> None:
     """Compare arms on one page, from runs of several arms (and training seeds), or from the folder of a study.
 
-    A RUN is a training folder, a diffusers pipeline folder, or a hub id; without ARM= its arm is called after its
-    folder. The cells that a study has evaluated are taken as they are, unless an option says how to evaluate.
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id; without ARM= the arm is named after
+    the folder. Cells that a study has evaluated are reused, unless an option says how to evaluate.
     """
     from atdiff.study.arms import check_arms, find_runs
     from atdiff.study.preflight import check_runs
@@ -58,7 +58,7 @@ def compare(
         raise UserError(f"{out} exists already; choose another --out, or add --overwrite.")
     found = find_runs(runs)
     studied = all((Path(one.run) / "cells.json").is_file() for one in found)
-    asked = evaluation.checked(out, (0,)) if evaluation.given or not studied else None
+    asked = evaluation.checked([one.run for one in found], out, (0,)) if evaluation.given or not studied else None
     check_runs([one.run for one in found], evaluation.options["data"], variant=evaluation.options["variant"])
     check_arms(found, baseline, unequal_passes=unequal_passes, data=evaluation.options["data"])
     from atdiff.measure.cells import EvaluationConfig

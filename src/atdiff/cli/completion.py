@@ -14,7 +14,7 @@ VARIABLE = "_ATDIFF_COMPLETE"  # by which the script asks atdiff what a word may
 
 @command(
     "completion",
-    "print the script that completes atdiff's words in a shell",
+    "print a shell completion script",
     examples=["bash >> ~/.bashrc", "zsh >> ~/.zshrc", "fish > ~/.config/fish/completions/atdiff.fish"],
 )
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")), metavar="SHELL")

@@ -35,6 +35,15 @@ NEEDS = (
 )
 
 
+# In the cache folder of atdiff.
+CACHED = {
+    "*-classifier-*.safetensors": "trained classifiers",
+    "references/*": "statistics of reference images",
+    "images/**/*": "decoded images",
+    "latents/**/*": "latents and embeddings",
+}
+
+
 class Finding(NamedTuple):
     """One line: what was looked at, what was found, and whether something is missing."""
 
@@ -46,16 +55,16 @@ class Finding(NamedTuple):
 
 def findings() -> list[Finding]:
     """Look at the machine; nothing is downloaded and nothing written."""
-    return [*_versions(), *_devices(), *_weights(), *_extras()]
+    return [*_versions(), *_devices(), *_weights(), *_here(), *_extras()]
 
 
 @command(
     "doctor",
-    "show versions, devices, weights, and what is missing for which command",
+    "show what is installed and stored here, and what commands lack",
     examples=["", "> doctor.txt"],
 )
 def doctor() -> None:
-    """Show versions, devices, the cache and weights, and what is missing for which command; nothing is downloaded."""
+    """Show versions, devices, weights, what is stored here, and what each command lacks; nothing is downloaded."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
@@ -109,7 +118,7 @@ def _weights() -> list[Finding]:
 
     from atdiff.metrics.registry import EXTRACTORS
     from atdiff.system.files import cache_folder
-    from atdiff.system.locate import URLS, weights_file
+    from atdiff.system.locate import SIZES, URLS, weights_file
 
     folder = cache_folder()
     parent = next(one for one in (folder, *folder.parents) if one.exists())
@@ -127,10 +136,45 @@ def _weights() -> list[Finding]:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()
         where = (
-            f"not here: downloaded at first use, or fetch {url} and give --weights {name}=FILE" if absent else str(file)
+            f"not here: {SIZES[name]} are downloaded at first use, or fetch {url} and give --weights {name}=FILE"
+            if absent
+            else str(file)
         )
         found.append(Finding("weights", name, where, absent))
     return found
+
+
+def _here() -> list[Finding]:
+    """What can be used without a network: data sets, pipelines of the hub's cache, and what atdiff has computed."""
+    from atdiff.study.recipe import bundled_recipes
+    from atdiff.system.files import cache_folder
+
+    found = [Finding("here", "data sets", "digits, mixture-ring, mixture-grid, mixture-spiral: they come with atdiff")]
+    found.append(Finding("here", "recipes", f"{len(bundled_recipes())}: see `atdiff recipes`"))
+    found += [Finding("here", *one) for one in _of_the_hub()]
+    for kind, what in CACHED.items():
+        files = [file for file in cache_folder().glob(kind) if file.is_file()]
+        if files:
+            found.append(Finding("here", what, _size(len(files), sum(file.stat().st_size for file in files))))
+    return found
+
+
+def _of_the_hub() -> list[tuple[str, str]]:
+    """Return the repositories in the cache of the hub, and what they take."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return [
+        (f"{one.repo_type} of the hub", f"{one.repo_id}, {_size(one.nb_files, one.size_on_disk)}")
+        for one in sorted(repositories, key=lambda one: (one.repo_type, one.repo_id))
+    ]
+
+
+def _size(files: int, size: int) -> str:
+    return f"{files} file{'s' if files != 1 else ''}, {size / 1e6:,.1f} MB"
 
 
 def _extras() -> list[Finding]:

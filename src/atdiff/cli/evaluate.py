@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from atdiff.cli import options
 from atdiff.cli.command import command
@@ -13,8 +15,9 @@ __all__ = ["evaluate"]
 
 @command(
     "evaluate",
-    "compute metrics of runs for every sampler and number of steps",
+    "compute metrics of runs by sampler and number of steps",
     examples=[
+        "runs/at",
         "runs/plain runs/at --steps 5,10,20 --out cells.json",
         "runs/at --samplers ddim,dpmsolver++ --corrections none,dcw:search --seeds 0,1,2 --out cells.json",
         "my-pipeline --data my-images --extractor inception-v3-compat --metrics fid,kid --num 50000 --out cells.json",
@@ -23,20 +26,29 @@ __all__ = ["evaluate"]
 )
 @options.runs()
 @add_evaluation
-@options.several("seeds/seed", "of the noise that samples start from", kind=int, default="0")
-@options.out("a .json file; an existing one is resumed")
-def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ...], out: Path) -> None:
-    """Compute metrics of every RUN for each cell: sampler, correction, number of steps and seed.
+@options.several("seeds/seed", "seeds of the samples", kind=int, default="0")
+@options.out("a .json file; an existing one is resumed", unset="the table is printed, and nothing kept")
+def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ...], out: Path | None) -> None:
+    """Compute metrics of every RUN for each combination (cell) of sampler, correction, number of steps and seed.
 
-    A RUN is a training folder, a diffusers pipeline folder, or a hub id. Cells that the file holds already are not
-    computed again.
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. The table is printed; with --out the cells are
+    kept too, and those that the file holds already are not computed again.
     """
     from atdiff.measure.entries import read_cells
     from atdiff.study.preflight import check_runs
 
-    asked = evaluation.checked(out, seeds)
-    read_cells(out)
-    check_runs(runs, asked["data"], with_data=not out.exists(), variant=asked["variant"])
+    asked = evaluation.checked(runs, out, seeds)
+    if out is not None:
+        read_cells(out)
+    check_runs(runs, asked["data"], with_data=out is None or not out.exists(), variant=asked["variant"])
+    if out is not None:
+        _evaluated(runs, asked, out)
+        return
+    with TemporaryDirectory() as folder:
+        _evaluated(runs, asked, Path(folder) / "cells.json", kept=False)
+
+
+def _evaluated(runs: tuple[str, ...], asked: dict[str, Any], out: Path, *, kept: bool = True) -> None:
     from rich.console import Console
 
     from atdiff.measure.cells import EvaluationConfig, evaluate_runs
@@ -48,4 +60,4 @@ def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ..
         cells = evaluate_runs(runs, EvaluationConfig(**asked), out, device=device(), notify=notify)
     if is_main():
         Console().print(cells_table(cells))
-        print(f"{len(cells)} cells in {out}")
+        print(f"{len(cells)} cells {f'in {out}' if kept else 'that are not kept; --out FILE.json keeps them'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -25,7 +25,7 @@ _OPTIONS: options.Decorator = options.shared(
     options.several("metrics/metric", f"from {', '.join(METRICS)}", known=METRICS, default="fid,prc"),
     options.several(
         "corrections/correction",
-        f"{options.CORRECTION}; :search as the value has it chosen on held-out noise",
+        f"{options.CORRECTION}; :search as the value chooses it on held-out noise",
         known=CORRECTIONS,
         default="none",
     ),
@@ -47,26 +47,35 @@ class Evaluation:
     """How runs are evaluated.
 
     Attributes:
-        options: the arguments of an :class:`atdiff.measure.cells.EvaluationConfig`, less the seeds.
+        options: the arguments of an :class:`atdiff.measure.cells.EvaluationConfig`, less the seeds; ``weights`` as on
+            the command line, and ``extractor`` None for that which suits the images.
         given: whether any of them was on the command line.
     """
 
     options: dict[str, Any]
     given: bool
 
-    def checked(self, out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Return the arguments of an ``EvaluationConfig``, after what is wrong with them is found.
+    def checked(self, runs: Sequence[str], out: Path | None, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """Return the arguments of an ``EvaluationConfig`` for runs, after what is wrong with them is found.
 
         Raises:
             UserError: a name that does not exist, a number out of range, or weights that cannot be had.
         """
+        from atdiff.metrics.registry import check_names
+        from atdiff.study.extractor import choose_extractor
         from atdiff.study.preflight import check_drawing, check_metrics_of
 
         asked = {**self.options, "seeds": seeds}
         drawn = {name: asked[name] for name in ("steps", "num", "seeds", "corrections", "precision", "guidance_scale")}
         check_drawing(samplers=asked["samplers"] or (), **drawn)
+        check_names(asked["metrics"])
+        asked["extractor"] = asked["extractor"] or choose_extractor(
+            runs, asked["metrics"], asked["data"], asked["reading"]
+        )
+        asked["weights"] = options.weights_files(asked["weights"], asked["extractor"])
         # A file that is there may hold all that is asked for.
-        networks = {"with_networks": not out.exists(), "with_prompts": asked["prompts"] is not None}
+        missing = out is None or not out.exists()
+        networks = {"with_networks": missing, "with_prompts": asked["prompts"] is not None}
         check_metrics_of(asked["metrics"], asked["extractor"], asked["weights"], **networks)
         return asked
 
@@ -79,7 +88,6 @@ def add_evaluation(function: Callable[..., None]) -> Callable[..., None]:
         source = click.get_current_context().get_parameter_source
         given = any(source(name) is ParameterSource.COMMANDLINE for name in _NAMES) or bool(reading.asked)
         found = {name: asked.pop(name) for name in _NAMES} | {"reading": reading}
-        found["weights"] = options.weights_files(found["weights"], found["extractor"])
         function(evaluation=Evaluation(found, given), **asked)
 
     return _OPTIONS(with_evaluation)

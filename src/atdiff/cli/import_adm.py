@@ -13,7 +13,7 @@ from atdiff.core.errors import UserError
 
 __all__ = ["import_adm"]
 
-_PUBLISHED = "that of the published model of this architecture"
+_PUBLISHED = "as in the published model of this architecture"
 
 
 @command(
@@ -29,13 +29,13 @@ _PUBLISHED = "that of the published model of this architecture"
     "--noise-schedule",
     "--beta-schedule",
     "noise_schedule",
-    help="betas of its training, linear or cosine",
+    help="noise schedule it was trained with: linear or cosine",
     type=click.Choice(("linear", "cosine")),
     unset=_PUBLISHED,
 )
-@options.option("--image-size", type=int, metavar="N", unset=_PUBLISHED, help="width of the images in pixels")
-@options.option("--num-heads", type=int, metavar="N", unset=_PUBLISHED, help="attention heads of each block")
-@options.option("--num-head-channels", type=int, metavar="N", unset=_PUBLISHED, help="channels of each head")
+@options.option("--image-size", type=int, metavar="N", unset=_PUBLISHED, help="width of its images in pixels")
+@options.option("--num-heads", type=int, metavar="N", unset=_PUBLISHED, help="attention heads per block")
+@options.option("--num-head-channels", type=int, metavar="N", unset=_PUBLISHED, help="channels per head")
 @click.option(
     "--new-attention-order/--no-new-attention-order",
     default=None,
@@ -54,7 +54,7 @@ def import_adm(
 ) -> None:
     """Convert FILE, a state dict of guided-diffusion (.pt, .safetensors or .npz), to a diffusers pipeline.
 
-    What the options say is not stored in the weights; they are for networks that are not published.
+    Weights do not tell what the options say. For the published checkpoints it is known; for others, give it.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
@@ -91,3 +91,5 @@ def import_adm(
     save_pipeline(out, model, scheduler)
     source = "as given" if noise_schedule else "those of the published networks of this architecture"
     print(f"{out} holds the pipeline, with {betas} betas of {steps} timesteps ({source}).")
+    print(f"See that it draws: atdiff sample {out} --steps 20 --num 16 --out samples.png")
+    print(f"Train it further: atdiff train RECIPE --arm ARM --training.init {out} --out RUN")

@@ -13,33 +13,37 @@ __all__ = ["mismatch"]
 
 @command(
     "mismatch",
-    "compare the distribution of x_t in sampling with that in training",
+    "compare x_t in sampling with x_t in training",
     examples=["runs/plain runs/at --steps 10 --out mismatch"],
 )
 @options.runs()
 @options.sampler
 @options.one("steps", "number of sampling steps", kind=int, default=10)
 @options.number("--num", 2048, "number of samples")
-@options.one("seed", "of the samples, and of the images and the noise that they are compared with", kind=int, default=0)
+@options.one("seed", "seed of the samples, and of the images and noise they are compared with", kind=int, default=0)
 @options.correction
 @options.prompts
 @options.features
 @options.variant
 @options.out("a folder; an existing one is resumed")
-def mismatch(runs: tuple[str, ...], extractor: str, weights: tuple[str, ...], out: Path, **asked: Any) -> None:  # noqa: ANN401
+def mismatch(runs: tuple[str, ...], extractor: str | None, weights: tuple[str, ...], out: Path, **asked: Any) -> None:  # noqa: ANN401
     """Compare x_t of the sampling trajectories of every RUN with truly noised images, at each noise level.
 
-    A RUN is a training folder, a diffusers pipeline folder, or a hub id. With --extractor none, no features of the
-    estimated images are compared.
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. --extractor none skips the distance of
+    features.
     """
     from atdiff.measure.entries import read_entries
+    from atdiff.study.extractor import choose_extractor
     from atdiff.study.preflight import check_metrics_of, check_runs, check_sampling
 
     check_sampling(**{name: asked[name] for name in ("sampler", "steps", "num", "seed", "correction")})
     entries = read_entries(out / "mismatch.json")
+    # Latents have no features: whether the network that suits the images is needed at all is known with the runs.
+    needed = extractor is not None and not entries
+    extractor = extractor or choose_extractor(runs, ("fid",), asked["data"], asked["reading"])
     files = options.weights_files(weights, extractor)
     if extractor != "none":
-        check_metrics_of(("fid",), extractor, files, with_networks=not entries)
+        check_metrics_of(("fid",), extractor, files, with_networks=needed)
     check_runs(runs, asked["data"], with_data=not entries, variant=asked["variant"])
     from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
     from atdiff.measure.progress import cell_progress

@@ -27,6 +27,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
 
+class Option(click.Option):
+    """An option whose help shows a default in words as it shows a value, without click's brackets."""
+
+    def get_help_extra(self, ctx: click.Context) -> Any:  # noqa: ANN401  (a typed dictionary of click's)
+        """Return what help shows after the text of the option."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
+
 class Word(click.ParamType):
     """A word of which some are known, and completed; whether it is one of these is checked with everything else."""
 
@@ -155,7 +166,7 @@ def option(
 ) -> Decorator:  # fmt: skip
     """Return an option whose help tells its default, or in words what happens ``unset``."""
     shown = unset or default is not None
-    return click.option(*names, help=help, type=type, metavar=metavar, default=default, show_default=shown)
+    return click.option(*names, cls=Option, help=help, type=type, metavar=metavar, default=default, show_default=shown)
 
 
 def number(name: str, default: int, help: str) -> Decorator:
@@ -189,41 +200,45 @@ def runs(metavar: str = "RUN...") -> Decorator:
     return click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar=metavar)
 
 
-def out(help: str, default: Path | None = None) -> Decorator:
-    """Return the option of where a command writes, which it must be told unless there is a default."""
+def out(help: str, default: Path | None = None, *, unset: str = "") -> Decorator:
+    """Return the option of where a command writes: required, unless it has a default or ``unset`` says what happens."""
     # Not "default=None", which click takes for a value.
     more: dict[str, Any] = {"required": True} if default is None else {"default": default, "show_default": True}
-    return click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help=help, **more)
+    more = {"show_default": unset} if unset else more
+    return click.option("--out", cls=Option, type=click.Path(path_type=Path), metavar="PATH", help=help, **more)
 
 
-DEFAULT_SAMPLER = "ddim; Euler for flows and EDM, and for consistency models their own"
-CORRECTION = f"correction of the sampler: none, {CORRECTION_EXAMPLES}, or another value of these"
+DEFAULT_SAMPLER = "ddim; Euler for flow and EDM models; consistency models have their own"
+CORRECTION = f"sampler correction: none, {CORRECTION_EXAMPLES}, or these with another value"
 recipe = click.argument("recipe", type=Recipe(), metavar="RECIPE")
 sampler = one("sampler", f"one of {', '.join(SAMPLERS)}", known=SAMPLERS, unset=DEFAULT_SAMPLER)
 correction = one("correction", CORRECTION, known=CORRECTIONS, default="none")
 prompts = option(
     "--prompts",
-    help="of text-to-image pipelines: a text file with one prompt per line, or one line per class",
-    type=Prompts(), metavar="FILE", unset="the prompts of the training",
+    help="text file with one prompt per line, or one per class (text-to-image pipelines)",
+    type=Prompts(), metavar="FILE", unset="the prompts of training",
 )  # fmt: skip
 interval = option(
     "--interval",
-    help="of confidence over the seeds: t (Student) or bootstrap (percentiles)",
+    help="confidence interval over the seeds: t (Student) or bootstrap (percentiles)",
     type=click.Choice(("t", "bootstrap")), metavar="NAME", default="t",
 )  # fmt: skip
 jobs = option(
-    "--jobs", help="processes that train at once", type=int, metavar="N", unset="one per core, or one with a GPU"
+    "--jobs", help="number of runs trained in parallel", type=int, metavar="N", unset="one per core, or one with a GPU"
 )
 guidance = option(
     "--guidance-scale",
-    help="of pipelines of latents, as diffusers counts it: 0 or 1 for none (turbo models), or what Flux is told",
-    type=float, metavar="X", unset="that of the training, or the pipeline's usual one",
+    help="classifier-free guidance of latent pipelines, as in diffusers: 0 or 1 for none (turbo models); for Flux, the "
+    "scale that the network is given",
+    type=float, metavar="X", unset="as in training, or the pipeline's usual scale",
 )  # fmt: skip
-variant = option("--variant", help="of a saved pipeline's weights, such as fp16", unset="the plain or only ones")
+variant = option(
+    "--variant", help="weights variant of a saved pipeline, such as fp16", unset="plain weights, or the only variant"
+)
 inference = shared(
-    option("--precision", help=f"of the network, one of {', '.join(PRECISIONS)} (no: float32)", type=Word(PRECISIONS),
-           default="no"),
-    click.option("--compile", is_flag=True, help="run the network through torch.compile: pays off for many samples"),
+    option("--precision", help=f"precision of the network, one of {', '.join(PRECISIONS)} (no: float32)",
+           type=Word(PRECISIONS), default="no"),
+    click.option("--compile", is_flag=True, help="compile the network with torch.compile; worthwhile for many samples"),
 )  # fmt: skip
 
 
@@ -235,23 +250,28 @@ def _reading(name: str, help: str, metavar: str = "NAME", type: type | click.Par
 
 def reading(images: str) -> Decorator:
     """Return the options of which ``images`` are taken and how they are read: ``data`` and ``reading``."""
+    # fmt: off
     options = shared(
-        option("--data", help=f"{images}: a folder, a file or a data set", unset="the training data of the run"),
-        _reading("split", "which split of the data set"),
-        _reading("image_size", "crop and resize to so many pixels", "N", int),
+        option(
+            "--data", "--data.name", "data",
+            help=f"{images}: a folder, a file or a data set", unset="the training data of the run",
+        ),
+        _reading("split", "split of the data set"),
+        _reading("image_size", "crop and resize images to N x N pixels", "N", int),
         _reading("channels", "1 (greyscale) or 3 (RGB)", "N", int),
-        _reading("crop", f"way of cropping, {' or '.join(get_args(Crop))}", type=Word(get_args(Crop))),
-        _reading("background", "colour that transparent pixels are composed on", "COLOUR"),
-        _reading("image_column", "column of images, in a table"),
-        _reading("label_column", "column of labels, in a table"),
-        _reading("labels", "images of these classes alone, by number", "N[,N...]", Several(kind=int)),
-        _reading("caption_column", "column of captions, in a table; for latent pipelines"),
+        _reading("crop", f"cropping method: {' or '.join(get_args(Crop))}", type=Word(get_args(Crop))),
+        _reading("background", "background colour of transparent images", "COLOUR"),
+        _reading("image_column", "image column of a table"),
+        _reading("label_column", "label column of a table"),
+        _reading("labels", "only images of these classes, by number", "N[,N...]", Several(kind=int)),
+        _reading("caption_column", "caption column of a table (latent pipelines)"),
         _reading(
             "unreadable",
-            f"what to do with files that are no images: {' or '.join(get_args(Unreadable))}",
+            f"what to do with files that cannot be read as images: {' or '.join(get_args(Unreadable))}",
             type=Word(get_args(Unreadable)),
         ),
     )
+    # fmt: on
 
     def decorate(function: Function) -> Function:
         @wraps(function)
@@ -268,11 +288,12 @@ features = shared(
     option(
         "--extractor",
         help=f"feature network, one of {', '.join(EXTRACTORS)}",
-        type=Word(EXTRACTORS), default="digits-classifier",
+        type=Word(EXTRACTORS),
+        unset="by the images: digits-classifier, cifar-resnet56, label-classifier for MNIST, else inception-v3-compat",
     ),
     click.option(
         "--weights", multiple=True, metavar="[NAME=]FILE",
-        help="local weights of an extractor; may be given several times  [default: downloaded at first use]",
+        help="local weights of an extractor; may be repeated  [default: downloaded at first use]",
     ),
     reading("reference images"),
 )  # fmt: skip

@@ -21,7 +21,7 @@ STEPS = (4, 8, 16)
 
 @command(
     "quickstart",
-    "few steps to look at, then the comparison on real digits, in a few minutes on a CPU",
+    "draw colour images in a few steps, then run the main comparison on real digits: a few minutes on a CPU",
     examples=["", "--out runs/first --jobs 2"],
 )
 @options.out("folder of the study; an existing one is resumed", default=Path("runs/quickstart"))

@@ -16,18 +16,22 @@ NORMS, TARGETS = get_args(Norm), get_args(Target)
 
 @command(
     "robustness",
-    "measure the worst-case loss by radius, and where directions point",
+    "measure the worst-case loss by radius",
     examples=["runs/plain runs/at --radii 0.5,1,2 --levels 0.1,0.5 --out robustness"],
 )
 @options.runs()
-@options.one("norm", f"of the perturbation, one of {', '.join(NORMS)}", known=NORMS, default="l2")
-@options.several("radii/radius", "norms, in units of sigma_t", kind=float, default="0.1,0.2,0.5,1,2,4")
+@options.one("norm", f"norm of the perturbation, one of {', '.join(NORMS)}", known=NORMS, default="l2")
+@options.several(
+    "radii/radius", "radii of the perturbation, in units of sigma_t", kind=float, default="0.1,0.2,0.5,1,2,4"
+)
 @options.several("levels/level", "noise levels, from 0 (data) to 1 (noise)", kind=float, default="0.1,0.3,0.5,0.7,0.9")
-@options.one("target", f"of the perturbed input, {' or '.join(TARGETS)}", known=TARGETS, default="equivariant")
+@options.one(
+    "target", f"training target at the perturbed input: {' or '.join(TARGETS)}", known=TARGETS, default="equivariant"
+)
 @options.number("--num", 256, "number of images")
-@options.number("--pgd-steps", 20, "gradient steps from each start")
-@options.number("--restarts", 2, "starts, of which all but the first are random")
-@options.one("seed", "of the images, the noise and the random starts", kind=int, default=0)
+@options.number("--pgd-steps", 20, "gradient steps per start")
+@options.number("--restarts", 2, "number of starts; all but the first are random")
+@options.one("seed", "seed of the images, noise and starts", kind=int, default=0)
 @options.reading("images")
 @options.prompts
 @options.variant

@@ -61,11 +61,11 @@ _ASKED = options.shared(
     unset=f"{OWN} for text-to-image pipelines of others; {options.DEFAULT_SAMPLER}",
 )
 @options.one("steps", "number of sampling steps", kind=int, default=20)
-@options.option("--num", help="number of samples", type=int, metavar="N", unset="64, or one for each --prompt")
-@options.one("seed", "of the noise of all samples", kind=int, default=0)
-@options.number("--batch-size", 256, "samples drawn at once")
+@options.option("--num", help="number of samples", type=int, metavar="N", unset="64, or one per --prompt")
+@options.one("seed", "seed of the samples", kind=int, default=0)
+@options.number("--batch-size", 256, "samples drawn at a time")
 @options.option(
-    "--class-label", help="name of a class or a prompt, or else its number from 0", metavar="LABEL", unset="all in turn"
+    "--class-label", help="class or prompt to draw, by name or by number from 0", metavar="LABEL", unset="each in turn"
 )
 @_ASKED
 @options.correction

@@ -21,15 +21,15 @@ __all__ = ["run_recipe", "study"]
     takes_settings=True,
 )
 @options.recipe
-@options.out("folder of the study; an existing one is resumed, and widened where more is asked for")
+@options.out("folder of the study; an existing one is resumed, and extended if more is asked for")
 @options.interval
 @options.jobs
 @click.pass_obj
 def study(invocation: Invocation, recipe: str, out: Path, interval: str, jobs: int | None, settings: list[str]) -> None:
     """Train the base model and every arm of RECIPE at equal passes, evaluate them, and write a table and a report.
 
-    RECIPE is a bundled recipe or a YAML file. Settings follow, such as --training.passes 500 for every run or
-    --study.num 512 for the evaluation.
+    RECIPE is a bundled recipe or a YAML file. Any setting can follow: --training.passes 500 changes every run,
+    --study.num 512 the evaluation.
     """
     run_recipe(recipe, out, invocation.line, interval=interval, jobs=jobs, settings=settings)
 

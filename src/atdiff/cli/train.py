@@ -39,20 +39,20 @@ class _Arm(click.ParamType):
     many_processes=True,
 )
 @options.recipe
-@options.option("--arm", help="one of the recipe's arms", type=_Arm(), unset="its base run")
+@options.option("--arm", help="arm of the recipe to train", type=_Arm(), unset="the base run")
 @options.out("folder of the run; an existing one is resumed")
 @click.option("--dry-run", is_flag=True, help="print the resolved settings and stop")
 @options.option(
     "--max-time",
-    help="save and exit with code 75 after 90 (seconds), 45m, 1h30m, 2d or HH:MM:SS",
+    help="save and exit with code 75 after this time: 90 (seconds), 45m, 1h30m, 2d or HH:MM:SS",
     metavar="TIME",
     unset="no limit",
 )
 @options.option(
     "--push-to-hub",
-    help="upload the finished pipeline or LoRA with its card",
+    help="upload the finished pipeline or LoRA with its model card",
     metavar="OWNER/NAME",
-    unset="nothing is uploaded",
+    unset="no upload",
 )
 def train(
     recipe: str,
@@ -63,10 +63,10 @@ def train(
     push_to_hub: str | None,
     settings: list[str],
 ) -> None:
-    """Train one run of RECIPE, a bundled recipe or a YAML file: its base run, or one of its arms.
+    """Train the base run of RECIPE (a bundled recipe or a YAML file), or one of its arms.
 
-    Settings follow, such as --training.passes 500. The same command resumes a run that was stopped. Under a launcher
-    (torchrun, accelerate launch, mpirun) the processes share each batch.
+    Any setting of the recipe can follow, such as --training.passes 500 or --data.name my-images. The same command
+    resumes a stopped run. Under a launcher (torchrun, accelerate launch, mpirun) the processes share each batch.
     """
     from atdiff.study.recipe import load_recipe, resolve
     from atdiff.training.interrupt import StopRequest, parse_duration

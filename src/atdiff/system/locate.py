@@ -24,6 +24,7 @@ from atdiff.core.errors import UserError
 from atdiff.system.pipeline_files import check_class, is_single_file, no_pipeline
 
 __all__ = [
+    "SIZES",
     "URLS",
     "bounded_network",
     "check_hub",
@@ -37,6 +38,7 @@ __all__ = [
     "offline_reason",
     "run_config",
     "weights_file",
+    "without_download",
 ]
 
 FILE_SUFFIXES = frozenset({
@@ -59,6 +61,13 @@ URLS = {
     "clip-vit-b-32": f"https://openaipublic.azureedge.net/clip/models/{_CLIP_HASH}/ViT-B-32.pt",
 }
 """Where the weights of extractors are downloaded from."""
+SIZES = {
+    "inception-v3-compat": "96 MB",
+    "inception-v3-spatial": "96 MB",
+    "dinov2-vit-l-14": "1.2 GB",
+    "clip-vit-b-32": "354 MB",
+}
+"""How much that is."""
 
 Kind = Literal["model", "dataset"]
 
@@ -283,5 +292,13 @@ def check_weights(extractor: str) -> None:
         return
     raise UserError(
         f"the weights of {extractor} are not on this machine, and {url} cannot be reached: download that file where "
-        f"there is a network, and save it as {weights_file(extractor)} or give --weights {extractor}=FILE."
+        f"there is a network, and save it as {weights_file(extractor)} or give --weights {extractor}=FILE"
+        f"{without_download(extractor)}."
     )
+
+
+def without_download(extractor: str) -> str:
+    """Return what may be asked for in the place of a network that is downloaded, as the end of a sentence."""
+    if extractor != "inception-v3-compat":
+        return ""
+    return ", or where the images have labels, choose --extractor label-classifier, which needs no download"

@@ -54,18 +54,16 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         _forget_old_default(stored, settings)
         if settings["adversary"]["scale"] is None:  # that of the schedule, which the run has written down
             settings["adversary"]["scale"] = stored["adversary"]["scale"]
-        longer = settings["training"]["passes"] > stored["training"]["passes"]
-        passes = stored["training"]["passes"]
-        if longer:  # More passes of the same run are no other run.
-            stored["training"]["passes"] = settings["training"]["passes"]
+        passes, wanted = (one["training"]["passes"] for one in (stored, settings))
+        longer = wanted > passes
+        stored["training"]["passes"] = wanted  # More passes of the same run are no other run, and fewer are told apart.
         changed = _first_difference(stored, settings)
         if changed:
             raise UserError(
                 f"{out} holds a run with another configuration ({changed}); choose another --out, or repeat the "
                 "settings of that run to resume it."
             )
-        if longer:
-            _check_longer(out, settings, passes)
+        _check_passes(out, settings, passes)
         if longer and not look_only:
             written["training"]["passes"] = settings["training"]["passes"]
             write_text(file, yaml.safe_dump(written, sort_keys=False))
@@ -132,12 +130,20 @@ def _only_prediction(scheduler: str | None) -> str | None:
     return "edm" if (scheduler or "").startswith(("EDM", "CMStochastic")) else None
 
 
-def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
-    """Find out whether more passes than were planned would change the passes that are behind.
+def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
+    """Find out whether a run that was begun with so many ``passes`` can have those of the settings.
 
     Raises:
-        UserError: they would.
+        UserError: these are fewer, or more that would change the passes that are behind.
     """
+    wanted = settings["training"]["passes"]
+    if wanted < passes:
+        raise UserError(
+            f"{out} holds a run of {passes} passes and cannot be made shorter: resume it with --training.passes "
+            f"{passes} or more, or train {wanted} in another --out."
+        )
+    if wanted == passes:
+        return
     decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
     if decay in ENDING:  # a class goes by its own arguments
         what = f"the learning rate of optimizer.decay={decay!r} falls"
@@ -145,7 +151,6 @@ def _check_longer(out: Path, settings: dict[str, Any], passes: int) -> None:
         what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"
     else:
         return
-    wanted = settings["training"]["passes"]
     go_on = (
         "" if settings["lora"]["rank"] else f", or start from its weights with --training.init {out} in another --out"
     )

@@ -72,6 +72,8 @@ def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> d
         for part in path[:-1]:
             node[part] = node = node[part] if isinstance(node.get(part), dict) else {}
         value = _loaded(text, hint)
+        if isinstance(value, str) and _is_section(hint) and "name" in _hints(hint):
+            value = {"name": value}  # --data FOLDER, as other commands call it
         merge(node, {path[-1]: value}) if _is_section(hint) else node.update({path[-1]: value})
     return settings
 

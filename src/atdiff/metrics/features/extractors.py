@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +18,7 @@ from atdiff.data.sources import ImageData, to_uint8
 from atdiff.metrics.features.labels import LABEL_CLASSIFIER, label_classifier_weights
 from atdiff.metrics.features.weights import read_tensors
 from atdiff.metrics.registry import EXTRACTORS, class_at
-from atdiff.system.locate import URLS, bounded_network
+from atdiff.system.locate import SIZES, URLS, bounded_network, weights_file, without_download
 
 __all__ = ["as_bytes", "check_extractor", "device_of", "extract", "extractor_class", "feature_layers", "make_extractor"]
 
@@ -64,6 +65,12 @@ def make_extractor(
         weights = label_classifier_weights(data)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"the weights {weights} of {name} do not exist: expected the path of a local file.")
+    if weights is None and name in URLS and not weights_file(name).is_file():
+        print(
+            f"atdiff: {name} downloads {SIZES[name]} from {URLS[name]}. To avoid that, give --weights {name}=FILE"
+            f"{without_download(name)}.",
+            file=sys.stderr,
+        )
     if weights is not None and name in (INCEPTION, SPATIAL):
         # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
         read_tensors(Path(weights), f"the file of {URLS[name]}")

@@ -1,0 +1,69 @@
+"""The feature network that suits the images of runs, where none is asked for; found without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from atdiff.core.choices import MIXTURES
+from atdiff.core.errors import UserError
+from atdiff.data.reading import DataOptions
+from atdiff.data.sources.bundled import DIGITS
+from atdiff.data.sources.cifar import CIFAR
+from atdiff.data.sources.idx import IDX
+from atdiff.data.sources.registry import find_source
+from atdiff.data.sources.source import Request
+from atdiff.metrics.registry import CHOSEN, METRICS
+from atdiff.system.locate import run_config
+
+__all__ = ["choose_extractor", "extractor_for"]
+
+UNUSED = "digits-classifier"  # what cells say where no metric takes features, as before the images chose
+
+
+def extractor_for(name: str, image_size: int | None = None) -> str:
+    """Return the feature network that suits a data set, by its name and files.
+
+    Args:
+        name: of the data set, as a user gives it.
+        image_size: that its images are resized to; None for their own.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    source = find_source(Request(name), captioned=True)
+    last = Path(name).name.lower()
+    if source is DIGITS:
+        return "digits-classifier" if image_size in (None, 8) else "label-classifier"
+    if image_size in (None, 32) and (source is CIFAR or re.search(r"cifar[-_]?10(?!0)", last)):
+        return "cifar-resnet56"
+    if source is IDX or last.endswith("mnist"):
+        return "label-classifier"
+    return "inception-v3-compat"
+
+
+def choose_extractor(runs: Sequence[str], metrics: Sequence[str], data: str | None, reading: DataOptions) -> str:
+    """Return the feature network that suits the images that runs are held against.
+
+    Args:
+        runs: training folders, pipeline folders or hub ids.
+        metrics: that are asked for; where none of them takes features, any network will do.
+        data: the data set that the user named; None for what each run was trained on.
+        reading: how the user has it read.
+
+    Raises:
+        UserError: there is no such data set, or the runs' own ask for different networks.
+    """
+    if not any(METRICS[name].takes == CHOSEN for name in metrics if name in METRICS):
+        return UNUSED
+    found: dict[str, str] = {}  # a run by network
+    for run in runs:
+        settings = run_config(run).get("data") or {}
+        name = data or settings.get("name")
+        if name is not None and name not in MIXTURES:
+            found.setdefault(extractor_for(str(name), reading.image_size or settings.get("image_size")), run)
+    if len(found) > 1:
+        said = ", ".join(f"{network} for {run}" for network, run in found.items())
+        raise UserError(f"the runs were trained on different images ({said}): name one network with --extractor.")
+    return next(iter(found), UNUSED)
