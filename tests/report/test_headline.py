@@ -106,6 +106,12 @@ def test_arms_in_words() -> None:
         "input moved along the residual of the predicted noise by an automatic dose for 8 steps, with a "
         "look-ahead, on fresh samples; noise and images paired by optimal transport"
     )
+    recipe = load_recipe("text-digits-turbo")
+    words = describe_arms({arm: asdict(resolve(recipe, arm)) for arm in recipe.arms})
+    assert words["plain"] == "plain training, no perturbation"
+    assert words["lcd"] == "consistency distillation with the model itself as the teacher"
+    assert words["ct"] == "consistency training without a teacher"
+    assert words["turbo"] == "untouched, at a learning rate of 0"
     assert describe_arms({"a": {}, "b": {"adversary": {"passes": 2, "step_size": 0.0}}}) == {
         "b": "every batch used 2 times, no perturbation"
     }

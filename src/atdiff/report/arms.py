@@ -50,13 +50,28 @@ def describe_arms(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     said = {}
     for arm, config in known.items():
         others = [other for name, other in known.items() if name != arm]
-        parts = [_adversary(config), *_objective(config, others), *_adapters(config, others)]
+        parts = [_adversary(config), *_consistency(config, others), *_objective(config, others)]
+        parts += [*_adapters(config, others), *_rate(config)]
         said[arm] = "; ".join(filter(None, parts)) or PLAIN
     return said
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return config.get(name) or {}
+
+
+def _consistency(config: Mapping[str, Any], others: list[Mapping[str, Any]]) -> list[str]:
+    """Say which consistency loss an arm has, where some have another."""
+    settings = _section(config, "consistency")
+    mode = settings.get("mode", "none")
+    if mode == "none" or all(_section(other, "consistency").get("mode", "none") == mode for other in others):
+        return []
+    own = " with the model itself as the teacher" if settings.get("teacher") == "self" else ""
+    return [f"consistency {mode}{own if mode == 'distillation' else ' without a teacher'}"]
+
+
+def _rate(config: Mapping[str, Any]) -> list[str]:
+    return ["untouched, at a learning rate of 0"] if _section(config, "optimizer").get("lr") == 0 else []
 
 
 def _objective(config: Mapping[str, Any], others: list[Mapping[str, Any]]) -> list[str]:
