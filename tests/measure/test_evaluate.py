@@ -76,8 +76,8 @@ def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
     ("words", "message"),
     [
         (["--num", "1"], "num=1"),
-        (["--data", "large"], "(1, 16, 16)"),
-        (["--data", "one"], "at least 2"),
+        (["--data", "large", "--extractor", "digits-classifier"], "(1, 16, 16)"),
+        (["--data", "one", "--extractor", "digits-classifier"], "at least 2"),
         (["--data", "nowhere/at/all"], "nowhere"),
         (["--samplers", "flow-euler"], "does not fit"),
         (["--extractor", "inception-v3-compat", "--weights", "missing.pth"], "missing.pth"),

@@ -580,6 +580,7 @@ def test_saved_adapters_do_in_plain_diffusers_what_they_did(latent: LatentPipeli
     unet = _adapted(latent, alpha=12.0)
     save_lora(tmp_path / "lora", latent, unet, _lcm(latent))
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "kohya_lora_weights.safetensors",
         "pytorch_lora_weights.safetensors",
         "scheduler",
     ]

@@ -199,7 +199,7 @@ def test_training_starts_from_the_variant_asked_for(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "a")
     half: Any = MLP2DModel(sample_size=8, width=16)
     DDPMPipeline(unet=half.half(), scheduler=pipeline.scheduler).save_pretrained(tmp_path / "a", variant="fp16")
-    words = ["train", "quickstart", "--model.args", '{"width": 16}', "--training.init", str(tmp_path / "a")]
+    words = ["train", "digits-epsilon", "--model.args", '{"width": 16}', "--training.init", str(tmp_path / "a")]
     words += ["--training.passes", "1", "--training.batch_size", "2", "--optimizer.lr", "0"]
     words += ["--optimizer.warmup_passes", "0"]
     assert main([*words, "--model.variant", "fp16", "--out", str(tmp_path / "run")]) == 0

@@ -263,7 +263,7 @@ def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
         (["quickstart", "--data.name", "EMPTY"], "EMPTY"),
         (["quickstart", "--data.name", "BROKEN"], "broken.png"),
         (["quickstart", "--data.name", "MIXED"], "10x8|8x10"),
-        (["quickstart", "--training.init", "SHAPE"], "does not fit the network"),
+        (["digits-epsilon", "--training.init", "SHAPE"], "does not fit the network"),
         (["quickstart", "--training.init", "NOWHERE"], "could not be loaded"),
     ],
 )
