@@ -98,9 +98,7 @@ def load_captioned(
     classes: Sequence[str] | None = None,
     labels: Collection[int] | None = None,
 ) -> CaptionedImages:
-    """Find the pairs of a data set and read their captions, but not yet their images.
-
-    Arguments that are not listed are those of :func:`atdiff.data.load_data`.
+    """Find the pairs of a data set and read their captions, not yet their images; as :func:`atdiff.data.load_data`.
 
     Args:
         name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
@@ -122,20 +120,22 @@ def load_captioned(
     own, names = source.pairs(request), None
     if own is not None:
         raw, texts = own
-        for option, value in (("label_column", label_column), ("labels", labels)):
-            if value is not None:
-                raise UserError(f"{name} has captions of its own: leave out {option} ({value!r}).")
+        _refuse_labels(name, label_column=label_column, labels=labels)
     elif not given:
         raise UncaptionedError(source.uncaptioned.format(name))
     else:
-        raw, numbers, names = _labelled(source, request, decoding, unreadable, classes)
-        texts = _class_captions(name, captions, numbers, names)[:limit]
+        raw, every, names = _labelled(source, request, decoding, unreadable, classes)
+        texts = _class_captions(name, captions, every, names)[:limit]
+        numbers = None if every is None else every[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
-    if labels is None:
-        return found
-    assert numbers is not None
-    return found.subset(places_of(labels, numbers[:limit], title).tolist())
+    return found if labels is None else found.subset(places_of(labels, numbers, title).tolist())
+
+
+def _refuse_labels(name: str, **asked: object) -> None:
+    for option, value in asked.items():
+        if value is not None:
+            raise UserError(f"{name} has captions of its own: leave out {option} ({value!r}).")
 
 
 def _check_arguments(captions: Sequence[str] | None, caption_column: str | None, limit: int | None) -> None:

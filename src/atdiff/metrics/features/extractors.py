@@ -65,12 +65,8 @@ def make_extractor(
         weights = label_classifier_weights(data)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"the weights {weights} of {name} do not exist: expected the path of a local file.")
-    if weights is None and name in URLS and not weights_file(name).is_file():
-        print(
-            f"atdiff: {name} downloads {SIZES[name]} from {URLS[name]}. To avoid that, give --weights {name}=FILE"
-            f"{without_download(name)}.",
-            file=sys.stderr,
-        )
+    if weights is None:
+        _announce_download(name)
     if weights is not None and name in (INCEPTION, SPATIAL):
         # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
         read_tensors(Path(weights), f"the file of {URLS[name]}")
@@ -93,6 +89,16 @@ def make_extractor(
         found = weights or "the download"
         raise UserError(f"{found} does not hold the weights of {name}: its tensors do not fit.") from error
     return extractor.requires_grad_(False).eval().to(device)
+
+
+def _announce_download(name: str) -> None:
+    """Say what is about to be downloaded, if anything, and how to avoid it."""
+    if name in URLS and not weights_file(name).is_file():
+        print(
+            f"atdiff: {name} downloads {SIZES[name]} from {URLS[name]}. To avoid that, give --weights {name}=FILE"
+            f"{without_download(name)}.",
+            file=sys.stderr,
+        )
 
 
 def feature_layers(extractor: FeatureExtractorBase | type[FeatureExtractorBase]) -> tuple[str, str]:
