@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
 """What is published draws in plain diffusers what atdiff draws: the code of each card is run, its images compared."""
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
-from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
+from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder  # noqa: F401
 from PIL import Image
 from torch import Tensor
 
@@ -164,17 +165,6 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "dit": ("dit", {"objective": {"variance": "learned_range"}}, "ddim"),
     "pixart": ("pixart", {"objective": {"variance": "learned_range"}}, "ddim-trailing"),
 }
-
-
-@pytest.fixture
-def labelled_photos(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for i in range(4):
-        folder = tmp_path / "photos" / str(i % 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "photos"
 
 
 @pytest.mark.parametrize("kind", LATENTS)

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
-from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
+from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -169,14 +169,8 @@ def _recipe(folder: Path, base: Path, **sections: Any) -> Path:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for i in range(4):
-        folder = tmp_path / "photos" / str(i % 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path
+def photos(labelled_photos: Path) -> Path:
+    return labelled_photos.parent
 
 
 def _trained(recipe: Path, out: Path, *words: str) -> Path:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "LATENT_SIZE",
     "TEXT_WIDTH",
     "VAE",
+    "labelled_photos",
     "sd_folder",
     "sdxl_folder",
     "text_config",
@@ -241,3 +244,15 @@ def tokenizer_folder(folder: Path, pad: str) -> Any:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return CLIPTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def labelled_photos(tmp_path: Path) -> Path:
+    """A folder of noise in two classes, two images each."""
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        folder = tmp_path / "photos" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "photos"

@@ -37,18 +37,15 @@ def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ..
     from atdiff.measure.entries import read_cells
     from atdiff.study.preflight import check_runs
 
-    asked = evaluation.checked(runs, out, seeds)
-    if out is not None:
-        read_cells(out)
-    check_runs(runs, asked["data"], with_data=out is None or not out.exists(), variant=asked["variant"])
-    if out is not None:
-        _evaluated(runs, asked, out)
-        return
     with TemporaryDirectory() as folder:
-        _evaluated(runs, asked, Path(folder) / "cells.json", kept=False)
+        file = out or Path(folder) / "cells.json"
+        asked = evaluation.checked(runs, file, seeds)
+        read_cells(file)
+        check_runs(runs, asked["data"], with_data=not file.exists(), variant=asked["variant"])
+        _evaluate(runs, asked, file, kept=out is not None)
 
 
-def _evaluated(runs: tuple[str, ...], asked: dict[str, Any], out: Path, *, kept: bool = True) -> None:
+def _evaluate(runs: tuple[str, ...], asked: dict[str, Any], file: Path, *, kept: bool) -> None:
     from rich.console import Console
 
     from atdiff.measure.cells import EvaluationConfig, evaluate_runs
@@ -57,7 +54,7 @@ def _evaluated(runs: tuple[str, ...], asked: dict[str, Any], out: Path, *, kept:
     from atdiff.system.processes import device, is_main
 
     with cell_progress(show=is_main()) as notify:
-        cells = evaluate_runs(runs, EvaluationConfig(**asked), out, device=device(), notify=notify)
+        cells = evaluate_runs(runs, EvaluationConfig(**asked), file, device=device(), notify=notify)
     if is_main():
         Console().print(cells_table(cells))
-        print(f"{len(cells)} cells {f'in {out}' if kept else 'that are not kept; --out FILE.json keeps them'}")
+        print(f"{len(cells)} cells {f'in {file}' if kept else 'that are not kept; --out FILE.json keeps them'}")

@@ -55,7 +55,7 @@ class Evaluation:
     options: dict[str, Any]
     given: bool
 
-    def checked(self, runs: Sequence[str], out: Path | None, seeds: tuple[int, ...]) -> dict[str, Any]:
+    def checked(self, runs: Sequence[str], out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
         """Return the arguments of an ``EvaluationConfig`` for runs, after what is wrong with them is found.
 
         Raises:
@@ -74,8 +74,7 @@ class Evaluation:
         )
         asked["weights"] = options.weights_files(asked["weights"], asked["extractor"])
         # A file that is there may hold all that is asked for.
-        missing = out is None or not out.exists()
-        networks = {"with_networks": missing, "with_prompts": asked["prompts"] is not None}
+        networks = {"with_networks": not out.exists(), "with_prompts": asked["prompts"] is not None}
         check_metrics_of(asked["metrics"], asked["extractor"], asked["weights"], **networks)
         return asked
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from atdiff.cli import options
 from atdiff.cli.command import command
 
+if TYPE_CHECKING:
+    from atdiff.study.recipe import Recipe
+
 __all__ = ["recipes"]
+
+TOLD = ("name", "title", "about", "cost", "arms")
 
 
 @command(
@@ -36,34 +42,32 @@ def recipes(recipe: str | None, as_json: bool, schema: bool) -> None:
     from atdiff.study.recipe import bundled_recipes, load_recipe
 
     found = [load_recipe(name) for name in ([recipe] if recipe else bundled_recipes())]
-    told = [
-        {"name": one.name, "title": one.title, "about": one.about, "cost": one.cost, "arms": one.arms} for one in found
-    ]
     if as_json:
+        told = [{key: getattr(one, key) for key in TOLD} for one in found]
         print(json.dumps(told[0] if recipe else told, indent=2))
     elif recipe:
-        _show(recipe, told[0])
+        _show(recipe, found[0])
     else:
-        _list(told)
+        _list(found)
 
 
-def _list(told: list[dict[str, Any]]) -> None:
+def _list(found: Sequence[Recipe]) -> None:
     """Print a line per recipe; the rest is what `atdiff recipes NAME` is for."""
-    names, titles = (max(len(one[key]) for one in told) for key in ("name", "title"))
-    for one in told:
-        cost = re.split(r"[:;(,]", one["cost"])[0].strip()
-        print(f"{one['name']:{names}}  {one['title']:{titles}}  {cost[:1].lower()}{cost[1:]}")
+    names, titles = max(len(one.name) for one in found), max(len(one.title) for one in found)
+    for one in found:
+        cost = re.split(r"[:;(,]", one.cost)[0].strip()
+        print(f"{one.name:{names}}  {one.title:{titles}}  {cost[:1].lower()}{cost[1:]}")
     print("\n`atdiff recipes NAME` shows all of one.")
 
 
-def _show(name: str, told: dict[str, Any]) -> None:
+def _show(name: str, recipe: Recipe) -> None:
     """Print all of one recipe, and how it is run."""
-    print(textwrap.fill(told["about"], 100), f"\nCost: {told['cost']}", sep="\n")
-    if told["arms"]:
+    print(textwrap.fill(recipe.about, 100), f"\nCost: {recipe.cost}", sep="\n")
+    if recipe.arms:
         print("\nArms:")
-    for arm, settings in told["arms"].items():
+    for arm, settings in recipe.arms.items():
         print(f"  {arm}: {json.dumps(settings) if settings else 'no change'}")
-    folder = f"runs/{told['name']}"
-    if told["arms"]:
+    folder = f"runs/{recipe.name}"
+    if recipe.arms:
         print(f"\nCompare all arms: atdiff study {name} --out {folder}")
     print(f"Train one run:    atdiff train {name} --out {folder}")

@@ -21,10 +21,10 @@ class _Arm(click.ParamType):
     name = "arm"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from atdiff.study.recipe import bundled_recipes, recipe_summary
+        from atdiff.study.recipe import arm_names, bundled_recipes
 
         recipe = bundled_recipes().get(ctx.params.get("recipe") or "")
-        arms = recipe_summary(recipe)[2] if recipe is not None else []
+        arms = arm_names(recipe) if recipe is not None else []
         return [CompletionItem(arm) for arm in arms if arm.startswith(incomplete)]
 
 

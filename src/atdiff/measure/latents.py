@@ -28,15 +28,8 @@ from atdiff.system.quiet import quiet_libraries
 __all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "check_classes", "latent_run", "prompted", "true_latents"]
 
 ENCODED_AT_ONCE = 8  # images or prompts
-READING = (
-    "split",
-    "caption_column",
-    "crop",
-    "background",
-    "image_column",
-    "labels",
-    "unreadable",
-)  # of captioned images
+# Of captioned images.
+READING = ("split", "caption_column", "crop", "background", "image_column", "labels", "unreadable")
 
 
 class GuidedNetwork(nn.Module):

@@ -22,7 +22,7 @@ from atdiff.core.choices import OWN
 from atdiff.core.errors import UserError
 from atdiff.models.call import image_tokens
 from atdiff.pipelines.families import Family, family_of
-from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.families.base import CallOptions, pixels_per_latent
 from atdiff.pipelines.prompting import check_prompts, check_size
 from atdiff.pipelines.trained import TrainedModel
 from atdiff.sampling.generate import check_request, finite_images, image_generators
@@ -241,13 +241,10 @@ class TextToImage(TrainedModel):
     def _embedded(self, labels: Tensor) -> dict[str, Any]:
         """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
         used, places = labels.unique(return_inverse=True)
-        tables = self.family.call_prompts(
-            self.pipeline,
-            [self.prompts[int(label)] for label in used],
-            self.is_guided,
-            self.config.get("data", {}).get("caption_tokens"),
-            self.negative_prompt,
-        )
+        tokens = self.config.get("data", {}).get("caption_tokens")
+        options = CallOptions(self.is_guided, tokens, self.negative_prompt)
+        prompts = [self.prompts[int(label)] for label in used]
+        tables = self.family.call_prompts(self.pipeline, prompts, options)
         rows = {name: t[places.to(t.device)] if isinstance(t, Tensor) else t for name, t in tables.items()}
         # Class labels are asked for as a list.
         return {name: row.tolist() if self.family.labelled else row for name, row in rows.items()}

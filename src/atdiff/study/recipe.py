@@ -22,12 +22,12 @@ from atdiff.training.settings import apply_words, dotted_keys, load_yaml, merge,
 __all__ = [
     "Recipe",
     "StudyConfig",
+    "arm_names",
     "bundled_recipes",
     "check_words",
     "dotted_keys",
     "load_recipe",
     "nearest",
-    "recipe_summary",
     "resolve",
     "split_words",
 ]
@@ -124,10 +124,9 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def recipe_summary(path: Path) -> tuple[str, str, list[str]]:
-    """Return what a recipe is about, what it costs and its arms, without checking it."""
-    content = load_yaml(path.read_text())
-    return " ".join(str(content["about"]).split()), str(content["cost"]), list(content.get("arms") or {})
+def arm_names(path: Path) -> list[str]:
+    """Return the arms of a recipe, without checking it."""
+    return list(load_yaml(path.read_text()).get("arms") or {})
 
 
 def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 
-__all__ = ["Family", "NetworkView", "PromptOptions", "as_diffusers", "pixels_per_latent", "seen_as", "t5_length"]
+__all__ = [
+    "CallOptions",
+    "Family",
+    "NetworkView",
+    "PromptOptions",
+    "as_diffusers",
+    "pixels_per_latent",
+    "seen_as",
+    "t5_length",
+]
 
 
 class PromptOptions(NamedTuple):
@@ -22,6 +31,14 @@ class PromptOptions(NamedTuple):
     image_size: int  # pixels along a side
     tokens: int | None = None  # that a T5 cuts or fills a prompt to; None for the pipeline's own number
     negative: bool = False  # whether they are what guidance points away from
+
+
+class CallOptions(NamedTuple):
+    """What the prompts of a pipeline's call depend on besides themselves."""
+
+    guided: bool  # whether guidance points away from any
+    tokens: int | None = None  # as in PromptOptions
+    negative_prompt: str | None = None  # what it points away from; None for nothing
 
 
 class NetworkView:
@@ -142,17 +159,10 @@ class Family:
         """Return the prompts, and whether guidance points away from any, as arguments of ``encode_prompt``."""
         return {"prompt": prompts, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
 
-    def call_prompts(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        guided: bool,
-        tokens: int | None,
-        negative: str | None = None,
-    ) -> dict[str, Any]:
+    def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
         """Return the prompts as arguments of the pipeline's call: tensors, each with a row per prompt."""
         device = getattr(pipeline, self.network).device
-        found = self.encode_prompt(pipeline, prompts, device, guided, tokens, negative)
+        found = self.encode_prompt(pipeline, prompts, device, *options)
         return {name: table for name, table in zip(self.embeddings, found, strict=False) if table is not None}
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:

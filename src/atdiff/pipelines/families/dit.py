@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.pipelines.families.base import Family, PromptOptions
+from atdiff.pipelines.families.base import CallOptions, Family, PromptOptions
 
 __all__ = ["FAMILY", "DiT"]
 
@@ -28,14 +28,7 @@ class DiT(Family):
         labels = [null if options.negative else int(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
 
-    def call_prompts(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        guided: bool,
-        tokens: int | None,
-        negative: str | None = None,
-    ) -> dict[str, Any]:
+    def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_prompts`."""
         return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
 

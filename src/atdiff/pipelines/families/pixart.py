@@ -8,7 +8,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.families.base import Family, NetworkView, PromptOptions, t5_length
+from atdiff.pipelines.families.base import CallOptions, Family, NetworkView, PromptOptions, t5_length
 
 __all__ = ["FAMILY", "PixArtDenoiser", "PixArtSigma"]
 
@@ -71,16 +71,9 @@ class PixArtSigma(Family):
         """See :meth:`Family.prompts`."""
         return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
 
-    def call_prompts(
-        self,
-        pipeline: Any,  # noqa: ANN401
-        prompts: list[str],
-        guided: bool,
-        tokens: int | None,
-        negative: str | None = None,
-    ) -> dict[str, Any]:
+    def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
         """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
-        return {**super().call_prompts(pipeline, prompts, guided, tokens, negative), "negative_prompt": None}
+        return {**super().call_prompts(pipeline, prompts, options), "negative_prompt": None}
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""
