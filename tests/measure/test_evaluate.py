@@ -135,6 +135,8 @@ def test_without_a_file_the_table_is_printed(
     assert main([*words, "--out", "cells.json"]) == 0
     *table, kept = capsys.readouterr().out.splitlines()
     assert kept == "1 cells in cells.json"
+    assert "16 samples per seed" in table[-1]
+    assert "features of digits-classifier" in table[-1]
     Path("cells.json").unlink()
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines() == [*table, "1 cells that are not kept; --out FILE.json keeps them"]

@@ -50,11 +50,15 @@ def _evaluate(runs: tuple[str, ...], asked: dict[str, Any], file: Path, *, kept:
 
     from atdiff.measure.cells import EvaluationConfig, evaluate_runs
     from atdiff.measure.progress import cell_progress
+    from atdiff.metrics.registry import takes_features
     from atdiff.report.tables import cells_table
+    from atdiff.report.written import recipe_text
     from atdiff.system.processes import device, is_main
 
     with cell_progress(show=is_main()) as notify:
         cells = evaluate_runs(runs, EvaluationConfig(**asked), file, device=device(), notify=notify)
     if is_main():
         Console().print(cells_table(cells))
+        shown = cells if takes_features(asked["metrics"]) else [{**cell, "extractor": None} for cell in cells]
+        print(recipe_text(shown))
         print(f"{len(cells)} cells {f'in {file}' if kept else 'that are not kept; --out FILE.json keeps them'}")

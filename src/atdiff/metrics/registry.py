@@ -12,7 +12,7 @@ from atdiff.core.errors import UserError
 
 __all__ = [
     "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FEW_SAMPLES", "FIGURES", "HUB_WEIGHTS", "METRICS", "Extractor", "Figure",
-    "Metric", "check_names", "class_at", "few_samples", "needed_networks",
+    "Metric", "check_names", "class_at", "few_samples", "needed_networks", "takes_features",
 ]  # fmt: skip
 
 
@@ -148,6 +148,11 @@ def check_names(metrics: Sequence[str]) -> None:
 def few_samples(extractor: str) -> int:
     """Return the number of samples under which Frechet distances of an extractor's features are too biased."""
     return EXTRACTORS[extractor].few if extractor in EXTRACTORS else FEW_SAMPLES
+
+
+def takes_features(metrics: Sequence[str]) -> bool:
+    """Whether any of the metrics is taken in the features of ``--extractor``."""
+    return any(METRICS[name].takes == CHOSEN for name in metrics if name in METRICS)
 
 
 def needed_networks(metrics: Sequence[str], extractor: str) -> list[str]:

@@ -14,7 +14,7 @@ from atdiff.data.sources.cifar import CIFAR
 from atdiff.data.sources.idx import IDX
 from atdiff.data.sources.registry import find_source
 from atdiff.data.sources.source import Request
-from atdiff.metrics.registry import CHOSEN, METRICS
+from atdiff.metrics.registry import takes_features
 from atdiff.system.locate import run_config
 
 __all__ = ["choose_extractor", "extractor_for"]
@@ -55,7 +55,7 @@ def choose_extractor(runs: Sequence[str], metrics: Sequence[str], data: str | No
     Raises:
         UserError: there is no such data set, or the runs' own ask for different networks.
     """
-    if not any(METRICS[name].takes == CHOSEN for name in metrics if name in METRICS):
+    if not takes_features(metrics):
         return UNUSED
     found: dict[str, str] = {}  # a run by network
     for run in runs:
