@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from atdiff.cli.app import main
 from atdiff.system.progress import in_words
 from atdiff.training.progress import TrainingBar
 
@@ -21,20 +23,35 @@ def told(passes: int, loss: float | None = 0.02134) -> dict[str, Any]:
     return {"pass": passes, "passes_per_second": 10.0, "loss": loss, "delta_norm": None, "skipped_steps": 0}
 
 
-def test_lines_come_at_most_every_ten_seconds_and_at_the_last_pass(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("atdiff.training.progress.time.monotonic", lambda: now[0])
+def test_each_line_of_the_log_is_told_and_the_first_loss_before_it(capsys: pytest.CaptureFixture[str]) -> None:
     bar = TrainingBar(1000, show=True)
-    for passes, second in ((100, 100.0), (150, 105.0), (200, 110.0), (1000, 111.0)):
-        now[0] = second
+    bar.begin(1, 0.5)
+    for passes in (100, 200, 1000):
         bar.describe(told(passes, None if passes == 200 else 0.02134))
     assert capsys.readouterr().out.splitlines() == [
-        "pass 100 of 1000: 10.0 passes/s, loss 0.0213, 1 min 30 s left",
-        "pass 200 of 1000: 10.0 passes/s, loss not finite, 1 min 20 s left",
-        "pass 1000 of 1000: 10.0 passes/s, loss 0.0213",
+        "pass 1 of 1,000: loss 0.5000",
+        "pass 100 of 1,000: 10.0 passes/s, loss 0.0213, 1 min 30 s left",
+        "pass 200 of 1,000: 10.0 passes/s, loss not finite, 1 min 20 s left",
+        "pass 1,000 of 1,000: 10.0 passes/s, loss 0.0213",
     ]
+
+
+def test_a_run_tells_its_first_loss_and_then_every_line_of_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--training.passes",
+        "40",
+        "--training.batch_size",
+        "8",
+        "--training.log_every",
+        "20",
+        "--data.limit",
+        "64",
+    ]
+    assert main(["train", "digits-flow", "--out", str(tmp_path / "run"), *words]) == 0
+    passes = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("pass ")]
+    assert passes == ["1", "20", "40"]
 
 
 def test_a_silent_bar_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,12 @@ class EvaluationConfig:
         """Return the numbers of steps of a sampler."""
         return self.steps.get(sampler, ()) if isinstance(self.steps, Mapping) else self.steps
 
+    @property
+    def planned(self) -> list[int]:
+        """The number of steps of each cell of a run; of the samplers that are named."""
+        of_each = [steps for sampler in self.samplers or () for steps in self.steps_for(sampler)]
+        return of_each * len(self.corrections) * len(self.seeds)
+
     def covers(self, cell: Mapping[str, Any]) -> bool:
         """Whether a cell is one of those that this configuration asks of its run."""
         return (

@@ -11,13 +11,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from atdiff.core.errors import UserError
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
@@ -27,36 +26,19 @@ from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
+from atdiff.study.progress import Seconds, StudyProgress
 from atdiff.study.recipe import Recipe, StudyConfig, resolve
+from atdiff.study.stage import BASE, Stage
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
-from atdiff.system.progress import in_words, shows_bars
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 
 __all__ = ["run_study"]
-
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One run of a study: its training, then its evaluation."""
-
-    arm: str
-    seed: int
-    config: TrainConfig
-    folder: Path
-    evaluation: EvaluationConfig | None
-
-    @property
-    def work(self) -> int:
-        """Passes to train, the unit of the progress bar."""
-        return self.config.training.passes
 
 
 @one_writer("folder")
@@ -93,13 +75,17 @@ def run_study(
     _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
     _open(out, recipe, overrides, stages)
     started, before = time.perf_counter(), _stamps(stages)
-    console = Console()
-    _run_stages(stages, jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1), console)
+    console, workers = Console(), jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    measurements = _measurements(recipe.study, stages)
+    further = measurements.steps_of(len(_judged(stages)))
+    progress = StudyProgress(stages, workers, console, further_steps=further)
+    progress.begin()
+    _run_stages(stages, workers, progress)
     worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
         runs.setdefault(stage.arm, []).append(str(stage.folder))
-    measured = _measurements(recipe.study, stages).of(runs, out, _device())
+    measured = measurements.of(runs, out, _device())
     # A finished study that is started again keeps the time that it took; one that has more to do adds to it.
     file = out / "summary.json"
     seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else 0.0
@@ -111,7 +97,7 @@ def run_study(
     return out / "report.html"
 
 
-def _stamps(stages: Sequence[_Stage]) -> list[int | None]:
+def _stamps(stages: Sequence[Stage]) -> list[int | None]:
     """Return when the logs and the cells of the runs were last written."""
     files = [stage.folder / name for stage in stages for name in ("metrics.jsonl", "cells.json")]
     return [file.stat().st_mtime_ns if file.is_file() else None for file in files]
@@ -121,12 +107,12 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _judged(stages: Sequence[_Stage]) -> list[_Stage]:
+def _judged(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages that are evaluated, the baseline's first."""
     return sorted((stage for stage in stages if stage.evaluation), key=lambda stage: stage.arm == BASE)
 
 
-def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
+def _measurements(study: StudyConfig, stages: Sequence[Stage]) -> Measurements:
     evaluation = stages[-1].evaluation
     assert evaluation is not None
     # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
@@ -144,7 +130,7 @@ def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
     )
 
 
-def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
+def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
     study = recipe.study
     evaluation = EvaluationConfig(
         samplers=tuple(study.samplers),
@@ -168,11 +154,11 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
             if arm != BASE and (has_base or study.start):
                 config.training.init = study.start or str(out / f"seed-{seed}" / BASE)
             judged = arm != BASE or study.base
-            stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
+            stages.append(Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
     return stages
 
 
-def _check(stages: list[_Stage], study: StudyConfig) -> None:
+def _check(stages: list[Stage], study: StudyConfig) -> None:
     """Find what is wrong with the stages of one seed before any compute is spent."""
     trainer = Trainer(stages[0].config)
     for stage in stages[1:]:
@@ -184,7 +170,7 @@ def _check(stages: list[_Stage], study: StudyConfig) -> None:
     make_extractor(study.extractor, weights=weights, data=trainer.task.images)
 
 
-def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[_Stage]) -> None:
+def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[Stage]) -> None:
     file = out / "study.json"
     if file.is_file():
         for stage in stages:
@@ -199,7 +185,7 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
 
 
-def _check_bases(stages: Sequence[_Stage]) -> None:
+def _check_bases(stages: Sequence[Stage]) -> None:
     """Refuse to train a base further that arms started from: they would be arms of another one."""
     for base in stages:
         if base.arm != BASE or not (base.folder / "config.yaml").is_file():
@@ -214,7 +200,7 @@ def _check_bases(stages: Sequence[_Stage]) -> None:
             )
 
 
-def _check_start(stage: _Stage) -> None:
+def _check_start(stage: Stage) -> None:
     """Refuse an arm that started from other weights than its base has now.
 
     Which they were is kept beside the arm's folder; arms of earlier versions are taken to have today's.
@@ -249,83 +235,38 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _run_stage(stage: _Stage) -> float:
-    """Train and evaluate a run; return the seconds that its training took."""
+def _run_stage(stage: Stage) -> Seconds:
+    """Train and evaluate a run; return how long both took."""
     _check_start(stage)
     started = time.perf_counter()
     train(stage.config, stage.folder, progress=False)
-    seconds = time.perf_counter() - started
+    trained = time.perf_counter()
     if stage.evaluation is not None:
         evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
         write_card(stage.folder)
-    return seconds
+    return Seconds(trained - started, time.perf_counter() - trained)
 
 
-class _Telling:
-    """Shows how far the runs of a study are: as a bar, or as a line a run where there is no terminal."""
-
-    def __init__(self, stages: Sequence[_Stage], console: Console) -> None:
-        self.console, self.stages, self.lines = console, stages, not shows_bars(console)
-        self.total, self.finished = sum(stage.work for stage in stages), 0
-        self.before, self.started = {id(stage): _passes_done(stage) for stage in stages}, time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} passes"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=self.lines,
-        )
-        self.task = self.bar.add_task("studying", total=self.total)
-
-    def update(self) -> None:
-        """Move the bar to where the runs are."""
-        passes = sum(map(_passes_done, self.stages))
-        self.bar.update(self.task, completed=passes, description=f"{self.finished}/{len(self.stages)} runs")
-
-    def finish(self, stage: _Stage, seconds: float) -> None:
-        """Count a run whose training took so many seconds."""
-        self.finished += 1
-        if not self.lines:
-            return
-        passes = stage.work - self.before[id(stage)]
-        done = f"{passes} passes in {in_words(seconds)}" if passes > 0 else f"{stage.work} passes, trained before"
-        curve = training_curves(stage.folder)
-        loss = f", loss {curve[-1][1]:.4f}" if curve else ""
-        line = (
-            f"{stage.arm}, seed {stage.seed}: {done}{loss} ({self.finished} of {len(self.stages)} runs{self._left()})"
-        )
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-    def _left(self) -> str:
-        now, begun = sum(map(_passes_done, self.stages)), sum(self.before.values())
-        if now <= begun or now >= self.total:
-            return ""
-        return f", {in_words((time.monotonic() - self.started) * (self.total - now) / (now - begun))} left"
-
-
-def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
+def _run_stages(stages: list[Stage], workers: int, progress: StudyProgress) -> None:
     """Run each base before its arms, ``workers`` at once, and show how far they are."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
-    context, telling = multiprocessing.get_context("spawn"), _Telling(stages, console)
+    context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool,
-        telling.bar,
+        progress.bar,
     ):
         first = [stage for stage in stages if stage.arm == BASE] or stages
-        pending: dict[Future[float], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
+        pending: dict[Future[Seconds], Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     stage = pending.pop(future)
-                    telling.finish(stage, future.result())
+                    progress.finish(stage, future.result())
                     if stage.arm == BASE:
                         arms = [s for s in stages if s.seed == stage.seed and s.arm != BASE]
                         pending |= {pool.submit(_run_stage, s): s for s in arms}
-                telling.update()
+                progress.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -333,17 +274,7 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
             raise
 
 
-def _passes_done(stage: _Stage) -> int:
-    """Read how far a run is from the last line that it logged."""
-    try:
-        with (stage.folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return int(json.loads(file.read().splitlines()[-1])["pass"])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: float) -> dict[str, Any]:
+def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: float) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     training: dict[str, dict[str, Any]] = {}
     for stage in _judged(stages):

@@ -109,6 +109,11 @@ class Measurements:
             found |= self._robustness({arm: of_arm[:1] for arm, of_arm in runs.items()}, out / "robustness", device)
         return found
 
+    def steps_of(self, runs: int) -> float:
+        """Return what the mismatch of so many runs costs, in sampler steps of as many samples as a cell has."""
+        # The samples and two sets of true images take the network at every step.
+        return 3.0 * self.steps * runs * min(self.num, MISMATCH_NUM) / self.num if self.mismatch else 0.0
+
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
         options: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "variant", "data", "reading")}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from rich.console import Console
 
 __all__ = ["in_words", "shows_bars"]
 
 
 def shows_bars(console: Console) -> bool:
-    """Whether a moving bar can be shown there; else lines tell how far things are."""
-    return console.is_interactive or console.is_jupyter
+    """Whether a moving bar can be shown there; else lines tell how far things are.
+
+    In a notebook rich moves a bar by ipywidgets alone.
+    """
+    return find_spec("ipywidgets") is not None if console.is_jupyter else console.is_interactive
 
 
 def in_words(seconds: float) -> str:

@@ -28,7 +28,7 @@ from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.order import batch_indices, seed_batch
-from atdiff.training.progress import TrainingBar, tell_data
+from atdiff.training.progress import TrainingBar, tell_run
 from atdiff.training.records import Records
 from atdiff.training.state import TrainingState
 from atdiff.training.steps import Steps
@@ -150,7 +150,7 @@ class Trainer:
         stop = stop or StopRequest()
         show = progress and self.accelerator.is_main_process
         if show:
-            tell_data(self.task)
+            tell_run(self.task)
         self.records.bar = bar = TrainingBar(self.config.training.passes, self.state.passes, show=show)
         with disk_errors(self.out, lambda: self.state.passes):
             with stop, bar:

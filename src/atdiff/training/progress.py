@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 from rich.console import Console
@@ -13,13 +12,11 @@ from atdiff.data.labels import class_line
 from atdiff.system.progress import in_words, shows_bars
 from atdiff.training.tasks.base import Task
 
-__all__ = ["TrainingBar", "tell_data"]
-
-SECONDS_BETWEEN_LINES = 10.0
+__all__ = ["TrainingBar", "tell_run"]
 
 
 class TrainingBar:
-    """A bar of passes, or where none can be shown a line now and then.
+    """A bar of passes, or without a terminal a line for each of the log (``training.log_every``) and the first pass.
 
     Args:
         total: passes of the run.
@@ -28,7 +25,7 @@ class TrainingBar:
     """
 
     def __init__(self, total: int, done: int = 0, *, show: bool = False) -> None:
-        self._total, self._console, self._told = total, Console(), -math.inf
+        self._total, self._console = total, Console()
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -53,6 +50,13 @@ class TrainingBar:
         """Move to ``passes``."""
         self._bar.update(self._task, completed=passes)
 
+    def begin(self, passes: int, loss: float) -> None:
+        """Show the loss of the first update, which ends at ``passes``."""
+        figures = f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite"
+        self._bar.update(self._task, figures=figures)
+        if self._lines:
+            self._print(passes, [figures])
+
     def describe(self, values: dict[str, Any]) -> None:
         """Show what a line of the log tells: loss, passes per second, norm of delta, steps that were skipped."""
         rate, loss = values["passes_per_second"], values["loss"]
@@ -63,16 +67,18 @@ class TrainingBar:
             figures.append(f"{values['skipped_steps']} steps skipped")
         self._bar.update(self._task, figures="  ".join(figures))
         left = self._total - values["pass"]
-        if self._lines and (left <= 0 or time.monotonic() - self._told >= SECONDS_BETWEEN_LINES):
-            self._told = time.monotonic()
+        if self._lines:
             if left > 0 and rate > 0:
                 figures.append(f"{in_words(left / rate)} left")
-            line = f"pass {values['pass']} of {self._total}: {', '.join(figures)}"
-            self._console.print(line, soft_wrap=True, highlight=False)
+            self._print(values["pass"], figures)
+
+    def _print(self, passes: int, figures: list[str]) -> None:
+        line = f"pass {passes:,} of {self._total:,}: {', '.join(figures)}"
+        self._console.print(line, soft_wrap=True, highlight=False)
 
 
-def tell_data(task: Task) -> None:
-    """Print what a run is trained on."""
+def tell_run(task: Task) -> None:
+    """Print what a run is trained on, and how much of it there is to do."""
     data, classes = task.data, task.classes
     left_out = f", {len(data.skipped):,} unreadable ones left out" if data.skipped else ""
     mapped = getattr(data, "mapped", None)
@@ -82,3 +88,7 @@ def tell_data(task: Task) -> None:
         print(class_line(classes))
     if task.told:
         print(task.told)
+    weights = [weight for weight in task.network.parameters() if weight.requires_grad]
+    size, settings = sum(weight.numel() for weight in weights), task.config.training
+    passes = f"{settings.passes:,} passes of {settings.batch_size}"
+    print(f"{type(task.network).__name__}, {size / 1e6:,.2f} M weights to train, {passes}")

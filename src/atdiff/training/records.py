@@ -67,6 +67,8 @@ class Records:
 
         if due(settings.log_every, before):
             self._write_line(loss)
+        elif before == self._first_pass and self.accelerator.is_main_process:
+            self.bar.begin(now, loss.item())
         # The last batch may be cut short, and a longer run resumes before it.
         cut = charge.updates > 1 and now + charge.batch > settings.passes
         between = self.state.between_batches

@@ -1,0 +1,150 @@
+"""How far a study is, and how long the rest of it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from atdiff.study.stage import Stage
+from atdiff.study.summary import training_curves
+from atdiff.system.progress import in_words, shows_bars
+
+__all__ = ["Seconds", "StudyProgress"]
+
+SECONDS_BETWEEN_LINES = 60.0
+# A forward-backward pass costs about three forwards. It serves until the first cells are timed.
+FORWARDS_PER_PASS = 3
+
+
+class Seconds(NamedTuple):
+    """How long a run of a study took."""
+
+    training: float
+    evaluation: float
+
+
+class _Done(NamedTuple):
+    passes: int
+    steps: int
+
+
+class StudyProgress:
+    """A bar over all runs of a study; without a terminal a line for every finished run, and one a minute between them.
+
+    Passes and sampler steps are timed apart, since a study may spend most of its time on either. What is measured once
+    all runs are done (the mismatch) counts as sampler steps too.
+
+    Args:
+        stages: all runs.
+        workers: processes at once.
+        console: where to show it.
+        further_steps: what is left when all runs are done, in sampler steps of as many samples as a cell has.
+    """
+
+    def __init__(self, stages: Sequence[Stage], workers: int, console: Console, *, further_steps: float = 0.0) -> None:
+        self.stages, self.workers, self.console, self.further = stages, workers, console, further_steps
+        self.lines = not shows_bars(console)
+        self.before = {id(stage): self._look(stage) for stage in stages}
+        self.now, self.seconds = dict(self.before), {id(stage): Seconds(0.0, 0.0) for stage in stages}
+        self.passes, self.finished = sum(stage.config.training.passes for stage in stages), 0
+        self.started = self.told = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=self.lines,
+        )
+        self.task = self.bar.add_task("studying", total=1.0, figures="", left="")
+
+    def begin(self) -> None:
+        """Say how much there is to do, before it starts."""
+        judged = [stage.evaluation for stage in self.stages if stage.evaluation is not None]
+        cells = sum(len(one.planned) for one in judged)
+        samples = f"{cells:,} cells of {judged[0].num:,} samples"
+        self._print(f"{len(self.stages)} runs, {self.passes:,} passes and {samples}, {self.workers} at once")
+
+    @staticmethod
+    def _look(stage: Stage) -> _Done:
+        passes = stage.passes_done()
+        return _Done(passes, stage.steps_done() if passes >= stage.config.training.passes else 0)
+
+    def update(self) -> None:
+        """Move the bar to where the runs are; without a terminal, print a line now and then."""
+        for stage in self.stages:
+            if self.now[id(stage)] != (stage.config.training.passes, stage.steps):
+                self.now[id(stage)] = self._look(stage)
+        left, elapsed = self.left(), time.monotonic() - self.started
+        told = f"{sum(done.passes for done in self.now.values()):,} of {self.passes:,} passes"
+        self.bar.update(
+            self.task,
+            description=f"{self.finished}/{len(self.stages)} runs",
+            completed=0.0 if left is None else elapsed / max(elapsed + left, 1e-9),
+            figures=told,
+            left="" if left is None else f"{in_words(left)} left",
+        )
+        if self.lines and time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
+            self._print(f"{self.finished} of {len(self.stages)} runs, {told}{self._left_words()}")
+
+    def finish(self, stage: Stage, seconds: Seconds) -> None:
+        """Count a run."""
+        self.finished += 1
+        self.seconds[id(stage)] = seconds
+        self.now[id(stage)] = self._look(stage)
+        passes = stage.config.training.passes - self.before[id(stage)].passes
+        done = (
+            f"{passes:,} passes in {in_words(seconds.training)}"
+            if passes > 0
+            else f"{stage.config.training.passes:,} passes, trained before"
+        )
+        curve = training_curves(stage.folder)
+        loss = f", loss {curve[-1][1]:.4f}" if curve else ""
+        runs = f"{self.finished} of {len(self.stages)} runs{self._left_words()}"
+        if self.lines:
+            self._print(f"{stage.arm}, seed {stage.seed}: {done}{loss} ({runs})")
+
+    def left(self) -> float | None:
+        """Return the seconds that are left; None before anything was timed."""
+        passes_left = self.passes - sum(done.passes for done in self.now.values())
+        steps_left = sum(stage.steps - self.now[id(stage)].steps for stage in self.stages) + self.further
+        per_pass, per_step = self._seconds_per_pass(), self._seconds_per_step()
+        if per_step is None and per_pass is not None:
+            per_step = self._guess_per_step(per_pass)
+        if (passes_left and per_pass is None) or (steps_left and per_step is None):
+            return None
+        runs_left = max(1, min(self.workers, len(self.stages) - self.finished))
+        return (passes_left * (per_pass or 0.0) + steps_left * (per_step or 0.0)) / runs_left
+
+    def _seconds_per_pass(self) -> float | None:
+        """Return what a pass takes: of finished runs, or before there are any from all that run at once."""
+        ended = [stage for stage in self.stages if self.seconds[id(stage)].training > 0]
+        passes = sum(self.now[id(stage)].passes - self.before[id(stage)].passes for stage in ended)
+        if passes > 0:
+            return sum(self.seconds[id(stage)].training for stage in ended) / passes
+        begun = [stage for stage in self.stages if self.now[id(stage)].passes > self.before[id(stage)].passes]
+        passes = sum(self.now[id(stage)].passes - self.before[id(stage)].passes for stage in begun)
+        return (time.monotonic() - self.started) * len(begun) / passes if passes > 0 else None
+
+    def _seconds_per_step(self) -> float | None:
+        ended = [stage for stage in self.stages if self.seconds[id(stage)].evaluation > 0]
+        steps = sum(self.now[id(stage)].steps - self.before[id(stage)].steps for stage in ended)
+        return sum(self.seconds[id(stage)].evaluation for stage in ended) / steps if steps > 0 else None
+
+    def _guess_per_step(self, per_pass: float) -> float:
+        """Return what a step of all samples of a cell would take at the cost of a forward in training."""
+        num = max(stage.evaluation.num if stage.evaluation else 0 for stage in self.stages)
+        return per_pass / FORWARDS_PER_PASS * num / self.stages[0].config.training.batch_size
+
+    def _left_words(self) -> str:
+        left = self.left()
+        return f", {in_words(left)} left" if left else ""
+
+    def _print(self, line: str) -> None:
+        self.told = time.monotonic()
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)

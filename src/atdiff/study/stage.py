@@ -1,0 +1,56 @@
+"""One run of a study."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from atdiff.measure.cells import EvaluationConfig
+from atdiff.measure.entries import read_cells
+from atdiff.training.config import TrainConfig
+
+__all__ = ["BASE", "Stage"]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a study: its training, then its evaluation.
+
+    Attributes:
+        arm: its name, or ``base``.
+        seed: of its training.
+        config: of its training.
+        folder: that it leaves.
+        evaluation: None for a base that is not evaluated.
+    """
+
+    arm: str
+    seed: int
+    config: TrainConfig
+    folder: Path
+    evaluation: EvaluationConfig | None
+
+    def passes_done(self) -> int:
+        """Read how far its training is from the last line that it logged."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                return int(json.loads(file.read().splitlines()[-1])["pass"])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    @property
+    def steps(self) -> int:
+        """Sampler steps of all cells, the unit in which an evaluation is timed."""
+        return 0 if self.evaluation is None else sum(self.evaluation.planned)
+
+    def steps_done(self) -> int:
+        """Return the sampler steps of the cells that are done."""
+        if self.evaluation is None:
+            return 0
+        cells = read_cells(self.folder / "cells.json")
+        return sum(cell["steps"] for cell in cells if self.evaluation.covers(cell))

@@ -1,0 +1,92 @@
+"""How long a study says that it still takes, against times worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from atdiff.measure.cells import EvaluationConfig
+from atdiff.study.progress import Seconds, StudyProgress
+from atdiff.study.stage import Stage
+from atdiff.study.summary import Measurements
+from atdiff.training.config import TrainConfig
+
+CELLS = EvaluationConfig(samplers=("ddim",), steps=(4, 16), num=640, seeds=(1,))
+
+
+def stage(folder: Path, arm: str) -> Stage:
+    config = TrainConfig()
+    config.training.passes, config.training.batch_size = 100, 64
+    return Stage(arm, 0, config, folder / arm, CELLS)
+
+
+def train(run: Stage, passes: int) -> None:
+    run.folder.mkdir(exist_ok=True)
+    (run.folder / "metrics.jsonl").write_text(json.dumps({"pass": passes, "loss": 0.25}) + "\n")
+
+
+def evaluate(run: Stage, *steps: int) -> None:
+    cell = {"sampler": "ddim", "sample_seed": 1, "num": 640, "extractor": CELLS.extractor}
+    (run.folder / "cells.json").write_text(json.dumps([{**cell, "steps": n} for n in steps]))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("atdiff.study.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_passes_and_sampler_steps_are_timed_apart(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
+    progress = StudyProgress(stages, 1, Console(), further_steps=60.0)
+    assert progress.left() is None
+    progress.begin()
+    assert capsys.readouterr().out == "2 runs, 200 passes and 4 cells of 640 samples, 1 at once\n"
+
+    clock[0] += 10.0
+    train(stages[0], 50)
+    progress.update()
+    # 0.2 s a pass; a step of 640 samples costs a third of that for 64 of them, ten times.
+    assert progress.left() == pytest.approx(150 * 0.2 + (2 * 20 + 60) * 0.2 / 3 * 10)
+
+    train(stages[0], 100)
+    evaluate(stages[0], 4, 16)
+    progress.finish(stages[0], Seconds(20.0, 100.0))
+    # As measured: 0.2 s a pass, 5 s a step.
+    assert progress.left() == pytest.approx(100 * 0.2 + (20 + 60) * 5.0)
+    assert capsys.readouterr().out == "plain, seed 0: 100 passes in 20 s, loss 0.2500 (1 of 2 runs, 7 min 0 s left)\n"
+
+    clock[0] += 60.0
+    train(stages[1], 100)
+    evaluate(stages[1], 4)
+    progress.update()
+    assert progress.left() == pytest.approx((16 + 60) * 5.0)
+    assert capsys.readouterr().out == "1 of 2 runs, 200 of 200 passes, 6 min 20 s left\n"
+
+
+def test_what_was_done_before_is_not_timed(tmp_path: Path, clock: list[float]) -> None:
+    stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
+    train(stages[0], 100)
+    evaluate(stages[0], 4)
+    progress = StudyProgress(stages, 2, Console())
+    progress.finish(stages[0], Seconds(1.0, 32.0))
+    evaluate(stages[0], 4, 16)
+    progress.finish(stages[0], Seconds(0.0, 32.0))
+    clock[0] += 30.0
+    train(stages[1], 60)
+    progress.update()
+    # 16 steps in 32 s; one run at a time is left.
+    assert progress.left() == pytest.approx(40 * 0.5 + 20 * 2.0)
+
+
+def test_the_mismatch_is_counted(tmp_path: Path) -> None:
+    measured = Measurements("ddim", 8, num=4096, seed=1, extractor=None)
+    # Samples and two sets of true images, 2,048 where a cell has 4,096.
+    assert measured.steps_of(6) == 3 * 8 * 6 / 2
+    assert Measurements("ddim", 8, num=4096, seed=1, extractor=None, mismatch=False).steps_of(6) == 0
