@@ -56,6 +56,13 @@ def test_passes_and_sampler_steps_are_timed_apart(
     assert progress.left() == pytest.approx(150 * 0.2 + (2 * 20 + 60) * 0.2 / 3 * 10)
 
     train(stages[0], 100)
+    progress.update()
+    clock[0] += 12.0
+    evaluate(stages[0], 4)
+    progress.update()
+    # The first cell took 3 s a step; the passes so far took 22 s.
+    assert progress.left() == pytest.approx(100 * 0.22 + (16 + 20 + 60) * 3.0)
+
     evaluate(stages[0], 4, 16)
     progress.finish(stages[0], Seconds(20.0, 100.0))
     # As measured: 0.2 s a pass, 5 s a step.

@@ -52,6 +52,7 @@ class StudyProgress:
         self.now, self.seconds = dict(self.before), {id(stage): Seconds(0.0, 0.0) for stage in stages}
         self.passes, self.finished = sum(stage.config.training.passes for stage in stages), 0
         self.started = self.told = time.monotonic()
+        self.trained: dict[int, float] = {}  # when each run was first seen to be evaluated
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,6 +81,9 @@ class StudyProgress:
         for stage in self.stages:
             if self.now[id(stage)] != (stage.config.training.passes, stage.steps):
                 self.now[id(stage)] = self._look(stage)
+            if self.now[id(stage)].passes >= stage.config.training.passes and id(stage) not in self.trained:
+                # A run that was trained before is evaluated as soon as a worker is free.
+                self.trained[id(stage)] = time.monotonic()
         left, elapsed = self.left(), time.monotonic() - self.started
         told = f"{sum(done.passes for done in self.now.values()):,} of {self.passes:,} passes"
         self.bar.update(
@@ -132,9 +136,15 @@ class StudyProgress:
         return (time.monotonic() - self.started) * len(begun) / passes if passes > 0 else None
 
     def _seconds_per_step(self) -> float | None:
+        """Return what a sampler step of a cell takes: of finished runs, or before there are any of finished cells."""
         ended = [stage for stage in self.stages if self.seconds[id(stage)].evaluation > 0]
         steps = sum(self.now[id(stage)].steps - self.before[id(stage)].steps for stage in ended)
-        return sum(self.seconds[id(stage)].evaluation for stage in ended) / steps if steps > 0 else None
+        if steps > 0:
+            return sum(self.seconds[id(stage)].evaluation for stage in ended) / steps
+        begun = [stage for stage in self.stages if self.now[id(stage)].steps > self.before[id(stage)].steps]
+        steps = sum(self.now[id(stage)].steps - self.before[id(stage)].steps for stage in begun)
+        now = time.monotonic()
+        return sum(now - self.trained[id(stage)] for stage in begun) / steps if steps > 0 else None
 
     def _guess_per_step(self, per_pass: float) -> float:
         """Return what a step of all samples of a cell would take at the cost of a forward in training."""
