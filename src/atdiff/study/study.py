@@ -38,14 +38,22 @@ from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 
-__all__ = ["run_study"]
+__all__ = ["Stage", "cells_of", "open_stages", "run_stages", "run_study"]
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """One run of a study: its training, then its evaluation."""
+class Stage:
+    """One run of a study: its training, then its evaluation.
+
+    Attributes:
+        arm: of the recipe, or ``base``.
+        seed: of its training.
+        config: its settings.
+        folder: of the run.
+        evaluation: how it is judged, into ``cells.json`` of its folder; None where it is not.
+    """
 
     arm: str
     seed: int
@@ -88,13 +96,12 @@ def run_study(
     Raises:
         UserError: the recipe has no arms, or the folder holds something else.
     """
-    check_study(recipe, out, overrides)
-    stages = _plan(recipe, out, overrides)
-    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
-    _open(out, recipe, overrides, stages)
+    console, resumed = Console(), (out / "study.json").is_file()
+    stages = open_stages(recipe, out, overrides)
+    if resumed:
+        console.print(f"resuming the study in {out}")
     started, before = time.perf_counter(), _stamps(stages)
-    console = Console()
-    _run_stages(stages, jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1), console)
+    run_stages(stages, jobs, console)
     worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
@@ -111,7 +118,23 @@ def run_study(
     return out / "report.html"
 
 
-def _stamps(stages: Sequence[_Stage]) -> list[int | None]:
+def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """Return the runs of a study, with its folder made or found to be that of an earlier start; nothing is trained.
+
+    Args:
+        recipe: see :func:`run_study`, as ``out`` and ``overrides``.
+
+    Raises:
+        UserError: as :func:`run_study`.
+    """
+    check_study(recipe, out, overrides)
+    stages = _plan(recipe, out, overrides)
+    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    _open(out, recipe, overrides, stages)
+    return stages
+
+
+def _stamps(stages: Sequence[Stage]) -> list[int | None]:
     """Return when the logs and the cells of the runs were last written."""
     files = [stage.folder / name for stage in stages for name in ("metrics.jsonl", "cells.json")]
     return [file.stat().st_mtime_ns if file.is_file() else None for file in files]
@@ -121,12 +144,12 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _judged(stages: Sequence[_Stage]) -> list[_Stage]:
+def _judged(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages that are evaluated, the baseline's first."""
     return sorted((stage for stage in stages if stage.evaluation), key=lambda stage: stage.arm == BASE)
 
 
-def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
+def _measurements(study: StudyConfig, stages: Sequence[Stage]) -> Measurements:
     evaluation = stages[-1].evaluation
     assert evaluation is not None
     # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
@@ -144,7 +167,7 @@ def _measurements(study: StudyConfig, stages: Sequence[_Stage]) -> Measurements:
     )
 
 
-def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
+def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
     study = recipe.study
     evaluation = EvaluationConfig(
         samplers=tuple(study.samplers),
@@ -168,11 +191,11 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[_Stage]:
             if arm != BASE and (has_base or study.start):
                 config.training.init = study.start or str(out / f"seed-{seed}" / BASE)
             judged = arm != BASE or study.base
-            stages.append(_Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
+            stages.append(Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
     return stages
 
 
-def _check(stages: list[_Stage], study: StudyConfig) -> None:
+def _check(stages: list[Stage], study: StudyConfig) -> None:
     """Find what is wrong with the stages of one seed before any compute is spent."""
     trainer = Trainer(stages[0].config)
     for stage in stages[1:]:
@@ -184,7 +207,7 @@ def _check(stages: list[_Stage], study: StudyConfig) -> None:
     make_extractor(study.extractor, weights=weights, data=trainer.task.images)
 
 
-def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[_Stage]) -> None:
+def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[Stage]) -> None:
     file = out / "study.json"
     if file.is_file():
         for stage in stages:
@@ -194,12 +217,11 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
         for stage in stages:
             if (stage.folder / "config.yaml").is_file():
                 open_run(stage.folder, stage.config)
-        Console().print(f"resuming the study in {out}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
 
 
-def _check_bases(stages: Sequence[_Stage]) -> None:
+def _check_bases(stages: Sequence[Stage]) -> None:
     """Refuse to train a base further that arms started from: they would be arms of another one."""
     for base in stages:
         if base.arm != BASE or not (base.folder / "config.yaml").is_file():
@@ -214,7 +236,7 @@ def _check_bases(stages: Sequence[_Stage]) -> None:
             )
 
 
-def _check_start(stage: _Stage) -> None:
+def _check_start(stage: Stage) -> None:
     """Refuse an arm that started from other weights than its base has now.
 
     Which they were is kept beside the arm's folder; arms of earlier versions are taken to have today's.
@@ -249,7 +271,7 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _run_stage(stage: _Stage) -> float:
+def _run_stage(stage: Stage) -> float:
     """Train and evaluate a run; return the seconds that its training took."""
     _check_start(stage)
     started = time.perf_counter()
@@ -264,7 +286,7 @@ def _run_stage(stage: _Stage) -> float:
 class _Telling:
     """Shows how far the runs of a study are: as a bar, or as a line a run where there is no terminal."""
 
-    def __init__(self, stages: Sequence[_Stage], console: Console) -> None:
+    def __init__(self, stages: Sequence[Stage], console: Console) -> None:
         self.console, self.stages, self.lines = console, stages, not shows_bars(console)
         self.total, self.finished = sum(stage.work for stage in stages), 0
         self.before, self.started = {id(stage): _passes_done(stage) for stage in stages}, time.monotonic()
@@ -285,7 +307,7 @@ class _Telling:
         passes = sum(map(_passes_done, self.stages))
         self.bar.update(self.task, completed=passes, description=f"{self.finished}/{len(self.stages)} runs")
 
-    def finish(self, stage: _Stage, seconds: float) -> None:
+    def finish(self, stage: Stage, seconds: float) -> None:
         """Count a run whose training took so many seconds."""
         self.finished += 1
         if not self.lines:
@@ -306,8 +328,15 @@ class _Telling:
         return f", {in_words((time.monotonic() - self.started) * (self.total - now) / (now - begun))} left"
 
 
-def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
-    """Run each base before its arms, ``workers`` at once, and show how far they are."""
+def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console) -> None:
+    """Train and evaluate what is missing of runs, each base before its arms, and show how far they are.
+
+    Args:
+        stages: from :func:`open_stages`.
+        jobs: processes at once; None for one a core without a GPU, else one.
+        console: where to show it.
+    """
+    workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
     context, telling = multiprocessing.get_context("spawn"), _Telling(stages, console)
     with (
@@ -315,7 +344,7 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
         telling.bar,
     ):
         first = [stage for stage in stages if stage.arm == BASE] or stages
-        pending: dict[Future[float], _Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
+        pending: dict[Future[float], Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -333,7 +362,7 @@ def _run_stages(stages: list[_Stage], workers: int, console: Console) -> None:
             raise
 
 
-def _passes_done(stage: _Stage) -> int:
+def _passes_done(stage: Stage) -> int:
     """Read how far a run is from the last line that it logged."""
     try:
         with (stage.folder / "metrics.jsonl").open("rb") as file:
@@ -343,16 +372,23 @@ def _passes_done(stage: _Stage) -> int:
         return 0
 
 
-def _summarise(recipe: Recipe, stages: Sequence[_Stage], command: str, seconds: float) -> dict[str, Any]:
+def cells_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return what finished runs were asked for of their cells, each with its ``arm`` and ``seed``."""
     cells: list[dict[str, Any]] = []
-    training: dict[str, dict[str, Any]] = {}
-    for stage in _judged(stages):
+    for stage in stages:
         assert stage.evaluation is not None
         cells += [
             {"arm": stage.arm, "seed": stage.seed, **cell}
             for cell in read_cells(stage.folder / "cells.json")
             if cell["run"] == str(stage.folder) and stage.evaluation.covers(cell)
         ]
+    return cells
+
+
+def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: float) -> dict[str, Any]:
+    cells = cells_of(_judged(stages))
+    training: dict[str, dict[str, Any]] = {}
+    for stage in _judged(stages):
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}
