@@ -27,7 +27,7 @@ __all__ = ["tune"]
 @options.one("steps", "number of sampling steps that the model is for", kind=int, default=8)
 @options.option(
     "--passes", help="passes of the arms that come to the end", type=int, metavar="N",
-    unset="a quarter of the run's, at most 2000",
+    unset="a tenth of the run's, at most 1000",
 )  # fmt: skip
 @options.number("--repeats", 3, "trainings of each arm in the last rung; an interval takes 2 or more")
 @options.number("--num", 2048, "samples per training and rung")
@@ -49,7 +49,7 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, and print it for a recipe.
+    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, and print its recipe line.
 
     Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
     fixed doses. All have equal passes, and the better half goes on, three times over. What is left is compared with

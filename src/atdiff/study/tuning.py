@@ -31,7 +31,7 @@ PLAIN = "plain"
 SEED = 5_000  # of the first training; the samples' are one more, and no study has either by itself
 DOSES = (0.05, 0.1, 0.2, 0.4)
 RUNGS = 3  # the passes of an arm double from one to the next
-MOST_PASSES = 2_000  # of an arm, where the user does not say how many
+MOST_PASSES = 1_000  # of an arm, where the user does not say how many
 LINES = 4  # of the log, that a run has at least by the end of the first rung
 # What a sweep sets itself, and what to give in its place.
 OWN = {
@@ -50,7 +50,7 @@ class Tuning:
         run: a training folder, from which all arms start.
         steps: of the sampler.
         sampler: None for that which :func:`atdiff.sampling.schedulers.default_sampler` finds.
-        passes: of an arm that comes to the last rung; None for a quarter of the run's, at most 2,000.
+        passes: of an arm that comes to the last rung; None for a tenth of the run's, at most 1,000.
         repeats: trainings of each arm in the last rung.
         num: samples of each training in each rung.
         extractor: whose features the distance is of; None for that which suits the images.
@@ -183,7 +183,7 @@ def plan(tuning: Tuning) -> Sweep:
     _check_kind(tuning.run, said)
     check_data(said.data.name)
     unit = math.lcm(*(_charge(config, arm) for arm in arms.values()))
-    passes = tuning.passes or max(unit, min(MOST_PASSES, config.training.passes // 4) // unit * unit)
+    passes = tuning.passes or max(unit, min(MOST_PASSES, config.training.passes // 10) // unit * unit)
     if passes % unit:
         near = passes // unit * unit or unit
         raise UserError(
