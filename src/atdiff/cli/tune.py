@@ -49,7 +49,7 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, and print its recipe line.
+    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, as a recipe line.
 
     Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
     fixed doses. All have equal passes, and the better half goes on, three times over. What is left is compared with

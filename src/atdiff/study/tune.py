@@ -98,8 +98,8 @@ def _resumed(out: Path, settings: Record) -> Record:
     file = out / FILE
     if not file.is_file():
         # A start that was killed before its first rung may have left runs.
-        other = [one for one in out.iterdir() if one.name != LOCK and not one.name.startswith("runs")]
-        if other:
+        others = out.is_dir() and any(one.name != LOCK and not one.name.startswith("runs") for one in out.iterdir())
+        if others or (out.exists() and not out.is_dir()):
             raise UserError(f"{out} is in use and holds no {FILE}; choose another --out.")
         return {"settings": settings, "rungs": []}
     try:

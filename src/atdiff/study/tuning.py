@@ -182,7 +182,7 @@ def plan(tuning: Tuning) -> Sweep:
     said = read_settings(TrainConfig, apply_words(asdict(config), tuning.settings, TrainConfig))
     _check_kind(tuning.run, said)
     check_data(said.data.name)
-    unit = math.lcm(*(_charge(config, arm) for arm in arms.values()))
+    unit = math.lcm(*(_charge(said, arm) for arm in arms.values()))
     passes = tuning.passes or max(unit, min(MOST_PASSES, config.training.passes // 10) // unit * unit)
     if passes % unit:
         near = passes // unit * unit or unit
