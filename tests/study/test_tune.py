@@ -128,7 +128,7 @@ def test_the_same_command_computes_nothing_anew(swept: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "rung 3 of 3: 3 arms to 8 passes with 2 seeds" in printed
     assert "rung 1" not in printed
-    assert "changes sliced Wasserstein by" in " ".join(printed.split())
+    assert "changes sliced Wasserstein distance by" in " ".join(printed.split())
 
 
 def test_an_interrupted_sweep_resumes_and_ends_with_the_same_figures(
