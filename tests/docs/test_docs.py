@@ -30,14 +30,17 @@ SHORT: dict[str, list[str]] = {
     "train": ["--training.passes", "4", "--training.sample_every", "0", "--optimizer.warmup_passes", "0"],
     "study": [
         "--training.passes", "4", "--study.num", "40", "--study.seeds", "[0]", "--study.steps", "[2]",
-        "--study.mismatch", "false", "--study.arms", "[plain]", "--jobs", "1",
+        "--study.mismatch", "false", "--jobs", "1",
     ],
+    "tune": ["--passes", "2", "--repeats", "1", "--steps", "2", "--num", "40", "--jobs", "1"],
     "sample": ["--num", "4"],
     "evaluate": ["--num", "40", "--steps", "2"],
     "compare": ["--num", "40", "--steps", "2", "--no-mismatch"],
     "mismatch": ["--num", "16", "--steps", "2"],
     "robustness": ["--num", "8", "--pgd-steps", "2", "--restarts", "1", "--levels", "0.5"],
 }  # fmt: skip
+# Widths of networks that pages define.
+NARROW = {"[32, 64, 96]": "[8, 8, 8]"}
 # On networks that are large on a CPU, and for pages whose training is that of a recipe for many GPUs.
 SMALLER = {"sd15-lcm-lora-at": ["--lora.rank", "2"], "sd3-flow-at-lora": ["--lora.rank", "2"]}
 BATCH = {
@@ -74,13 +77,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages take for granted: images, captions, pipelines, and the quickstart's folder."""
     folder = tmp_path_factory.mktemp("workplace")
     rng = np.random.default_rng(0)
-    for name, side, channels in (("my-images", 16, 1), ("my-captioned-images", 64, 3)):
+    for name, side, channels in (("my-images", 16, 1), ("my-colour-images", 32, 3), ("my-captioned-images", 64, 3)):
         for i in range(24):
             file = folder / name / ("ab"[i % 2] if name == "my-images" else "") / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 256, (side, side, channels), dtype=np.uint8)
             Image.fromarray(pixels.squeeze()).save(file)
-            if name != "my-images":
+            if name == "my-captioned-images":
                 file.with_suffix(".txt").write_text(["a cat", "the dog on 2"][i % 2])
     torch.manual_seed(0)
     network = small_unet(8, 16)
@@ -117,6 +120,8 @@ def test_code_runs(
     names: dict[str, object] = {"__name__": "page"}
     for language, code in blocks(page):
         if language == "yaml" and "arms:" in code:
+            for wide, narrow in NARROW.items():
+                code = code.replace(wide, narrow)
             (place / "my-recipe.yaml").write_text(code)
         elif language == "python":
             exec(compile(code, str(page), "exec"), names)
@@ -130,6 +135,8 @@ def run_short(words: list[str]) -> None:
     if command == "quickstart":  # the fixture
         return
     more = list(SHORT[command])
+    if command == "study" and "--study.start" not in words:  # else there is no base to train, and all arms are
+        more += ["--study.arms", "[plain]"]
     if command == "train":
         more += [*SMALLER.get(words[1], []), *BATCH.get(words[1], [])]
     assert main([*words, *more]) == 0, shlex.join(words)

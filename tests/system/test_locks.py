@@ -179,6 +179,7 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path: Path, monkeypatch: pyt
         ["evaluate", "RUN", "--out", "OUT/cells.json"],
         ["mismatch", "RUN", "--out", "OUT"],
         ["robustness", "RUN", "--out", "OUT"],
+        ["tune", "RUN", "--out", "OUT"],
         ["compare", "a=RUN", "b=RUN", "--out", "OUT/page.html"],
         ["quickstart", "--out", "OUT"],
         ["study", "quickstart", "--out", "OUT"],

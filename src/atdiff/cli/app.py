@@ -24,6 +24,7 @@ from atdiff.cli.robustness import robustness
 from atdiff.cli.sample import sample
 from atdiff.cli.study import study
 from atdiff.cli.train import train
+from atdiff.cli.tune import tune
 from atdiff.core.errors import RunError, Stopped, UserError
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.suggest import nearest
@@ -36,7 +37,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 COMMANDS: dict[str, Command] = {
     str(one.name): one
     for one in (
-        quickstart, study, recipes, train, sample, evaluate, compare, mismatch, robustness, doctor, import_adm,
+        quickstart, study, recipes, train, tune, sample, evaluate, compare, mismatch, robustness, doctor, import_adm,
         completion,
     )
 }  # fmt: skip

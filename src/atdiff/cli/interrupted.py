@@ -16,7 +16,7 @@ def after_interruption(command: str | None, out: Path | None) -> str:
         return "nothing is saved."
     if command == "train":
         return _of_run(out)
-    if command in ("study", "quickstart"):
+    if command in ("study", "quickstart", "tune"):
         return _of_study(out)
     if command == "evaluate":
         return _of_figures([out], "cells")
@@ -48,7 +48,8 @@ def _of_run(run: Path) -> str:
 
 
 def _of_study(out: Path) -> str:
-    runs = [file.parent for file in sorted(out.glob("seed-*/*/config.yaml"))]
+    # Those of a sweep are in folders of its rungs.
+    runs = [file.parent for pattern in ("", "runs*/") for file in sorted(out.glob(f"{pattern}seed-*/*/config.yaml"))]
     finished = sum(map(_is_finished, runs))
     begun = sum(1 for run in runs if not _is_finished(run) and _newest_pass(run))
     if not finished and not begun:

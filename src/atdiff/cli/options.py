@@ -19,8 +19,8 @@ from atdiff.metrics.registry import EXTRACTORS
 
 __all__ = [
     "CORRECTION", "DEFAULT_SAMPLER", "Decorator", "One", "Prompts", "Recipe", "Several", "Size", "Word", "correction",
-    "features", "guidance", "inference", "interval", "jobs", "number", "one", "option", "out", "prompts", "reading",
-    "recipe", "runs", "sampler", "several", "shared", "variant", "weights_files",
+    "features", "guidance", "inference", "interval", "jobs", "network", "number", "one", "option", "out", "prompts",
+    "reading", "recipe", "runs", "sampler", "several", "shared", "variant", "weights_files",
 ]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -284,7 +284,7 @@ def reading(images: str) -> Decorator:
     return decorate
 
 
-features = shared(
+network = shared(
     option(
         "--extractor",
         help=f"feature network, one of {', '.join(EXTRACTORS)}",
@@ -295,8 +295,8 @@ features = shared(
         "--weights", multiple=True, metavar="[NAME=]FILE",
         help="local weights of an extractor; may be repeated  [default: downloaded at first use]",
     ),
-    reading("reference images"),
 )  # fmt: skip
+features = shared(network, reading("reference images"))
 
 
 def weights_files(words: Sequence[str], extractor: str) -> dict[str, Path]:

@@ -38,7 +38,7 @@ from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 
-__all__ = ["run_study"]
+__all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 
 
 @one_writer("folder")
@@ -70,17 +70,13 @@ def run_study(
     Raises:
         UserError: the recipe has no arms, or the folder holds something else.
     """
-    check_study(recipe, out, overrides)
-    stages = _plan(recipe, out, overrides)
-    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
-    _open(out, recipe, overrides, stages)
+    console, resumed = Console(), (out / "study.json").is_file()
+    stages = open_stages(recipe, out, overrides)
+    if resumed:
+        console.print(f"resuming the study in {out}")
     started, before = time.perf_counter(), _stamps(stages)
-    console, workers = Console(), jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     measurements = _measurements(recipe.study, stages)
-    further = measurements.steps_of(len(_judged(stages)))
-    progress = StudyProgress(stages, workers, console, further_steps=further)
-    progress.begin()
-    _run_stages(stages, workers, progress)
+    run_stages(stages, jobs, console, further_steps=measurements.steps_of(len(_judged(stages))))
     worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
@@ -95,6 +91,22 @@ def run_study(
     shown = {arm: of_arm[0] for arm, of_arm in runs.items()}
     publish(summary, shown, out / "report.html", interval=interval, device=_device(), console=console)
     return out / "report.html"
+
+
+def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """Return the runs of a study, with its folder made or found to be that of an earlier start; nothing is trained.
+
+    Args:
+        recipe: see :func:`run_study`, as ``out`` and ``overrides``.
+
+    Raises:
+        UserError: as :func:`run_study`.
+    """
+    check_study(recipe, out, overrides)
+    stages = _plan(recipe, out, overrides)
+    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    _open(out, recipe, overrides, stages)
+    return stages
 
 
 def _stamps(stages: Sequence[Stage]) -> list[int | None]:
@@ -180,7 +192,6 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
         for stage in stages:
             if (stage.folder / "config.yaml").is_file():
                 open_run(stage.folder, stage.config)
-        Console().print(f"resuming the study in {out}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
 
@@ -247,8 +258,18 @@ def _run_stage(stage: Stage) -> Seconds:
     return Seconds(trained - started, time.perf_counter() - trained)
 
 
-def _run_stages(stages: list[Stage], workers: int, progress: StudyProgress) -> None:
-    """Run each base before its arms, ``workers`` at once, and show how far they are."""
+def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console, *, further_steps: float = 0.0) -> None:
+    """Train and evaluate what is missing of runs, each base before its arms, and show how far they are.
+
+    Args:
+        stages: from :func:`open_stages`.
+        jobs: processes at once; None for one a core without a GPU, else one.
+        console: where to show it.
+        further_steps: see :class:`StudyProgress`.
+    """
+    workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    progress = StudyProgress(stages, workers, console, further_steps=further_steps)
+    progress.begin()
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with (
@@ -274,16 +295,23 @@ def _run_stages(stages: list[Stage], workers: int, progress: StudyProgress) -> N
             raise
 
 
-def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: float) -> dict[str, Any]:
+def cells_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return what finished runs were asked for of their cells, each with its ``arm`` and ``seed``."""
     cells: list[dict[str, Any]] = []
-    training: dict[str, dict[str, Any]] = {}
-    for stage in _judged(stages):
+    for stage in stages:
         assert stage.evaluation is not None
         cells += [
             {"arm": stage.arm, "seed": stage.seed, **cell}
             for cell in read_cells(stage.folder / "cells.json")
             if cell["run"] == str(stage.folder) and stage.evaluation.covers(cell)
         ]
+    return cells
+
+
+def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: float) -> dict[str, Any]:
+    cells = cells_of(_judged(stages))
+    training: dict[str, dict[str, Any]] = {}
+    for stage in _judged(stages):
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
     by_arm = {stage.arm: stage.config for stage in stages}

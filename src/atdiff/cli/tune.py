@@ -1,0 +1,70 @@
+"""``atdiff tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from atdiff.cli import options
+from atdiff.cli.command import Invocation, command
+from atdiff.core.errors import UserError
+
+__all__ = ["tune"]
+
+
+@command(
+    "tune",
+    "find the adversary that suits a run, a sampler and a number of steps",
+    examples=[
+        "runs/base",
+        "runs/base --sampler flow-euler --steps 4 --passes 1000 --out runs/tuned --optimizer.lr 5e-4",
+    ],
+    takes_settings=True,
+)
+@click.argument("run", type=click.Path(), metavar="RUN")
+@options.sampler
+@options.one("steps", "number of sampling steps that the model is for", kind=int, default=8)
+@options.option(
+    "--passes", help="passes of the arms that come to the end", type=int, metavar="N",
+    unset="a tenth of the run's, at most 1000",
+)  # fmt: skip
+@options.number("--repeats", 3, "trainings of each arm in the last rung; an interval takes 2 or more")
+@options.number("--num", 2048, "samples per training and rung")
+@options.network
+@options.out("folder of the sweep; an existing one is resumed", unset="RUN-tune")
+@options.jobs
+@click.pass_obj
+def tune(
+    invocation: Invocation,
+    run: str,
+    sampler: str | None,
+    steps: int,
+    passes: int | None,
+    repeats: int,
+    num: int,
+    extractor: str | None,
+    weights: tuple[str, ...],
+    out: Path | None,
+    jobs: int | None,
+    settings: list[str],
+) -> None:
+    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, as a recipe line.
+
+    Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
+    fixed doses. All have equal passes, and the better half goes on, three times over. What is left is compared with
+    plain training over several seeds. Settings of training can follow, such as --optimizer.lr 5e-4.
+    """
+    from atdiff.study.preflight import check_metrics_of
+    from atdiff.study.tuning import Tuning, plan
+
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1.")
+    files = options.weights_files(weights, "")  # a file without a name is that of the extractor, chosen in the plan
+    sweep = plan(Tuning(run, steps, sampler, passes, repeats, num, extractor, files, tuple(settings)))
+    check_metrics_of(sweep.recipe.study.metrics, sweep.recipe.study.extractor, sweep.tuning.weights)
+    from atdiff.study.tune import tune_run
+
+    folder = out or Path(f"{run.rstrip('/')}-tune")
+    invocation.out = folder  # for the sentence after an interruption
+    tune_run(sweep, folder, command=invocation.line, jobs=jobs)

@@ -1,0 +1,224 @@
+"""A sweep of adversaries on a run by successive halving: rungs of a study, what they leave, and the line to paste."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atdiff.core.errors import UserError
+from atdiff.measure.entries import versions
+from atdiff.pipelines.model import load_denoiser
+from atdiff.report.statistics import Row, compare
+from atdiff.report.tuned import change_sentence, tuned_curves, tuned_table
+from atdiff.sampling.schedulers import default_sampler
+from atdiff.study.study import cells_of, open_stages, run_stages
+from atdiff.study.summary import leading_metric
+from atdiff.study.tuning import PLAIN, Rung, Sweep, better_half, recipe_line
+from atdiff.system.files import LOCK, write_bytes, write_json
+from atdiff.system.locks import one_writer
+
+__all__ = ["FILE", "judged", "tune_run"]
+
+FILE = "tune.json"
+
+Record = dict[str, Any]
+
+
+@one_writer("folder")
+def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) -> Record:
+    """Run or resume a sweep, and print what it costs, its table and the line to paste; return what ``tune.json`` holds.
+
+    Every rung is a study of the arms that are left, at equal passes from the run, and the better half of the candidates
+    goes to the next one; plain training goes to all. In the last rung each arm is trained with all seeds, and compared
+    with plain training as a study compares: an arm is better where the interval of its paired change excludes zero.
+    Writes ``tune.json`` after every rung, ``tune.png``, and the runs in folders of their own.
+
+    Args:
+        sweep: from :func:`atdiff.study.tuning.plan`.
+        out: a new folder, or that of an earlier start of the same sweep, which then goes on.
+        command: what the user typed.
+        jobs: processes at once; see :func:`atdiff.study.study.run_stages`.
+
+    Raises:
+        UserError: the folder holds something else or another sweep, the run or the images changed since that began, or
+            as :func:`atdiff.study.study.run_study`.
+    """
+    console = Console()
+    run = load_denoiser(sweep.tuning.run)
+    sampler = sweep.tuning.sampler or default_sampler(run.scheduler)
+    settings = _settings(sweep, sampler, run.fingerprints()["weights"])
+    record = _resumed(out, settings)
+    record |= {"command": command, "versions": versions(), "passes_in_all": sweep.passes}
+    _say(console, sweep.cost())
+    arms = list(sweep.recipe.arms)
+    for number, rung in enumerate(sweep.rungs):
+        last = number + 1 == len(sweep.rungs)
+        # What earlier rungs found stays, as their arms go on or go; the last is looked over again.
+        if last or number >= len(record["rungs"]):
+            seeds = f" with {len(rung.seeds)} seeds" if len(rung.seeds) > 1 else ""
+            _say(console, f"rung {number + 1} of {len(sweep.rungs)}: {len(arms)} arms to {rung.passes} passes{seeds}")
+            found = _run(sweep, rung, arms, sampler, out, jobs, console, record)
+            record["rungs"][number:] = [found]
+            _check_alike(record["rungs"], out)
+            write_json(out / FILE, record)
+            if not last and sweep.extends:
+                _forget(sweep.folder(out, rung), found)
+        arms = [PLAIN, *record["rungs"][number]["kept"]]
+    record |= judged(record["rungs"][-1], settings["candidates"])
+    write_json(out / FILE, record)
+    _publish(record, out, console)
+    return record
+
+
+def _settings(sweep: Sweep, sampler: str, weights: str) -> Record:
+    """Return what tells a sweep from others: all that its figures depend on, but the number of seeds."""
+    asked = sweep.tuning
+    return {
+        "run": asked.run,
+        "weights": weights,
+        "sampler": sampler,
+        "steps": asked.steps,
+        "passes": asked.passes,
+        "num": asked.num,
+        "extractor": asked.extractor,
+        "settings": list(asked.settings),
+        "candidates": {arm: settings.get("adversary", {}) for arm, settings in sweep.recipe.arms.items()},
+        "rungs": [rung.passes for rung in sweep.rungs],
+        "seed": sweep.rungs[0].seeds[0],
+    }
+
+
+def _resumed(out: Path, settings: Record) -> Record:
+    """Return what an earlier start left of the same sweep, or else the record of a new one."""
+    file = out / FILE
+    if not file.is_file():
+        # A start that was killed before its first rung may have left runs.
+        others = out.is_dir() and any(one.name != LOCK and not one.name.startswith("runs") for one in out.iterdir())
+        if others or (out.exists() and not out.is_dir()):
+            raise UserError(f"{out} is in use and holds no {FILE}; choose another --out.")
+        return {"settings": settings, "rungs": []}
+    try:
+        before: Record = json.loads(file.read_text())
+        said = before["settings"]
+        known = {"settings": said, "rungs": list(before["rungs"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} holds no sweep; choose another --out.") from None
+    for name, value in settings.items():
+        if said.get(name) != value:
+            what = "other weights of the run" if name == "weights" else f"{name} {said.get(name)!r}, here {value!r}"
+            raise UserError(
+                f"{out} holds another sweep ({what}): choose another --out, or repeat the command to resume it."
+            )
+    return known
+
+
+def _run(
+    sweep: Sweep,
+    rung: Rung,
+    arms: Sequence[str],
+    sampler: str,
+    out: Path,
+    jobs: int | None,
+    console: Console,
+    record: Mapping[str, Any],
+) -> Record:
+    """Train and evaluate the arms of a rung; return what is kept of it."""
+    recipe, folder = sweep.recipe_at(rung, arms, sampler), sweep.folder(out, rung)
+    stages = open_stages(recipe, folder, sweep.tuning.settings)
+    write_json(out / FILE, record)  # From here on the folder is this sweep's.
+    run_stages(stages, jobs, console)
+    cells = cells_of(stages)
+    assert len(cells) == len(arms) * len(rung.seeds)
+    metric = leading_metric(cells)
+    first = {cell["arm"]: cell["metrics"][metric] for cell in cells if cell["seed"] == rung.seeds[0]}
+    return {
+        "passes": rung.passes,
+        "seeds": list(rung.seeds),
+        "metric": metric,
+        "kept": better_half({arm: first[arm] for arm in arms if arm != PLAIN}),
+        "cells": cells,
+    }
+
+
+def _check_alike(rungs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Refuse figures of which some are held against other images, or in other features."""
+    for name, what in (("reference", "images"), ("features", "feature networks")):
+        if len({cell["fingerprints"][name] for rung in rungs for cell in rung["cells"]}) > 1:
+            raise UserError(
+                f"the {what} that {out} is judged by changed since its first rung: put them back, or choose another "
+                "--out."
+            )
+
+
+def _forget(folder: Path, rung: Mapping[str, Any]) -> None:
+    """Remove the cells of the arms that are trained further, which changes their weights; the record has them."""
+    for arm in (PLAIN, *rung["kept"]):
+        (folder / f"seed-{rung['seeds'][0]}" / arm / "cells.json").unlink(missing_ok=True)
+
+
+def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]]) -> Record:
+    """Return what a last rung shows: the best candidate, and the adversary to recommend with its line of a recipe.
+
+    That is the best one's where the interval of its paired change excludes zero, and else none, as in plain training.
+
+    Args:
+        rung: with ``cells`` of all arms and seeds, and ``metric``.
+        candidates: the adversary of each arm.
+    """
+    rows = compare(rung["cells"], baseline=PLAIN, metric=rung["metric"])
+    tried = [row for row in rows if row.arm != PLAIN]
+    # Changes that are not known come last.
+    best = min(tried, key=lambda row: (row.verdict != "better", math.isnan(row.change), row.change))
+    found = best.arm if best.verdict == "better" else PLAIN
+    return {
+        "best": best.arm,
+        "recommended": found,
+        "adversary": candidates[found],
+        "line": recipe_line(candidates[found]),
+        "rows": [_figures(row) for row in rows],
+    }
+
+
+def _figures(row: Row) -> Record:
+    names = ("arm", "metric", "mean", "values", "change", "change_low", "change_high", "pairs", "verdict")
+    known = {name: getattr(row, name) for name in names}
+    return {name: _known(value) for name, value in known.items()}
+
+
+def _known(value: Any) -> Any:  # noqa: ANN401
+    """Return a figure, or a list of them, with None for nan, which JSON does not know."""
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _publish(record: Mapping[str, Any], out: Path, console: Console) -> None:
+    """Write the picture, and print the table and the line."""
+    last, settings = record["rungs"][-1], record["settings"]
+    rows = compare(last["cells"], baseline=PLAIN, metric=last["metric"])
+    write_bytes(
+        out / "tune.png", tuned_curves(record["rungs"], PLAIN, f"{settings['sampler']}, {settings['steps']} steps")
+    )
+    console.print(tuned_table(record["rungs"], rows))
+    best = next(row for row in rows if row.arm == record["best"])
+    change = change_sentence(best, PLAIN)
+    if record["recommended"] != PLAIN:
+        _say(console, f"{change}. The line for your recipe:\n")
+        _say(console, record["line"])
+    else:
+        more = "more --repeats" if best.pairs > 1 else "--repeats 3, since one seed gives no interval,"
+        _say(
+            console,
+            f"No candidate is clearly better than plain training: {change}. Stay with plain training and leave the "
+            f"adversary out, or tune again with {more} or more --passes.",
+        )
+    _say(console, f"\n{out / FILE}\n{out / 'tune.png'}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

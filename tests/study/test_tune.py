@@ -1,0 +1,304 @@
+"""Which adversary suits a run: the rungs of a sweep, what they keep, and the line that is pasted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import stats
+
+from atdiff.cli import main
+from atdiff.study.recipe import load_recipe, resolve
+from atdiff.study.tune import judged
+from atdiff.study.tuning import Tuning, better_half, candidates, plan, recipe_line
+from conftest import _Serial
+
+BASE: dict[str, Any] = {
+    "data": {"name": "mixture-ring"},
+    "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
+    "scheduler": {"name": "FlowMatchEulerDiscreteScheduler", "args": {}},
+    "adversary": {"passes": 2, "step_size": 0.1},  # which no arm may take over
+    "training": {"passes": 16, "batch_size": 16, "log_every": 4, "ema_decay": 0.9, "seed": 3},
+}
+SWEEP = ["tune", "base", "--steps", "4", "--passes", "8", "--repeats", "2", "--num", "64", "--jobs", "1"]
+ARMS = ["plain", "steps-2", "steps-4", "steps-8", "dose-0.05", "dose-0.1", "dose-0.2", "dose-0.4"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Iterator[Path]:
+    """A folder with a run, and beside it a sweep of it as a user makes it; the tests work there."""
+    place = tmp_path_factory.mktemp("tune")
+    (place / "base.yaml").write_text(yaml.safe_dump(BASE))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
+        assert main(["train", "base.yaml", "--out", "base"]) == 0
+        assert main(SWEEP) == 0
+        yield place
+
+
+def record_of(place: Path, out: str = "base-tune") -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((place / out / "tune.json").read_text())
+    return record
+
+
+def last_pass(run: Path) -> int:
+    return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["pass"])
+
+
+def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
+    record = record_of(swept)
+    arms = ARMS
+    for rung, passes, seeds in zip(record["rungs"], (2, 4, 8), (1, 1, 2), strict=True):
+        assert rung["passes"] == passes
+        cells = {(cell["arm"], cell["seed"]): cell for cell in rung["cells"]}
+        assert sorted(cells) == sorted((arm, 4200 + i) for arm in arms for i in range(seeds))
+        assert {(cell["sampler"], cell["steps"], cell["num"]) for cell in cells.values()} == {("flow-euler", 4, 64)}
+        # The same noise for all arms of a seed, and none of a study of seeds 0, 1, ...
+        assert all(cell["sample_seed"] == seed + 1 for (_, seed), cell in cells.items())
+        by_distance = sorted((cells[arm, 4200]["metrics"]["sliced_wasserstein"], arm) for arm in arms if arm != "plain")
+        best = {arm for _, arm in by_distance[: math.ceil(len(by_distance) / 2)]}
+        assert set(rung["kept"]) == best
+        arms = ["plain", *rung["kept"]]
+    with Image.open(swept / "base-tune" / "tune.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_every_arm_of_a_rung_has_equal_passes_and_the_sum_is_what_was_said(swept: Path) -> None:
+    """A batch with a look-ahead is charged two passes, so that it has half of the plain arm's updates."""
+    record = record_of(swept)
+    runs = sorted((swept / "base-tune" / "runs").glob("seed-*/*/config.yaml"))
+    passes = {(file.parent.parent.name, file.parent.name): last_pass(file.parent) for file in runs}
+    went = dict.fromkeys(ARMS, 2)
+    for rung, upto in zip(record["rungs"][:2], (4, 8), strict=True):
+        went |= dict.fromkeys(["plain", *rung["kept"]], upto)
+    last = ["plain", *record["rungs"][1]["kept"]]
+    assert passes == {("seed-4200", arm): upto for arm, upto in went.items()} | {("seed-4201", arm): 8 for arm in last}
+    assert sum(passes.values()) == record["passes_in_all"] == 8 * 2 + 5 * 2 + 3 * (4 + 8)
+    for file in runs:
+        settings = yaml.safe_load(file.read_text())
+        dosed = settings["adversary"]["dose"] is not None
+        assert settings["adversary"]["passes"] == (2 if dosed else 1)
+        assert dosed == (file.parent.name != "plain")
+        assert settings["adversary"]["step_size"] == 0.0
+        assert settings["training"]["init"] == "base"
+
+
+def test_the_line_in_a_recipe_gives_the_arm_that_was_tuned_weight_for_weight(
+    swept: Path, fresh_accelerator: None
+) -> None:
+    """Trained at once in a recipe of the user's, where the sweep trained it in three rungs."""
+    record = record_of(swept)
+    arm = record["best"]
+    line = recipe_line(record["settings"]["candidates"][arm])
+    assert line == f"adversary: {{{arm.replace('-', ': ')}}}"
+    run = swept / "base-tune" / "runs" / "seed-4200" / arm
+    recipe = {name: value for name, value in BASE.items() if name != "adversary"}
+    recipe["training"] = {**BASE["training"], "passes": 8, "init": "base", "seed": 4200, "log_every": 1}
+    (swept / "pasted.yaml").write_text(f"{yaml.safe_dump(recipe)}{line}\n")
+    assert main(["train", "pasted.yaml", "--out", "pasted"]) == 0
+    theirs, ours = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, swept / "pasted"))
+    assert theirs["adversary"] == ours["adversary"]
+    found, expected = (
+        load_file(next((folder / "pipeline").rglob("*.safetensors"))) for folder in (run, swept / "pasted")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_same_command_computes_nothing_anew(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [file for file in (swept / "base-tune").rglob("*") if file.suffix in (".safetensors", ".jsonl")]
+    files += list((swept / "base-tune").rglob("cells.json"))
+    before, record = {file: file.stat().st_mtime_ns for file in files}, record_of(swept)
+    assert main(SWEEP) == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    assert record_of(swept) == record
+    printed = capsys.readouterr().out
+    assert "rung 3 of 3: 3 arms to 8 passes with 2 seeds" in printed
+    assert "rung 1" not in printed
+    assert "changes sliced Wasserstein distance by" in " ".join(printed.split())
+
+
+def test_an_interrupted_sweep_resumes_and_ends_with_the_same_figures(
+    swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import atdiff.study.study as study
+
+    trained: list[str] = []
+    evaluate = study.evaluate_runs
+
+    def evaluated(runs: list[str], *args: Any, **options: Any) -> Any:
+        if len(trained) == 10:  # in the second rung
+            raise KeyboardInterrupt
+        trained.append(runs[0])
+        return evaluate(runs, *args, **options)
+
+    monkeypatch.setattr(study, "evaluate_runs", evaluated)
+    words = [*SWEEP, "--out", "again"]
+    assert main(words) == 130
+    assert "trained runs" in capsys.readouterr().err
+    assert len(record_of(swept, "again")["rungs"]) == 1
+    monkeypatch.setattr(study, "evaluate_runs", evaluate)
+    assert main(words) == 0
+    capsys.readouterr()
+    for ours, theirs in zip(record_of(swept, "again")["rungs"], record_of(swept)["rungs"], strict=True):
+        assert ours["kept"] == theirs["kept"]
+        assert [cell["metrics"] for cell in ours["cells"]] == [cell["metrics"] for cell in theirs["cells"]]
+    for other, message in ((["--num", "65"], "(num 64, here 65)"), (["--steps", "5"], "(steps 4, here 5)")):
+        assert main([*words, *other]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figures", "kept"),
+    [
+        ({"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, ["b", "c"]),
+        ({"a": 3.0, "b": 1.0, "c": 2.0}, ["b", "c"]),
+        ({"a": math.nan, "b": 5.0, "c": math.inf, "d": 4.0}, ["b", "d"]),
+        ({"a": 1.0}, ["a"]),
+    ],
+)
+def test_the_half_of_lowest_distance_is_kept(figures: dict[str, float], kept: list[str]) -> None:
+    assert better_half(figures) == kept
+
+
+def rung_of(**values: list[float]) -> dict[str, Any]:
+    cells = [
+        {"arm": arm, "seed": seed, "sampler": "ddim", "steps": 4, "metrics": {"fd": value}}
+        for arm, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    return {"cells": cells, "metric": "fd"}
+
+
+TRIED = {"plain": {}, "one": {"steps": 8}, "other": {"dose": 0.1}}
+
+
+def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_ratios() -> None:
+    values = {"plain": [10.0, 12.0, 11.0], "one": [8.0, 9.5, 8.9], "other": [7.0, 14.0, 6.0]}
+    found = judged(rung_of(**values), TRIED)
+    # The other has the lower mean change, and an interval that holds zero.
+    logs = np.log(np.array(values["one"]) / np.array(values["plain"]))
+    low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
+    row = next(row for row in found["rows"] if row["arm"] == "one")
+    assert [row[name] for name in ("change", "change_low", "change_high")] == pytest.approx(
+        [100 * math.expm1(value) for value in (logs.mean(), low, high)]
+    )
+    assert found["recommended"] == found["best"] == "one"
+    assert found["line"] == "adversary: {steps: 8}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"plain": [10.0, 12.0, 11.0], "one": [9.0, 13.0, 10.9], "other": [12.0, 13.0, 12.0]},  # no clear difference
+        {"plain": [10.0, 12.0, 11.0], "one": [20.0, 24.0, 22.1], "other": [12.0, 13.0, 12.0]},  # worse
+        {"plain": [10.0], "one": [5.0], "other": [6.0]},  # one seed, no interval
+        {"plain": [10.0, 11.0], "one": [math.nan, 5.0], "other": [12.0, 13.0]},  # one that diverged
+    ],
+)
+def test_where_nothing_is_clearly_better_plain_training_is_recommended(values: dict[str, list[float]]) -> None:
+    found = judged(rung_of(**values), TRIED)
+    assert (found["recommended"], found["line"]) == ("plain", "adversary: {}")
+    assert found["best"] != "plain"
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(("steps", "of_steps"), [(8, [4, 8, 16]), (3, [3, 6]), (2, [2, 4]), (1, [2])])
+def test_the_candidates_are_for_half_the_steps_as_many_and_twice_as_many(steps: int, of_steps: list[int]) -> None:
+    tried = candidates(steps)
+    assert [one["steps"] for one in tried.values() if "steps" in one] == of_steps
+    assert [one["dose"] for one in tried.values() if "dose" in one] == [0.05, 0.1, 0.2, 0.4]
+    assert tried["plain"] == {}
+
+
+def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
+    swept: Path, fresh_accelerator: None
+) -> None:
+    further = plan(Tuning("base", 4, passes=40))
+    assert further.passes == 8 * 10 + 5 * 10 + 3 * (20 + 2 * 40)
+    assert "430 passes in all (arms x seeds to passes: 8 x 1 to 10 + 5 x 1 to 20 + 3 x 3 to 40)" in further.cost()
+    assert {further.folder(Path("out"), rung) for rung in further.rungs} == {Path("out/runs")}
+    anew = plan(Tuning("base", 4, passes=40, settings=("--optimizer.decay", "cosine")))
+    assert anew.passes == 8 * 10 + 5 * 20 + 3 * 3 * 40
+    assert len({anew.folder(Path("out"), rung) for rung in anew.rungs}) == 3
+    # By itself a tenth of the run's 16 passes, in whole batches of a look-ahead.
+    assert [rung.passes for rung in plan(Tuning("base", 4)).rungs] == [2]
+    # At most a quarter of the first rung for the warm-up.
+    assert plan(Tuning("base", 4, passes=80)).recipe.config["optimizer"]["warmup_passes"] == 0
+    (swept / "warm.yaml").write_text(yaml.safe_dump({**BASE, "optimizer": {"warmup_passes": 16}}))
+    warm = shutil.copytree(swept / "base", swept / "warm")
+    settings = yaml.safe_load((warm / "config.yaml").read_text())
+    settings["optimizer"]["warmup_passes"] = 16
+    (warm / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert plan(Tuning("warm", 4, passes=80)).recipe.config["optimizer"]["warmup_passes"] == 5
+
+
+def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
+    sweep = plan(Tuning("base", 4, passes=40, settings=("--optimizer.lr", "2e-4")))
+    own = resolve(load_recipe(str(swept / "base.yaml")))
+    for arm, adversary in candidates(4).items():
+        config = resolve(sweep.recipe, arm, list(sweep.tuning.settings))
+        assert (config.data, config.model) == (own.data, own.model)
+        assert (config.training.batch_size, config.training.ema_decay) == (16, 0.9)
+        assert config.optimizer.lr == 2e-4
+        assert (config.adversary.steps, config.adversary.dose) == (
+            adversary.get("steps"),
+            adversary.get("dose", "auto" if adversary else None),
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "'nowhere' is not a training folder"),
+        (["base/pipeline"], "'base/pipeline' is not a training folder"),
+        (["base", "--steps", "0"], "steps=0 must be 1 or more"),
+        (["base", "--sampler", "ddmi"], "did you mean ddim"),
+        (["base", "--sampler", "ddim"], "sampler 'ddim' does not fit"),
+        (["base", "--passes", "7"], "--passes 7 must be a multiple of 2"),
+        (["base", "--passes", "0"], "--passes 0 must be 1 or more"),
+        (["base", "--repeats", "0"], "--repeats 0 must be 1 or more"),
+        (["base", "--repeats", "94"], "--repeats 94 must be 93 at most"),
+        (["base", "--jobs", "0"], "--jobs 0"),
+        (["base", "--num", "1"], "num=1"),
+        (["base", "--adversary.steps", "4"], "'--adversary.steps' contradicts a sweep"),
+        (
+            ["base", "--training.passes=5"],
+            "'--training.passes' contradicts a sweep, which sets it itself: use --passes",
+        ),
+        (["base", "--training.seed", "5"], "use --repeats"),
+        (["base", "--study.num", "5"], "'--study.num' is for `atdiff study`"),
+        (["base", "--consistency.mode", "training"], "base is a consistency model"),
+        (["base", "--objective.reflow", "8"], "base is trained on pairs"),
+        (["base", "--optimizer.warmup_passes", "9"], "optimizer.warmup_passes=9 must lie between 0 and"),
+        (["latents"], "latents is of latents (model.name='pipeline')"),
+        (["base", "--out", "base.yaml"], "base.yaml"),
+        (["base", "--out", "base"], "base is in use and holds no tune.json"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(
+    words: list[str], message: str, swept: Path, fresh_accelerator: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words == ["latents"] and not (swept / "latents").exists():
+        (swept / "latents" / "pipeline").mkdir(parents=True)
+        shutil.copy(swept / "base" / "pipeline" / "model_index.json", swept / "latents" / "pipeline")
+        (swept / "latents" / "config.yaml").write_text(yaml.safe_dump({**BASE, "model": {"name": "pipeline"}}))
+    before = sorted(swept.rglob("*"))
+    assert main(["tune", words[0], "--passes", "8", "--out", "wrong", *words[1:]]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert sorted(swept.rglob("*")) == before
