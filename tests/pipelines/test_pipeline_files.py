@@ -25,7 +25,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sana_folder, sd3_folder  # noqa: F401
 from latent_pipelines import sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 from safetensors.torch import load_file
 from torch import nn
@@ -301,7 +301,7 @@ def test_the_classes_that_are_checked_are_those_that_are_known() -> None:
     assert all(hasattr(diffusers, name) for name in (*LATENTS, *PIXELS))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit", "pixart"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana"])
 def test_all_classes_that_are_taken_are(kind: str, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).model is not None
 

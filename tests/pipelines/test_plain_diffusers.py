@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sana_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder  # noqa: F401
 from PIL import Image
 from torch import Tensor
@@ -164,6 +164,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "flux": ("flux", {}, "flow-euler"),
     "dit": ("dit", {"objective": {"variance": "learned_range"}}, "ddim"),
     "pixart": ("pixart", {"objective": {"variance": "learned_range"}}, "ddim-trailing"),
+    "sana": ("sana", {}, "flow-euler"),
 }
 
 

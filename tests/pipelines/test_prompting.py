@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
-from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, pixart_folder, sana_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
@@ -59,11 +59,12 @@ def _differ_at_most_a_level(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana"])
 def test_images_are_those_of_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"{family}_folder")
     told: dict[str, Any] = {"height": 96, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
-    more = {"use_resolution_binning": False, "clean_caption": False} if family == "pixart" else {}
+    more: dict[str, Any] = {"use_resolution_binning": False} if family in ("pixart", "sana") else {}
+    more |= {"clean_caption": False} if family == "pixart" else {}
     words = ["--guidance-scale", "4", "--size", "64x96", "--steps", "3", "--seed", "5"]
     ours = _sampled(tmp_path / "ours.npz", folder, *words, "--negative-prompt", AWAY)
     assert ours.shape == (2, 96, 64, 3)

@@ -1,4 +1,4 @@
-"""SD3, Flux, DiT and PixArt-Sigma pipelines in their published configurations, but for their widths."""
+"""Pipelines of transformers (SD3, Flux, DiT and others) in their published configurations, but for their widths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
@@ -18,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -26,6 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -35,10 +40,12 @@ __all__ = [
     "dit_folder",
     "flux_folder",
     "pixart_folder",
+    "sana_folder",
     "sd3_folder",
     "tiny_dit",
     "tiny_flux",
     "tiny_pixart",
+    "tiny_sana",
     "tiny_sd3",
 ]
 
@@ -117,6 +124,47 @@ PIXART: dict[str, Any] = {  # PixArt-Sigma-XL/2 of 512 pixels
     "sample_size": LATENT_SIZE,  # 64
 }
 PIXART_SCHEDULER: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "solver_order": 2}
+SANA: dict[str, Any] = {  # Sana of 1.6 billion weights, 1024 pixels
+    "attention_bias": False,
+    "attention_head_dim": 8,  # 32
+    "caption_channels": TEXT_WIDTH,  # 2304
+    "cross_attention_dim": 16,  # 2240
+    "cross_attention_head_dim": 8,  # 112
+    "dropout": 0.0,
+    "in_channels": 32,
+    "mlp_ratio": 2.5,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "num_attention_heads": 2,  # 70
+    "num_cross_attention_heads": 2,  # 20
+    "num_layers": 1,  # 20
+    "out_channels": 32,
+    "patch_size": 1,
+    "sample_size": LATENT_SIZE,  # 32
+}
+SANA_VAE: dict[str, Any] = {  # of 8 pixels a latent in place of 32
+    "attention_head_dim": 8,  # 32
+    "decoder_block_out_channels": [8, 16, 16, 32],  # [128, 256, 512, 512, 1024, 1024]
+    "decoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],  # three of each
+    "decoder_layers_per_block": [1, 1, 1, 1],  # 3
+    "decoder_qkv_multiscales": [[], [], [], [5]],
+    "encoder_block_out_channels": [8, 16, 16, 32],
+    "encoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],
+    "encoder_layers_per_block": [1, 1, 1, 1],  # [2, 2, 2, 3, 3, 3]
+    "encoder_qkv_multiscales": [[], [], [], [5]],
+    "in_channels": 3,
+    "latent_channels": 32,
+    "scaling_factor": 0.41407,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+}
+SANA_SCHEDULER: dict[str, Any] = {
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "use_flow_sigmas": True,
+}
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -192,6 +240,21 @@ def tiny_pixart(folder: Path) -> Path:
     return folder
 
 
+def tiny_sana(folder: Path) -> Path:
+    """Write a random Sana of 64 pixels as a pipeline folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline: Any = SanaPipeline(
+            transformer=SanaTransformer2DModel(**SANA),
+            vae=AutoencoderDC(**SANA_VAE),
+            scheduler=DPMSolverMultistepScheduler(**SANA_SCHEDULER),
+            text_encoder=_gemma(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of SD3.5; not to be written into."""
@@ -214,6 +277,20 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of PixArt-Sigma; not to be written into."""
     return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
+
+
+@pytest.fixture(scope="session")
+def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Sana; not to be written into."""
+    return tiny_sana(tmp_path_factory.mktemp("tiny") / "sana")
+
+
+def _gemma() -> Gemma2Model:
+    config: Any = Gemma2Config(
+        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    return Gemma2Model(config)
 
 
 def _t5() -> T5EncoderModel:
