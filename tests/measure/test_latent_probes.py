@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from flow_pipelines import tiny_dit, tiny_flux, tiny_sana, tiny_sd3
+from flow_pipelines import tiny_dit, tiny_flux, tiny_lumina2, tiny_qwen, tiny_sana, tiny_sd3
 from latent_pipelines import IMAGE_SIZE, tiny_sd, tiny_sdxl
 from PIL import Image
 from torch import Tensor
@@ -31,6 +31,7 @@ from atdiff.sampling.generate import image_generators
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "dit": tiny_dit, "sana": tiny_sana,
+    "lumina2": tiny_lumina2, "qwen": tiny_qwen,
 }  # fmt: skip
 COMMANDS = ("sd", "sdxl", "sd3", "flux", "dit")  # the commands find no difference between the others and these
 NUM, STEPS = 3, 2
@@ -38,10 +39,10 @@ NUM, STEPS = 3, 2
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of every kind, labelled images and captioned ones."""
+    """A pipeline of each kind that commands are given, labelled images and captioned ones."""
     root = tmp_path_factory.mktemp("latents")
-    for kind, make in MAKERS.items():
-        make(root / kind)
+    for kind in COMMANDS:
+        MAKERS[kind](root / kind)
     pixels = np.random.default_rng(0).integers(0, 256, (6, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     np.savez(root / "labelled.npz", images=pixels, labels=np.arange(6) % 2)
     np.savez(root / "bare.npz", images=pixels)
@@ -56,7 +57,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def subject(
     places: Path, kind: str, *, guided: bool, prompts: tuple[str, ...] = ("a cat",)
 ) -> tuple[LatentRun, TrueLatents]:
-    reading = DataOptions(image_size=IMAGE_SIZE if kind == "flux" else None)
+    if not (places / kind).exists():
+        MAKERS[kind](places / kind)
+    reading = DataOptions(image_size=IMAGE_SIZE if kind in ("flux", "qwen") else None)
     asked = None if kind == "dit" else prompts
     config = RunsConfig(data=str(places / "labelled.npz"), reading=reading, prompts=asked)
     run, true = open_subject(str(places / kind), config, guided=guided)

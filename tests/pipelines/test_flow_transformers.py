@@ -19,7 +19,16 @@ from diffusers import (
     FluxPipeline,
     SD3Transformer2DModel,
 )
-from flow_pipelines import SD3, dit_folder, flux_folder, pixart_folder, sana_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    SD3,
+    dit_folder,
+    flux_folder,
+    lumina2_folder,
+    pixart_folder,
+    qwen_folder,
+    sana_folder,
+    sd3_folder,
+)
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,9 +49,9 @@ from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit", "pixart", "sana")
+KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen")
 FLOWS = tuple(kind for kind in KINDS if kind not in ("dit", "pixart"))
-CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32}
+CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16}
 CALLS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}, "sana": {"use_resolution_binning": False}}
 Train = Callable[..., Path]
 
@@ -76,8 +85,11 @@ def drawn(pipeline: Any, kind: str, steps: int = 2, guidance: float = 1.0, **opt
     size = {} if kind == "dit" else {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     options |= CALLS.get(kind, {})
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    scale: dict[str, Any] = {"guidance_scale": guidance}
+    if kind == "qwen":
+        scale = {"true_cfg_scale": guidance, **({"negative_prompt": [" ", " "]} if guidance > 1 else {})}
     pictures = pipeline(
-        **asked, **size, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt",
+        **asked, **size, **scale, num_inference_steps=steps, generator=generators, output_type="pt",
         **options,
     ).images  # fmt: skip
     if not isinstance(pictures, Tensor):  # of an older DiTPipeline
@@ -107,10 +119,12 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
     assert len(calls) == 2
     for kwargs, expected in calls:
         x_t, timesteps = kwargs["hidden_states"], kwargs["timestep"]
-        if kind == "flux":
+        if kind in ("flux", "qwen"):  # which pack alike
             x_t = FluxPipeline._unpack_latents(x_t, IMAGE_SIZE, IMAGE_SIZE, 8)
             expected = FluxPipeline._unpack_latents(expected, IMAGE_SIZE, IMAGE_SIZE, 8)
             timesteps = timesteps * 1000
+        if kind == "lumina2":
+            timesteps, expected = (1 - timesteps) * 1000, -expected
         found = predict(ours, x_t, timesteps, conditions)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert type(as_diffusers(ours)) is type(network)
@@ -131,8 +145,16 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
     found = latent.encode_images(images, torch.Generator().manual_seed(1))
     scale, shift = {
         "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0),
-        "sana": (0.41407, 0.0),
-    }[kind]  # fmt: skip
+        "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159),
+    }.get(kind, (1.0, 0.0))  # fmt: skip
+    if kind == "qwen":
+        mean, std = (torch.tensor(latent.vae.config[f"latents_{name}"]).view(1, 16, 1, 1) for name in ("mean", "std"))
+        posterior = latent.vae.encode((images / 127.5 - 1)[:, :, None]).latent_dist
+        expected = (posterior.sample(torch.Generator().manual_seed(1))[:, :, 0] - mean) / std
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        unscaled = (found * std + mean)[:, :, None]
+        torch.testing.assert_close(latent.decode(found), latent.vae.decode(unscaled).sample[:, :, 0].clamp(-1, 1))
+        return
     encoded = latent.vae.encode(images / 127.5 - 1)
     if kind == "sana":
         expected = encoded.latent * scale

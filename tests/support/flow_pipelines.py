@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -36,15 +37,22 @@ from transformers import (
     T5EncoderModel,
 )
 
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families import FAMILIES
+
 __all__ = [
     "dit_folder",
     "flux_folder",
+    "lumina2_folder",
     "pixart_folder",
+    "qwen_folder",
     "sana_folder",
     "sd3_folder",
     "tiny_dit",
     "tiny_flux",
+    "tiny_lumina2",
     "tiny_pixart",
+    "tiny_qwen",
     "tiny_sana",
     "tiny_sd3",
 ]
@@ -165,6 +173,48 @@ SANA_SCHEDULER: dict[str, Any] = {
     "solver_order": 2,
     "use_flow_sigmas": True,
 }
+LUMINA2: dict[str, Any] = {  # Lumina-Image 2.0
+    "axes_dim_rope": [4, 4, 4],  # [32, 32, 32]
+    "axes_lens": [300, 512, 512],
+    "cap_feat_dim": TEXT_WIDTH,  # 2304
+    "hidden_size": 24,  # 2304
+    "in_channels": 16,
+    "multiple_of": 8,  # 256
+    "norm_eps": 1e-05,
+    "num_attention_heads": 2,  # 24
+    "num_kv_heads": 1,  # 8
+    "num_layers": 1,  # 26
+    "num_refiner_layers": 1,  # 2
+    "patch_size": 2,
+    "sample_size": LATENT_SIZE,  # 128
+}
+QWEN: dict[str, Any] = {  # Qwen-Image
+    "attention_head_dim": 16,  # 128
+    "axes_dims_rope": [4, 6, 6],  # [16, 56, 56]
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": TEXT_WIDTH,  # 3584
+    "num_attention_heads": 2,  # 24
+    "num_layers": 1,  # 60
+    "out_channels": 16,
+    "patch_size": 2,
+}
+QWEN_VAE: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}  # 96, [1, 2, 4, 4], 2
+QWEN_SCHEDULER: dict[str, Any] = {
+    **FLUX_SCHEDULER, "max_image_seq_len": 8192, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02,
+}  # fmt: skip
+QWEN_TEXT: dict[str, Any] = {  # of Qwen2.5-VL of 7 billion weights
+    "hidden_size": TEXT_WIDTH,  # 3584
+    "intermediate_size": 32,  # 18944
+    "num_attention_heads": 2,  # 28
+    "num_hidden_layers": 1,  # 28
+    "num_key_value_heads": 1,  # 4
+    "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},  # [16, 24, 24]
+    "vocab_size": 64,  # 152064
+}
+QWEN_VISION: dict[str, Any] = {  # which no prompt reaches
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
+}  # fmt: skip
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -255,6 +305,53 @@ def tiny_sana(folder: Path) -> Path:
     return folder
 
 
+def tiny_lumina2(folder: Path) -> Path:
+    """Write a random Lumina-Image 2.0 of 64 pixels as a pipeline folder; skips where diffusers has none."""
+    transformer, kind = (
+        of_diffusers(name, "Lumina2Pipeline") for name in ("Lumina2Transformer2DModel", "Lumina2Pipeline")
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = kind(
+            transformer=transformer(**LUMINA2),
+            vae=_autoencoder(FLUX_VAE),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0),
+            text_encoder=_gemma(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_qwen(folder: Path) -> Path:
+    """Write a random Qwen-Image as a pipeline folder, which skips as the one above."""
+    names = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "QwenImagePipeline")
+    transformer, autoencoder, kind = (of_diffusers(name, "QwenImagePipeline") for name in names)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text: Any = Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=QWEN_VISION)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = kind(
+            transformer=transformer(**QWEN),
+            vae=autoencoder(**QWEN_VAE),
+            scheduler=FlowMatchEulerDiscreteScheduler(**QWEN_SCHEDULER),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def of_diffusers(name: str, pipeline: str) -> Any:
+    """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
+    try:
+        assert FAMILIES[pipeline]
+    except UserError as error:
+        pytest.skip(str(error))
+    return getattr(diffusers, name)
+
+
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of SD3.5; not to be written into."""
@@ -283,6 +380,18 @@ def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of Sana; not to be written into."""
     return tiny_sana(tmp_path_factory.mktemp("tiny") / "sana")
+
+
+@pytest.fixture(scope="session")
+def lumina2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Lumina-Image 2.0; not to be written into."""
+    return tiny_lumina2(tmp_path_factory.mktemp("tiny") / "lumina2")
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Qwen-Image; not to be written into."""
+    return tiny_qwen(tmp_path_factory.mktemp("tiny") / "qwen")
 
 
 def _gemma() -> Gemma2Model:

@@ -36,6 +36,8 @@ FAMILY_MODULES = {
     "LatentConsistencyModelPipeline": "lcm",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "Lumina2Pipeline": "lumina2",
+    "QwenImagePipeline": "qwen",
 }
 """The registry of families: the module of ``atdiff.pipelines.families`` for each class of diffusers' pipelines."""
 LATENTS = tuple(FAMILY_MODULES)

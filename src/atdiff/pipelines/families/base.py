@@ -20,6 +20,7 @@ __all__ = [
     "NetworkView",
     "PromptOptions",
     "as_diffusers",
+    "channel_moments",
     "image_channels",
     "pixels_per_latent",
     "seen_as",
@@ -271,6 +272,13 @@ def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
     """Return the pixels along the side of a latent."""
     told = getattr(pipeline.vae, "spatial_compression_ratio", None)  # by autoencoders other than AutoencoderKL
     return int(told or 2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
+def channel_moments(vae: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return an autoencoder's mean and standard deviation of each channel of latents, ``(1, C, 1, 1)``."""
+    moments = [vae.config.latents_mean, vae.config.latents_std]
+    mean, std = torch.tensor(moments, dtype=vae.dtype, device=vae.device).view(2, 1, -1, 1, 1)
+    return mean, std
 
 
 def image_channels(vae: Any) -> int:  # noqa: ANN401
