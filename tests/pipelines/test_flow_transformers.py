@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""SD3, Flux, DiT, PixArt-Sigma: what diffusers' own pipelines give the network, and training through the command."""
+"""What diffusers' own pipelines of transformers give the network, and training through the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from diffusers import (
     FluxPipeline,
     SD3Transformer2DModel,
 )
-from flow_pipelines import SD3, dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    SD3,
+    dit_folder,
+    flux_folder,
+    lumina2_folder,
+    pixart_folder,
+    qwen_folder,
+    sana_folder,
+    sd3_folder,
+)
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,9 +49,10 @@ from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit", "pixart")
-CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4}
-PIXART_CALL = {"use_resolution_binning": False, "clean_caption": False}
+KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen")
+FLOWS = tuple(kind for kind in KINDS if kind not in ("dit", "pixart"))
+CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16}
+CALLS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}, "sana": {"use_resolution_binning": False}}
 Train = Callable[..., Path]
 
 
@@ -73,10 +83,13 @@ def drawn(pipeline: Any, kind: str, steps: int = 2, guidance: float = 1.0, **opt
     """Two pictures, drawn by plain diffusers, in [-1, 1]."""
     asked = {"class_labels": [3, 7]} if kind == "dit" else {"prompt": PROMPTS}
     size = {} if kind == "dit" else {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    options |= PIXART_CALL if kind == "pixart" else {}
+    options |= CALLS.get(kind, {})
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    scale: dict[str, Any] = {"guidance_scale": guidance}
+    if kind == "qwen":
+        scale = {"true_cfg_scale": guidance, **({"negative_prompt": [" ", " "]} if guidance > 1 else {})}
     pictures = pipeline(
-        **asked, **size, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt",
+        **asked, **size, **scale, num_inference_steps=steps, generator=generators, output_type="pt",
         **options,
     ).images  # fmt: skip
     if not isinstance(pictures, Tensor):  # of an older DiTPipeline
@@ -106,10 +119,12 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
     assert len(calls) == 2
     for kwargs, expected in calls:
         x_t, timesteps = kwargs["hidden_states"], kwargs["timestep"]
-        if kind == "flux":
+        if kind in ("flux", "qwen"):  # which pack alike
             x_t = FluxPipeline._unpack_latents(x_t, IMAGE_SIZE, IMAGE_SIZE, 8)
             expected = FluxPipeline._unpack_latents(expected, IMAGE_SIZE, IMAGE_SIZE, 8)
             timesteps = timesteps * 1000
+        if kind == "lumina2":
+            timesteps, expected = (1 - timesteps) * 1000, -expected
         found = predict(ours, x_t, timesteps, conditions)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert type(as_diffusers(ours)) is type(network)
@@ -128,11 +143,23 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
     """What the pipeline decodes at the end of its steps: latents / scale + shift."""
     images = torch.randint(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(0)).byte()
     found = latent.encode_images(images, torch.Generator().manual_seed(1))
-    scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0)}[
-        kind
-    ]
-    posterior = latent.vae.encode(images / 127.5 - 1).latent_dist
-    expected = (posterior.sample(torch.Generator().manual_seed(1)) - shift) * scale
+    scale, shift = {
+        "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0),
+        "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159),
+    }.get(kind, (1.0, 0.0))  # fmt: skip
+    if kind == "qwen":
+        mean, std = (torch.tensor(latent.vae.config[f"latents_{name}"]).view(1, 16, 1, 1) for name in ("mean", "std"))
+        posterior = latent.vae.encode((images / 127.5 - 1)[:, :, None]).latent_dist
+        expected = (posterior.sample(torch.Generator().manual_seed(1))[:, :, 0] - mean) / std
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        unscaled = (found * std + mean)[:, :, None]
+        torch.testing.assert_close(latent.decode(found), latent.vae.decode(unscaled).sample[:, :, 0].clamp(-1, 1))
+        return
+    encoded = latent.vae.encode(images / 127.5 - 1)
+    if kind == "sana":
+        expected = encoded.latent * scale
+    else:
+        expected = (encoded.latent_dist.sample(torch.Generator().manual_seed(1)) - shift) * scale
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(latent.decode(found), latent.vae.decode(found / scale + shift).sample.clamp(-1, 1))
 
@@ -251,9 +278,7 @@ def train(
     kind: str, folder: Path, pictures: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Train:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
-    recipe = {"sd3": "sd3-flow-at-lora", "flux": "flux-flow-at-lora", "dit": "dit-imagenet-at"}.get(
-        kind, "dit-imagenet-at"
-    )
+    recipe = "flux-flow-at-lora" if kind == "flux" else "sd3-flow-at-lora" if kind in FLOWS else "dit-imagenet-at"
 
     def run(out: Path, *words: str, passes: int = 4, code: int = 0) -> Path:
         asked = [
@@ -261,7 +286,7 @@ def train(
             "--data.image_size", str(IMAGE_SIZE), "--data.limit", "null", "--training.passes", str(passes),
             "--training.batch_size", "2", "--training.accumulate", "1", "--training.precision", "no",
             "--training.checkpoint_every", "2", "--optimizer.warmup_passes", "0", "--lora.rank",
-            "2" if kind in ("sd3", "flux") else "0", "--training.sample_every", "0", "--training.log_every", "1",
+            "2" if kind in FLOWS else "0", "--training.sample_every", "0", "--training.log_every", "1",
             "--training.ema_decay", "0.5", "--optimizer.lr", "0.01",
         ]  # fmt: skip
         assert main(["train", recipe, "--arm", "at-residual", "--out", str(out), *asked, *words]) == code
@@ -323,7 +348,7 @@ def load_config(run: Path) -> dict[str, Any]:
 
 def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) -> None:
     denoiser = load_denoiser(str(whole))
-    sampler = "flow-euler" if kind in ("sd3", "flux") else "ddim-trailing"
+    sampler = "flow-euler" if kind in FLOWS else "ddim-trailing"
     asked = {"dit": ["3", "7"]}.get(kind, PROMPTS)
     object.__setattr__(denoiser, "prompts", tuple(asked))
     (ours,) = denoiser.pictures(sampler=sampler, steps=3, num=2, seed=0)
@@ -334,26 +359,29 @@ def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) 
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
-    options = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind == "sd3" else {}
+    if kind == "sana":
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    options = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind in ("sd3", "sana") else {}
     expected = drawn(pipeline, kind, steps=3, guidance=2.5, **options)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"], indirect=True)
+@pytest.mark.parametrize("kind", FLOWS, indirect=True)
 def test_adapters_are_trained_and_load_in_plain_diffusers(
     kind: str, folder: Path, train: Train, tmp_path: Path
 ) -> None:
     out = train(tmp_path / "run")
     weights = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
     assert all(".lora_" in name for name in weights)
-    assert any("attn.add_k_proj" in name for name in weights)
+    layer = "attn.add_k_proj" if kind in ("sd3", "flux") else "to_k"
+    assert any(layer in name for name in weights)
     pipeline = opened(folder, kind)
     before = drawn(pipeline, kind)
     pipeline.load_lora_weights(out / "lora")
     after = drawn(pipeline, kind)
     assert (after - before).abs().max() > 1e-4
     denoiser = load_denoiser(str(out))
-    assert type(denoiser.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert type(denoiser.scheduler) is type(pipeline.scheduler)
     latent = load_latent_pipeline(str(folder), image_size=IMAGE_SIZE)
     x, t = torch.randn(2, *latent.latent_shape), torch.tensor([300.0, 900.0])
     found, expected = (

@@ -15,7 +15,16 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import EulerAncestralDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline
-from flow_pipelines import FLUX, dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    FLUX,
+    dit_folder,
+    flux_folder,
+    lumina2_folder,
+    pixart_folder,
+    qwen_folder,
+    sana_folder,
+    sd3_folder,
+)
 from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from torch import Tensor
@@ -217,7 +226,10 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
 
 @pytest.mark.parametrize(
     ("kind", "scale"),
-    [("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0), ("pixart", 4.5)],
-)
+    [
+        ("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0), ("pixart", 4.5), ("sana", 4.5),
+        ("lumina2", 4.0), ("qwen", 4.0),
+    ],
+)  # fmt: skip
 def test_the_usual_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).recipe["guidance_scale"] == scale

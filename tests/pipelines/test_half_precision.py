@@ -23,7 +23,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.embeddings import get_timestep_embedding
-from flow_pipelines import dit_folder, flux_folder, sd3_folder  # noqa: F401
+from flow_pipelines import dit_folder, flux_folder, qwen_folder, sd3_folder  # noqa: F401
 from latent_pipelines import IMAGE_SIZE, SD_UNET, SDXL_UNET, TEXT_WIDTH, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
@@ -257,6 +257,11 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
         ),
         "sd3": lambda: (of("sd3"), (3, 16, 8, 8), {"encoder_hidden_states": wide, "pooled_projections": wide[:, 0]}),
         "flux": lambda: (of("flux"), (3, 16, 8, 8), {"encoder_hidden_states": states, "pooled_projections": pooled}),
+        "qwen": lambda: (
+            of("qwen"),
+            (3, 16, 8, 8),
+            {"encoder_hidden_states": states, "encoder_hidden_states_mask": torch.ones(3, 5)},
+        ),
         "dit": lambda: (of("dit"), (3, 4, 8, 8), {"class_labels": torch.tensor([0, 1, 2])}),
         "unet": lambda: (small_unet(), (3, 1, 8, 8), {}),
         "mlp": lambda: (MLP2DModel(), (3, 1, 8, 8), {}),
@@ -279,7 +284,7 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILY_CALLS = ("sd", "sdxl", "lcm", "sd3", "flux", "dit", "unet", "mlp", "adm", "pixel-dit")
+FAMILY_CALLS = ("sd", "sdxl", "lcm", "sd3", "flux", "qwen", "dit", "unet", "mlp", "adm", "pixel-dit")
 
 
 @torch.no_grad()
@@ -302,7 +307,7 @@ def test_timesteps_are_embedded_as_they_are_given(
             network(x, TIMES, **conditions)
     else:
         network.bfloat16()(x.bfloat16(), TIMES, **{name: rounded(value) for name, value in conditions.items()})
-    wanted = TIMES / 1000 * 1000 if kind == "flux" else TIMES
+    wanted = {"flux": TIMES / 1000 * 1000, "qwen": TIMES / 1000}.get(kind, TIMES)
     first = embedded[0]
     assert first.dtype == torch.float32
     assert torch.equal(first, wanted)

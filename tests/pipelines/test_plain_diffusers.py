@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from flow_pipelines import dit_folder, flux_folder, pixart_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    dit_folder,
+    flux_folder,
+    lumina2_folder,
+    pixart_folder,
+    qwen_folder,
+    sana_folder,
+    sd3_folder,
+)
 from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder  # noqa: F401
 from PIL import Image
 from torch import Tensor
@@ -164,6 +172,9 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "flux": ("flux", {}, "flow-euler"),
     "dit": ("dit", {"objective": {"variance": "learned_range"}}, "ddim"),
     "pixart": ("pixart", {"objective": {"variance": "learned_range"}}, "ddim-trailing"),
+    "sana": ("sana", {}, "flow-euler"),
+    "lumina2": ("lumina2", {}, "flow-euler"),
+    "qwen": ("qwen", {}, "flow-euler"),
 }
 
 

@@ -1,13 +1,15 @@
-"""SD3, Flux, DiT and PixArt-Sigma pipelines in their published configurations, but for their widths."""
+"""Pipelines of transformers (SD3, Flux, DiT and others) in their published configurations, but for their widths."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
@@ -18,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -26,19 +30,30 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
 
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families import FAMILIES
+
 __all__ = [
     "dit_folder",
     "flux_folder",
+    "lumina2_folder",
     "pixart_folder",
+    "qwen_folder",
+    "sana_folder",
     "sd3_folder",
     "tiny_dit",
     "tiny_flux",
+    "tiny_lumina2",
     "tiny_pixart",
+    "tiny_qwen",
+    "tiny_sana",
     "tiny_sd3",
 ]
 
@@ -117,6 +132,89 @@ PIXART: dict[str, Any] = {  # PixArt-Sigma-XL/2 of 512 pixels
     "sample_size": LATENT_SIZE,  # 64
 }
 PIXART_SCHEDULER: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "solver_order": 2}
+SANA: dict[str, Any] = {  # Sana of 1.6 billion weights, 1024 pixels
+    "attention_bias": False,
+    "attention_head_dim": 8,  # 32
+    "caption_channels": TEXT_WIDTH,  # 2304
+    "cross_attention_dim": 16,  # 2240
+    "cross_attention_head_dim": 8,  # 112
+    "dropout": 0.0,
+    "in_channels": 32,
+    "mlp_ratio": 2.5,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "num_attention_heads": 2,  # 70
+    "num_cross_attention_heads": 2,  # 20
+    "num_layers": 1,  # 20
+    "out_channels": 32,
+    "patch_size": 1,
+    "sample_size": LATENT_SIZE,  # 32
+}
+SANA_VAE: dict[str, Any] = {  # of 8 pixels a latent in place of 32
+    "attention_head_dim": 8,  # 32
+    "decoder_block_out_channels": [8, 16, 16, 32],  # [128, 256, 512, 512, 1024, 1024]
+    "decoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],  # three of each
+    "decoder_layers_per_block": [1, 1, 1, 1],  # 3
+    "decoder_qkv_multiscales": [[], [], [], [5]],
+    "encoder_block_out_channels": [8, 16, 16, 32],
+    "encoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],
+    "encoder_layers_per_block": [1, 1, 1, 1],  # [2, 2, 2, 3, 3, 3]
+    "encoder_qkv_multiscales": [[], [], [], [5]],
+    "in_channels": 3,
+    "latent_channels": 32,
+    "scaling_factor": 0.41407,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+}
+SANA_SCHEDULER: dict[str, Any] = {
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "use_flow_sigmas": True,
+}
+LUMINA2: dict[str, Any] = {  # Lumina-Image 2.0
+    "axes_dim_rope": [4, 4, 4],  # [32, 32, 32]
+    "axes_lens": [300, 512, 512],
+    "cap_feat_dim": TEXT_WIDTH,  # 2304
+    "hidden_size": 24,  # 2304
+    "in_channels": 16,
+    "multiple_of": 8,  # 256
+    "norm_eps": 1e-05,
+    "num_attention_heads": 2,  # 24
+    "num_kv_heads": 1,  # 8
+    "num_layers": 1,  # 26
+    "num_refiner_layers": 1,  # 2
+    "patch_size": 2,
+    "sample_size": LATENT_SIZE,  # 128
+}
+QWEN: dict[str, Any] = {  # Qwen-Image
+    "attention_head_dim": 16,  # 128
+    "axes_dims_rope": [4, 6, 6],  # [16, 56, 56]
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": TEXT_WIDTH,  # 3584
+    "num_attention_heads": 2,  # 24
+    "num_layers": 1,  # 60
+    "out_channels": 16,
+    "patch_size": 2,
+}
+QWEN_VAE: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}  # 96, [1, 2, 4, 4], 2
+QWEN_SCHEDULER: dict[str, Any] = {
+    **FLUX_SCHEDULER, "max_image_seq_len": 8192, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02,
+}  # fmt: skip
+QWEN_TEXT: dict[str, Any] = {  # of Qwen2.5-VL of 7 billion weights
+    "hidden_size": TEXT_WIDTH,  # 3584
+    "intermediate_size": 32,  # 18944
+    "num_attention_heads": 2,  # 28
+    "num_hidden_layers": 1,  # 28
+    "num_key_value_heads": 1,  # 4
+    "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},  # [16, 24, 24]
+    "vocab_size": 64,  # 152064
+}
+QWEN_VISION: dict[str, Any] = {  # which no prompt reaches
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
+}  # fmt: skip
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -192,6 +290,68 @@ def tiny_pixart(folder: Path) -> Path:
     return folder
 
 
+def tiny_sana(folder: Path) -> Path:
+    """Write a random Sana of 64 pixels as a pipeline folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline: Any = SanaPipeline(
+            transformer=SanaTransformer2DModel(**SANA),
+            vae=AutoencoderDC(**SANA_VAE),
+            scheduler=DPMSolverMultistepScheduler(**SANA_SCHEDULER),
+            text_encoder=_gemma(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_lumina2(folder: Path) -> Path:
+    """Write a random Lumina-Image 2.0 of 64 pixels as a pipeline folder; skips where diffusers has none."""
+    transformer, kind = (
+        of_diffusers(name, "Lumina2Pipeline") for name in ("Lumina2Transformer2DModel", "Lumina2Pipeline")
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = kind(
+            transformer=transformer(**LUMINA2),
+            vae=_autoencoder(FLUX_VAE),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0),
+            text_encoder=_gemma(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_qwen(folder: Path) -> Path:
+    """Write a random Qwen-Image as a pipeline folder, which skips as the one above."""
+    names = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "QwenImagePipeline")
+    transformer, autoencoder, kind = (of_diffusers(name, "QwenImagePipeline") for name in names)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text: Any = Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=QWEN_VISION)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = kind(
+            transformer=transformer(**QWEN),
+            vae=autoencoder(**QWEN_VAE),
+            scheduler=FlowMatchEulerDiscreteScheduler(**QWEN_SCHEDULER),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def of_diffusers(name: str, pipeline: str) -> Any:
+    """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
+    try:
+        assert FAMILIES[pipeline]
+    except UserError as error:
+        pytest.skip(str(error))
+    return getattr(diffusers, name)
+
+
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of SD3.5; not to be written into."""
@@ -214,6 +374,32 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of PixArt-Sigma; not to be written into."""
     return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
+
+
+@pytest.fixture(scope="session")
+def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Sana; not to be written into."""
+    return tiny_sana(tmp_path_factory.mktemp("tiny") / "sana")
+
+
+@pytest.fixture(scope="session")
+def lumina2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Lumina-Image 2.0; not to be written into."""
+    return tiny_lumina2(tmp_path_factory.mktemp("tiny") / "lumina2")
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Qwen-Image; not to be written into."""
+    return tiny_qwen(tmp_path_factory.mktemp("tiny") / "qwen")
+
+
+def _gemma() -> Gemma2Model:
+    config: Any = Gemma2Config(
+        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    return Gemma2Model(config)
 
 
 def _t5() -> T5EncoderModel:

@@ -14,10 +14,10 @@ from atdiff.data.captions import CaptionedImages, UncaptionedError, load_caption
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
 from atdiff.metrics.features.extractors import as_bytes
-from atdiff.models.call import class_embeddings, image_tokens, predict
+from atdiff.models.call import class_embeddings, predict
 from atdiff.objectives.guided import guidance_embedding
 from atdiff.pipelines.cache import batched, encoders_on
-from atdiff.pipelines.families import viewed
+from atdiff.pipelines.families import Family, viewed
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.pipelines.model import TrainedModel, reading_of, reference_data, reference_name
 from atdiff.pipelines.text_to_image import PIXELS, TextToImage
@@ -36,13 +36,19 @@ class GuidedNetwork(nn.Module):
     """A network of latents, called ``f(x_t, timesteps, **conditions)`` and guided as its pipeline guides it.
 
     With ``null`` conditions, of one row each, its output is ``null + scale (conditional - null)`` (`Ho and Salimans
-    <https://arxiv.org/abs/2207.12598>`_), from one evaluation of twice the batch. It runs in the type of its weights,
-    and takes and returns float32.
+    <https://arxiv.org/abs/2207.12598>`_), or what else :meth:`Family.guide` makes of the two, from one evaluation of
+    twice the batch. It runs in the type of its weights, and takes and returns float32.
     """
 
-    def __init__(self, network: Any, null: Mapping[str, Tensor] | None = None, scale: float = 1.0) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        network: Any,  # noqa: ANN401
+        null: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
+        family: Family | None = None,
+    ) -> None:
         super().__init__()
-        self.network, self.null, self.scale = network, null, scale
+        self.network, self.null, self.scale, self.family = network, null, scale, family or Family()
 
     @property
     def config(self) -> Any:  # noqa: ANN401
@@ -58,7 +64,7 @@ class GuidedNetwork(nn.Module):
         null_rows = {**flat, **{name: row.to(flat[name]).expand_as(flat[name]) for name, row in self.null.items()}}
         both = {name: torch.cat([value, null_rows[name]]) for name, value in flat.items()}
         given, null = self._predicted(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
-        return null + self.scale * (given - null)
+        return self.family.guide(given, null, self.scale)
 
     def _predicted(self, x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x_t.dtype)
@@ -97,7 +103,7 @@ class LatentRun(TrainedModel):
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """Return the scheduler with the timesteps that the pipeline sets for latents of this size."""
-        tokens = image_tokens(self.run.model, self.image_shape)
+        tokens = self.run.family.tokens(self.run.model, self.image_shape)
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Any) -> None:  # noqa: ANN401
@@ -192,7 +198,7 @@ def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None)
     network = viewed(run.model)
     run.family.tell_guidance(network, run.guidance_scale)
     null = _pipeline_of(run).encode_null() if guided and run.is_guided else None
-    model = GuidedNetwork(network, null, run.guidance_scale).eval()
+    model = GuidedNetwork(network, null, run.guidance_scale, run.family).eval()
     return LatentRun(model, run.scheduler, run.source, run.config, run=run)
 
 

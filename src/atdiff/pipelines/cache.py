@@ -179,6 +179,7 @@ def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> li
         *([] if latent.tokens is None else [latent.tokens]),
         *(tokenizer_fingerprint(tokenizer) for tokenizer in found if tokenizer is not None),
         *(network_fingerprint(network) for network in (latent.vae, *latent.text_encoders)),
+        *filter(None, [latent.family.prompt_template(pipeline)]),
     ]
 
 

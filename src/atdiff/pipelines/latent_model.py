@@ -16,7 +16,7 @@ from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.families import Family, PromptOptions, as_diffusers, family_of, trainable_copy
-from atdiff.pipelines.families.base import pixels_per_latent
+from atdiff.pipelines.families.base import image_channels, pixels_per_latent
 from atdiff.pipelines.loading import load_pipeline
 from atdiff.system.files import written_aside
 from atdiff.system.locate import check_local
@@ -66,7 +66,7 @@ class LatentPipeline:
         return self.pipeline.scheduler
 
     @property
-    def vae(self) -> Any:  # noqa: ANN401  (an AutoencoderKL)
+    def vae(self) -> Any:  # noqa: ANN401  (of diffusers)
         """The autoencoder."""
         return self.pipeline.vae
 
@@ -89,7 +89,7 @@ class LatentPipeline:
     @property
     def image_channels(self) -> int:
         """Channels of the images."""
-        return int(self.vae.config.in_channels)
+        return image_channels(self.vae)
 
     @property
     def prediction_type(self) -> str:
@@ -124,23 +124,22 @@ class LatentPipeline:
         self.check_image(images.shape[1:])
         pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1.0
         mean, scale = self.family.latent_scale(self.vae)
-        latents: Tensor = (self.vae.encode(pixels).latent_dist.sample(generator) - mean) * scale
-        return latents.float()
+        return ((self.family.encode_images(self.vae, pixels, generator) - mean) * scale).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
         mean, scale = self.family.latent_scale(self.vae)
         unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
-        images: Tensor = self.vae.decode(unscaled).sample
-        return images.float().clamp(-1.0, 1.0)
+        return self.family.decode_latents(self.vae, unscaled).float().clamp(-1.0, 1.0)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the pipeline itself conditions the network on, on the text encoder's device.
 
         float32 ``encoder_hidden_states``, ``(B, L, D)``; for SDXL also ``text_embeds``, ``(B, P)``, and ``time_ids``,
         ``(B, 6)``: original size, corner of the crop and target size of an uncropped image of the pipeline's size; for
-        SD3 and Flux ``pooled_projections``, ``(B, P)``. For DiT int64 ``class_labels``, ``(B,)``.
+        SD3 and Flux ``pooled_projections``, ``(B, P)``; where prompts are filled up to a length, a mask of their
+        tokens, ``(B, L)``. For DiT int64 ``class_labels``, ``(B,)``.
         """
         return self._encode_prompts(list(prompts), negative=False)
 
@@ -198,7 +197,7 @@ def load_latent_pipeline(
 
 
 def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
-    step = 2 * pixels_per_latent(latent.pipeline)
+    step = latent.family.patch * pixels_per_latent(latent.pipeline)
     if image_size is not None and latent.family.any_size and image_size % step:
         raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
     if latent.tokens is not None and not latent.family.has_t5:

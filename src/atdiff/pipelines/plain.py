@@ -139,9 +139,8 @@ class _Pixels:
         if self.distilled:
             pass
         elif traits.has_shift:
-            if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-                names.append("FlowMatchEulerDiscreteScheduler")
-                swap = f"pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift={flow_shift(self.scheduler):g})\n"
+            more, swap = _flow_euler(self.scheduler)
+            names += more
             swap += _even(self.steps)
         elif traits.variance_exploding and type(self.scheduler).__name__ != "EDMEulerScheduler":
             names.append("EDMEulerScheduler")
@@ -278,6 +277,14 @@ def _even(steps: int) -> str:
     return f"pipeline.scheduler.sigma_min = 1 / {steps}  # even steps, the last one to the image\n"
 
 
+def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
+    """Return what to import, and how to put Euler's method in the place of a solver of flows."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return set(), ""
+    name = "FlowMatchEulerDiscreteScheduler"
+    return {name}, f"pipeline.scheduler = {name}(shift={flow_shift(scheduler):g})\n"
+
+
 def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa: ANN401
     """Return what to import, and how to have the scheduler of a pipeline of latents make few steps."""
     if isinstance(scheduler, LCMScheduler):
@@ -288,7 +295,8 @@ def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa:
             options += ', timestep_spacing="trailing"'
         swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
         return {"DDIMScheduler"}, swap
-    return set(), "" if family.makes_even_steps else _even(STEPS)
+    names, swap = _flow_euler(scheduler)
+    return names, swap + ("" if family.makes_even_steps else _even(STEPS))
 
 
 def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, network: Mapping[str, Any]) -> str:  # noqa: ANN401
@@ -302,9 +310,14 @@ def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, networ
     called = family.call_options(None if side is None else (side, side))
     if family.has_t5 and data.get("caption_tokens") is not None:
         called["max_sequence_length"] = data["caption_tokens"]
-    options = "".join(f", {name}={value!r}" for name, value in called.items())
+    called = {**family.call_guidance(guidance, IMAGES), **called}
+    options = "".join(f", {name}={_short(value)}" for name, value in called.items())
     return (
         f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"
-        f"    num_inference_steps={steps}, guidance_scale={guidance:g}{options},\n"
+        f"    num_inference_steps={steps}{options},\n"
         f"    generator=generators,\n).images"
     )
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    return f"{value:g}" if isinstance(value, float) else repr(value)

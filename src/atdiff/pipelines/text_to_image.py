@@ -22,7 +22,7 @@ from atdiff.core.choices import OWN
 from atdiff.core.errors import UserError
 from atdiff.models.call import image_tokens
 from atdiff.pipelines.families import Family, family_of
-from atdiff.pipelines.families.base import CallOptions, pixels_per_latent
+from atdiff.pipelines.families.base import CallOptions, image_channels, pixels_per_latent
 from atdiff.pipelines.prompting import check_prompts, check_size
 from atdiff.pipelines.trained import TrainedModel
 from atdiff.sampling.generate import check_request, finite_images, image_generators
@@ -66,11 +66,11 @@ class TextToImage(TrainedModel):
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images in pixels."""
         if self.size is not None:
-            return self.pipeline.vae.config.in_channels, *self.size
+            return image_channels(self.pipeline.vae), *self.size
         size = self.config.get("data", {}).get("image_size")
         _, height, width = self.family.latent_shape(self.pipeline, size)
         scale = pixels_per_latent(self.pipeline)
-        return self.pipeline.vae.config.in_channels, height * scale, width * scale
+        return image_channels(self.pipeline.vae), height * scale, width * scale
 
     @property
     def family(self) -> Family:
@@ -226,7 +226,7 @@ class TextToImage(TrainedModel):
                     **self._embedded(labels[indices.start : indices.stop]),
                     **self.family.call_options(size),
                     num_inference_steps=steps,
-                    guidance_scale=self.guidance_scale,
+                    **self.family.call_guidance(self.guidance_scale),
                     generator=image_generators(seed, indices),
                     output_type="pt",
                 ).images

@@ -166,7 +166,7 @@ class ModelConfig(Settings):
 
     Attributes:
         name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
-            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT), on its latents;
+            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT and others), on its latents;
             ``FILE.py:FUNCTION``, a pipeline that the function makes for the data; ``tiny-sd``, ``tiny-sd3`` and
             ``tiny-flux``, small ones that ``studies/small_pipelines.py`` of the repository makes.
         args: of the constructor, or of the function.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import diffusers
 
 from atdiff.core.errors import UserError
 from atdiff.models.call import keep_labels
@@ -29,7 +32,14 @@ class _Families(Mapping[str, Family]):
     """The families of :data:`atdiff.system.pipeline_files.FAMILY_MODULES`, each loaded when it is asked for."""
 
     def __getitem__(self, name: str) -> Family:
-        family: Family = importlib.import_module(f"{__name__}.{FAMILY_MODULES[name]}").FAMILY
+        module = f"{__name__}.{FAMILY_MODULES[name]}"
+        try:
+            family: Family = importlib.import_module(module).FAMILY
+        except ImportError as error:
+            raise UserError(
+                f"{name} needs a newer diffusers than {diffusers.__version__} ({error}): pip install --upgrade "
+                "diffusers."
+            ) from error
         return family
 
     def __iter__(self) -> Iterator[str]:
@@ -65,8 +75,12 @@ def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
 
 def _family_with(network: Any) -> Family | None:  # noqa: ANN401
     """Return the family whose view a network is or could be seen as; None for one that is called as it is."""
-    viewing = (family for family in FAMILIES.values() if family.view is not None)
-    return next((one for one in viewing if type(network) in (one.view, one.view.plain())), None)
+    for name in FAMILIES:
+        with contextlib.suppress(UserError):  # of a newer diffusers, which has not made the network
+            family = FAMILIES[name]
+            if family.view is not None and type(network) in (family.view, family.view.plain()):
+                return family
+    return None
 
 
 def trainable_copy(network: Any) -> Any:  # noqa: ANN401  (a transformer of diffusers)

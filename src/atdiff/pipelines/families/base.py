@@ -12,6 +12,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.models.call import image_tokens
 
 __all__ = [
     "CallOptions",
@@ -19,6 +20,8 @@ __all__ = [
     "NetworkView",
     "PromptOptions",
     "as_diffusers",
+    "channel_moments",
+    "image_channels",
     "pixels_per_latent",
     "seen_as",
     "t5_length",
@@ -105,7 +108,7 @@ class Family:
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
         """Raise a UserError unless the network of a loaded pipeline works on its autoencoder's latents, squares."""
         channels, *side = self.latent_shape(pipeline)
-        expected = pipeline.vae.config.latent_channels
+        expected = pipeline.vae.config.get("latent_channels") or pipeline.vae.config.z_dim
         if channels != expected or side[-2] != side[-1]:
             raise UserError(
                 f"the network of {source} takes latents {(channels, *side)} (channels, height, width): expected "
@@ -127,6 +130,21 @@ class Family:
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
         """Return the mean and the factor with which the pipeline unscales latents: ``latents / factor + mean``."""
         return 0.0, vae.config.scaling_factor
+
+    def encode_images(
+        self,
+        vae: Any,  # noqa: ANN401
+        pixels: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        """Return the autoencoder's latents ``(B, C, h, w)``, unscaled, of images ``(B, 3, H, W)`` in [-1, 1]."""
+        latents: Tensor = vae.encode(pixels).latent_dist.sample(generator)
+        return latents
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:  # noqa: ANN401
+        """Return the images of unscaled latents: the inverse of :meth:`encode_images`."""
+        images: Tensor = vae.decode(latents).sample
+        return images
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
         """Return what the network is conditioned on, with a row per prompt; the names are those of its ``forward``."""
@@ -169,6 +187,19 @@ class Family:
         """Return what else the pipeline's call needs to draw images of height and width; None for the published."""
         return {} if size is None else {"height": size[0], "width": size[1]}
 
+    def call_guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
+        """Return the guidance scale as arguments of the pipeline's call.
+
+        Args:
+            scale: as :attr:`guidance_scale`.
+            prompts: how many there are in words, where the call is given no embeddings; None where it is.
+        """
+        return {"guidance_scale": scale}
+
+    def prompt_template(self, pipeline: Any) -> str:  # noqa: ANN401
+        """Return what is put around a prompt before it is encoded, which versions of diffusers may change."""
+        return ""
+
     def size_step(self, pipeline: Any) -> int:  # noqa: ANN401
         """Return of what number the height and the width of images are multiples; diffusers takes those of 8 alone."""
         return math.lcm(8, self.patch * pixels_per_latent(pipeline))
@@ -185,6 +216,10 @@ class Family:
     def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
         """Return whether the scale is an input of the network."""
         return network.config.get("time_cond_proj_dim") is not None
+
+    def guide(self, given: Tensor, null: Tensor, scale: float) -> Tensor:
+        """Return the guided output of a network, like both of its outputs, with the prompt and without."""
+        return null + scale * (given - null)
 
     def tell_guidance(self, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
         """Have a view of the network be told the scale, where its call does not."""
@@ -224,6 +259,10 @@ class Family:
         """Return what kohya calls the base model of a network, ``ss_base_model_version``; None where not known."""
         return None
 
+    def tokens(self, network: Any, latent_shape: tuple[int, int, int]) -> int:  # noqa: ANN401
+        """Return the number of tokens of latents that the pipeline has a dynamic shift go by."""
+        return image_tokens(network, latent_shape)
+
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
         """Return the shift of training's timesteps where the scheduler alone does not tell it."""
         return None
@@ -231,7 +270,20 @@ class Family:
 
 def pixels_per_latent(pipeline: Any) -> int:  # noqa: ANN401
     """Return the pixels along the side of a latent."""
-    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+    told = getattr(pipeline.vae, "spatial_compression_ratio", None)  # by autoencoders other than AutoencoderKL
+    return int(told or 2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
+def channel_moments(vae: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return an autoencoder's mean and standard deviation of each channel of latents, ``(1, C, 1, 1)``."""
+    moments = [vae.config.latents_mean, vae.config.latents_std]
+    mean, std = torch.tensor(moments, dtype=vae.dtype, device=vae.device).view(2, 1, -1, 1, 1)
+    return mean, std
+
+
+def image_channels(vae: Any) -> int:  # noqa: ANN401
+    """Return the channels of an autoencoder's images."""
+    return int(vae.config.get("in_channels") or vae.config.get("input_channels", 3))
 
 
 def t5_length(tokens: int | None) -> dict[str, int]:

@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from atdiff.core.noise import dynamic_mu, flow_shift
-from atdiff.models.call import image_tokens
 from atdiff.pipelines.families.base import Family
 
 __all__ = ["FlowTransformer"]
 
 
 class FlowTransformer(Family):
-    """A transformer with joint attention of image and text, and a T5 beside its CLIPs."""
+    """A transformer with joint attention of image and text; those of SD3 and Flux have a T5 beside their CLIPs."""
 
     parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     any_size = True
@@ -32,5 +31,5 @@ class FlowTransformer(Family):
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
         """Return the dynamic shift that the pipelines have for that many tokens of the network."""
-        tokens = image_tokens(network, latent_shape)
+        tokens = self.tokens(network, latent_shape)
         return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)

@@ -12,7 +12,17 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.families.base import NetworkView, PromptOptions, pixels_per_latent, t5_length
 from atdiff.pipelines.families.flow import FlowTransformer
 
-__all__ = ["FAMILY", "PATCH", "Flux", "FluxDenoiser", "embed_times_in_float32", "image_ids", "pack", "unpack"]
+__all__ = [
+    "FAMILY",
+    "PATCH",
+    "Flux",
+    "FluxDenoiser",
+    "embed_times_in_float32",
+    "image_ids",
+    "keep_times",
+    "pack",
+    "unpack",
+]
 
 PATCH = 2  # latents along the side of a token
 
@@ -34,7 +44,7 @@ class FluxDenoiser(NetworkView, FluxTransformer2DModel):
         height, width = x_t.shape[-2:]
         times = timesteps / 1000.0
         guidance = torch.full_like(times, self.guidance) if self.config.guidance_embeds else None
-        _keep(self, times, guidance)
+        keep_times(self, times, guidance)
         tokens: Tensor = super().forward(  # type: ignore[misc]
             hidden_states=pack(x_t),
             encoder_hidden_states=encoder_hidden_states,
@@ -69,25 +79,26 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
-    """Have a Flux transformer embed timesteps and guidance as they are given, in place; other networks do already.
+    """Have a transformer of Flux or Qwen-Image embed timesteps and guidance as they are given, in place.
 
-    Flux rounds both to the type of its tokens first: under autocast to bfloat16, 999 becomes 1000. The sinusoids of the
-    float32 values are rounded after that like every other activation.
+    They round both to the type of their tokens first: under autocast to bfloat16, 999 becomes 1000. The sinusoids of
+    the float32 values are rounded after that like every other activation.
     """
-    is_flux = isinstance(network, FluxTransformer2DModel)
-    if is_flux and _keep_given not in network._forward_pre_hooks.values():
+    if _keep_given not in network._forward_pre_hooks.values():
+        network.time_text_embed.unit = 1000.0 if isinstance(network, FluxTransformer2DModel) else 1.0
         network.register_forward_pre_hook(_keep_given, with_kwargs=True)
         network.time_text_embed.register_forward_pre_hook(_put_back)
 
 
+def keep_times(network: Any, times: Tensor, guidance: Tensor | None = None) -> None:  # noqa: ANN401
+    """Keep times ``(B,)`` of 1, and guidance if it is told, for :func:`embed_times_in_float32`."""
+    network.time_text_embed.given = (times,) if guidance is None else (times, guidance)
+
+
 # Hooks are plain functions, and what they keep lies on the module, so that copies of a network are on their own.
 def _keep_given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
-    if isinstance(kwargs.get("timestep"), Tensor):  # as the pipeline calls it; FluxDenoiser keeps its own
-        _keep(network, kwargs["timestep"], kwargs.get("guidance"))
-
-
-def _keep(network: Any, times: Tensor, guidance: Tensor | None) -> None:  # noqa: ANN401
-    network.time_text_embed.given = (times,) if guidance is None else (times, guidance)
+    if isinstance(kwargs.get("timestep"), Tensor):  # as the pipeline calls it; a view keeps its own
+        keep_times(network, kwargs["timestep"], kwargs.get("guidance"))
 
 
 def _put_back(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ANN401
@@ -95,7 +106,7 @@ def _put_back(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None: 
     if given is None:
         return None
     embedding.given = None
-    return *(value.float() * 1000 for value in given), args[-1]
+    return *(value.float() * embedding.unit for value in given), *args[len(given) :]
 
 
 class Flux(FlowTransformer):

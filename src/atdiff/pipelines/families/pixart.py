@@ -8,7 +8,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.families.base import CallOptions, Family, NetworkView, PromptOptions, t5_length
+from atdiff.pipelines.families.base import NetworkView
+from atdiff.pipelines.families.masked import MaskedPrompts
 
 __all__ = ["FAMILY", "PixArtDenoiser", "PixArtSigma"]
 
@@ -35,7 +36,7 @@ class PixArtDenoiser(NetworkView, PixArtTransformer2DModel):
         return output
 
 
-class PixArtSigma(Family):
+class PixArtSigma(MaskedPrompts):
     """PixArt-Sigma. (`Chen et al., 2024 <https://arxiv.org/abs/2403.04692>`_)
 
     Prompts are put in lower case and stripped. The pipeline's call would clean them further where bs4 and ftfy are
@@ -44,11 +45,6 @@ class PixArtSigma(Family):
 
     view = PixArtDenoiser
     guidance_scale = 4.5
-    embeddings = (
-        "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
-    )  # fmt: skip
-    any_size = True
-    has_t5 = True
     patch = 2
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
@@ -59,21 +55,6 @@ class PixArtSigma(Family):
                 f"the transformer of {source} is told the size of the image, which PixArtSigmaPipeline does not tell: "
                 "expected one with use_additional_conditions false."
             )
-
-    def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
-        """See :meth:`Family.conditions`."""
-        device = pipeline.text_encoder.device
-        encoded = self.encode_prompt(pipeline, prompts, device, options.negative, options.tokens)
-        states, mask = encoded[2:] if options.negative else encoded[:2]
-        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask.float()}
-
-    def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
-        """See :meth:`Family.prompts`."""
-        return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
-
-    def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
-        """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
-        return {**super().call_prompts(pipeline, prompts, options), "negative_prompt": None}
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""

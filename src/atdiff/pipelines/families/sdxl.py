@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiff.pipelines.families.base import PromptOptions
+from atdiff.pipelines.families.base import PromptOptions, channel_moments
 from atdiff.pipelines.families.sd import StableDiffusion
 from atdiff.pipelines.original_names import original_name
 
@@ -54,8 +54,8 @@ class StableDiffusionXL(StableDiffusion):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return super().latent_scale(vae)
-        columns = torch.tensor([mean, std], dtype=vae.dtype, device=vae.device).view(2, 1, -1, 1, 1)
-        return columns[0], config.scaling_factor / columns[1]
+        means, deviations = channel_moments(vae)
+        return means, config.scaling_factor / deviations
 
 
 FAMILY = StableDiffusionXL()

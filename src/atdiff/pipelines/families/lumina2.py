@@ -1,0 +1,62 @@
+"""Lumina-Image 2.0: time from noise to image, the negative velocity as the output, guidance of constant norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import Lumina2Transformer2DModel
+from torch import Tensor
+
+from atdiff.pipelines.families.base import NetworkView
+from atdiff.pipelines.families.flow import FlowTransformer
+from atdiff.pipelines.families.masked import MaskedPrompts
+
+__all__ = ["FAMILY", "Lumina2", "Lumina2Denoiser"]
+
+
+class Lumina2Denoiser(NetworkView, Lumina2Transformer2DModel):
+    """``Lumina2Transformer2DModel`` but for its call, whose time is 0 at noise and whose output is image less noise."""
+
+    def forward(
+        self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+    ) -> Tensor:
+        """Return the velocity, noise less image, at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000.
+
+        h and w are even. Of the prompts are the states, ``(B, L, D)``, and the mask, ``(B, L)``: 1 for their tokens, 0
+        for what fills them up.
+        """
+        backward: Tensor = super().forward(  # type: ignore[misc]
+            hidden_states=x_t,
+            timestep=1.0 - timesteps / 1000.0,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask.bool(),  # it counts tokens
+            return_dict=False,
+        )[0]
+        return -backward
+
+
+class Lumina2(MaskedPrompts, FlowTransformer):
+    """Lumina-Image 2.0. (`Qin et al., 2025 <https://arxiv.org/abs/2503.21758>`_)"""
+
+    parts = ("tokenizer", "text_encoder")
+    view = Lumina2Denoiser
+    guidance_scale = 4.0
+    makes_even_steps = True
+    # As in diffusers' train_dreambooth_lora_lumina2.py.
+    lora_targets = ("to_k", "to_q", "to_v")
+
+    def guide(self, given: Tensor, null: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.guide`; the pipeline gives every row of a latent the norm that it has without guidance."""
+        guided = super().guide(given, null, scale)
+        return guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def tokens(self, network: Any, latent_shape: tuple[int, int, int]) -> int:  # noqa: ANN401
+        """See :meth:`Family.tokens`: the pipeline counts channels, which are the second axis of its latents."""
+        return latent_shape[0]
+
+    def prompt_template(self, pipeline: Any) -> str:  # noqa: ANN401
+        """See :meth:`Family.prompt_template`."""
+        return str(pipeline.system_prompt)
+
+
+FAMILY = Lumina2()
