@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
+from atdiff.data.buckets import Frame, Size
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded, header_size
 from atdiff.data.labels import class_line, places_of, renumbered
 from atdiff.data.raw import Pixels, RawImages, raw_files
 from atdiff.data.sources.load import load_data
@@ -54,6 +56,25 @@ class CaptionedImages:
         for i, pixels in decoded(self.raw, self._decode, self.unreadable, self.name):
             yield torch.from_numpy(pixels), self.captions[i]
 
+    def framed(self) -> Iterator[tuple[Tensor, str, Frame]]:
+        """Yield what iterating does, of any sizes, and how each image was cropped; from files alone."""
+        self.unreadable.found.clear()
+        frames: list[Frame] = []
+
+        def decode(source: Pixels) -> np.ndarray:
+            pixels, frame = self.decoding.framed(source)
+            frames.append(frame)
+            return pixels
+
+        for i, pixels in decoded(self.raw, decode, self.unreadable, self.name, mixed=True):
+            yield torch.from_numpy(pixels), self.captions[i], frames.pop()
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Width and height of the images as their headers tell them, but for those that cannot be read."""
+        found = (header_size(source) for _, source in self.raw.items())
+        return [size for size in found if size is not None]
+
     def _decode(self, source: Pixels) -> np.ndarray:
         return source if isinstance(source, np.ndarray) else self.decoding(source)  # arrays have been decoded
 
@@ -77,6 +98,8 @@ class CaptionedImages:
         parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.raw.stamp())
         if how.background is not None:  # None is what older versions did
             parts = (*parts, how.background)
+        if how.buckets:
+            parts = (*parts, how.buckets)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -97,6 +120,7 @@ def load_captioned(
     unreadable: Unreadable = "refuse",
     classes: Sequence[str] | None = None,
     labels: Collection[int] | None = None,
+    buckets: Sequence[Size] = (),
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, not yet their images; as :func:`atdiff.data.load_data`.
 
@@ -108,11 +132,12 @@ def load_captioned(
         limit: take only the first so many pairs.
         classes: names of the classes in the order of ``captions``, where that is not the order of the labels.
         labels: of the classes to keep, by number; None for all.
+        buckets: see :class:`atdiff.data.images.Decoding`.
 
     Raises:
         UserError: no such data, split or column; a missing or empty caption; or ``captions`` that do not fit.
     """
-    decoding = Decoding(image_size, channels, crop, background)
+    decoding = Decoding(image_size, channels, crop, background, tuple(buckets))
     _check_arguments(captions, caption_column, limit)
     given = numbered or captions is not None
     request = Request(name, split, image_column, label_column, caption_column, limit, given)
@@ -162,8 +187,11 @@ def _labelled(
         found, labels, names = source.load(request)
         assert isinstance(found, RawImages), found
         raw = raw_files(request.path, found.files[: request.limit])
+    elif decoding.buckets:
+        raise UserError(f"{request.name} holds images of one size: leave out data.buckets, which are for image files.")
     else:
-        options = asdict(decoding) | {"image_column": request.image_column, "label_column": request.label_column}
+        options = {"image_column": request.image_column, "label_column": request.label_column}
+        options |= {name: value for name, value in asdict(decoding).items() if name != "buckets"}
         data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
         labels, names = None if data.labels is None else data.labels.numpy(), data.classes
         images = data.images[: request.limit].numpy()
