@@ -126,7 +126,8 @@ def load_captioned(
 
     Args:
         name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
-        captions: one per class, in the order of the labels, for data that has labels alone.
+        captions: one per class, in the order of the labels, for data that has labels alone; or one for all images, for
+            data that has not even these.
         numbered: take the number of an image's class for its caption, in the place of ``captions``.
         caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
         limit: take only the first so many pairs.
@@ -150,7 +151,7 @@ def load_captioned(
         raise UncaptionedError(source.uncaptioned.format(name))
     else:
         raw, every, names = _labelled(source, request, decoding, unreadable, classes)
-        texts = _class_captions(name, captions, every, names)[:limit]
+        texts = _class_captions(name, captions, every, names, raw.count)[:limit]
         numbers = None if every is None else every[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
@@ -206,11 +207,16 @@ def _labelled(
 
 
 def _class_captions(
-    name: str, captions: Sequence[str] | None, labels: np.ndarray | None, names: Sequence[str] | None
+    name: str, captions: Sequence[str] | None, labels: np.ndarray | None, names: Sequence[str] | None, count: int
 ) -> list[str]:
     """Return the caption of each image: that of its class, or its number without ``captions``."""
+    if labels is None and captions is not None and len(captions) == 1:  # as for DreamBooth
+        return captions_of("captions", [("all images", captions[0])]) * count
     if labels is None:
-        raise UserError(f"{name} has no classes that captions could describe: choose data with labels or captions.")
+        raise UserError(
+            f"{name} has no classes that captions could describe: give one caption for all images, or choose data with "
+            "labels or captions."
+        )
     if captions is None:
         return [str(label) for label in labels.tolist()]
     classes = int(labels.max()) + 1 if names is None else len(names)

@@ -108,8 +108,8 @@ def check_buckets(config: TrainConfig, latent: LatentPipeline, captioned: Captio
         by = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
             f"training.batch_size={size}{by} is more than the images of any bucket, of which {width}x{height} has the "
-            f"most, {most} of {len(captioned.sizes)}: use {max(1, most // processes)} or less, a larger data.bucket_step, or "
-            "no data.buckets."
+            f"most, {most} of {len(captioned.sizes)}: use {max(1, most // processes)} or less, a larger "
+            "data.bucket_step, or no data.buckets."
         )
 
 
