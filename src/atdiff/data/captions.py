@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +192,7 @@ def _labelled(
     elif decoding.buckets:
         raise UserError(f"{request.name} holds images of one size: leave out data.buckets, which are for image files.")
     else:
-        options = {"image_column": request.image_column, "label_column": request.label_column}
+        options: dict[str, Any] = {"image_column": request.image_column, "label_column": request.label_column}
         options |= {name: value for name, value in asdict(decoding).items() if name != "buckets"}
         data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
         labels, names = None if data.labels is None else data.labels.numpy(), data.classes

@@ -135,8 +135,8 @@ class DataConfig(Settings):
             Classes keep their numbers and captions.
         flip: mirror half of the images left to right; those of pipelines are encoded both ways.
         class_conditional: give the labels to the network.
-        captions: one a class, which makes text-to-image data of labelled images; of a folder without classes one for all
-            images.
+        captions: one a class, which makes text-to-image data of labelled images; or one for all images of a folder
+            without classes.
         caption_column: of a table; default the first that holds text.
         caption_tokens: that the T5 of SD3 and Flux cuts or fills a caption to; null for the pipeline's own number (256
             and 512). Fewer make a smaller cache and faster passes.

@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_resumes_with_the_same_weights(
     [
         (
             {"training": {"batch_size": 5}},
-            r"training.batch_size=5 is more than .* 64x64 has the most, 4 of 9: use 4 or",
+            r"batch_size=5 is more than .* 64x64 has the most, 4 of 9: use 4 or",
         ),
         ({"data": {"bucket_step": 12}}, "data.bucket_step=12 does not fit .* expected a multiple of 8"),
         ({"data": {"bucket_step": 64}}, "data.bucket_step=64 does not fit .* leaves several buckets, such as 8"),
