@@ -135,9 +135,8 @@ class LatentTask(Task):
         if not from_here and config.training.init != self.config.training.init:
             return LatentTask(config).scheduler
         check_parametrisation(config, self.latent)
-        if config.data.buckets and config.data != self.config.data:
-            return LatentTask(config).scheduler
-        check_buckets(config, self.latent, self.captioned)
+        if config.data == self.config.data:  # else it is found when the arm starts
+            check_buckets(config, self.latent, self.captioned)
         scheduler = self._scheduler_of(config)
         if config.consistency.mode != "none":
             self._teacher_of(config)
