@@ -368,6 +368,16 @@ def both_metadata(folder: Path) -> None:
     metadata_folder(folder, "jsonl")
 
 
+def test_one_caption_is_that_of_all_images_of_a_folder_without_classes(tmp_path: Path) -> None:
+    for seed in range(3):
+        save_image(tmp_path / f"{seed}.png", seed)
+    check_pairs(
+        load_captioned(str(tmp_path), image_size=None, captions=["a photo of sks dog"], limit=2),
+        [0, 1],
+        ["a photo of sks dog"] * 2,
+    )
+
+
 ROW = '{"file_name": "a.png", "text": "one"}\n'
 
 
@@ -378,7 +388,8 @@ ROW = '{"file_name": "a.png", "text": "one"}\n'
         (one_image, {}, "holds images without captions: add a metadata.jsonl"),
         (one_image, {"split": "test"}, "has no split 'test'"),
         (lambda folder: save_image(folder / "train" / "a.png"), {"split": "all"}, "is kept in splits"),
-        (one_image, {"captions": ["a cat"]}, "has no classes that captions could describe"),
+        (one_image, {"captions": ["a cat", "a dog"]}, "has no classes that captions could describe: give one caption"),
+        (one_image, {"captions": [" "]}, "the caption of all images is empty"),
         (one_image, {"caption_column": "alt"}, "has no metadata.jsonl or metadata.csv with a column 'alt'"),
         (with_file("a.txt", "a"), {}, r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png"),
         (with_file("a.txt", "a"), {"captions": ["a"]}, r"has captions of its own \(\.txt files beside the images\)"),
@@ -422,7 +433,7 @@ def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options:
         ({"text": ["a", ""]}, {}, "the caption of row 1 of .* is empty"),
         ({"text": [1, 2]}, {}, "the caption of row 0 of .* is 1: expected text"),
         ({"text": ["a", "b"]}, {"captions": ["a"]}, r"has captions of its own \(column 'text'\)"),
-        ({"url": ["a", "b"]}, {"captions": ["a"]}, "has no classes that captions could describe"),
+        ({"url": ["a", "b"]}, {"captions": ["a", "b"]}, "has no classes that captions could describe"),
         ({"text": ["a", "b"]}, {"split": "test"}, "has no split 'test'"),
     ],
 )

@@ -547,7 +547,6 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--data.captions []", "captions is an empty list"),
         ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents are those of images of 64"),
         ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
-        ("--data.flip true", "data.flip is for networks of pixels"),
         ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
         ("--objective.variance learned_range", "whose network predicts no variance; set objective.variance=fixed"),
         ("--objective.label_dropout 0.1", "objective.label_dropout is for denoisers"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
+from atdiff.data.buckets import Frame, Size
+from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded, header_size
 from atdiff.data.labels import class_line, places_of, renumbered
 from atdiff.data.raw import Pixels, RawImages, raw_files
 from atdiff.data.sources.load import load_data
@@ -54,6 +57,25 @@ class CaptionedImages:
         for i, pixels in decoded(self.raw, self._decode, self.unreadable, self.name):
             yield torch.from_numpy(pixels), self.captions[i]
 
+    def framed(self) -> Iterator[tuple[Tensor, str, Frame]]:
+        """Yield what iterating does, of any sizes, and how each image was cropped; from files alone."""
+        self.unreadable.found.clear()
+        frames: list[Frame] = []
+
+        def decode(source: Pixels) -> np.ndarray:
+            pixels, frame = self.decoding.framed(source)
+            frames.append(frame)
+            return pixels
+
+        for i, pixels in decoded(self.raw, decode, self.unreadable, self.name, mixed=True):
+            yield torch.from_numpy(pixels), self.captions[i], frames.pop()
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Width and height of the images as their headers tell them, but for those that cannot be read."""
+        found = (header_size(source) for _, source in self.raw.items())
+        return [size for size in found if size is not None]
+
     def _decode(self, source: Pixels) -> np.ndarray:
         return source if isinstance(source, np.ndarray) else self.decoding(source)  # arrays have been decoded
 
@@ -77,6 +99,8 @@ class CaptionedImages:
         parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.raw.stamp())
         if how.background is not None:  # None is what older versions did
             parts = (*parts, how.background)
+        if how.buckets:
+            parts = (*parts, how.buckets)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -97,22 +121,25 @@ def load_captioned(
     unreadable: Unreadable = "refuse",
     classes: Sequence[str] | None = None,
     labels: Collection[int] | None = None,
+    buckets: Sequence[Size] = (),
 ) -> CaptionedImages:
     """Find the pairs of a data set and read their captions, not yet their images; as :func:`atdiff.data.load_data`.
 
     Args:
         name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
-        captions: one per class, in the order of the labels, for data that has labels alone.
+        captions: one per class, in the order of the labels, for data that has labels alone; or one for all images, for
+            data that has not even these.
         numbered: take the number of an image's class for its caption, in the place of ``captions``.
         caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
         limit: take only the first so many pairs.
         classes: names of the classes in the order of ``captions``, where that is not the order of the labels.
         labels: of the classes to keep, by number; None for all.
+        buckets: see :class:`atdiff.data.images.Decoding`.
 
     Raises:
         UserError: no such data, split or column; a missing or empty caption; or ``captions`` that do not fit.
     """
-    decoding = Decoding(image_size, channels, crop, background)
+    decoding = Decoding(image_size, channels, crop, background, tuple(buckets))
     _check_arguments(captions, caption_column, limit)
     given = numbered or captions is not None
     request = Request(name, split, image_column, label_column, caption_column, limit, given)
@@ -125,7 +152,7 @@ def load_captioned(
         raise UncaptionedError(source.uncaptioned.format(name))
     else:
         raw, every, names = _labelled(source, request, decoding, unreadable, classes)
-        texts = _class_captions(name, captions, every, names)[:limit]
+        texts = _class_captions(name, captions, every, names, raw.count)[:limit]
         numbers = None if every is None else every[:limit]
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
@@ -162,8 +189,11 @@ def _labelled(
         found, labels, names = source.load(request)
         assert isinstance(found, RawImages), found
         raw = raw_files(request.path, found.files[: request.limit])
+    elif decoding.buckets:
+        raise UserError(f"{request.name} holds images of one size: leave out data.buckets, which are for image files.")
     else:
-        options = asdict(decoding) | {"image_column": request.image_column, "label_column": request.label_column}
+        options: dict[str, Any] = {"image_column": request.image_column, "label_column": request.label_column}
+        options |= {name: value for name, value in asdict(decoding).items() if name != "buckets"}
         data = load_data(request.name, split=request.split, unreadable=unreadable, **options)
         labels, names = None if data.labels is None else data.labels.numpy(), data.classes
         images = data.images[: request.limit].numpy()
@@ -178,11 +208,16 @@ def _labelled(
 
 
 def _class_captions(
-    name: str, captions: Sequence[str] | None, labels: np.ndarray | None, names: Sequence[str] | None
+    name: str, captions: Sequence[str] | None, labels: np.ndarray | None, names: Sequence[str] | None, count: int
 ) -> list[str]:
     """Return the caption of each image: that of its class, or its number without ``captions``."""
+    if labels is None and captions is not None and len(captions) == 1:  # as for DreamBooth
+        return captions_of("captions", [("all images", captions[0])]) * count
     if labels is None:
-        raise UserError(f"{name} has no classes that captions could describe: choose data with labels or captions.")
+        raise UserError(
+            f"{name} has no classes that captions could describe: give one caption for all images, or choose data with "
+            "labels or captions."
+        )
     if captions is None:
         return [str(label) for label in labels.tolist()]
     classes = int(labels.max()) + 1 if names is None else len(names)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from atdiff.core.choices import WHITE, Crop, Unreadable
 from atdiff.core.errors import UserError
+from atdiff.data.buckets import Frame, Size, frame_of, nearest_bucket
 from atdiff.data.raw import Pixels, RawImages
 
-__all__ = ["CROPS", "WHITE", "Crop", "Decoding", "Unreadable", "UnreadableImages", "decoded"]
+__all__ = ["CROPS", "WHITE", "Crop", "Decoding", "Unreadable", "UnreadableImages", "decoded", "header_size"]
 
+TURNED = 5  # the first of the EXIF orientations that lie on their side
 SHOWN = 5  # unreadable images that a message names; a run's data.json names all of them
 
 
@@ -77,6 +79,8 @@ class Decoding:
         channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
         crop: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it.
         background: what transparent pixels are composed on; None drops the transparency.
+        buckets: widths and heights, to the one of the nearest aspect ratio of which each image is cropped and resized,
+            in the place of the square; none for the square.
 
     Raises:
         UserError: one of them is out of range.
@@ -86,6 +90,7 @@ class Decoding:
     channels: int | None = None
     crop: Crop = "bicubic"
     background: str | None = WHITE
+    buckets: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -106,15 +111,23 @@ class Decoding:
 
     def __call__(self, source: Pixels) -> np.ndarray:
         """Return an image, uint8 ``(C, H, W)``, of a file, its content, or an array ``(H, W)`` or ``(H, W, 3)``."""
+        return self.framed(source)[0]
+
+    def framed(self, source: Pixels) -> tuple[np.ndarray, Frame]:
+        """Return an image as when called, and how it was cropped: of no buckets as if it had been of its size."""
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read_image(source, self.background)
         mode = {1: "L", 3: "RGB"}.get(self.channels or 0, "L" if image.mode in ("1", "L", "LA", "La") else "RGB")
         if image.mode in ("La", "RGBa"):  # premultiplied, which converts to its own kind alone
             image = image.convert(f"{image.mode[:-1]}A")
         image = image.convert(mode)
-        if self.image_size is not None:
-            image = CROPS[self.crop](image, self.image_size)
+        size = image.size
+        if self.buckets:
+            image = CROPS[self.crop](image, nearest_bucket(size, self.buckets))
+        elif self.image_size is not None:
+            image = CROPS[self.crop](image, (self.image_size, self.image_size))
         pixels = np.array(image)
-        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return pixels, frame_of(size, image.size)
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether pixels of the shape ``(C, H, W)`` stay as they are."""
@@ -143,12 +156,17 @@ class UnreadableImages:
 
 
 def decoded(
-    raw: RawImages, decode: Callable[[Pixels], np.ndarray], unreadable: UnreadableImages, name: str
+    raw: RawImages,
+    decode: Callable[[Pixels], np.ndarray],
+    unreadable: UnreadableImages,
+    name: str,
+    *,
+    mixed: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield place and pixels of the readable images of a data set, uint8 ``(C, H, W)``; at the end settle the others.
 
     Raises:
-        UserError: an image is of another shape than the first, or unreadable.
+        UserError: an image is of another shape than the first, where they must not be ``mixed``, or unreadable.
     """
     first: tuple[str, tuple[int, ...]] | None = None
     for i, (image, source) in enumerate(raw.items()):
@@ -158,10 +176,25 @@ def decoded(
             unreadable.found.append((image, str(error)))
             continue
         first = first or (image, pixels.shape)
-        if pixels.shape != first[1]:
+        if pixels.shape != first[1] and not mixed:
             raise _mixed(*first, image, pixels.shape)
         yield i, pixels
     unreadable.settle(name, raw.count)
+
+
+def header_size(source: Pixels) -> Size | None:
+    """Return width and height of an image as a viewer shows it, from its header alone; None for an unreadable one."""
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    try:
+        with Image.open(source) as opened:
+            # A PNG would be decoded whole to look for an orientation after its pixels, where nobody writes it.
+            told = opened.format != "PNG" or "exif" in opened.info
+            turned = told and opened.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
+            width, height = opened.size
+    except Exception:  # the decoders raise two dozen types; reading the pixels will say what is wrong
+        return None
+    return (height, width) if turned else (width, height)
 
 
 def _mixed(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]) -> UserError:
@@ -174,16 +207,17 @@ def _mixed(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]
     return UserError(f"{first} is {said[0]} but {name} is {said[1]}: make them equal with {' and '.join(fixes)}.")
 
 
-def _adm_crop(image: Image.Image, size: int) -> Image.Image:
-    while min(image.size) >= 2 * size:
+def _adm_crop(image: Image.Image, size: Size) -> Image.Image:
+    width, height = size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
-    "bicubic": lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC),
+CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
+    "bicubic": lambda image, size: ImageOps.fit(image, size, Image.Resampling.BICUBIC),
     "adm": _adm_crop,
 }

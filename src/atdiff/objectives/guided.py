@@ -30,7 +30,7 @@ class GuidedTeacher(Teacher):
     Args:
         model: the U-Net.
         scheduler: of its training.
-        null_conditions: those of no prompt, each with one row.
+        null_conditions: those of no prompt, each with one row; others are as they are given.
         prediction_type: default what the scheduler says.
         solver: ``ddim`` or ``heun``.
 
@@ -55,10 +55,10 @@ class GuidedTeacher(Teacher):
     ) -> tuple[Tensor, Tensor]:
         """Return the guided ``x0_hat`` and ``noise_hat``; see :meth:`atdiff.objectives.teacher.Teacher.predict`."""
         scale = expand(conditions[GUIDANCE], x_t)
-        both = {
-            name: torch.cat([conditions[name], null.to(x_t.device).expand_as(conditions[name])])
-            for name, null in self.null_conditions.items()
-        }
+        given = {name: value for name, value in conditions.items() if name not in (GUIDANCE, EMBEDDED)}
+        # What else there is, such as the size of an image, is the same without its prompt.
+        null = {name: row.to(x_t.device).expand_as(given[name]) for name, row in self.null_conditions.items()}
+        both = {name: torch.cat([value, null.get(name, value)]) for name, value in given.items()}
         twice = torch.cat([levels[0], levels[0]]), torch.cat([levels[1], levels[1]])
         x0_hat, noise_hat = super().predict(torch.cat([x_t, x_t]), twice, both)
         (x0_given, x0_null), (noise_given, noise_null) = x0_hat.chunk(2), noise_hat.chunk(2)

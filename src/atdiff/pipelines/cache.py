@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.data.buckets import Frame
 from atdiff.data.captions import CaptionedImages
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import cache_folder, write_json, written_aside
@@ -39,47 +40,65 @@ class LatentData:
 
     Attributes:
         name: what the images are, for reports.
-        latents: shape ``(N, C, h, w)``, scaled as the network is fed.
+        latents: an array per shape, ``(n, C, h, w)``, scaled as the network is fed.
+        places: of each image its array and its row there, int64, shape ``(N, 2)``.
         captions: the different captions, in the order of their first image.
         caption_ids: index into ``captions`` of each image, int64, shape ``(N,)``.
         table: each kind of condition by name, with a row a caption.
         null: the conditions of no prompt, with one row.
+        own: each kind of condition that is of an image and not of its caption, float32, with a row an image.
+        flipped: latents of the mirrored images, array by array; none where they were not asked for.
         skipped: name and reason of each image that could not be read and was left out.
         content: hash of the pixels and captions that these are of, in their order.
     """
 
     name: str
-    latents: np.ndarray
+    latents: tuple[np.ndarray, ...]
+    places: np.ndarray
     captions: list[str]
     caption_ids: np.ndarray
     table: Mapping[str, np.ndarray]
     null: Mapping[str, np.ndarray]
+    own: Mapping[str, np.ndarray]
+    flipped: tuple[np.ndarray, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     content: str = ""
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.places)
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of the latents."""
-        return tuple(self.latents.shape[1:])
+    def groups(self) -> list[Tensor]:
+        """The images of each array, which can share a batch, int64 ``(n,)``."""
+        return [torch.from_numpy(np.flatnonzero(self.places[:, 0] == i)) for i in range(len(self.latents))]
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""
         return self.content
 
     def x0(self, indices: Tensor) -> Tensor:
-        """Return the latents at ``indices``, shape ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
-        return _float(self.latents[indices.cpu().numpy()])
+        """Return latents of one shape, at ``indices`` ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
+        return self._rows(self.latents, indices)
+
+    def mirrored(self, indices: Tensor) -> Tensor:
+        """Return the latents of the mirrored images, as :meth:`x0`."""
+        return self._rows(self.flipped, indices)
+
+    def _rows(self, arrays: tuple[np.ndarray, ...], indices: Tensor) -> Tensor:
+        numbers, rows = self.places[indices.cpu().numpy()].T
+        assert (numbers == numbers[0]).all(), numbers
+        return _float(arrays[numbers[0]][rows])
 
     def conditions(self, indices: Tensor) -> dict[str, Tensor]:
-        """Return the conditions of the captions at ``indices``, ``(B,)``, on the CPU.
+        """Return the conditions of the captions and images at ``indices``, ``(B,)``, on the CPU.
 
-        They are float32 ``(B, ...)``, class labels int64, by the names of :meth:`LatentPipeline.encode_prompts`.
+        They are float32 ``(B, ...)``, class labels int64, by the names of :meth:`LatentPipeline.encode_prompts` and
+        :meth:`Family.frame_conditions`.
         """
-        rows = self.caption_ids[indices.cpu().numpy()]
-        return {name: _float(values[rows]) for name, values in self.table.items()}
+        images = indices.cpu().numpy()
+        rows = self.caption_ids[images]
+        told = {name: _float(values[rows]) for name, values in self.table.items()}
+        return told | {name: _float(values[images]) for name, values in self.own.items()}
 
     def null_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Return the conditions of no prompt, repeated without a copy, as float32 ``(batch_size, ...)``."""
@@ -92,6 +111,7 @@ def latent_data(
     *,
     batch_size: int = 8,
     device: torch.device | str,
+    flip: bool = False,
     progress: bool = True,
     seed: int = 0,
 ) -> LatentData:
@@ -106,6 +126,7 @@ def latent_data(
         latent: autoencoder and text encoders.
         batch_size: images or captions at a time.
         device: where they are encoded; the encoders are put back afterwards.
+        flip: encode each image mirrored left to right too.
         progress: whether to show a bar.
         seed: of the noise of the posteriors.
 
@@ -117,17 +138,19 @@ def latent_data(
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
     if len(source) < 1:
         raise UserError(f"{source.name} has no images: expected at least one with a caption.")
-    parts = _key_parts(source, latent, seed)
+    parts = [*_key_parts(source, latent, seed), *(["flip"] if flip else [])]
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     if (kept := _kept(folder, source, progress)) is not None:
         return kept
     try:
         with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
             partial.mkdir()
-            captions, content = _write_latents(partial, source, latent, batch_size, seed, progress)
+            with _LatentFiles(partial, latent, f"the latents of {source.name}", batch_size, seed, flip) as files:
+                captions, content = _write_images(partial, source, latent, files, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
             found = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
+            found["arrays"] = files.names
             write_json(partial / MANIFEST, found)
     except UserError as error:
         if "cannot be written" not in str(error):
@@ -161,8 +184,8 @@ def _with_content(folder: Path, source: CaptionedImages, data: LatentData, progr
     return replace(data, content=digest.hexdigest())
 
 
-def _take_in(digest: hashlib._Hash, image: Tensor, caption: str) -> None:
-    digest.update(repr((tuple(image.shape), caption)).encode())
+def _take_in(digest: hashlib._Hash, image: Tensor, caption: str, frame: Frame | None = None) -> None:
+    digest.update(repr((tuple(image.shape), caption, *(frame or ()))).encode())
     digest.update(image.contiguous().numpy().data)
 
 
@@ -191,18 +214,21 @@ def _open(folder: Path, name: str) -> LatentData | None:
         mapped = [folder / file for file in found if file.endswith(".npy")]
         arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in mapped}
         captions = json.loads((folder / "captions.json").read_text())
-        latents, caption_ids = arrays["latents"], arrays["caption_ids"]
+        names = manifest.get("arrays", ["latents"])  # which older versions did not write
+        latents, caption_ids = tuple(arrays[name] for name in names), arrays["caption_ids"]
+        flipped = tuple(arrays[f"flipped-{name}"] for name in names if f"flipped-{name}" in arrays)
+        places = arrays.get("places", np.stack([np.zeros_like(caption_ids), np.arange(len(caption_ids))], axis=1))
         skipped = tuple((name, reason) for name, reason in manifest["skipped"])
         content = manifest.get("content", "")
-        if found != manifest["sizes"] or len(latents) != len(caption_ids):
+        if found != manifest["sizes"] or sum(map(len, latents)) != len(caption_ids):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    table, null = (
+    table, null, own = (
         {key.removeprefix(prefix): rows for key, rows in arrays.items() if key.startswith(prefix)}
-        for prefix in ("caption-", "null-")
+        for prefix in ("caption-", "null-", "image-")
     )
-    return LatentData(name, latents, captions, caption_ids, table, null, skipped, content)
+    return LatentData(name, latents, places, captions, caption_ids, table, null, own, flipped, skipped, content)
 
 
 @contextlib.contextmanager
@@ -219,43 +245,112 @@ def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[
             network.to(place)
 
 
-def _write_latents(
-    folder: Path, source: CaptionedImages, latent: LatentPipeline, batch_size: int, seed: int, progress: bool
+class _LatentFiles:
+    """The latents of images, encoded a few of one shape at a time, and written into a file per shape.
+
+    Attributes:
+        names: of the files, without the suffix; ``latents`` alone without buckets.
+        places: of each image its file, by number, and its row there.
+    """
+
+    def __init__(self, folder: Path, latent: LatentPipeline, what: str, batch_size: int, seed: int, flip: bool) -> None:
+        self._folder, self._latent, self._what, self._batch_size = folder, latent, what, batch_size
+        # One each, so that images have the same latents whether they are mirrored too or not.
+        self._noise = [torch.Generator().manual_seed(seed) for _ in range(1 + flip)]
+        self._waiting: dict[str, list[Tensor]] = {}
+        self._open: dict[str, _Rows] = {}
+        self._counts: dict[str, int] = {}
+        self.places: list[tuple[int, int]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._counts)
+
+    def __enter__(self) -> _LatentFiles:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for rows in self._open.values():
+            rows.close()
+
+    def add(self, image: Tensor) -> None:
+        """Take an image, uint8 ``(C, H, W)``."""
+        height, width = image.shape[1:]
+        name = f"latents-{width}x{height}" if self._latent.buckets else "latents"
+        row = self._counts.get(name, 0)
+        self._counts[name] = row + 1
+        self.places.append((self.names.index(name), row))
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(image)
+        if len(waiting) == self._batch_size:
+            self._encode(name)
+
+    def finish(self) -> None:
+        """Encode the images that are left."""
+        for name, waiting in self._waiting.items():
+            if waiting:
+                self._encode(name)
+
+    def _encode(self, name: str) -> None:
+        images = torch.stack(self._waiting[name])
+        self._waiting[name].clear()
+        for prefix, pixels, generator in zip(("", "flipped-"), (images, images.flip(-1)), self._noise, strict=False):
+            rows = _half(self._latent.encode_images(pixels, generator), self._what)
+            file = f"{prefix}{name}"
+            if file not in self._open:
+                self._open[file] = _Rows(self._folder / f"{file}.npy", rows)
+            self._open[file].append(rows)
+
+
+class _Rows:
+    """An ``.npy`` file that grows; its header is written again once the number of rows is known.
+
+    numpy leaves room for that. Not through a map, at which a full disk would end the process without a word.
+    """
+
+    def __init__(self, path: Path, like: np.ndarray) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._like, self._count = like, 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        shape = (self._count, *self._like.shape[1:])
+        header = {"descr": self._like.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, rows: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._count += len(rows)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+
+def _write_images(
+    folder: Path, source: CaptionedImages, latent: LatentPipeline, files: _LatentFiles, progress: bool
 ) -> tuple[list[str], str]:
     """Encode all images, and return the different captions and the hash of the content."""
     digest = hashlib.sha256()
-    latents = np.lib.format.open_memmap(
-        folder / "latents.npy", mode="w+", dtype=np.float16, shape=(len(source), *latent.latent_shape)
-    )
-    caption_ids = np.empty(len(source), np.int64)
     ids: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(seed)
-    done = 0
-    for pairs in batched(_tracked(source, "encoding images", len(source), progress), batch_size):
-        for i, (image, caption) in enumerate(pairs, done):
-            latent.check_image(image.shape, f"image {i} of {source.name}")
-            caption_ids[i] = ids.setdefault(caption, len(ids))
-            _take_in(digest, image, caption)
-        encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
-        latents[done : done + len(pairs)] = _half(encoded, f"the latents of {source.name}")
-        done += len(pairs)
-    latents.flush()
-    if done < len(source):
-        _shorten(folder / "latents.npy", done)
-    np.save(folder / "caption_ids.npy", caption_ids[:done])
+    caption_ids: list[int] = []
+    frames: list[Frame] = []
+    images = source.framed() if latent.buckets else ((image, caption, None) for image, caption in source)
+    for image, caption, frame in _tracked(images, "encoding images", len(source), progress):
+        latent.check_image(image.shape, f"image {len(caption_ids)} of {source.name}")
+        caption_ids.append(ids.setdefault(caption, len(ids)))
+        _take_in(digest, image, caption, frame)
+        frames.extend([] if frame is None else [frame])
+        files.add(image)
+    files.finish()
+    np.save(folder / "caption_ids.npy", np.array(caption_ids, np.int64))
+    if latent.buckets:
+        np.save(folder / "places.npy", np.array(files.places, np.int64))
+        for name, rows in latent.family.frame_conditions(frames).items():
+            np.save(folder / f"image-{name}.npy", rows.numpy())
     write_json(folder / "captions.json", list(ids))
     return list(ids), digest.hexdigest()
-
-
-def _shorten(file: Path, rows: int) -> None:
-    """Drop the rows that were meant for images which could not be read."""
-    whole, shorter = np.load(file, mmap_mode="r"), file.with_suffix(".short")
-    kept = np.lib.format.open_memmap(shorter, mode="w+", dtype=whole.dtype, shape=(rows, *whole.shape[1:]))
-    for start in range(0, rows, 1024):
-        kept[start : start + 1024] = whole[start : min(start + 1024, rows)]
-    kept.flush()
-    del whole, kept  # Windows replaces no file that is mapped.
-    shorter.replace(file)
 
 
 def _write_conditions(

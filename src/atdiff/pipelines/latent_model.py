@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.prediction import resolve_prediction_type
+from atdiff.data.buckets import Size, bucket_sizes
 from atdiff.pipelines.families import Family, PromptOptions, as_diffusers, family_of, trainable_copy
 from atdiff.pipelines.families.base import image_channels, pixels_per_latent
 from atdiff.pipelines.loading import load_pipeline
@@ -43,12 +44,14 @@ class LatentPipeline:
         source: the folder or hub id that it was loaded from, for messages.
         size: pixels along a side of the images, where the network takes several sizes; None for the published one.
         tokens: of a prompt, where there is a T5; None for the pipeline's own number.
+        bucket_step: pixels that the sides of buckets are multiples of; None for squares alone.
     """
 
     pipeline: Any
     source: str
     size: int | None = None
     tokens: int | None = None
+    bucket_step: int | None = None
 
     @property
     def family(self) -> Family:
@@ -87,6 +90,13 @@ class LatentPipeline:
         return self.latent_shape[-1] * pixels_per_latent(self.pipeline)
 
     @property
+    def buckets(self) -> tuple[Size, ...]:
+        """Widths and heights of images in buckets; see :func:`atdiff.data.buckets.bucket_sizes`."""
+        if self.bucket_step is None:
+            return ()
+        return bucket_sizes(self.image_size, self.bucket_step, self.family.largest_side(self.pipeline))
+
+    @property
     def image_channels(self) -> int:
         """Channels of the images."""
         return image_channels(self.vae)
@@ -97,9 +107,10 @@ class LatentPipeline:
         return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
-        """Raise a UserError unless images of shape ``(C, H, W)`` have latents of the network's shape."""
+        """Raise a UserError unless images of shape ``(C, H, W)`` have latents of the network's shape, or a bucket's."""
         expected = (self.image_channels, self.image_size, self.image_size)
-        if tuple(shape) != expected:
+        in_bucket = shape[0] == self.image_channels and (shape[2], shape[1]) in self.buckets
+        if tuple(shape) != expected and not in_bucket:
             found = "x".join(map(str, shape))
             raise UserError(
                 f"{name} is {found} (channels, height, width): {self.source} takes {'x'.join(map(str, expected))}, so "
@@ -139,7 +150,8 @@ class LatentPipeline:
         float32 ``encoder_hidden_states``, ``(B, L, D)``; for SDXL also ``text_embeds``, ``(B, P)``, and ``time_ids``,
         ``(B, 6)``: original size, corner of the crop and target size of an uncropped image of the pipeline's size; for
         SD3 and Flux ``pooled_projections``, ``(B, P)``; where prompts are filled up to a length, a mask of their
-        tokens, ``(B, L)``. For DiT int64 ``class_labels``, ``(B,)``.
+        tokens, ``(B, L)``. For DiT int64 ``class_labels``, ``(B,)``. With buckets ``time_ids`` are none of the
+        prompts' but of each image's: see :meth:`Family.frame_conditions`.
         """
         return self._encode_prompts(list(prompts), negative=False)
 
@@ -152,7 +164,10 @@ class LatentPipeline:
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: list[str], *, negative: bool) -> dict[str, Tensor]:
-        return self.family.conditions(self.pipeline, prompts, PromptOptions(self.image_size, self.tokens, negative))
+        options = PromptOptions(self.image_size, self.tokens, negative)
+        found = self.family.conditions(self.pipeline, prompts, options)
+        of_images = self.family.frame_conditions([]) if self.buckets else {}
+        return {name: value for name, value in found.items() if name not in of_images}
 
 
 def require_transformers(source: str) -> None:
@@ -169,6 +184,7 @@ def load_latent_pipeline(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     tokens: int | None = None,
+    bucket_step: int | None = None,
     variant: str | None = None,
     config: str | None = None,
 ) -> LatentPipeline:
@@ -180,19 +196,21 @@ def load_latent_pipeline(
         dtype: of the network's weights; autoencoder and text encoders are float32 (see :func:`load_pipeline`).
         image_size: pixels along a side of the images, for networks that take several sizes; others have their own.
         tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        bucket_step: see :class:`LatentPipeline`.
         variant: of the weights, such as ``fp16``; a training folder has none.
         config: of a single file; see :func:`load_pipeline`.
 
     Raises:
-        UserError: as :func:`load_pipeline`, a text encoder is missing, or size or tokens do not fit.
+        UserError: as :func:`load_pipeline`, a text encoder is missing, or size, buckets or tokens do not fit.
     """
     check_local(source)
     require_transformers(source)
     pipeline = load_pipeline(source, variant=variant, pixels=False, config=config)
     family = family_of(pipeline)
     getattr(pipeline, family.network).to(dtype)
-    latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens)
+    latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens, bucket_step)
     _check_size(latent, image_size)
+    _check_buckets(latent)
     return latent
 
 
@@ -204,6 +222,23 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
         raise UserError(
             f"data.caption_tokens={latent.tokens} is for SD3 and Flux, and others with a T5; {latent.source} has none: "
             "leave it out."
+        )
+
+
+def _check_buckets(latent: LatentPipeline) -> None:
+    step, family, size = latent.bucket_step, latent.family, latent.image_size
+    if step is None:
+        return
+    if not family.call_options((size, size)):
+        raise UserError(
+            f"data.buckets are for networks of images of any size, and {latent.source} is a "
+            f"{type(latent.pipeline).__name__}, which takes squares alone; leave it out."
+        )
+    least = family.size_step(latent.pipeline)
+    if step % least or step > size or len(latent.buckets) == 1:
+        raise UserError(
+            f"data.bucket_step={step} does not fit {latent.source} at data.image_size={size}: expected a multiple of "
+            f"{least} that leaves several buckets, such as {max(1, size // 8 // least) * least}."
         )
 
 

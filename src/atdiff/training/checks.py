@@ -11,7 +11,7 @@ from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import refuse_other_training
-from atdiff.training.config import ADAMW, DECAYS, PIXEL_MODELS, TrainConfig
+from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_machine"]
@@ -24,6 +24,7 @@ def check_config(config: TrainConfig) -> None:
         UserError: one sentence, with the value, what was expected and the fix.
     """
     read_settings(TrainConfig, asdict(config))
+    _check_data(config)
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
@@ -67,6 +68,19 @@ def check_machine(config: TrainConfig) -> None:
                 f"training.tracker={settings.tracker!r} is not installed; installed are: "
                 f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
             )
+
+
+def _check_data(config: TrainConfig) -> None:
+    data = config.data
+    if data.bucket_step != BUCKET_STEP and not data.buckets:
+        raise UserError(
+            f"data.bucket_step={data.bucket_step} has no effect without data.buckets; set it, or leave both out."
+        )
+    if data.buckets and config.adversary.dose == "auto":
+        raise UserError(
+            "a dose that sets itself (adversary.steps) goes by the variance of images of one size, which data.buckets "
+            "have not; give a dose, such as adversary.dose=0.15, or leave the buckets out."
+        )
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -154,6 +168,11 @@ def _check_reflow(config: TrainConfig) -> None:
 
 
 def _check_pixels(config: TrainConfig) -> None:
+    if config.data.buckets:
+        raise UserError(
+            f"data.buckets are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
+            "pixels of one size; leave it out."
+        )
     if config.validation.prompts is not None:
         raise UserError(
             f"validation.prompts are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "

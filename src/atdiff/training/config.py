@@ -34,6 +34,7 @@ from atdiff.core.choices import (
 
 __all__ = [
     "ADAMW",
+    "BUCKET_STEP",
     "DECAYS",
     "ENDING",
     "PIXEL_MODELS",
@@ -84,6 +85,7 @@ Predicted = Annotated[
 ]
 
 
+BUCKET_STEP = 64  # pixels, as in kohya's scripts
 ADAMW = "torch.optim.AdamW"
 _DecayWord = Literal["constant", "linear", "cosine"]
 DECAYS: tuple[str, ...] = get_args(_DecayWord)
@@ -121,7 +123,7 @@ class DataConfig(Settings):
     Attributes:
         name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or the name of a data set on the hub.
         split: which part of it.
-        image_size: crop and resize to this many pixels; null expects images of one size.
+        image_size: crop and resize to this many pixels; null expects images of one size, or for pipelines is theirs.
         channels: 1 or 3, to convert to greyscale or RGB; null expects images of one kind.
         crop: how ``image_size`` is had: ``bicubic``, antialiased, or ``adm``, halvings by a box filter before it, as in
             guided-diffusion.
@@ -131,12 +133,17 @@ class DataConfig(Settings):
         label_column: of a table, whole numbers or text; default the first of classes.
         labels: keep only the images of these classes, by number, to train on and to be judged against; null for all.
             Classes keep their numbers and captions.
-        flip: mirror half of the images left to right.
+        flip: mirror half of the images left to right; those of pipelines are encoded both ways.
         class_conditional: give the labels to the network.
-        captions: one a class, which makes text-to-image data of labelled images.
+        captions: one a class, which makes text-to-image data of labelled images; or one for all images of a folder
+            without classes.
         caption_column: of a table; default the first that holds text.
         caption_tokens: that the T5 of SD3 and Flux cuts or fills a caption to; null for the pipeline's own number (256
             and 512). Fewer make a smaller cache and faster passes.
+        buckets: crop each image to the bucket of the nearest aspect ratio instead of a square; every batch is of one
+            bucket. Text-to-image data only.
+        bucket_step: pixels that the sides of buckets are multiples of. Their areas are at most that of
+            ``image_size``, their sides from half of it to its double.
         limit: read only so many images; null for all. Text-to-image data only.
         unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
             ``skip`` leaves them out.
@@ -156,6 +163,8 @@ class DataConfig(Settings):
     captions: list[str] | None = None
     caption_column: str | None = None
     caption_tokens: int | None = None
+    buckets: bool = False
+    bucket_step: Count = BUCKET_STEP
     limit: int | None = None
     unreadable: Unreadable = "refuse"
 

@@ -27,7 +27,7 @@ from atdiff.training.dosing import fit_dose
 from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
-from atdiff.training.order import batch_indices, seed_batch
+from atdiff.training.order import seed_batch
 from atdiff.training.progress import TrainingBar, tell_run
 from atdiff.training.records import Records
 from atdiff.training.state import TrainingState
@@ -220,7 +220,7 @@ class Trainer:
         """Return which samples of the data this process takes for a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.training.batch_size * world
-        return batch_indices(self.config.training.seed, batch, size, self.task.epoch_size)[rank::world]
+        return self.task.indices(batch, size)[rank::world]
 
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from atdiff.training.config import ENDING, OptimizerConfig
 
-__all__ = ["batch_indices", "learning_rate_factor", "seed_batch"]
+__all__ = ["batch_indices", "bucket_indices", "learning_rate_factor", "seed_batch"]
 
 
 def seed_batch(seed: int, rank: int, batch: int) -> None:
@@ -50,3 +51,42 @@ def batch_indices(seed: int, batch: int, batch_size: int, num_images: int) -> Te
 def _epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     return torch.randperm(num_images, generator=generator)
+
+
+def bucket_indices(seed: int, batch: int, batch_size: int, buckets: Sequence[Tensor]) -> Tensor:
+    """Return the images of a batch, all of one bucket.
+
+    After every epoch a bucket of n images has had ``n / batch_size`` batches an epoch, rounded, so that images of all
+    buckets are seen equally often; the batches of an epoch are shuffled by ``(seed, epoch)``. Those of one bucket are
+    :func:`batch_indices` of its images. Of a single bucket that is the order without any.
+
+    Args:
+        seed: of the run.
+        batch: which one, from 0.
+        batch_size: images of it, in all processes.
+        buckets: the images of each, int64 ``(n,)``, none empty.
+    """
+    counts = tuple(map(len, buckets))
+    # The number of batches that an epoch begins with is off by half a batch a bucket, at the most.
+    epoch = max(0, (2 * batch - len(counts)) * batch_size // (2 * sum(counts)))
+    while sum(_batches_before(epoch + 1, batch_size, counts)) <= batch:
+        epoch += 1
+    before = _batches_before(epoch, batch_size, counts)
+    turns = _epoch_turns(seed, epoch, batch_size, counts)[: batch - sum(before) + 1]
+    bucket = int(turns[-1])
+    nth = before[bucket] + int((turns[:-1] == bucket).sum())
+    return buckets[bucket][batch_indices(seed, nth, batch_size, counts[bucket])]
+
+
+def _batches_before(epoch: int, batch_size: int, counts: tuple[int, ...]) -> list[int]:
+    """Return how many batches each bucket has had before an epoch."""
+    return [(2 * epoch * count + batch_size) // (2 * batch_size) for count in counts]
+
+
+@lru_cache(maxsize=4)
+def _epoch_turns(seed: int, epoch: int, batch_size: int, counts: tuple[int, ...]) -> Tensor:
+    """Return the bucket of each batch of an epoch."""
+    ends = (_batches_before(one, batch_size, counts) for one in (epoch, epoch + 1))
+    before, after = (torch.tensor(end) for end in ends)
+    turns = torch.arange(len(counts)).repeat_interleave(after - before)
+    return turns[_epoch_order(seed, epoch, len(turns))]

@@ -120,5 +120,5 @@ FOLDER = Source(
     pairs=_pairs,
     lazy=True,
     uncaptioned="{} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
-    "image, or, if its subfolders are classes, give captions, one per class.",
+    "image, or give captions, one for all images or, if its subfolders are classes, one per class.",
 )

@@ -12,6 +12,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.data.buckets import Frame
 from atdiff.models.call import image_tokens
 
 __all__ = [
@@ -149,6 +150,13 @@ class Family:
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
         """Return what the network is conditioned on, with a row per prompt; the names are those of its ``forward``."""
         return {"encoder_hidden_states": self.encode(pipeline, prompts, options)[0].float()}
+
+    def frame_conditions(self, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        """Return what the network is told of how images were cropped, float32, a row each; none of most networks.
+
+        The names are among those of :meth:`conditions`, whose rows are of images that were not cropped.
+        """
+        return {}
 
     def encode(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> Sequence[Tensor]:  # noqa: ANN401
         """Return the embeddings of prompts, or those that guidance points away from."""

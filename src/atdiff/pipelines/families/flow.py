@@ -15,12 +15,12 @@ __all__ = ["FlowTransformer"]
 class FlowTransformer(Family):
     """A transformer with joint attention of image and text; those of SD3 and Flux have a T5 beside their CLIPs."""
 
-    parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    parts: tuple[str, ...] = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     any_size = True
     has_t5 = True
     patch = 2
     # Queries, keys, values and outputs of image and of text, as in diffusers' train_dreambooth_lora_sd3.py.
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
         "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v",
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atdiff.data.buckets import Frame
 from atdiff.pipelines.families.base import PromptOptions, channel_moments
 from atdiff.pipelines.families.sd import StableDiffusion
 from atdiff.pipelines.original_names import original_name
@@ -27,13 +29,18 @@ class StableDiffusionXL(StableDiffusion):
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`; ``time_ids`` are those of an uncropped image."""
         states, pooled = self.encode(pipeline, prompts, options)
-        size = [options.image_size, options.image_size]
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=states.device)
+        size = (options.image_size, options.image_size)
+        time_ids = self.frame_conditions([Frame(size, (0, 0), size)])["time_ids"].to(states.device)
         return {
             "encoder_hidden_states": states.float(),
             "text_embeds": pooled.float(),
             "time_ids": time_ids.repeat(len(prompts), 1),
         }
+
+    def frame_conditions(self, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        """See :meth:`Family.frame_conditions`; ``time_ids`` in the order of diffusers' ``_get_add_time_ids``."""
+        rows = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32).reshape(len(rows), 6)}
 
     def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
         """See :meth:`Family.kohya_layer`: the names of the original U-Net, of which kohya trains SDXL.

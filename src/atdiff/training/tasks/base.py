@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from atdiff.data.sources import ImageData
 from atdiff.training.config import TrainConfig
+from atdiff.training.order import batch_indices
 
 __all__ = ["Task"]
 
@@ -64,6 +65,10 @@ class Task(ABC):
     def epoch_size(self) -> int:
         """Samples of an epoch, once the data were read."""
         return len(self.data)
+
+    def indices(self, batch: int, batch_size: int) -> Tensor:
+        """Return which samples a batch of all processes takes, int64 ``(batch_size,)``."""
+        return batch_indices(self.config.training.seed, batch, batch_size, self.epoch_size)
 
     @property
     @abstractmethod

@@ -7,16 +7,18 @@ from diffusers import LCMScheduler
 
 from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
+from atdiff.data.buckets import bucket_counts
 from atdiff.data.captions import CaptionedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
+from atdiff.system.processes import num_processes
 from atdiff.training.build import consistency_options
 from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
 from atdiff.training.start import Start, differences
 
 __all__ = [
-    "as_start", "check_classes", "check_distillable", "check_fits", "check_parametrisation", "check_settings",
-    "load_latent_teacher",
+    "as_start", "check_buckets", "check_classes", "check_distillable", "check_fits", "check_parametrisation",
+    "check_settings", "load_latent_teacher",
 ]  # fmt: skip
 
 
@@ -32,8 +34,6 @@ def check_settings(config: TrainConfig) -> None:
         )
     if config.data.class_conditional:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
-    if config.data.flip:
-        raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
     if config.scheduler != SchedulerConfig():
         raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
     if config.consistency.mode != "none":
@@ -98,6 +98,21 @@ def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: Captio
         )
 
 
+def check_buckets(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages) -> None:
+    """Find a batch that is more than the images of any bucket."""
+    if not latent.buckets or not captioned.sizes:
+        return
+    size, processes = config.training.batch_size, num_processes()
+    ((width, height), most), *_ = bucket_counts(captioned.sizes, latent.buckets).most_common(1)
+    if size * processes > most:
+        by = f" in each of {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"training.batch_size={size}{by} is more than the images of any bucket, of which {width}x{height} has the "
+            f"most, {most} of {len(captioned.sizes)}: use {max(1, most // processes)} or less, a larger "
+            "data.bucket_step, or no data.buckets."
+        )
+
+
 def as_start(latent: LatentPipeline) -> Start:
     """Return the pipeline's network and scheduler as what a run starts from."""
     return Start(latent.source, latent.scheduler, latent.network)
@@ -140,7 +155,8 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
 
 
 def _load_teacher(source: str, config: TrainConfig) -> LatentPipeline:
-    return load_latent_pipeline(source, variant=config.model.variant, config=config.model.config)
+    step = config.data.bucket_step if config.data.buckets else None
+    return load_latent_pipeline(source, bucket_step=step, variant=config.model.variant, config=config.model.config)
 
 
 def check_distillable(latent: LatentPipeline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from atdiff.core.errors import UserError
+from atdiff.data.buckets import bucket_line
 from atdiff.data.captions import CaptionedImages, load_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
@@ -28,10 +30,12 @@ from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SMALL_PIPELINES, TrainConfig
+from atdiff.training.order import bucket_indices
 from atdiff.training.start import noise_scheduler
 from atdiff.training.tasks.base import Task
 from atdiff.training.tasks.latent_checks import (
     as_start,
+    check_buckets,
     check_classes,
     check_distillable,
     check_fits,
@@ -66,6 +70,7 @@ class LatentTask(Task):
             self._source(),
             image_size=size,
             tokens=config.data.caption_tokens,
+            bucket_step=config.data.bucket_step if config.data.buckets else None,
             variant=config.model.variant,
             config=config.model.config,
         )
@@ -85,6 +90,7 @@ class LatentTask(Task):
         self.captioned = self._captioned()
         if self.latent.family.labelled:
             check_classes(config, self.latent, self.captioned)
+        check_buckets(config, self.latent, self.captioned)
 
     def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages:
         data = self.config.data
@@ -96,6 +102,7 @@ class LatentTask(Task):
             caption_column=data.caption_column,
             limit=data.limit,
             classes=classes,
+            buckets=self.latent.buckets,
             **{**data_options(asdict(self.config)), "image_size": size, "channels": channels},
         )
 
@@ -128,6 +135,8 @@ class LatentTask(Task):
         if not from_here and config.training.init != self.config.training.init:
             return LatentTask(config).scheduler
         check_parametrisation(config, self.latent)
+        if config.data == self.config.data:  # else it is found when the arm starts
+            check_buckets(config, self.latent, self.captioned)
         scheduler = self._scheduler_of(config)
         if config.consistency.mode != "none":
             self._teacher_of(config)
@@ -161,9 +170,7 @@ class LatentTask(Task):
     def _objective(self) -> Any:  # noqa: ANN401  (either objective)
         if not self.is_consistency:
             objective: Any = build_objective(self.config, self.scheduler)
-            shift = self.latent.family.timestep_shift(self.scheduler, self.latent.latent_shape, self.latent.network)
-            if shift is not None and hasattr(objective.timestep_sampler, "shift"):
-                objective.timestep_sampler.shift = shift
+            self._shift(objective, self.latent.latent_shape)
             return objective
         return LatentConsistencyObjective(
             self.scheduler,
@@ -172,6 +179,12 @@ class LatentTask(Task):
             guidance_dim=self.guidance_dim,
             **consistency_options(self.config),
         )
+
+    def _shift(self, objective: Any, latent_shape: tuple[int, int, int]) -> None:  # noqa: ANN401
+        """Draw timesteps as the pipeline would make its steps for latents of that shape."""
+        shift = self.latent.family.timestep_shift(self.scheduler, latent_shape, self.latent.network)
+        if shift is not None and hasattr(objective.timestep_sampler, "shift"):
+            objective.timestep_sampler.shift = shift
 
     def _teacher_of(self, config: TrainConfig) -> GuidedTeacher | None:
         """Return the teacher of a distillation; None for consistency training, whose teacher is the data."""
@@ -203,7 +216,20 @@ class LatentTask(Task):
         """Encode the images and captions that the cache does not have."""
         if not hasattr(self, "data"):
             with accelerator.main_process_first():
-                self.data = latent_data(self.captioned, self.latent, device=accelerator.device)
+                flip = self.config.data.flip
+                self.data = latent_data(self.captioned, self.latent, device=accelerator.device, flip=flip)
+            self._groups = self.data.groups
+            if self.latent.buckets:
+                self.told = self._bucket_line()
+
+    def _bucket_line(self) -> str:
+        scale = self.latent.image_size // self.latent.latent_shape[-1]
+        shapes = [array.shape for array in self.data.latents]
+        return bucket_line(Counter({(width * scale, height * scale): count for count, _, height, width in shapes}))
+
+    def indices(self, batch: int, batch_size: int) -> Tensor:
+        """Return which images a batch of all processes takes, of one bucket."""
+        return bucket_indices(self.config.training.seed, batch, batch_size, self._groups)
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Return latents and embeddings of a batch, some of them without their prompt where the settings ask for it."""
@@ -214,7 +240,14 @@ class LatentTask(Task):
             for name, null in self.data.null_conditions(len(indices)).items():
                 where = dropped.view(-1, *[1] * (null.ndim - 1))
                 conditions[name] = torch.where(where, null.to(device), conditions[name])
-        return self.data.x0(indices).to(device), conditions
+        x0 = self.data.x0(indices)
+        if self.config.data.flip:
+            flipped = (torch.rand(len(indices)) < 0.5).view(-1, 1, 1, 1)
+            x0 = torch.where(flipped, self.data.mirrored(indices), x0)
+        if self.latent.buckets and not self.is_consistency:
+            _, channels, height, width = x0.shape
+            self._shift(self.objective, (channels, height, width))
+        return x0.to(device), conditions
 
     def weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """Return what a checkpoint holds of a network: its LoRA alone where one is trained."""
