@@ -10,6 +10,7 @@ from atdiff.core.errors import UserError
 from atdiff.data.captions import CaptionedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
+from atdiff.system.pipeline_files import is_single_file
 from atdiff.training.build import consistency_options
 from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
 from atdiff.training.start import Start, differences
@@ -29,6 +30,11 @@ def check_settings(config: TrainConfig) -> None:
     if config.training.init is None and config.lora.rank:
         raise UserError(
             "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as --training.init."
+        )
+    if config.lora.base_precision != "float32" and is_single_file(config.training.init or ""):
+        raise UserError(
+            f"lora.base_precision={config.lora.base_precision!r} is for pipeline folders and hub ids, and "
+            f"training.init={config.training.init!r} is one file: save it as a folder with diffusers' save_pretrained."
         )
     if config.data.class_conditional:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
@@ -140,7 +146,12 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
 
 
 def _load_teacher(source: str, config: TrainConfig) -> LatentPipeline:
-    return load_latent_pipeline(source, variant=config.model.variant, config=config.model.config)
+    return load_latent_pipeline(
+        source,
+        variant=config.model.variant,
+        config=config.model.config,
+        base_precision=config.lora.base_precision,
+    )
 
 
 def check_distillable(latent: LatentPipeline) -> None:

@@ -18,7 +18,7 @@ from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.latent_model import load_latent_pipeline, make_student, save_student, with_network
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student, with_network
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
@@ -68,6 +68,7 @@ class LatentTask(Task):
             tokens=config.data.caption_tokens,
             variant=config.model.variant,
             config=config.model.config,
+            base_precision=config.lora.base_precision,
         )
         check_fits(config, self.latent)
         if config.objective.prediction_type == "v":
@@ -184,8 +185,12 @@ class LatentTask(Task):
 
     def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config
-        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
-        if config.lora.rank:
+        if not config.lora.rank:
+            network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
+        else:
+            network = make_frozen(self.latent.network)
+            # Every process has loaded the same; quantised weights could not be sent.
+            network._ddp_params_and_buffers_to_ignore = [name for name, _ in network.named_parameters()]
             usual = self.latent.family.lora_targets
             targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
