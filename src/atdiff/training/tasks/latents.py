@@ -28,6 +28,7 @@ from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SMALL_PIPELINES, TrainConfig
+from atdiff.training.memory_estimate import MemoryEstimate, estimate_memory, tell_memory
 from atdiff.training.start import noise_scheduler
 from atdiff.training.tasks.base import Task
 from atdiff.training.tasks.latent_checks import (
@@ -209,6 +210,17 @@ class LatentTask(Task):
         if not hasattr(self, "data"):
             with accelerator.main_process_first():
                 self.data = latent_data(self.captioned, self.latent, device=accelerator.device)
+
+    def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
+        """Say how much memory the training needs, where all of it is in one process."""
+        if progress and accelerator.is_main_process and not self.config.training.shard:
+            tell_memory(self.memory(), accelerator.device)
+
+    def memory(self) -> MemoryEstimate:
+        """Return an estimate of what the training needs; the data have been read."""
+        one = torch.zeros(1, dtype=torch.int64)
+        teacher = getattr(getattr(self.objective, "teacher", None), "model", None)
+        return estimate_memory(self.network, self.data.x0(one), self.data.conditions(one), self.config, teacher)
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Return latents and embeddings of a batch, some of them without their prompt where the settings ask for it."""
