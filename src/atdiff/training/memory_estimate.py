@@ -90,11 +90,11 @@ def estimate_memory(
     )
     if autocast is not None:  # which the gradients of float32 weights are not in
         activations += (4 - autocast.itemsize) * sum(weight.numel() for weight in trained)
-    of_trained = stored_bytes(trained)
+    of_trained, adapted = stored_bytes(trained), bool(getattr(network, "peft_config", None))
     shares = {id(weight) for weight in weights}
     return MemoryEstimate(
-        network=kept + buffers + (of_trained if not frozen else 0) + _autocast_copies(weights, network, autocast),
-        adapters=of_trained if frozen else 0,
+        network=kept + buffers + (0 if adapted else of_trained) + _autocast_copies(weights, network, autocast),
+        adapters=of_trained if adapted else 0,
         teacher=stored_bytes(one for one in ([] if teacher is None else teacher.parameters()) if id(one) not in shares),
         averages=averages * (of_trained + buffers),
         optimizer=_optimizer_bytes(config.optimizer, trained),

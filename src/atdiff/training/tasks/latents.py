@@ -190,11 +190,12 @@ class LatentTask(Task):
             network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
         else:
             network = make_frozen(self.latent.network)
-            # Every process has loaded the same; quantised weights could not be sent.
-            network._ddp_params_and_buffers_to_ignore = [name for name, _ in network.named_parameters()]
             usual = self.latent.family.lora_targets
             targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
+            # Every process has loaded the same, and quantised weights could not be sent.
+            frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+            network._ddp_params_and_buffers_to_ignore = frozen
         if config.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network
