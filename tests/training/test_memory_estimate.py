@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -30,7 +31,7 @@ from atdiff.training.config import (
 from atdiff.training.loop import Trainer
 from atdiff.training.memory_estimate import MemoryEstimate, activation_bytes, kept_bytes, stored_bytes, tell_memory
 
-HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None and hasattr(diffusers, "PipelineQuantizationConfig")
 
 
 def held(networks: list[nn.Module]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import diffusers
 import torch
 
 from atdiff.core.choices import BasePrecision
@@ -19,8 +20,13 @@ def check_base_precision(precision: BasePrecision, device: torch.device) -> None
     """Find out whether a network can be kept so on this machine.
 
     Raises:
-        UserError: the package is not installed, or needs a GPU.
+        UserError: a package is not installed or too old, or needs a GPU.
     """
+    if not hasattr(diffusers, "PipelineQuantizationConfig"):
+        raise UserError(
+            f"lora.base_precision={precision!r} needs diffusers 0.34 or newer, and {diffusers.__version__} is "
+            "installed: pip install -U diffusers."
+        )
     package = PACKAGES.get(precision)
     if package == "bitsandbytes" and device.type != "cuda":
         raise UserError(
