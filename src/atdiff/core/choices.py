@@ -11,6 +11,7 @@ __all__ = [
     "PRECISIONS",
     "SAMPLERS",
     "WHITE",
+    "BasePrecision",
     "Crop",
     "Direction",
     "Distance",
@@ -33,6 +34,7 @@ __all__ = [
     "scheduler_word",
 ]
 
+BasePrecision = Literal["float32", "bf16", "fp8", "int8wo", "int8", "nf4"]
 Crop = Literal["bicubic", "adm"]
 Direction = Literal["gradient", "gradient_full", "residual", "drift", "random"]
 Distance = Literal["pseudo-huber", "huber", "l2"]

@@ -49,7 +49,8 @@ class EMA:
     small network costs as much as its forward pass.
 
     Args:
-        network: its parameters are averaged; its buffers are copied.
+        network: its parameters are averaged; its buffers are copied. What is frozen, under adapters, is not copied: the
+            average shares it.
         decay: in [0, 1).
         warmup: raise the decay to that from 0; see :func:`decay_at`.
 
@@ -59,7 +60,8 @@ class EMA:
     """
 
     def __init__(self, network: nn.Module, decay: float, *, warmup: bool = False) -> None:
-        self.module = copy.deepcopy(network).eval().requires_grad_(False)
+        frozen = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
+        self.module = copy.deepcopy(network, frozen).eval().requires_grad_(False)
         self._trained = [weight.requires_grad for weight in network.parameters()]
         self._decay, self._warmup = decay, warmup
         self.updates = 0
@@ -67,7 +69,6 @@ class EMA:
 
     def follow(self, network: nn.Module) -> None:
         """Average the weights of ``network`` from now on: the same one, whose parameters have become other objects."""
-        # What is frozen, under adapters, stays equal by itself.
         self._average = [_own(weight) for weight in compress(self.module.parameters(), self._trained)]
         self._weights = [_own(weight) for weight in compress(network.parameters(), self._trained)]
         self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))

@@ -12,11 +12,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from atdiff.core.choices import BasePrecision
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.data.buckets import Size, bucket_sizes
-from atdiff.pipelines.families import Family, PromptOptions, as_diffusers, family_of, trainable_copy
+from atdiff.pipelines.families import Family, PromptOptions, as_diffusers, family_of, trainable_copy, viewed
 from atdiff.pipelines.families.base import image_channels, pixels_per_latent
 from atdiff.pipelines.loading import load_pipeline
 from atdiff.system.files import written_aside
@@ -26,6 +27,7 @@ from atdiff.system.quiet import quiet_libraries
 __all__ = [
     "LatentPipeline",
     "load_latent_pipeline",
+    "make_frozen",
     "make_student",
     "require_transformers",
     "save_student",
@@ -187,6 +189,7 @@ def load_latent_pipeline(
     bucket_step: int | None = None,
     variant: str | None = None,
     config: str | None = None,
+    base_precision: BasePrecision = "float32",
 ) -> LatentPipeline:
     """Load a pipeline of one of the families of :data:`atdiff.pipelines.families.FAMILIES`, without its safety checker.
 
@@ -199,15 +202,17 @@ def load_latent_pipeline(
         bucket_step: see :class:`LatentPipeline`.
         variant: of the weights, such as ``fp16``; a training folder has none.
         config: of a single file; see :func:`load_pipeline`.
+        base_precision: of a network that is to be frozen, in place of ``dtype``; see :func:`load_pipeline`.
 
     Raises:
         UserError: as :func:`load_pipeline`, a text encoder is missing, or size, buckets or tokens do not fit.
     """
     check_local(source)
     require_transformers(source)
-    pipeline = load_pipeline(source, variant=variant, pixels=False, config=config)
+    pipeline = load_pipeline(source, variant=variant, pixels=False, config=config, base_precision=base_precision)
     family = family_of(pipeline)
-    getattr(pipeline, family.network).to(dtype)
+    if base_precision == "float32":
+        getattr(pipeline, family.network).to(dtype)
     latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens, bucket_step)
     _check_size(latent, image_size)
     _check_buckets(latent)
@@ -261,6 +266,12 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
     if added:
         nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student.to(unet.device)
+
+
+def make_frozen(network: Any) -> Any:  # noqa: ANN401  (U-Net or transformer)
+    """Return a network to be adapted, which shares its frozen weights with ``network``, quantised or not."""
+    shared = {id(weight): weight for weight in network.requires_grad_(False).parameters()}
+    return viewed(copy.deepcopy(network, shared)).train()
 
 
 def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, scheduler: Any) -> None:  # noqa: ANN401

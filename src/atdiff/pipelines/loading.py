@@ -10,9 +10,12 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from torch import nn
 
 import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
+from atdiff.core.choices import BasePrecision
 from atdiff.core.errors import UserError
+from atdiff.pipelines.base_precision import loading_options
 from atdiff.pipelines.families import FAMILIES, absent_parts, find_family
 from atdiff.system.locate import check_hub, check_local, hub_failure, hub_location
 from atdiff.system.pipeline_files import check_class, choose_variant, class_name, file_names, is_single_file
@@ -21,7 +24,14 @@ from atdiff.system.quiet import quiet_libraries
 __all__ = ["load_pipeline", "single_file_config"]
 
 
-def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = True, config: str | None = None) -> Any:  # noqa: ANN401
+def load_pipeline(
+    source: str,
+    *,
+    variant: str | None = None,
+    pixels: bool = True,
+    config: str | None = None,
+    base_precision: BasePrecision = "float32",
+) -> Any:  # noqa: ANN401
     """Load a pipeline with all of its parts in float32, whatever they were saved in, and without its safety checker.
 
     diffusers gives float32 to its own networks, and transformers leaves text encoders as they were saved. A network
@@ -35,6 +45,8 @@ def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = Tru
         pixels: take pipelines of pixels too.
         config: of a single file: a pipeline folder or hub id with its configuration and tokenizers; None for the one
             on the hub that diffusers finds for its weights.
+        base_precision: of the network, where it is to be frozen: see :mod:`atdiff.pipelines.base_precision`. Not of a
+            single file.
 
     Raises:
         UserError: there is nothing of the kind, or the download failed; it is of a class that is not taken, a part is
@@ -44,8 +56,9 @@ def load_pipeline(source: str, *, variant: str | None = None, pixels: bool = Tru
     single = is_single_file(source)
     try:
         if single:
+            assert base_precision == "float32", base_precision
             return _of_file(source, config, pixels)
-        return _opened(source, location, None if of_run else variant, pixels)
+        return _opened(source, location, None if of_run else variant, pixels, base_precision)
     except UserError:
         raise
     except Exception as error:  # the loader and its network stack raise dozens of unrelated types
@@ -77,7 +90,7 @@ def _location(source: str) -> str:
     return str(folder)
 
 
-def _opened(source: str, location: str, variant: str | None, pixels: bool) -> Any:  # noqa: ANN401
+def _opened(source: str, location: str, variant: str | None, pixels: bool, base_precision: BasePrecision) -> Any:  # noqa: ANN401
     with quiet_libraries():
         index = dict(DiffusionPipeline.load_config(location))
         _check_index(source, location, index, pixels)
@@ -87,8 +100,13 @@ def _opened(source: str, location: str, variant: str | None, pixels: bool) -> An
         chosen = choose_variant(source, file_names(location), index, variant)
         family = FAMILIES.get(class_name(index))
         loader: Any = getattr(diffusers, (family and family.opened_as) or "DiffusionPipeline")
+        network = None if family is None or base_precision == "float32" else family.network
+        if network is not None:
+            options |= loading_options(network, base_precision)
         pipeline = loader.from_pretrained(location, variant=chosen, **options)
-        pipeline.to(torch.float32)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name != network:
+                part.to(torch.float32)
     return _checked(source, pipeline)
 
 

@@ -37,8 +37,8 @@ def check_machine(config: TrainConfig) -> None:
     """Find what this machine, and the environment that the launcher made, cannot do of the settings.
 
     Raises:
-        UserError: fp16 without a GPU, a tracker that is not installed, or a kind of training that is not that of the
-            settings.
+        UserError: fp16 or bitsandbytes without a GPU, a quantisation or a tracker that is not installed, or a kind of
+            training that is not that of the settings.
     """
     from accelerate.tracking import get_available_trackers
 
@@ -56,6 +56,10 @@ def check_machine(config: TrainConfig) -> None:
             warnings.warn(f"{variable}={given} of the launcher is not used: {setting}={value} is.", stacklevel=2)
     if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    if config.lora.base_precision != "float32":
+        from atdiff.pipelines.base_precision import check_base_precision
+
+        check_base_precision(config.lora.base_precision, device())
     if settings.shard and num_processes() == 1:
         raise UserError(
             "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
@@ -89,6 +93,7 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError("training.shard cannot have training.precision='fp16'; use 'bf16'.")
     if settings.shard and config.lora.rank:
         raise UserError("training.shard is for whole networks: leave it out with lora.rank, whose adapters are small.")
+    _check_base_precision(config)
     warmup, passes = config.optimizer.warmup_passes, settings.passes
     if not 0 <= warmup <= passes:
         raise UserError(
@@ -102,6 +107,22 @@ def _check_training(config: TrainConfig) -> None:
         check_optimizer(optimizer, passes)
     if settings.shard and optimizer.name.endswith(".Muon"):
         raise UserError("training.shard splits matrices, which Muon needs whole; use torch.optim.AdamW, or no shards.")
+
+
+def _check_base_precision(config: TrainConfig) -> None:
+    kept = config.lora.base_precision
+    if kept == "float32":
+        return
+    if not config.lora.rank:
+        raise UserError(
+            f"lora.base_precision={kept!r} is of frozen weights under adapters, and lora.rank=0 trains all weights, in "
+            "float32: set lora.rank, or leave it out."
+        )
+    if config.training.precision == "fp16":
+        raise UserError(
+            f"training.precision='fp16' does not fit lora.base_precision={kept!r}, whose layers are in bf16: use "
+            "training.precision=bf16 or no."
+        )
 
 
 def _check_batch(config: TrainConfig) -> None:

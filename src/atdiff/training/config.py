@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WithJ
 
 from atdiff.core.choices import (
     WHITE,
+    BasePrecision,
     Crop,
     Direction,
     Distance,
@@ -202,11 +203,15 @@ class LoraConfig(Settings):
         rank: of the adapters; 0 trains all weights.
         alpha: their scale times the rank; default the rank.
         targets: names of layers; null for those of LCM-LoRA.
+        base_precision: of the frozen weights under the adapters, and of a teacher's: ``float32``, ``bf16``, or linear
+            layers in fewer bits and the rest in bf16. These are ``fp8`` and ``int8wo``, 8 bits by torchao, and ``int8``
+            and ``nf4``, 8 and 4 bits by bitsandbytes, on a GPU. The adapters are float32.
     """
 
     rank: int = 0
     alpha: float | None = None
     targets: list[str] | None = None
+    base_precision: BasePrecision = "float32"
 
 
 @dataclass

@@ -11,6 +11,7 @@ from atdiff.data.buckets import bucket_counts
 from atdiff.data.captions import CaptionedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
+from atdiff.system.pipeline_files import is_single_file
 from atdiff.system.processes import num_processes
 from atdiff.training.build import consistency_options
 from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
@@ -31,6 +32,11 @@ def check_settings(config: TrainConfig) -> None:
     if config.training.init is None and config.lora.rank:
         raise UserError(
             "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as --training.init."
+        )
+    if config.lora.base_precision != "float32" and is_single_file(config.training.init or ""):
+        raise UserError(
+            f"lora.base_precision={config.lora.base_precision!r} is for pipeline folders and hub ids, and "
+            f"training.init={config.training.init!r} is one file: save it as a folder with diffusers' save_pretrained."
         )
     if config.data.class_conditional:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
@@ -155,8 +161,13 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
 
 
 def _load_teacher(source: str, config: TrainConfig) -> LatentPipeline:
-    step = config.data.bucket_step if config.data.buckets else None
-    return load_latent_pipeline(source, bucket_step=step, variant=config.model.variant, config=config.model.config)
+    return load_latent_pipeline(
+        source,
+        bucket_step=config.data.bucket_step if config.data.buckets else None,
+        variant=config.model.variant,
+        config=config.model.config,
+        base_precision=config.lora.base_precision,
+    )
 
 
 def check_distillable(latent: LatentPipeline) -> None:

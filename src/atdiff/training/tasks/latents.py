@@ -20,7 +20,7 @@ from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.latent_model import load_latent_pipeline, make_student, save_student, with_network
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student, with_network
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
@@ -30,6 +30,7 @@ from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SMALL_PIPELINES, TrainConfig
+from atdiff.training.memory_estimate import MemoryEstimate, estimate_memory, tell_memory
 from atdiff.training.order import bucket_indices
 from atdiff.training.start import noise_scheduler
 from atdiff.training.tasks.base import Task
@@ -73,6 +74,7 @@ class LatentTask(Task):
             bucket_step=config.data.bucket_step if config.data.buckets else None,
             variant=config.model.variant,
             config=config.model.config,
+            base_precision=config.lora.base_precision,
         )
         check_fits(config, self.latent)
         if config.objective.prediction_type == "v":
@@ -197,11 +199,16 @@ class LatentTask(Task):
 
     def _network(self) -> Any:  # noqa: ANN401  (a U-Net or a transformer)
         config = self.config
-        network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
-        if config.lora.rank:
+        if not config.lora.rank:
+            network = make_student(self.latent.network, guidance_dim=self.guidance_dim if self.is_consistency else None)
+        else:
+            network = make_frozen(self.latent.network)
             usual = self.latent.family.lora_targets
             targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
+            # Every process has loaded the same, and quantised weights could not be sent.
+            frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+            network._ddp_params_and_buffers_to_ignore = frozen
         if config.model.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network
@@ -230,6 +237,17 @@ class LatentTask(Task):
     def indices(self, batch: int, batch_size: int) -> Tensor:
         """Return which images a batch of all processes takes, of one bucket."""
         return bucket_indices(self.config.training.seed, batch, batch_size, self._groups)
+
+    def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
+        """Say how much memory the training needs, where all of it is in one process."""
+        if progress and accelerator.is_main_process and not self.config.training.shard:
+            tell_memory(self.memory(), accelerator.device)
+
+    def memory(self) -> MemoryEstimate:
+        """Return an estimate of what the training needs; the data have been read."""
+        one = torch.zeros(1, dtype=torch.int64)
+        teacher = getattr(getattr(self.objective, "teacher", None), "model", None)
+        return estimate_memory(self.network, self.data.x0(one), self.data.conditions(one), self.config, teacher)
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Return latents and embeddings of a batch, some of them without their prompt where the settings ask for it."""

@@ -1,0 +1,131 @@
+# ruff: noqa: F811  (arguments that are called as the imported fixtures)
+"""The estimate of a run's memory, against what the run holds and what torch's profiler sees."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
+from latent_pipelines import SD_UNET, TEXT_WIDTH, labelled_photos, sd_folder  # noqa: F401
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen
+from atdiff.pipelines.lora import add_lora
+from atdiff.training import memory_estimate
+from atdiff.training.config import (
+    ConsistencyConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from atdiff.training.loop import Trainer
+from atdiff.training.memory_estimate import MemoryEstimate, activation_bytes, kept_bytes, stored_bytes, tell_memory
+
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None and hasattr(diffusers, "PipelineQuantizationConfig")
+
+
+def held(networks: list[nn.Module]) -> int:
+    """Bytes of all weights and buffers of plain networks, each memory counted once."""
+    found = {}
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_and_optimizer_are_those_of_the_run(
+    rank: int, sd_folder: Path, labelled_photos: Path, tmp_path: Path
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainConfig(
+        data=DataConfig(name=str(labelled_photos), captions=["a cat", "a dog"]),
+        model=ModelConfig(name="pipeline"),
+        lora=LoraConfig(rank=rank),
+        consistency=ConsistencyConfig(mode="distillation", distance="huber"),
+        training=TrainingConfig(init=str(sd_folder), passes=1, batch_size=2),
+    )
+    trainer = Trainer(config)
+    trainer.open(tmp_path / "run")
+    found = trainer.task.memory()  # type: ignore[attr-defined]
+    trainer.run(progress=False)
+    weights, teacher = trainer.weights, trainer.task.objective.teacher.model
+    assert weights.target is not None
+    networks = [weights.network, weights.ema.module, weights.target.module, teacher]
+    assert found.network + found.adapters + found.averages + found.teacher == held(networks)
+    assert (found.teacher == 0) == (found.adapters > 0) == (rank > 0)
+    state = trainer.steps.optimizer.optimizer.state.values()
+    moments = [one for values in state for one in values.values() if isinstance(one, Tensor) and one.ndim]
+    assert moments
+    assert found.optimizer == sum(one.numel() * one.element_size() for one in moments)
+
+
+@pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
+@pytest.mark.parametrize("precision", ["bf16", "int8wo", "fp8"])
+def test_what_a_base_would_take_is_what_it_takes(sd_folder: Path, precision: Any) -> None:
+    kept = make_frozen(load_latent_pipeline(str(sd_folder), base_precision=precision).network)
+    with torch.device("meta"):
+        planned: Any = UNet2DConditionModel(**SD_UNET)
+    for network in (kept, planned):
+        add_lora(network, rank=2)
+    assert kept_bytes(planned, precision) == stored_bytes(one for one in kept.parameters() if not one.requires_grad)
+    assert stored_bytes([torch.zeros(4, 5)[:2]] * 2) == 80  # one storage, whole
+
+
+def profiled(network: Any, x_t: Tensor, states: Tensor) -> int:
+    """The most that torch's allocator has at a time beyond what it had before."""
+    timesteps = torch.zeros(len(x_t), dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        network(x_t, timesteps, states).sample.square().mean().backward()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_the_profiler_sees(checkpointing: bool) -> None:
+    network: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
+    with torch.device("meta"):
+        planned: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
+    for one in (network, planned):
+        add_lora(one, rank=2)
+        if checkpointing:
+            one.enable_gradient_checkpointing()
+    x_t, states = torch.randn(4, 4, 32, 32), torch.randn(4, 7, TEXT_WIDTH)
+    conditions = {"encoder_hidden_states": states.to("meta")}
+    found = activation_bytes(planned, x_t.to("meta"), conditions)
+    assert found == pytest.approx(profiled(network, x_t, states), rel=0.15)
+
+
+def test_other_optimizers_are_counted_by_what_they_keep() -> None:
+    weights = [torch.zeros(10, 10), torch.zeros(30)]
+    for name, each in (("torch.optim.AdamW", 8), ("torch.optim.RMSprop", 4), ("torch.optim.SGD", 0)):
+        assert memory_estimate._optimizer_bytes(OptimizerConfig(name=name), weights) == 130 * each
+    muon = OptimizerConfig(name="torch.optim.Muon")
+    assert memory_estimate._optimizer_bytes(muon, weights) == 100 * 4 + 30 * 8
+
+
+def test_a_device_that_has_less_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    found = MemoryEstimate(3_000_000_000, 100_000_000, 0, 100_000_000, 200_000_000, 1_600_000_000)
+    tell_memory(found, torch.device("cpu"))
+    said = "needs about 5 GB of memory (network 3, adapters 0.1, averages 0.1, optimizer 0.2, activations 1.6)"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr(memory_estimate, "memory_left", lambda: -memory_estimate.psutil.Process().memory_info().rss)
+    recwarn.clear()
+    tell_memory(found, torch.device("cpu"))
+    assert "needs about 5 GB, and this machine has" in str(recwarn.pop().message)
