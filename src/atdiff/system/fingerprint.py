@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -85,6 +86,11 @@ def scheduler_fingerprint(scheduler: Any) -> str:  # noqa: ANN401  (any diffuser
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:  # noqa: ANN401  (of transformers)
     """Return the SHA-256 of all files that a tokenizer is saved as: vocabulary, merges, rules and lengths."""
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # it saves the lengths of its last call, and each call sets its own
+        backend.no_truncation()
+        backend.no_padding()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {str(file.relative_to(folder)): file for file in sorted(Path(folder).rglob("*")) if file.is_file()}

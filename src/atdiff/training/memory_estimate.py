@@ -7,12 +7,12 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -157,7 +157,8 @@ def activation_bytes(network: Any, x_t: Tensor, conditions: Mapping[str, Tensor]
         told["timestep_cond"] = torch.empty(len(x_t), dim, device="meta")
     timesteps = torch.zeros(len(x_t), dtype=torch.int64, device="meta")
     live = _Live()
-    with torch.device("meta"), live, _Fused():
+    # Patched, since a torch function mode does not reach what checkpoints compute again in the backward pass.
+    with torch.device("meta"), live, patch.object(functional, "scaled_dot_product_attention", _attention):
         predict(network, x_t, timesteps, told).square().mean().backward()
     return live.peak
 
@@ -241,13 +242,6 @@ class _Live(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
 
-class _Fused(TorchFunctionMode):
-    """Takes a fused kernel for attention, where the meta device would take products of matrices."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        return (_attention if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -258,6 +252,7 @@ def _attention(
     scale: float | None = None,
     **_: Any,  # noqa: ANN401
 ) -> Tensor:
+    """Take a fused kernel for attention, where the meta device would take products of matrices."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     attended: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return attended

@@ -322,7 +322,10 @@ class LatentTask(Task):
 
     def _drawn(self, run: TextToImage, steps: int, num: int, device: torch.device) -> Tensor:
         sampler = default_sampler(self.scheduler)
-        images = torch.cat(list(run.samples(sampler=sampler, steps=steps, num=num, seed=0, device=device)))
+        # The pipeline gives float32 to a network whose frozen layers are in fewer bits.
+        fewer_bits = self.config.lora.base_precision != "float32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=fewer_bits):
+            images = torch.cat(list(run.samples(sampler=sampler, steps=steps, num=num, seed=0, device=device)))
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
         return images
