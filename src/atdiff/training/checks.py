@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 from atdiff.adversary.checks import check_adversary, check_coupling
 from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
-from atdiff.system.launcher import refuse_other_training
+from atdiff.system.launcher import num_processes, refuse_other_training
 from atdiff.training.config import ADAMW, DECAYS, PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
-__all__ = ["check_config", "check_machine"]
+__all__ = ["check_config", "check_machine", "check_split"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -41,7 +42,7 @@ def check_machine(config: TrainConfig) -> None:
     """
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.system.processes import device, is_main, num_processes  # settings are checked without torch
+    from atdiff.system.processes import device, is_main  # settings are checked without torch
 
     settings = config.training
     refuse_other_training()
@@ -55,11 +56,6 @@ def check_machine(config: TrainConfig) -> None:
             warnings.warn(f"{variable}={given} of the launcher is not used: {setting}={value} is.", stacklevel=2)
     if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
-    if settings.shard and num_processes() == 1:
-        raise UserError(
-            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
-            "launch --multi_gpu`, or leave it out."
-        )
     if settings.tracker is not None:
         installed = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker not in installed:
@@ -67,6 +63,15 @@ def check_machine(config: TrainConfig) -> None:
                 f"training.tracker={settings.tracker!r} is not installed; installed are: "
                 f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
             )
+
+
+def check_split(config: TrainConfig, out: Path) -> None:
+    """Raise ``UserError`` where one process is to split weights, but for a run that several have begun in ``out``."""
+    if config.training.shard and num_processes() == 1 and not any((out / "checkpoints").glob("pass-*")):
+        raise UserError(
+            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
+            "launch --multi_gpu`, or leave it out."
+        )
 
 
 def _check_training(config: TrainConfig) -> None:
