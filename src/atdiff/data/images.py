@@ -151,7 +151,9 @@ def decoded(
         UserError: an image is of another shape than the first, or unreadable.
     """
     first: tuple[str, tuple[int, ...]] | None = None
+    total = 0
     for i, (image, source) in enumerate(raw.items()):
+        total += 1
         try:
             pixels = decode(source)
         except _UnreadableError as error:
@@ -161,7 +163,7 @@ def decoded(
         if pixels.shape != first[1]:
             raise _mixed(*first, image, pixels.shape)
         yield i, pixels
-    unreadable.settle(name, raw.count)
+    unreadable.settle(name, total)
 
 
 def _mixed(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]) -> UserError:

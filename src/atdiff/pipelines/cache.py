@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.captions import CaptionedImages
+from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import cache_folder, write_json, written_aside
 from atdiff.system.fingerprint import network_fingerprint, tokenizer_fingerprint
@@ -31,6 +32,7 @@ FORMAT = 2  # of the folder, and of how images become float16 latents; older one
 MANIFEST = "manifest.json"
 
 T = TypeVar("T")
+Source = CaptionedImages | StreamedImages
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class LatentData:
 
 
 def latent_data(
-    source: CaptionedImages,
+    source: Source,
     latent: LatentPipeline,
     *,
     batch_size: int = 8,
@@ -102,7 +104,7 @@ def latent_data(
     its manifest says is said in a warning and made anew. Of several processes one should come first.
 
     Args:
-        source: images with captions, walked through once.
+        source: images with captions, walked through once, a batch at a time in memory.
         latent: autoencoder and text encoders.
         batch_size: images or captions at a time.
         device: where they are encoded; the encoders are put back afterwards.
@@ -115,8 +117,8 @@ def latent_data(
     """
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
-    if len(source) < 1:
-        raise UserError(f"{source.name} has no images: expected at least one with a caption.")
+    if isinstance(source, Sized) and len(source) < 1:
+        raise _no_images(source)
     parts = _key_parts(source, latent, seed)
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     if (kept := _kept(folder, source, progress)) is not None:
@@ -138,23 +140,27 @@ def latent_data(
     return data
 
 
-def _kept(folder: Path, source: CaptionedImages, progress: bool) -> LatentData | None:
+def _no_images(source: Source) -> UserError:
+    return UserError(f"{source.name} has no images: expected at least one with a caption.")
+
+
+def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
     """Return what the cache has, and warn where it is damaged."""
     data = _open(folder, source.name) if folder.exists() else None
     if data is not None and not data.content:  # an older version wrote it
         return _with_content(folder, source, data, progress)
     if data is not None:
         source.unreadable.found[:] = data.skipped
-        source.unreadable.settle(source.name, len(source))
+        source.unreadable.settle(source.name, len(data) + len(data.skipped))
     elif folder.exists():
         warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=3)
     return data
 
 
-def _with_content(folder: Path, source: CaptionedImages, data: LatentData, progress: bool) -> LatentData:
+def _with_content(folder: Path, source: Source, data: LatentData, progress: bool) -> LatentData:
     """Read the images once more for their hash, and keep it."""
     digest = hashlib.sha256()
-    for pair in _tracked(source, "reading images", len(source), progress):
+    for pair in _tracked(source, "reading images", _count(source), progress):
         _take_in(digest, *pair)
     manifest = json.loads((folder / MANIFEST).read_text())
     write_json(folder / MANIFEST, {**manifest, "content": digest.hexdigest()})
@@ -166,7 +172,7 @@ def _take_in(digest: hashlib._Hash, image: Tensor, caption: str) -> None:
     digest.update(image.contiguous().numpy().data)
 
 
-def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
+def _key_parts(source: Source, latent: LatentPipeline, seed: int) -> list[object]:
     pipeline = latent.pipeline
     found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
     return [
@@ -219,42 +225,59 @@ def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[
 
 
 def _write_latents(
-    folder: Path, source: CaptionedImages, latent: LatentPipeline, batch_size: int, seed: int, progress: bool
+    folder: Path, source: Source, latent: LatentPipeline, batch_size: int, seed: int, progress: bool
 ) -> tuple[list[str], str]:
     """Encode all images, and return the different captions and the hash of the content."""
     digest = hashlib.sha256()
-    latents = np.lib.format.open_memmap(
-        folder / "latents.npy", mode="w+", dtype=np.float16, shape=(len(source), *latent.latent_shape)
-    )
-    caption_ids = np.empty(len(source), np.int64)
+    caption_ids = array("q")
     ids: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
-    done = 0
-    for pairs in batched(_tracked(source, "encoding images", len(source), progress), batch_size):
-        for i, (image, caption) in enumerate(pairs, done):
-            latent.check_image(image.shape, f"image {i} of {source.name}")
-            caption_ids[i] = ids.setdefault(caption, len(ids))
-            _take_in(digest, image, caption)
-        encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
-        latents[done : done + len(pairs)] = _half(encoded, f"the latents of {source.name}")
-        done += len(pairs)
-    latents.flush()
-    if done < len(source):
-        _shorten(folder / "latents.npy", done)
-    np.save(folder / "caption_ids.npy", caption_ids[:done])
+    with _growing(folder / "latents.npy", latent.latent_shape) as append:
+        for pairs in batched(_tracked(source, "encoding images", _count(source), progress), batch_size):
+            for i, (image, caption) in enumerate(pairs, len(caption_ids)):
+                latent.check_image(image.shape, f"image {i} of {source.name}")
+                _take_in(digest, image, caption)
+            caption_ids.extend(ids.setdefault(caption, len(ids)) for _, caption in pairs)
+            encoded = latent.encode_images(torch.stack([image for image, _ in pairs]), generator)
+            append(_half(encoded, f"the latents of {source.name}"))
+    if not caption_ids:
+        raise _no_images(source)
+    np.save(folder / "caption_ids.npy", np.array(caption_ids, np.int64))
     write_json(folder / "captions.json", list(ids))
     return list(ids), digest.hexdigest()
 
 
-def _shorten(file: Path, rows: int) -> None:
-    """Drop the rows that were meant for images which could not be read."""
-    whole, shorter = np.load(file, mmap_mode="r"), file.with_suffix(".short")
-    kept = np.lib.format.open_memmap(shorter, mode="w+", dtype=whole.dtype, shape=(rows, *whole.shape[1:]))
-    for start in range(0, rows, 1024):
-        kept[start : start + 1024] = whole[start : min(start + 1024, rows)]
-    kept.flush()
-    del whole, kept  # Windows replaces no file that is mapped.
-    shorter.replace(file)
+@contextlib.contextmanager
+def _growing(file: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield what adds float16 rows of a shape to an ``.npy`` file, whose header leaves room for their number."""
+    rows = 0
+
+    def write_header() -> None:
+        told = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": (rows, *shape)}
+        np.lib.format.write_array_header_1_0(opened, told)
+
+    def append(values: np.ndarray) -> None:
+        nonlocal rows
+        try:
+            opened.write(values.tobytes())
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be written ({error.strerror}); free space, or choose another place."
+            ) from error
+        rows += len(values)
+
+    with file.open("wb") as opened:
+        write_header()
+        start = opened.tell()
+        yield append
+        opened.seek(0)
+        write_header()
+        assert opened.tell() == start, file
+
+
+def _count(source: Source) -> int | None:
+    """Return how many images there are, where that is known before they are read."""
+    return len(source) if isinstance(source, Sized) else None
 
 
 def _write_conditions(
@@ -278,7 +301,7 @@ def _write_conditions(
         written.flush()
 
 
-def _tracked(items: Iterable[T], what: str, total: int, progress: bool) -> Iterable[T]:
+def _tracked(items: Iterable[T], what: str, total: int | None, progress: bool) -> Iterable[T]:
     return track(items, what, total=total, console=Console(stderr=True), transient=True, disable=not progress)
 
 

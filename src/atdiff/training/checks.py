@@ -164,6 +164,11 @@ def _check_pixels(config: TrainConfig) -> None:
             f"validation.prompts are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
             "pixels; leave them out."
         )
+    if config.data.streaming:
+        raise UserError(
+            f"data.streaming is for text-to-image pipelines, whose images are encoded once, and model.name="
+            f"{config.model.name!r} is a network of pixels; leave it out."
+        )
     if config.lora.rank:
         raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
     if config.objective.label_dropout > 0 and not config.data.class_conditional:

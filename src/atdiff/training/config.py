@@ -138,6 +138,8 @@ class DataConfig(Settings):
         caption_tokens: that the T5 of SD3 and Flux cuts or fills a caption to; null for the pipeline's own number (256
             and 512). Fewer make a smaller cache and faster passes.
         limit: read only so many images; null for all. Text-to-image data only.
+        streaming: of webdataset shards, parquet files and hub data sets with captions: read and encode their images one
+            batch at a time, without a list of them in memory or a copy on the disk; the latents alone are kept.
         unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
             ``skip`` leaves them out.
     """
@@ -157,6 +159,7 @@ class DataConfig(Settings):
     caption_column: str | None = None
     caption_tokens: int | None = None
     limit: int | None = None
+    streaming: bool = False
     unreadable: Unreadable = "refuse"
 
 

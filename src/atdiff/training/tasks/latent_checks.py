@@ -34,6 +34,9 @@ def check_settings(config: TrainConfig) -> None:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
     if config.data.flip:
         raise UserError("data.flip is for networks of pixels: each image is encoded once; leave it out.")
+    for name in ("captions", "labels", "label_column"):
+        if config.data.streaming and getattr(config.data, name) is not None:
+            raise UserError(f"data.streaming is for images with captions of their own: leave out data.{name}.")
     if config.scheduler != SchedulerConfig():
         raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
     if config.consistency.mode != "none":
@@ -60,6 +63,10 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
             f"{latent.image_size} pixels; set it to that, or leave it out."
         )
     check_parametrisation(config, latent)
+    if latent.family.labelled and config.data.streaming:
+        raise UserError(
+            f"data.streaming is for captions: {latent.source} is conditioned on class labels; leave it out."
+        )
     if latent.family.labelled and config.data.captions:
         raise UserError(f"data.captions are not used: {latent.source} is conditioned on class labels; leave them out.")
     if config.data.channels not in (None, latent.image_channels):
