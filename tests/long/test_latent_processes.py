@@ -14,8 +14,9 @@ from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
 from launching import ended, launch
 from PIL import Image
 from processes import CAN_SHARD
+from splitting import read_checkpoint
 
-from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.checkpoint import latest_checkpoint
 
 AT = {"passes": 2, "step_size": 4.0, "scale": "middle", "target": "invariant", "order": "staggered"}
 
@@ -56,7 +57,7 @@ def test_two_processes_distil_alike_with_whole_and_with_split_weights(sd_folder:
         code, error = ended(launch(*words, str(tmp_path / name), *more))
         assert code == 0, error
     newest = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "split")]
-    whole, split = (load_checkpoint(path) for path in newest if path is not None)
+    whole, split = (read_checkpoint(path) for path in newest if path is not None)
     moments = [checkpoint[2]["optimizer"]["state"] for checkpoint in (whole, split)]
     assert set(moments[1]) == set(whole[0])  # by name, in the order of the numbers that an optimizer gives
     first = [torch.cat([one["exp_avg"].flatten() for one in state.values()]) for state in moments]

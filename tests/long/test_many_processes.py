@@ -10,18 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import processes
 import pytest
 import torch
 from launching import LIMIT, SCRIPT, ended, free_port, launch, recipe, run  # noqa: F401
-from processes import CAN_SHARD
+from processes import CAN_SHARD, PASSES
 from safetensors.torch import load_file
+from splitting import read_checkpoint
 
 from atdiff.cli import main
 from atdiff.pipelines.model import load_denoiser
-from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
+from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_state
 
 
 def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -> None:
@@ -52,13 +54,13 @@ def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
-def test_split_weights_are_saved_whole_and_gone_on_with_exactly(recipe: Path, run: Path, tmp_path: Path) -> None:
+def test_split_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -> None:
     words = ["-m", "atdiff", "train", str(recipe), "--training.shard", "true", "--out"]
     for passes, folder in ((40, "whole"), (15, "parts"), (40, "parts")):
         code, error = ended(launch(*words, str(tmp_path / folder), "--training.passes", str(passes)))
         assert code == 0, error
     found = [latest_checkpoint(tmp_path / folder / "checkpoints") for folder in ("whole", "parts")]
-    (weights, ema, state), other = (load_checkpoint(path) for path in found if path is not None)
+    (weights, ema, state), other = (read_checkpoint(path) for path in found if path is not None)
     assert all(torch.equal(value, other[0][name]) for name, value in weights.items())
     assert all(torch.equal(value, other[1][name]) for name, value in ema.items())
     moments = state["optimizer"]["state"], other[2]["optimizer"]["state"]
@@ -68,13 +70,44 @@ def test_split_weights_are_saved_whole_and_gone_on_with_exactly(recipe: Path, ru
     # And it is the run of processes that have whole weights, to rounding, with the same files.
     newest = latest_checkpoint(run / "checkpoints")
     assert newest is not None
-    for name, value in load_checkpoint(newest)[0].items():
+    for name, value in read_checkpoint(newest)[0].items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
     published = [load_denoiser(str(folder)).model.state_dict() for folder in (tmp_path / "whole", run)]
     for name, value in published[0].items():
         assert torch.equal(value, ema[name])
         torch.testing.assert_close(value, published[1][name], rtol=0, atol=1e-5)
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == sorted(path.name for path in run.iterdir())
+
+
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
+def test_a_run_of_two_processes_is_resumed_by_four_and_by_one(tmp_path: Path) -> None:
+    """Each reads what those before it had, bit for bit, and the end is that of one process, to rounding."""
+    arms = ["authors-full-sharded", "staggered-accumulated-sharded", "consistency-sharded"]
+    threads = torch.get_num_threads()
+    processes.main(tmp_path / "one", arms)
+    before: dict[str, Any] = {}
+    for world, until in ((2, "3"), (4, "5"), (1, str(PASSES))):
+        if world == 1:
+            processes.main(tmp_path / "run", arms, begun=2)
+        else:
+            words = [SCRIPT, str(tmp_path / "run"), *arms, "--begun", "2", "--until", until]
+            code, error = ended(launch(*words, processes=world))
+            assert code == 0, error
+        for arm in arms:
+            files = sorted((tmp_path / "run" / f"{arm}-of-2" / "checkpoints" / "pass-000000003" / "shards").iterdir())
+            assert len(files) == 2
+            now = torch.load(tmp_path / "run" / f"{arm}-{world - 1}.pt")
+            for part, values in before.get(arm, {}).items():
+                assert now["first"][part].keys() == values.keys()
+                assert all(torch.equal(value, now["first"][part][name]) for name, value in values.items())
+            before[arm] = {part: now[part] for part in ("weights", "ema", "target", "moments")}
+    torch.set_num_threads(threads)
+    for arm in arms:
+        one = torch.load(tmp_path / "one" / f"{arm}-0.pt")
+        for part, values in before[arm].items():
+            assert values.keys() == one[part].keys()
+            for name, value in values.items():
+                torch.testing.assert_close(value, one[part][name], rtol=0, atol=1e-6)
 
 
 def test_pictures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
@@ -145,7 +178,7 @@ def test_sigterm_stops_all_at_the_same_pass(recipe: Path, tmp_path: Path) -> Non
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert f"pass {int(newest.name.removeprefix('pass-'))} of 1000000 is saved" in error
-    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
+    assert len(load_state(newest)["ranks"]) == 2
 
 
 def test_the_command_trains_in_two_processes(run: Path) -> None:

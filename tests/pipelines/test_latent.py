@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 import sys
+import tarfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE, sd_folder, sdxl_folder, tiny_sd  # noqa: F401
+from PIL import Image
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.images import UnreadableImages
+from atdiff.data.captions import load_captioned, stream_captioned
+from atdiff.data.images import Decoding, UnreadableImages
 from atdiff.models.call import unet_kwargs
 from atdiff.objectives.guided import guidance_embedding
 from atdiff.pipelines.cache import LatentData, latent_data
@@ -446,6 +451,69 @@ def test_an_interrupted_encoding_leaves_nothing(sd: LatentPipeline, pairs: Pairs
     assert list((tmp_path / "cache" / "latents").iterdir()) == []
     pairs.broken_at = None
     assert len(_encoded(pairs, sd)) == 5
+
+
+def _shard(path: Path, count: int) -> str:
+    """Write a webdataset shard of images and captions, of which each second one is another's too."""
+    with tarfile.open(path, "w") as tar:
+        for i, image in enumerate(_images(count)):
+            stream = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "PNG")
+            for name, content in ((f"{i:04}.png", stream.getvalue()), (f"{i:04}.txt", f"picture {i // 2}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def test_a_stream_is_encoded_as_a_list_is(
+    sd: LatentPipeline, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = _shard(tmp_path / "a.tar", 5)
+    listed = _encoded(load_captioned(name, image_size=64), sd)
+    streamed = _encoded(stream_captioned(name, image_size=64), sd)
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 2
+    assert np.array_equal(streamed.latents, listed.latents)
+    assert np.array_equal(streamed.caption_ids, listed.caption_ids)
+    assert (streamed.captions, streamed.fingerprint()) == (listed.captions, listed.fingerprint())
+    for kind, rows in listed.table.items():
+        assert np.array_equal(streamed.table[kind], rows)
+    monkeypatch.setattr("atdiff.data.captions.decoded", lambda *_: pytest.fail("read again"))
+    assert np.array_equal(_encoded(stream_captioned(name, image_size=64), sd).latents, listed.latents)
+
+
+def test_a_stream_holds_the_images_of_two_batches_at_most(
+    sd: LatentPipeline, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That which is filled, and that which was encoded before it."""
+    name, decode = _shard(tmp_path / "a.tar", 24), Decoding.__call__
+    alive: set[int] = set()
+    most = []
+
+    def counted(self: Decoding, source: Any) -> Any:
+        pixels = decode(self, source)
+        alive.add(number := len(most))
+        weakref.finalize(pixels, alive.discard, number)
+        most.append(len(alive))
+        return pixels
+
+    monkeypatch.setattr(Decoding, "__call__", counted)
+    assert len(_encoded(stream_captioned(name, image_size=64), sd, batch_size=3)) == len(most) == 24
+    assert 3 <= max(most) <= 7
+    assert not alive
+
+
+def test_a_stream_that_ends_in_a_damaged_shard_leaves_nothing(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        _shard(tmp_path / "set" / f"{number}.tar", 3)
+    damaged = tmp_path / "set" / "1.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-12_000])
+    with pytest.raises(UserError, match=r"1\.tar cannot be read as an uncompressed \.tar file"):
+        _encoded(stream_captioned(str(tmp_path / "set"), image_size=64), sd)
+    assert list((tmp_path / "cache" / "latents").iterdir()) == []
+    _shard(damaged, 3)
+    assert len(_encoded(stream_captioned(str(tmp_path / "set"), image_size=64), sd)) == 6
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ CONTRADICTIONS = [
     (["--optimizer.weight_decay=-0.1"], "optimizer.weight_decay=-0.1 must be finite"),
     (["--optimizer.grad_clip=0"], "optimizer.grad_clip=0.0 must be above 0; null clips nothing"),
     (["--optimizer.warmup_passes=9000"], "must lie between 0 and training.passes=5000"),
+    (["--data.streaming=true"], "data.streaming is for text-to-image pipelines, whose images are encoded once"),
     (["--training.shard=true", "--training.precision=fp16"], "training.shard cannot have training.precision='fp16'"),
     (["--training.shard=true", "--lora.rank=4"], "leave it out with lora.rank"),
     (["--lora.rank=4"], "lora.rank needs model.name='pipeline'"),

@@ -1,4 +1,4 @@
-"""Starts two processes on the CPU, as users start many."""
+"""Starts two processes or more on the CPU, as users start many."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ SCRIPT = str(Path(__file__).parent / "processes.py")
 LIMIT = 240  # seconds for a command of two processes, imports included
 
 
-def launch(*words: str) -> subprocess.Popen[str]:
-    """Start two processes by `accelerate launch`, each with one thread; without its CPU setting it asks for GPUs."""
+def launch(*words: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Start processes by `accelerate launch`, each with one thread; without its CPU setting it asks for GPUs."""
     command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port())]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     # A group of its own, so that a test that fails leaves nothing running.

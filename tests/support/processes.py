@@ -19,6 +19,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from atdiff.adversary.directions import DIRECTIONS
 from atdiff.cli import main as command
@@ -89,31 +90,44 @@ def alike(delta: Tensor, batch: Batch, output: Any) -> Tensor:
     return (1000 * batch.noise).sin()
 
 
-@patch.dict(DIRECTIONS, random=replace(DIRECTIONS["random"], find=alike))
-def train(arm: str, out: Path) -> None:
-    """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass."""
-    AcceleratorState._reset_state()
-    world, settings = int(os.environ.get("WORLD_SIZE", "1")), dict(ARMS[arm])
-    trainer = Trainer(
-        TrainConfig(
-            model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
-            adversary=AdversaryConfig(**settings.get("adversary", {})),
-            consistency=ConsistencyConfig(**settings.get("consistency", {})),
-            objective=ObjectiveConfig(**settings.get("objective", {})),
-            optimizer=OptimizerConfig(lr=1e-3, grad_clip=settings.get("grad_clip", 1.0)),
-            training=TrainingConfig(
-                passes=PASSES,
-                batch_size=JOINT // world,
-                accumulate=settings.get("accumulate", 1),
-                shard=settings.get("shard", False) and world > 1,
-                ema_decay=0.9,
-                log_every=2,
-                checkpoint_every=3,
-            ),
-        )
+def config_of(arm: str, world: int) -> TrainConfig:
+    """Return the settings of an arm that so many processes begin."""
+    settings = ARMS[arm]
+    return TrainConfig(
+        model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
+        adversary=AdversaryConfig(**settings.get("adversary", {})),
+        consistency=ConsistencyConfig(**settings.get("consistency", {})),
+        objective=ObjectiveConfig(**settings.get("objective", {})),
+        optimizer=OptimizerConfig(lr=1e-3, grad_clip=settings.get("grad_clip", 1.0)),
+        training=TrainingConfig(
+            passes=PASSES,
+            batch_size=JOINT // world,
+            accumulate=settings.get("accumulate", 1),
+            shard=settings.get("shard", False) and world > 1,
+            ema_decay=0.9,
+            log_every=2,
+            checkpoint_every=3,
+            keep_checkpoints=3,
+        ),
     )
-    trainer.open(out / f"{arm}-of-{world}")
+
+
+@patch.dict(DIRECTIONS, random=replace(DIRECTIONS["random"], find=alike))
+def train(arm: str, out: Path, begun: int | None = None, until: int = PASSES) -> None:
+    """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass.
+
+    Args:
+        arm: of :data:`ARMS`.
+        out: where its folder is, and what is written.
+        begun: by how many processes it was begun; by as many as now for None.
+        until: it is saved after so many passes, and ends.
+    """
+    AcceleratorState._reset_state()
+    begun = begun or int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = Trainer(config_of(arm, begun))
+    trainer.open(out / f"{arm}-of-{begun}")
     seen: list[tuple[Tensor, Tensor]] = []
+    first = held(trainer)
 
     note = trainer._note
 
@@ -126,14 +140,24 @@ def train(arm: str, out: Path) -> None:
 
     with patch.object(trainer, "_note", noted), patch.object(trainer.task, "load", joint(trainer)):
         for _ in trainer.passes():
-            pass
-    result = {
-        "weights": whole(trainer, trainer.weights.network),
-        "ema": whole(trainer, trainer.weights.ema.module),
-        "target": whole(trainer, trainer.weights.target.module) if trainer.weights.target else {},
-        "seen": seen,
-    }
+            if trainer.state.passes >= until and trainer.state.between_batches:
+                trainer.records.save()
+                break
+    result = {**held(trainer), "first": first, "seen": seen}
     torch.save(result, out / f"{arm}-{trainer.accelerator.process_index}.pt")
+
+
+def held(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """Return weights, averages and the optimizer's state, whole, in every process."""
+    weights, options = trainer.weights, StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(weights.network, trainer.steps.optimizer.optimizer, options=options)["state"]
+    found = {
+        "weights": whole(trainer, weights.network),
+        "ema": whole(trainer, weights.ema.module),
+        "target": whole(trainer, weights.target.module) if weights.target else {},
+        "moments": {f"{name}.{key}": value for name, one in state.items() for key, value in one.items()},
+    }
+    return {part: {name: value.clone() for name, value in values.items()} for part, values in found.items()}
 
 
 def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
@@ -141,12 +165,12 @@ def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
     return (trainer.weights.sharding.whole(network) if trainer.weights.sharding else network).state_dict()
 
 
-def main(out: Path, arms: list[str], recipe: str | None = None) -> None:
-    """Train these arms, or all, and then a recipe by the command."""
+def main(out: Path, arms: list[str], recipe: str | None = None, **how: Any) -> None:
+    """Train these arms, or all, as :func:`train` does, and then a recipe by the command."""
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     for arm in arms or ARMS:
-        train(arm, out)
+        train(arm, out, **how)
     if recipe is not None:
         AcceleratorState._reset_state()
         assert command(["train", recipe, "--out", str(out / "run")]) == 0
@@ -159,5 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("arms", nargs="*")
     parser.add_argument("--recipe")
+    parser.add_argument("--begun", type=int)
+    parser.add_argument("--until", type=int, default=PASSES)
     given = parser.parse_args()
-    main(given.out, given.arms, given.recipe)
+    main(given.out, given.arms, given.recipe, begun=given.begun, until=given.until)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -12,12 +13,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from atdiff.cli import main
 from atdiff.core.errors import RunError
 from atdiff.training import checkpoint
-from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint, save_checkpoint
+from atdiff.training.checkpoint import (
+    checkpoint_problem,
+    latest_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_split_checkpoint,
+)
+from atdiff.training.sharding import Sharding
 
 FILES = ("model.safetensors", "ema.safetensors", "state.pt", "manifest.json")
 
@@ -28,6 +37,23 @@ def weights(value: float) -> dict[str, Tensor]:
 
 def save(folder: Path, passes: int, **options: Any) -> None:
     save_checkpoint(folder, passes, weights(passes), weights(-passes), {"passes": passes}, **options)
+
+
+def split(value: float) -> tuple[Sharding, dict[str, nn.Module], torch.optim.Optimizer]:
+    """Return a network and its average, trained for a step, with the splitting of one process."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    sharding = Sharding(network, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=value)
+    network(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    return sharding, {"model": network, "ema": copy.deepcopy(network)}, optimizer
+
+
+def save_split(folder: Path, passes: int, write: Any = None) -> None:
+    sharding, networks, optimizer = split(passes)
+    tensors, rest = sharding.parts(networks, optimizer)
+    save_split_checkpoint(folder, passes, tensors, write or sharding.write, {"passes": passes, "rest": rest})
 
 
 def names(folder: Path) -> list[str]:
@@ -43,6 +69,43 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(model["weight"], weights(3)["weight"])
     assert torch.equal(ema["weight"], weights(-3)["weight"])
     assert state == {"passes": 3}
+
+
+def test_split_weights_optimizer_and_buffers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    save_split(tmp_path, 3)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert names(found) == ["manifest.json", "shards", "state.pt"]
+    _, expected, trained = split(3)
+    sharding, networks, optimizer = split(7)
+    assert not torch.equal(networks["model"][0].weight, expected["model"][0].weight)  # type: ignore[index]
+    sharding.read(networks, optimizer, found / "shards", load_state(found)["rest"])
+    for name, network in networks.items():
+        for key, value in expected[name].state_dict().items():
+            assert torch.equal(network.state_dict()[key], value), key
+    state, wanted = optimizer.state_dict(), trained.state_dict()
+    assert state["param_groups"] == wanted["param_groups"]
+    for number, one in wanted["state"].items():
+        assert all(torch.equal(value, state["state"][number][key]) for key, value in one.items())
+
+
+def test_split_weights_that_are_not_written_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_split(tmp_path, 3)
+    with pytest.raises(RunError, match=r"pass 6 could not be written .*No space left.*pass-000000003: free space"):
+        save_split(tmp_path, 6, fails)
+    assert names(tmp_path) == ["pass-000000003"]
+    tensors = {"weights/model/a": torch.tensor([math.nan])}
+    with pytest.raises(RunError, match=r"not finite at pass 6 \(weights/model/a\)"):
+        save_split_checkpoint(tmp_path, 6, tensors, fails, {})
+    save_split(tmp_path, 6)
+    (file,) = (tmp_path / "pass-000000006" / "shards").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(UserWarning, match=rf"shards/{file.name} is not what was written; the one before it is used"):
+        assert latest_checkpoint(tmp_path) == tmp_path / "pass-000000003"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,17 @@ def test_the_denoiser_of_a_pipeline_is_trained_too(train: Train, sd_folder: Path
     assert _differ(pipeline.unet.state_dict(), _open(sd_folder).unet.state_dict())
 
 
+def test_a_run_on_a_stream_is_that_on_the_listed_images(train: Train, photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for file in sorted(photos.iterdir()):
+            tar.add(file, file.name)
+    words = ["--data.name", str(tmp_path / "photos.tar"), "--data.streaming"]
+    listed, streamed = (train(tmp_path / word, "lora", *words, word) for word in ("false", "true"))
+    assert _differ(saved(listed), saved(streamed)) == []
+    assert (listed / "data.json").read_text() == (streamed / "data.json").read_text()
+    assert (listed / "prompts.txt").read_text() == (streamed / "prompts.txt").read_text()
+
+
 def test_adapters_of_a_denoiser_keep_its_scheduler(sd_folder: Path, tmp_path: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder))
     unet = make_student(latent.network, guidance_dim=None)
@@ -547,6 +559,9 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--data.captions []", "captions is an empty list"),
         ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents are those of images of 64"),
         ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
+        ("--data.streaming true", "is not streamed: only webdataset shards, parquet files and hub data sets are"),
+        ('--data.streaming true --data.captions ["a"]', "with captions of their own: leave out data.captions"),
+        ("--data.streaming true --data.buckets true", "data.buckets needs the sizes of all images beforehand"),
         ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
         ("--objective.variance learned_range", "whose network predicts no variance; set objective.variance=fixed"),
         ("--objective.label_dropout 0.1", "objective.label_dropout is for denoisers"),

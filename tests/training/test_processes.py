@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from launching import SCRIPT, ended, launch, recipe  # noqa: F401
 from processes import ARMS, PASSES
+from splitting import read_checkpoint
 
 from atdiff.cli import main
-from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_checkpoint
+from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_state
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_one_process_writes(trained: Path) -> None:
         newest = latest_checkpoint(out / "checkpoints")
         assert newest is not None
         assert checkpoint_problem(newest) is None
-        assert len(load_checkpoint(newest)[2]["ranks"]) == 2
+        assert len(load_state(newest)["ranks"]) == 2
     assert json.loads((trained / "two" / "plain-of-2" / "metrics.jsonl").read_text().splitlines()[-1])["pass"] == PASSES
 
 
@@ -91,7 +93,32 @@ def test_the_command_trains_in_two_processes(trained: Path) -> None:
     assert not list(run.rglob(".*"))
     newest = latest_checkpoint(run / "checkpoints")
     assert newest is not None
-    assert len(load_checkpoint(newest)[2]["ranks"]) == 2
+    assert len(load_state(newest)["ranks"]) == 2
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm in ("staggered", "residual") or "sharded" in arm])
+def test_one_process_resumes_the_run_of_two(trained: Path, tmp_path: Path, arm: str) -> None:
+    """It reads what the two had and ends where they do, to rounding: they sum a gradient in two halves."""
+    shutil.copytree(trained / "two" / f"{arm}-of-2", tmp_path / f"{arm}-of-2")
+    saved = sorted((tmp_path / f"{arm}-of-2" / "checkpoints").iterdir())
+    for newer in saved[1:]:
+        shutil.rmtree(newer)
+    assert ((saved[0] / "shards").is_dir(), (saved[0] / "model.safetensors").exists()) == (
+        "sharded" in arm,
+        "sharded" not in arm,
+    )
+    with pytest.warns(UserWarning, match=r"trained by 2 process\(es\) and is resumed by 1: .* 24 a process"):
+        processes.train(arm, tmp_path, begun=2)
+    found, expected = torch.load(tmp_path / f"{arm}-0.pt"), torch.load(trained / "two" / f"{arm}-0.pt")
+    assert 0 < len(found["seen"]) < len(expected["seen"])
+    for part, read in zip(("weights", "ema"), read_checkpoint(saved[0]), strict=False):
+        assert found["first"][part].keys() == read.keys()
+        assert all(torch.equal(value, read[name]) for name, value in found["first"][part].items())
+    for part in ("weights", "ema", "target", "moments"):
+        assert found[part].keys() == expected[part].keys()
+        for name, value in expected[part].items():
+            torch.testing.assert_close(found[part][name], value, rtol=0, atol=1e-6)
+    assert all(found["moments"][name] == value for name, value in expected["moments"].items() if "step" in name)
 
 
 def test_one_process_cannot_split_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

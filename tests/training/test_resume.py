@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from atdiff.adversary.adversary import Adversary
 from atdiff.core.errors import Stopped, UserError
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
-from atdiff.training.config import AdversaryConfig
+from atdiff.training.config import AdversaryConfig, TrainConfig, TrainingConfig
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.loop import train
+from atdiff.training.state import TrainingState
 
 DROPOUT = {
     "layers_per_block": 1,
@@ -201,19 +203,18 @@ def test_pictures_on_the_way_do_not_touch_training(tmp_path: Path) -> None:
     assert_same(without["weights"], with_pictures["weights"])
 
 
-def test_a_run_of_more_processes_is_not_gone_on_with(tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        run(tmp_path / "run", "plain", stop=StopAt(3))
-    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest is not None
-    state = torch.load(newest / "state.pt", weights_only=True)
-    state["ranks"] *= 2
-    torch.save(state, newest / "state.pt")
-    manifest = json.loads((newest / "manifest.json").read_text())
-    del manifest["files"]["state.pt"]
-    (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"was trained by 2 process\(es\), and now there are 1"):
-        run(tmp_path / "run", "plain")
+@pytest.mark.parametrize(
+    ("now", "adversary", "fitting"),
+    [(5, {}, "1, 2, 3, 4, 6, 8, 12"), (8, {"order": "staggered", "passes": 3}, "1, 2, 3, 4")],
+)
+def test_processes_that_cannot_share_a_batch_are_refused(now: int, adversary: dict[str, Any], fitting: str) -> None:
+    """24 images, of which each takes two micro-batches, or two of each of three parts."""
+    training = TrainingConfig(batch_size=12, accumulate=2)
+    task = SimpleNamespace(config=TrainConfig(adversary=AdversaryConfig(**adversary), training=training))
+    accelerator = SimpleNamespace(num_processes=now, is_main_process=True)
+    state: Any = SimpleNamespace(accelerator=accelerator, weights=SimpleNamespace(task=task))
+    with pytest.raises(UserError, match=rf"by 2 process\(es\) on batches of 24 images, .* one of {fitting}, or choose"):
+        TrainingState._share(state, {"ranks": [{}, {}]}, Path("run"))
 
 
 @pytest.mark.parametrize(("begun", "then"), [("authors", "consecutive"), ("consecutive", "authors")])

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ from atdiff.core.errors import UserError
 from atdiff.data.buckets import Frame, Size
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded, header_size
 from atdiff.data.labels import class_line, places_of, renumbered
-from atdiff.data.raw import Pixels, RawImages, raw_files
+from atdiff.data.raw import Item, Pixels, RawImages, raw_files
 from atdiff.data.sources.load import load_data
 from atdiff.data.sources.registry import find_source
-from atdiff.data.sources.source import Request, Source
+from atdiff.data.sources.source import Request, Source, Stream
 from atdiff.data.texts import UncaptionedError, captions_of
 
-__all__ = ["CaptionedImages", "UncaptionedError", "load_captioned"]
+__all__ = ["CaptionedImages", "StreamedImages", "UncaptionedError", "load_captioned", "stream_captioned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,83 @@ class CaptionedImages:
         if how.buckets:
             parts = (*parts, how.buckets)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Pairs that are read one by one: how many there are, and their captions, is known once all have been read.
+
+    Iterating does what it does for :class:`CaptionedImages`, and holds one image at a time.
+
+    Attributes:
+        name: what the pairs are, for reports.
+        stream: where they come from.
+        decoding: how they become pixels.
+        limit: the first so many of them; None for all.
+        unreadable: what becomes of unreadable images, and which they were the last time.
+    """
+
+    name: str
+    stream: Stream
+    decoding: Decoding
+    limit: int | None = None
+    unreadable: UnreadableImages = field(default_factory=UnreadableImages)
+    classes = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
+        self.unreadable.found.clear()
+        newest = ""
+
+        def items() -> Iterator[Item]:
+            nonlocal newest
+            for image, content, cell in islice(self.stream.items(), self.limit):
+                if cell is None:
+                    raise UserError(f"{image} has no caption: write one, or remove it.")
+                (newest,) = captions_of(self.name, [(image, cell)])
+                yield image, content
+
+        for _, pixels in decoded(RawImages(0, items), self.decoding, self.unreadable, self.name):
+            yield torch.from_numpy(pixels), newest
+
+    def fingerprint(self) -> str:
+        """Return a hash of 16 hexadecimal digits that another source, part of it, size or crop changes."""
+        parts = ("streamed", self.name, self.decoding, self.limit, self.stream.stamp())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def stream_captioned(
+    name: str,
+    *,
+    split: str = "train",
+    image_size: int | None,
+    channels: int = 3,
+    caption_column: str | None = None,
+    limit: int | None = None,
+    crop: Crop = "bicubic",
+    background: str | None = WHITE,
+    image_column: str | None = None,
+    unreadable: Unreadable = "refuse",
+) -> StreamedImages:
+    """Find the pairs of a data set as :func:`load_captioned` does, and read none of them.
+
+    Raises:
+        UserError: no such data, split or column, or data that are not streamed. A missing or empty caption, and a
+            damaged shard, are found while iterating.
+    """
+    _check_arguments(None, caption_column, limit)
+    request = Request(name, split, image_column, None, caption_column, limit)
+    source = find_source(request, captioned=True)
+    if source.stream is None:
+        raise UserError(
+            f"{name} is not streamed: only webdataset shards, parquet files and hub data sets are. Its images are read "
+            "one at a time in any case; leave out data.streaming."
+        )
+    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
+    decoding = Decoding(image_size, channels, crop, background)
+    stream = source.stream(request)
+    columns = (image_column, caption_column)
+    marked = Stream(stream.items, lambda: repr((columns, stream.stamp())))
+    return StreamedImages(title, marked, decoding, limit, UnreadableImages(unreadable))
 
 
 def load_captioned(

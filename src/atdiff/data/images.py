@@ -169,7 +169,9 @@ def decoded(
         UserError: an image is of another shape than the first, where they must not be ``mixed``, or unreadable.
     """
     first: tuple[str, tuple[int, ...]] | None = None
+    total = 0
     for i, (image, source) in enumerate(raw.items()):
+        total += 1
         try:
             pixels = decode(source)
         except _UnreadableError as error:
@@ -179,7 +181,7 @@ def decoded(
         if pixels.shape != first[1] and not mixed:
             raise _mixed(*first, image, pixels.shape)
         yield i, pixels
-    unreadable.settle(name, raw.count)
+    unreadable.settle(name, total)
 
 
 def header_size(source: Pixels) -> Size | None:

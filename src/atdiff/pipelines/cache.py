@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data.buckets import Frame
-from atdiff.data.captions import CaptionedImages
+from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import cache_folder, write_json, written_aside
 from atdiff.system.fingerprint import network_fingerprint, tokenizer_fingerprint
@@ -32,6 +33,7 @@ FORMAT = 2  # of the folder, and of how images become float16 latents; older one
 MANIFEST = "manifest.json"
 
 T = TypeVar("T")
+Source = CaptionedImages | StreamedImages
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class LatentData:
 
 
 def latent_data(
-    source: CaptionedImages,
+    source: Source,
     latent: LatentPipeline,
     *,
     batch_size: int = 8,
@@ -122,7 +124,7 @@ def latent_data(
     its manifest says is said in a warning and made anew. Of several processes one should come first.
 
     Args:
-        source: images with captions, walked through once.
+        source: images with captions, walked through once, a batch at a time in memory.
         latent: autoencoder and text encoders.
         batch_size: images or captions at a time.
         device: where they are encoded; the encoders are put back afterwards.
@@ -136,8 +138,8 @@ def latent_data(
     """
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
-    if len(source) < 1:
-        raise UserError(f"{source.name} has no images: expected at least one with a caption.")
+    if isinstance(source, Sized) and len(source) < 1:
+        raise _no_images(source)
     parts = [*_key_parts(source, latent, seed), *(["flip"] if flip else [])]
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     if (kept := _kept(folder, source, progress)) is not None:
@@ -161,23 +163,27 @@ def latent_data(
     return data
 
 
-def _kept(folder: Path, source: CaptionedImages, progress: bool) -> LatentData | None:
+def _no_images(source: Source) -> UserError:
+    return UserError(f"{source.name} has no images: expected at least one with a caption.")
+
+
+def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
     """Return what the cache has, and warn where it is damaged."""
     data = _open(folder, source.name) if folder.exists() else None
     if data is not None and not data.content:  # an older version wrote it
         return _with_content(folder, source, data, progress)
     if data is not None:
         source.unreadable.found[:] = data.skipped
-        source.unreadable.settle(source.name, len(source))
+        source.unreadable.settle(source.name, len(data) + len(data.skipped))
     elif folder.exists():
         warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=3)
     return data
 
 
-def _with_content(folder: Path, source: CaptionedImages, data: LatentData, progress: bool) -> LatentData:
+def _with_content(folder: Path, source: Source, data: LatentData, progress: bool) -> LatentData:
     """Read the images once more for their hash, and keep it."""
     digest = hashlib.sha256()
-    for pair in _tracked(source, "reading images", len(source), progress):
+    for pair in _tracked(source, "reading images", _count(source), progress):
         _take_in(digest, *pair)
     manifest = json.loads((folder / MANIFEST).read_text())
     write_json(folder / MANIFEST, {**manifest, "content": digest.hexdigest()})
@@ -189,7 +195,7 @@ def _take_in(digest: hashlib._Hash, image: Tensor, caption: str, frame: Frame | 
     digest.update(image.contiguous().numpy().data)
 
 
-def _key_parts(source: CaptionedImages, latent: LatentPipeline, seed: int) -> list[object]:
+def _key_parts(source: Source, latent: LatentPipeline, seed: int) -> list[object]:
     pipeline = latent.pipeline
     found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
     return [
@@ -250,7 +256,7 @@ class _LatentFiles:
 
     Attributes:
         names: of the files, without the suffix; ``latents`` alone without buckets.
-        places: of each image its file, by number, and its row there.
+        places: of each image its file, by number, and its row there; none without buckets.
     """
 
     def __init__(self, folder: Path, latent: LatentPipeline, what: str, batch_size: int, seed: int, flip: bool) -> None:
@@ -279,7 +285,8 @@ class _LatentFiles:
         name = f"latents-{width}x{height}" if self._latent.buckets else "latents"
         row = self._counts.get(name, 0)
         self._counts[name] = row + 1
-        self.places.append((self.names.index(name), row))
+        if self._latent.buckets:
+            self.places.append((self.names.index(name), row))
         waiting = self._waiting.setdefault(name, [])
         waiting.append(image)
         if len(waiting) == self._batch_size:
@@ -329,21 +336,27 @@ class _Rows:
 
 
 def _write_images(
-    folder: Path, source: CaptionedImages, latent: LatentPipeline, files: _LatentFiles, progress: bool
+    folder: Path, source: Source, latent: LatentPipeline, files: _LatentFiles, progress: bool
 ) -> tuple[list[str], str]:
     """Encode all images, and return the different captions and the hash of the content."""
     digest = hashlib.sha256()
     ids: dict[str, int] = {}
-    caption_ids: list[int] = []
+    caption_ids = array("q")
     frames: list[Frame] = []
-    images = source.framed() if latent.buckets else ((image, caption, None) for image, caption in source)
-    for image, caption, frame in _tracked(images, "encoding images", len(source), progress):
+    if latent.buckets:
+        assert isinstance(source, CaptionedImages), source  # a stream has none
+        images: Iterable[tuple[Tensor, str, Frame | None]] = source.framed()
+    else:
+        images = ((image, caption, None) for image, caption in source)
+    for image, caption, frame in _tracked(images, "encoding images", _count(source), progress):
         latent.check_image(image.shape, f"image {len(caption_ids)} of {source.name}")
         caption_ids.append(ids.setdefault(caption, len(ids)))
         _take_in(digest, image, caption, frame)
         frames.extend([] if frame is None else [frame])
         files.add(image)
     files.finish()
+    if not caption_ids:
+        raise _no_images(source)
     np.save(folder / "caption_ids.npy", np.array(caption_ids, np.int64))
     if latent.buckets:
         np.save(folder / "places.npy", np.array(files.places, np.int64))
@@ -351,6 +364,11 @@ def _write_images(
             np.save(folder / f"image-{name}.npy", rows.numpy())
     write_json(folder / "captions.json", list(ids))
     return list(ids), digest.hexdigest()
+
+
+def _count(source: Source) -> int | None:
+    """Return how many images there are, where that is known before they are read."""
+    return len(source) if isinstance(source, Sized) else None
 
 
 def _write_conditions(
@@ -374,7 +392,7 @@ def _write_conditions(
         written.flush()
 
 
-def _tracked(items: Iterable[T], what: str, total: int, progress: bool) -> Iterable[T]:
+def _tracked(items: Iterable[T], what: str, total: int | None, progress: bool) -> Iterable[T]:
     return track(items, what, total=total, console=Console(stderr=True), transient=True, disable=not progress)
 
 

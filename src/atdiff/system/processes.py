@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
-from atdiff.core.errors import UserError
+from atdiff.core.errors import RunError, UserError
 from atdiff.system.launcher import num_processes
 
 __all__ = [
@@ -79,13 +79,13 @@ def in_main(make: Callable[[], T]) -> T | None:
     """Return what the main process makes, in it alone; what it refuses is refused in all of them.
 
     Raises:
-        UserError: ``make`` raised it.
+        UserError, RunError: ``make`` raised it.
     """
     made, refusal = None, None
     if is_main():
         try:
             made = make()
-        except UserError as error:
+        except (UserError, RunError) as error:
             refusal = error
     refusal = from_main(refusal)
     if refusal is not None:

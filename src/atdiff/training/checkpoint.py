@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atdiff.core.errors import RunError
 from atdiff.system.files import remove_leftovers, write_json, written_aside
+from atdiff.system.processes import from_main, in_main, num_processes
 
 __all__ = [
     "checkpoint_problem",
@@ -26,11 +28,15 @@ __all__ = [
     "last_good",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_state",
     "passes_of",
     "save_checkpoint",
+    "save_split_checkpoint",
+    "shards_of",
 ]
 
 MANIFEST = "manifest.json"
+SHARDS = "shards"  # the folder of the tensors of a run whose weights are split
 _TRY_AGAIN = "free space, or make the folder writable, and run the same command again."
 
 
@@ -60,29 +66,110 @@ def save_checkpoint(
     Raises:
         RunError: the weights are not finite, or the disk does not take them.
     """
-    for name, value in [*weights.items(), *ema.items()]:
-        if value.is_floating_point() and not value.isfinite().all():
-            raise RunError(
-                f"the weights are not finite at pass {passes} ({name}), and no checkpoint is written of them; lower "
-                f"optimizer.lr; {last_good(folder)}."
-            )
-    try:
-        remove_leftovers(folder / "pass-*")
-        with written_aside(folder / f"pass-{passes:09d}", flush=True) as aside:
-            aside.mkdir()
+    for tensors in (weights, ema):
+        _refuse_infinite(_not_finite(tensors), folder, passes)
+    with _disk_told(folder, passes):
+        with _aside(folder, passes) as aside:
             save_file({name: value.contiguous() for name, value in weights.items()}, aside / "model.safetensors")
             save_file({name: value.contiguous() for name, value in ema.items()}, aside / "ema.safetensors")
-            torch.save(state, aside / "state.pt")
-            files = {file.name: _described(file) for file in sorted(aside.iterdir())}
-            known = loss if math.isfinite(loss) else None
-            write_json(aside / MANIFEST, {"passes": passes, "loss": known, "files": files})
+            _complete(aside, passes, state, loss, {})
         _prune(folder, keep)
+
+
+def save_split_checkpoint(
+    folder: Path,
+    passes: int,
+    tensors: dict[str, Tensor],
+    write: Callable[[dict[str, Tensor], Path], None],
+    state: dict[str, Any],
+    *,
+    loss: float = math.nan,
+    keep: int = 2,
+) -> None:
+    """Write a checkpoint as :func:`save_checkpoint` does, all processes together, each its part of the tensors.
+
+    Args:
+        folder: of the checkpoints, which all processes see.
+        passes: that are behind.
+        tensors: by name; each process has a part of them.
+        write: writes the part of this process to a folder, and raises in all processes where one of them fails.
+        state: of the main process.
+        loss: of the main process.
+        keep: how many of the newest are kept.
+
+    Raises:
+        RunError: in all processes, as :func:`save_checkpoint` does.
+    """
+    _refuse_infinite(next(filter(None, gather_object([_not_finite(tensors)])), None), folder, passes)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Path:
+            with _disk_told(folder, passes):
+                aside = stack.enter_context(_aside(folder, passes))
+                (aside / SHARDS).mkdir()
+                return aside
+
+        def end() -> None:
+            with _disk_told(folder, passes):
+                _complete(aside, passes, state, loss, {name: one for part in parts for name, one in part.items()})
+                stack.close()  # renames it
+                _prune(folder, keep)
+
+        begun = from_main(in_main(begin))
+        assert begun is not None
+        aside = begun
+        with _disk_told(folder, passes):
+            write(tensors, aside / SHARDS)
+        world = num_processes()  # which share the reading
+        files = sorted((aside / SHARDS).iterdir())[torch.distributed.get_rank() if world > 1 else 0 :: world]
+        parts = gather_object([{f"{SHARDS}/{file.name}": _described(file) for file in files}])
+        in_main(end)
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Return the name of a tensor with a value, in the part of this process, that is not finite; None without one."""
+    for name, value in tensors.items():
+        mine: Any = value.to_local() if hasattr(value, "to_local") else value
+        if mine.is_floating_point() and not mine.isfinite().all():
+            return name
+    return None
+
+
+def _refuse_infinite(name: str | None, folder: Path, passes: int) -> None:
+    if name is not None:
+        raise RunError(
+            f"the weights are not finite at pass {passes} ({name}), and no checkpoint is written of them; lower "
+            f"optimizer.lr; {last_good(folder)}."
+        )
+
+
+@contextlib.contextmanager
+def _disk_told(folder: Path, passes: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise RunError(
             f"the checkpoint of pass {passes} could not be written to {folder} ({reason}); "
             f"{last_good(folder)}: {_TRY_AGAIN}"
         ) from error
+
+
+@contextlib.contextmanager
+def _aside(folder: Path, passes: int) -> Iterator[Path]:
+    """Yield a folder that becomes the checkpoint once the block is through."""
+    remove_leftovers(folder / "pass-*")
+    with written_aside(folder / f"pass-{passes:09d}", flush=True) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def _complete(aside: Path, passes: int, state: dict[str, Any], loss: float, known: dict[str, Any]) -> None:
+    """Add the state and the manifest, in which some files are ``known``."""
+    torch.save(state, aside / "state.pt")
+    files = {file.name: _described(file) for file in sorted(aside.iterdir()) if file.is_file()}
+    told = loss if math.isfinite(loss) else None
+    write_json(aside / MANIFEST, {"passes": passes, "loss": told, "files": {**files, **known}})
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -149,9 +236,19 @@ def passes_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Return ``(weights, ema, state)``; nothing but tensors and plain values is unpickled."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return load_file(path / "model.safetensors"), load_file(path / "ema.safetensors"), state
+    """Return ``(weights, ema, state)`` of a whole checkpoint."""
+    return load_file(path / "model.safetensors"), load_file(path / "ema.safetensors"), load_state(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Return all of a checkpoint but the weights; nothing but tensors and plain values is unpickled."""
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def shards_of(path: Path) -> Path | None:
+    """Return where a checkpoint has its tensors split; None where they are whole."""
+    return path / SHARDS if (path / SHARDS).is_dir() else None
 
 
 def last_good(folder: Path) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 from atdiff.adversary.checks import check_adversary, check_coupling
 from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
-from atdiff.system.launcher import refuse_other_training
+from atdiff.system.launcher import num_processes, refuse_other_training
 from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
-__all__ = ["check_config", "check_machine"]
+__all__ = ["check_config", "check_machine", "check_split"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -42,7 +43,7 @@ def check_machine(config: TrainConfig) -> None:
     """
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.system.processes import device, is_main, num_processes  # settings are checked without torch
+    from atdiff.system.processes import device, is_main  # settings are checked without torch
 
     settings = config.training
     refuse_other_training()
@@ -60,11 +61,6 @@ def check_machine(config: TrainConfig) -> None:
         from atdiff.pipelines.base_precision import check_base_precision
 
         check_base_precision(config.lora.base_precision, device())
-    if settings.shard and num_processes() == 1:
-        raise UserError(
-            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
-            "launch --multi_gpu`, or leave it out."
-        )
     if settings.tracker is not None:
         installed = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker not in installed:
@@ -84,6 +80,15 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError(
             "a dose that sets itself (adversary.steps) goes by the variance of images of one size, which data.buckets "
             "have not; give a dose, such as adversary.dose=0.15, or leave the buckets out."
+        )
+
+
+def check_split(config: TrainConfig, out: Path) -> None:
+    """Raise ``UserError`` where one process is to split weights, but for a run that several have begun in ``out``."""
+    if config.training.shard and num_processes() == 1 and not any((out / "checkpoints").glob("pass-*")):
+        raise UserError(
+            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
+            "launch --multi_gpu`, or leave it out."
         )
 
 
@@ -198,6 +203,11 @@ def _check_pixels(config: TrainConfig) -> None:
         raise UserError(
             f"validation.prompts are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
             "pixels; leave them out."
+        )
+    if config.data.streaming:
+        raise UserError(
+            f"data.streaming is for text-to-image pipelines, whose images are encoded once, and model.name="
+            f"{config.model.name!r} is a network of pixels; leave it out."
         )
     if config.lora.rank:
         raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")

@@ -146,6 +146,8 @@ class DataConfig(Settings):
         bucket_step: pixels that the sides of buckets are multiples of. Their areas are at most that of
             ``image_size``, their sides from half of it to its double.
         limit: read only so many images; null for all. Text-to-image data only.
+        streaming: of webdataset shards, parquet files and hub data sets with captions: read and encode their images one
+            batch at a time, without a list of them in memory or a copy on the disk; the latents alone are kept.
         unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
             ``skip`` leaves them out.
     """
@@ -167,6 +169,7 @@ class DataConfig(Settings):
     buckets: bool = False
     bucket_step: Count = BUCKET_STEP
     limit: int | None = None
+    streaming: bool = False
     unreadable: Unreadable = "refuse"
 
 

@@ -21,7 +21,7 @@ from atdiff.training.agreement import agreed_reason, take_folder
 from atdiff.training.build import build_adversary, scaled
 from atdiff.training.card import has_card, write_card
 from atdiff.training.checkpoint import disk_errors, passes_of
-from atdiff.training.checks import check_config, check_machine
+from atdiff.training.checks import check_config, check_machine, check_split
 from atdiff.training.config import TrainConfig
 from atdiff.training.dosing import fit_dose
 from atdiff.training.folder import as_begun
@@ -103,6 +103,7 @@ class Trainer:
             project_dir=str(out),
         )
         take_folder(out, self.config, look_only=True)
+        check_split(self.config, out)
         count_as_begun(out, task)
         published = (out / task.published).is_dir()
         if not published:
@@ -219,8 +220,7 @@ class Trainer:
     def _indices(self, batch: int) -> Tensor:
         """Return which samples of the data this process takes for a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.config.training.batch_size * world
-        return self.task.indices(batch, size)[rank::world]
+        return self.task.indices(batch, self.state.joint_batch)[rank::world]
 
     def _set_progress(self) -> None:
         """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""

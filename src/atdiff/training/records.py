@@ -79,7 +79,7 @@ class Records:
 
     def _write_line(self, loss: Tensor) -> None:
         self._check_finite()
-        seen = self.state.batches * self.settings.batch_size * self.accelerator.num_processes
+        seen = self.state.batches * self.state.joint_batch
         seconds = time.perf_counter() - self._started
         values = {
             "pass": self.state.passes,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +21,50 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-__all__ = ["Sharding"]
+from atdiff.core.errors import RunError, UserError
+from atdiff.system.processes import num_processes
 
-ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+__all__ = ["Parts", "Sharding"]
+
 EVERYWHERE = StateDictOptions(full_state_dict=True)
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+APART = "/"  # between the levels of a name; names of modules have none
+
+
+class Parts(NamedTuple):
+    """What a split run is: tensors by name, of which each process has a part, and all else, alike in each of them."""
+
+    tensors: dict[str, Tensor]
+    rest: dict[str, Any]
 
 
 class Sharding:
     """Splits copies of one network, and puts them together again; all processes call every method together.
 
-    See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
+    See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html, and for the files, which any number of
+    processes reads, https://docs.pytorch.org/docs/stable/distributed.checkpoint.html. One process, which may resume a
+    run of several, splits nothing.
 
     Args:
         network: before any copy of it is split.
         device: of this process.
+
+    Raises:
+        UserError: this torch is too old.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._bones = copy.deepcopy(network).to("meta")  # for whole copies
         self._device = device
-        self._mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        self._alone = num_processes() == 1
+        _storage()
+        if not self._alone:
+            self._mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
     def split(self, network: nn.Module) -> None:
         """Split the weights in place: each block is whole only while it computes. Parameters become other objects."""
+        if self._alone:
+            return
         for part in network.children():
             for block in part if isinstance(part, nn.ModuleList) else ():
                 fully_shard(block, mesh=self._mesh)
@@ -56,22 +81,106 @@ class Sharding:
         return module.eval().requires_grad_(False)
 
     @staticmethod
-    def weights(network: nn.Module) -> dict[str, Tensor]:
-        """Return the whole weights of a split network, on the CPU: in the main process, and nothing in others."""
-        whole: Any = get_model_state_dict(network, options=ON_MAIN)
-        return dict(whole)
+    def parts(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Parts:
+        """Return all of some networks, and the state of the optimizer of the first of them, where they are."""
+        first = next(iter(networks.values()))
+        tree = {
+            WEIGHTS: {name: get_model_state_dict(network) for name, network in networks.items()},
+            OPTIMIZER: get_optimizer_state_dict(first, optimizer),
+        }
+        tensors: dict[str, Tensor] = {}
+        return Parts(tensors, _taken_apart(tree, tensors))
+
+    def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the part of this process to a folder that all of them see, as safetensors.
+
+        Raises:
+            RunError: a value is not finite, or a process cannot write.
+        """
+        from torch.distributed.checkpoint import save
+
+        with _told():
+            save(tensors, storage_writer=_storage().writer(str(folder), save_distributed=True), no_dist=self._alone)
+
+    def read(
+        self, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]
+    ) -> None:
+        """Take what any number of processes has written, and the rest that :meth:`parts` returned there.
+
+        Raises:
+            RunError: the files cannot be read.
+        """
+        from torch.distributed.checkpoint import load
+
+        tensors, mine = self.parts(networks, optimizer)
+        with _told():
+            load(tensors, storage_reader=_storage().reader(str(folder)), no_dist=self._alone)
+        tree = _put_together({**mine, **rest}, tensors)
+        for name, network in networks.items():
+            set_model_state_dict(network, tree[WEIGHTS][name])
+        set_optimizer_state_dict(next(iter(networks.values())), optimizer, tree[OPTIMIZER])
 
     @staticmethod
     def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Give a split network whole weights, which every process has."""
+        """Give a split network whole weights, which every process has, of a checkpoint of earlier versions."""
         set_model_state_dict(network, dict(weights), options=EVERYWHERE)
 
     @staticmethod
-    def optimizer(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return the whole state of the optimizer of a split network, as :meth:`weights` does."""
-        return get_optimizer_state_dict(network, optimizer, options=ON_MAIN)
-
-    @staticmethod
     def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Give the optimizer of a split network a whole state, which every process has."""
+        """Give the optimizer of a split network a whole state, as :meth:`load_weights` does."""
         set_optimizer_state_dict(network, optimizer, state, options=EVERYWHERE)
+
+
+class _Storage(NamedTuple):
+    writer: Any
+    reader: Any
+
+
+def _storage() -> _Storage:
+    """Return what writes and reads safetensors: torch's own format has a pickle in it."""
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+    except ImportError:
+        raise UserError(
+            f"training.shard=true needs torch 2.8 or later, and this is {torch.__version__}: pip install -U torch."
+        ) from None
+    return _Storage(HuggingFaceStorageWriter, HuggingFaceStorageReader)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raise what a process could not do with its files, in all of them, as an error like others."""
+    from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
+
+    try:
+        with warnings.catch_warnings():  # that one process is alone
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise RunError(f"process {rank}: {first}") from error
+
+
+def _taken_apart(tree: Mapping[str, Any], tensors: dict[str, Tensor], above: str = "") -> dict[str, Any]:
+    """Move the tensors of a tree to ``tensors``, and return the rest; numbers are no tensors to be split."""
+    rest: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            rest[key] = _taken_apart(value, tensors, name + APART)
+        elif isinstance(value, Tensor) and value.ndim > 0:
+            tensors[name] = value
+        else:
+            rest[key] = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return rest
+
+
+def _put_together(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    tree: dict[str, Any] = copy.deepcopy(dict(rest))
+    for name, tensor in tensors.items():
+        *above, key = name.split(APART)
+        place = tree
+        for one in above:
+            place = place.setdefault(one, {})
+        place[key] = tensor
+    return tree

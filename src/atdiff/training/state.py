@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from atdiff.adversary.adversary import Adversary
+from atdiff.adversary.waiting import dealt
 from atdiff.core.charge import Charge
 from atdiff.core.errors import UserError
-from atdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from atdiff.system.processes import in_main
+from atdiff.training.checkpoint import (
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_split_checkpoint,
+    shards_of,
+)
 from atdiff.training.steps import Steps
 from atdiff.training.weights import Weights
 
@@ -34,6 +43,7 @@ class TrainingState:
     Attributes:
         passes: that are behind, with those that were charged before the first batch.
         saved_at: ``passes`` of the newest checkpoint.
+        joint_batch: images of a batch, of all processes.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class TrainingState:
         self.accelerator, self.weights, self.optimizer = accelerator, weights, steps.optimizer
         self.objective, self.adversary, self.finite, self.charge = objective, adversary, steps.finite, charge
         self.passes, self.saved_at = charge.before, -1
+        self.joint_batch = weights.task.config.training.batch_size * accelerator.num_processes
         # Of the passes since the last checkpoint.
         self._loss_sum, self._loss_count = torch.zeros((), device=accelerator.device), 0
 
@@ -67,7 +78,7 @@ class TrainingState:
         self._loss_count += 1
 
     def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint, of the main process's weights and the state of every process."""
+        """Write a checkpoint, of the weights and the state of every process."""
         # What differs from process to process. The gathering goes through pickle, between these processes alone.
         mine = {
             "adversary": self.adversary.state_dict(),
@@ -75,28 +86,29 @@ class TrainingState:
             "rng": self._random_states(),
         }
         state = {**self._shared(), "ranks": gather_object([mine])}
-        weights, ema = self.weights.of(self.weights.network), self.weights.of(self.weights.ema.module)
-        if self.accelerator.is_main_process:
-            # Not finite where a single loss was not: such passes are never the best.
-            loss = self._loss_sum.item() / max(self._loss_count, 1)
-            save_checkpoint(folder, self.passes, weights, ema, state, loss=loss, keep=keep)
+        # Not finite where a single loss was not: such passes are never the best.
+        loss = self._loss_sum.item() / max(self._loss_count, 1)
+        sharding, networks = self.weights.sharding, self.weights.networks
+        if sharding is not None:
+            tensors, state["rest"] = sharding.parts(networks, self.optimizer.optimizer)
+            save_split_checkpoint(folder, self.passes, tensors, sharding.write, state, loss=loss, keep=keep)
+        else:
+            whole = {name: self.weights.task.weights(network) for name, network in networks.items()}
+            model, ema = whole.pop("model"), whole.pop("ema")
+            state.update(whole, optimizer=self.optimizer.state_dict())
+            in_main(lambda: save_checkpoint(folder, self.passes, model, ema, state, loss=loss, keep=keep))
         self.saved_at = self.passes
         self._loss_sum.zero_()
         self._loss_count = 0
 
     def _shared(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside weights and what differs between processes; all of them take part."""
-        sharding, optimizer = self.weights.sharding, self.optimizer
+        """Return what a checkpoint holds beside weights, optimizer and what differs between processes."""
         state = {
             "passes": self.passes,
             "batches": self.batches,
-            "optimizer": (
-                sharding.optimizer(self.weights.network, optimizer.optimizer) if sharding else optimizer.state_dict()
-            ),
+            "joint_batch": self.joint_batch,
             "finite": self.finite.state_dict(),
         }
-        if self.weights.target is not None:
-            state["target"] = self.weights.of(self.weights.target.module)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return state
@@ -106,33 +118,58 @@ class TrainingState:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def restore(self, checkpoint: Path) -> None:
-        """Take the state of a checkpoint.
+        """Take the state of a checkpoint, of as many processes or of others.
 
         Raises:
-            UserError: it was written by another number of processes.
+            UserError: so many processes cannot share its batches.
         """
-        weights, ema, state = load_checkpoint(checkpoint)
-        processes, now = len(state["ranks"]), self.accelerator.num_processes
-        if processes != now:
-            raise UserError(
-                f"{checkpoint.parent.parent} was trained by {processes} process(es), and now there are "
-                f"{now}: resume it with as many, or choose another --out."
-            )
-        mine = state["ranks"][self.accelerator.process_index]
-        self.weights.load(self.weights.network, weights)
-        self.weights.load(self.weights.ema.module, ema)
-        if self.weights.sharding:
-            self.weights.sharding.load_optimizer(self.weights.network, self.optimizer.optimizer, state["optimizer"])
+        state = load_state(checkpoint)
+        self._share(state, checkpoint.parent.parent)
+        shards = shards_of(checkpoint)
+        if shards is not None:
+            self.weights.sharding.read(self.weights.networks, self.optimizer.optimizer, shards, state["rest"])
         else:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.adversary.load_state_dict(mine["adversary"], self.accelerator.device)
+            self._restore_whole(checkpoint)
+        ranks, rank = state["ranks"], self.accelerator.process_index
+        mine = ranks[rank % len(ranks)]
+        waiting = dealt([one["adversary"] for one in ranks], rank, self.accelerator.num_processes)
+        self.adversary.load_state_dict(waiting, self.accelerator.device)
         self.objective.load_state_dict(mine["objective"])
         self.finite.load_state_dict(state["finite"])
-        if self.weights.target is not None:
-            self.weights.load(self.weights.target.module, state["target"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
         self.weights.ema.updates = self.charge.trained(self.passes) // self.charge.update
+
+    def _restore_whole(self, checkpoint: Path) -> None:
+        weights, ema, state = load_checkpoint(checkpoint)
+        self.weights.load(self.weights.network, weights)
+        self.weights.load(self.weights.ema.module, ema)
+        if self.weights.target is not None:
+            self.weights.load(self.weights.target.module, state["target"])
+        if self.weights.sharding:  # an earlier version gathered them
+            self.weights.sharding.load_optimizer(self.weights.network, self.optimizer.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _share(self, state: dict[str, Any], out: Path) -> None:
+        """Share the batches of a run, which stay what they are, among the processes that there are now."""
+        before, now, config = len(state["ranks"]), self.accelerator.num_processes, self.weights.task.config
+        self.joint_batch = joint = state.get("joint_batch", before * config.training.batch_size)
+        if before == now:
+            return
+        least = config.training.accumulate * (config.adversary.passes if config.adversary.order == "staggered" else 1)
+        if joint % now or joint // now < least:
+            fitting = [str(n) for n in range(1, joint // least + 1) if joint % n == 0]
+            raise UserError(
+                f"{out} was trained by {before} process(es) on batches of {joint} images, which {now} cannot share "
+                f"evenly: resume it with one of {', '.join(fitting)}, or choose another --out."
+            )
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"{out} was trained by {before} process(es) and is resumed by {now}: batches keep their {joint} "
+                f"images, {joint // now} a process, but their noise is no longer that of a run by {before}.",
+                stacklevel=2,
+            )

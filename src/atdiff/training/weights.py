@@ -59,13 +59,14 @@ class Weights:
         """Return the average, whole; every process takes part."""
         return self.sharding.whole(self.ema.module) if self.sharding else self.ema.module
 
-    def of(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)
-        """Return what a checkpoint holds of a network."""
-        weights: dict[str, Tensor] = self.sharding.weights(network) if self.sharding else self.task.weights(network)
-        return weights
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The network and its averages, by the names of checkpoints."""
+        averages = {"ema": self.ema, "target": self.target}
+        return {"model": self.network, **{name: one.module for name, one in averages.items() if one is not None}}
 
-    def load(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
-        """Put back what :meth:`of` returned."""
+    def load(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401  (any module)
+        """Give a network whole weights."""
         if self.sharding:
             self.sharding.load_weights(network, weights)
         else:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from atdiff.core.errors import UserError
-from atdiff.data.raw import IMAGE_SUFFIXES, Item, RawImages, file_stamps, files_below
-from atdiff.data.sources.source import Pairs, Request, Source, check_whole, split_folder
+from atdiff.data.raw import IMAGE_SUFFIXES, Item, Pixels, RawImages, file_stamps, files_below
+from atdiff.data.sources.source import Pairs, Request, Source, Stream, check_whole, split_folder
 from atdiff.data.texts import caption_column, captions_of, json_object, utf8
 
 __all__ = ["SHARDS"]
@@ -37,12 +37,7 @@ def _recognises(name: str, path: Path) -> bool:
 def _pairs(request: Request) -> Pairs:
     request.check_not_given(".txt or .json members")
     path, limit = request.path, request.limit
-    if path.is_dir():
-        folder = split_folder(path, request.split)
-        shards = sorted(file for file in files_below(folder, TAR) if file.suffix.lower() in TAR)
-    else:
-        check_whole(path, request.split)
-        shards = [path]
+    shards = _shards(request)
     pairs: list[tuple[_Member, Any]] = []
     alone: list[str] = []
     console = Console(stderr=True)
@@ -52,19 +47,54 @@ def _pairs(request: Request) -> Pairs:
         alone += [f"{member} of {shard}" for member in left]
         if limit is not None and len(pairs) >= limit:
             break
-    if alone:
-        more = f" and {len(alone) - SHOWN:,} more" if len(alone) > SHOWN else ""
-        warnings.warn(
-            f"{len(alone):,} members of {path} are in none of its {len(pairs):,} pairs of an image and a caption "
-            f"of the same key, and are left out: {', '.join(alone[:SHOWN])}{more}.",
-            stacklevel=2,
-        )
+    _tell_alone(path, len(pairs), alone[:SHOWN], len(alone))
     members = [member for member, _ in pairs[:limit]]
     read = dict.fromkeys(member.shard for member in members)
     captions = captions_of(path, ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit]))
-    return RawImages(
-        len(members), partial(_items, members), lambda: repr([file_stamps([shard], shard.parent) for shard in read])
-    ), captions
+    return RawImages(len(members), partial(_items, members), partial(_stamp, list(read))), captions
+
+
+def _shards(request: Request) -> list[Path]:
+    path = request.path
+    if path.is_dir():
+        folder = split_folder(path, request.split)
+        return sorted(file for file in files_below(folder, TAR) if file.suffix.lower() in TAR)
+    check_whole(path, request.split)
+    return [path]
+
+
+def _stamp(shards: Sequence[Path]) -> str:
+    return repr([file_stamps([shard], shard.parent) for shard in shards])
+
+
+def _tell_alone(path: Path, pairs: int, shown: Sequence[str], count: int) -> None:
+    """Warn of members that are in no pair."""
+    if not count:
+        return
+    more = f" and {count - SHOWN:,} more" if count > SHOWN else ""
+    warnings.warn(
+        f"{count:,} members of {path} are in none of its {pairs:,} pairs of an image and a caption of the same key, "
+        f"and are left out: {', '.join(shown)}{more}.",
+        stacklevel=3,
+    )
+
+
+def _stream(request: Request) -> Stream:
+    shards = _shards(request)
+    return Stream(partial(_streamed, request, shards), partial(_stamp, shards))
+
+
+def _streamed(request: Request, shards: Sequence[Path]) -> Iterator[tuple[str, Pixels, Any]]:
+    """Yield the pairs; a shard is looked through, and found damaged, before the first of its own."""
+    shown: list[str] = []
+    count = passed = 0
+    for shard in shards:
+        pairs, left = _shard_pairs(shard, request.caption_column)
+        shown += [f"{member} of {shard}" for member in left[: SHOWN - len(shown)]]
+        count, passed = count + len(left), passed + len(pairs)
+        for (name, content), (_, cell) in zip(_items([member for member, _ in pairs]), pairs, strict=True):
+            yield name, content, cell
+    _tell_alone(request.path, passed, shown, count)
 
 
 class _Member(NamedTuple):
@@ -174,4 +204,4 @@ def _member_caption(tar: tarfile.TarFile, captions: dict[str, tarfile.TarInfo], 
     return fields[caption_column(where, list(fields), asked)]
 
 
-SHARDS = Source(_recognises, pairs=_pairs)
+SHARDS = Source(_recognises, pairs=_pairs, stream=_stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -10,9 +10,19 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from atdiff.core.errors import UserError
-from atdiff.data.raw import RawImages
+from atdiff.data.raw import Pixels, RawImages
 
-__all__ = ["Found", "Pairs", "Request", "Source", "check_whole", "checked_labels", "chosen_split", "split_folder"]
+__all__ = [
+    "Found",
+    "Pairs",
+    "Request",
+    "Source",
+    "Stream",
+    "check_whole",
+    "checked_labels",
+    "chosen_split",
+    "split_folder",
+]
 
 Part = TypeVar("Part")
 
@@ -57,6 +67,18 @@ class Found(NamedTuple):
 Pairs = tuple[RawImages, list[str]]
 
 
+class Stream(NamedTuple):
+    """Pairs that are read once, one by one, and counted by that alone.
+
+    Attributes:
+        items: yields name, content and caption (as it was read) of each image.
+        stamp: returns what changes with any of them.
+    """
+
+    items: Callable[[], Iterator[tuple[str, Pixels, Any]]]
+    stamp: Callable[[], str]
+
+
 @dataclass(frozen=True)
 class Source:
     """A kind of data set: a file of its own, and a line of the registry.
@@ -66,17 +88,20 @@ class Source:
         names: words that it recognises besides.
         load: finds the images and reads their labels; None where it has pairs alone.
         pairs: finds the images and reads their captions; returns None where there are none.
+        stream: finds the pairs without reading any; None where they are read one by one in any case.
         has_columns: whether columns of it can be named.
         lazy: whether ``load`` finds image files, which are best read as they are needed.
         uncaptioned: what is said, of the name, where captions are missing.
 
-    ``load`` and ``pairs`` raise ``UserError`` where there is no such split or column, or a file is missing or damaged.
+    ``load``, ``pairs`` and ``stream`` raise ``UserError`` where there is no such split or column, or a file is missing
+    or damaged.
     """
 
     recognises: Callable[[str, Path], bool] = lambda name, path: False
     names: tuple[str, ...] = ()
     load: Callable[[Request], Found] | None = None
     pairs: Callable[[Request], Pairs | None] = lambda request: None
+    stream: Callable[[Request], Stream] | None = None
     has_columns: bool = False
     lazy: bool = False
     uncaptioned: str = "{} has no captions of its own: give captions, one per class in the order of the labels."

@@ -15,31 +15,101 @@ import numpy as np
 from atdiff.core.errors import UserError
 from atdiff.data.contents import content_hashes
 from atdiff.data.labels import in_class_order, numbered
-from atdiff.data.raw import Item, RawImages, files_below
-from atdiff.data.sources.source import Found, Pairs, Request, Source, check_whole, checked_labels
+from atdiff.data.raw import Item, Pixels, RawImages, file_stamps, files_below
+from atdiff.data.sources.source import Found, Pairs, Request, Source, Stream, check_whole, checked_labels
 from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 
-__all__ = ["TABLE", "table_source"]
+__all__ = ["TABLE", "open_stream", "table_source"]
 
 PARQUET = frozenset({".parquet"})
 Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
+# The same as a datasets.IterableDataset, with what changes where its rows do.
+OpenStream = Callable[[str, str], tuple[Any, Callable[[], str]]]
 
 
 def table_source(
-    recognises: Callable[[str, Path], bool], open_table: Open, failure: Callable[[str, str], str]
+    recognises: Callable[[str, Path], bool],
+    open_table: Open,
+    open_rows: OpenStream,
+    failure: Callable[[str, str], str],
 ) -> Source:
-    """Return the source of the tables that ``open_table`` opens; ``failure`` says why it cannot."""
+    """Return the source of the tables that ``open_table`` opens, ``open_rows`` for a stream of their rows.
 
-    def opened(name: str, split: str) -> Any:  # noqa: ANN401
+    ``failure`` says why that cannot be.
+    """
+
+    @contextlib.contextmanager
+    def told(name: str) -> Iterator[None]:
         try:
-            return open_table(name, split)
+            yield
         except UserError:
             raise
         except Exception as error:  # the loader and its network stack raise dozens of unrelated types
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(failure(name, reason)) from error
 
-    return Source(recognises, load=partial(_load, opened), pairs=partial(_pairs, opened), has_columns=True)
+    def opened(name: str, split: str) -> Any:  # noqa: ANN401
+        with told(name):
+            return open_table(name, split)
+
+    def stream(request: Request) -> Stream:
+        with told(request.name):
+            rows, stamp = open_rows(request.name, request.split)
+            image, texts, rows = _streamed_columns(request, rows)
+        return Stream(lambda: _rows(request.name, image, texts, rows, told), stamp)
+
+    return Source(
+        recognises, load=partial(_load, opened), pairs=partial(_pairs, opened), stream=stream, has_columns=True
+    )
+
+
+def _streamed_columns(request: Request, rows: Any) -> tuple[str, str, Any]:  # noqa: ANN401  (an IterableDataset)
+    """Return the columns of images and of captions, and the rows of these alone, their images not decoded."""
+    import datasets
+
+    name = request.name
+    image = _image_column(name, rows, request.image_column)
+    texts = caption_column(name, rows.column_names, request.caption_column)
+    return image, texts, rows.select_columns([image, texts]).cast_column(image, datasets.Image(decode=False))
+
+
+def _rows(
+    name: str,
+    image: str,
+    texts: str,
+    rows: Any,  # noqa: ANN401
+    told: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> Iterator[tuple[str, Pixels, Any]]:
+    with told(name):
+        for i, row in enumerate(rows):
+            cell = row[image]
+            if not cell or not cell["bytes"]:
+                raise UserError(
+                    f"row {i} of {name} has no image in its column {image!r}: only tables that hold their images are "
+                    "streamed, so leave out data.streaming."
+                )
+            yield f"row {i} of {name}", io.BytesIO(cell["bytes"]), row[texts]
+
+
+def open_stream(builder: Any, split: str) -> Any:  # noqa: ANN401  (a datasets.DatasetBuilder)
+    """Return the rows of a split of a table, which are read while iterating and stored nowhere.
+
+    Raises:
+        UserError: these are shards, of which that reader takes a damaged one for a shorter one.
+    """
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    if isinstance(builder, WebDataset):
+        raise UserError(
+            f"{builder.repo_id or builder.dataset_name} is kept in webdataset shards, which are streamed from a disk "
+            "alone: download them with `hf download --repo-type dataset` and give their folder."
+        )
+    rows = builder.as_streaming_dataset(split=split)
+    if rows.features is None:
+        raise UserError(
+            f"{builder.repo_id or builder.dataset_name} does not tell its columns: leave out data.streaming."
+        )
+    return rows
 
 
 def _load(open_table: Open, request: Request) -> Found:
@@ -103,23 +173,44 @@ def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
     """
     import datasets
 
-    path = Path(name).expanduser()
-    words, options = (str(path),), {"split": split}
-    if path.is_file():
-        check_whole(name, split)
-        words, options = ("parquet",), {"split": "train", "data_files": str(path)}
-    files = [path] if path.is_file() else sorted(files_below(path, PARQUET))
+    words, options, split, files = _place(name, split)
     content = hashlib.sha256("".join(content_hashes(files)).encode()).hexdigest()[:16]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"content-{content}"
-    table = datasets.load_dataset(*words, **options, cache_dir=str(cache))
-    table._fingerprint = hashlib.sha256(f"{content} {options['split']}".encode()).hexdigest()[:16]
+    table = datasets.load_dataset(words, **options, split=split, cache_dir=str(cache))
+    table._fingerprint = hashlib.sha256(f"{content} {split}".encode()).hexdigest()[:16]
     return table
+
+
+def _place(name: str, split: str) -> tuple[str, dict[str, str], str, list[Path]]:
+    """Return what ``datasets`` calls a file or folder and its split, and the files."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        check_whole(name, split)
+        return "parquet", {"data_files": str(path)}, "train", [path]
+    return str(path), {}, split, sorted(files_below(path, PARQUET))
+
+
+def _open_stream(name: str, split: str) -> tuple[Any, Callable[[], str]]:
+    import datasets
+
+    words, options, split, files = _place(name, split)
+    rows = open_stream(datasets.load_dataset_builder(words, **options), split)
+    return rows, lambda: repr((split, file_stamps(files, files[0].parent)))
 
 
 def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
     """Return the images of a ``datasets.Dataset``: of the column asked for, or of the first that holds images."""
     import datasets
 
+    column = _image_column(name, table, asked)
+    rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    # Its fingerprint is that of the files, their times of change and what was done to them since.
+    return RawImages(len(rows), partial(_items, name, column, rows), lambda: str(rows._fingerprint))
+
+
+def _image_column(name: str, table: Any, asked: str | None) -> str:  # noqa: ANN401
     encoded = {"bytes", "path"}  # what files that other libraries wrote say instead
     features = table.features.items()
     found = [c for c, f in features if type(f).__name__ == "Image" or (isinstance(f, dict) and encoded <= set(f))]
@@ -128,11 +219,7 @@ def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = No
         raise UserError(
             f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
         )
-    rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    # Its fingerprint is that of the files, their times of change and what was done to them since.
-    return RawImages(len(rows), partial(_items, name, column, rows), lambda: str(rows._fingerprint))
+    return column
 
 
 def _items(name: str, column: str, rows: Any) -> Iterator[Item]:  # noqa: ANN401
@@ -151,4 +238,6 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-TABLE = table_source(_recognises, _open, lambda name, why: f"{name} cannot be read as a parquet data set ({why}).")
+TABLE = table_source(
+    _recognises, _open, _open_stream, lambda name, why: f"{name} cannot be read as a parquet data set ({why})."
+)

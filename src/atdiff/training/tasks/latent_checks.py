@@ -8,7 +8,7 @@ from diffusers import LCMScheduler
 from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
 from atdiff.data.buckets import bucket_counts
-from atdiff.data.captions import CaptionedImages
+from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
 from atdiff.system.pipeline_files import is_single_file
@@ -40,6 +40,11 @@ def check_settings(config: TrainConfig) -> None:
         )
     if config.data.class_conditional:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
+    for name in ("captions", "labels", "label_column"):
+        if config.data.streaming and getattr(config.data, name) is not None:
+            raise UserError(f"data.streaming is for images with captions of their own: leave out data.{name}.")
+    if config.data.streaming and config.data.buckets:
+        raise UserError("data.buckets needs the sizes of all images beforehand: leave it out, or data.streaming.")
     if config.scheduler != SchedulerConfig():
         raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
     if config.consistency.mode != "none":
@@ -66,6 +71,10 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
             f"{latent.image_size} pixels; set it to that, or leave it out."
         )
     check_parametrisation(config, latent)
+    if latent.family.labelled and config.data.streaming:
+        raise UserError(
+            f"data.streaming is for captions: {latent.source} is conditioned on class labels; leave it out."
+        )
     if latent.family.labelled and config.data.captions:
         raise UserError(f"data.captions are not used: {latent.source} is conditioned on class labels; leave them out.")
     if config.data.channels not in (None, latent.image_channels):
@@ -104,9 +113,12 @@ def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: Captio
         )
 
 
-def check_buckets(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages) -> None:
+def check_buckets(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | StreamedImages) -> None:
     """Find a batch that is more than the images of any bucket."""
-    if not latent.buckets or not captioned.sizes:
+    if not latent.buckets:
+        return
+    assert isinstance(captioned, CaptionedImages), captioned  # a stream has no buckets
+    if not captioned.sizes:
         return
     size, processes = config.training.batch_size, num_processes()
     ((width, height), most), *_ = bucket_counts(captioned.sizes, latent.buckets).most_common(1)

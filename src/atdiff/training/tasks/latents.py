@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data.buckets import bucket_line
-from atdiff.data.captions import CaptionedImages, load_captioned
+from atdiff.data.captions import CaptionedImages, StreamedImages, load_captioned, stream_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
@@ -90,23 +90,25 @@ class LatentTask(Task):
         self.network = self._network()
         self._check_validation()
         self.captioned = self._captioned()
-        if self.latent.family.labelled:
+        if isinstance(self.captioned, CaptionedImages) and self.latent.family.labelled:
             check_classes(config, self.latent, self.captioned)
         check_buckets(config, self.latent, self.captioned)
 
-    def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages:
+    def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages | StreamedImages:
         data = self.config.data
-        size, channels = self.latent.image_size, self.latent.image_channels
-        return load_captioned(
-            data.name,
-            captions=data.captions,
-            numbered=self.latent.family.labelled,
-            caption_column=data.caption_column,
-            limit=data.limit,
-            classes=classes,
-            buckets=self.latent.buckets,
-            **{**data_options(asdict(self.config)), "image_size": size, "channels": channels},
-        )
+        options = {
+            **data_options(asdict(self.config)),
+            "image_size": self.latent.image_size,
+            "channels": self.latent.image_channels,
+            "caption_column": data.caption_column,
+            "limit": data.limit,
+        }
+        if data.streaming:
+            del options["label_column"], options["labels"]  # refused
+            return stream_captioned(data.name, **options)
+        numbered = self.latent.family.labelled
+        options |= {"captions": data.captions, "numbered": numbered, "classes": classes, "buckets": self.latent.buckets}
+        return load_captioned(data.name, **options)
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -1,0 +1,121 @@
+"""Pairs that are read once, one by one, are those of data that are listed first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_captions import pixels_of, png, samples, write_tar
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import load_captioned, stream_captioned
+from atdiff.data.sources import hub
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
+
+
+def write_shards(folder: Path) -> str:
+    """Write five pairs in two shards, and a member without a pair in each."""
+    for number, seeds in enumerate((range(3), range(3, 5))):
+        write_tar(folder / f"{number}.tar", [*samples(seeds), (f"alone-{number}.txt", b"no image")])
+    return str(folder)
+
+
+def write_table(folder: Path, **columns: Any) -> str:
+    """Write five pairs as parquet."""
+    folder.mkdir(exist_ok=True)
+    images = [{"bytes": png(pixels_of(seed)), "path": None} for seed in range(5)]
+    rows = {"image": images, "text": [f"picture {seed}" for seed in range(5)], "other": list(range(5)), **columns}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+KINDS: dict[str, Callable[[Path], str]] = {
+    "shards": write_shards,
+    "one shard": lambda folder: f"{write_shards(folder)}/0.tar",
+    "tables": write_table,
+    "one table": lambda folder: f"{write_table(folder)}/train.parquet",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*are in none of its")
+@pytest.mark.parametrize("limit", [None, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_pairs_are_those_that_are_listed(tmp_path: Path, kind: str, limit: int | None) -> None:
+    name = KINDS[kind](tmp_path / "set")
+    listed = list(load_captioned(name, image_size=4, limit=limit))
+    streamed = stream_captioned(name, image_size=4, limit=limit)
+    assert len(listed) == min(limit or 5, 3 if kind == "one shard" else 5)
+    for _ in range(2):
+        found = list(streamed)
+        assert [caption for _, caption in found] == [caption for _, caption in listed]
+        assert all(torch.equal(image, other) for (image, _), (other, _) in zip(found, listed, strict=True))
+
+
+def test_a_table_on_the_hub_is_streamed_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write_table(tmp_path / "set")
+    monkeypatch.setattr(hub, "hub_location", lambda *_: name)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    streamed = stream_captioned("owner/name", image_size=None)
+    assert [caption for _, caption in streamed] == [f"picture {seed}" for seed in range(5)]
+    assert "train.parquet" in streamed.stream.stamp()
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_the_fingerprint_is_of_the_files_and_how_they_are_read(tmp_path: Path) -> None:
+    name = write_shards(tmp_path / "set")
+    options: list[dict[str, Any]] = [{}, {"image_size": 5}, {"limit": 2}, {"caption_column": "text"}, {"crop": "adm"}]
+    found = [stream_captioned(name, **{"image_size": 4, **one}).fingerprint() for one in options]
+    assert len(set(found)) == len(options)
+    assert stream_captioned(name, image_size=4).fingerprint() == found[0]
+    write_tar(tmp_path / "set" / "1.tar", samples(range(4, 6)))
+    assert stream_captioned(name, image_size=4).fingerprint() != found[0]
+
+
+def test_members_without_a_pair_are_counted_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"2 members of \S+ are in none of its 5 pairs .*: alone-0\.txt of") as said:
+        list(stream_captioned(write_shards(tmp_path / "set"), image_size=None))
+    assert len(said) == 1
+
+
+def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
+    name = write_shards(tmp_path / "set")
+    file = tmp_path / "set" / "1.tar"
+    file.write_bytes(file.read_bytes()[:700])
+    pairs = iter(stream_captioned(name, image_size=None))
+    assert [next(pairs)[1] for _ in range(3)] == [f"picture {seed}" for seed in range(3)]
+    with pytest.raises(UserError, match=r"1\.tar cannot be read as an uncompressed \.tar file"):
+        next(pairs)
+
+
+def test_unreadable_images_are_refused_or_skipped(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*samples(range(2)), ("9.png", b"damaged"), ("9.txt", b"text")])
+    with pytest.raises(UserError, match=r"1 of the 3 images of \S+ are unreadable: 9\.png"):
+        list(stream_captioned(str(tmp_path / "a.tar"), image_size=None))
+    skipping = stream_captioned(str(tmp_path / "a.tar"), image_size=None, unreadable="skip")
+    with pytest.warns(UserWarning, match="They are left out"):
+        assert [caption for _, caption in skipping] == ["picture 0", "picture 1"]
+    assert [name for name, _ in skipping.unreadable.found] == [f"9.png of {tmp_path / 'a.tar'}"]
+
+
+def test_what_is_not_streamed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "a.png")
+    with pytest.raises(UserError, match=r"folder is not streamed: .* leave out data\.streaming"):
+        stream_captioned(str(tmp_path / "folder"), image_size=None)
+    with pytest.raises(UserError, match=r"has no column 'alt' of captions"):
+        stream_captioned(write_table(tmp_path / "set"), image_size=None, caption_column="alt")
+    with pytest.raises(UserError, match=r"row 1 of \S+ has no caption: write one, or remove it"):
+        list(stream_captioned(write_table(tmp_path / "none", text=["a", None, "b", "c", "d"]), image_size=None))
+    write_tar(tmp_path / "shards" / "0.tar", samples(range(3)))
+    monkeypatch.setattr(hub, "hub_location", lambda *_: str(tmp_path / "shards"))
+    with pytest.raises(UserError, match=r"webdataset shards, which are streamed from a disk alone: download them"):
+        stream_captioned("owner/name", image_size=None)
