@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def tiny_sana(folder: Path) -> Path:
             vae=AutoencoderDC(**SANA_VAE),
             scheduler=DPMSolverMultistepScheduler(**SANA_SCHEDULER),
             text_encoder=_gemma(),
-            tokenizer=_characters(),
+            tokenizer=_words(),
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -317,7 +318,7 @@ def tiny_lumina2(folder: Path) -> Path:
             vae=_autoencoder(FLUX_VAE),
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=6.0),
             text_encoder=_gemma(),
-            tokenizer=_characters(),
+            tokenizer=_words(),
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -337,7 +338,7 @@ def tiny_qwen(folder: Path) -> Path:
             vae=autoencoder(**QWEN_VAE),
             scheduler=FlowMatchEulerDiscreteScheduler(**QWEN_SCHEDULER),
             text_encoder=Qwen2_5_VLForConditionalGeneration(text),
-            tokenizer=_characters(),
+            tokenizer=_words(),
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -413,9 +414,19 @@ def _autoencoder(changes: dict[str, Any]) -> AutoencoderKL:
 
 def _characters() -> PreTrainedTokenizerFast:
     """A tokenizer of characters, with the special tokens of T5's."""
-    tokens = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    return _tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ", pre_tokenizers.Split("", "isolated"))
+
+
+def _words() -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words, which are not drowned in the long texts that some pipelines put before a prompt."""
+    words = "a the cat dog car red on of photo picture class 0 1 2 3 4 5 6 7 8 9"
+    return _tokenizer(words.split(), pre_tokenizers.Whitespace())
+
+
+def _tokenizer(known: Iterable[str], splits: Any) -> PreTrainedTokenizerFast:
+    tokens = ["<pad>", "</s>", "<unk>", *known]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = splits
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
