@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from flow_pipelines import tiny_sd3
+from flow_pipelines import tiny_sana, tiny_sd3
 from latent_pipelines import tiny_sd
 from PIL import Image
 
@@ -91,6 +91,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder / "my-pipeline")
     tiny_sd(folder / "my-stable-diffusion")
     tiny_sd3(folder / "my-sd3")
+    tiny_sana(folder / "my-sana")
     return folder
 
 

@@ -83,7 +83,7 @@ def test_a_run_averages_as_diffusers_would_and_resumes_exactly(
 
     def noted(self: Weights) -> None:
         average_weights(self)
-        seen.append(copy.deepcopy((self.of(self.network), self.of(self.ema.module))))
+        seen.append(copy.deepcopy((self.task.weights(self.network), self.task.weights(self.ema.module))))
 
     average_weights = Weights.average
     with monkeypatch.context() as patch:

@@ -243,7 +243,12 @@ class LatentTask(Task):
     def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
         """Say how much memory the training needs, where all of it is in one process."""
         if progress and accelerator.is_main_process and not self.config.training.shard:
-            tell_memory(self.memory(), accelerator.device)
+            try:
+                found = self.memory()
+            except RuntimeError:  # torch's, of a meta tensor that is asked for its values
+                print("the memory that training needs is not estimated: this network's shapes depend on its input")
+            else:
+                tell_memory(found, accelerator.device)
 
     def memory(self) -> MemoryEstimate:
         """Return an estimate of what the training needs; the data have been read."""
