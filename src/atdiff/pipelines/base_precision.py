@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from atdiff.core.choices import BasePrecision
 from atdiff.core.errors import UserError
 
-__all__ = ["check_base_precision", "loading_options"]
+__all__ = ["check_base_precision", "loading_options", "taking_float32"]
 
+UNCAST = ("timestep", "guidance", "img_ids", "txt_ids")  # which networks embed in float32
 PACKAGES = {"fp8": "torchao", "int8wo": "torchao", "int8": "bitsandbytes", "nf4": "bitsandbytes"}
 
 
@@ -67,3 +73,30 @@ def _of(precision: BasePrecision) -> Any:  # noqa: ANN401  (a configuration of d
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig() if precision == "int8wo" else Float8WeightOnlyConfig())
+
+
+@contextlib.contextmanager
+def taking_float32(network: Any) -> Iterator[None]:  # noqa: ANN401  (any diffusers model)
+    """Let a pipeline of float32 call a network of another type, which it would give float32 inputs.
+
+    Its call is then that of :func:`atdiff.models.call.predict`: inputs are cast to the network's type, outputs back.
+    """
+    own = network.dtype
+
+    def cast(dtype: torch.dtype, value: Any) -> Any:  # noqa: ANN401
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def before(_: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The second is the timestep.
+        given = tuple(value if i == 1 else cast(own, value) for i, value in enumerate(args))
+        return given, {name: value if name in UNCAST else cast(own, value) for name, value in told.items()}
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        return tree_map(partial(cast, torch.float32), output)
+
+    hooks = [network.register_forward_pre_hook(before, with_kwargs=True), network.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -37,8 +37,7 @@ class _Families(Mapping[str, Family]):
             family: Family = importlib.import_module(module).FAMILY
         except ImportError as error:
             raise UserError(
-                f"{name} needs a newer diffusers than {diffusers.__version__} ({error}): pip install -U "
-                "diffusers."
+                f"{name} needs a newer diffusers than {diffusers.__version__} ({error}): pip install -U diffusers."
             ) from error
         return family
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from atdiff.data.captions import CaptionedImages, StreamedImages, load_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
+from atdiff.pipelines.base_precision import taking_float32
 from atdiff.pipelines.cache import LatentData, latent_data
 from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student, with_network
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
@@ -329,9 +331,8 @@ class LatentTask(Task):
 
     def _drawn(self, run: TextToImage, steps: int, num: int, device: torch.device) -> Tensor:
         sampler = default_sampler(self.scheduler)
-        # The pipeline gives float32 to a network whose frozen layers are in fewer bits.
         fewer_bits = self.config.lora.base_precision != "float32"
-        with torch.autocast(device.type, torch.bfloat16, enabled=fewer_bits):
+        with taking_float32(run.model) if fewer_bits else contextlib.nullcontext():
             images = torch.cat(list(run.samples(sampler=sampler, steps=steps, num=num, seed=0, device=device)))
         for part in (self.latent.vae, *self.latent.text_encoders):
             part.to("cpu")
