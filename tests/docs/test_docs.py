@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from flow_pipelines import tiny_sana, tiny_sd3
 from latent_pipelines import tiny_sd
@@ -140,6 +141,7 @@ def run_short(words: list[str]) -> None:
         more += ["--study.arms", "[plain]"]
     if command == "train":
         more += [*SMALLER.get(words[1], []), *BATCH.get(words[1], [])]
+    AcceleratorState._reset_state(reset_partial_state=True)  # to a reader each command is a process of its own
     assert main([*words, *more]) == 0, shlex.join(words)
 
 
