@@ -174,7 +174,7 @@ def stream_captioned(
             f"{name} is not streamed: only webdataset shards, parquet files and hub data sets are. Its images are read "
             "one at a time in any case; leave out data.streaming."
         )
-    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
+    title = _title(name, split, limit)
     decoding = Decoding(image_size, channels, crop, background)
     stream = source.stream(request)
     columns = (image_column, caption_column)
@@ -205,8 +205,7 @@ def load_captioned(
 
     Args:
         name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
-        captions: one per class, in the order of the labels, for data that has labels alone; or one for all images, for
-            data that has not even these.
+        captions: one per class, in the order of the labels, or one for all images; for data without any.
         numbered: take the number of an image's class for its caption, in the place of ``captions``.
         caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
         limit: take only the first so many pairs.
@@ -217,12 +216,11 @@ def load_captioned(
     Raises:
         UserError: no such data, split or column; a missing or empty caption; or ``captions`` that do not fit.
     """
-    decoding = Decoding(image_size, channels, crop, background, tuple(buckets))
     _check_arguments(captions, caption_column, limit)
-    given = numbered or captions is not None
+    decoding, given = Decoding(image_size, channels, crop, background, tuple(buckets)), numbered or captions is not None
     request = Request(name, split, image_column, label_column, caption_column, limit, given)
-    source = find_source(request, captioned=True)
-    own, names = source.pairs(request), None
+    source, title, names = find_source(request, captioned=True), _title(name, split, limit), None
+    own = source.pairs(request)
     if own is not None:
         raw, texts = own
         _refuse_labels(name, label_column=label_column, labels=labels)
@@ -232,9 +230,12 @@ def load_captioned(
         raw, every, names = _labelled(source, request, decoding, unreadable, classes)
         texts = _class_captions(name, captions, every, names, raw.count)[:limit]
         numbers = None if every is None else every[:limit]
-    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
     return found if labels is None else found.subset(places_of(labels, numbers, title).tolist())
+
+
+def _title(name: str, split: str, limit: int | None) -> str:
+    return f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
 
 
 def _refuse_labels(name: str, **asked: object) -> None:

@@ -119,22 +119,19 @@ def latent_data(
 ) -> LatentData:
     """Return the latents and conditions of a source, from the cache where they are there, else encoded and put there.
 
-    An image is encoded once, so the noise of its posterior stays the same over epochs; different captions are encoded
-    once each. The folder of the cache is found by a hash of all that its content depends on. One whose files are not as
-    its manifest says is said in a warning and made anew. Of several processes one should come first.
+    An image is encoded once: the noise of its posterior stays the same. The cache's folder is found by a hash of all
+    that it depends on; a damaged one is made anew with a warning. Of several processes one should come first.
 
     Args:
         source: images with captions, walked through once, a batch at a time in memory.
-        latent: autoencoder and text encoders.
+        latent: autoencoder and text encoders, which are put back on the CPU afterwards.
         batch_size: images or captions at a time.
-        device: where they are encoded; the encoders are put back afterwards.
+        device: where they are encoded.
         flip: encode each image mirrored left to right too.
-        progress: whether to show a bar.
         seed: of the noise of the posteriors.
 
     Raises:
-        UserError: no images, images that do not fit the pipeline, a batch size below 1, latents beyond float16, or a
-            cache that cannot be written.
+        UserError: no images or images that do not fit, a batch size below 1, latents beyond float16, or no cache.
     """
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
@@ -142,8 +139,8 @@ def latent_data(
         raise _no_images(source)
     parts = [*_key_parts(source, latent, seed), *(["flip"] if flip else [])]
     folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    if (kept := _kept(folder, source, progress)) is not None:
-        return kept
+    if (found := _kept(folder, source, progress)) is not None:
+        return found
     try:
         with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
             partial.mkdir()
@@ -151,15 +148,14 @@ def latent_data(
                 captions, content = _write_images(partial, source, latent, files, progress)
             _write_conditions(partial, captions, latent, batch_size, progress)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            found = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
-            found["arrays"] = files.names
-            write_json(partial / MANIFEST, found)
+            kept = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
+            write_json(partial / MANIFEST, {**kept, "arrays": files.names})
     except UserError as error:
         if "cannot be written" not in str(error):
             raise
         raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
     data = _open(folder, source.name)
-    assert data is not None, folder
+    assert data is not None
     return data
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -20,14 +19,12 @@ from atdiff.data.captions import CaptionedImages, StreamedImages, load_captioned
 from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
-from atdiff.pipelines.base_precision import taking_float32
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student, with_network
+from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
-from atdiff.pipelines.text_to_image import PROMPTS_FILE, TextToImage, text_to_image_run
-from atdiff.sampling.schedulers import default_sampler
+from atdiff.pipelines.text_to_image import PROMPTS_FILE
 from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
@@ -46,11 +43,11 @@ from atdiff.training.tasks.latent_checks import (
     check_settings,
     load_latent_teacher,
 )
+from atdiff.training.tasks.latent_drawing import SHOWN, LatentDrawing
 
 __all__ = ["LatentTask"]
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
-SHOWN = 16  # images of a grid of samples
 
 
 class LatentTask(Task):
@@ -90,7 +87,8 @@ class LatentTask(Task):
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
         self.network = self._network()
-        self._check_validation()
+        self._drawing = LatentDrawing(config, self.latent, self.scheduler)
+        self._drawing.check(self.network)
         self.captioned = self._captioned()
         if isinstance(self.captioned, CaptionedImages) and self.latent.family.labelled:
             check_classes(config, self.latent, self.captioned)
@@ -231,12 +229,9 @@ class LatentTask(Task):
                 self.data = latent_data(self.captioned, self.latent, device=accelerator.device, flip=flip)
             self._groups = self.data.groups
             if self.latent.buckets:
-                self.told = self._bucket_line()
-
-    def _bucket_line(self) -> str:
-        scale = self.latent.image_size // self.latent.latent_shape[-1]
-        shapes = [array.shape for array in self.data.latents]
-        return bucket_line(Counter({(width * scale, height * scale): count for count, _, height, width in shapes}))
+                scale = self.latent.image_size // self.latent.latent_shape[-1]
+                shapes = [array.shape for array in self.data.latents]
+                self.told = bucket_line(Counter({(w * scale, h * scale): count for count, _, h, w in shapes}))
 
     def indices(self, batch: int, batch_size: int) -> Tensor:
         """Return which images a batch of all processes takes, of one bucket."""
@@ -287,56 +282,14 @@ class LatentTask(Task):
         else:
             super().load_weights(network, weights)
 
-    def _check_validation(self) -> None:
-        """Find out before training that the images of the validation can be drawn."""
-        settings = self.config.validation
-        if settings.prompts is None:
-            return
-        if not settings.prompts or not settings.steps:
-            name = "steps" if settings.prompts else "prompts"
-            raise UserError(f"validation.{name} is an empty list: expected one or more, or validation.prompts null.")
-        run = self._validating(self._run(self.latent.source, self.network, settings.prompts))
-        for steps in settings.steps:
-            run.evaluations(default_sampler(self.scheduler), steps)
-
-    def _run(self, name: str, network: Any, captions: Sequence[str]) -> TextToImage:  # noqa: ANN401
-        """Return the pipeline with that network, to draw images of the captions where nothing else is asked for."""
-        settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
-        settings["data"] = {
-            "captions": captions,
-            "image_size": self.latent.image_size,
-            "caption_tokens": self.latent.tokens,
-        }
-        return text_to_image_run(with_network(self.latent, network, self.scheduler), name, settings)
-
-    def _validating(self, run: TextToImage) -> TextToImage:
-        """Return the run with the prompts and the guidance of the validation."""
-        settings = self.config.validation
-        guided = run if settings.guidance_scale is None else run.guided(settings.guidance_scale)
-        return guided.asked(settings.prompts, settings.negative_prompt)
-
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
         """Return images of the first prompts."""
-        run = self._run(str(out), average, self.config.data.captions or self.data.captions[:SHOWN])
-        return self._drawn(run, 4 if self.is_consistency else 20, SHOWN, device)
+        captions = self.config.data.captions or self.data.captions[:SHOWN]
+        return self._drawing.samples(str(out), average, captions, device)
 
     def validation(self, out: Path, average: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
         """Yield each number of steps of the validation and its images, of the same noise."""
-        settings = self.config.validation
-        if settings.prompts is None:
-            return
-        run = self._validating(self._run(str(out), average, settings.prompts))
-        for steps in settings.steps:
-            yield steps, self._drawn(run, steps, len(settings.prompts), device)
-
-    def _drawn(self, run: TextToImage, steps: int, num: int, device: torch.device) -> Tensor:
-        sampler = default_sampler(self.scheduler)
-        fewer_bits = self.config.lora.base_precision != "float32"
-        with taking_float32(run.model) if fewer_bits else contextlib.nullcontext():
-            images = torch.cat(list(run.samples(sampler=sampler, steps=steps, num=num, seed=0, device=device)))
-        for part in (self.latent.vae, *self.latent.text_encoders):
-            part.to("cpu")
-        return images
+        return self._drawing.validation(str(out), average, device)
 
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
         """Write the pipeline, or the LoRA."""
