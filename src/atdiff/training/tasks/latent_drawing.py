@@ -12,8 +12,7 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.pipelines.base_precision import taking_float32
-from atdiff.pipelines.latent_model import LatentPipeline
-from atdiff.pipelines.loading import with_network
+from atdiff.pipelines.latent_model import LatentPipeline, with_network
 from atdiff.pipelines.text_to_image import TextToImage, text_to_image_run
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.config import TrainConfig
