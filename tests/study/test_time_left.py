@@ -23,9 +23,10 @@ def stage(folder: Path, arm: str) -> Stage:
     return Stage(arm, 0, config, folder / arm, CELLS)
 
 
-def train(run: Stage, passes: int) -> None:
+def train(run: Stage, passes: int, per_second: float = 5.0) -> None:
     run.folder.mkdir(exist_ok=True)
-    (run.folder / "metrics.jsonl").write_text(json.dumps({"pass": passes, "loss": 0.25}) + "\n")
+    line = {"pass": passes, "loss": 0.25, "passes_per_second": per_second}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
 def evaluate(run: Stage, *steps: int) -> None:
@@ -55,7 +56,7 @@ def test_passes_and_sampler_steps_are_timed_apart(
     # 0.2 s a pass; a step of 640 samples costs a third of that for 64 of them, ten times.
     assert progress.left() == pytest.approx(150 * 0.2 + (2 * 20 + 60) * 0.2 / 3 * 10)
 
-    train(stages[0], 100)
+    train(stages[0], 100, per_second=100 / 22)
     progress.update()
     clock[0] += 12.0
     evaluate(stages[0], 4)
@@ -86,10 +87,22 @@ def test_what_was_done_before_is_not_timed(tmp_path: Path, clock: list[float]) -
     evaluate(stages[0], 4, 16)
     progress.finish(stages[0], Seconds(0.0, 32.0))
     clock[0] += 30.0
-    train(stages[1], 60)
+    train(stages[1], 60, per_second=2.0)
     progress.update()
     # 16 steps in 32 s; one run at a time is left.
     assert progress.left() == pytest.approx(40 * 0.5 + 20 * 2.0)
+
+
+def test_a_run_that_begins_late_is_timed_from_its_own_log(tmp_path: Path, clock: list[float]) -> None:
+    """As in a study that is resumed, whose first hour goes to the evaluation of runs that were trained before."""
+    stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
+    train(stages[0], 100)
+    evaluate(stages[0], 4, 16)
+    progress = StudyProgress(stages, 1, Console())
+    clock[0] += 3600.0
+    train(stages[1], 20)
+    progress.update()
+    assert progress.left() == pytest.approx(80 * 0.2 + 20 * 0.2 / 3 * 10)
 
 
 def test_the_mismatch_is_counted(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atdiff.system.progress import in_words, shows_bars
+from atdiff.system.progress import in_words, print_line, shows_bars
 
 __all__ = ["cell_progress"]
 
@@ -42,7 +42,6 @@ def _lines(what: str, console: Console) -> Callable[[int, int], None]:
         if now - told < SECONDS_BETWEEN_LINES or not 0 < done < total:
             return
         told, left = now, (now - started) * (total - done) / done
-        line = f"{done:,} of {total:,} {what}, {in_words(left)} left"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(console, f"{done:,} of {total:,} {what}, {in_words(left)} left")
 
     return notify

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from atdiff.study.stage import Stage
-from atdiff.study.summary import training_curves
-from atdiff.system.progress import in_words, shows_bars
+from atdiff.system.progress import in_words, print_line, shows_bars
+from atdiff.training.folder import last_logged
 
 __all__ = ["Seconds", "StudyProgress"]
 
@@ -107,8 +107,8 @@ class StudyProgress:
             if passes > 0
             else f"{stage.config.training.passes:,} passes, trained before"
         )
-        curve = training_curves(stage.folder)
-        loss = f", loss {curve[-1][1]:.4f}" if curve else ""
+        last = last_logged(stage.folder).get("loss")
+        loss = "" if last is None else f", loss {last:.4f}"
         runs = f"{self.finished} of {len(self.stages)} runs{self._left_words()}"
         if self.lines:
             self._print(f"{stage.arm}, seed {stage.seed}: {done}{loss} ({runs})")
@@ -126,25 +126,30 @@ class StudyProgress:
         return (passes_left * (per_pass or 0.0) + steps_left * (per_step or 0.0)) / runs_left
 
     def _seconds_per_pass(self) -> float | None:
-        """Return what a pass takes: of finished runs, or before there are any from all that run at once."""
-        ended = [stage for stage in self.stages if self.seconds[id(stage)].training > 0]
-        passes = sum(self.now[id(stage)].passes - self.before[id(stage)].passes for stage in ended)
-        if passes > 0:
-            return sum(self.seconds[id(stage)].training for stage in ended) / passes
-        begun = [stage for stage in self.stages if self.now[id(stage)].passes > self.before[id(stage)].passes]
-        passes = sum(self.now[id(stage)].passes - self.before[id(stage)].passes for stage in begun)
-        return (time.monotonic() - self.started) * len(begun) / passes if passes > 0 else None
+        """Return what a pass takes: in finished runs, or before there are any by the logs of those that train."""
+        measured, begun = self._measured(0)
+        if measured is not None:
+            return measured
+        logged = (last_logged(stage.folder).get("passes_per_second") for stage in begun)
+        rates = [rate for rate in logged if rate]
+        return len(rates) / sum(rates) if rates else None
 
     def _seconds_per_step(self) -> float | None:
-        """Return what a sampler step of a cell takes: of finished runs, or before there are any of finished cells."""
-        ended = [stage for stage in self.stages if self.seconds[id(stage)].evaluation > 0]
-        steps = sum(self.now[id(stage)].steps - self.before[id(stage)].steps for stage in ended)
-        if steps > 0:
-            return sum(self.seconds[id(stage)].evaluation for stage in ended) / steps
-        begun = [stage for stage in self.stages if self.now[id(stage)].steps > self.before[id(stage)].steps]
-        steps = sum(self.now[id(stage)].steps - self.before[id(stage)].steps for stage in begun)
-        now = time.monotonic()
-        return sum(now - self.trained[id(stage)] for stage in begun) / steps if steps > 0 else None
+        """Return what a sampler step of a cell takes: in finished runs, or before there are any in finished cells."""
+        measured, begun = self._measured(1)
+        if measured is not None or not begun:
+            return measured
+        return sum(time.monotonic() - self.trained[id(stage)] for stage in begun) / self._gained(1, begun)
+
+    def _measured(self, kind: int) -> tuple[float | None, list[Stage]]:
+        """Return seconds per pass (0) or sampler step (1) of the runs that ended, and all that have made any."""
+        ended = [stage for stage in self.stages if self.seconds[id(stage)][kind] > 0]
+        made = self._gained(kind, ended)
+        seconds = sum(self.seconds[id(stage)][kind] for stage in ended)
+        return seconds / made if made else None, [stage for stage in self.stages if self._gained(kind, [stage])]
+
+    def _gained(self, kind: int, stages: Sequence[Stage]) -> int:
+        return sum(self.now[id(stage)][kind] - self.before[id(stage)][kind] for stage in stages)
 
     def _guess_per_step(self, per_pass: float) -> float:
         """Return what a step of all samples of a cell would take at the cost of a forward in training."""
@@ -157,4 +162,4 @@ class StudyProgress:
 
     def _print(self, line: str) -> None:
         self.told = time.monotonic()
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(self.console, line)

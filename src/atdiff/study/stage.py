@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.entries import read_cells
 from atdiff.training.config import TrainConfig
+from atdiff.training.folder import last_logged
 
 __all__ = ["BASE", "Stage"]
 
@@ -36,12 +35,7 @@ class Stage:
 
     def passes_done(self) -> int:
         """Read how far its training is from the last line that it logged."""
-        try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                return int(json.loads(file.read().splitlines()[-1])["pass"])
-        except (OSError, ValueError, IndexError):
-            return 0
+        return int(last_logged(self.folder).get("pass", 0))
 
     @property
     def steps(self) -> int:

@@ -21,6 +21,7 @@ from atdiff.study.summary import leading_metric
 from atdiff.study.tuning import PLAIN, Rung, Sweep, better_half, recipe_line
 from atdiff.system.files import LOCK, write_bytes, write_json
 from atdiff.system.locks import one_writer
+from atdiff.system.progress import print_line
 
 __all__ = ["FILE", "judged", "tune_run"]
 
@@ -54,14 +55,16 @@ def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) 
     settings = _settings(sweep, sampler, run.fingerprints()["weights"])
     record = _resumed(out, settings)
     record |= {"command": command, "versions": versions(), "passes_in_all": sweep.passes}
-    _say(console, sweep.cost())
+    print_line(console, sweep.cost())
     arms = list(sweep.recipe.arms)
     for number, rung in enumerate(sweep.rungs):
         last = number + 1 == len(sweep.rungs)
         # What earlier rungs found stays, as their arms go on or go; the last is looked over again.
         if last or number >= len(record["rungs"]):
             seeds = f" with {len(rung.seeds)} seeds" if len(rung.seeds) > 1 else ""
-            _say(console, f"rung {number + 1} of {len(sweep.rungs)}: {len(arms)} arms to {rung.passes} passes{seeds}")
+            print_line(
+                console, f"rung {number + 1} of {len(sweep.rungs)}: {len(arms)} arms to {rung.passes} passes{seeds}"
+            )
             found = _run(sweep, rung, arms, sampler, out, jobs, console, record)
             record["rungs"][number:] = [found]
             _check_alike(record["rungs"], out)
@@ -208,17 +211,13 @@ def _publish(record: Mapping[str, Any], out: Path, console: Console) -> None:
     best = next(row for row in rows if row.arm == record["best"])
     change = change_sentence(best, PLAIN)
     if record["recommended"] != PLAIN:
-        _say(console, f"{change}. The line for your recipe:\n")
-        _say(console, record["line"])
+        print_line(console, f"{change}. The line for your recipe:\n")
+        print_line(console, record["line"])
     else:
         more = "more --repeats" if best.pairs > 1 else "--repeats 3, since one seed gives no interval,"
-        _say(
+        print_line(
             console,
             f"No candidate is clearly better than plain training: {change}. Stay with plain training and leave the "
             f"adversary out, or tune again with {more} or more --passes.",
         )
-    _say(console, f"\n{out / FILE}\n{out / 'tune.png'}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    print_line(console, f"\n{out / FILE}\n{out / 'tune.png'}")

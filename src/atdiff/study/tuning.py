@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from atdiff.study.recipe import Recipe, StudyConfig, resolve
 from atdiff.system.locate import check_run, run_config
 from atdiff.system.progress import in_words
 from atdiff.training.config import ENDING, PIXEL_MODELS, SchedulerConfig, TrainConfig
-from atdiff.training.folder import as_begun
+from atdiff.training.folder import as_begun, last_logged
 from atdiff.training.settings import apply_words, read_settings
 
 __all__ = ["PLAIN", "Rung", "Sweep", "Tuning", "better_half", "candidates", "metrics_of", "plan", "recipe_line"]
@@ -303,8 +302,5 @@ def _with_passes(settings: dict[str, Any], passes: int) -> dict[str, Any]:
 
 def _speed(run: str) -> float | None:
     """Return the passes per second that the last line of a run's log tells; None where it tells none."""
-    try:
-        last = (Path(run) / "metrics.jsonl").read_text().splitlines()[-1]
-        return float(json.loads(last)["passes_per_second"]) or None
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
-        return None
+    rate = last_logged(Path(run)).get("passes_per_second")
+    return rate if isinstance(rate, float) and rate > 0 else None

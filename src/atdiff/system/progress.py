@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from rich.console import Console
 
-__all__ = ["in_words", "shows_bars"]
+__all__ = ["in_words", "print_line", "shows_bars"]
 
 
 def shows_bars(console: Console) -> bool:
@@ -15,6 +15,11 @@ def shows_bars(console: Console) -> bool:
     In a notebook rich moves a bar by ipywidgets alone.
     """
     return find_spec("ipywidgets") is not None if console.is_jupyter else console.is_interactive
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is: neither wrapped, nor coloured, nor read as markup."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def in_words(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
 from atdiff.training.config import ENDING, PIXEL_MODELS, TrainConfig
 
-__all__ = ["as_begun", "open_run"]
+__all__ = ["as_begun", "last_logged", "open_run"]
 
 # What a task writes out where it is null: the start's, or what the pairs of a reflow cost.
 SETTLED = (
@@ -27,6 +28,17 @@ SETTLED = (
     ("objective", "reflow_passes"),
 )
 CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
+
+
+def last_logged(run: Path) -> dict[str, Any]:
+    """Return the last line of a run's ``metrics.jsonl``; nothing where there is none, or it is being written."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            last = json.loads(file.read().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return last if isinstance(last, dict) else {}
 
 
 def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from atdiff.data.labels import class_line
-from atdiff.system.progress import in_words, shows_bars
+from atdiff.system.progress import in_words, print_line, shows_bars
 from atdiff.training.tasks.base import Task
 
 __all__ = ["TrainingBar", "tell_run"]
@@ -74,7 +74,7 @@ class TrainingBar:
 
     def _print(self, passes: int, figures: list[str]) -> None:
         line = f"pass {passes:,} of {self._total:,}: {', '.join(figures)}"
-        self._console.print(line, soft_wrap=True, highlight=False)
+        print_line(self._console, line)
 
 
 def tell_run(task: Task) -> None:
