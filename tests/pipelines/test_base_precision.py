@@ -13,7 +13,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, TorchAoConfig, UNet2DConditionModel
-from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, labelled_photos, sd_folder  # noqa: F401
+from flow_pipelines import flux_folder, sana_folder, sd3_folder  # noqa: F401
+from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, labelled_photos, sd_folder, sdxl_folder  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.data.captions import load_captioned
 from atdiff.models.call import predict
-from atdiff.pipelines.base_precision import check_base_precision, loading_options
+from atdiff.pipelines.base_precision import check_base_precision, loading_options, taking_float32
 from atdiff.pipelines.cache import latent_data
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_frozen, make_student
 from atdiff.pipelines.lora import add_lora
@@ -147,6 +148,27 @@ def test_a_run_resumes_exactly_and_fits_the_unquantised_pipeline(
     run = load_denoiser(str(whole)).guided(1.0)
     (ours,) = run.samples(sampler="own", steps=3, num=1, seed=0)
     torch.testing.assert_close(ours, images * 2 - 1, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "sana"])
+def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = str(request.getfixturevalue(f"{kind}_folder"))
+    whole, kept = load_latent_pipeline(folder), load_latent_pipeline(folder, base_precision="bf16")
+    told = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "pt"}
+    if kind == "sana":
+        told["use_resolution_binning"] = False
+
+    def drawn(latent: LatentPipeline) -> Tensor:
+        latent.pipeline.set_progress_bar_config(disable=True)
+        images: Tensor = latent.pipeline("a cat", generator=torch.Generator().manual_seed(0), **told).images
+        return images
+
+    hooks = kept.network._forward_pre_hooks, kept.network._forward_hooks
+    before = [list(one) for one in hooks]
+    with taking_float32(kept.network):
+        ours = drawn(kept)
+    assert [list(one) for one in hooks] == before
+    assert 0 < error(ours, drawn(whole)) < 0.05
 
 
 # ---- mistakes

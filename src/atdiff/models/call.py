@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atdiff.core.errors import UserError
 
 __all__ = [
+    "cast_conditions",
     "check_labels",
     "class_embeddings",
     "compute_dtype",
@@ -51,7 +52,7 @@ def predict(
     _check_images(network, x_t)
     dtype = compute_dtype(network)
     cast = dtype is not None and dtype != x_t.dtype
-    kwargs = unet_kwargs(_cast(conditions or {}, dtype))
+    kwargs = unet_kwargs(cast_conditions(conditions or {}, dtype))
     named = isinstance(network, nn.Module) and _names_timestep(kind)
     told = ((), {"timestep": timesteps}) if named else ((timesteps,), {})
     prediction = _prediction(model(x_t.to(dtype) if cast else x_t, *told[0], **told[1], **kwargs))
@@ -80,7 +81,7 @@ def _names_timestep(kind: Any) -> bool:  # noqa: ANN401  (a class of networks)
     return "timestep" in names[3:]
 
 
-def _cast(conditions: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+def cast_conditions(conditions: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
     """Return the conditions with embeddings in a dtype, and labels as whole numbers that an embedding looks up."""
     cast: dict[str, Any] = {}
     for name, value in conditions.items():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -15,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 from atdiff.core.choices import BasePrecision
 from atdiff.core.errors import UserError
+from atdiff.models.call import cast_conditions, compute_dtype
 
 __all__ = ["check_base_precision", "loading_options", "taking_float32"]
 
-UNCAST = ("timestep", "guidance", "img_ids", "txt_ids")  # which networks embed in float32
 PACKAGES = {"fp8": "torchao", "int8wo": "torchao", "int8": "bitsandbytes", "nf4": "bitsandbytes"}
 
 
@@ -81,18 +80,18 @@ def taking_float32(network: Any) -> Iterator[None]:  # noqa: ANN401  (any diffus
 
     Its call is then that of :func:`atdiff.models.call.predict`: inputs are cast to the network's type, outputs back.
     """
-    own = network.dtype
+    own = compute_dtype(network)
 
-    def cast(dtype: torch.dtype, value: Any) -> Any:  # noqa: ANN401
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def cast(value: Any) -> Any:  # noqa: ANN401
+        return cast_conditions(value, own) if isinstance(value, Mapping) else cast_conditions({"": value}, own)[""]
 
     def before(_: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # The second is the timestep.
-        given = tuple(value if i == 1 else cast(own, value) for i, value in enumerate(args))
-        return given, {name: value if name in UNCAST else cast(own, value) for name, value in told.items()}
+        # SDXL is told some conditions in a mapping of their own.
+        nested = {name: cast(value) for name, value in told.items() if isinstance(value, Mapping)}
+        return tuple(map(cast, args)), {**cast_conditions(told, own), **nested}
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
-        return tree_map(partial(cast, torch.float32), output)
+        return tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, output)
 
     hooks = [network.register_forward_pre_hook(before, with_kwargs=True), network.register_forward_hook(after)]
     try:
