@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class LatentPipeline:
         """Pixels along a side of the images that have latents of that shape."""
         return self.latent_shape[-1] * pixels_per_latent(self.pipeline)
 
-    @property
+    @cached_property
     def buckets(self) -> tuple[Size, ...]:
         """Widths and heights of images in buckets; see :func:`atdiff.data.buckets.bucket_sizes`."""
         if self.bucket_step is None:

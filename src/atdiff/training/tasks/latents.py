@@ -242,8 +242,8 @@ class LatentTask(Task):
         if progress and accelerator.is_main_process and not self.config.training.shard:
             try:
                 found = self.memory()
-            except RuntimeError:  # torch's, of a meta tensor that is asked for its values
-                print("the memory that training needs is not estimated: this network's shapes depend on its input")
+            except RuntimeError as error:  # torch's, such as of a meta tensor that is asked for its values
+                print(f"the memory that training needs is not estimated ({str(error).splitlines()[0]})")
             else:
                 tell_memory(found, accelerator.device)
 
