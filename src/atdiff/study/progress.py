@@ -35,8 +35,9 @@ class _Done(NamedTuple):
 class StudyProgress:
     """A bar over all runs of a study; without a terminal a line for every finished run, and one a minute between them.
 
-    Passes and sampler steps are timed apart, since a study may spend most of its time on either. What is measured once
-    all runs are done (the mismatch) counts as sampler steps too.
+    Passes and sampler steps are timed apart, since a study may spend most of its time on either. The evaluations of the
+    network for the mismatch, once all runs are done, count as sampler steps too; its comparisons, which take longer on
+    tiny networks, are not counted.
 
     Args:
         stages: all runs.

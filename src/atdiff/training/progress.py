@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from atdiff.data.labels import class_line
+from atdiff.pipelines.families.base import NetworkView
 from atdiff.system.progress import in_words, print_line, shows_bars
 from atdiff.training.tasks.base import Task
 
@@ -88,7 +89,8 @@ def tell_run(task: Task) -> None:
         print(class_line(classes))
     if task.told:
         print(task.told)
-    weights = [weight for weight in task.network.parameters() if weight.requires_grad]
-    size, settings = sum(weight.numel() for weight in weights), task.config.training
-    passes = f"{settings.passes:,} passes of {settings.batch_size}"
-    print(f"{type(task.network).__name__}, {size / 1e6:,.2f} M weights to train, {passes}")
+    kind, settings = type(task.network), task.config.training
+    name = (kind.plain() if issubclass(kind, NetworkView) else kind).__name__  # users know diffusers' class
+    size = sum(weight.numel() for weight in task.network.parameters() if weight.requires_grad)
+    weights = f"{size / 1e6:,.2f} M" if size >= 100_000 else f"{size:,}"
+    print(f"{name}, {weights} weights to train, {settings.passes:,} passes of {settings.batch_size}")
