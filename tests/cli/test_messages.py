@@ -147,7 +147,7 @@ def test_a_mistake_is_told_before_torch_is_imported(place: Path) -> None:
 def test_light_names_are_those_of_the_registries() -> None:
     for light, heavy in (
         (choices.SAMPLERS, SAMPLERS),
-        (choices.PRECISIONS, DTYPES),
+        (choices.PRECISIONS, [*DTYPES, "auto"]),
     ):
         assert list(light) == list(heavy)
     from atdiff.adversary.scale import SCALES

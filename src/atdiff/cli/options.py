@@ -236,7 +236,8 @@ variant = option(
     "--variant", help="weights variant of a saved pipeline, such as fp16", unset="plain weights, or the only variant"
 )
 inference = shared(
-    option("--precision", help=f"precision of the network, one of {', '.join(PRECISIONS)} (no: float32)",
+    option("--precision", help=f"precision of the network, one of {', '.join(PRECISIONS)} (no: float32; auto: bf16 "
+           "where the device has it, else float32)",
            type=Word(PRECISIONS), default="no"),
     click.option("--compile", is_flag=True, help="compile the network with torch.compile; worthwhile for many samples"),
 )  # fmt: skip

@@ -43,7 +43,7 @@ Norm = Literal["l2", "linf", "l1"]
 Order = Literal["consecutive", "staggered"]
 PairName = Literal["even", "ict", "ect"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16", "fp16", "auto"]
 PredictionAlias = Literal[
     "eps", "noise", "pred_noise", "x0", "x_0", "x_start", "xstart", "start_x", "pred_x0", "v", "v_pred", "vpred",
     "pred_v", "velocity", "flow_prediction", "flow_matching", "rectified_flow",

@@ -28,7 +28,8 @@ from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.sampling.search import search_correction
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
-from atdiff.system.processes import from_main, in_main, is_main
+from atdiff.system.precision import settled_precision
+from atdiff.system.processes import device, from_main, in_main, is_main
 
 __all__ = ["EvaluationConfig", "cells_of_run", "cells_of_weights", "evaluate_runs"]
 
@@ -61,10 +62,14 @@ class EvaluationConfig:
     data: str | None = None  # whose images are the reference; None for each run's own
     reading: DataOptions = AS_TRAINED  # of the data, where it is another than in training
     batch_size: int = 512
-    precision: str = "no"  # in which the networks run: ``no`` (float32), ``bf16`` or ``fp16``
+    precision: str = "no"  # in which the networks run: ``no`` (float32), ``bf16``, ``fp16``; ``auto`` is one of these
     compile: bool = False  # to rounding, it does not change a figure
     guidance_scale: float | None = None  # None for that of each run's training, or the usual one
     variant: str | None = None  # of the weights of pipelines, such as ``fp16``; training folders know their own
+
+    def __post_init__(self) -> None:
+        """Write down the precision that ``auto`` stands for on this machine."""
+        object.__setattr__(self, "precision", settled_precision(self.precision, device()))
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Raise a ``UserError``, before any compute, for what cannot be evaluated for networks of this scheduler."""

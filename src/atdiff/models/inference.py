@@ -11,6 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 from atdiff.core.errors import UserError
+from atdiff.system.precision import warn_of_slow_bf16
 
 __all__ = ["DTYPES", "evaluating", "prepare_inference"]
 
@@ -30,7 +31,7 @@ def prepare_inference(
 
     Args:
         model: the network.
-        precision: ``no`` (float32), or autocast to ``bf16`` or ``fp16``.
+        precision: ``no`` (float32), or autocast to ``bf16`` or ``fp16``; see :func:`settled_precision` for ``auto``.
         compile: run it through torch.compile, which takes a minute or so at the first image.
         device: where it will run.
 
@@ -42,6 +43,7 @@ def prepare_inference(
         raise UserError(f"precision={precision!r} is unknown; use one of {', '.join(DTYPES)}.")
     if precision == "fp16" and kind == "cpu":
         raise UserError("precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    warn_of_slow_bf16("precision", precision, kind)
     if precision in _AUTOCAST:
         model.forward = convert_outputs_to_fp32(torch.autocast(kind, _AUTOCAST[precision])(model.forward))
     if compile:

@@ -25,6 +25,7 @@ from atdiff.sampling.generate import iter_generate
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.system.fingerprint import network_fingerprint, scheduler_fingerprint, settings_fingerprint
 from atdiff.system.locate import run_config
+from atdiff.system.precision import settled_precision
 
 __all__ = ["TrainedModel"]
 
@@ -77,6 +78,7 @@ class TrainedModel:
 
         Arguments and errors: see :func:`atdiff.models.inference.prepare_inference`.
         """
+        precision = settled_precision(precision, device)
         prepare_inference(self.model, precision=precision, compile=compile, device=device)
         return replace(self, precision=precision)
 

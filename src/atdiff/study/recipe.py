@@ -43,7 +43,8 @@ class StudyConfig(Settings):
         samplers: samplers by name.
         steps: numbers of steps of each sampler, or by sampler.
         corrections: of the samplers; see :class:`atdiff.measure.cells.EvaluationConfig`.
-        precision: in which the networks draw them: ``no`` (float32), ``bf16`` or ``fp16``.
+        precision: in which the networks draw them: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where
+            the device has it, else ``no``.
         num: samples per cell (arm, seed, sampler, correction, steps).
         search_num: samples of the held-out noise that a correction's value is searched on.
         extractor: whose features the metrics use.

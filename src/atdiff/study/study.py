@@ -33,9 +33,10 @@ from atdiff.study.summary import Measurements, leading_metric, publish, training
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
+from atdiff.system.precision import warn_of_slow_bf16
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
-from atdiff.training.folder import open_run
+from atdiff.training.folder import as_begun, open_run
 from atdiff.training.loop import Trainer, train
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
@@ -176,6 +177,7 @@ def _check(stages: list[Stage], study: StudyConfig) -> None:
     for stage in stages[1:]:
         assert stage.evaluation is not None
         stage.evaluation.check(trainer.task.check_arm(stage.config, from_here=stages[0].arm == BASE))
+    warn_of_slow_bf16("study.precision", study.precision, _device())
     # Once, before the workers: a classifier that is not cached yet is trained here.
     assert stages[-1].evaluation is not None
     weights = stages[-1].evaluation.weights.get(study.extractor)
@@ -314,7 +316,7 @@ def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: f
     for stage in _judged(stages):
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
-    by_arm = {stage.arm: stage.config for stage in stages}
+    by_arm = {stage.arm: as_begun(stage.config, stage.folder) for stage in stages}
     study, base = recipe.study, by_arm.get(BASE)
     first = by_arm[study.arms[0]]
     return {
@@ -336,7 +338,7 @@ def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: f
                 **({"start": study.start} if study.start else {}),
                 "reference": f"{first.data.name} ({first.data.split} split)",
                 "weights": cells[0]["weights"],
-                "dtype": DTYPES[study.precision],
+                "dtype": cells[0].get("dtype", DTYPES["no"]),
             },
         },
         "passes": {"base": _base_passes(base, study.start), "arm": first.training.passes},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from atdiff.adversary.checks import check_adversary, check_coupling
 from atdiff.adversary.stepless import STEPLESS
@@ -15,7 +16,7 @@ from atdiff.system.launcher import num_processes, refuse_other_training
 from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, TrainConfig
 from atdiff.training.settings import read_settings
 
-__all__ = ["check_config", "check_machine", "check_split"]
+__all__ = ["check_config", "check_split", "for_machine"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -34,8 +35,10 @@ def check_config(config: TrainConfig) -> None:
         _check_pixels(config)
 
 
-def check_machine(config: TrainConfig) -> None:
-    """Find what this machine, and the environment that the launcher made, cannot do of the settings.
+def for_machine(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the precision that ``auto`` stands for here, after what this machine cannot do is found.
+
+    The environment that the launcher made is part of the machine.
 
     Raises:
         UserError: fp16 or bitsandbytes without a GPU, a quantisation or a tracker that is not installed, or a kind of
@@ -43,10 +46,12 @@ def check_machine(config: TrainConfig) -> None:
     """
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.system.processes import device, is_main  # settings are checked without torch
+    from atdiff.system.precision import settled_precision, warn_of_slow_bf16  # settings are checked without torch
+    from atdiff.system.processes import device, is_main
 
-    settings = config.training
     refuse_other_training()
+    precision: Any = settled_precision(config.training.precision, device())
+    settings = replace(config.training, precision=precision)
     for setting, value, variable, usual in (
         ("training.accumulate", settings.accumulate, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
         ("training.precision", settings.precision, "ACCELERATE_MIXED_PRECISION", "no"),
@@ -57,6 +62,8 @@ def check_machine(config: TrainConfig) -> None:
             warnings.warn(f"{variable}={given} of the launcher is not used: {setting}={value} is.", stacklevel=2)
     if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
+    if is_main():
+        warn_of_slow_bf16("training.precision", settings.precision, device())
     if config.lora.base_precision != "float32":
         from atdiff.pipelines.base_precision import check_base_precision
 
@@ -68,6 +75,7 @@ def check_machine(config: TrainConfig) -> None:
                 f"training.tracker={settings.tracker!r} is not installed; installed are: "
                 f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
             )
+    return replace(config, training=settings)
 
 
 def _check_data(config: TrainConfig) -> None:

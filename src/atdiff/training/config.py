@@ -411,7 +411,7 @@ class TrainingConfig(Settings):
         ema_decay: of the exponential moving average, stepped at every weight update.
         ema_warmup: raise that decay from 0, as ``min(ema_decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the
             initial weights are no part of the average, however short the run.
-        precision: ``no`` (float32), ``bf16`` or ``fp16``.
+        precision: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where the device has it, else ``no``.
         compile: run the network through ``torch.compile``.
         shard: split weights, gradients, optimizer state and averages over the processes (FSDP), for networks that are
             too large for one GPU.

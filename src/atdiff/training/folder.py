@@ -20,8 +20,10 @@ from atdiff.training.config import ENDING, PIXEL_MODELS, TrainConfig
 
 __all__ = ["as_begun", "last_logged", "open_run"]
 
-# What a task writes out where it is null: the start's, or what the pairs of a reflow cost.
+# What is written out where it is null or ``auto``: the start's, what the pairs of a reflow cost, or what suits the
+# device.
 SETTLED = (
+    ("training", "precision"),
     ("scheduler", "name"),
     ("scheduler", "args"),
     ("objective", "prediction_type"),
@@ -97,7 +99,7 @@ def _of_a_start(name: str) -> bool:
 def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
     """Return the settings with which a run was begun: what could not be set then is what it was.
 
-    A null of what is in :data:`SETTLED` is what the folder has: see :func:`atdiff.training.start.settled`.
+    A null or ``auto`` of what is in :data:`SETTLED` is what the folder has: see :func:`atdiff.training.start.settled`.
     """
     written = run_config(str(out))
     if not written:
@@ -108,7 +110,7 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
         for section, values in BEFORE.items()
     }
     for section, key in SETTLED:
-        if getattr(getattr(config, section), key) is None:
+        if getattr(getattr(config, section), key) in (None, "auto"):
             taken.setdefault(section, {})[key] = stored[section][key]
     if stored["objective"]["prediction_type"] in ALIASES.get(config.objective.prediction_type or "", ()):
         taken.setdefault("objective", {})["prediction_type"] = stored["objective"]["prediction_type"]

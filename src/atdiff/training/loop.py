@@ -21,7 +21,7 @@ from atdiff.training.agreement import agreed_reason, take_folder
 from atdiff.training.build import build_adversary, scaled
 from atdiff.training.card import has_card, write_card
 from atdiff.training.checkpoint import disk_errors, passes_of
-from atdiff.training.checks import check_config, check_machine, check_split
+from atdiff.training.checks import check_config, check_split, for_machine
 from atdiff.training.config import TrainConfig
 from atdiff.training.dosing import fit_dose
 from atdiff.training.folder import as_begun
@@ -80,7 +80,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         check_config(config)
-        check_machine(config)
+        config = for_machine(config)
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
         self.task = make_task(config)

@@ -1,0 +1,40 @@
+"""In which precision a device computes fastest, and where it only emulates bfloat16."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+__all__ = ["emulates_bf16", "settled_precision", "warn_of_slow_bf16"]
+
+
+def settled_precision(precision: str, device: torch.device | str) -> str:
+    """Return the precision that ``auto`` stands for on ``device``: ``bf16``, or ``no`` where that is emulated.
+
+    Another precision is itself.
+    """
+    if precision != "auto":
+        return precision
+    return "no" if emulates_bf16(device) else "bf16"
+
+
+def emulates_bf16(device: torch.device | str) -> bool:
+    """Whether ``device`` has no bfloat16 of its own: GPUs before Ampere, x86 before AVX-512, older ARM.
+
+    On such a CPU oneDNN has no kernels for it, and convolutions take many times as long as in float32.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def warn_of_slow_bf16(setting: str, precision: str, device: torch.device | str) -> None:
+    """Warn where ``setting`` asks for a ``precision`` that makes ``device`` slower."""
+    if precision == "bf16" and emulates_bf16(device):
+        warnings.warn(
+            f"{setting}='bf16' is emulated on this {torch.device(device).type.upper()} and slower than float32: use "
+            f"{setting}=auto, which is bf16 only where it is native.",
+            stacklevel=3,
+        )

@@ -1,0 +1,71 @@
+"""bfloat16 is used where a device has it, and users are told before a run where it would slow them down."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from atdiff.measure.cells import EvaluationConfig
+from atdiff.models.inference import prepare_inference
+from atdiff.system import precision
+from atdiff.training.checks import for_machine
+from atdiff.training.config import TrainConfig
+from atdiff.training.folder import as_begun, open_run
+
+SLOW = "'bf16' is emulated on this CPU"
+
+
+@pytest.fixture(params=[True, False], ids=["emulated", "native"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not request.param)
+    monkeypatch.setattr("atdiff.system.processes.device", lambda: torch.device("cpu"))
+    return bool(request.param)
+
+
+def run_in(name: str) -> TrainConfig:
+    config = TrainConfig()
+    config.training.precision = name  # type: ignore[assignment]
+    return config
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86")
+def test_it_is_emulated_below_avx512() -> None:
+    assert precision.emulates_bf16("cpu") == (torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"))
+
+
+def test_training_and_drawing_warn_by_the_setting_to_change(emulated: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for_machine(run_in("bf16"))
+        prepare_inference(nn.Linear(2, 2), precision="bf16", device="cpu")
+        for_machine(run_in("auto"))
+        for_machine(run_in("no"))
+    said = [f"{name}={SLOW} and slower than float32: use {name}=auto" for name in ("training.precision", "precision")]
+    assert [str(one.message).partition(",")[0] for one in caught] == (said if emulated else [])
+
+
+def test_auto_is_what_is_native(emulated: bool) -> None:
+    suits = "no" if emulated else "bf16"
+    assert for_machine(run_in("auto")).training.precision == suits
+    assert precision.settled_precision("auto", "cpu") == suits
+    assert [for_machine(run_in(name)).training.precision for name in ("no", "bf16")] == ["no", "bf16"]
+
+
+def test_the_cells_of_auto_are_those_of_what_it_stands_for(emulated: bool) -> None:
+    suits = "no" if emulated else "bf16"
+    assert EvaluationConfig(("ddim",), (4,), precision="auto").precision == suits
+
+
+@pytest.mark.parametrize("begun", ["no", "bf16"])
+def test_a_run_resumes_in_the_precision_that_it_was_begun_in(begun: str, emulated: bool, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", run_in(begun))
+    resumed = as_begun(run_in("auto"), tmp_path / "run")
+    assert open_run(tmp_path / "run", resumed)
+    assert for_machine(resumed).training.precision == begun
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["precision"] == begun
