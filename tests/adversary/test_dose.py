@@ -206,6 +206,28 @@ def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
     assert expected[0] == 0.5
 
 
+def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> None:
+    torch.manual_seed(0)
+    objective, network = DenoisingObjective(FLOW, "flow"), linear(lambda t: 6.0 * best_slope(t))
+    adversary = Adversary(steps=8)
+    list(adversary.passes(objective, network, gaussian_data(64)))
+    auto = adversary.auto_dose
+    assert auto is not None
+    before = {name: torch.as_tensor(value).clone() for name, value in auto.state_dict().items()}
+    batch = objective.draw(gaussian_data(16)[..., :2], timesteps=torch.linspace(300.0, 990.0, 16))
+    list(adversary.passes(objective, network, batch))
+    after = auto.state_dict()
+    assert all(torch.equal(value, torch.as_tensor(after[name])) for name, value in before.items())
+    t = (batch.timesteps / 1000).view(-1, 1, 1, 1)
+    error = batch.x0 - 6.0 * best_slope(t) * ((1 - t) * batch.x0 + t * batch.noise)
+    half = 4 * auto.variance / 2  # of 8 values, and the data have 16
+    trust = (half / error.square().flatten(1).sum(dim=1)).clamp(max=1)
+    expected = (auto.dose(batch.timesteps / 1000) * trust).view(-1, 1, 1, 1) * t * error
+    assert adversary.delta is not None
+    torch.testing.assert_close(adversary.delta, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < int((trust < 1).sum()) < 16
+
+
 def test_a_saved_dose_resumes() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)

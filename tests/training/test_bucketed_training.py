@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from flow_pipelines import dit_folder, flux_folder  # noqa: F401
@@ -17,11 +18,13 @@ from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from resuming import everything
 
+from atdiff import Adversary
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
 from atdiff.objectives.guided import GUIDANCE, GuidedTeacher
 from atdiff.pipelines.cache import LatentData, latent_data
 from atdiff.training.config import TrainConfig
+from atdiff.training.dosing import fit_dose
 from atdiff.training.loop import Trainer
 from atdiff.training.order import batch_indices, bucket_indices
 from atdiff.training.settings import read_settings
@@ -166,6 +169,17 @@ def test_timesteps_are_shifted_by_the_tokens_of_the_bucket(photos: Path, flux_fo
         assert task.objective.timestep_sampler.shift == pytest.approx(np.exp(mu), rel=1e-5)
 
 
+def test_the_dose_is_solved_for_the_latents_of_the_largest_bucket(photos: Path, sdxl_folder: Path) -> None:
+    task = LatentTask(configured(photos, sdxl_folder, adversary={"steps": 8}))
+    task.read_data(Accelerator(cpu=True))
+    adversary = Adversary(steps=8)
+    fit_dose(adversary, task, torch.device("cpu"))
+    of_largest = [i for i, turn in enumerate(TURNED) if turn == 0]
+    latents, _ = task.load(torch.tensor(of_largest), torch.device("cpu"))
+    assert adversary.auto_dose is not None
+    assert adversary.auto_dose.variance == pytest.approx(float(latents.double().var(dim=0).sum()), rel=1e-4)
+
+
 # ---- training
 
 
@@ -176,11 +190,13 @@ def trained(config: Any, out: Path) -> Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("adversary", [{}, {"steps": 8}], ids=["plain", "auto8"])
 def test_a_run_that_was_stopped_resumes_with_the_same_weights(
-    photos: Path, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adversary: dict[str, Any], photos: Path, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def config(passes: int) -> Any:
-        return configured(photos, sdxl_folder, data={"flip": True}, training={"passes": passes})
+        sections: dict[str, Any] = {"data": {"flip": True}, "training": {"passes": passes}, "adversary": adversary}
+        return configured(photos, sdxl_folder, **sections)
 
     trained(config(4), tmp_path / "whole")
     assert "3 buckets (width x height: images): 32x96: 2, 64x64: 4, 80x48: 3" in capsys.readouterr().out
@@ -204,7 +220,6 @@ def test_a_run_that_was_stopped_resumes_with_the_same_weights(
         ({"data": {"bucket_step": 64}}, "data.bucket_step=64 does not fit .* leaves several buckets, such as 8"),
         ({"data": {"buckets": False}}, "data.bucket_step=16 has no effect without data.buckets"),
         ({"model": {"name": "unet"}}, "data.buckets are for text-to-image pipelines"),
-        ({"adversary": {"steps": 8}}, "a dose that sets itself .* goes by the variance of images of one size"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_computed(

@@ -40,6 +40,9 @@ class AutoDose:
        the way, and falls while they have more. No dose exceeds 0.5. Those forwards cost less than what a look-ahead is
        charged beyond its own.
 
+    Of batches of several shapes, as of aspect-ratio buckets, the sampler is looked at on those of the shape of the data
+    that the form was solved for. The dose has no unit and is that of all.
+
     Args:
         steps: of the sampler.
         clean: share of the samples that the network is trained on unperturbed.
@@ -93,10 +96,16 @@ class AutoDose:
         """Return ``k`` of each sample of a batch, ``(B,)``."""
         return self.dose(sampler_time(schedule, batch.timesteps))
 
+    def variance_of(self, x0: Tensor) -> float:
+        """Return the variance of the data, summed over as many values as a sample of ``x0`` has."""
+        return self.variance * x0[0].numel() / self.mean.numel()
+
     def observe(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> None:
         """Draw samples, where it is due, and correct the doses by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
+        if batch.x0.shape[1:] != self.mean.shape:
+            return
         self.batches += 1
         if self.batches % EVERY != 1:
             return

@@ -64,7 +64,7 @@ class Dosed(Perturbation):
         finite = error.isfinite().flatten(1).all(dim=1)
         error = torch.where(expand(finite, delta), error, 0.0)
         auto = self.auto
-        variance: Any = batch.x0.square().flatten(1).sum(dim=1).mean() if auto is None else auto.variance
+        variance: Any = batch.x0.square().flatten(1).sum(dim=1).mean() if auto is None else auto.variance_of(batch.x0)
         trust = (TRUST * variance / error.square().flatten(1).sum(dim=1).clamp_min(1e-12)).clamp(max=1.0)
         dose: Any = self.dose if auto is None else auto.at(batch, self._objective.schedule)
         factor = trust * dose * self.scale(batch.alpha, batch.sigma) / self.moves

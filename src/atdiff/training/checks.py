@@ -84,11 +84,6 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError(
             f"data.bucket_step={data.bucket_step} has no effect without data.buckets; set it, or leave both out."
         )
-    if data.buckets and config.adversary.dose == "auto":
-        raise UserError(
-            "a dose that sets itself (adversary.steps) goes by the variance of images of one size, which data.buckets "
-            "have not; give a dose, such as adversary.dose=0.15, or leave the buckets out."
-        )
 
 
 def check_split(config: TrainConfig, out: Path) -> None:

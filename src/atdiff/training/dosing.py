@@ -22,14 +22,14 @@ LEVELS = 8  # bins of noise level
 def fit_dose(adversary: Adversary, task: Any, device: torch.device) -> None:  # noqa: ANN401  (of atdiff.training.tasks)
     """Solve the closed form of a dose that sets itself for the data of a run; nothing for other adversaries.
 
-    The samples are the same in every process, and whenever the run resumes.
+    The samples are the same in every process, and whenever the run resumes; of buckets they are those of the largest.
     """
     auto = adversary.auto_dose
     if auto is None:
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        order = torch.randperm(len(task.data))
+        order = task.alike[torch.randperm(len(task.alike))]
         first, _ = task.load(order[:1], torch.device("cpu"))
         count = min(SAMPLES, len(order), max(VALUES // first.numel(), 2))
         parts = [task.load(indices, torch.device("cpu"))[0] for indices in order[:count].split(64)]

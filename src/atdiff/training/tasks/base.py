@@ -71,6 +71,11 @@ class Task(ABC):
         return batch_indices(self.config.training.seed, batch, batch_size, self.epoch_size)
 
     @property
+    def alike(self) -> Tensor:
+        """Which samples are of one shape, that of the most of them, int64 ``(n,)``; once the data were read."""
+        return torch.arange(self.epoch_size)
+
+    @property
     @abstractmethod
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""

@@ -237,6 +237,11 @@ class LatentTask(Task):
         """Return which images a batch of all processes takes, of one bucket."""
         return bucket_indices(self.config.training.seed, batch, batch_size, self._groups)
 
+    @property
+    def alike(self) -> Tensor:
+        """Which samples are of the largest bucket."""
+        return max(self._groups, key=len)
+
     def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
         """Say how much memory the training needs, where all of it is in one process."""
         if progress and accelerator.is_main_process and not self.config.training.shard:
