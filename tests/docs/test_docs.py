@@ -86,6 +86,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels.squeeze()).save(file)
             if name == "my-captioned-images":
                 file.with_suffix(".txt").write_text(["a cat", "the dog on 2"][i % 2])
+    for i in range(24):  # of mixed sizes
+        width, height = ((640, 640), (960, 640), (600, 900))[i % 3]
+        file = folder / "my-photos" / f"{i}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(file)
+        file.with_suffix(".txt").write_text(["a dog on the beach", "two cats in a garden"][i % 2])
     torch.manual_seed(0)
     network = small_unet(8, 16)
     network.register_to_config(sample_size=16)
@@ -124,7 +131,8 @@ def test_code_runs(
         if language == "yaml" and "arms:" in code:
             for wide, narrow in NARROW.items():
                 code = code.replace(wide, narrow)
-            (place / "my-recipe.yaml").write_text(code)
+            named = re.match(r"# (\S+\.yaml)\n", code)
+            (place / (named[1] if named else "my-recipe.yaml")).write_text(code)
         elif language == "python":
             exec(compile(code, str(page), "exec"), names)
         elif language == "bash":

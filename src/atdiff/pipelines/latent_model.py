@@ -213,7 +213,8 @@ def load_latent_pipeline(
     pipeline = load_pipeline(source, variant=variant, pixels=False, config=config, base_precision=base_precision)
     family = family_of(pipeline)
     if base_precision == "float32":
-        getattr(pipeline, family.network).to(dtype)
+        with quiet_libraries():  # diffusers warns of every cast, to float32 too
+            getattr(pipeline, family.network).to(dtype)
     latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens, bucket_step)
     _check_size(latent, image_size)
     _check_buckets(latent)

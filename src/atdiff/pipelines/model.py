@@ -25,6 +25,7 @@ from atdiff.pipelines.text_to_image import text_to_image_run
 from atdiff.pipelines.trained import TrainedModel
 from atdiff.system.files import written_aside
 from atdiff.system.locate import check_local, run_config
+from atdiff.system.quiet import quiet_libraries
 
 __all__ = [
     "Denoiser",
@@ -97,7 +98,8 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
     load_lora(LatentPipeline(pipeline, base), Path(run) / "lora")
-    pipeline.to(torch.float32)
+    with quiet_libraries():  # diffusers warns of every cast, to float32 too
+        pipeline.to(torch.float32)
     return pipeline
 
 
