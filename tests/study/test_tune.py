@@ -284,7 +284,6 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
         (["base", "--consistency.mode", "training"], "base is a consistency model"),
         (["base", "--objective.reflow", "8"], "base is trained on pairs"),
         (["base", "--optimizer.warmup_passes", "9"], "optimizer.warmup_passes=9 must lie between 0 and"),
-        (["latents"], "latents is of latents (model.name='pipeline')"),
         (["base", "--out", "base.yaml"], "base.yaml"),
         (["base", "--out", "base"], "base is in use and holds no tune.json"),
     ],
@@ -292,10 +291,6 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
 def test_mistakes_are_one_sentence_and_nothing_is_written(
     words: list[str], message: str, swept: Path, fresh_accelerator: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if words == ["latents"] and not (swept / "latents").exists():
-        (swept / "latents" / "pipeline").mkdir(parents=True)
-        shutil.copy(swept / "base" / "pipeline" / "model_index.json", swept / "latents" / "pipeline")
-        (swept / "latents" / "config.yaml").write_text(yaml.safe_dump({**BASE, "model": {"name": "pipeline"}}))
     before = sorted(swept.rglob("*"))
     assert main(["tune", words[0], "--passes", "8", "--out", "wrong", *words[1:]]) == 2
     error = capsys.readouterr().err.strip()

@@ -49,11 +49,12 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find which adversary lowers the distance of RUN, a training folder of a pixel denoiser, as a recipe line.
+    """Find which adversary lowers the distance of RUN, a training folder of a denoiser, as a recipe line.
 
     Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
     fixed doses. All have equal passes, and the better half goes on, three times over. What is left is compared with
-    plain training over several seeds. Settings of training can follow, such as --optimizer.lr 5e-4.
+    plain training over several seeds. Arms of a LoRA begin anew where RUN began. Settings of training can
+    follow, such as --optimizer.lr 5e-4.
     """
     from atdiff.study.preflight import check_metrics_of
     from atdiff.study.tuning import Tuning, plan

@@ -169,7 +169,9 @@ def reading_of(denoiser: TrainedModel, name: str | None = None, options: DataOpt
     if name not in (None, settings.get("name")):
         known |= {key: None for key in known if key.endswith("_column") or key == "labels"}
     if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
-        known["channels"] = denoiser.image_shape[0]
+        known["channels"], height, width = denoiser.image_shape
+        if settings and known["image_size"] is None and height == width:  # and to its own size, where none is said
+            known["image_size"] = height
     return {**known, **options.asked}
 
 

@@ -20,7 +20,7 @@ from atdiff.study.preflight import check_drawing
 from atdiff.study.recipe import Recipe, StudyConfig, resolve
 from atdiff.system.locate import check_run, run_config
 from atdiff.system.progress import in_words
-from atdiff.training.config import ENDING, PIXEL_MODELS, SchedulerConfig, TrainConfig
+from atdiff.training.config import ENDING, SchedulerConfig, TrainConfig
 from atdiff.training.folder import as_begun, last_logged
 from atdiff.training.settings import apply_words, read_settings
 
@@ -48,7 +48,7 @@ class Tuning:
     """What a user asks of a sweep.
 
     Attributes:
-        run: a training folder, from which all arms start.
+        run: a training folder, from which all arms start; see :func:`plan`.
         steps: of the sampler.
         sampler: None for that which :func:`atdiff.sampling.schedulers.default_sampler` finds.
         passes: of an arm that comes to the last rung; None for a tenth of the run's, at most 1,000.
@@ -170,11 +170,11 @@ def metrics_of(data: str) -> list[str]:
 def plan(tuning: Tuning) -> Sweep:
     """Return the sweep that a user asks for, after what is wrong with it is found.
 
-    Every arm starts from the run, and has its settings but the adversary, those of ``tuning.settings``, and at most a
-    quarter of the first rung for the warm-up of the learning rate.
+    Every arm starts from the run, or for LoRA from the pipeline that the run started from, and has its settings but the
+    adversary, those of ``tuning.settings``, and at most a quarter of the first rung for the learning rate's warm-up.
 
     Raises:
-        UserError: the run is no finished training folder of a denoiser of images, numbers are out of range, or
+        UserError: the run is no finished training folder of a denoiser, numbers are out of range, or
             settings contradict the sweep or each other.
     """
     _check(tuning)
@@ -226,17 +226,14 @@ def _check(tuning: Tuning) -> None:
 
 def _check_kind(run: str, config: TrainConfig) -> None:
     """Refuse runs to which the doses do not apply, or for which a sweep would be another thing."""
-    if config.model.name not in PIXEL_MODELS:
-        what = f"of latents (model.name={config.model.name!r})"
-    elif config.consistency.mode != "none":
+    if config.consistency.mode != "none":
         what = f"a consistency model (consistency.mode={config.consistency.mode!r})"
     elif config.objective.reflow:
         what = f"trained on pairs (objective.reflow={config.objective.reflow})"
     else:
         return
     raise UserError(
-        f"{run} is {what}, and tune takes denoisers trained on images themselves: compare arms of your own with "
-        "`atdiff study`."
+        f"{run} is {what}, and tune takes denoisers trained on images: compare arms of your own with `atdiff study`."
     )
 
 
@@ -244,7 +241,24 @@ def _config_of(run: str) -> TrainConfig:
     """Return the settings of a run as today's arms have them, without its adversary and start."""
     config: TrainConfig = as_begun(read_settings(TrainConfig, run_config(run)), Path(run))
     training = replace(config.training, init=None, seed=0, sample_every=0, tracker=None)
-    return replace(config, adversary=TrainConfig().adversary, scheduler=SchedulerConfig(), training=training)
+    # Those of its own start, which a folder of whole weights has not.
+    model = config.model if config.lora.rank else replace(config.model, variant=None, config=None)
+    unset = TrainConfig()
+    return replace(
+        config,
+        adversary=unset.adversary,
+        validation=unset.validation,
+        scheduler=SchedulerConfig(),
+        training=training,
+        model=model,
+    )
+
+
+def _start_of(run: str) -> str:
+    """Return what the arms of a sweep start from: the run, or the pipeline that its LoRA started from."""
+    written = run_config(run)
+    lora = (written.get("lora") or {}).get("rank")
+    return str(written["training"]["init"]) if lora else run
 
 
 def _charge(config: TrainConfig, arm: Mapping[str, Any]) -> int:
@@ -288,7 +302,7 @@ def _recipe(
         extractor=tuning.extractor,
         metrics=metrics,
         weights={name: str(path) for name, path in tuning.weights.items()},
-        start=tuning.run,
+        start=_start_of(tuning.run),
         mismatch=False,
     )
     assert tuning.passes is not None
