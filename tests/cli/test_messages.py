@@ -104,6 +104,9 @@ COMMANDS: list[tuple[str, int]] = [
     ("robustness theirs --norm l3 --out x", 2),
     ("robustness theirs --radii wide --out x", 2),
     ("import-adm gone.pt --out x", 2),
+    ("encode text-digits --out x", 2),
+    ("encode digits-unet --out used", 2),
+    ("train text-digits --data.latents gone --out x", 2),
 ]
 
 

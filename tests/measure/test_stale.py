@@ -450,8 +450,8 @@ def test_contents_are_read_again_only_where_they_may_have_changed(
     for file in files:
         file.write_text(file.name)
     read: list[str] = []
-    real = contents._hash
-    monkeypatch.setattr(contents, "_hash", lambda file: read.append(file.name) or real(file))
+    real = contents.content_hash
+    monkeypatch.setattr(contents, "content_hash", lambda file: read.append(file.name) or real(file))
     first = contents.content_hashes(files)
     assert contents.content_hashes(files) == first  # of files just written nothing is kept
     assert read == ["a", "b", "a", "b"]

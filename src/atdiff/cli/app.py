@@ -14,6 +14,7 @@ from atdiff.cli.command import Command, Invocation
 from atdiff.cli.compare import compare
 from atdiff.cli.completion import VARIABLE, completion
 from atdiff.cli.doctor import doctor
+from atdiff.cli.encode import encode
 from atdiff.cli.evaluate import evaluate
 from atdiff.cli.import_adm import import_adm
 from atdiff.cli.interrupted import after_interruption
@@ -37,8 +38,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 COMMANDS: dict[str, Command] = {
     str(one.name): one
     for one in (
-        quickstart, study, recipes, train, tune, sample, evaluate, compare, mismatch, robustness, doctor, import_adm,
-        completion,
+        quickstart, study, recipes, train, encode, tune, sample, evaluate, compare, mismatch, robustness, doctor,
+        import_adm, completion,
     )
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from atdiff.core.errors import UserError
 from atdiff.system.files import cache_folder, write_text
 
-__all__ = ["content_hashes"]
+__all__ = ["content_hash", "content_hashes"]
 
 # A file that is written to within the resolution of the clock after it was hashed looks as it did. (`Racy git
 # <https://git-scm.com/docs/racy-git>`_)
@@ -42,7 +42,7 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
         status = Path(name).stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         before = known.get(name)
-        found[name] = before if before is not None and before[:-1] == stamp else [*stamp, _hash(Path(name))]
+        found[name] = before if before is not None and before[:-1] == stamp else [*stamp, content_hash(Path(name))]
     if found != known:
         newest = time.time_ns() - int(SETTLED_AFTER * 1e9)
         settled = {name: one for name, one in found.items() if int(str(one[2])) < newest}
@@ -51,7 +51,8 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
     return [str(found[name][-1]) for name in names]
 
 
-def _hash(file: Path) -> str:
+def content_hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(BLOCK):

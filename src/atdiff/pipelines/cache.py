@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import itertools
 import json
+import shutil
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +22,22 @@ from rich.progress import track
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.data.buckets import Frame
+from atdiff.data.buckets import Frame, Size
 from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import cache_folder, write_json, written_aside
 from atdiff.system.fingerprint import network_fingerprint, tokenizer_fingerprint
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["LatentData", "batched", "encoders_on", "latent_data"]
+__all__ = [
+    "LatentData",
+    "batched",
+    "encoders_of",
+    "encoders_on",
+    "latent_data",
+    "open_latents",
+    "put_latents",
+]
 
 FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
 MANIFEST = "manifest.json"
@@ -52,6 +62,7 @@ class LatentData:
         flipped: latents of the mirrored images, array by array; none where they were not asked for.
         skipped: name and reason of each image that could not be read and was left out.
         content: hash of the pixels and captions that these are of, in their order.
+        classes: names, in the order of the labels, where the captions are those of the classes and the files say so.
     """
 
     name: str
@@ -65,6 +76,7 @@ class LatentData:
     flipped: tuple[np.ndarray, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     content: str = ""
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -73,6 +85,10 @@ class LatentData:
     def groups(self) -> list[Tensor]:
         """The images of each array, which can share a batch, int64 ``(n,)``."""
         return [torch.from_numpy(np.flatnonzero(self.places[:, 0] == i)) for i in range(len(self.latents))]
+
+    def sizes(self, scale: int) -> Counter[Size]:
+        """Return how many images there are of each width and height, of ``scale`` pixels per latent."""
+        return Counter({(array.shape[3] * scale, array.shape[2] * scale): len(array) for array in self.latents})
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""
@@ -133,30 +149,73 @@ def latent_data(
     Raises:
         UserError: no images or images that do not fit, a batch size below 1, latents beyond float16, or no cache.
     """
+    place, parts = _place(source, latent, batch_size, seed, flip)
+    if (found := _kept(place, source, progress)) is not None:
+        return found
+    try:
+        with written_aside(place) as partial:
+            _write(partial, parts, source, latent, (batch_size, seed, flip), device, progress)
+    except UserError as error:
+        if "cannot be written" not in str(error):
+            raise
+        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
+    data = open_latents(place, source.name)
+    assert data is not None
+    return data
+
+
+def put_latents(
+    folder: Path,
+    source: Source,
+    latent: LatentPipeline,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str,
+    flip: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write into a new folder what :func:`latent_data` puts into the cache, or copy it where the cache has it.
+
+    Raises:
+        UserError: as :func:`latent_data`.
+        OSError: the disk does not take it.
+    """
+    place, parts = _place(source, latent, batch_size, seed, flip)
+    if _kept(place, source, progress) is not None:
+        shutil.copytree(place, folder)
+    else:
+        _write(folder, parts, source, latent, (batch_size, seed, flip), device, progress)
+
+
+def _place(source: Source, latent: LatentPipeline, batch_size: int, seed: int, flip: bool) -> tuple[Path, list[object]]:
+    """Return the folder of the cache, and all that it depends on."""
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
     if isinstance(source, Sized) and len(source) < 1:
         raise _no_images(source)
     parts = [*_key_parts(source, latent, seed), *(["flip"] if flip else [])]
-    folder = cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    if (found := _kept(folder, source, progress)) is not None:
-        return found
-    try:
-        with written_aside(folder) as partial, encoders_on(device, latent), quiet_libraries():
-            partial.mkdir()
-            with _LatentFiles(partial, latent, f"the latents of {source.name}", batch_size, seed, flip) as files:
-                captions, content = _write_images(partial, source, latent, files, progress)
-            _write_conditions(partial, captions, latent, batch_size, progress)
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            kept = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
-            write_json(partial / MANIFEST, {**kept, "arrays": files.names})
-    except UserError as error:
-        if "cannot be written" not in str(error):
-            raise
-        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
-    data = _open(folder, source.name)
-    assert data is not None
-    return data
+    return cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16], parts
+
+
+def _write(
+    folder: Path,
+    parts: list[object],
+    source: Source,
+    latent: LatentPipeline,
+    how: tuple[int, int, bool],
+    device: torch.device | str,
+    progress: bool,
+) -> None:
+    """Encode all into a new folder; ``how`` is the batch size, the seed, and whether mirrored images too."""
+    with encoders_on(device, latent), quiet_libraries():
+        folder.mkdir()
+        with _LatentFiles(folder, latent, f"the latents of {source.name}", *how) as files:
+            captions, content = _write_images(folder, source, latent, files, progress)
+        _write_conditions(folder, captions, latent, how[0], progress)
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        kept = {"key": parts, "sizes": sizes, "skipped": source.unreadable.found, "content": content}
+        write_json(folder / MANIFEST, {**kept, "arrays": files.names})
 
 
 def _no_images(source: Source) -> UserError:
@@ -165,7 +224,7 @@ def _no_images(source: Source) -> UserError:
 
 def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
     """Return what the cache has, and warn where it is damaged."""
-    data = _open(folder, source.name) if folder.exists() else None
+    data = open_latents(folder, source.name) if folder.exists() else None
     if data is not None and not data.content:  # an older version wrote it
         return _with_content(folder, source, data, progress)
     if data is not None:
@@ -191,25 +250,29 @@ def _take_in(digest: hashlib._Hash, image: Tensor, caption: str, frame: Frame | 
     digest.update(image.contiguous().numpy().data)
 
 
-def _key_parts(source: Source, latent: LatentPipeline, seed: int) -> list[object]:
+def encoders_of(latent: LatentPipeline) -> dict[str, object]:
+    """Return what latents and embeddings depend on beside images and captions, by words for it: plain values."""
     pipeline = latent.pipeline
-    found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    return [
-        FORMAT,
-        type(pipeline).__name__,
-        bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
-        source.fingerprint(),
-        latent.image_size,
-        seed,
-        *([] if latent.tokens is None else [latent.tokens]),
-        *(tokenizer_fingerprint(tokenizer) for tokenizer in found if tokenizer is not None),
-        *(network_fingerprint(network) for network in (latent.vae, *latent.text_encoders)),
-        *filter(None, [latent.family.prompt_template(pipeline)]),
-    ]
+    tokenizers = {name: getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
+    return {
+        "class of pipelines": type(pipeline).__name__,
+        "force_zeros_for_empty_prompt": bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        "image size": latent.image_size,
+        "number of tokens": latent.tokens,
+        **{name: tokenizer_fingerprint(one) for name, one in tokenizers.items() if one is not None},
+        "autoencoder": network_fingerprint(latent.vae),
+        **{f"text encoder {i}": network_fingerprint(one) for i, one in enumerate(latent.text_encoders, 1)},
+        "prompt template": latent.family.prompt_template(pipeline),
+    }
 
 
-def _open(folder: Path, name: str) -> LatentData | None:
-    """Map the files of a cache folder into memory; None where one is missing or damaged."""
+def _key_parts(source: Source, latent: LatentPipeline, seed: int) -> list[object]:
+    kind, zeros, size, *others = encoders_of(latent).values()
+    return [FORMAT, kind, zeros, source.fingerprint(), size, seed, *filter(None, others)]
+
+
+def open_latents(folder: Path, name: str) -> LatentData | None:
+    """Map the files of a folder into memory; None where one is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         found = {file: (folder / file).stat().st_size for file in manifest["sizes"]}

@@ -20,11 +20,12 @@ from atdiff.study.recipe import Recipe, resolve
 from atdiff.system.files import LOCK
 from atdiff.system.locate import check_hub, check_run, check_weights, run_config
 from atdiff.system.pipeline_files import check_variant, is_single_file
-from atdiff.training.config import SELF, TrainConfig
+from atdiff.training.config import PIXEL_MODELS, SELF, TrainConfig
 from atdiff.training.folder import open_run
 
 __all__ = [
     "check_drawing",
+    "check_encode",
     "check_measured",
     "check_metrics_of",
     "check_pipeline_config",
@@ -43,7 +44,31 @@ def check_train(config: TrainConfig, out: Path) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # Of many, the main one makes the folder while others look.
         open_run(out, config, look_only=True)
+    if config.data.latents is None:
+        check_data(config.data.name)
+    _check_starts(config)
+
+
+def check_encode(config: TrainConfig, out: Path) -> None:
+    """Find a folder in use, settings that name no encoders or no images, and images or pipelines that are not there.
+
+    Raises:
+        UserError: one of these.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out.")
+    if config.data.latents is not None:
+        raise UserError(f"data.latents={config.data.latents} is encoded already: leave it out.")
+    if config.model.name in PIXEL_MODELS or config.training.init is None:
+        raise UserError(
+            f"`atdiff encode` takes the encoders of a saved pipeline, and model.name={config.model.name!r} with "
+            f"training.init={config.training.init} names none: give one as --training.init, with --model.name pipeline."
+        )
     check_data(config.data.name)
+    _check_starts(config)
+
+
+def _check_starts(config: TrainConfig) -> None:
     for source in (config.training.init, config.consistency.teacher):
         if source not in (None, SELF):
             check_run(source)

@@ -17,6 +17,7 @@ from atdiff.core.errors import UserError
 from atdiff.system.suggest import nearest
 from atdiff.training.checks import check_config
 from atdiff.training.config import Settings, TrainConfig
+from atdiff.training.encoded import as_encoded
 from atdiff.training.settings import apply_words, dotted_keys, load_yaml, merge, read_settings
 
 __all__ = [
@@ -185,7 +186,7 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
             )
         for layer in (recipe.finetune, recipe.arms[arm]):
             merge(settings, copy.deepcopy(layer))
-    config: TrainConfig = read_settings(TrainConfig, apply_words(settings, overrides or [], TrainConfig))
+    config = as_encoded(read_settings(TrainConfig, apply_words(settings, overrides or [], TrainConfig)))
     check_config(config)
     return config
 

@@ -105,7 +105,7 @@ def _is_repo_id(name: str | None) -> bool:
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Cut what may be a path of this machine to its last name."""
-    places = {"data": ("name",), "model": ("config",), "training": ("init",), "consistency": ("teacher",)}
+    places = {"data": ("name", "latents"), "model": ("config",), "training": ("init",), "consistency": ("teacher",)}
     cut = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in config.items()}
     for section, keys in places.items():
         for key in keys:

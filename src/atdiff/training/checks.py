@@ -197,6 +197,11 @@ def _check_reflow(config: TrainConfig) -> None:
 
 
 def _check_pixels(config: TrainConfig) -> None:
+    if config.data.latents is not None:
+        raise UserError(
+            f"data.latents are for pipelines of latents, and model.name={config.model.name!r} is a network of pixels; "
+            "leave it out."
+        )
     if config.data.buckets:
         raise UserError(
             f"data.buckets are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "

@@ -150,6 +150,8 @@ class DataConfig(Settings):
             batch at a time, without a list of them in memory or a copy on the disk; the latents alone are kept.
         unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
             ``skip`` leaves them out.
+        latents: a folder that ``atdiff encode`` made, in the place of the images, of which none is read. What is read
+            and how is then as it was encoded: of the settings above, only ``flip`` is the run's own. Pipelines only.
     """
 
     name: str = "digits"
@@ -171,6 +173,7 @@ class DataConfig(Settings):
     limit: int | None = None
     streaming: bool = False
     unreadable: Unreadable = "refuse"
+    latents: str | None = None
 
 
 @dataclass

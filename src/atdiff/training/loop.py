@@ -24,6 +24,7 @@ from atdiff.training.checkpoint import disk_errors, passes_of
 from atdiff.training.checks import check_config, check_split, for_machine
 from atdiff.training.config import TrainConfig
 from atdiff.training.dosing import fit_dose
+from atdiff.training.encoded import as_encoded
 from atdiff.training.folder import as_begun
 from atdiff.training.identity import count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
@@ -79,6 +80,7 @@ class Trainer:
     records: Records
 
     def __init__(self, config: TrainConfig) -> None:
+        config = as_encoded(config)
         check_config(config)
         config = for_machine(config)
         self.adversary = build_adversary(config)

@@ -10,11 +10,14 @@ from atdiff.core.errors import UserError
 from atdiff.data.buckets import bucket_counts
 from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.objectives.guided import LatentConsistencyObjective
+from atdiff.pipelines.cache import LatentData
+from atdiff.pipelines.encoded import check_encoders
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline
 from atdiff.system.pipeline_files import is_single_file
 from atdiff.system.processes import num_processes
 from atdiff.training.build import consistency_options
 from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
+from atdiff.training.encoded import encoded_folder
 from atdiff.training.start import Start, differences
 
 __all__ = [
@@ -64,6 +67,8 @@ def _check_consistency(config: TrainConfig) -> None:
 
 def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
     """Find settings that do not fit the pipeline."""
+    if config.data.latents is not None:
+        check_encoders(encoded_folder(config.data), latent)
     size = config.data.image_size
     if size not in (None, latent.image_size):
         raise UserError(
@@ -102,7 +107,7 @@ def check_parametrisation(config: TrainConfig, latent: LatentPipeline) -> None:
         )
 
 
-def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages) -> None:
+def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | LatentData) -> None:
     """Find images of classes that the network does not know."""
     classes = 1 + max(map(int, captioned.captions))
     known = latent.network.config.num_embeds_ada_norm
@@ -113,20 +118,26 @@ def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: Captio
         )
 
 
-def check_buckets(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | StreamedImages) -> None:
+def check_buckets(
+    config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | StreamedImages | LatentData
+) -> None:
     """Find a batch that is more than the images of any bucket."""
     if not latent.buckets:
         return
-    assert isinstance(captioned, CaptionedImages), captioned  # a stream has no buckets
-    if not captioned.sizes:
+    assert not isinstance(captioned, StreamedImages), captioned  # a stream has no buckets
+    if isinstance(captioned, LatentData):
+        counts = captioned.sizes(latent.image_size // latent.latent_shape[-1])
+    else:
+        counts = bucket_counts(captioned.sizes, latent.buckets)
+    if not counts:
         return
     size, processes = config.training.batch_size, num_processes()
-    ((width, height), most), *_ = bucket_counts(captioned.sizes, latent.buckets).most_common(1)
+    ((width, height), most), *_ = counts.most_common(1)
     if size * processes > most:
         by = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
             f"training.batch_size={size}{by} is more than the images of any bucket, of which {width}x{height} has the "
-            f"most, {most} of {len(captioned.sizes)}: use {max(1, most // processes)} or less, a larger "
+            f"most, {most} of {counts.total()}: use {max(1, most // processes)} or less, a larger "
             "data.bucket_step, or no data.buckets."
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from atdiff.core.errors import UserError
 from atdiff.data.buckets import bucket_line
-from atdiff.data.captions import CaptionedImages, StreamedImages, load_captioned, stream_captioned
+from atdiff.data.captions import StreamedImages
 from atdiff.data.sources import ImageData, load_data
 from atdiff.models.classes import remember_classes
 from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
-from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen, make_student, save_student
+from atdiff.pipelines.encoded import check_contents
+from atdiff.pipelines.latent_model import make_frozen, make_student, save_student
 from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
@@ -29,6 +29,7 @@ from atdiff.system.files import write_text
 from atdiff.system.quiet import quiet_libraries
 from atdiff.training.build import build_adversary, build_objective, consistency_options, consistency_scheduler
 from atdiff.training.config import SMALL_PIPELINES, TrainConfig
+from atdiff.training.encoded import encoded_folder
 from atdiff.training.memory_estimate import MemoryEstimate, estimate_memory, tell_memory
 from atdiff.training.order import bucket_indices
 from atdiff.training.start import noise_scheduler
@@ -44,6 +45,7 @@ from atdiff.training.tasks.latent_checks import (
     load_latent_teacher,
 )
 from atdiff.training.tasks.latent_drawing import SHOWN, LatentDrawing
+from atdiff.training.tasks.latent_source import open_captioned, open_pipeline
 
 __all__ = ["LatentTask"]
 
@@ -65,16 +67,7 @@ class LatentTask(Task):
         self.config = config
         self.published = "lora" if config.lora.rank else "pipeline"
         check_settings(config)
-        size = config.data.image_size
-        self.latent = load_latent_pipeline(
-            self._source(),
-            image_size=size,
-            tokens=config.data.caption_tokens,
-            bucket_step=config.data.bucket_step if config.data.buckets else None,
-            variant=config.model.variant,
-            config=config.model.config,
-            base_precision=config.lora.base_precision,
-        )
+        self.latent = open_pipeline(config, self._source())
         check_fits(config, self.latent)
         if config.objective.prediction_type == "v":
             predicts: Any = self.latent.prediction_type
@@ -89,26 +82,10 @@ class LatentTask(Task):
         self.network = self._network()
         self._drawing = LatentDrawing(config, self.latent, self.scheduler)
         self._drawing.check(self.network)
-        self.captioned = self._captioned()
-        if isinstance(self.captioned, CaptionedImages) and self.latent.family.labelled:
+        self.captioned = open_captioned(config, self.latent)
+        if not isinstance(self.captioned, StreamedImages) and self.latent.family.labelled:
             check_classes(config, self.latent, self.captioned)
         check_buckets(config, self.latent, self.captioned)
-
-    def _captioned(self, classes: Sequence[str] | None = None) -> CaptionedImages | StreamedImages:
-        data = self.config.data
-        options = {
-            **data_options(asdict(self.config)),
-            "image_size": self.latent.image_size,
-            "channels": self.latent.image_channels,
-            "caption_column": data.caption_column,
-            "limit": data.limit,
-        }
-        if data.streaming:
-            del options["label_column"], options["labels"]  # refused
-            return stream_captioned(data.name, **options)
-        numbered = self.latent.family.labelled
-        options |= {"captions": data.captions, "numbered": numbered, "classes": classes, "buckets": self.latent.buckets}
-        return load_captioned(data.name, **options)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -118,7 +95,7 @@ class LatentTask(Task):
     def count(self, classes: tuple[str, ...]) -> None:
         """Count the classes in another order."""
         if classes != self.classes:
-            self.captioned = self._captioned(classes)
+            self.captioned = open_captioned(self.config, self.latent, classes)
 
     def _source(self) -> str:
         """Return the pipeline to start from, made for the data where the settings name what makes it."""
@@ -126,6 +103,11 @@ class LatentTask(Task):
         if config.model.name == "pipeline" or config.training.init is not None:
             assert config.training.init is not None
             return config.training.init
+        if config.data.latents is not None:
+            raise UserError(
+                f"data.latents are those of a pipeline's encoders, and model.name={config.model.name!r} would make "
+                "others: name that pipeline as --training.init."
+            )
         if config.model.name in SMALL_PIPELINES and not config.data.captions:
             raise UserError(
                 f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
@@ -222,16 +204,18 @@ class LatentTask(Task):
             write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
 
     def read_data(self, accelerator: Accelerator) -> None:
-        """Encode the images and captions that the cache does not have."""
+        """Encode the images and captions that the cache does not have; of latents that are given, read all files."""
         if not hasattr(self, "data"):
             with accelerator.main_process_first():
                 flip = self.config.data.flip
-                self.data = latent_data(self.captioned, self.latent, device=accelerator.device, flip=flip)
+                if isinstance(self.captioned, LatentData):
+                    check_contents(encoded_folder(self.config.data))
+                    self.data = self.captioned
+                else:
+                    self.data = latent_data(self.captioned, self.latent, device=accelerator.device, flip=flip)
             self._groups = self.data.groups
             if self.latent.buckets:
-                scale = self.latent.image_size // self.latent.latent_shape[-1]
-                shapes = [array.shape for array in self.data.latents]
-                self.told = bucket_line(Counter({(w * scale, h * scale): count for count, _, h, w in shapes}))
+                self.told = bucket_line(self.data.sizes(self.latent.image_size // self.latent.latent_shape[-1]))
 
     def indices(self, batch: int, batch_size: int) -> Tensor:
         """Return which images a batch of all processes takes, of one bucket."""

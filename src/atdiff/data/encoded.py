@@ -1,0 +1,66 @@
+"""What a folder of latents and embeddings says of itself; without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+from atdiff.system.files import write_json
+
+__all__ = ["AGAIN", "RECORD", "EncodedRecord", "read_record"]
+
+RECORD = "encoded.json"
+FORMAT = 1  # of the record
+AGAIN = "copy the folder again, or encode the images anew with `atdiff encode`"
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """What the images were, how they were read, and what encoded them.
+
+    Attributes:
+        name: of the images, for reports.
+        data: the settings by which they were read, by the names of ``data`` of a recipe.
+        flip: whether the mirrored images were encoded too.
+        classes: names, in the order of the labels, where the captions are those of the classes.
+        encoders: what encoded them, by words for it.
+        files: size in bytes and SHA-256 of each file.
+        format: of the record.
+    """
+
+    name: str
+    data: dict[str, Any]
+    flip: bool
+    classes: list[str] | None
+    encoders: dict[str, Any]
+    files: dict[str, list[Any]]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder."""
+        write_json(folder / RECORD, asdict(self))
+
+
+def read_record(folder: Path) -> EncodedRecord:
+    """Return what a folder says of itself.
+
+    Raises:
+        UserError: it is no folder of latents, a newer version wrote it, or the record is damaged.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        what = f"holds no {RECORD}" if folder.is_dir() else "does not exist"
+        raise UserError(f"data.latents={folder} {what}: expected a folder that `atdiff encode RECIPE --out` made.")
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"data.latents={folder} is of format {content['format']}, and this version reads {FORMAT}: encode the "
+                "images with this version, or update atdiff."
+            )
+        return EncodedRecord(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): {AGAIN}.") from error

@@ -1,0 +1,150 @@
+"""Folders of latents and embeddings that users make and name: written, checked and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atdiff.core.errors import UserError
+from atdiff.data.captions import CaptionedImages, StreamedImages
+from atdiff.data.contents import content_hash, content_hashes
+from atdiff.data.encoded import AGAIN, EncodedRecord, read_record
+from atdiff.pipelines.cache import LatentData, encoders_of, open_latents, put_latents
+from atdiff.pipelines.latent_model import LatentPipeline
+from atdiff.system.files import remove_leftovers, written_aside
+
+__all__ = ["check_contents", "check_encoders", "load_latents", "save_latents"]
+
+SHOWN = frozenset({"class of pipelines", "scaling of latents", "image size", "step of buckets", "number of tokens"})
+
+
+def save_latents(
+    folder: Path,
+    source: CaptionedImages | StreamedImages,
+    latent: LatentPipeline,
+    settings: Mapping[str, Any],
+    *,
+    device: torch.device | str,
+    flip: bool = False,
+    progress: bool = True,
+) -> LatentData:
+    """Encode images and captions into a folder, or copy them from the cache; it appears once it is complete.
+
+    Args:
+        folder: a new one.
+        source: images with captions.
+        latent: autoencoder and text encoders.
+        settings: by which the images are read; see :class:`EncodedRecord`.
+        device: where they are encoded.
+        flip: encode each image mirrored left to right too.
+        progress: show bars.
+
+    Raises:
+        UserError: as :func:`atdiff.pipelines.cache.latent_data`, or the folder cannot be written.
+        OSError: the disk does not take it.
+    """
+    remove_leftovers(folder)
+    with written_aside(folder, flush=True) as partial:
+        put_latents(partial, source, latent, device=device, flip=flip, progress=progress)
+        files = sorted(partial.iterdir())
+        record = EncodedRecord(
+            name=source.name,
+            data=dict(settings),
+            flip=flip,
+            classes=None if source.classes is None else list(source.classes),
+            encoders=_encoders(latent),
+            files={file.name: [file.stat().st_size, content_hash(file)] for file in files},
+        )
+        record.write(partial)
+    return load_latents(folder, latent)
+
+
+def _encoders(latent: LatentPipeline) -> dict[str, object]:
+    """Return what encodes images and captions, what a user understands best first."""
+    found = encoders_of(latent)
+    scaling = [torch.as_tensor(one).flatten().tolist() for one in latent.family.latent_scale(latent.vae)]
+    kind = {"class of pipelines": found.pop("class of pipelines")}
+    return {**kind, "scaling of latents": scaling, "step of buckets": latent.bucket_step, **found}
+
+
+def check_encoders(folder: Path, latent: LatentPipeline) -> None:
+    """Make sure that a pipeline would encode images and captions as those of a folder were.
+
+    Raises:
+        UserError: naming the first thing that differs; or as :func:`read_record`.
+    """
+    there, here = read_record(folder).encoders, _encoders(latent)
+    for what in {**here, **there}:
+        if there.get(what) == here.get(what):
+            continue
+        shown = f" ({there.get(what)!r}, and here {here.get(what)!r})" if what in SHOWN else ""
+        raise UserError(
+            f"data.latents={folder} was encoded with another {what} than that of {latent.source}{shown}: start from "
+            "the pipeline that encoded it, or encode the images anew with `atdiff encode`."
+        )
+
+
+def load_latents(folder: Path, latent: LatentPipeline) -> LatentData:
+    """Map the latents and embeddings of a folder into memory.
+
+    Raises:
+        UserError: files are missing, of another size, or hold what does not fit the pipeline or each other.
+    """
+    record = read_record(folder)
+    for name, (size, _) in record.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"data.latents={folder} is incomplete, {name} is missing: {AGAIN}.")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"data.latents={folder} is damaged, {name} has {file.stat().st_size:,} bytes instead of {size:,}: "
+                f"{AGAIN}."
+            )
+    data = open_latents(folder, record.name)
+    fault = "its files do not belong together" if data is None else next(_faults(data, latent), None)
+    if data is None or fault is not None:
+        raise UserError(f"data.latents={folder} is damaged, {fault}: {AGAIN}.")
+    return replace(data, classes=None if record.classes is None else tuple(record.classes))
+
+
+def check_contents(folder: Path) -> None:
+    """Read all files of a folder once, and again only where they may have changed since.
+
+    Raises:
+        UserError: one has other contents than were written.
+    """
+    files = read_record(folder).files
+    for (name, (_, written)), found in zip(
+        files.items(), content_hashes([folder / name for name in files]), strict=True
+    ):
+        if found != written:
+            raise UserError(f"data.latents={folder} is damaged, {name} is not as it was written: {AGAIN}.")
+
+
+def _faults(data: LatentData, latent: LatentPipeline) -> Iterator[str]:
+    """Yield what of the arrays does not fit the pipeline or each other."""
+    scale = latent.image_size // latent.latent_shape[-1]
+    for array in (*data.latents, *data.flipped):
+        width, height = (side * scale for side in array.shape[:1:-1])
+        fits = (width, height) in latent.buckets if latent.buckets else array.shape[1:] == latent.latent_shape
+        if array.dtype != np.float16 or array.shape[1] != latent.latent_shape[0] or not fits:
+            yield f"latents are {array.dtype} of shape {array.shape[1:]}"
+    if data.flipped and [array.shape for array in data.flipped] != [array.shape for array in data.latents]:
+        yield "the mirrored images are not as many as the others"
+    if not _within(data.caption_ids, len(data.captions)) or not _within(data.places[:, 0], len(data.latents)):
+        yield "images have captions or latents that are not there"
+    for rows, arrays in ((len(data.captions), data.table), (1, data.null), (len(data), data.own)):
+        for name, array in arrays.items():
+            if len(array) != rows or array.dtype not in (np.float16, np.float32, np.int64):
+                yield f"{name} holds {len(array):,} rows of {array.dtype} instead of {rows:,}"
+    if data.table.keys() != data.null.keys():
+        yield "embeddings are missing"
+
+
+def _within(numbers: np.ndarray, count: int) -> bool:
+    return len(numbers) > 0 and int(numbers.min()) >= 0 and int(numbers.max()) < count

@@ -1,0 +1,59 @@
+"""The settings of runs on latents that were encoded before; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from atdiff.core.errors import UserError
+from atdiff.data.encoded import read_record
+from atdiff.training.config import PIXEL_MODELS, DataConfig, TrainConfig
+from atdiff.training.settings import read_settings
+
+__all__ = ["as_encoded", "encoded_folder", "reading_settings"]
+
+OF_THE_RUN = ("latents", "flip", "class_conditional")  # the rest of data says what is read, and how
+
+
+def encoded_folder(data: DataConfig) -> Path:
+    """Return the folder that ``data.latents`` names."""
+    assert data.latents is not None
+    return Path(data.latents).expanduser()
+
+
+def reading_settings(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that say which images are read, and how."""
+    return {name: value for name, value in asdict(data).items() if name not in OF_THE_RUN}
+
+
+def as_encoded(config: TrainConfig) -> TrainConfig:
+    """Return the settings with those of ``data`` that the latents, if they are given, were encoded with.
+
+    So a run says what it was trained on, and is held against images that are read alike.
+
+    Raises:
+        UserError: there are no such latents, a setting contradicts them, or the mirrored ones are missing.
+    """
+    if config.data.latents is None or config.model.name in PIXEL_MODELS:  # which are told that they take none
+        return config
+    folder = encoded_folder(config.data)
+    record = read_record(folder)
+    try:
+        made = reading_settings(read_settings(DataConfig, record.data))
+    except UserError as error:
+        raise UserError(f"data.latents={config.data.latents} is not of this version: in its record {error}") from None
+    default = DataConfig()
+    for name, there in made.items():
+        here = getattr(config.data, name)
+        if here not in (there, getattr(default, name)):
+            raise UserError(
+                f"data.{name}={here!r} contradicts data.latents={config.data.latents}, which was encoded with "
+                f"{there!r}: leave it out, or encode the images anew with `atdiff encode`."
+            )
+    if config.data.flip and not record.flip:
+        raise UserError(
+            f"data.flip needs the latents of the mirrored images, which data.latents={config.data.latents} has not: "
+            "encode them with --data.flip true, or leave it out."
+        )
+    return replace(config, data=replace(config.data, **made))
