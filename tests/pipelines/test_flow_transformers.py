@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diffusers import (
 )
 from flow_pipelines import (  # noqa: F401
     SD3,
+    cogview4_folder,
     dit_folder,
     flux_folder,
     lumina2_folder,
@@ -37,6 +39,8 @@ from torch import Tensor
 
 from atdiff import Adversary, DenoisingObjective
 from atdiff.cli import main
+from atdiff.core.choices import OWN
+from atdiff.core.errors import UserError
 from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.models.call import predict
 from atdiff.models.presets import build_model
@@ -44,14 +48,18 @@ from atdiff.pipelines.families import as_diffusers, viewed
 from atdiff.pipelines.families.flux import image_ids, pack, unpack
 from atdiff.pipelines.latent_model import LatentPipeline, load_latent_pipeline, make_student
 from atdiff.pipelines.model import load_denoiser
+from atdiff.sampling.generate import image_generators
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen")
+KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4")
 FLOWS = tuple(kind for kind in KINDS if kind not in ("dit", "pixart"))
-CHANNELS = {"sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16}
+CHANNELS = {
+    "sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16,
+    "cogview4": 16,
+}  # fmt: skip
 CALLS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}, "sana": {"use_resolution_binning": False}}
 Train = Callable[..., Path]
 
@@ -117,7 +125,7 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
     ours = make_student(network)
     conditions = latent.encode_prompts(["3", "7"] if kind == "dit" else PROMPTS)
     assert len(calls) == 2
-    for kwargs, expected in calls:
+    for i, (kwargs, expected) in enumerate(calls):
         x_t, timesteps = kwargs["hidden_states"], kwargs["timestep"]
         if kind in ("flux", "qwen"):  # which pack alike
             x_t = FluxPipeline._unpack_latents(x_t, IMAGE_SIZE, IMAGE_SIZE, 8)
@@ -125,6 +133,10 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
             timesteps = timesteps * 1000
         if kind == "lumina2":
             timesteps, expected = (1 - timesteps) * 1000, -expected
+        if kind == "cogview4":  # whose network is told the time before the shift of the noise level
+            sigma = latent.pipeline.scheduler.sigmas[i]
+            assert sigma < timesteps[0] / 1000 or i == 0
+            timesteps = (1000 * sigma).expand(2)
         found = predict(ours, x_t, timesteps, conditions)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert type(as_diffusers(ours)) is type(network)
@@ -145,7 +157,7 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
     found = latent.encode_images(images, torch.Generator().manual_seed(1))
     scale, shift = {
         "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0),
-        "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159),
+        "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159), "cogview4": (1.0, 0.0),
     }.get(kind, (1.0, 0.0))  # fmt: skip
     if kind == "qwen":
         mean, std = (torch.tensor(latent.vae.config[f"latents_{name}"]).view(1, 16, 1, 1) for name in ("mean", "std"))
@@ -227,6 +239,51 @@ def test_training_has_the_dynamic_shift_that_the_pipeline_draws_with(
     middle = scheduler.time_shift(given[0], 1.0, torch.tensor(0.5)).item()  # s / (1 + s)
     found = latent.family.timestep_shift(scheduler, latent.latent_shape, latent.network)
     assert found == pytest.approx(middle / (1 - middle), rel=1e-5)
+
+
+@pytest.mark.parametrize("image_size", [64, 96])
+def test_the_shift_of_cogview4_is_that_of_its_pipeline(image_size: int, cogview4_folder: Path) -> None:
+    """The root of the number of tokens, where those of others are on a line."""
+    latent = load_latent_pipeline(str(cogview4_folder), image_size=image_size)
+    pipeline, scheduler = latent.pipeline, latent.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a cat", height=image_size, width=image_size, num_inference_steps=3, output_type="latent")
+    sigma, told = scheduler.sigmas[1], scheduler.timesteps[1] / 1000
+    shift = (sigma / (1 - sigma) * (1 - told) / told).item()
+    assert shift == pytest.approx(image_size / 16 / 16 * 0.75 + 0.25, rel=1e-4)
+    assert latent.family.timestep_shift(scheduler, latent.latent_shape, latent.network) == pytest.approx(
+        shift, rel=1e-4
+    )
+
+
+def test_prompts_of_cogview4_are_as_they_are_alone(cogview4_folder: Path) -> None:
+    """One of 16 tokens and one of 32: in training, and drawn with guidance, an image does not depend on the others."""
+    prompts = ["a cat", "the dog on a car " * 5]
+    plain = opened(cogview4_folder, "cogview4")
+    latent = load_latent_pipeline(str(cogview4_folder), image_size=IMAGE_SIZE)
+    conditions = latent.encode_prompts(prompts)
+    assert conditions["encoder_hidden_states"].shape[:2] == (2, 1024)
+    x, size = torch.randn(2, *latent.latent_shape), torch.tensor([[64.0, 64.0]])
+    found = predict(make_student(latent.network), x, torch.tensor([1000.0, 1000.0]), conditions)
+    denoiser: Any = load_denoiser(str(cogview4_folder), guidance_scale=3.0).asked(tuple(prompts))
+    (ours,) = denoiser.pictures(sampler=OWN, steps=2, num=2, seed=0)
+    for i, prompt in enumerate(prompts):
+        states = plain.encode_prompt([prompt], do_classifier_free_guidance=False)[0]
+        assert states.shape[1] == (16, 32)[i]
+        told = {"original_size": size, "target_size": size, "crop_coords": torch.zeros(1, 2)}
+        output = plain.transformer(x[i : i + 1], states, torch.tensor([1000.0]), **told).sample
+        torch.testing.assert_close(found[i : i + 1], output, rtol=1e-4, atol=1e-5)
+        (generator,) = image_generators(0, [i])
+        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator, "output_type": "pt"}
+        torch.testing.assert_close(ours[i : i + 1], plain(prompt, **options).images * 2 - 1, rtol=0, atol=1e-4)
+
+
+def test_a_cogview4_of_another_shift_is_refused(cogview4_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cogview4_folder, tmp_path / "x")
+    file = tmp_path / "x" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_shift": 1.15}))
+    with pytest.raises(UserError, match=r"has max_shift=1.15: expected 0.75, as CogView4 was published"):
+        load_denoiser(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"], indirect=True)
@@ -351,9 +408,10 @@ def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) 
     sampler = "flow-euler" if kind in FLOWS else "ddim-trailing"
     asked = {"dit": ["3", "7"]}.get(kind, PROMPTS)
     object.__setattr__(denoiser, "prompts", tuple(asked))
-    (ours,) = denoiser.pictures(sampler=sampler, steps=3, num=2, seed=0)
+    steps = 4 if kind == "cogview4" else 3  # its pipeline cuts times to whole numbers
+    (ours,) = denoiser.pictures(sampler=sampler, steps=steps, num=2, seed=0)
     assert denoiser.recipe["guidance_scale"] == 2.5
-    assert denoiser.evaluations(sampler, 3) == (3 if kind == "flux" else 6)
+    assert denoiser.evaluations(sampler, steps) == (steps if kind == "flux" else 2 * steps)
     pipeline = opened(whole / "pipeline", kind)
     if kind in ("dit", "pixart"):
         pipeline.scheduler = DDIMScheduler.from_config(
@@ -361,8 +419,9 @@ def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) 
         )
     if kind == "sana":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    options = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind in ("sd3", "sana") else {}
-    expected = drawn(pipeline, kind, steps=3, guidance=2.5, **options)
+    options: dict[str, Any] = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind in ("sd3", "sana") else {}
+    options |= {"timesteps": [1000, 750, 500, 250]} if kind == "cogview4" else {}
+    expected = drawn(pipeline, kind, steps=steps, guidance=2.5, **options)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from flow_pipelines import (  # noqa: F401
+    cogview4_folder,
     dit_folder,
     flux_folder,
     lumina2_folder,
@@ -175,6 +176,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sana": ("sana", {}, "flow-euler"),
     "lumina2": ("lumina2", {}, "flow-euler"),
     "qwen": ("qwen", {}, "flow-euler"),
+    "cogview4": ("cogview4", {}, "flow-euler"),
 }
 
 

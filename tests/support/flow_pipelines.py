@@ -33,6 +33,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -42,6 +44,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.families import FAMILIES
 
 __all__ = [
+    "cogview4_folder",
     "dit_folder",
     "flux_folder",
     "lumina2_folder",
@@ -49,6 +52,7 @@ __all__ = [
     "qwen_folder",
     "sana_folder",
     "sd3_folder",
+    "tiny_cogview4",
     "tiny_dit",
     "tiny_flux",
     "tiny_lumina2",
@@ -216,6 +220,30 @@ QWEN_TEXT: dict[str, Any] = {  # of Qwen2.5-VL of 7 billion weights
 QWEN_VISION: dict[str, Any] = {  # which no prompt reaches
     "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
 }  # fmt: skip
+COGVIEW4: dict[str, Any] = {  # CogView4 of 6 billion weights
+    "attention_head_dim": 16,  # 128
+    "condition_dim": 8,  # 256
+    "in_channels": 16,
+    "num_attention_heads": 2,  # 32
+    "num_layers": 2,  # 28
+    "out_channels": 16,
+    "patch_size": 2,
+    "pos_embed_max_size": 128,
+    "rope_axes_dim": [256, 256],
+    "sample_size": LATENT_SIZE,  # 128
+    "text_embed_dim": TEXT_WIDTH,  # 4096
+    "time_embed_dim": 16,  # 512
+}
+COGVIEW4_SCHEDULER: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.25,
+    "max_image_seq_len": 4096,
+    "max_shift": 0.75,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "time_shift_type": "linear",
+    "use_dynamic_shifting": True,
+}
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -344,6 +372,27 @@ def tiny_qwen(folder: Path) -> Path:
     return folder
 
 
+def tiny_cogview4(folder: Path) -> Path:
+    """Write a random CogView4 of 64 pixels as a pipeline folder, which skips as those above."""
+    names = ("CogView4Transformer2DModel", "CogView4Pipeline")
+    transformer, kind = (of_diffusers(name, "CogView4Pipeline") for name in names)
+    glm: Any = GlmConfig(
+        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = kind(
+            transformer=transformer(**COGVIEW4),
+            vae=_autoencoder({"latent_channels": 16, "scaling_factor": 1.0}),
+            scheduler=FlowMatchEulerDiscreteScheduler(**COGVIEW4_SCHEDULER),
+            text_encoder=GlmModel(glm),
+            tokenizer=_words(padding_side="left"),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def of_diffusers(name: str, pipeline: str) -> Any:
     """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
     try:
@@ -395,6 +444,12 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("tiny") / "qwen")
 
 
+@pytest.fixture(scope="session")
+def cogview4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of CogView4; not to be written into."""
+    return tiny_cogview4(tmp_path_factory.mktemp("tiny") / "cogview4")
+
+
 def _gemma() -> Gemma2Model:
     config: Any = Gemma2Config(
         vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -417,17 +472,18 @@ def _characters() -> PreTrainedTokenizerFast:
     return _tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ", pre_tokenizers.Split("", "isolated"))
 
 
-def _words() -> PreTrainedTokenizerFast:
+def _words(**options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of a few words, which are not drowned in the long texts that some pipelines put before a prompt."""
     words = "a the cat dog car red on of photo picture class 0 1 2 3 4 5 6 7 8 9"
-    return _tokenizer(words.split(), pre_tokenizers.Whitespace())
+    return _tokenizer(words.split(), pre_tokenizers.Whitespace(), **options)
 
 
-def _tokenizer(known: Iterable[str], splits: Any) -> PreTrainedTokenizerFast:
+def _tokenizer(known: Iterable[str], splits: Any, **options: Any) -> PreTrainedTokenizerFast:
     tokens = ["<pad>", "</s>", "<unk>", *known]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splits
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512,
+        **options,
+    )  # fmt: skip

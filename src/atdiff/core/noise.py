@@ -200,7 +200,7 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
     return exact
 
 
-def dynamic_mu(scheduler: Any, tokens: int | None = None) -> float | None:  # noqa: ANN401
+def dynamic_mu(scheduler: Any, tokens: float | None = None) -> float | None:  # noqa: ANN401
     """Return the ``mu`` of a flow scheduler with dynamic shifting for images of that many tokens; None for others.
 
     A line through ``base_shift`` at ``base_image_seq_len`` tokens and ``max_shift`` at ``max_image_seq_len``, with the
@@ -218,7 +218,7 @@ def dynamic_mu(scheduler: Any, tokens: int | None = None) -> float | None:  # no
     return float(low if tokens is None else low + (high - low) * (tokens - base) / (most - base))
 
 
-def flow_shift(scheduler: Any, tokens: int | None = None) -> float:  # noqa: ANN401
+def flow_shift(scheduler: Any, tokens: float | None = None) -> float:  # noqa: ANN401
     """Return the ``s`` by which a flow scheduler shifts times in (0, 1] to ``s t / (1 + (s - 1) t)``; 1 for none.
 
     It is ``shift`` of the flow-matching schedulers and ``flow_shift`` of the solvers (UniPC, DPM-Solver, ...). A

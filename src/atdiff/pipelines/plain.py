@@ -310,7 +310,7 @@ def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, networ
     called = family.call_options(None if side is None else (side, side))
     if family.has_t5 and data.get("caption_tokens") is not None:
         called["max_sequence_length"] = data["caption_tokens"]
-    called = {**family.call_guidance(guidance, IMAGES), **called}
+    called = {**family.call_guidance(guidance, IMAGES), **called, **family.call_steps(steps)}
     options = "".join(f", {name}={_short(value)}" for name, value in called.items())
     return (
         f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"

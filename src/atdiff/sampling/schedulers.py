@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -243,12 +243,21 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: list[float] | None = None,
-        **kwargs: Any,  # noqa: ANN401  (passed on)
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Set the timesteps; arguments as in diffusers."""
-        if sigmas is None and num_inference_steps is not None:
-            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)  # type: ignore[misc]
+        """Set the timesteps; arguments as in diffusers.
+
+        Timesteps are given by CogView4's pipeline alone, whose network is told times before the shift, with noise
+        levels down to 0.001: even ones take the place of both.
+        """
+        steps = num_inference_steps if timesteps is None else len(timesteps)
+        told = {}
+        if steps is not None and (sigmas is None or timesteps is not None):
+            sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
+        if timesteps is not None:
+            told["timesteps"] = [self.config.num_train_timesteps * sigma for sigma in sigmas or ()]
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, **told)  # type: ignore[misc]
 
 
 class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
@@ -409,7 +418,7 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
 SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
 
 
-def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens: int | None = None) -> Any:  # noqa: ANN401
+def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens: float | None = None) -> Any:  # noqa: ANN401
     """Return the diffusers scheduler of a sampler, for the noise schedule a network was trained on.
 
     Its timesteps are set, and a pipeline that sets them again gets the same: ``pipe.scheduler = make_scheduler(...)``

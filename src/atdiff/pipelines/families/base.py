@@ -204,6 +204,10 @@ class Family:
         """
         return {"guidance_scale": scale}
 
+    def call_steps(self, steps: int) -> dict[str, Any]:
+        """Return arguments that have the pipeline's call make even steps of a flow, where its scheduler cannot."""
+        return {}
+
     def prompt_template(self, pipeline: Any) -> str:  # noqa: ANN401
         """Return what is put around a prompt before it is encoded, which versions of diffusers may change."""
         return ""
@@ -267,7 +271,7 @@ class Family:
         """Return what kohya calls the base model of a network, ``ss_base_model_version``; None where not known."""
         return None
 
-    def tokens(self, network: Any, latent_shape: tuple[int, int, int]) -> int:  # noqa: ANN401
+    def tokens(self, network: Any, latent_shape: tuple[int, int, int]) -> float:  # noqa: ANN401
         """Return the number of tokens of latents that the pipeline has a dynamic shift go by."""
         return image_tokens(network, latent_shape)
 

@@ -13,7 +13,7 @@ from atdiff.pipelines.families.base import PromptOptions, channel_moments
 from atdiff.pipelines.families.sd import StableDiffusion
 from atdiff.pipelines.original_names import original_name
 
-__all__ = ["FAMILY", "POOLED_EMBEDDINGS", "StableDiffusionXL"]
+__all__ = ["FAMILY", "POOLED_EMBEDDINGS", "StableDiffusionXL", "told_sizes"]
 
 POOLED_EMBEDDINGS = (
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
@@ -38,9 +38,8 @@ class StableDiffusionXL(StableDiffusion):
         }
 
     def frame_conditions(self, frames: Sequence[Frame]) -> dict[str, Tensor]:
-        """See :meth:`Family.frame_conditions`; ``time_ids`` in the order of diffusers' ``_get_add_time_ids``."""
-        rows = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
-        return {"time_ids": torch.tensor(rows, dtype=torch.float32).reshape(len(rows), 6)}
+        """See :meth:`Family.frame_conditions`."""
+        return told_sizes(frames)
 
     def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
         """See :meth:`Family.kohya_layer`: the names of the original U-Net, of which kohya trains SDXL.
@@ -63,6 +62,12 @@ class StableDiffusionXL(StableDiffusion):
             return super().latent_scale(vae)
         means, deviations = channel_moments(vae)
         return means, config.scaling_factor / deviations
+
+
+def told_sizes(frames: Sequence[Frame]) -> dict[str, Tensor]:
+    """Return ``time_ids``, ``(B, 6)``, in the order of diffusers' ``_get_add_time_ids``."""
+    rows = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
+    return {"time_ids": torch.tensor(rows, dtype=torch.float32).reshape(len(rows), 6)}
 
 
 FAMILY = StableDiffusionXL()
