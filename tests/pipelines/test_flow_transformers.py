@@ -22,6 +22,7 @@ from diffusers import (
 )
 from flow_pipelines import (  # noqa: F401
     SD3,
+    auraflow_folder,
     cogview4_folder,
     dit_folder,
     flux_folder,
@@ -54,11 +55,11 @@ from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4")
+KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow")
 FLOWS = tuple(kind for kind in KINDS if kind not in ("dit", "pixart"))
 CHANNELS = {
     "sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16,
-    "cogview4": 16,
+    "cogview4": 16, "auraflow": 4,
 }  # fmt: skip
 CALLS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}, "sana": {"use_resolution_binning": False}}
 Train = Callable[..., Path]
@@ -133,6 +134,8 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
             timesteps = timesteps * 1000
         if kind == "lumina2":
             timesteps, expected = (1 - timesteps) * 1000, -expected
+        if kind == "auraflow":
+            timesteps = timesteps * 1000
         if kind == "cogview4":  # whose network is told the time before the shift of the noise level
             sigma = latent.pipeline.scheduler.sigmas[i]
             assert sigma < timesteps[0] / 1000 or i == 0
@@ -158,6 +161,7 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
     scale, shift = {
         "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "dit": (0.18215, 0.0), "pixart": (0.13025, 0.0),
         "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159), "cogview4": (1.0, 0.0),
+        "auraflow": (0.13025, 0.0),
     }.get(kind, (1.0, 0.0))  # fmt: skip
     if kind == "qwen":
         mean, std = (torch.tensor(latent.vae.config[f"latents_{name}"]).view(1, 16, 1, 1) for name in ("mean", "std"))
@@ -239,6 +243,12 @@ def test_training_has_the_dynamic_shift_that_the_pipeline_draws_with(
     middle = scheduler.time_shift(given[0], 1.0, torch.tensor(0.5)).item()  # s / (1 + s)
     found = latent.family.timestep_shift(scheduler, latent.latent_shape, latent.network)
     assert found == pytest.approx(middle / (1 - middle), rel=1e-5)
+
+
+def test_auraflow_has_the_size_of_its_call(auraflow_folder: Path) -> None:
+    """1024 pixels, where its network's sample_size says 64 latents of 8 pixels."""
+    latent = load_latent_pipeline(str(auraflow_folder))
+    assert (latent.image_size, latent.family.largest_side(latent.pipeline)) == (1024, 1024)
 
 
 @pytest.mark.parametrize("image_size", [64, 96])
@@ -419,8 +429,9 @@ def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) 
         )
     if kind == "sana":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    options: dict[str, Any] = {"sigmas": np.linspace(1, 1 / 3, 3).tolist()} if kind in ("sd3", "sana") else {}
-    options |= {"timesteps": [1000, 750, 500, 250]} if kind == "cogview4" else {}
+    options: dict[str, Any] = {"timesteps": [1000, 750, 500, 250]} if kind == "cogview4" else {}
+    if kind in ("sd3", "sana", "auraflow"):
+        options["sigmas"] = np.linspace(1, 1 / 3, 3).tolist()
     expected = drawn(pipeline, kind, steps=steps, guidance=2.5, **options)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
 
@@ -499,6 +510,7 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
         ("sd3", ["--objective.prediction_type", "epsilon"], "predicts 'flow'"),
         ("sd3", ["--data.image_size", "72"], "expected a multiple of 16"),
         ("sd3", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "cannot be trained with"),
+        ("auraflow", ["--data.image_size", "1040"], "knows positions up to 1024 pixels a side"),
         ("flux", ["--lora.targets", '["to_nowhere"]'], "no layer is called 'to_nowhere'"),
     ],
     indirect=["kind"],

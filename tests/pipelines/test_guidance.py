@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import EulerAncestralDiscreteScheduler, FluxTransformer2DModel, StableDiffusionPipeline
 from flow_pipelines import (  # noqa: F401
     FLUX,
+    auraflow_folder,
     cogview4_folder,
     dit_folder,
     flux_folder,
@@ -229,7 +230,7 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
     ("kind", "scale"),
     [
         ("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0), ("pixart", 4.5), ("sana", 4.5),
-        ("lumina2", 4.0), ("qwen", 4.0), ("cogview4", 5.0),
+        ("lumina2", 4.0), ("qwen", 4.0), ("cogview4", 5.0), ("auraflow", 3.5),
     ],
 )  # fmt: skip
 def test_the_usual_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:

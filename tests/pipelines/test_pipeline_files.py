@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DModel,
 )
 from flow_pipelines import (  # noqa: F401
+    auraflow_folder,
     cogview4_folder,
     dit_folder,
     flux_folder,
@@ -310,7 +311,10 @@ def test_the_classes_that_are_checked_are_those_that_are_known() -> None:
     assert all(hasattr(diffusers, name) for name in (*LATENTS[:8], *PIXELS))  # others are of newer versions
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4"])
+FOLDERS = ("sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow")
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_all_classes_that_are_taken_are(kind: str, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).model is not None
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from flow_pipelines import (  # noqa: F401
+    auraflow_folder,
     cogview4_folder,
     dit_folder,
     flux_folder,
@@ -177,6 +178,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lumina2": ("lumina2", {}, "flow-euler"),
     "qwen": ("qwen", {}, "flow-euler"),
     "cogview4": ("cogview4", {}, "flow-euler"),
+    "auraflow": ("auraflow", {}, "flow-euler"),
 }
 
 

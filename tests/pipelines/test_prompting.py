@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from flow_pipelines import (  # noqa: F401
+    auraflow_folder,
     cogview4_folder,
     dit_folder,
     flux_folder,
@@ -68,7 +69,7 @@ def _differ_at_most_a_level(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "lumina2", "qwen", "cogview4"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow"])
 def test_images_are_those_of_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"{family}_folder")
     told: dict[str, Any] = {"height": 96, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}

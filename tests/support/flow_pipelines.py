@@ -10,6 +10,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
@@ -38,12 +40,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from atdiff.core.errors import UserError
 from atdiff.pipelines.families import FAMILIES
 
 __all__ = [
+    "auraflow_folder",
     "cogview4_folder",
     "dit_folder",
     "flux_folder",
@@ -52,6 +57,7 @@ __all__ = [
     "qwen_folder",
     "sana_folder",
     "sd3_folder",
+    "tiny_auraflow",
     "tiny_cogview4",
     "tiny_dit",
     "tiny_flux",
@@ -244,6 +250,19 @@ COGVIEW4_SCHEDULER: dict[str, Any] = {
     "time_shift_type": "linear",
     "use_dynamic_shifting": True,
 }
+AURAFLOW: dict[str, Any] = {  # AuraFlow 0.2
+    "attention_head_dim": 8,  # 256
+    "caption_projection_dim": 16,  # 3072
+    "in_channels": 4,
+    "joint_attention_dim": TEXT_WIDTH,  # 2048
+    "num_attention_heads": 2,  # 12
+    "num_mmdit_layers": 1,  # 4
+    "num_single_dit_layers": 1,  # 32
+    "out_channels": 4,
+    "patch_size": 2,
+    "pos_embed_max_size": 4096,
+    "sample_size": 64,
+}
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -393,6 +412,27 @@ def tiny_cogview4(folder: Path) -> Path:
     return folder
 
 
+def tiny_auraflow(folder: Path) -> Path:
+    """Write a random AuraFlow as a pipeline folder; the size of its pictures is its caller's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = AuraFlowTransformer2DModel(**AURAFLOW)
+        for name, weight in transformer.named_parameters():
+            if name.endswith("norm1.linear.weight"):  # random gates are all but closed
+                weight.data *= 20
+            if name.endswith("add_v_proj.weight"):  # a prompt is drowned in what fills it up
+                weight.data *= 30
+        pipeline: Any = AuraFlowPipeline(
+            transformer=transformer,
+            vae=AutoencoderKL(**{**VAE, "scaling_factor": 0.13025}),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.73),
+            text_encoder=_umt5(),
+            tokenizer=_characters(model_input_names=["input_ids", "attention_mask"]),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def of_diffusers(name: str, pipeline: str) -> Any:
     """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
     try:
@@ -450,6 +490,12 @@ def cogview4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cogview4(tmp_path_factory.mktemp("tiny") / "cogview4")
 
 
+@pytest.fixture(scope="session")
+def auraflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of AuraFlow; not to be written into."""
+    return tiny_auraflow(tmp_path_factory.mktemp("tiny") / "auraflow")
+
+
 def _gemma() -> Gemma2Model:
     config: Any = Gemma2Config(
         vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -463,13 +509,18 @@ def _t5() -> T5EncoderModel:
     return T5EncoderModel(t5)
 
 
+def _umt5() -> UMT5EncoderModel:
+    t5 = UMT5Config(vocab_size=64, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    return UMT5EncoderModel(t5)
+
+
 def _autoencoder(changes: dict[str, Any]) -> AutoencoderKL:
     return AutoencoderKL(**{**VAE, "use_quant_conv": False, "use_post_quant_conv": False, **changes})
 
 
-def _characters() -> PreTrainedTokenizerFast:
+def _characters(**options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of characters, with the special tokens of T5's."""
-    return _tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ", pre_tokenizers.Split("", "isolated"))
+    return _tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ", pre_tokenizers.Split("", "isolated"), **options)
 
 
 def _words(**options: Any) -> PreTrainedTokenizerFast:

@@ -225,6 +225,12 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
     step = latent.family.patch * pixels_per_latent(latent.pipeline)
     if image_size is not None and latent.family.any_size and image_size % step:
         raise UserError(f"data.image_size={image_size} does not fit {latent.source}: expected a multiple of {step}.")
+    most = latent.family.largest_side(latent.pipeline)
+    if most is not None and latent.image_size > most:
+        raise UserError(
+            f"data.image_size={latent.image_size} does not fit {latent.source}, whose network knows positions up to "
+            f"{most} pixels a side; take a smaller one."
+        )
     if latent.tokens is not None and not latent.family.has_t5:
         raise UserError(
             f"data.caption_tokens={latent.tokens} is for SD3 and Flux, and others with a T5; {latent.source} has none: "

@@ -39,6 +39,7 @@ FAMILY_MODULES = {
     "Lumina2Pipeline": "lumina2",
     "QwenImagePipeline": "qwen",
     "CogView4Pipeline": "cogview4",
+    "AuraFlowPipeline": "auraflow",
 }
 """The registry of families: the module of ``atdiff.pipelines.families`` for each class of diffusers' pipelines."""
 LATENTS = tuple(FAMILY_MODULES)
@@ -231,7 +232,7 @@ def _whole(kind: str) -> str:
     if kind in ("UNet2DModel", "MLP2DModel", "ADMUNet2DModel"):
         return "DDPMPipeline(unet=NETWORK, scheduler=SCHEDULER).save_pretrained(FOLDER)"
     part = "unet" if kind.startswith("UNet") else "vae" if "Autoencoder" in kind else "transformer"
-    if kind.startswith(("CLIP", "T5", "Gemma", "Glm", "Qwen2")):
+    if kind.startswith(("CLIP", "T5", "UMT5", "Gemma", "Glm", "Qwen2")):
         part = "text_encoder"
     return f"DiffusionPipeline.from_pretrained(PIPELINE, {part}=NETWORK).save_pretrained(FOLDER)"
 
