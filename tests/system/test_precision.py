@@ -13,10 +13,13 @@ from torch import nn
 
 from atdiff.measure.cells import EvaluationConfig
 from atdiff.models.inference import prepare_inference
+from atdiff.study.recipe import load_recipe
+from atdiff.study.study import open_stages
 from atdiff.system import precision
 from atdiff.training.checks import for_machine
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import as_begun, open_run
+from conftest import RECIPE
 
 SLOW = "'bf16' is emulated on this CPU"
 
@@ -69,3 +72,17 @@ def test_a_run_resumes_in_the_precision_that_it_was_begun_in(begun: str, emulate
     assert open_run(tmp_path / "run", resumed)
     assert for_machine(resumed).training.precision == begun
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["precision"] == begun
+
+
+def test_the_arms_of_a_study_have_one_precision_on_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**RECIPE, "training": {"precision": "auto", "passes": 4}}))
+
+    def precisions(*, emulated: bool) -> list[str]:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulated)
+        monkeypatch.setattr("atdiff.study.study._device", lambda: torch.device("cpu"))
+        stages = open_stages(load_recipe(str(tmp_path / "tiny.yaml")), tmp_path / "study")
+        open_run(stages[0].folder, stages[0].config)
+        return [stage.config.training.precision for stage in stages]
+
+    assert precisions(emulated=True) == ["no"] * 6
+    assert precisions(emulated=False) == ["no"] * 6, "as it was begun"

@@ -33,7 +33,7 @@ from atdiff.study.summary import Measurements, leading_metric, publish, training
 from atdiff.system.allocator import keep_freed_memory
 from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
-from atdiff.system.precision import warn_of_slow_bf16
+from atdiff.system.precision import settled_precision, warn_of_slow_bf16
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import as_begun, open_run
@@ -168,7 +168,20 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
                 config.training.init = study.start or str(out / f"seed-{seed}" / BASE)
             judged = arm != BASE or study.base
             stages.append(Stage(arm, seed, config, out / f"seed-{seed}" / arm, cells if judged else None))
+    _settle_precision(stages)
     return stages
+
+
+def _settle_precision(stages: Sequence[Stage]) -> None:
+    """Write down what ``auto`` stands for: one precision for all runs, that of the first which was begun, if any was.
+
+    So the arms are alike where a study goes on on another machine.
+    """
+    begun = (run_config(str(one.folder)) for one in stages if one.config.training.precision == "auto")
+    precision: Any = next((one["training"]["precision"] for one in begun if one), settled_precision("auto", _device()))
+    for stage in stages:
+        if stage.config.training.precision == "auto":
+            stage.config.training.precision = precision
 
 
 def _check(stages: list[Stage], study: StudyConfig) -> None:
