@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 from PIL import Image
 from test_captions import pixels_of, png, samples, write_tar
 
@@ -106,7 +108,7 @@ def test_unreadable_images_are_refused_or_skipped(tmp_path: Path) -> None:
     assert [name for name, _ in skipping.unreadable.found] == [f"9.png of {tmp_path / 'a.tar'}"]
 
 
-def test_what_is_not_streamed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_streamed_is_said(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "a.png")
     with pytest.raises(UserError, match=r"folder is not streamed: .* leave out data\.streaming"):
@@ -115,7 +117,97 @@ def test_what_is_not_streamed_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         stream_captioned(write_table(tmp_path / "set"), image_size=None, caption_column="alt")
     with pytest.raises(UserError, match=r"row 1 of \S+ has no caption: write one, or remove it"):
         list(stream_captioned(write_table(tmp_path / "none", text=["a", None, "b", "c", "d"]), image_size=None))
+
+
+# ---- shards of the hub
+
+ADDRESS = "hf://datasets/owner/name@{commit}/{name}"
+
+
+class Hub:
+    """A data set of shards on the hub, whose files are on the disk and are downloaded through the hub's file system."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.commit = folder, "0123abc"
+        self.downloads: list[str] = []
+        self.here: list[Path] = []
+        self.error: Exception | None = None
+        real = datasets.load_dataset_builder
+
+        def builder(name: str) -> Any:
+            assert name == "owner/name"
+            made = real(str(folder))
+            files = made.config.data_files["train"]
+            named = [ADDRESS.format(commit=self.commit, name=Path(file).name) for file in files]
+            made.config.data_files = {"train": named}
+            return made
+
+        def get_file(system: Any, source: str, target: str, **options: Any) -> None:
+            if self.error is not None:
+                raise self.error
+            assert source.startswith(f"hf://datasets/owner/name@{self.commit}/")
+            assert not any(file.exists() for file in self.here)  # one at a time
+            self.downloads.append(source.rpartition("/")[2])
+            self.here.append(Path(target))
+            shutil.copy(folder / self.downloads[-1], target)
+
+        patch.setattr(hub, "hub_location", lambda name, kind: name)
+        patch.setattr(datasets, "load_dataset_builder", builder)
+        patch.setattr(HfFileSystem, "get_file", get_file)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    write_shards(tmp_path / "set")
+    return Hub(tmp_path / "set", monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:.*are in none of its")
+@pytest.mark.parametrize("limit", [None, 2, 4])
+def test_shards_of_the_hub_are_those_of_a_disk(shards: Hub, limit: int | None) -> None:
+    listed = list(load_captioned(str(shards.folder), image_size=4, limit=limit))
+    streamed = stream_captioned("owner/name", image_size=4, limit=limit)
+    for passes in (1, 2):
+        found = list(streamed)
+        assert [caption for _, caption in found] == [caption for _, caption in listed]
+        assert all(torch.equal(image, other) for (image, _), (other, _) in zip(found, listed, strict=True))
+        assert shards.downloads == (["0.tar"] if limit == 2 else ["0.tar", "1.tar"]) * passes
+    assert not any(file.exists() or file.parent.exists() for file in shards.here)
+
+
+def test_the_commit_tells_shards_of_the_hub_apart(shards: Hub) -> None:
+    def fingerprint() -> str:
+        return stream_captioned("owner/name", image_size=4).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    shards.commit = "4567def"
+    assert fingerprint() != first
+    assert shards.downloads == []
+
+
+def test_what_is_wrong_with_a_shard_of_the_hub_is_said(shards: Hub) -> None:
+    with pytest.raises(UserError, match="split 'test' of owner/name does not exist: expected one of train"):
+        stream_captioned("owner/name", image_size=None, split="test")
+    file = shards.folder / "1.tar"
+    file.write_bytes(file.read_bytes()[:700])
+    pairs = iter(stream_captioned("owner/name", image_size=None))
+    assert [next(pairs)[1] for _ in range(3)] == [f"picture {seed}" for seed in range(3)]
+    address = ADDRESS.format(commit="0123abc", name="1.tar")
+    with pytest.raises(UserError, match=f"^{address} cannot be read as an uncompressed .tar file"):
+        next(pairs)
+    shards.error = ConnectionError("the line is dead\nand more")
+    address = address.replace("1.tar", "0.tar")
+    said = rf"^the shard {address} cannot be downloaded \(the line is dead\): .* `hf download owner/name --repo-type"
+    with pytest.raises(UserError, match=said):
+        list(stream_captioned("owner/name", image_size=None))
+    assert not any(file.parent.exists() for file in shards.here)
+
+
+def test_shards_in_the_cache_of_the_hub_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "shards" / "0.tar", samples(range(3)))
     monkeypatch.setattr(hub, "hub_location", lambda *_: str(tmp_path / "shards"))
-    with pytest.raises(UserError, match=r"webdataset shards, which are streamed from a disk alone: download them"):
-        stream_captioned("owner/name", image_size=None)
+    streamed = stream_captioned("owner/name", image_size=None)
+    for _ in range(2):
+        assert [caption for _, caption in streamed] == [f"picture {seed}" for seed in range(3)]
+    assert (tmp_path / "shards" / "0.tar").is_file()

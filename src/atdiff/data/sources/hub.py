@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from atdiff.data.sources.table import open_stream, table_source
+from atdiff.data.sources.shards import Shard, stream_shards
+from atdiff.data.sources.source import Request, Stream, chosen_split
+from atdiff.data.sources.table import stream_rows, table_source, told
 from atdiff.system.locate import hub_failure, hub_location, is_hub_id
 
 __all__ = ["HUB"]
@@ -17,13 +22,42 @@ def _open(name: str, split: str) -> Any:  # noqa: ANN401
     return datasets.load_dataset(hub_location(name, "dataset"), split=split)
 
 
-def _open_stream(name: str, split: str) -> tuple[Any, Callable[[], str]]:
+def _stream(request: Request) -> Stream:
     import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-    builder = datasets.load_dataset_builder(hub_location(name, "dataset"))
-    rows = open_stream(builder, split)
+    name, split = request.name, request.split
+    with told(name, _failure):
+        builder = datasets.load_dataset_builder(hub_location(name, "dataset"))
+    files = builder.config.data_files or {}
+    if isinstance(builder, WebDataset):  # whose own reader takes a damaged shard for a shorter one
+        shards = [str(file) for file in chosen_split(split, files, name, f"one of {', '.join(map(str, files))}")]
+        return stream_shards(request, partial(_downloaded, name, shards), lambda: repr((split, shards)))
     # Each address of a file names the commit that it is of.
-    return rows, lambda: repr((split, [str(file) for file in builder.config.data_files[split]]))
+    return stream_rows(request, builder, lambda: repr((split, [str(file) for file in files[split]])), _failure)
+
+
+def _downloaded(name: str, addresses: Sequence[str]) -> Iterator[Shard]:
+    """Yield each shard while it is on the disk, where no other one is then."""
+    from huggingface_hub import HfFileSystem
+
+    with tempfile.TemporaryDirectory(prefix="atdiff-shard-") as folder:
+        for address in addresses:
+            if "://" not in address:  # of the hub's cache, where the hub does not answer
+                yield Shard(Path(address), address)
+                continue
+            file = Path(folder) / "shard.tar"
+            with told(name, partial(_no_shard, address)):
+                HfFileSystem().get_file(address, str(file))
+            yield Shard(file, address)
+            file.unlink()
+
+
+def _no_shard(address: str, name: str, reason: str) -> str:
+    return (
+        f"the shard {address} cannot be downloaded ({hub_failure(reason)}): start again where there is a network, or "
+        f"run `hf download {name} --repo-type dataset --local-dir FOLDER` and give the path of that folder."
+    )
 
 
 def _failure(name: str, reason: str) -> str:
@@ -33,4 +67,4 @@ def _failure(name: str, reason: str) -> str:
     )
 
 
-HUB = table_source(lambda name, path: is_hub_id(name), _open, _open_stream, _failure)
+HUB = table_source(lambda name, path: is_hub_id(name), _open, _stream, _failure)

@@ -10,7 +10,7 @@ import io
 import itertools
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -23,11 +23,18 @@ from atdiff.data.raw import IMAGE_SUFFIXES, Item, Pixels, RawImages, file_stamps
 from atdiff.data.sources.source import Pairs, Request, Source, Stream, check_whole, split_folder
 from atdiff.data.texts import caption_column, captions_of, json_object, utf8
 
-__all__ = ["SHARDS"]
+__all__ = ["SHARDS", "Shard", "stream_shards"]
 
 CAPTION_SUFFIXES = (".txt", ".json")
 TAR = frozenset({".tar"})
 SHOWN = 5  # members in no pair that a warning names
+
+
+class Shard(NamedTuple):
+    """A file on the disk, and what messages call it."""
+
+    file: Path
+    name: str
 
 
 def _recognises(name: str, path: Path) -> bool:
@@ -42,15 +49,15 @@ def _pairs(request: Request) -> Pairs:
     alone: list[str] = []
     console = Console(stderr=True)
     for shard in track(shards, "reading captions", console=console, transient=True, disable=len(shards) < 2):
-        found, left = _shard_pairs(shard, request.caption_column)
+        found, left = _shard_pairs(Shard(shard, str(shard)), request.caption_column)
         pairs += found
         alone += [f"{member} of {shard}" for member in left]
         if limit is not None and len(pairs) >= limit:
             break
     _tell_alone(path, len(pairs), alone[:SHOWN], len(alone))
     members = [member for member, _ in pairs[:limit]]
-    read = dict.fromkeys(member.shard for member in members)
-    captions = captions_of(path, ((f"{member.name} of {member.shard}", cell) for member, cell in pairs[:limit]))
+    read = dict.fromkeys(member.shard.file for member in members)
+    captions = captions_of(path, ((f"{member.name} of {member.shard.name}", cell) for member, cell in pairs[:limit]))
     return RawImages(len(members), partial(_items, members), partial(_stamp, list(read))), captions
 
 
@@ -67,13 +74,13 @@ def _stamp(shards: Sequence[Path]) -> str:
     return repr([file_stamps([shard], shard.parent) for shard in shards])
 
 
-def _tell_alone(path: Path, pairs: int, shown: Sequence[str], count: int) -> None:
+def _tell_alone(name: object, pairs: int, shown: Sequence[str], count: int) -> None:
     """Warn of members that are in no pair."""
     if not count:
         return
     more = f" and {count - SHOWN:,} more" if count > SHOWN else ""
     warnings.warn(
-        f"{count:,} members of {path} are in none of its {pairs:,} pairs of an image and a caption of the same key, "
+        f"{count:,} members of {name} are in none of its {pairs:,} pairs of an image and a caption of the same key, "
         f"and are left out: {', '.join(shown)}{more}.",
         stacklevel=3,
     )
@@ -81,24 +88,31 @@ def _tell_alone(path: Path, pairs: int, shown: Sequence[str], count: int) -> Non
 
 def _stream(request: Request) -> Stream:
     shards = _shards(request)
-    return Stream(partial(_streamed, request, shards), partial(_stamp, shards))
+    return stream_shards(request, lambda: (Shard(shard, str(shard)) for shard in shards), partial(_stamp, shards))
 
 
-def _streamed(request: Request, shards: Sequence[Path]) -> Iterator[tuple[str, Pixels, Any]]:
-    """Yield the pairs; a shard is looked through, and found damaged, before the first of its own."""
+def stream_shards(request: Request, shards: Callable[[], Iterable[Shard]], stamp: Callable[[], str]) -> Stream:
+    """Return the pairs of shards, each of which is on the disk until the next is asked for.
+
+    A shard is looked through, and found damaged, before the first of its pairs.
+    """
+    return Stream(lambda: _streamed(request, shards()), stamp)
+
+
+def _streamed(request: Request, shards: Iterable[Shard]) -> Iterator[tuple[str, Pixels, Any]]:
     shown: list[str] = []
     count = passed = 0
     for shard in shards:
         pairs, left = _shard_pairs(shard, request.caption_column)
-        shown += [f"{member} of {shard}" for member in left[: SHOWN - len(shown)]]
+        shown += [f"{member} of {shard.name}" for member in left[: SHOWN - len(shown)]]
         count, passed = count + len(left), passed + len(pairs)
         for (name, content), (_, cell) in zip(_items([member for member, _ in pairs]), pairs, strict=True):
             yield name, content, cell
-    _tell_alone(request.path, passed, shown, count)
+    _tell_alone(request.name, passed, shown, count)
 
 
 class _Member(NamedTuple):
-    shard: Path
+    shard: Shard
     name: str
     offset: int
     size: int
@@ -106,24 +120,23 @@ class _Member(NamedTuple):
 
 def _items(members: Sequence[_Member]) -> Iterator[Item]:
     for shard, inside in itertools.groupby(members, key=lambda member: member.shard):
-        with shard.open("rb") as file:
+        with shard.file.open("rb") as file:
             for member in inside:
                 file.seek(member.offset)
-                yield f"{member.name} of {shard}", io.BytesIO(file.read(member.size))
+                yield f"{member.name} of {shard.name}", io.BytesIO(file.read(member.size))
 
 
-def _shard_pairs(shard: Path, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
+def _shard_pairs(shard: Shard, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
     """Return the images of a shard with what their captions were read as, and the members that are in no pair."""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard.file, "r:") as tar:
             images, captions, alone = _index(tar, shard)
-            pairs = [
-                (_Member(shard, image.name, image.offset_data, image.size), _member_caption(tar, captions, key, asked))
-                for key, image in images.items()
-            ]
+            cells = (_member_caption(tar, shard, captions, key, asked) for key in images)
+            members = (_Member(shard, image.name, image.offset_data, image.size) for image in images.values())
+            pairs = list(zip(members, cells, strict=True))
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{shard} cannot be read as an uncompressed .tar file ({error}): make or download it again."
+            f"{shard.name} cannot be read as an uncompressed .tar file ({error}): make or download it again."
         ) from error
     return pairs, alone
 
@@ -131,7 +144,7 @@ def _shard_pairs(shard: Path, asked: str | None) -> tuple[list[tuple[_Member, An
 _Members = dict[str, tarfile.TarInfo]
 
 
-def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[str]]:
+def _index(tar: tarfile.TarFile, shard: Shard) -> tuple[_Members, _Members, list[str]]:
     """Return the images by key, the ``.txt`` and ``.json`` by key with that suffix, and what is in no pair.
 
     In webdataset the key is a member's path up to the first dot of its name, and the rest names a field: ``1.seg.png``
@@ -153,7 +166,7 @@ def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[
             captions[key + suffix] = member
         elif last in IMAGE_SUFFIXES or last in CAPTION_SUFFIXES:
             dotted.append((key, last, member))
-    with shard.open("rb") as file:  # tarfile takes a header that it cannot read for the end
+    with shard.file.open("rb") as file:  # tarfile takes a header that it cannot read for the end
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"damaged at byte {tar.offset}")
@@ -163,13 +176,13 @@ def _index(tar: tarfile.TarFile, shard: Path) -> tuple[_Members, _Members, list[
     return dict(sorted(images.items(), key=lambda item: item[1].offset)), captions, alone
 
 
-def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Path) -> None:
+def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Shard) -> None:
     if images.setdefault(key, member) is not member:
-        raise UserError(f"{shard} holds two images of the key {key}: keep one.")
+        raise UserError(f"{shard.name} holds two images of the key {key}: keep one.")
 
 
 def _add_dotted(
-    images: _Members, captions: _Members, dotted: Sequence[tuple[str, str, tarfile.TarInfo]], shard: Path
+    images: _Members, captions: _Members, dotted: Sequence[tuple[str, str, tarfile.TarInfo]], shard: Shard
 ) -> list[str]:
     """Add the pairs of names that hold further dots; return the names that are in none."""
     whole = set(images)  # keys that are samples already, whose further fields may well be an image and its JSON
@@ -189,14 +202,14 @@ def _add_dotted(
     return [member.name for _, _, member in dotted if member.name not in used]
 
 
-def _member_caption(tar: tarfile.TarFile, captions: dict[str, tarfile.TarInfo], key: str, asked: str | None) -> Any:  # noqa: ANN401  (whatever the JSON holds)
+def _member_caption(tar: tarfile.TarFile, shard: Shard, captions: _Members, key: str, asked: str | None) -> Any:  # noqa: ANN401  (whatever the JSON holds)
     member = captions.get(f"{key}.txt") if asked is None else None
     member = member or captions.get(f"{key}.json")
     if member is None:
         return None
     opened = tar.extractfile(member)
     assert opened is not None, member
-    where = f"{member.name} of {tar.name!s}"
+    where = f"{member.name} of {shard.name}"
     text = utf8(opened.read(), where)
     if member.name.lower().endswith(".txt"):
         return text

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,44 +20,36 @@ from atdiff.data.raw import Item, Pixels, RawImages, file_stamps, files_below
 from atdiff.data.sources.source import Found, Pairs, Request, Source, Stream, check_whole, checked_labels
 from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 
-__all__ = ["TABLE", "open_stream", "table_source"]
+__all__ = ["TABLE", "stream_rows", "table_source", "told"]
 
 PARQUET = frozenset({".parquet"})
 Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
-# The same as a datasets.IterableDataset, with what changes where its rows do.
-OpenStream = Callable[[str, str], tuple[Any, Callable[[], str]]]
+Failure = Callable[[str, str], str]  # says, of a name and a reason, why that cannot be
+
+
+@contextlib.contextmanager
+def told(name: str, failure: Failure) -> Iterator[None]:
+    """Say in a sentence why something of a data set cannot be had."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the loader and its network stack raise dozens of unrelated types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(failure(name, reason)) from error
 
 
 def table_source(
     recognises: Callable[[str, Path], bool],
     open_table: Open,
-    open_rows: OpenStream,
-    failure: Callable[[str, str], str],
+    stream: Callable[[Request], Stream],
+    failure: Failure,
 ) -> Source:
-    """Return the source of the tables that ``open_table`` opens, ``open_rows`` for a stream of their rows.
-
-    ``failure`` says why that cannot be.
-    """
-
-    @contextlib.contextmanager
-    def told(name: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # the loader and its network stack raise dozens of unrelated types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(failure(name, reason)) from error
+    """Return the source of the tables that ``open_table`` opens."""
 
     def opened(name: str, split: str) -> Any:  # noqa: ANN401
-        with told(name):
+        with told(name, failure):
             return open_table(name, split)
-
-    def stream(request: Request) -> Stream:
-        with told(request.name):
-            rows, stamp = open_rows(request.name, request.split)
-            image, texts, rows = _streamed_columns(request, rows)
-        return Stream(lambda: _rows(request.name, image, texts, rows, told), stamp)
 
     return Source(
         recognises, load=partial(_load, opened), pairs=partial(_pairs, opened), stream=stream, has_columns=True
@@ -78,9 +71,9 @@ def _rows(
     image: str,
     texts: str,
     rows: Any,  # noqa: ANN401
-    told: Callable[[str], contextlib.AbstractContextManager[None]],
+    failure: Failure,
 ) -> Iterator[tuple[str, Pixels, Any]]:
-    with told(name):
+    with told(name, failure):
         for i, row in enumerate(rows):
             cell = row[image]
             if not cell or not cell["bytes"]:
@@ -91,25 +84,22 @@ def _rows(
             yield f"row {i} of {name}", io.BytesIO(cell["bytes"]), row[texts]
 
 
-def open_stream(builder: Any, split: str) -> Any:  # noqa: ANN401  (a datasets.DatasetBuilder)
-    """Return the rows of a split of a table, which are read while iterating and stored nowhere.
+def stream_rows(request: Request, builder: Any, stamp: Callable[[], str], failure: Failure) -> Stream:  # noqa: ANN401
+    """Return the pairs of a table, which are read while iterating and stored nowhere.
 
-    Raises:
-        UserError: these are shards, of which that reader takes a damaged one for a shorter one.
+    Args:
+        request: for a split of it.
+        builder: of ``datasets``.
+        stamp: returns what changes where its rows do.
+        failure: see :func:`told`.
     """
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-    if isinstance(builder, WebDataset):
-        raise UserError(
-            f"{builder.repo_id or builder.dataset_name} is kept in webdataset shards, which are streamed from a disk "
-            "alone: download them with `hf download --repo-type dataset` and give their folder."
-        )
-    rows = builder.as_streaming_dataset(split=split)
-    if rows.features is None:
-        raise UserError(
-            f"{builder.repo_id or builder.dataset_name} does not tell its columns: leave out data.streaming."
-        )
-    return rows
+    name = request.name
+    with told(name, failure):
+        rows = builder.as_streaming_dataset(split=request.split)
+        if rows.features is None:
+            raise UserError(f"{name} does not tell its columns: leave out data.streaming.")
+        image, texts, rows = _streamed_columns(request, rows)
+    return Stream(lambda: _rows(name, image, texts, rows, failure), stamp)
 
 
 def _load(open_table: Open, request: Request) -> Found:
@@ -190,12 +180,18 @@ def _place(name: str, split: str) -> tuple[str, dict[str, str], str, list[Path]]
     return str(path), {}, split, sorted(files_below(path, PARQUET))
 
 
-def _open_stream(name: str, split: str) -> tuple[Any, Callable[[], str]]:
+def _stream(request: Request) -> Stream:
     import datasets
 
-    words, options, split, files = _place(name, split)
-    rows = open_stream(datasets.load_dataset_builder(words, **options), split)
-    return rows, lambda: repr((split, file_stamps(files, files[0].parent)))
+    words, options, split, files = _place(request.name, request.split)
+    with told(request.name, _failure):
+        builder = datasets.load_dataset_builder(words, **options)
+    found = replace(request, split=split)
+    return stream_rows(found, builder, lambda: repr((split, file_stamps(files, files[0].parent))), _failure)
+
+
+def _failure(name: str, reason: str) -> str:
+    return f"{name} cannot be read as a parquet data set ({reason})."
 
 
 def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
@@ -238,6 +234,4 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     return asked
 
 
-TABLE = table_source(
-    _recognises, _open, _open_stream, lambda name, why: f"{name} cannot be read as a parquet data set ({why})."
-)
+TABLE = table_source(_recognises, _open, _stream, _failure)
