@@ -21,6 +21,7 @@ from flow_pipelines import (
     tiny_qwen,
     tiny_sana,
     tiny_sd3,
+    tiny_wan,
 )
 from latent_pipelines import IMAGE_SIZE, tiny_sd, tiny_sdxl
 from PIL import Image
@@ -41,6 +42,7 @@ from atdiff.sampling.generate import image_generators
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "dit": tiny_dit, "sana": tiny_sana,
     "lumina2": tiny_lumina2, "qwen": tiny_qwen, "cogview4": tiny_cogview4, "auraflow": tiny_auraflow,
+    "wan": tiny_wan,
 }  # fmt: skip
 COMMANDS = ("sd", "sdxl", "sd3", "flux", "dit")  # the commands find no difference between the others and these
 NUM, STEPS = 3, 2
@@ -68,7 +70,7 @@ def subject(
 ) -> tuple[LatentRun, TrueLatents]:
     if not (places / kind).exists():
         MAKERS[kind](places / kind)
-    reading = DataOptions(image_size=IMAGE_SIZE if kind in ("flux", "qwen", "auraflow") else None)
+    reading = DataOptions(image_size=IMAGE_SIZE if kind in ("flux", "qwen", "auraflow", "wan") else None)
     asked = None if kind == "dit" else prompts
     config = RunsConfig(data=str(places / "labelled.npz"), reading=reading, prompts=asked)
     run, true = open_subject(str(places / kind), config, guided=guided)

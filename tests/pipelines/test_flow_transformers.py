@@ -31,6 +31,7 @@ from flow_pipelines import (  # noqa: F401
     qwen_folder,
     sana_folder,
     sd3_folder,
+    wan_folder,
 )
 from latent_pipelines import IMAGE_SIZE, LATENT_SIZE
 from PIL import Image
@@ -55,13 +56,17 @@ from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
 from atdiff.training.loop import Trainer
 
 PROMPTS = ["a cat", "the dog on 2"]
-KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow")
+KINDS = ("sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow", "wan")
 FLOWS = tuple(kind for kind in KINDS if kind not in ("dit", "pixart"))
 CHANNELS = {
     "sd3": 16, "flux": 16, "dit": 4, "pixart": 4, "sana": 32, "lumina2": 16, "qwen": 16,
-    "cogview4": 16, "auraflow": 4,
+    "cogview4": 16, "auraflow": 4, "wan": 16,
 }  # fmt: skip
-CALLS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}, "sana": {"use_resolution_binning": False}}
+CALLS = {
+    "pixart": {"use_resolution_binning": False, "clean_caption": False},
+    "sana": {"use_resolution_binning": False},
+    "wan": {"num_frames": 1},
+}
 Train = Callable[..., Path]
 
 
@@ -100,7 +105,8 @@ def drawn(pipeline: Any, kind: str, steps: int = 2, guidance: float = 1.0, **opt
     pictures = pipeline(
         **asked, **size, **scale, num_inference_steps=steps, generator=generators, output_type="pt",
         **options,
-    ).images  # fmt: skip
+    )  # fmt: skip
+    pictures = pictures.frames[:, 0] if kind == "wan" else pictures.images
     if not isinstance(pictures, Tensor):  # of an older DiTPipeline
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     return pictures * 2 - 1
@@ -134,6 +140,8 @@ def test_the_network_is_given_what_the_pipeline_gives_it(latent: LatentPipeline,
             timesteps = timesteps * 1000
         if kind == "lumina2":
             timesteps, expected = (1 - timesteps) * 1000, -expected
+        if kind == "wan":
+            x_t, expected = x_t[:, :, 0], expected[:, :, 0]
         if kind == "auraflow":
             timesteps = timesteps * 1000
         if kind == "cogview4":  # whose network is told the time before the shift of the noise level
@@ -163,7 +171,7 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(latent: LatentPipeline
         "sana": (0.41407, 0.0), "lumina2": (0.3611, 0.1159), "cogview4": (1.0, 0.0),
         "auraflow": (0.13025, 0.0),
     }.get(kind, (1.0, 0.0))  # fmt: skip
-    if kind == "qwen":
+    if kind in ("qwen", "wan"):
         mean, std = (torch.tensor(latent.vae.config[f"latents_{name}"]).view(1, 16, 1, 1) for name in ("mean", "std"))
         posterior = latent.vae.encode((images / 127.5 - 1)[:, :, None]).latent_dist
         expected = (posterior.sample(torch.Generator().manual_seed(1))[:, :, 0] - mean) / std
@@ -245,10 +253,23 @@ def test_training_has_the_dynamic_shift_that_the_pipeline_draws_with(
     assert found == pytest.approx(middle / (1 - middle), rel=1e-5)
 
 
-def test_auraflow_has_the_size_of_its_call(auraflow_folder: Path) -> None:
-    """1024 pixels, where its network's sample_size says 64 latents of 8 pixels."""
+def test_sizes_are_those_of_the_calls_where_networks_do_not_say(auraflow_folder: Path, wan_folder: Path) -> None:
+    """AuraFlow's 1024 pixels, where its sample_size says 64 latents of 8; Wan's height."""
     latent = load_latent_pipeline(str(auraflow_folder))
     assert (latent.image_size, latent.family.largest_side(latent.pipeline)) == (1024, 1024)
+    assert load_latent_pipeline(str(wan_folder)).image_size == 480
+
+
+@pytest.mark.parametrize("changed", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}])
+def test_a_wan_of_two_networks_or_of_a_time_per_token_is_refused(
+    changed: dict[str, Any], wan_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(wan_folder, tmp_path / "x")
+    file = tmp_path / "x" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    (name,) = changed
+    with pytest.raises(UserError, match=f"has {name}=.*, as Wan 2.2: expected a text-to-video pipeline of Wan 2.1"):
+        load_denoiser(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize("image_size", [64, 96])
@@ -427,9 +448,11 @@ def test_pictures_of_a_run_are_those_of_plain_diffusers(kind: str, whole: Path) 
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
-    if kind == "sana":
+    if kind in ("sana", "wan"):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     options: dict[str, Any] = {"timesteps": [1000, 750, 500, 250]} if kind == "cogview4" else {}
+    if kind == "wan":
+        pipeline.scheduler.sigma_min = 1 / 3
     if kind in ("sd3", "sana", "auraflow"):
         options["sigmas"] = np.linspace(1, 1 / 3, 3).tolist()
     expected = drawn(pipeline, kind, steps=steps, guidance=2.5, **options)

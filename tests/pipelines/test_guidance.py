@@ -26,6 +26,7 @@ from flow_pipelines import (  # noqa: F401
     qwen_folder,
     sana_folder,
     sd3_folder,
+    wan_folder,
 )
 from latent_pipelines import IMAGE_SIZE, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
@@ -230,7 +231,7 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
     ("kind", "scale"),
     [
         ("sd", 7.5), ("sdxl", 7.5), ("sd3", 7.0), ("flux", 3.5), ("dit", 4.0), ("pixart", 4.5), ("sana", 4.5),
-        ("lumina2", 4.0), ("qwen", 4.0), ("cogview4", 5.0), ("auraflow", 3.5),
+        ("lumina2", 4.0), ("qwen", 4.0), ("cogview4", 5.0), ("auraflow", 3.5), ("wan", 5.0),
     ],
 )  # fmt: skip
 def test_the_usual_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:

@@ -23,7 +23,15 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.embeddings import get_timestep_embedding
-from flow_pipelines import dit_folder, flux_folder, qwen_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    auraflow_folder,
+    cogview4_folder,
+    dit_folder,
+    flux_folder,
+    qwen_folder,
+    sd3_folder,
+    wan_folder,
+)
 from latent_pipelines import IMAGE_SIZE, SD_UNET, SDXL_UNET, TEXT_WIDTH, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
@@ -262,6 +270,13 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
             (3, 16, 8, 8),
             {"encoder_hidden_states": states, "encoder_hidden_states_mask": torch.ones(3, 5)},
         ),
+        "cogview4": lambda: (
+            of("cogview4"),
+            (3, 16, 8, 8),
+            {"encoder_hidden_states": states, "added_cond_kwargs": {"time_ids": added["time_ids"]}},
+        ),
+        "auraflow": lambda: (of("auraflow"), (3, 4, 8, 8), {"encoder_hidden_states": states}),
+        "wan": lambda: (of("wan"), (3, 16, 8, 8), {"encoder_hidden_states": states}),
         "dit": lambda: (of("dit"), (3, 4, 8, 8), {"class_labels": torch.tensor([0, 1, 2])}),
         "unet": lambda: (small_unet(), (3, 1, 8, 8), {}),
         "mlp": lambda: (MLP2DModel(), (3, 1, 8, 8), {}),
@@ -284,7 +299,22 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILY_CALLS = ("sd", "sdxl", "lcm", "sd3", "flux", "qwen", "dit", "unet", "mlp", "adm", "pixel-dit")
+FAMILY_CALLS = (
+    "sd",
+    "sdxl",
+    "lcm",
+    "sd3",
+    "flux",
+    "qwen",
+    "cogview4",
+    "auraflow",
+    "wan",
+    "dit",
+    "unet",
+    "mlp",
+    "adm",
+    "pixel-dit",
+)
 
 
 @torch.no_grad()
@@ -307,7 +337,11 @@ def test_timesteps_are_embedded_as_they_are_given(
             network(x, TIMES, **conditions)
     else:
         network.bfloat16()(x.bfloat16(), TIMES, **{name: rounded(value) for name, value in conditions.items()})
-    wanted = {"flux": TIMES / 1000 * 1000, "qwen": TIMES / 1000}.get(kind, TIMES)
+    sigma, shift = TIMES / 1000, 0.4375  # of CogView4 for 16 tokens, whose network is told times before it
+    wanted = {
+        "flux": TIMES / 1000 * 1000, "qwen": TIMES / 1000, "auraflow": TIMES / 1000,
+        "cogview4": 1000.0 * sigma / (shift - (shift - 1.0) * sigma),
+    }.get(kind, TIMES)  # fmt: skip
     first = embedded[0]
     assert first.dtype == torch.float32
     assert torch.equal(first, wanted)

@@ -35,6 +35,7 @@ from flow_pipelines import (  # noqa: F401
     qwen_folder,
     sana_folder,
     sd3_folder,
+    wan_folder,
 )
 from latent_pipelines import sd_folder, sdxl_folder, tiny_sd  # noqa: F401
 from safetensors.torch import load_file
@@ -311,7 +312,7 @@ def test_the_classes_that_are_checked_are_those_that_are_known() -> None:
     assert all(hasattr(diffusers, name) for name in (*LATENTS[:8], *PIXELS))  # others are of newer versions
 
 
-FOLDERS = ("sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow")
+FOLDERS = ("sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow", "wan")
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -24,6 +24,7 @@ from flow_pipelines import (  # noqa: F401
     qwen_folder,
     sana_folder,
     sd3_folder,
+    wan_folder,
 )
 from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder  # noqa: F401
 from PIL import Image
@@ -179,6 +180,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen": ("qwen", {}, "flow-euler"),
     "cogview4": ("cogview4", {}, "flow-euler"),
     "auraflow": ("auraflow", {}, "flow-euler"),
+    "wan": ("wan", {}, "flow-euler"),
 }
 
 

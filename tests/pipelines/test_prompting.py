@@ -22,6 +22,7 @@ from flow_pipelines import (  # noqa: F401
     qwen_folder,
     sana_folder,
     sd3_folder,
+    wan_folder,
 )
 from latent_pipelines import IMAGE_SIZE, labelled_photos, sd_folder, sdxl_folder  # noqa: F401
 from PIL import Image
@@ -53,7 +54,8 @@ def _plain(folder: Path, prompts: tuple[str, ...], *, seed: int, latents: bool =
         channels = pipe.vae.config.get("latent_channels")
         drawn = {"latents": torch.randn(1, channels, *size, generator=generator)} if latents else {}
         drawn["generator"] = generator
-        images.append(pipe(prompt, output_type="pt", **drawn, **options).images)
+        output = pipe(prompt, output_type="pt", **drawn, **options)
+        images.append(output.frames[:, 0] if folder.name == "wan" else output.images)
     pixels: np.ndarray = to_uint8(torch.cat(images).float() * 2 - 1).permute(0, 2, 3, 1).numpy()
     return pixels
 
@@ -69,12 +71,16 @@ def _differ_at_most_a_level(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow"])
+GUIDED = ("sd", "sdxl", "sd3", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow", "wan")
+
+
+@pytest.mark.parametrize("family", GUIDED)
 def test_images_are_those_of_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"{family}_folder")
     told: dict[str, Any] = {"height": 96, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
     more: dict[str, Any] = {"use_resolution_binning": False} if family in ("pixart", "sana") else {}
     more |= {"clean_caption": False} if family == "pixart" else {}
+    more |= {"num_frames": 1, "latents": False} if family == "wan" else {}
     if family == "qwen":  # which packs its noise, and guides away from a text alone
         told |= {"true_cfg_scale": told.pop("guidance_scale")}
         more |= {"latents": False}

@@ -27,6 +27,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
 )
 from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, VAE, text_config, tokenizer_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -66,6 +67,8 @@ __all__ = [
     "tiny_qwen",
     "tiny_sana",
     "tiny_sd3",
+    "tiny_wan",
+    "wan_folder",
 ]
 
 # What follows is config.json of each part as published; narrowed values are marked with the original.
@@ -263,6 +266,30 @@ AURAFLOW: dict[str, Any] = {  # AuraFlow 0.2
     "pos_embed_max_size": 4096,
     "sample_size": 64,
 }
+WAN: dict[str, Any] = {  # Wan 2.1 of 1.3 billion weights, text to video
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 12,  # 128
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 32,  # 8960
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 2,  # 12
+    "num_layers": 1,  # 30
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": TEXT_WIDTH,  # 4096
+}
+WAN_SCHEDULER: dict[str, Any] = {
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "use_flow_sigmas": True,
+}
 
 
 def tiny_sd3(folder: Path) -> Path:
@@ -433,6 +460,26 @@ def tiny_auraflow(folder: Path) -> Path:
     return folder
 
 
+def tiny_wan(folder: Path) -> Path:
+    """Write a random Wan 2.1 as a pipeline folder, which skips as those above; its size is its caller's."""
+    names = ("WanTransformer3DModel", "AutoencoderKLWan", "WanPipeline")
+    transformer, autoencoder, kind = (of_diffusers(name, "WanPipeline") for name in names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = transformer(**WAN)
+        for block in network.blocks:  # so that a prompt is not drowned in what fills it up
+            block.attn2.to_v.weight.data *= 30
+        pipeline = kind(
+            transformer=network,
+            vae=autoencoder(**QWEN_VAE),
+            scheduler=UniPCMultistepScheduler(**WAN_SCHEDULER),
+            text_encoder=_umt5(),
+            tokenizer=_characters(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def of_diffusers(name: str, pipeline: str) -> Any:
     """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
     try:
@@ -494,6 +541,12 @@ def cogview4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def auraflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the class of AuraFlow; not to be written into."""
     return tiny_auraflow(tmp_path_factory.mktemp("tiny") / "auraflow")
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the class of Wan 2.1; not to be written into."""
+    return tiny_wan(tmp_path_factory.mktemp("tiny") / "wan")
 
 
 def _gemma() -> Gemma2Model:

@@ -195,7 +195,9 @@ def image_tokens(model: Any, shape: tuple[int, int, int]) -> int:  # noqa: ANN40
     """
     config = getattr(model, "config", None) or {}
     packed = math.isqrt(max(1, int(config.get("in_channels") or 0) // shape[0]))
-    side = int(config.get("patch_size") or 2) * (packed if config.get("patch_size") else 1)
+    patch = config.get("patch_size")
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch  # of frames, rows and columns
+    side = int(patch or 2) * (packed if patch else 1)
     return (shape[1] // side) * (shape[2] // side)
 
 

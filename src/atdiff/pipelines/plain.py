@@ -315,7 +315,7 @@ def _text_call(config: Mapping[str, Any], family: Family, scheduler: Any, networ
     return (
         f"generators = {GENERATORS}\nimages = pipeline(\n    {what},\n"
         f"    num_inference_steps={steps}{options},\n"
-        f"    generator=generators,\n).images"
+        f"    generator=generators,\n).{'frames[:, 0]' if family.makes_videos else 'images'}"
     )
 
 

@@ -222,14 +222,15 @@ class TextToImage(TrainedModel):
                 self.pipeline.scheduler = (
                     copy.deepcopy(self.scheduler) if own else make_scheduler(sampler, self.scheduler, steps)
                 )
-                images = self.pipeline(
+                drawn = self.pipeline(
                     **self._embedded(labels[indices.start : indices.stop]),
                     **self.family.call_options(size),
                     num_inference_steps=steps,
                     **self.family.call_guidance(self.guidance_scale),
                     generator=image_generators(seed, indices),
                     output_type="pt",
-                ).images
+                )
+                images = drawn.frames[:, 0] if self.family.makes_videos else drawn.images
                 bar.advance(task, len(indices) * num_processes())
                 if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
                     images = torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -40,6 +40,7 @@ FAMILY_MODULES = {
     "QwenImagePipeline": "qwen",
     "CogView4Pipeline": "cogview4",
     "AuraFlowPipeline": "auraflow",
+    "WanPipeline": "wan",
 }
 """The registry of families: the module of ``atdiff.pipelines.families`` for each class of diffusers' pipelines."""
 LATENTS = tuple(FAMILY_MODULES)

@@ -87,6 +87,7 @@ class Family:
         patch: latents along the side of what its network takes as one.
         distillable: whether latent consistency models are distilled of it.
         makes_even_steps: whether the pipeline of a flow makes even steps, the last one to the image, by itself.
+        makes_videos: whether the pipeline's call returns videos, of which one frame is asked for.
         lora_targets: ends of names of layers that get adapters.
     """
 
@@ -104,6 +105,7 @@ class Family:
     patch = 1
     distillable = False
     makes_even_steps = False
+    makes_videos = False
     lora_targets: tuple[str, ...] = ()
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401

@@ -17,11 +17,11 @@ from atdiff.pipelines.families.base import (
     CallOptions,
     NetworkView,
     PromptOptions,
-    channel_moments,
     pixels_per_latent,
 )
 from atdiff.pipelines.families.flow import FlowTransformer
 from atdiff.pipelines.families.flux import PATCH, embed_times_in_float32, keep_times, pack, unpack
+from atdiff.pipelines.families.video import VideoAutoencoder
 
 __all__ = ["FAMILY", "QwenImage", "QwenImageDenoiser"]
 
@@ -55,7 +55,7 @@ class QwenImageDenoiser(NetworkView, QwenImageTransformer2DModel):
         return unpack(tokens, height, width)
 
 
-class QwenImage(FlowTransformer):
+class QwenImage(VideoAutoencoder, FlowTransformer):
     """Qwen-Image. (`Wu et al., 2025 <https://arxiv.org/abs/2508.02324>`_)"""
 
     parts = ("tokenizer", "text_encoder")
@@ -84,24 +84,6 @@ class QwenImage(FlowTransformer):
         """See :meth:`Family.latent_shape`."""
         side = pipeline.default_sample_size if image_size is None else image_size // pixels_per_latent(pipeline)
         return pipeline.transformer.config.in_channels // PATCH**2, side, side
-
-    def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
-        """See :meth:`Family.latent_scale`; one of each per channel."""
-        mean, std = channel_moments(vae)
-        return mean, 1.0 / std
-
-    def encode_images(
-        self,
-        vae: Any,  # noqa: ANN401
-        pixels: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> Tensor:
-        """See :meth:`Family.encode_images`; an image is a video of one frame."""
-        return super().encode_images(vae, pixels.unsqueeze(2), generator).squeeze(2)
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:  # noqa: ANN401
-        """See :meth:`Family.decode_latents`."""
-        return super().decode_latents(vae, latents.unsqueeze(2)).squeeze(2)
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
         """See :meth:`Family.conditions`; filled up to one length, so that the prompts beside a prompt do not matter."""

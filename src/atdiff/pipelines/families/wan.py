@@ -1,0 +1,74 @@
+"""Wan 2.1: a network of videos that draws one frame, and a T5 whose padding is zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from atdiff.core.errors import UserError
+from atdiff.pipelines.families.base import NetworkView, pixels_per_latent
+from atdiff.pipelines.families.flow import FlowTransformer
+from atdiff.pipelines.families.video import VideoAutoencoder
+
+__all__ = ["FAMILY", "Wan", "WanDenoiser"]
+
+SIDE = 480  # pixels, the height that the pipeline's call draws unless told otherwise; its width is 832
+TOKENS = 512  # of a prompt, that the pipeline's call keeps; its encode_prompt would keep 226
+
+
+class WanDenoiser(NetworkView, WanTransformer3DModel):
+    """``WanTransformer3DModel`` but for its call, which adds and removes the axis of frames."""
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """Return the velocity at latents of a frame, ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000.
+
+        Of the prompts are the states, ``(B, L, D)``, filled up with rows of zeros.
+        """
+        velocity: Tensor = super().forward(  # type: ignore[misc]
+            hidden_states=x_t.unsqueeze(2),
+            timestep=timesteps,
+            encoder_hidden_states=encoder_hidden_states,
+            return_dict=False,
+        )[0]
+        return velocity.squeeze(2)
+
+
+class Wan(VideoAutoencoder, FlowTransformer):
+    """Wan 2.1, text to one frame. (`Wan Team, 2025 <https://arxiv.org/abs/2503.20314>`_)"""
+
+    parts = ("tokenizer", "text_encoder")
+    view = WanDenoiser
+    guidance_scale = 5.0
+    makes_videos = True
+    # Queries, keys, values and outputs of the attention to the frame and of that to the prompt.
+    lora_targets = ("to_k", "to_out.0", "to_q", "to_v")
+
+    def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
+        """See :meth:`Family.check`; pipelines of Wan 2.2 have two networks, or tell theirs a time per token."""
+        for name in ("boundary_ratio", "expand_timesteps"):
+            if pipeline.config.get(name):
+                raise UserError(
+                    f"{source} has {name}={pipeline.config[name]!r}, as Wan 2.2: expected a text-to-video pipeline of "
+                    "Wan 2.1, with one transformer that is told one time."
+                )
+        super().check(source, pipeline)
+
+    def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
+        """See :meth:`Family.latent_shape`; squares, of the pipeline's height where no size is given."""
+        side = (image_size or SIDE) // pixels_per_latent(pipeline)
+        return pipeline.transformer.config.in_channels, side, side
+
+    def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
+        """See :meth:`Family.prompts`."""
+        return {
+            "prompt": prompts, "do_classifier_free_guidance": guided, "max_sequence_length": tokens or TOKENS,
+        }  # fmt: skip
+
+    def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
+        """See :meth:`Family.call_options`: one frame."""
+        return {**super().call_options(size), "num_frames": 1}
+
+
+FAMILY = Wan()
