@@ -13,7 +13,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, TorchAoConfig, UNet2DConditionModel
-from flow_pipelines import flux_folder, sana_folder, sd3_folder  # noqa: F401
+from flow_pipelines import (  # noqa: F401
+    auraflow_folder,
+    cogview4_folder,
+    flux_folder,
+    sana_folder,
+    sd3_folder,
+    wan_folder,
+)
 from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, labelled_photos, sd_folder, sdxl_folder  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
@@ -150,17 +157,17 @@ def test_a_run_resumes_exactly_and_fits_the_unquantised_pipeline(
     torch.testing.assert_close(ours, images * 2 - 1, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "sana", "cogview4", "auraflow", "wan"])
 def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, request: pytest.FixtureRequest) -> None:
     folder = str(request.getfixturevalue(f"{kind}_folder"))
     whole, kept = load_latent_pipeline(folder), load_latent_pipeline(folder, base_precision="bf16")
     told = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "pt"}
-    if kind == "sana":
-        told["use_resolution_binning"] = False
+    told |= {"sana": {"use_resolution_binning": False}, "wan": {"num_frames": 1}}.get(kind, {})
 
     def drawn(latent: LatentPipeline) -> Tensor:
         latent.pipeline.set_progress_bar_config(disable=True)
-        images: Tensor = latent.pipeline("a cat", generator=torch.Generator().manual_seed(0), **told).images
+        output = latent.pipeline("a cat", generator=torch.Generator().manual_seed(0), **told)
+        images: Tensor = output.frames[:, 0] if kind == "wan" else output.images
         return images
 
     hooks = kept.network._forward_pre_hooks, kept.network._forward_hooks

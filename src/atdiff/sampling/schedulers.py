@@ -238,6 +238,8 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
     diffusers' default spends its last evaluation on t = 0.001, of no use in few steps.
     """
 
+    config: Any
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
