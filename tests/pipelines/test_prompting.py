@@ -107,6 +107,12 @@ def test_flux_takes_a_size_and_no_negative_prompt(
     assert "is a FluxPipeline, whose guidance points away from no prompt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sampler", ["flow-heun", "flow-unipc"])
+def test_a_sampler_that_cannot_be_told_its_steps_is_refused(sampler: str, lumina2_folder: Path) -> None:
+    with pytest.raises(UserError, match="a Lumina2Pipeline tells its sampler which steps to make; use flow-euler"):
+        load_denoiser(str(lumina2_folder)).evaluations(sampler, 2)
+
+
 def test_a_pipeline_of_others_is_drawn_with_its_own_scheduler_a_run_with_that_of_its_card(sd3_folder: Path) -> None:
     model = load_denoiser(str(sd3_folder))
     assert model.usual_sampler == OWN

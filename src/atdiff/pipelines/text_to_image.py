@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import warnings
@@ -90,7 +91,14 @@ class TextToImage(TrainedModel):
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """See :meth:`TrainedModel.sampling_scheduler`; ``own`` is the pipeline's scheduler as it was saved."""
         if sampler != OWN:
-            return super().sampling_scheduler(sampler, steps)
+            found = super().sampling_scheduler(sampler, steps)
+            # The pipelines of these flows tell their scheduler the noise levels, which diffusers' other solvers refuse.
+            if self.family.makes_even_steps and "sigmas" not in inspect.signature(found.set_timesteps).parameters:
+                raise UserError(
+                    f"{sampler} does not fit {self.source}: a {type(self.pipeline).__name__} tells its sampler which "
+                    "steps to make; use flow-euler."
+                )
+            return found
         return own_scheduler(self.scheduler, steps, tokens=image_tokens(self.model, self.image_shape))
 
     def asked(

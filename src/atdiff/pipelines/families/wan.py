@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import WanTransformer3DModel
+from diffusers import (
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,  # noqa: F401  (versions without it have autoencoders without a compression ratio)
+)
 from torch import Tensor
 
 from atdiff.core.errors import UserError
