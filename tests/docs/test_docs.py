@@ -33,6 +33,7 @@ SHORT: dict[str, list[str]] = {
         "--training.passes", "4", "--study.num", "40", "--study.seeds", "[0]", "--study.steps", "[2]",
         "--study.mismatch", "false", "--jobs", "1",
     ],
+    "encode": [],
     "tune": ["--passes", "2", "--repeats", "1", "--steps", "2", "--num", "40", "--jobs", "1"],
     "sample": ["--num", "4"],
     "evaluate": ["--num", "40", "--steps", "2"],
