@@ -42,6 +42,15 @@ def test_it_is_emulated_below_avx512() -> None:
     assert precision.emulates_bf16("cpu") == (torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"))
 
 
+def test_a_torch_without_onednn_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> bool:
+        raise AttributeError("_is_mkldnn_bf16_supported")  # as there
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", missing)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert precision.settled_precision("auto", "cpu") == "no"
+
+
 def test_training_and_drawing_warn_by_the_setting_to_change(emulated: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -26,7 +26,8 @@ def emulates_bf16(device: torch.device | str) -> bool:
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # Builds without oneDNN, as those for Macs, cannot be asked and have no kernels either.
+        return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
