@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_what_the_cache_has_is_copied(
     assert names == sorted(one.name for one in (tmp_path / "copied").iterdir())
     for name in names:
         assert (tmp_path / "encoded" / name).read_bytes() == (tmp_path / "copied" / name).read_bytes()
+
+
+def test_the_printed_command_trains_on_the_latents(
+    photos: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(sd_folder, data={"name": "elsewhere", "limit": 5})
+    assert call("encode", file, "--data.name", photos, "--data.limit=4", "--out", tmp_path / "latents") == 0
+    words = shlex.split(capsys.readouterr().out.rpartition("Train on them: ")[2])
+    assert words[:2] + words[-2:] == ["atdiff", "train", "--out", "RUN"]
+    assert call(*words[1:], "--dry-run") == 0
 
 
 # ---- what does not fit

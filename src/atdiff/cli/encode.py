@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from atdiff.cli import options
@@ -33,4 +34,5 @@ def encode(recipe: str, out: Path, settings: list[str]) -> None:
 
     data = encoding.encode(config, out)
     print(f"{out} holds the latents of {len(data):,} images of {data.name} and {len(data.captions):,} captions.")
-    print(f"Train on them: atdiff train {recipe} --data.latents {out} --out RUN")
+    again = shlex.join(["atdiff", "train", recipe, *settings, "--data.latents", str(out), "--out", "RUN"])
+    print(f"Train on them: {again}")
