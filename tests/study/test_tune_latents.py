@@ -40,7 +40,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
-def test_a_sweep_of_a_pipeline(rank: int, place: Path, cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_a_pipeline(
+    rank: int, place: Path, cache: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
     monkeypatch.setattr("atdiff.study.tuning.candidates", lambda steps: TRIED)
@@ -67,3 +69,11 @@ def test_a_sweep_of_a_pipeline(rank: int, place: Path, cache: None, monkeypatch:
         )
         assert (config["adversary"]["steps"], config["training"]["passes"]) == (adversary.get("steps"), 2)
     assert record["recommended"] == "plain"  # one seed shows nothing
+    start = place / ("sd3" if rank else f"{base}/pipeline")
+    scheduler = start / "scheduler" / "scheduler_config.json"
+    original = scheduler.read_text()
+    scheduler.write_text(json.dumps({**json.loads(original), "shift": 1.5}))
+    capsys.readouterr()
+    assert main(sweep) == 2
+    assert "start from is another than when it began: the scheduler's configuration changed" in capsys.readouterr().err
+    scheduler.write_text(original)

@@ -646,3 +646,25 @@ def test_latents_are_resumed_on_the_same_content_alone(
     assert go_on(4) == 2
     (folder / "1.txt").write_text(text, encoding="utf-8")
     assert go_on(4) == 0
+
+
+def test_adapters_are_resumed_on_the_same_base_alone(
+    recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(sd_folder, tmp_path / "base")
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def go_on(passes: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ["--training.init", str(base), "--training.passes", str(passes), "--lora.targets", '["to_q"]']
+        return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
+
+    assert go_on(1) == 0
+    original, changed = weights.read_bytes(), load_file(weights)
+    changed["conv_in.bias"] += 1e-3
+    save_file(changed, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert go_on(2) == 2
+    assert f"trains adapters on other weights of {base} than it has now" in capsys.readouterr().err
+    weights.write_bytes(original)
+    assert go_on(2) == 0

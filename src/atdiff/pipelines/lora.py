@@ -19,9 +19,13 @@ from atdiff.pipelines.families import as_diffusers
 from atdiff.pipelines.families.sd import UNET_LORA_TARGETS
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import written_aside
+from atdiff.system.fingerprint import fingerprint
 from atdiff.system.quiet import quiet_libraries
 
-__all__ = ["TARGET_MODULES", "add_lora", "kohya_lora", "load_lora", "load_lora_state", "lora_state", "save_lora"]
+__all__ = [
+    "TARGET_MODULES", "add_lora", "frozen_fingerprint", "kohya_lora", "load_lora", "load_lora_state", "lora_state",
+    "save_lora",
+]  # fmt: skip
 
 TARGET_MODULES = UNET_LORA_TARGETS
 ADAPTER = "default"
@@ -77,6 +81,11 @@ def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a network of d
     from peft import get_peft_model_state_dict
 
     return {name: weight.detach() for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
+
+
+def frozen_fingerprint(unet: nn.Module) -> str:
+    """Return the SHA-256 of the weights that the adapters lie on, as :func:`atdiff.system.fingerprint.fingerprint`."""
+    return fingerprint({name: weight for name, weight in unet.named_parameters() if not weight.requires_grad})
 
 
 def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a network of diffusers)

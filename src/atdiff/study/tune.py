@@ -12,7 +12,8 @@ from rich.console import Console
 
 from atdiff.core.errors import UserError
 from atdiff.measure.entries import versions
-from atdiff.pipelines.model import load_denoiser
+from atdiff.measure.runs import what_changed
+from atdiff.pipelines.model import TrainedModel, load_denoiser
 from atdiff.report.statistics import Row, compare
 from atdiff.report.tuned import change_sentence, tuned_curves, tuned_table
 from atdiff.sampling.schedulers import default_sampler
@@ -52,7 +53,7 @@ def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) 
     console = Console()
     run = load_denoiser(sweep.tuning.run)
     sampler = sweep.tuning.sampler or default_sampler(run.scheduler)
-    settings = _settings(sweep, sampler, run.fingerprints()["weights"])
+    settings = _settings(sweep, sampler, _start(sweep, run).fingerprints())
     record = _resumed(out, settings)
     record |= {"command": command, "versions": versions(), "passes_in_all": sweep.passes}
     print_line(console, sweep.cost())
@@ -78,12 +79,21 @@ def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) 
     return record
 
 
-def _settings(sweep: Sweep, sampler: str, weights: str) -> Record:
+def _start(sweep: Sweep, run: TrainedModel) -> TrainedModel:
+    """Return what the arms start from: the run, or the pipeline under its adapters."""
+    start, model = sweep.recipe.study.start, sweep.recipe.config["model"]
+    assert start is not None
+    if start == run.source:
+        return run
+    return load_denoiser(start, variant=model["variant"], pipeline_config=model["config"])
+
+
+def _settings(sweep: Sweep, sampler: str, start: Mapping[str, str]) -> Record:
     """Return what tells a sweep from others: all that its figures depend on, but the number of seeds."""
     asked = sweep.tuning
     return {
         "run": asked.run,
-        "weights": weights,
+        "start": dict(start),
         "sampler": sampler,
         "steps": asked.steps,
         "passes": asked.passes,
@@ -112,11 +122,18 @@ def _resumed(out: Path, settings: Record) -> Record:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} holds no sweep; choose another --out.") from None
     for name, value in settings.items():
-        if said.get(name) != value:
-            what = "other weights of the run" if name == "weights" else f"{name} {said.get(name)!r}, here {value!r}"
+        if said.get(name) == value:
+            continue
+        if name == "start":
+            changed = what_changed(said.get(name), value)
             raise UserError(
-                f"{out} holds another sweep ({what}): choose another --out, or repeat the command to resume it."
+                f"what the arms of {out} start from is another than when it began: {changed}; put it back, or choose "
+                "another --out."
             )
+        raise UserError(
+            f"{out} holds another sweep ({name} {said.get(name)!r}, here {value!r}): choose another --out, or repeat "
+            "the command to resume it."
+        )
     return known
 
 

@@ -34,6 +34,9 @@ def _check(out: Path, task: Task) -> None:
         "fingerprint": task.data.fingerprint(),
         "classes": None if classes is None else {name: label for label, name in enumerate(classes)},
     }
+    base = task.base
+    if base is not None:
+        found["base"] = base
     remedy = "put the data back as they were, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
@@ -50,6 +53,11 @@ def _check(out: Path, task: Task) -> None:
         raise UserError(
             f"{out} was trained on {stored['images']} images of {stored['name']}, and now as many have other "
             f"pixels, {task.beside_pixels} or another order: {remedy}"
+        )
+    if stored.get("base", base) != base:
+        raise UserError(
+            f"{out} trains adapters on other weights of {task.config.training.init} than it has now: put the pipeline "
+            "back as it was, or choose another --out."
         )
     if stored != found:
         write_json(out / "data.json", {**stored, **found})

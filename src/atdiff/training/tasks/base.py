@@ -76,6 +76,11 @@ class Task(ABC):
         return torch.arange(self.epoch_size)
 
     @property
+    def base(self) -> str | None:
+        """A hash of the frozen weights that adapters are trained on; None without adapters."""
+        return None
+
+    @property
     @abstractmethod
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""

@@ -21,7 +21,7 @@ from atdiff.objectives.guided import GuidedTeacher, LatentConsistencyObjective
 from atdiff.pipelines.cache import LatentData, latent_data
 from atdiff.pipelines.encoded import check_contents
 from atdiff.pipelines.latent_model import make_frozen, make_student, save_student
-from atdiff.pipelines.lora import add_lora, load_lora_state, lora_state, save_lora
+from atdiff.pipelines.lora import add_lora, frozen_fingerprint, load_lora_state, lora_state, save_lora
 from atdiff.pipelines.maker import find_maker
 from atdiff.pipelines.model import data_options
 from atdiff.pipelines.text_to_image import PROMPTS_FILE
@@ -139,6 +139,12 @@ class LatentTask(Task):
             if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
                 return noise_scheduler(config, as_start(self.latent))
         return scheduler
+
+    @property
+    def base(self) -> str | None:
+        """See :attr:`Task.base`; of weights in fewer than 16 bits none, since devices differ in how they make them."""
+        comparable = self.config.lora.base_precision in ("float32", "bf16")
+        return frozen_fingerprint(self.network) if self.config.lora.rank and comparable else None
 
     @property
     def images(self) -> ImageData:
