@@ -92,6 +92,8 @@ FOUND = {
             Panel("digits-couplings", "flow-heun", "flow, Heun"),
             Panel("digits-couplings-epsilon", "ddim-trailing", "noise, ddim, T − 1"),
             Panel("digits-couplings-v", "ddim-trailing", "v, ddim, T − 1"),
+            Panel("digits-couplings-unet", "ddim-trailing", "U-Net, noise, ddim, T − 1"),
+            Panel("digits-couplings-unet", "dpmsolver++", "U-Net, noise, dpmsolver++"),
         ),
     ),
 }
@@ -107,7 +109,7 @@ def main() -> None:
 def chart(arms: tuple[str, ...], panels: tuple[Panel, ...]) -> bytes:
     """Bars of the change against plain by number of steps, with their intervals, one panel for each table."""
     with mpl.rc_context(RC):
-        across = 2 if len(panels) == 4 else len(panels)
+        across = 2 if len(panels) >= 4 else len(panels)
         down = -(-len(panels) // across)
         figure = Figure(figsize=(7.2, 0.5 + 2.4 * down), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
