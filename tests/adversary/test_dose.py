@@ -213,7 +213,7 @@ def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> No
     list(adversary.passes(objective, network, gaussian_data(64)))
     auto = adversary.auto_dose
     assert auto is not None
-    before = {name: torch.as_tensor(value).clone() for name, value in auto.state_dict().items()}
+    before = {name: torch.as_tensor(value).clone() for name, value in auto.state_dict().items() if name != "batches"}
     batch = objective.draw(gaussian_data(16)[..., :2], timesteps=torch.linspace(300.0, 990.0, 16))
     list(adversary.passes(objective, network, batch))
     after = auto.state_dict()
@@ -226,6 +226,51 @@ def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> No
     assert adversary.delta is not None
     torch.testing.assert_close(adversary.delta, expected, rtol=1e-4, atol=1e-5)
     assert 0 < int((trust < 1).sum()) < 16
+
+
+def test_a_look_waits_for_a_batch_of_the_shape_of_the_data() -> None:
+    torch.manual_seed(0)
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)
+    auto, network = AutoDose(4, 0.0), linear(lambda t: 1.8 * best_slope(t))
+    auto.fit(data, objective.schedule)
+    alike, other = objective.draw(data), objective.draw(data[..., :2])
+    ratios = []
+    for batch in [alike, *[other] * 26, alike, alike]:
+        auto.observe(objective, network, batch)
+        ratios.append(auto.ratio.tolist())
+    assert ratios[:27] == ratios[:1] * 27
+    assert ratios[27] != ratios[26], "it was due at the 26th batch, and the 28th is the first of that shape"
+    assert ratios[28] == ratios[27]
+
+
+def test_processes_with_batches_of_other_shapes_share_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes one has a batch of the shape of the data: both draw, and both take its ratio."""
+    objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(256)
+    network, found = linear(best_slope), []
+    sums: list[Tensor] = []  # what each process of the two gives, the first's before the second's
+
+    def run(batch: Tensor, mean: Any) -> AutoDose:
+        torch.manual_seed(0)
+        monkeypatch.setattr("atdiff.adversary.auto_dose.mean_over_processes", mean)
+        auto = AutoDose(4, 0.0)
+        auto.fit(data, objective.schedule)
+        auto.observe(objective, network, objective.draw(batch))
+        return auto
+
+    def first(value: Tensor) -> Tensor:
+        sums.append(value)
+        return value / 2 if value.dim() else torch.tensor(0.5)  # the other gives zeros
+
+    def second(value: Tensor) -> Tensor:
+        assert not value.any()
+        found.append(value)
+        return sums[len(found) - 1] / 2
+
+    one, other, alone = run(data, first), run(data[..., :2], second), run(data, lambda value: value)
+    assert len(sums) == len(found) == 2
+    assert torch.equal(one.ratio, alone.ratio)
+    assert torch.equal(other.ratio, one.ratio)
+    assert (one.batches, one.factor) == (other.batches, other.factor)
 
 
 def test_a_saved_dose_resumes() -> None:

@@ -41,7 +41,8 @@ class AutoDose:
        charged beyond its own.
 
     Of batches of several shapes, as of aspect-ratio buckets, the sampler is looked at on those of the shape of the data
-    that the form was solved for. The dose has no unit and is that of all.
+    that the form was solved for, and a look that is due waits for one in any process. The dose has no unit and is that
+    of all.
 
     Args:
         steps: of the sampler.
@@ -104,22 +105,33 @@ class AutoDose:
         """Draw samples, where it is due, and correct the doses by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
-        if batch.x0.shape[1:] != self.mean.shape:
+        if self.batches % EVERY:
+            self.batches += 1
             return
+        alike = self.mean.new_tensor(float(self._is_alike(batch)))
+        share = mean_over_processes(alike)  # each may have a batch of another shape
+        if not share:
+            return  # the next batch is looked at
         self.batches += 1
-        if self.batches % EVERY != 1:
-            return
-        with evaluating(model):  # a sampler knows no dropout
-            ratio = mean_over_processes(self._measured(objective, model, batch)).clamp_min(1e-3)
+        with evaluating(model):  # a sampler knows no dropout; in every process, since they may share the network
+            measured = torch.where(alike > 0, self._measured(objective, model, batch), 0.0)
+        ratio = (mean_over_processes(measured) / share).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
         # Half of the weight is the finished samples', and half that of all steps, so that the variance does not
         # overshoot on the way: networks near convergence lose by that at many steps.
         error = 0.5 * (ratio.log()[-1] + ratio.log().mean())
         self.factor = (self.factor.log() - GAIN * error).exp().clamp(LEAST, self.most)
 
+    def _is_alike(self, batch: Batch) -> bool:
+        return batch.x0.shape[1:] == self.mean.shape
+
     @torch.no_grad()
     def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Return the variance of samples over that of noised data, after each step, ``(steps,)``."""
+        """Return the variance of samples over that of noised data, after each step, ``(steps,)``.
+
+        It is none of a batch of another shape than the data that the form was solved for.
+        """
+        mean: Any = self.mean if self._is_alike(batch) else 0.0
         schedule = objective.schedule
         times = sampler_times(schedule, self.steps).to(batch.x0.device)
         alpha, sigma = schedule(timesteps_at(schedule, times))
@@ -132,7 +144,7 @@ class AutoDose:
                 x0_hat = x0_hat.clamp(*self.range)
                 noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
             x = next_alpha[i] * x0_hat + next_sigma[i] * noise_hat
-            spread = (x - next_alpha[i] * self.mean).square().flatten(1).sum(dim=1).mean()
+            spread = (x - next_alpha[i] * mean).square().flatten(1).sum(dim=1).mean()
             found.append(spread / (next_alpha[i] ** 2 * self.variance + next_sigma[i] ** 2 * self.mean.numel()))
         return torch.stack(found)
 
