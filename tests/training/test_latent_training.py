@@ -668,3 +668,9 @@ def test_adapters_are_resumed_on_the_same_base_alone(
     assert f"trains adapters on other weights of {base} than it has now" in capsys.readouterr().err
     weights.write_bytes(original)
     assert go_on(2) == 0
+    drawing = ["sample", str(tmp_path / "run"), "--num", "1", "--steps", "1"]
+    assert main([*drawing, "--out", str(tmp_path / "one.png")]) == 0
+    save_file(changed, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main([*drawing, "--out", str(tmp_path / "two.png")]) == 2
+    assert f"a LoRA of other weights than {base} has now" in capsys.readouterr().err

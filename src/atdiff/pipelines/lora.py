@@ -84,8 +84,12 @@ def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a network of d
 
 
 def frozen_fingerprint(unet: nn.Module) -> str:
-    """Return the SHA-256 of the weights that the adapters lie on, as :func:`atdiff.system.fingerprint.fingerprint`."""
-    return fingerprint({name: weight for name, weight in unet.named_parameters() if not weight.requires_grad})
+    """Return the SHA-256 of the weights that adapters lie on, which is the same before they are added.
+
+    See :func:`atdiff.system.fingerprint.fingerprint`.
+    """
+    weights = unet.named_parameters()
+    return fingerprint({name.replace(".base_layer.", "."): one for name, one in weights if ".lora_" not in name})
 
 
 def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a network of diffusers)

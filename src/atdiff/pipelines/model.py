@@ -15,10 +15,10 @@ from atdiff.core.choices import WHITE
 from atdiff.core.errors import UserError
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData, load_data
-from atdiff.pipelines.families import find_family
+from atdiff.pipelines.families import family_of, find_family
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.pipelines.loading import load_pipeline
-from atdiff.pipelines.lora import load_lora
+from atdiff.pipelines.lora import frozen_fingerprint, load_lora
 from atdiff.pipelines.plain import pipeline_class
 from atdiff.pipelines.record import BEFORE, classes_of, stored_data
 from atdiff.pipelines.text_to_image import text_to_image_run
@@ -97,10 +97,23 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
         pipeline = load_pipeline(base, variant=model.get("variant"), config=model.get("config"))
     except UserError as error:
         raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
+    _check_base(run, base, pipeline, config)
     load_lora(LatentPipeline(pipeline, base), Path(run) / "lora")
     with quiet_libraries():  # diffusers warns of every cast, to float32 too
         pipeline.to(torch.float32)
     return pipeline
+
+
+def _check_base(run: str, base: str, pipeline: Any, config: dict[str, Any]) -> None:  # noqa: ANN401
+    """Refuse adapters on other weights than they were trained on; those of a base in fewer bits are not known."""
+    trained_on = stored_data(run).get("base")
+    if trained_on is None or (config.get("lora") or {}).get("base_precision", "float32") != "float32":
+        return
+    if frozen_fingerprint(getattr(pipeline, family_of(pipeline).network)) != trained_on:
+        raise UserError(
+            f"{run} holds a LoRA of other weights than {base} has now: put that pipeline back as it was, or train the "
+            "LoRA anew."
+        )
 
 
 def reference_name(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
