@@ -26,7 +26,7 @@ SOURCES = sorted((ROOT / "src" / "atdiff").rglob("*.py"))
 SECTIONS = "data|model|scheduler|objective|consistency|lora|adversary|optimizer|training|study"
 KEYS = {*dotted_keys(TrainConfig()), *dotted_keys({"study": StudyConfig()})}
 # Options of other programs that messages name, by what the message says of them.
-FOREIGN = {"--multi_gpu": "launch", "--repo-type": "hf download", "--local-dir": "`{} --local-dir FOLDER`"}
+FOREIGN = {"--multi_gpu": "launch", "--repo-type": "hf download", "--local-dir": "--local-dir FOLDER`"}
 
 
 class Message(NamedTuple):

@@ -354,7 +354,7 @@ def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_pa
         resolve(recipe, None, [*words, str(file)])
 
 
-def test_the_recipe_of_new_captions_runs(folder: Path, tmp_path: Path) -> None:
+def test_the_recipe_of_new_captions_runs(folder: Path, tmp_path: Path, study_in_process: None) -> None:
     """A few-step model of eight classes, distilled and then tuned on the other two, with itself for a teacher."""
     words = ["--training.init", str(folder), "--training.passes", "2", "--study.arms", "[plain,lcd]"]
     words += ["--study.seeds", "[0]", "--study.steps", "[1]", "--study.num", "8", "--jobs", "1"]
