@@ -29,7 +29,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
-from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, VAE, text_config, tokenizer_folder
+from latent_pipelines import LATENT_SIZE, TEXT_WIDTH, VAE, pipeline_folder, text_config, tokenizer_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextModel,
@@ -489,64 +489,16 @@ def of_diffusers(name: str, pipeline: str) -> Any:
     return getattr(diffusers, name)
 
 
-@pytest.fixture(scope="session")
-def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of SD3.5; not to be written into."""
-    return tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
-
-
-@pytest.fixture(scope="session")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of Flux.1 dev; not to be written into."""
-    return tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")
-
-
-@pytest.fixture(scope="session")
-def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of DiT; not to be written into."""
-    return tiny_dit(tmp_path_factory.mktemp("tiny") / "dit")
-
-
-@pytest.fixture(scope="session")
-def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of PixArt-Sigma; not to be written into."""
-    return tiny_pixart(tmp_path_factory.mktemp("tiny") / "pixart")
-
-
-@pytest.fixture(scope="session")
-def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of Sana; not to be written into."""
-    return tiny_sana(tmp_path_factory.mktemp("tiny") / "sana")
-
-
-@pytest.fixture(scope="session")
-def lumina2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of Lumina-Image 2.0; not to be written into."""
-    return tiny_lumina2(tmp_path_factory.mktemp("tiny") / "lumina2")
-
-
-@pytest.fixture(scope="session")
-def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of Qwen-Image; not to be written into."""
-    return tiny_qwen(tmp_path_factory.mktemp("tiny") / "qwen")
-
-
-@pytest.fixture(scope="session")
-def cogview4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of CogView4; not to be written into."""
-    return tiny_cogview4(tmp_path_factory.mktemp("tiny") / "cogview4")
-
-
-@pytest.fixture(scope="session")
-def auraflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of AuraFlow; not to be written into."""
-    return tiny_auraflow(tmp_path_factory.mktemp("tiny") / "auraflow")
-
-
-@pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of Wan 2.1; not to be written into."""
-    return tiny_wan(tmp_path_factory.mktemp("tiny") / "wan")
+sd3_folder = pipeline_folder(tiny_sd3, "SD3.5")
+flux_folder = pipeline_folder(tiny_flux, "Flux.1 dev")
+dit_folder = pipeline_folder(tiny_dit, "DiT")
+pixart_folder = pipeline_folder(tiny_pixart, "PixArt-Sigma")
+sana_folder = pipeline_folder(tiny_sana, "Sana")
+lumina2_folder = pipeline_folder(tiny_lumina2, "Lumina-Image 2.0")
+qwen_folder = pipeline_folder(tiny_qwen, "Qwen-Image")
+cogview4_folder = pipeline_folder(tiny_cogview4, "CogView4")
+auraflow_folder = pipeline_folder(tiny_auraflow, "AuraFlow")
+wan_folder = pipeline_folder(tiny_wan, "Wan 2.1")
 
 
 def _gemma() -> Gemma2Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,16 +205,19 @@ def tiny_sdxl(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of SD 1.5; not to be written into."""
-    return tiny_sd(tmp_path_factory.mktemp("tiny") / "sd")
+def pipeline_folder(make: Callable[[Path], Path], kind: str) -> Any:
+    """Return a fixture of what ``make`` writes: a pipeline folder, made once and not to be written into."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make(tmp_path_factory.mktemp("tiny") / make.__name__.removeprefix("tiny_"))
+
+    folder.__doc__ = f"A pipeline folder of the class of {kind}; not to be written into."
+    return folder
 
 
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of the class of SDXL; not to be written into."""
-    return tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+sd_folder = pipeline_folder(tiny_sd, "SD 1.5")
+sdxl_folder = pipeline_folder(tiny_sdxl, "SDXL")
 
 
 def text_config(tokenizer: Any, **changes: Any) -> CLIPTextConfig:

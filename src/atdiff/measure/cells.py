@@ -69,7 +69,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Write down the precision that ``auto`` stands for on this machine."""
-        object.__setattr__(self, "precision", settled_precision(self.precision, device()))
+        if self.precision == "auto":  # else the device, and with it a group of processes, need not be made yet
+            object.__setattr__(self, "precision", settled_precision(self.precision, device()))
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Raise a ``UserError``, before any compute, for what cannot be evaluated for networks of this scheduler."""

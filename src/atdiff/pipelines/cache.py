@@ -41,6 +41,7 @@ __all__ = [
 
 FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
 MANIFEST = "manifest.json"
+BATCH_SIZE, SEED = 8, 0  # of the encoding, unless told otherwise
 
 T = TypeVar("T")
 Source = CaptionedImages | StreamedImages
@@ -127,11 +128,11 @@ def latent_data(
     source: Source,
     latent: LatentPipeline,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     device: torch.device | str,
     flip: bool = False,
     progress: bool = True,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> LatentData:
     """Return the latents and conditions of a source, from the cache where they are there, else encoded and put there.
 
@@ -149,7 +150,7 @@ def latent_data(
     Raises:
         UserError: no images or images that do not fit, a batch size below 1, latents beyond float16, or no cache.
     """
-    place, parts = _place(source, latent, batch_size, seed, flip)
+    place, parts = _place(source, encoders_of(latent), batch_size, seed, flip)
     if (found := _kept(place, source, progress)) is not None:
         return found
     try:
@@ -169,32 +170,38 @@ def put_latents(
     source: Source,
     latent: LatentPipeline,
     *,
-    batch_size: int = 8,
     device: torch.device | str,
     flip: bool = False,
     progress: bool = True,
-    seed: int = 0,
-) -> None:
+) -> dict[str, object]:
     """Write into a new folder what :func:`latent_data` puts into the cache, or copy it where the cache has it.
+
+    Returns:
+        What it depends on beside images and captions; see :func:`encoders_of`.
 
     Raises:
         UserError: as :func:`latent_data`.
         OSError: the disk does not take it.
     """
-    place, parts = _place(source, latent, batch_size, seed, flip)
+    encoders = encoders_of(latent)
+    place, parts = _place(source, encoders, BATCH_SIZE, SEED, flip)
     if _kept(place, source, progress) is not None:
         shutil.copytree(place, folder)
     else:
-        _write(folder, parts, source, latent, (batch_size, seed, flip), device, progress)
+        _write(folder, parts, source, latent, (BATCH_SIZE, SEED, flip), device, progress)
+    return encoders
 
 
-def _place(source: Source, latent: LatentPipeline, batch_size: int, seed: int, flip: bool) -> tuple[Path, list[object]]:
+def _place(
+    source: Source, encoders: Mapping[str, object], batch_size: int, seed: int, flip: bool
+) -> tuple[Path, list[object]]:
     """Return the folder of the cache, and all that it depends on."""
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
     if isinstance(source, Sized) and len(source) < 1:
         raise _no_images(source)
-    parts = [*_key_parts(source, latent, seed), *(["flip"] if flip else [])]
+    kind, zeros, size, *others = encoders.values()
+    parts = [FORMAT, kind, zeros, source.fingerprint(), size, seed, *filter(None, others), *(["flip"] if flip else [])]
     return cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16], parts
 
 
@@ -264,11 +271,6 @@ def encoders_of(latent: LatentPipeline) -> dict[str, object]:
         **{f"text encoder {i}": network_fingerprint(one) for i, one in enumerate(latent.text_encoders, 1)},
         "prompt template": latent.family.prompt_template(pipeline),
     }
-
-
-def _key_parts(source: Source, latent: LatentPipeline, seed: int) -> list[object]:
-    kind, zeros, size, *others = encoders_of(latent).values()
-    return [FORMAT, kind, zeros, source.fingerprint(), size, seed, *filter(None, others)]
 
 
 def open_latents(folder: Path, name: str) -> LatentData | None:

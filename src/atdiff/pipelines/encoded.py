@@ -50,26 +50,25 @@ def save_latents(
     """
     remove_leftovers(folder)
     with written_aside(folder, flush=True) as partial:
-        put_latents(partial, source, latent, device=device, flip=flip, progress=progress)
+        encoders = put_latents(partial, source, latent, device=device, flip=flip, progress=progress)
         files = sorted(partial.iterdir())
         record = EncodedRecord(
             name=source.name,
             data=dict(settings),
             flip=flip,
             classes=None if source.classes is None else list(source.classes),
-            encoders=_encoders(latent),
+            encoders=_described(encoders, latent),
             files={file.name: [file.stat().st_size, content_hash(file)] for file in files},
         )
         record.write(partial)
     return load_latents(folder, latent)
 
 
-def _encoders(latent: LatentPipeline) -> dict[str, object]:
+def _described(encoders: Mapping[str, object], latent: LatentPipeline) -> dict[str, object]:
     """Return what encodes images and captions, what a user understands best first."""
-    found = encoders_of(latent)
     scaling = [torch.as_tensor(one).flatten().tolist() for one in latent.family.latent_scale(latent.vae)]
-    kind = {"class of pipelines": found.pop("class of pipelines")}
-    return {**kind, "scaling of latents": scaling, "step of buckets": latent.bucket_step, **found}
+    kind = {"class of pipelines": encoders["class of pipelines"]}
+    return {**kind, "scaling of latents": scaling, "step of buckets": latent.bucket_step, **encoders}
 
 
 def check_encoders(folder: Path, latent: LatentPipeline) -> None:
@@ -78,7 +77,7 @@ def check_encoders(folder: Path, latent: LatentPipeline) -> None:
     Raises:
         UserError: naming the first thing that differs; or as :func:`read_record`.
     """
-    there, here = read_record(folder).encoders, _encoders(latent)
+    there, here = read_record(folder).encoders, _described(encoders_of(latent), latent)
     for what in {**here, **there}:
         if there.get(what) == here.get(what):
             continue

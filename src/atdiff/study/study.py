@@ -36,7 +36,7 @@ from atdiff.system.locks import one_writer
 from atdiff.system.precision import settled_precision, warn_of_slow_bf16
 from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
-from atdiff.training.folder import as_begun, open_run
+from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
@@ -329,7 +329,7 @@ def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: f
     for stage in _judged(stages):
         if stage.arm != BASE:
             training.setdefault(stage.arm, {})[str(stage.seed)] = training_curves(stage.folder)
-    by_arm = {stage.arm: as_begun(stage.config, stage.folder) for stage in stages}
+    by_arm = {stage.arm: stage.config for stage in stages}
     study, base = recipe.study, by_arm.get(BASE)
     first = by_arm[study.arms[0]]
     return {
