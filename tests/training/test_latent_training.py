@@ -648,6 +648,28 @@ def test_latents_are_resumed_on_the_same_content_alone(
     assert go_on(4) == 0
 
 
+def test_a_run_is_resumed_with_the_same_autoencoder_alone(
+    recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(sd_folder, tmp_path / "base")
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+
+    def go_on(passes: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = ["--training.init", str(base), "--training.passes", str(passes)]
+        return main(["train", str(recipe), "--out", str(tmp_path / "run"), *words])
+
+    assert go_on(1) == 0
+    original, changed = weights.read_bytes(), load_file(weights)
+    changed["encoder.conv_in.bias"] += 1e-3
+    save_file(changed, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert go_on(2) == 2
+    assert f"of another autoencoder or other text encoders than {base} has now" in capsys.readouterr().err
+    weights.write_bytes(original)
+    assert go_on(2) == 0
+
+
 def test_adapters_are_resumed_on_the_same_base_alone(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypeVar
@@ -26,7 +26,7 @@ from atdiff.data.buckets import Frame, Size
 from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.system.files import cache_folder, write_json, written_aside
-from atdiff.system.fingerprint import network_fingerprint, tokenizer_fingerprint
+from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint, tokenizer_fingerprint
 from atdiff.system.quiet import quiet_libraries
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
 
 FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
 MANIFEST = "manifest.json"
+FLIP = "flip"  # among what latents depend on: mirrored ones are beside them
 BATCH_SIZE, SEED = 8, 0  # of the encoding, unless told otherwise
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class LatentData:
         flipped: latents of the mirrored images, array by array; none where they were not asked for.
         skipped: name and reason of each image that could not be read and was left out.
         content: hash of the pixels and captions that these are of, in their order.
+        encoders: hash of what encoded them, see :func:`encoders_of`.
         classes: names, in the order of the labels, where the captions are those of the classes and the files say so.
     """
 
@@ -77,6 +79,7 @@ class LatentData:
     flipped: tuple[np.ndarray, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     content: str = ""
+    encoders: str = ""
     classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -201,8 +204,14 @@ def _place(
     if isinstance(source, Sized) and len(source) < 1:
         raise _no_images(source)
     kind, zeros, size, *others = encoders.values()
-    parts = [FORMAT, kind, zeros, source.fingerprint(), size, seed, *filter(None, others), *(["flip"] if flip else [])]
+    parts = [FORMAT, kind, zeros, source.fingerprint(), size, seed, *filter(None, others), *([FLIP] if flip else [])]
     return cache_folder() / "latents" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16], parts
+
+
+def _encoders_in(parts: Sequence[object]) -> str:
+    """Return a hash of what encoded the images, whichever these are: of parts as :func:`_place` makes them."""
+    made, kind, zeros, _, *others = parts
+    return settings_fingerprint(made, kind, zeros, [other for other in others if other != FLIP])
 
 
 def _write(
@@ -286,7 +295,7 @@ def open_latents(folder: Path, name: str) -> LatentData | None:
         flipped = tuple(arrays[f"flipped-{name}"] for name in names if f"flipped-{name}" in arrays)
         places = arrays.get("places", np.stack([np.zeros_like(caption_ids), np.arange(len(caption_ids))], axis=1))
         skipped = tuple((name, reason) for name, reason in manifest["skipped"])
-        content = manifest.get("content", "")
+        content, encoders = manifest.get("content", ""), _encoders_in(manifest["key"])
         if found != manifest["sizes"] or sum(map(len, latents)) != len(caption_ids):
             return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -295,7 +304,8 @@ def open_latents(folder: Path, name: str) -> LatentData | None:
         {key.removeprefix(prefix): rows for key, rows in arrays.items() if key.startswith(prefix)}
         for prefix in ("caption-", "null-", "image-")
     )
-    return LatentData(name, latents, places, captions, caption_ids, table, null, own, flipped, skipped, content)
+    images = (latents, places, captions, caption_ids)
+    return LatentData(name, *images, table, null, own, flipped, skipped, content, encoders)
 
 
 @contextlib.contextmanager

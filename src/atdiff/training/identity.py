@@ -34,9 +34,8 @@ def _check(out: Path, task: Task) -> None:
         "fingerprint": task.data.fingerprint(),
         "classes": None if classes is None else {name: label for label, name in enumerate(classes)},
     }
-    base = task.base
-    if base is not None:
-        found["base"] = base
+    base, encoders = task.base, task.encoders
+    found |= {name: one for name, one in (("base", base), ("encoders", encoders)) if one is not None}
     remedy = "put the data back as they were, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
@@ -58,6 +57,12 @@ def _check(out: Path, task: Task) -> None:
         raise UserError(
             f"{out} trains adapters on other weights of {task.config.training.init} than it has now: put the pipeline "
             "back as it was, or choose another --out."
+        )
+    if stored.get("encoders", encoders) != encoders:
+        pipeline = task.config.training.init or "its pipeline"
+        raise UserError(
+            f"{out} was trained on latents and embeddings of another autoencoder or other text encoders than "
+            f"{pipeline} has now: put the pipeline back as it was, or choose another --out."
         )
     if stored != found:
         write_json(out / "data.json", {**stored, **found})

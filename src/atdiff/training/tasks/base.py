@@ -81,6 +81,11 @@ class Task(ABC):
         return None
 
     @property
+    def encoders(self) -> str | None:
+        """A hash of what encoded the latents, once the data were read; None of images."""
+        return None
+
+    @property
     @abstractmethod
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""

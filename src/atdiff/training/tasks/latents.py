@@ -147,6 +147,11 @@ class LatentTask(Task):
         return frozen_fingerprint(self.network) if self.config.lora.rank and comparable else None
 
     @property
+    def encoders(self) -> str | None:
+        """See :attr:`Task.encoders`."""
+        return self.data.encoders
+
+    @property
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""
         options = data_options(asdict(self.config))
