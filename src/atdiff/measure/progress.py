@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from atdiff.system.progress import in_words, print_line, shows_bars
+from atdiff.system.progress import Bars, in_words, print_line, shows_bars
 
 __all__ = ["cell_progress"]
 
@@ -28,7 +28,7 @@ def cell_progress(what: str = "cells", *, show: bool = True) -> Iterator[Callabl
         return
     times = TextColumn(f"{what}, left"), TimeRemainingColumn()
     columns = TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), *times
-    with Progress(*columns, console=console, disable=not show) as progress:
+    with Bars(*columns, console=console, disable=not show) as progress:
         task = progress.add_task("evaluating", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler
-from rich.progress import Progress
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -35,6 +34,7 @@ from atdiff.system.fingerprint import (
     tokenizer_fingerprint,
 )
 from atdiff.system.processes import draw_in_turn, num_processes
+from atdiff.system.progress import Bars
 
 __all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
@@ -221,7 +221,7 @@ class TextToImage(TrainedModel):
         num, size = len(labels), self.image_shape[1:]
         most = min(batch_size, max(1, PIXELS // math.prod(size)))
         self.pipeline.set_progress_bar_config(disable=True)
-        with Progress(disable=not progress) as bar:
+        with Bars(disable=not progress) as bar:
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
 
             def draw(indices: range) -> Tensor:

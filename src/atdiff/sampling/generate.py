@@ -14,7 +14,6 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -29,6 +28,7 @@ from atdiff.sampling.corrections import Correction, realign
 from atdiff.sampling.schedulers import make_scheduler
 from atdiff.system.files import check_images_path, written_aside
 from atdiff.system.processes import draw_in_turn, num_processes
+from atdiff.system.progress import Bars
 
 __all__ = [
     "check_request",
@@ -183,7 +183,7 @@ def iter_generate(
     scheduler_of = partial(make_scheduler, sampler, training_scheduler, steps, tokens=image_tokens(model, shape))
     evaluations = len(scheduler_of().timesteps)
     image_generators(seed, [num - 1])
-    with evaluating(model), Progress(disable=not progress) as bar:
+    with evaluating(model), Bars(disable=not progress) as bar:
         task = bar.add_task(f"{sampler}, {steps} steps", total=num * evaluations)
 
         def draw(indices: range) -> Tensor:

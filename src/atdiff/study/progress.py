@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from atdiff.study.stage import Stage
-from atdiff.system.progress import in_words, print_line, shows_bars
+from atdiff.system.progress import Bars, in_words, print_line, shows_bars
 from atdiff.training.folder import last_logged
 
 __all__ = ["Seconds", "StudyProgress"]
@@ -54,7 +54,7 @@ class StudyProgress:
         self.passes, self.finished = sum(stage.config.training.passes for stage in stages), 0
         self.started = self.told = time.monotonic()
         self.trained: dict[int, float] = {}  # when each run was first seen to be evaluated
-        self.bar = Progress(
+        self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[figures]}"),

@@ -5,8 +5,18 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from rich.console import Console
+from rich.progress import Progress
 
-__all__ = ["in_words", "print_line", "shows_bars"]
+__all__ = ["Bars", "in_words", "print_line", "shows_bars"]
+
+
+class Bars(Progress):
+    """Bars that end where the work did in a notebook too, where rich leaves the last state out."""
+
+    def stop(self) -> None:
+        """Show the last state, and stop."""
+        self.refresh()
+        super().stop()
 
 
 def shows_bars(console: Console) -> bool:

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from atdiff.data.labels import class_line
 from atdiff.pipelines.families.base import NetworkView
-from atdiff.system.progress import in_words, print_line, shows_bars
+from atdiff.system.progress import Bars, in_words, print_line, shows_bars
 from atdiff.training.tasks.base import Task
 
 __all__ = ["TrainingBar", "tell_run"]
@@ -27,7 +27,7 @@ class TrainingBar:
 
     def __init__(self, total: int, done: int = 0, *, show: bool = False) -> None:
         self._total, self._console = total, Console()
-        self._bar = Progress(
+        self._bar = Bars(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
