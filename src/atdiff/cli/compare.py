@@ -24,9 +24,9 @@ __all__ = ["compare"]
 )
 @options.runs("[ARM=]RUN...")
 @add_evaluation
-@options.option("--baseline", help="arm that the others are compared with", metavar="ARM", unset="plain, or the first")
+@options.option("--baseline", help="arm to compare the others with", metavar="ARM", unset="plain, or the first")
 @options.interval
-@click.option("--unequal-passes", is_flag=True, help="allow arms that differ in passes")
+@click.option("--unequal-passes", is_flag=True, help="allow arms with different numbers of passes")
 @click.option("--mismatch/--no-mismatch", default=True, show_default=True, help="measure the mismatch too")
 @click.option("--robustness/--no-robustness", default=False, show_default=True, help="measure the worst-case loss too")
 @click.option("--overwrite", is_flag=True, help="replace an earlier page")
@@ -47,7 +47,7 @@ def compare(
     """Compare arms on one page, from runs of several arms (and training seeds), or from the folder of a study.
 
     A RUN is a training folder, a diffusers pipeline folder, or a hub id; without ARM= the arm is named after
-    the folder. Cells that a study has evaluated are reused, unless an option says how to evaluate.
+    the folder. Cells from a study are reused, unless an evaluation option is given.
     """
     from atdiff.study.arms import check_arms, find_runs
     from atdiff.study.preflight import check_runs

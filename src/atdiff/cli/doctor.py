@@ -60,11 +60,11 @@ def findings() -> list[Finding]:
 
 @command(
     "doctor",
-    "show what is installed and stored here, and what commands lack",
+    "show what is installed and cached here, and what commands are missing",
     examples=["", "> doctor.txt"],
 )
 def doctor() -> None:
-    """Show versions, devices, weights, what is stored here, and what each command lacks; nothing is downloaded."""
+    """Show versions, devices, weights, cached data, and what each command is missing; nothing is downloaded."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text

@@ -13,17 +13,17 @@ __all__ = ["encode"]
 
 @command(
     "encode",
-    "encode a recipe's images and captions once, for runs anywhere",
+    "encode a recipe's images and captions once, for training on any machine",
     examples=["my-lora.yaml --out latents", "sd15-lcm-lora-at --data.name my-photos --data.flip true --out latents"],
     takes_settings=True,
 )
 @options.recipe
-@options.out("a new folder, for --data.latents of runs")
+@options.out("a new folder, to pass to runs as --data.latents")
 def encode(recipe: str, out: Path, settings: list[str]) -> None:
-    """Write the latents and text embeddings that the base run of RECIPE is trained on into a folder.
+    """Write the latents and text embeddings for the base run of RECIPE into a folder.
 
-    Runs take them with --data.latents FOLDER, on any machine: neither the images nor the autoencoder and the text
-    encoders are needed for training then. Any setting of the recipe can follow.
+    With --data.latents FOLDER, runs on any machine train from them without reading or encoding the images again. Any
+    setting of the recipe can follow.
     """
     from atdiff.study.preflight import check_encode
     from atdiff.study.recipe import load_recipe, resolve

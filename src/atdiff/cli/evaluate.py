@@ -27,12 +27,12 @@ __all__ = ["evaluate"]
 @options.runs()
 @add_evaluation
 @options.several("seeds/seed", "seeds of the samples", kind=int, default="0")
-@options.out("a .json file; an existing one is resumed", unset="the table is printed, and nothing kept")
+@options.out("a .json file; an existing one is resumed", unset="print the table and save nothing")
 def evaluate(runs: tuple[str, ...], evaluation: Evaluation, seeds: tuple[int, ...], out: Path | None) -> None:
     """Compute metrics of every RUN for each combination (cell) of sampler, correction, number of steps and seed.
 
     A RUN is a training folder, a diffusers pipeline folder, or a hub id. The table is printed; with --out the cells are
-    kept too, and those that the file holds already are not computed again.
+    also saved, and cells already in the file are not recomputed.
     """
     from atdiff.measure.entries import read_cells
     from atdiff.study.preflight import check_runs

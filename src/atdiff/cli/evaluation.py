@@ -20,12 +20,12 @@ __all__ = ["Evaluation", "add_evaluation"]
 
 _OPTIONS: options.Decorator = options.shared(
     options.several("samplers/sampler", f"from {', '.join(SAMPLERS)}", known=SAMPLERS, unset=options.DEFAULT_SAMPLER),
-    options.several("steps/step", "numbers of sampling steps", kind=int, default="5,10,20"),
+    options.several("steps/step", "sampling step counts", kind=int, default="5,10,20"),
     options.number("--num", 2048, "samples per cell"),
     options.several("metrics/metric", f"from {', '.join(METRICS)}", known=METRICS, default="fid,prc"),
     options.several(
         "corrections/correction",
-        f"{options.CORRECTION}; :search as the value chooses it on held-out noise",
+        f"{options.CORRECTION}; the value :search tunes it on held-out noise",
         known=CORRECTIONS,
         default="none",
     ),

@@ -29,7 +29,7 @@ _PUBLISHED = "as in the published model of this architecture"
     "--noise-schedule",
     "--beta-schedule",
     "noise_schedule",
-    help="noise schedule it was trained with: linear or cosine",
+    help="noise schedule used in training: linear or cosine",
     type=click.Choice(("linear", "cosine")),
     unset=_PUBLISHED,
 )
@@ -54,7 +54,7 @@ def import_adm(
 ) -> None:
     """Convert FILE, a state dict of guided-diffusion (.pt, .safetensors or .npz), to a diffusers pipeline.
 
-    Weights do not tell what the options say. For the published checkpoints it is known; for others, give it.
+    The weights do not determine these options. For the published checkpoints they are known; for others, set them.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")

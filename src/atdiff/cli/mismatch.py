@@ -20,17 +20,16 @@ __all__ = ["mismatch"]
 @options.sampler
 @options.one("steps", "number of sampling steps", kind=int, default=10)
 @options.number("--num", 2048, "number of samples")
-@options.one("seed", "seed of the samples, and of the images and noise they are compared with", kind=int, default=0)
+@options.one("seed", "seed of the samples, and of the reference images and noise", kind=int, default=0)
 @options.correction
 @options.prompts
 @options.features
 @options.variant
 @options.out("a folder; an existing one is resumed")
 def mismatch(runs: tuple[str, ...], extractor: str | None, weights: tuple[str, ...], out: Path, **asked: Any) -> None:  # noqa: ANN401
-    """Compare x_t of the sampling trajectories of every RUN with truly noised images, at each noise level.
+    """Compare x_t along the sampling trajectories of every RUN with noised real images, at each noise level.
 
-    A RUN is a training folder, a diffusers pipeline folder, or a hub id. --extractor none skips the distance of
-    features.
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. --extractor none skips the feature distance.
     """
     from atdiff.measure.entries import read_entries
     from atdiff.study.extractor import choose_extractor

@@ -229,11 +229,11 @@ jobs = option(
 guidance = option(
     "--guidance-scale",
     help="classifier-free guidance of latent pipelines, as in diffusers: 0 or 1 for none (turbo models); for Flux, the "
-    "scale that the network is given",
+    "network's guidance input",
     type=float, metavar="X", unset="as in training, or the pipeline's usual scale",
 )  # fmt: skip
 variant = option(
-    "--variant", help="weights variant of a saved pipeline, such as fp16", unset="plain weights, or the only variant"
+    "--variant", help="weights variant of a saved pipeline, such as fp16", unset="none, or the only variant"
 )
 inference = shared(
     option("--precision", help=f"precision of the network, one of {', '.join(PRECISIONS)} (no: float32; auto: bf16 "

@@ -21,16 +21,16 @@ STEPS = (4, 8, 16)
 
 @command(
     "quickstart",
-    "draw colour images in a few steps, then run the main comparison on real digits: a few minutes on a CPU",
+    "sample colour images in a few steps, then run the main comparison on real digits: a few minutes on a CPU",
     examples=["", "--out runs/first --jobs 2"],
 )
 @options.out("folder of the study; an existing one is resumed", default=Path("runs/quickstart"))
 @options.jobs
 @click.pass_obj
 def quickstart(invocation: Invocation, out: Path, jobs: int | None) -> None:
-    """Draw colour images in few steps with a bundled pair of networks, then run the study of the recipe quickstart.
+    """Sample colour images in a few steps with a bundled pair of networks, then run the study of the recipe quickstart.
 
-    The pair was trained on CIFAR-10 from the same start for the same number of passes, plain and with atdiff. The
+    The pair was trained on CIFAR-10 from the same base for the same number of passes, plain and with atdiff. The
     study compares plain and adversarial training on digits. It takes a few minutes on a CPU, downloads nothing, and
     ends with a table and a report.
     """

@@ -27,12 +27,12 @@ TOLD = ("name", "title", "about", "cost", "arms")
     examples=["", "quickstart", "--json", "--schema > recipe.schema.json"],
 )
 @click.argument("recipe", type=options.Recipe(), metavar="[RECIPE]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="print them as JSON, with all texts and arms")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, with all texts and arms")
 @click.option("--schema", is_flag=True, help="print the JSON schema of recipes, for editors")
 def recipes(recipe: str | None, as_json: bool, schema: bool) -> None:
-    """List the bundled recipes, one line each; with RECIPE, show what that one does, its cost and its arms.
+    """List the bundled recipes, one per line; with RECIPE, show its purpose, cost and arms.
 
-    A name of the list is the RECIPE of `atdiff train` and `atdiff study`.
+    Pass a name from the list as RECIPE to `atdiff train` and `atdiff study`.
     """
     if schema:
         import importlib.resources

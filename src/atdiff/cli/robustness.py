@@ -47,10 +47,10 @@ def robustness(
     out: Path,
     **images: Any,  # noqa: ANN401  (fields of both configurations)
 ) -> None:
-    """Measure the worst-case loss of every RUN by the norm of a perturbation of x_t, and where its directions point.
+    """Measure the worst-case loss of every RUN by the radius of a perturbation of x_t, and where each direction points.
 
-    A RUN is a training folder, a diffusers pipeline folder, or a hub id. The worst case is sought by projected
-    gradient ascent.
+    A RUN is a training folder, a diffusers pipeline folder, or a hub id. The worst case is found by projected gradient
+    ascent.
     """
     from atdiff.measure.entries import read_entries
     from atdiff.study.preflight import check_drawing, check_measured, check_runs

@@ -21,23 +21,22 @@ _ASKED = options.shared(
         "--prompt",
         multiple=True,
         metavar="TEXT",
-        help="of text-to-image pipelines: what to draw; may be given several times  "
-        "[default: the prompts of the training]",
+        help="prompt for a text-to-image pipeline; may be repeated  [default: the prompts of training]",
     ),
     options.prompts,
     options.option(
         "--negative-prompt",
-        help="of text-to-image pipelines but Flux: what guidance points away from",
+        help="negative prompt for a text-to-image pipeline other than Flux",
         metavar="TEXT",
-        unset="nothing",
+        unset="none",
     ),
     options.guidance,
     options.option(
         "--size",
-        help="of text-to-image pipelines: a side of the images in pixels, or WIDTHxHEIGHT, such as 512x768",
+        help="image size of a text-to-image pipeline, in pixels: one side, or WIDTHxHEIGHT, such as 512x768",
         type=options.Size(),
         metavar="SIZE",
-        unset="that of the training, or the pipeline's",
+        unset="as in training, or the pipeline's",
     ),
 )
 
@@ -56,24 +55,24 @@ _ASKED = options.shared(
 @click.argument("run", type=click.Path(), metavar="RUN")
 @options.one(
     "sampler",
-    f"one of {', '.join(SAMPLERS)}; or {OWN}, the scheduler of a text-to-image pipeline with its own steps",
+    f"one of {', '.join(SAMPLERS)}; or {OWN}, a text-to-image pipeline's own scheduler and timesteps",
     known=(*SAMPLERS, OWN),
-    unset=f"{OWN} for text-to-image pipelines of others; {options.DEFAULT_SAMPLER}",
+    unset=f"{OWN} for text-to-image pipelines that atdiff did not train; {options.DEFAULT_SAMPLER}",
 )
 @options.one("steps", "number of sampling steps", kind=int, default=20)
 @options.option("--num", help="number of samples", type=int, metavar="N", unset="64, or one per --prompt")
 @options.one("seed", "seed of the samples", kind=int, default=0)
-@options.number("--batch-size", 256, "samples drawn at a time")
+@options.number("--batch-size", 256, "samples per batch")
 @options.option(
-    "--class-label", help="class or prompt to draw, by name or by number from 0", metavar="LABEL", unset="each in turn"
+    "--class-label", help="class or prompt to sample, by name or number (from 0)", metavar="LABEL", unset="each in turn"
 )
 @_ASKED
 @options.correction
 @options.variant
 @options.option(
     "--config",
-    help="of a pipeline in one file (.safetensors, .ckpt): a pipeline folder or hub id with its configuration",
-    unset="the one on the hub that diffusers finds for its weights",
+    help="pipeline folder or hub id with the configuration for a pipeline in one file (.safetensors, .ckpt)",
+    unset="from the hub, recognised by the weights",
 )
 @options.inference
 @options.out("a .png grid, an .npz array, or a new folder")

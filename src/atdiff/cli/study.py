@@ -21,7 +21,7 @@ __all__ = ["run_recipe", "study"]
     takes_settings=True,
 )
 @options.recipe
-@options.out("folder of the study; an existing one is resumed, and extended if more is asked for")
+@options.out("folder of the study; an existing one is resumed, or extended with new seeds, arms and steps")
 @options.interval
 @options.jobs
 @click.pass_obj

@@ -24,12 +24,12 @@ __all__ = ["tune"]
 )
 @click.argument("run", type=click.Path(), metavar="RUN")
 @options.sampler
-@options.one("steps", "number of sampling steps that the model is for", kind=int, default=8)
+@options.one("steps", "number of sampling steps to tune for", kind=int, default=8)
 @options.option(
-    "--passes", help="passes of the arms that come to the end", type=int, metavar="N",
+    "--passes", help="passes of the arms that reach the last rung", type=int, metavar="N",
     unset="a tenth of the run's, at most 1000",
 )  # fmt: skip
-@options.number("--repeats", 3, "trainings of each arm in the last rung; an interval takes 2 or more")
+@options.number("--repeats", 3, "seeds per arm in the last rung; an interval needs 2 or more")
 @options.number("--num", 2048, "samples per training and rung")
 @options.network
 @options.out("folder of the sweep; an existing one is resumed", unset="RUN-tune")
@@ -49,12 +49,12 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find which adversary lowers the distance of RUN, a training folder of a denoiser, as a recipe line.
+    """Find the adversary that best lowers the distance of RUN, a denoiser's training folder, and print its recipe line.
 
     Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
-    fixed doses. All have equal passes, and the better half goes on, three times over. What is left is compared with
-    plain training over several seeds. Arms of a LoRA begin anew where RUN began. Settings of training can
-    follow, such as --optimizer.lr 5e-4.
+    fixed doses. All train for equal passes in three rungs, and only the better half of them reaches the next rung. The
+    last rung compares them with plain training over several seeds. Arms of a LoRA start again from the base of RUN.
+    Training settings can follow, such as --optimizer.lr 5e-4.
     """
     from atdiff.study.preflight import check_metrics_of
     from atdiff.study.tuning import Tuning, plan
