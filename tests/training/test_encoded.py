@@ -307,6 +307,19 @@ def test_settings_that_contradict_the_latents_are_refused(
     assert CONTRADICTIONS[words].format(latents=latents, photos=photos) in error
 
 
+def test_a_default_that_is_written_out_contradicts_the_latents_too(
+    recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents, run = tmp_path / "latents", tmp_path / "run"
+    file = recipe(sd_folder, data={"image_size": None, "channels": None})  # null, which is that of the pipeline
+    assert call("encode", file, "--data.crop", "adm", "--out", latents) == 0
+    given = ["--data.latents", latents]
+    message = f"data.crop='bicubic' contradicts data.latents={latents}, which was encoded with 'adm'"
+    assert message in refused(capsys, run, file, *given, "--data.crop", "bicubic")
+    assert call("train", file, *given, "--dry-run", "--out", run) == 0
+    assert message in refused(capsys, run, recipe(sd_folder, data={"crop": "bicubic"}), *given)
+
+
 def test_what_is_not_encoded_is_said(
     latents: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

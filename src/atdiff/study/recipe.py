@@ -186,7 +186,8 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
             )
         for layer in (recipe.finetune, recipe.arms[arm]):
             merge(settings, copy.deepcopy(layer))
-    config = as_encoded(read_settings(TrainConfig, apply_words(settings, overrides or [], TrainConfig)))
+    apply_words(settings, overrides or [], TrainConfig)
+    config = as_encoded(read_settings(TrainConfig, settings), settings.get("data"))
     check_config(config)
     return config
 

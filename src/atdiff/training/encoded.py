@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from atdiff.training.settings import read_settings
 __all__ = ["as_encoded", "encoded_folder", "reading_settings"]
 
 OF_THE_RUN = ("latents", "flip", "class_conditional")  # the rest of data says what is read, and how
+OF_THE_PIPELINE = ("image_size", "channels")  # where they are null, and so never contradict what it encoded
 
 
 def encoded_folder(data: DataConfig) -> Path:
@@ -27,10 +29,15 @@ def reading_settings(data: DataConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(data).items() if name not in OF_THE_RUN}
 
 
-def as_encoded(config: TrainConfig) -> TrainConfig:
+def as_encoded(config: TrainConfig, given: Mapping[str, Any] | None = None) -> TrainConfig:
     """Return the settings with those of ``data`` that the latents, if they are given, were encoded with.
 
     So a run says what it was trained on, and is held against images that are read alike.
+
+    Args:
+        config: of the run.
+        given: what a recipe and its command line say of ``data``, be it the default; None where that is not known, and
+            a default is taken for a setting that was left out.
 
     Raises:
         UserError: there are no such latents, a setting contradicts them, or the mirrored ones are missing.
@@ -46,7 +53,8 @@ def as_encoded(config: TrainConfig) -> TrainConfig:
     default = DataConfig()
     for name, there in made.items():
         here = getattr(config.data, name)
-        if here not in (there, getattr(default, name)):
+        said = name in (given or {}) and not (here is None and name in OF_THE_PIPELINE)
+        if here != there and (said or here != getattr(default, name)):
             raise UserError(
                 f"data.{name}={here!r} contradicts data.latents={config.data.latents}, which was encoded with "
                 f"{there!r}: leave it out, or encode the images anew with `atdiff encode`."
