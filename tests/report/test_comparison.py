@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,37 @@ def test_only_common_seeds_are_paired() -> None:
     assert (row.n, row.pairs) == (3, 2)
     assert row.mean == pytest.approx((9 + 18.2 + 999) / 3)
     assert row.change == pytest.approx(100 * (math.sqrt(0.9 * 0.91) - 1))
+
+
+CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dtype bfloat16 but another arm with float32": ({}, {"dtype": "bfloat16"}),
+    "extractor b but another arm with a": ({"extractor": "a"}, {"extractor": "b"}),
+    "(search_num, search_seed) (20, 1) but another arm with (10, 1)": (
+        {"search_num": 10, "search_seed": 1},
+        {"search_num": 20, "search_seed": 1},
+    ),
+    "weights of the feature networks b but another arm with a": (
+        {"asked": ["fid"], "fingerprints": {"features": "a"}},
+        {"asked": ["fid"], "fingerprints": {"features": "b"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CONDITIONS)
+def test_arms_that_were_evaluated_otherwise_are_not_compared(message: str) -> None:
+    """Nor are the seeds of an arm, of which the mean is taken."""
+    first, then = CONDITIONS[message]
+    plain = [{**one, **first} for one in cells_of({"plain": [10.0, 20.0]})]
+    at = cells_of({"at": [9.0, 18.0]})
+    for cells in ([*plain, *({**one, **then} for one in at)], [*plain, {**at[0], **first}, {**at[1], **then}]):
+        with pytest.raises(UserError, match=re.escape(message)):
+            compare(cells)
+    assert len(compare([*plain, *({**one, **first} for one in at)])) == 2
+
+
+def test_the_extractor_is_of_no_consequence_to_distances_of_pixels() -> None:
+    cells = cells_of({"plain": [10.0, 20.0], "at": [9.0, 18.0]}, metric="energy")
+    assert len(compare([{**one, "extractor": one["arm"]} for one in cells], metric="energy")) == 2
 
 
 def test_one_seed_gives_an_estimate_without_a_verdict() -> None:

@@ -171,6 +171,20 @@ def test_arms_are_held_against_the_same_images(
     assert len({cell["fingerprints"]["reference"] for cell in cells}) == 1
 
 
+def test_figures_of_studies_in_other_features_are_not_compared(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other" / "at"
+    shutil.copytree(finished[1] / "seed-0" / "at", other)
+    cells = json.loads((other / "cells.json").read_text())
+    # As a study with --study.extractor label-classifier leaves them; they are computed again, in those features.
+    (other / "cells.json").write_text(json.dumps([{**one, "extractor": "label-classifier"} for one in cells]))
+    words = ["compare", str(finished[1] / "seed-0" / "plain"), str(other), "--no-mismatch"]
+    assert main([*words, "--out", str(tmp_path / "x.html")]) == 2
+    assert "extractor label-classifier but another arm with digits-classifier" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
 @pytest.mark.parametrize("option", [["--extractor", "label-classifier"], ["--search-num", "40"]])
 def test_no_option_of_evaluation_is_passed_over_for_the_figures_of_a_study(
     option: list[str], finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

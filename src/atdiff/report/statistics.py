@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 from atdiff.core.errors import UserError
 from atdiff.core.specs import NO_CORRECTION, correction_label
-from atdiff.metrics.registry import FIGURES
+from atdiff.metrics.registry import CHOSEN, FIGURES, METRICS
 
 __all__ = [
     "HIGHER_IS_BETTER", "LOWER_IS_BETTER", "Column", "CorrectedRow", "Row", "Setting", "check_baseline",
@@ -24,6 +25,9 @@ LOWER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if not fi
 HIGHER_IS_BETTER = frozenset(figure.name for figure in FIGURES.values() if figure.higher)
 INTERVALS = ("t", "bootstrap")
 RESAMPLES = 9_999
+OF_FEATURES = frozenset(
+    figure.name for metric in METRICS.values() if metric.takes == CHOSEN for figure in metric.figures
+)
 
 Verdict = Literal["better", "worse", "unclear", "baseline"]
 Setting = tuple[str, int]  # sampler and number of steps
@@ -105,7 +109,8 @@ def compare(
 
     Args:
         cells: with ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``, and ``correction`` where there is one;
-            where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed.
+            where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed, and the
+            precision, the feature network and the numbers of a search between all.
         interval: ``t`` or ``bootstrap``.
         correction: as the cells spell it; both the arms' and the baseline's.
 
@@ -227,7 +232,7 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
     if metric not in known:
         raise UserError(f"metric {metric!r} is not known, expected one of {', '.join(sorted(known))}.")
     columns: dict[str, Column] = {}
-    conditions: dict[tuple[Setting, Any], tuple[Any, Any]] = {}
+    conditions: dict[Any, Any] = {}
     for cell in cells:
         if metric not in cell["metrics"]:
             continue
@@ -236,18 +241,32 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
         values = columns.setdefault(correction, {}).setdefault((cell["arm"], setting), {})
         if seed in values:
             raise UserError(f"{where} is given twice, expected one value per cell: drop one of the two.")
-        condition = (cell.get("num"), cell.get("sample_seed"))
-        shared = conditions.setdefault((setting, seed), condition)
-        if condition != shared:
-            raise UserError(
-                f"{where} was evaluated with (num, sample_seed) {condition} but another arm with {shared}: "
-                "evaluate all arms alike."
-            )
+        for name, group, condition in _conditions(cell, metric):
+            shared = conditions.setdefault((name, group), condition)
+            if condition != shared:
+                raise UserError(
+                    f"{where} was evaluated with {name} {condition} but another arm with {shared}: evaluate all arms "
+                    "alike."
+                )
         value = cell["metrics"][metric]
         values[seed] = math.nan if value is None else float(value)
     if not columns:
         raise UserError(f"no cell holds the metric {metric!r}: evaluate with it or name another one.")
     return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}
+
+
+def _conditions(cell: Mapping[str, Any], metric: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a figure depends on beside its place: its name, the cells that share it, and its value."""
+    place = cell["sampler"], int(cell["steps"]), cell["seed"]
+    yield "(num, sample_seed)", place, (cell.get("num"), cell.get("sample_seed"))
+    yield "dtype", None, cell.get("dtype", "float32")
+    if metric in OF_FEATURES and "extractor" in cell:
+        yield "extractor", None, cell["extractor"]
+    if "search_num" in cell:
+        yield "(search_num, search_seed)", _correction(cell), (cell["search_num"], cell.get("search_seed"))
+    features = cell.get("fingerprints", {}).get("features")
+    if features is not None:  # one hash of the networks of all metrics
+        yield "weights of the feature networks", json.dumps(cell.get("asked")), features[:12]
 
 
 def settings_of(table: Column) -> list[Setting]:

@@ -11,6 +11,7 @@ from atdiff.data.reading import AS_TRAINED
 from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
 from atdiff.measure.entries import versions
 from atdiff.report.arms import describe_arms
+from atdiff.report.statistics import tabulate
 from atdiff.study.arms import ArmRun, check_arms, find_runs
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
@@ -54,6 +55,7 @@ def compare_runs(
     arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=config.data if config else None)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
+    tabulate(cells, leading_metric(cells))  # refuses cells that cannot be compared, before more is computed
     by_seed = sorted(runs, key=lambda one: one.seed)
     of_arm = {arm: [one.run for one in by_seed if one.arm == arm] for arm in (baseline, *arms)}
     measurements = replace(_measurements(cells[0], config or runs[0]), mismatch=mismatch, robustness=robustness)
