@@ -26,6 +26,7 @@ from atdiff.metrics.features.extractors import make_extractor
 from atdiff.metrics.reference import load_reference
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.system import memory
+from atdiff.system.locate import run_config
 from atdiff.training.loop import train
 
 
@@ -287,6 +288,7 @@ def test_a_run_does_not_resume_on_other_data_of_the_same_number(
     with pytest.raises(UserError, match=f"{message}.*: put the data back as they were, or choose another --out"):
         run(tmp_path, "run", passes=3)
     assert (tmp_path / "run" / "data.json").read_text() == before
+    assert run_config(str(tmp_path / "run"))["training"]["passes"] == 2
 
 
 def test_a_run_without_a_fingerprint_resumes_and_has_one_then(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_a_run_without_a_fingerprint_resumes_and_has_one_then(tmp_path: Path) ->
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({name: stored[name] for name in ("name", "images", "skipped")}))
     run(tmp_path, "run", passes=3)
-    assert json.loads(file.read_text()) == stored
+    assert json.loads(file.read_text()) == {**stored, "published": 3}
 
 
 def test_captions_of_rows_and_shards_are_read_as_they_come(small_memory: Path, tmp_path: Path) -> None:

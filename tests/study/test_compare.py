@@ -14,8 +14,10 @@ import pytest
 import atdiff.metrics.stream
 import atdiff.pipelines.trained
 from atdiff.cli import main
+from atdiff.core.errors import UserError
 from atdiff.measure.directions import DirectionsConfig
 from atdiff.measure.robustness import RobustnessConfig
+from atdiff.study.arms import check_arms
 from atdiff.study.compare import find_runs
 
 
@@ -169,6 +171,26 @@ def test_arms_are_held_against_the_same_images(
     assert main([*words, "--data", "digits", "--split", "train", "--out", str(tmp_path / "x.html")]) == 0
     cells = json.loads((tmp_path / "x.summary.json").read_text())["cells"]
     assert len({cell["fingerprints"]["reference"] for cell in cells}) == 1
+
+
+def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path: Path) -> None:
+    def run(name: str, passes: int, init: str | None = None, **stored: int) -> str:
+        (tmp_path / name).mkdir()
+        training = {"passes": passes, "batch_size": 32, "seed": 0, "init": init and str(tmp_path / init)}
+        (tmp_path / name / "config.yaml").write_text(json.dumps({"training": training}))
+        (tmp_path / name / "data.json").write_text(json.dumps(stored))
+        return str(tmp_path / name)
+
+    one, two = run("one", 50, joint_batch=32), run("two", 50, joint_batch=64)
+    with pytest.raises(UserError, match=r"one had 50 passes of 32 images and .*two 50 of 64: compare arms at equal"):
+        check_arms(find_runs([one, two]))
+    check_arms(find_runs([one, two]), unequal_passes=True)
+    tuned, further, elsewhere = run("tuned", 50, "one"), run("further", 50, "tuned"), run("elsewhere", 50, "gone")
+    with pytest.raises(UserError, match=r"after passes of 0 images in all and .*tuned after 1,600: compare arms that"):
+        check_arms(find_runs([one, tuned]))
+    with pytest.raises(UserError, match=r"1,600 images in all and .*further after 3,200"):
+        check_arms(find_runs([tuned, further]))
+    check_arms(find_runs([one, elsewhere]))  # of which nothing is known
 
 
 def test_figures_of_studies_in_other_features_are_not_compared(

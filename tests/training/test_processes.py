@@ -82,6 +82,7 @@ def test_one_process_writes(trained: Path) -> None:
         assert newest is not None
         assert checkpoint_problem(newest) is None
         assert len(load_state(newest)["ranks"]) == 2
+        assert json.loads((out / "data.json").read_text())["joint_batch"] == load_state(newest)["joint_batch"]
     assert json.loads((trained / "two" / "plain-of-2" / "metrics.jsonl").read_text().splitlines()[-1])["pass"] == PASSES
 
 

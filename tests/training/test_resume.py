@@ -15,12 +15,14 @@ from resuming import StopAt, everything
 
 from atdiff.adversary.adversary import Adversary
 from atdiff.core.errors import Stopped, UserError
+from atdiff.pipelines.model import load_denoiser
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.checkpoint import latest_checkpoint
 from atdiff.training.config import AdversaryConfig, TrainConfig, TrainingConfig
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.loop import train
 from atdiff.training.state import TrainingState
+from atdiff.training.tasks.pixels import PixelTask
 
 DROPOUT = {
     "layers_per_block": 1,
@@ -113,6 +115,7 @@ def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None
         shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
         run(folder, "consecutive", "--training.keep_checkpoints", "1", "--training.passes", "17")
+    load_denoiser(str(folder))  # as the remedy does
 
 
 def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
@@ -137,6 +140,37 @@ def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: 
     # The shorter run logged its last pass; the rest is the same.
     other["log"] = [line for line in other["log"] if line["pass"] != PASSES]
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["", "begun by an earlier version"])
+def test_the_weights_of_a_shorter_run_are_not_taken_for_those_of_a_longer(tmp_path: Path, noted: bool) -> None:
+    folder = run(tmp_path / "run", "plain", "--training.passes", "4")
+    file = folder / "data.json"
+    stored = json.loads(file.read_text())
+    assert (stored["published"], stored["joint_batch"]) == (4, 16)
+    if not noted:
+        file.write_text(json.dumps({name: value for name, value in stored.items() if name != "published"}))
+    assert load_denoiser(str(folder)).weights_name.startswith("EMA 0.9 (warmed up to 0.3077")
+    with pytest.raises(Stopped):
+        run(folder, "plain", stop=StopAt(2))
+    with pytest.raises(UserError, match="run is on its way to 11 passes, and its pipeline is still that of 4: run"):
+        load_denoiser(str(folder))
+    run(folder, "plain")
+    weights = load_denoiser(str(folder)).fingerprints()["weights"]
+    assert weights == load_denoiser(str(run(tmp_path / "whole", "plain"))).fingerprints()["weights"]
+
+
+def test_a_longer_run_that_is_killed_before_it_publishes_does_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(tmp_path / "run", "plain", "--training.passes", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(PixelTask, "publish", lambda *args: {}["killed"])
+        with pytest.raises(KeyError, match="killed"):
+            run(folder, "plain")
+    run(folder, "plain")
+    weights = load_denoiser(str(folder)).fingerprints()["weights"]
+    assert weights == load_denoiser(str(run(tmp_path / "whole", "plain"))).fingerprints()["weights"]
 
 
 def test_a_shorter_run_says_what_to_do(tmp_path: Path) -> None:

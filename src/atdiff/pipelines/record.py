@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEFORE", "classes_of", "stored_data"]
+from atdiff.system.files import write_json
+
+__all__ = ["BEFORE", "classes_of", "note", "stored_data"]
 
 # What settings were before they could be set, where that is not their default.
 BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {"ema_warmup": False}}
@@ -17,6 +19,14 @@ def stored_data(run: str | Path) -> dict[str, Any]:
     """Return what a training folder says of its data; nothing where it is none."""
     file = Path(run) / "data.json"
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def note(run: Path, *, anew: bool = True, **values: int) -> None:
+    """Add to what a training folder says of its data; ``anew`` replaces what it says already."""
+    stored = stored_data(run)
+    noted = {**stored, **values} if anew else {**values, **stored}
+    if noted != stored:
+        write_json(run / "data.json", noted)
 
 
 def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.core.errors import UserError
+from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
 
 __all__ = ["ArmRun", "check_arms", "find_runs", "other_reference"]
@@ -30,9 +31,23 @@ class ArmRun:
 
     @property
     def compute(self) -> tuple[int, int] | None:
-        """Passes, those that paid for pairs among them, and images a pass, where they are known."""
-        training = self.config.get("training")
-        return training and (training["passes"], training["batch_size"])
+        """Passes, those that paid for pairs among them, and images a pass of all processes, where they are known."""
+        return _compute(self.run, self.config)
+
+    @property
+    def before(self) -> int | None:
+        """Images in the passes of the runs that it started from, one from another; None where they are not known."""
+        init = (self.config.get("training") or {}).get("init")
+        seen: set[str] = set()
+        images = 0
+        while init is not None and init not in seen:
+            seen.add(init)
+            config = run_config(init)
+            compute = _compute(init, config)
+            if compute is None:
+                return None
+            images, init = images + compute[0] * compute[1], config["training"].get("init")
+        return images
 
 
 def find_runs(words: Sequence[str]) -> list[ArmRun]:
@@ -65,6 +80,11 @@ def find_runs(words: Sequence[str]) -> list[ArmRun]:
                 f"first={other} second={one.run}."
             )
     return list({(one.arm, one.seed): one for one in found}.values())
+
+
+def _compute(run: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    training = config.get("training")
+    return training and (training["passes"], stored_data(run).get("joint_batch", training["batch_size"]))
 
 
 def _arm_of(name: str, seed: int) -> str:
@@ -134,4 +154,12 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
             raise UserError(
                 f"{known[0].run} had {passes:,} passes of {batch} images and {one.run} {others:,} of {other_batch}: "
                 "compare arms at equal compute, or add --unequal-passes."
+            )
+    begun = [(one.run, one.before) for one in known]
+    first, images = next((one for one in begun if one[1] is not None), ("", None))
+    for run, before in begun:
+        if before not in (None, images):
+            raise UserError(
+                f"{first} started after passes of {images:,} images in all and {run} after {before:,}: compare arms "
+                "that started alike, or add --unequal-passes."
             )

@@ -6,6 +6,7 @@ Nothing here imports torch, so that what is missing is said at once.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -36,6 +37,7 @@ __all__ = [
     "is_hub_id",
     "is_reachable",
     "offline_reason",
+    "published_passes",
     "run_config",
     "weights_file",
     "without_download",
@@ -108,6 +110,15 @@ def run_config(run: str) -> dict[str, Any]:
     return config
 
 
+def published_passes(run: str | Path) -> int | None:
+    """Return the passes behind the weights that a training folder has published; None where it does not say."""
+    try:
+        passes = json.loads((Path(run).expanduser() / "data.json").read_text())["published"]
+    except (OSError, ValueError, KeyError, TypeError):  # earlier versions did not note it
+        return None
+    return int(passes)
+
+
 def check_run(run: str) -> None:
     """Find out, without loading it, that a run can be loaded.
 
@@ -141,10 +152,17 @@ def check_local(run: str) -> None:
                 "ids are OWNER/NAME); give the path of a training folder or of a saved diffusers pipeline."
             )
     elif (folder / "config.yaml").is_file():
-        of_lora = (run_config(run).get("lora") or {}).get("rank")
+        config = run_config(run)
+        of_lora = (config.get("lora") or {}).get("rank")
         file = "lora/pytorch_lora_weights.safetensors" if of_lora else "pipeline/model_index.json"
         if not (folder / file).is_file():
             raise UserError(f"{run} has no finished pipeline yet; run its `atdiff train` command again to resume it.")
+        published, passes = published_passes(run), (config.get("training") or {}).get("passes")
+        if published not in (None, passes):
+            raise UserError(
+                f"{run} is on its way to {passes} passes, and its pipeline is still that of {published}: run its "
+                "`atdiff train` command again to resume it."
+            )
     elif is_single_file(run):
         return
     elif not (folder / "model_index.json").is_file():

@@ -37,8 +37,12 @@ def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> P
     """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
 
     def opened() -> Path | None:
-        resumed = open_run(out, config, look_only=look_only)
-        return _newest_between_batches(out, config) if resumed and not look_only else None
+        resumed = open_run(out, config, look_only=True)
+        if look_only:
+            return None
+        newest = _newest_between_batches(out, config) if resumed else None
+        open_run(out, config)  # Not before all that refuses the run was found.
+        return newest
 
     return from_main(in_main(opened))
 

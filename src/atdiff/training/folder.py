@@ -13,7 +13,7 @@ import yaml
 
 from atdiff.core.choices import ALIASES
 from atdiff.core.errors import UserError
-from atdiff.pipelines.record import BEFORE
+from atdiff.pipelines.record import BEFORE, note, stored_data
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
 from atdiff.training.config import ENDING, PIXEL_MODELS, TrainConfig
@@ -79,6 +79,8 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
             )
         _check_passes(out, settings, passes)
         if longer and not look_only:
+            if stored_data(out):  # else an earlier version began it
+                note(out, published=passes, anew=False)  # until the longer run publishes
             written["training"]["passes"] = settings["training"]["passes"]
             write_text(file, yaml.safe_dump(written, sort_keys=False))
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from atdiff.core.errors import UserError
 from atdiff.pipelines.record import classes_of, stored_data
@@ -10,7 +11,7 @@ from atdiff.system.files import write_json
 from atdiff.system.processes import in_main
 from atdiff.training.tasks.base import Task
 
-__all__ = ["count_as_begun", "store_data"]
+__all__ = ["check_data", "count_as_begun", "store_data"]
 
 
 def count_as_begun(out: Path, task: Task) -> None:
@@ -20,12 +21,24 @@ def count_as_begun(out: Path, task: Task) -> None:
         task.count(before)
 
 
+def check_data(out: Path, task: Task) -> None:
+    """Find in all processes that the run had other data, and write nothing."""
+    in_main(lambda: _checked(out, task))
+
+
 def store_data(out: Path, task: Task) -> None:
     """Write which data these are, or find in all processes that the run had other ones."""
-    in_main(lambda: _check(out, task))
+
+    def store() -> None:
+        stored, found = stored_data(out), _checked(out, task)
+        if stored != {**stored, **found}:
+            write_json(out / "data.json", {**stored, **found})
+
+    in_main(store)
 
 
-def _check(out: Path, task: Task) -> None:
+def _checked(out: Path, task: Task) -> dict[str, Any]:
+    """Return what tells the data of a run from others, or find that it had others."""
     stored, classes = stored_data(out), task.classes
     found = {
         "name": task.data.name,
@@ -64,5 +77,4 @@ def _check(out: Path, task: Task) -> None:
             f"{out} was trained on latents and embeddings of another autoencoder or other text encoders than "
             f"{pipeline} has now: put the pipeline back as it was, or choose another --out."
         )
-    if stored != found:
-        write_json(out / "data.json", {**stored, **found})
+    return found

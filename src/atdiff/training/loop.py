@@ -15,8 +15,10 @@ from torch import Tensor
 from atdiff.core.charge import charge_of
 from atdiff.core.errors import Stopped
 from atdiff.core.noise import NoiseSchedule
+from atdiff.pipelines.record import note
+from atdiff.system.locate import published_passes, run_config
 from atdiff.system.locks import one_writer
-from atdiff.system.processes import uses_cpu
+from atdiff.system.processes import from_main, in_main, uses_cpu
 from atdiff.training.agreement import agreed_reason, take_folder
 from atdiff.training.build import build_adversary, scaled
 from atdiff.training.card import has_card, write_card
@@ -26,7 +28,7 @@ from atdiff.training.config import TrainConfig
 from atdiff.training.dosing import fit_dose
 from atdiff.training.encoded import as_encoded
 from atdiff.training.folder import as_begun
-from atdiff.training.identity import count_as_begun, store_data
+from atdiff.training.identity import check_data, count_as_begun, store_data
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.order import seed_batch
 from atdiff.training.progress import TrainingBar, tell_run
@@ -107,11 +109,12 @@ class Trainer:
         take_folder(out, self.config, look_only=True)
         check_split(self.config, out)
         count_as_begun(out, task)
-        published = (out / task.published).is_dir()
+        published = from_main(in_main(lambda: self._is_published(out)))
         if not published:
             task.read_data(self.accelerator)  # What is wrong with it is found before anything is written.
+            check_data(out, task)
         checkpoint = take_folder(out, self.config)
-        self.finished = checkpoint is not None and passes_of(checkpoint) >= settings.passes and published
+        self.finished = checkpoint is not None and passes_of(checkpoint) >= settings.passes and bool(published)
         if self.finished:
             return
         task.read_data(self.accelerator)
@@ -122,9 +125,16 @@ class Trainer:
             self.state.restore(checkpoint)
         start_trackers(self.accelerator, self.config, out, resumed=checkpoint is not None)
         if self.accelerator.is_main_process:
+            note(out, joint_batch=self.state.joint_batch)
             task.note_in(out)
             # What came after the checkpoint, or before the first, is done again.
             self.records.cut(self.state.passes)
+
+    def _is_published(self, out: Path) -> bool:
+        """Whether the weights after all passes are published: not those of the run before it was made longer."""
+        passes = self.config.training.passes
+        begun_with = run_config(str(out)).get("training", {}).get("passes", passes)
+        return (out / self.task.published).is_dir() and {published_passes(out) or passes, begun_with} == {passes}
 
     def _build(self) -> None:
         """Put the networks on their device, and make what trains them."""
@@ -235,6 +245,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.task.publish(self.out, average)
             write_card(self.out)
+            note(self.out, published=self.config.training.passes)
         self.records.sample(average)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
