@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import atdiff.pipelines.trained
 from atdiff.cli import main
@@ -363,6 +364,23 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
     compared = json.loads((tmp_path / "page.summary.json").read_text())["cells"]
     figures = [[cell["metrics"]["fd"] for cell in cells if cell["seed"] == 0] for cells in (summary["cells"], compared)]
     assert figures[0] == figures[1]
+
+
+def test_seeds_of_a_study_do_not_start_from_different_weights_of_one_run(
+    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, before = finished
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(before / "seed-0" / "base", start)
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
+             "false"]  # fmt: skip
+    assert main([*words, "--study.seeds", "[0]"]) == 0
+    (weights,) = start.glob("pipeline/unet/*.safetensors")
+    save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"{out} began from other weights than {start} has now: put these back" in capsys.readouterr().err
+    assert not (out / "seed-1").exists()
 
 
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])

@@ -41,6 +41,8 @@ from atdiff.training.loop import Trainer, train
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 
+ORIGINS = "start.json"  # the weights of runs beside the study that it begins from
+
 
 @one_writer("folder")
 def run_study(
@@ -106,7 +108,10 @@ def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> lis
     check_study(recipe, out, overrides)
     stages = _plan(recipe, out, overrides)
     _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    began = _check_origins(out, stages)
     _open(out, recipe, overrides, stages)
+    if began:
+        write_json(out / ORIGINS, began)
     return stages
 
 
@@ -209,6 +214,26 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
                 open_run(stage.folder, stage.config)
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, {"recipe": asdict(recipe), "overrides": list(overrides)})
+
+
+def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
+    """Return a hash of the weights of each run beside the study that its runs start from.
+
+    Raises:
+        UserError: one has other weights than when the study began, which only some of its arms would start from.
+    """
+    own = {str(stage.folder) for stage in stages if stage.arm == BASE}
+    starts = {stage.config.training.init for stage in stages} - own
+    file = out / ORIGINS
+    began: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    for start in sorted(one for one in starts if one is not None and run_config(one)):
+        now = load_denoiser(start).fingerprints()["weights"]
+        if began.setdefault(start, now) != now:
+            raise UserError(
+                f"{out} began from other weights than {start} has now: put these back, or choose another --out to "
+                "begin all arms from those of now."
+            )
+    return began
 
 
 def _check_bases(stages: Sequence[Stage]) -> None:
