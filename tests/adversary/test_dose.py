@@ -228,6 +228,24 @@ def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> No
     assert 0 < int((trust < 1).sum()) < 16
 
 
+@pytest.mark.parametrize("steps", [8, 50, 64, 101])
+def test_what_is_charged_covers_the_looks(steps: int) -> None:
+    """A batch is charged six forwards, of which its look-ahead and its backward pass take four."""
+    objective, calls = DenoisingObjective(FLOW), 0
+
+    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return 0.1 * x_t
+
+    adversary, batches = Adversary(steps=steps), 2 * max(25, -(-steps // 2))
+    for _ in range(batches):
+        next(iter(adversary.passes(objective, network, gaussian_data(2))))
+    looks = calls - 2 * batches
+    assert looks == 2 * steps
+    assert looks <= 2 * batches
+
+
 def test_a_look_waits_for_a_batch_of_the_shape_of_the_data() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)

@@ -21,7 +21,8 @@ from atdiff.system.processes import mean_over_processes
 __all__ = ["AutoDose"]
 
 GRID = 32  # times at which the closed form is solved; between them the dose is interpolated
-EVERY = 25  # batches between two looks at the sampler
+EVERY = 25  # batches between two looks at the sampler, at the least
+SPARE = 2  # forwards per batch that a look-ahead is charged beyond its own: a whole pass for one forward
 GAIN = 3.0  # of the factor's logarithm, per look and unit of the logarithm of the variance ratio
 LEAST = 0.25  # of the factor
 MOST_DOSE = 0.5  # beyond it, x0 shows in the input
@@ -35,10 +36,11 @@ class AutoDose:
     1. The closed form. For a network that is linear, as that of Gaussian data, one DDIM or Euler step multiplies each
        eigendirection of the data's covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
        dose at which a step keeps the total variance, and 0 for the last step.
-    2. The loop. Every 25 batches the network draws a batch from noise in ``steps`` steps. ``k(t)`` is multiplied by a
-       factor, common to all times, which rises while the samples have less variance than the data, at the end and on
-       the way, and falls while they have more. No dose exceeds 0.5. Those forwards cost less than what a look-ahead is
-       charged beyond its own.
+    2. The loop. Every 25 batches (every ``steps / 2`` beyond 50 steps) the network draws a batch from noise in
+       ``steps`` steps. ``k(t)`` is multiplied by a factor, common to all times, which rises while the samples have less
+       variance than the data, at the end and on the way, and falls while they have more. No dose exceeds 0.5. Those
+       forwards cost no more than what a look-ahead is charged beyond its own; ``method="free"`` has none, and is not
+       charged for its ``steps / 25`` forwards a batch.
 
     Of batches of several shapes, as of aspect-ratio buckets, the sampler is looked at on those of the shape of the data
     that the form was solved for, and a look that is due waits for one in any process. The dose has no unit and is that
@@ -58,6 +60,7 @@ class AutoDose:
         self.steps, self.clean = steps, clean
         # The closed form goes with 1 / steps: at most about the dose of two steps, beyond which x0 shows in the input.
         self.most = steps / 2
+        self.every = max(EVERY, -(-steps // SPARE))
         self.times = (torch.arange(GRID) + 0.5) / GRID
         self.table = self.mean = torch.empty(0)
         self.factor, self.ratio = torch.ones(()), torch.ones(steps)
@@ -105,7 +108,7 @@ class AutoDose:
         """Draw samples, where it is due, and correct the doses by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
-        if self.batches % EVERY:
+        if self.batches % self.every:
             self.batches += 1
             return
         alike = self.mean.new_tensor(float(self._is_alike(batch)))
