@@ -101,6 +101,22 @@ def test_resume_is_exact(recipe: tuple[str, Path, Path], tmp_path: Path, arm: st
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_distillation_resumes_with_the_same_teacher_alone(
+    recipe: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, file, _ = recipe
+    base = shutil.copytree(recipe[2], tmp_path / "base")
+    run = train((recipe[0], file, base), tmp_path / "run", "plain")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["train", str(file), "--out", str(base), "--training.passes", "9"]) == 0  # trained further
+    capsys.readouterr()
+    words = ["train", str(file), "--arm", "plain", "--training.init", str(base), "--out", str(run)]
+    assert main([*words, "--training.passes", "10"]) == 2
+    assert f"{run} learns from other weights of {base} than it has now: put them back" in capsys.readouterr().err
+    load_denoiser(str(run))  # which stays what it was
+    train((recipe[0], file, base), tmp_path / "ict", "ict")  # without a teacher
+
+
 def test_plain_diffusers_opens_and_samples_what_was_trained(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:
     kind, _, _ = recipe
     out = train(recipe, tmp_path / "run", "at")

@@ -632,7 +632,7 @@ def test_latents_are_resumed_on_the_same_content_alone(
     with monkeypatch.context() as patched:
         patched.setattr("atdiff.pipelines.cache._write_images", lambda *args: pytest.fail("encoded again"))
         assert go_on(3) == 0
-    assert json.loads((tmp_path / "run" / "data.json").read_text()) == stored
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == {**stored, "published": 3}
     pixels = np.asarray(Image.open(folder / "0.png")).copy()
     original = pixels.copy()
     pixels[5, 9] ^= 255
@@ -665,7 +665,7 @@ def test_a_run_is_resumed_with_the_same_autoencoder_alone(
     save_file(changed, weights, metadata={"format": "pt"})
     capsys.readouterr()
     assert go_on(2) == 2
-    assert f"of another autoencoder or other text encoders than {base} has now" in capsys.readouterr().err
+    assert f"of another autoencoder or other text encoders of {base} than it has now" in capsys.readouterr().err
     weights.write_bytes(original)
     assert go_on(2) == 0
 

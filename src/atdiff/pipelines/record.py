@@ -21,7 +21,7 @@ def stored_data(run: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def note(run: Path, *, anew: bool = True, **values: int) -> None:
+def note(run: Path, *, anew: bool = True, **values: object) -> None:
     """Add to what a training folder says of its data; ``anew`` replaces what it says already."""
     stored = stored_data(run)
     noted = {**stored, **values} if anew else {**values, **stored}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.record import classes_of, stored_data
-from atdiff.system.files import write_json
+from atdiff.pipelines.record import classes_of, note, stored_data
 from atdiff.system.processes import in_main
+from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.tasks.base import Task
 
 __all__ = ["check_data", "count_as_begun", "store_data"]
@@ -21,20 +22,15 @@ def count_as_begun(out: Path, task: Task) -> None:
         task.count(before)
 
 
-def check_data(out: Path, task: Task) -> None:
-    """Find in all processes that the run had other data, and write nothing."""
-    in_main(lambda: _checked(out, task))
+def check_data(out: Path, task: Task) -> dict[str, Any] | None:
+    """Return, in the main process, which data these are, or find in all of them that the run had other ones."""
+    return in_main(lambda: _checked(out, task))
 
 
-def store_data(out: Path, task: Task) -> None:
-    """Write which data these are, or find in all processes that the run had other ones."""
-
-    def store() -> None:
-        stored, found = stored_data(out), _checked(out, task)
-        if stored != {**stored, **found}:
-            write_json(out / "data.json", {**stored, **found})
-
-    in_main(store)
+def store_data(out: Path, found: Mapping[str, Any] | None) -> None:
+    """Write what :func:`check_data` returned."""
+    if found is not None:
+        note(out, **found)
 
 
 def _checked(out: Path, task: Task) -> dict[str, Any]:
@@ -47,8 +43,8 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
         "fingerprint": task.data.fingerprint(),
         "classes": None if classes is None else {name: label for label, name in enumerate(classes)},
     }
-    base, encoders = task.base, task.encoders
-    found |= {name: one for name, one in (("base", base), ("encoders", encoders)) if one is not None}
+    others = {"base": task.base, "teacher": task.teacher, "encoders": task.encoders}
+    found |= {name: weights for name, weights in others.items() if weights is not None}
     remedy = "put the data back as they were, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
@@ -66,15 +62,19 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
             f"{out} was trained on {stored['images']} images of {stored['name']}, and now as many have other "
             f"pixels, {task.beside_pixels} or another order: {remedy}"
         )
-    if stored.get("base", base) != base:
-        raise UserError(
-            f"{out} trains adapters on other weights of {task.config.training.init} than it has now: put the pipeline "
-            "back as it was, or choose another --out."
-        )
-    if stored.get("encoders", encoders) != encoders:
-        pipeline = task.config.training.init or "its pipeline"
-        raise UserError(
-            f"{out} was trained on latents and embeddings of another autoencoder or other text encoders than "
-            f"{pipeline} has now: put the pipeline back as it was, or choose another --out."
-        )
+    changed = next((name for name, weights in others.items() if stored.get(name, weights) != weights), None)
+    if changed is not None:
+        what = _of_other_weights(changed, task.config)
+        raise UserError(f"{out} {what} than it has now: put it back as it was, or choose another --out.")
     return found
+
+
+def _of_other_weights(changed: str, config: TrainConfig) -> str:
+    """Say what was done with the other weights of a network."""
+    init, teacher = config.training.init, config.consistency.teacher
+    if changed == "base":
+        return f"trains adapters on other weights of {init}"
+    if changed == "teacher":
+        return f"learns from other weights of {init if teacher in (None, SELF) else teacher}"
+    pipeline = init or "its pipeline"
+    return f"was trained on latents and embeddings of another autoencoder or other text encoders of {pipeline}"

@@ -110,15 +110,18 @@ class Trainer:
         check_split(self.config, out)
         count_as_begun(out, task)
         published = from_main(in_main(lambda: self._is_published(out)))
+        data = None
         if not published:
             task.read_data(self.accelerator)  # What is wrong with it is found before anything is written.
-            check_data(out, task)
+            data = check_data(out, task)
         checkpoint = take_folder(out, self.config)
         self.finished = checkpoint is not None and passes_of(checkpoint) >= settings.passes and bool(published)
         if self.finished:
             return
-        task.read_data(self.accelerator)
-        store_data(out, task)
+        if published:
+            task.read_data(self.accelerator)
+            data = check_data(out, task)
+        store_data(out, data)
         task.prepare(out, self.accelerator, progress=progress)
         self._build()
         if checkpoint is not None:

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from atdiff.data.sources import ImageData
-from atdiff.training.config import TrainConfig
+from atdiff.pipelines.lora import frozen_fingerprint
+from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.order import batch_indices
 
 __all__ = ["Task"]
@@ -74,6 +75,17 @@ class Task(ABC):
     def alike(self) -> Tensor:
         """Which samples are of one shape, that of the most of them, int64 ``(n,)``; once the data were read."""
         return torch.arange(self.epoch_size)
+
+    @property
+    def teacher(self) -> str | None:
+        """A hash of the weights that a consistency model is distilled from; None without, or where they are the base's.
+
+        Of weights in fewer than 16 bits it is none either: see :attr:`base`.
+        """
+        network = getattr(getattr(self.objective, "teacher", None), "model", None)
+        lora, source = self.config.lora, self.config.consistency.teacher
+        kept = lora.base_precision in ("float32", "bf16") and not (lora.rank and source in (None, SELF))
+        return frozen_fingerprint(network) if kept and isinstance(network, nn.Module) else None
 
     @property
     def base(self) -> str | None:
