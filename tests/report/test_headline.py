@@ -46,6 +46,17 @@ def test_beyond_what_was_measured_it_saves_more_than_that() -> None:
     assert ": 16 steps of plain do not reach that, so more than" in text
 
 
+def test_a_bound_from_above_saves_nothing_that_is_known() -> None:
+    """One seed of the arm is worse than the baseline at the fewest steps that were measured."""
+    at = [{**curve, 4: 32.0 * factor} for curve, factor in zip(scaled(*6 * [1.0]), [1.001, *5 * [0.5]], strict=True)]
+    found = cells({"plain": scaled(*6 * [1.0]), "at": at}, "fd")
+    (row,) = (one for one in saved_where_known(found, metric="fd") if one.steps == 4)
+    assert (row.bound, row.needed > 4) == ("<", True)
+    text = said({"plain": scaled(*6 * [1.0]), "at": at})
+    assert text.startswith("at lowers FD by")
+    assert "saved" not in text
+
+
 def test_a_metric_that_rises_saves_no_steps() -> None:
     text = said({"plain": scaled(0.01, 0.01), "at": scaled(0.02, 0.0201)}, "recall")
     assert text.startswith("at raises recall by 100% against plain with ddim at")

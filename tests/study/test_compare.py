@@ -74,6 +74,16 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     assert f"{abs(change):.0f}" in row or f"{abs(change):.1f}" in row
 
 
+def test_a_run_that_is_two_arms_is_shown_as_both(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    plain, at = (str(finished[1] / "seed-0" / arm) for arm in ("plain", "at"))
+    words = ["compare", f"plain={plain}", f"one={at}", f"two={at}", "--steps", "2", "--num", "40", "--no-mismatch"]
+    assert main([*words, "--out", str(tmp_path / "page.html")]) == 0
+    cells = json.loads((tmp_path / "page.summary.json").read_text())["cells"]
+    figures = {cell["arm"]: cell["metrics"]["fd"] for cell in cells}
+    assert set(figures) == {"plain", "one", "two"}
+    assert figures["one"] == figures["two"] != figures["plain"]
+
+
 def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "3", "--num", "40", "--no-mismatch",
              "--corrections", "none,epsilon-scaling:search,time-shift:40", "--search-num", "30",

@@ -69,7 +69,7 @@ def _steps(count: float) -> str:
 def _saved(row: Row, saved: Sequence[StepsSaved], baseline: str) -> str:
     """What the cell saves, as the end of a sentence; nothing where that is not known."""
     one = next((one for one in saved if (one.arm, one.setting) == (row.arm, row.setting)), None)
-    if one is None or not one.needed > one.steps:
+    if one is None or not one.needed > one.steps or one.bound == "<":  # which is a bound from above
         return ""
     more = _steps(one.needed - one.steps)
     if one.bound:

@@ -120,10 +120,10 @@ def _cells(
         cells = cells_of_run(one.run, file, weights=one.weights, device=device, notify=notify)
         found += [{"arm": one.arm, "seed": one.seed, **cell} for cell in cells]
     if config is not None:
-        names = {one.run: one for one in runs}
-        for cell in evaluate_runs(list(names), config, figures, asked_only=True, device=device, notify=notify):
-            one = names[cell["run"]]
-            found.append({"arm": one.arm, "seed": one.seed, **cell})
+        names = list(dict.fromkeys(one.run for one in runs))
+        for cell in evaluate_runs(names, config, figures, asked_only=True, device=device, notify=notify):
+            # A run may be several arms.
+            found += [{"arm": one.arm, "seed": one.seed, **cell} for one in runs if one.run == cell["run"]]
     return found
 
 
