@@ -383,6 +383,22 @@ def test_seeds_of_a_study_do_not_start_from_different_weights_of_one_run(
     assert not (out / "seed-1").exists()
 
 
+def test_arms_of_a_study_are_trained_on_the_same_images(
+    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, before = finished
+    out = copied_study(before, tmp_path / "out")
+    file = out / "seed-1" / "at" / "data.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "fingerprint": "of images that have changed since"}))
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.mismatch", "false"]
+    assert main([*words, "--study.seeds", "[0, 1, 2]"]) == 2
+    message = "seed-1/at was trained on other images than there are now: put the images back"
+    assert message in capsys.readouterr().err
+    assert not (out / "seed-2").exists()
+    assert main([*words, "--study.seeds", "[0]"]) == 0
+
+
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])
 def test_measurements_leave_figures_and_a_picture(
     command: str, finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

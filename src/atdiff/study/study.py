@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
+from atdiff.pipelines.record import stored_data
 from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
 from atdiff.study.progress import Seconds, StudyProgress
@@ -38,6 +39,7 @@ from atdiff.training.card import write_card
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
+from atdiff.training.tasks.base import Task
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 
@@ -107,7 +109,7 @@ def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> lis
     """
     check_study(recipe, out, overrides)
     stages = _plan(recipe, out, overrides)
-    _check(stages[: 1 + len(recipe.study.arms)], recipe.study)
+    _check(stages, recipe.study)
     began = _check_origins(out, stages)
     _open(out, recipe, overrides, stages)
     if began:
@@ -190,9 +192,10 @@ def _settle_precision(stages: Sequence[Stage]) -> None:
 
 
 def _check(stages: list[Stage], study: StudyConfig) -> None:
-    """Find what is wrong with the stages of one seed before any compute is spent."""
+    """Find what is wrong with the stages before any compute is spent, with their settings by those of one seed."""
     trainer = Trainer(stages[0].config)
-    for stage in stages[1:]:
+    _check_images(stages, trainer.task)
+    for stage in stages[1 : 1 + len(study.arms)]:
         assert stage.evaluation is not None
         stage.evaluation.check(trainer.task.check_arm(stage.config, from_here=stages[0].arm == BASE))
     warn_of_slow_bf16("study.precision", study.precision, _device())
@@ -234,6 +237,37 @@ def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
                 "begin all arms from those of now."
             )
     return began
+
+
+def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
+    """Refuse runs that were trained on other images than others with the same settings of ``data``.
+
+    Finished runs are not trained, and so look at no images.
+
+    Args:
+        stages: of a study.
+        task: of the first of them, whose images are those of now, where it has read them.
+    """
+    known: dict[str, tuple[Path | None, str]] = {}
+    if task is not None and hasattr(task, "data"):
+        classes = None if task.classes is None else {name: label for label, name in enumerate(task.classes)}
+        known[_images_of(stages[0], classes)] = None, task.data.fingerprint()
+    for stage in stages:
+        stored = stored_data(stage.folder)
+        if "fingerprint" not in stored:  # not begun, or by an earlier version
+            continue
+        found = stored["fingerprint"]
+        other, expected = known.setdefault(_images_of(stage, stored.get("classes")), (stage.folder, found))
+        if found != expected:
+            raise UserError(
+                f"{stage.folder} was trained on other images than {other or 'there are now'}: put the images back, or "
+                "choose another --out to train all arms on the same."
+            )
+
+
+def _images_of(stage: Stage, classes: Mapping[str, int] | None) -> str:
+    """Return what says which images a run is trained on: its settings, and in which order classes are counted."""
+    return json.dumps([asdict(stage.config.data), classes], sort_keys=True)
 
 
 def _check_bases(stages: Sequence[Stage]) -> None:
@@ -333,6 +367,7 @@ def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console, *, f
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
+    _check_images(stages)
 
 
 def cells_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
