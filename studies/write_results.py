@@ -44,11 +44,11 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         name = path.name if path.is_dir() else f"{path.parent.name}-{path.name.removesuffix('.summary.json')}"
         summary = json.loads((path / "summary.json" if path.is_dir() else path).read_text())
-        write_text(PAGES / f"{name}.md", page(name, summary))
+        write_text(PAGES / f"{name}.md", page(name, summary, path / "samples.png"))
         print(PAGES / f"{name}.md")
 
 
-def page(name: str, summary: dict[str, Any]) -> str:
+def page(name: str, summary: dict[str, Any], samples: Path) -> str:
     cells, options = summary["cells"], {"baseline": summary["baseline"], "metric": summary["metric"]}
     corrections = corrections_of(cells)
     rows = compare(cells, correction=corrections[0], **options)
@@ -74,6 +74,11 @@ def page(name: str, summary: dict[str, Any]) -> str:
         parts += ["## Steps saved", f"![steps of plain sampling that N steps replace]({name}-steps-saved.png)"]
         parts += [saved_markdown(saved)]
     parts += [quality(cells, summary["baseline"])]
+    if samples.is_file():
+        write_bytes(PAGES / f"{name}-samples.png", samples.read_bytes())
+        sampler, seed = cells[0]["sampler"], cells[0]["seed"]
+        caption = f"Samples of each arm from the same noise, by sampling steps ({sampler}, training seed {seed})"
+        parts += ["## Samples", f"![{caption}]({name}-samples.png)", f"{caption}."]
     parts += [picture(name, part, summary[part]) for part in FIGURES if part in summary and _tells(part, summary[part])]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 

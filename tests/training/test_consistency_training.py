@@ -112,7 +112,7 @@ def test_a_distillation_resumes_with_the_same_teacher_alone(
     capsys.readouterr()
     words = ["train", str(file), "--arm", "plain", "--training.init", str(base), "--out", str(run)]
     assert main([*words, "--training.passes", "10"]) == 2
-    assert f"{run} learns from other weights of {base} than it has now: put them back" in capsys.readouterr().err
+    assert f"{run} learns from other weights of {base} than it has now: put it back" in capsys.readouterr().err
     load_denoiser(str(run))  # which stays what it was
     train((recipe[0], file, base), tmp_path / "ict", "ict")  # without a teacher
 
