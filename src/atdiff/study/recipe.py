@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from atdiff.core.choices import Precision
 from atdiff.core.errors import UserError
 from atdiff.system.suggest import nearest
 from atdiff.training.checks import check_config
-from atdiff.training.config import Settings, TrainConfig
+from atdiff.training.config import AdversaryConfig, Settings, TrainConfig
 from atdiff.training.encoded import as_encoded
 from atdiff.training.settings import apply_words, dotted_keys, load_yaml, merge, read_settings
 
@@ -188,8 +188,25 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
             merge(settings, copy.deepcopy(layer))
     apply_words(settings, overrides or [], TrainConfig)
     config = as_encoded(read_settings(TrainConfig, settings), settings.get("data"))
+    _check_usual(settings.get("adversary") or {}, config.adversary)
     check_config(config)
     return config
+
+
+def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
+    """Refuse what is written out as the default where a dose has settings of its own in their place.
+
+    All three together are those of a run without an adversary, as its folder has them.
+    """
+    names = ("method", "passes", "direction")
+    for name in names:
+        if name in said and said[name] != getattr(adversary, name) and not all(one in said for one in names):
+            dose = f"steps={adversary.steps}" if adversary.steps is not None else f"dose={adversary.dose}"
+            raise UserError(
+                f"adversary.{name}={said[name]!r} contradicts adversary.{dose}, which with nothing else is "
+                f"{adversary.method!r} in {adversary.passes} passes along the {adversary.direction}: leave it out, or "
+                "give method, passes and direction."
+            )
 
 
 def check_words(words: Sequence[str], *, study: bool) -> None:
