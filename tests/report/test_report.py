@@ -189,6 +189,14 @@ def page(source: str) -> Page:
     return Page(source)
 
 
+def test_samples_are_said_to_be_drawn_in_float32_whatever_the_figures(summary: Summary, tmp_path: Path) -> None:
+    cells = [{**cell, "weights": "EMA 0.999", "dtype": "bf16 autocast"} for cell in summary["cells"]]
+    write_report({**summary, "cells": cells}, tmp_path / "report.html", fake_grids())
+    text = " ".join((tmp_path / "report.html").read_text("utf-8").split())
+    assert "EMA 0.999 weights; float32; no correction; runs of the first training seed" in text
+    assert "EMA 0.999 weights; bf16 autocast; " in text
+
+
 def test_page_is_balanced_html(source: str, page: Page) -> None:
     assert source.lstrip().startswith("<!DOCTYPE html>")
     assert page.stack == []

@@ -36,6 +36,7 @@ __all__ = ["write_report"]
 
 # What says whether a distance fell at the cost of fidelity or of diversity.
 BESIDE = ("density", "recall")
+DRAWN_IN = "float32"
 TOLD = 5  # arms in words, before the others are folded
 
 
@@ -112,7 +113,10 @@ def _contents(
         "corrected": _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None,
         "losses": losses and data_uri(losses, "image/svg+xml"),
         "samples": _samples(samples),
-        "samples_recipe": recipe_text([{key: cell.get(key) for key in ("weights", "dtype")} for cell in cells]),
+        # In whatever precision the figures are, samples are drawn as runs are loaded.
+        "samples_recipe": recipe_text(
+            [{"weights": cell.get("weights"), "dtype": cell.get("dtype") and DRAWN_IN} for cell in cells]
+        ),
         **_told(summary),
         **{name: _measured(summary.get(name), draw, leading) for name, draw in MEASURED.items()},
         "mismatch_said": _mismatch_said((summary.get("mismatch") or {}).get("by_run", {}), baseline),
