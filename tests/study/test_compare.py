@@ -13,6 +13,7 @@ import pytest
 
 import atdiff.metrics.stream
 import atdiff.pipelines.trained
+import atdiff.study.summary
 from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.measure.directions import DirectionsConfig
@@ -72,6 +73,24 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
         line for line in (tmp_path / "page.table.md").read_text().splitlines() if line.startswith("| ddim | 4 |")
     )
     assert f"{abs(change):.0f}" in row or f"{abs(change):.1f}" in row
+
+
+def test_samples_are_of_the_prompts_of_the_figures(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    draw = atdiff.study.summary.sample_grids
+
+    def drawn(*args: Any, **options: Any) -> Any:
+        asked.append(options["prompts"])
+        return draw(*args, **options)
+
+    monkeypatch.setattr(atdiff.study.summary, "sample_grids", drawn)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    words = ["compare", *runs(finished[1])[:2], "--steps", "2", "--num", "40", "--no-mismatch"]
+    words += ["--prompts", str(tmp_path / "prompts.txt")]
+    assert main([*words, "--out", str(tmp_path / "page.html")]) == 0
+    assert asked == [("one", "two")]
 
 
 def test_a_run_that_is_two_arms_is_shown_as_both(finished: tuple[Path, Path], tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def compare_runs(
 
 def _drawing(config: EvaluationConfig | None) -> dict[str, Any]:
     """Return what ``publish`` is told of the samples and the real images beside them, where it is not as trained."""
-    return {} if config is None else {"loading": config.loading, "data": config.data, "reading": config.reading}
+    if config is None:
+        return {}
+    return {"loading": config.loading, "data": config.data, "reading": config.reading, "prompts": config.prompts}
 
 
 def _summary(runs: Sequence[ArmRun], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

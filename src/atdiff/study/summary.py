@@ -182,6 +182,7 @@ def publish(
     loading: Mapping[str, Any] | None = None,
     data: str | None = None,
     reading: DataOptions = AS_TRAINED,
+    prompts: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
     """Write the page, and beside it ``summary.json``, ``table.md`` and PNGs; print tables and conclusions.
@@ -197,13 +198,14 @@ def publish(
         loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
         data: of the real images beside the samples; None for that of the runs' training.
         reading: how these are read, where that is another way than in training.
+        prompts: of the samples of text-to-image runs, in the place of those of their training.
         console: where to print.
     """
     console = console or Console()
     cells, metric, baseline = summary["cells"], summary["metric"], summary["baseline"]
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = {one: sorted({cell["steps"] for cell in cells if cell["sampler"] == one}) for one in samplers}
-    grids = sample_grids(runs, samplers, steps, device=device, loading=loading)
+    grids = sample_grids(runs, samplers, steps, prompts=prompts, device=device, loading=loading)
     names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
     beside = report.name == "report.html"
     files = {name: report.parent / name if beside else report.with_suffix(f".{name}") for name in names}
