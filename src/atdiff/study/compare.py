@@ -55,7 +55,6 @@ def compare_runs(
     arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=config.data if config else None)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
-    tabulate(cells, leading_metric(cells))  # refuses cells that cannot be compared, before more is computed
     by_seed = sorted(runs, key=lambda one: one.seed)
     of_arm = {arm: [one.run for one in by_seed if one.arm == arm] for arm in (baseline, *arms)}
     measurements = replace(_measurements(cells[0], config or runs[0]), mismatch=mismatch, robustness=robustness)
@@ -126,6 +125,7 @@ def _cells(
         for cell in evaluate_runs(names, config, figures, asked_only=True, device=device, notify=notify):
             # A run may be several arms.
             found += [{"arm": one.arm, "seed": one.seed, **cell} for one in runs if one.run == cell["run"]]
+    tabulate(found, leading_metric(found))  # refuses cells that cannot be compared, before more is computed
     return found
 
 

@@ -219,10 +219,13 @@ def publish(
     if saved:
         leading = ranked(compare(cells, correction=corrections_of(cells)[0], **options))[:MOST_ARMS]
         write_bytes(files["steps-saved.png"], saved_curves(saved, leading=leading, file_format="png"))
+    _tell(console, said, [report, *(file for name, file in files.items() if saved or name != "steps-saved.png")])
+
+
+def _tell(console: Console, said: Sequence[str], files: Sequence[Path]) -> None:
     for sentence in said:
         console.print(f"- {sentence}")
-    shown = [file for name, file in files.items() if saved or name != "steps-saved.png"]
-    console.print(f"\n{report}", *shown, sep="\n", soft_wrap=True)
+    console.print("", *files, sep="\n", soft_wrap=True)
 
 
 def _compared(
