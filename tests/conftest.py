@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Tests that need two threads share their core with another process, which spinning would keep from it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from filelock import FileLock
@@ -122,10 +123,10 @@ def copied_study(study: Path, copy: Path) -> Path:
 
 
 class _Serial(Executor):
-    """Does at once what it is given, in the process of the test."""
+    """Does at once what it is given, in the process of the test, with the threads of a worker."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        pass
+    def __init__(self, *args: Any, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
+        initializer(*initargs)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -137,9 +138,12 @@ class _Serial(Executor):
 
 
 @pytest.fixture
-def study_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def study_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Studies train in this process, for tests that are not about workers, of which each imports torch anew."""
     monkeypatch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_unet(*channels: int, out_channels: int = 1, **options: Any) -> UNet2DModel:

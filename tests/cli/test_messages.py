@@ -183,6 +183,7 @@ def test_light_names_are_those_of_the_registries() -> None:
         ("train quickstart --wieght_decay 3", "did you mean '--optimizer.weight_decay'?"),
         ("train quickstart --dryrun", "did you mean '--dry-run'?"),
         ("train quickstart --study.num 3", "is for `atdiff study`"),
+        ("train quickstart --finetune.training.passes 3", "is for `atdiff study`"),
         ("study quickstart --seed 3", "'--study.seeds'"),
         ("study quickstart --sampler ddim", "did you mean '--study.samplers'?"),
         ("study quickstart --jbos 3", "did you mean '--jobs'?"),

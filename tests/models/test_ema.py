@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from atdiff.cli import main
-from atdiff.models.ema import EMA
+from atdiff.models.ema import EMA, share_of_start
 from atdiff.pipelines.model import load_denoiser
 from atdiff.training.checkpoint import latest_checkpoint, load_checkpoint
+from atdiff.training.checks import for_machine
+from atdiff.training.config import TrainConfig
+from atdiff.training.settings import read_settings
 from atdiff.training.weights import Weights
 
 PASSES = 9
@@ -30,6 +36,47 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": {"prediction_type": "v_prediction"},
     },
 }
+
+
+def of_passes(passes: int, **settings: Any) -> TrainConfig:
+    content = {"data": {"name": "digits"}, "training": {"passes": passes, **settings}}
+    config: TrainConfig = read_settings(TrainConfig, {**content, "adversary": {"method": "pgd", "passes": 2}})
+    return config
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [(0.999, False), (0.99, False), (0.999, True)])
+def test_the_share_of_the_start_is_what_the_average_keeps_of_it(decay: float, warmup: bool) -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    average = EMA(network, decay, warmup=warmup)
+    average.follow(network)
+    nn.init.zeros_(network.weight)
+    for _ in range(500):  # of 2 passes each
+        average.update()
+    left = average.module.weight.item()
+    config = of_passes(1000, ema_decay=decay, ema_warmup=warmup)
+    assert share_of_start(asdict(config)) == pytest.approx(left, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("passes", "settings", "advice"),
+    [
+        (1000, {"ema_decay": 0.999, "ema_warmup": False}, "leaves 61% .* after the 500 .* training.ema_decay=0.99 "),
+        (4000, {"ema_decay": 0.9999, "ema_warmup": False}, "leaves 82% .* training.ema_decay=0.99 "),
+        (12000, {"ema_decay": 0.9999, "ema_warmup": False}, "leaves 55% .* training.ema_decay=0.999 "),
+        (1000, {"ema_decay": 0.99, "ema_warmup": False}, None),
+        (1000, {"ema_decay": 0.9999, "ema_warmup": True}, None),
+        (20, {"ema_decay": 0.999, "ema_warmup": False}, None),
+    ],
+)
+def test_an_average_over_more_updates_than_a_run_makes_is_warned_of(
+    passes: int, settings: dict[str, Any], advice: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for_machine(of_passes(passes, **settings))
+    said = [str(one.message) for one in caught]
+    assert any(re.search(advice, one) for one in said) if advice else not any("ema_decay" in one for one in said)
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.4, 0.0])

@@ -329,6 +329,8 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         (["--study.steps", "{ddim: [3], iddpm: []}"], "study.steps.iddpm=[] must be a list without repetition"),
         (["--study.precision", "half"], "study.precision='half' is unknown"),
         (["--study.start", "nowhere"], "'nowhere' could not be loaded"),
+        (["--finetune.training.pases", "5"], "did you mean 'passes'"),
+        (["--finetune.training.passes", "-5"], "training.passes=-5"),
     ],
 )
 def test_study_settings_are_checked(
@@ -344,7 +346,7 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
 ) -> None:
     recipe, before = finished
     start, out = before / "seed-0" / "base", tmp_path / "out"
-    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "2", "--study.start", str(start), "--study.mismatch",
              "false", "--study.steps", "{ddim: [3, 5], iddpm: [2]}", "--study.precision", "bf16"]  # fmt: skip
     assert main(words) == 0
     assert not list(out.glob("seed-*/base"))

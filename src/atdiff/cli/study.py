@@ -29,7 +29,7 @@ def study(invocation: Invocation, recipe: str, out: Path, interval: str, jobs: i
     """Train the base model and every arm of RECIPE at equal passes, evaluate them, and write a table and a report.
 
     RECIPE is a bundled recipe or a YAML file. Any setting can follow: --training.passes 500 changes every run,
-    --study.num 512 the evaluation.
+    --finetune.training.passes 500 the arms without their base, --study.num 512 the evaluation.
     """
     run_recipe(recipe, out, invocation.line, interval=interval, jobs=jobs, settings=settings)
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from atdiff.core.charge import charge_of
 
-__all__ = ["EMA", "average_name", "decay_at", "last_decay"]
+__all__ = ["EMA", "average_name", "decay_at", "last_decay", "share_of_start"]
 
 
 def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
@@ -32,6 +32,14 @@ def last_decay(config: Mapping[str, Any]) -> float:
     training, charge = config["training"], charge_of(config)
     updates = -(-charge.trained(training["passes"]) // charge.update)
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
+
+
+def share_of_start(config: Mapping[str, Any]) -> float:
+    """Return how much of the average that a run of these settings leaves is still the weights that it began with."""
+    training, charge = config["training"], charge_of(config)
+    updates = charge.trained(training["passes"]) // charge.update
+    # A decay that rises from 0 leaves less than a tenth after the first update.
+    return 0.0 if training.get("ema_warmup", False) else float(training["ema_decay"] ** updates)
 
 
 def average_name(config: Mapping[str, Any]) -> str:

@@ -33,6 +33,8 @@ __all__ = [
     "split_words",
 ]
 
+FINETUNE = "--finetune."  # words on the arms alone
+
 
 @dataclass
 class StudyConfig(Settings):
@@ -80,8 +82,9 @@ class StudyConfig(Settings):
 
 @dataclass
 class _Study(TrainConfig):
-    """What words of the command line can set of a study."""
+    """What words of the command line can set of a study, beside the settings of all its runs."""
 
+    finetune: TrainConfig = field(default_factory=TrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
 
 
@@ -136,10 +139,10 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: of the recipe, or the path of a file.
-        study_words: command-line words that change its ``study``, from :func:`split_words`.
+        study_words: command-line words that change its ``study`` and ``finetune``, from :func:`split_words`.
 
     Raises:
-        UserError: there is no such recipe, it is not YAML, or it has an unknown key.
+        UserError: there is no such recipe, it is not YAML, it has an unknown key, or it has no ``finetune`` to change.
     """
     bundled = bundled_recipes()
     path = bundled.get(name, Path(name))
@@ -154,14 +157,20 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     read = read_settings(RecipeFile, content)
     arms = {str(arm): overrides or {} for arm, overrides in (content.pop("arms", None) or {}).items()}
     study = {"arms": list(arms), **(content.pop("study", None) or {})}
+    finetune = content.pop("finetune", None) or {}
+    word = next((word.partition("=")[0] for word in study_words if word.startswith(FINETUNE)), None)
+    if word is not None and not finetune:
+        setting = word.removeprefix(FINETUNE)
+        raise UserError(f"option {word!r} is for arms that start from a base, and {name} has none: say --{setting}.")
+    changed = apply_words({"study": study, "finetune": finetune}, study_words, _Study)
     return Recipe(
         name=path.stem,
         title=read.title or path.stem,
         about=" ".join((read.about or "").split()),
         cost=" ".join((read.cost or "").split()),
-        finetune=content.pop("finetune", None) or {},
+        finetune=changed["finetune"],
         arms=arms,
-        study=_study(study, study_words, arms),
+        study=_study(changed["study"], arms),
         config={key: value for key, value in content.items() if key not in ("title", "about", "cost")},
     )
 
@@ -216,26 +225,26 @@ def check_words(words: Sequence[str], *, study: bool) -> None:
         UserError: there is one.
     """
     for word in words:
-        if not study and re.match(r"--study\b", word):
+        if not study and re.match(r"--(study|finetune)\b", word):
             raise UserError(f"option {word.partition('=')[0]!r} is for `atdiff study`; leave it out.")
     kind = _Study if study else TrainConfig
     read_settings(kind, apply_words({}, words, kind))
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part command-line words into those on the runs and those on the study (``--study.num 512``)."""
+    """Part command-line words into those on all runs and those on the study or its arms alone (``--study.num 512``)."""
     runs: list[str] = []
     study: list[str] = []
     into = runs
     for word in words:
         if word.startswith("--"):
-            into = study if word.startswith("--study.") else runs
+            into = study if word.startswith(("--study.", FINETUNE)) else runs
         into.append(word)
     return runs, study
 
 
-def _study(settings: dict[str, Any], words: Sequence[str], arms: dict[str, Any]) -> StudyConfig:
-    study: StudyConfig = read_settings(_Study, apply_words({"study": settings}, words, _Study)).study
+def _study(settings: dict[str, Any], arms: dict[str, Any]) -> StudyConfig:
+    study: StudyConfig = read_settings(_Study, {"study": settings}).study
     lists = {name: getattr(study, name) for name in ("arms", "seeds", "samplers", "corrections", "metrics")}
     by_sampler = study.steps if isinstance(study.steps, dict) else {}
     steps: dict[str, Any] = {f"steps.{sampler}": counts for sampler, counts in by_sampler.items()}

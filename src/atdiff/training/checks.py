@@ -18,6 +18,9 @@ from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_split", "for_machine"]
 
+TRIAL = 100  # updates, below which a run only tries things out
+MOST_OF_START = 0.1  # of an average
+
 
 def check_config(config: TrainConfig) -> None:
     """Find what the settings alone show to be wrong.
@@ -64,6 +67,7 @@ def for_machine(config: TrainConfig) -> TrainConfig:
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
     if is_main():
         warn_of_slow_bf16("training.precision", settings.precision, device())
+        _warn_of_long_average(config)
     if config.lora.base_precision != "float32":
         from atdiff.pipelines.base_precision import check_base_precision
 
@@ -224,3 +228,20 @@ def _check_pixels(config: TrainConfig) -> None:
             f"objective.label_dropout={config.objective.label_dropout} drops labels that the network is not given; set "
             "data.class_conditional, or leave it out."
         )
+
+
+def _warn_of_long_average(config: TrainConfig) -> None:
+    """Warn where much of what a run publishes is still what it began with, which favours arms of more updates."""
+    from atdiff.models.ema import share_of_start
+
+    charge, training = charge_of(asdict(config)), config.training
+    updates = charge.trained(training.passes) // charge.update
+    share = share_of_start(asdict(config))
+    if updates < TRIAL or share <= MOST_OF_START:
+        return
+    shorter = next(decay for decay in (0.999, 0.99, 0.9) if decay**updates <= 0.01)
+    warnings.warn(
+        f"training.ema_decay={training.ema_decay} leaves {share:.0%} of the starting weights in the average after the "
+        f"{updates:,} updates of this run: set training.ema_decay={shorter} or training.ema_warmup=true.",
+        stacklevel=3,
+    )
