@@ -64,7 +64,7 @@ def recipe_schema() -> dict[str, Any]:
     own = {
         "title": {**TEXT, "description": "A few words for the list of recipes."},
         "about": {**TEXT, "description": "What the recipe shows."},
-        "cost": {**TEXT, "description": "What a run of it takes."},
+        "cost": {**TEXT, "description": "What running it takes."},
         "finetune": {"$ref": "#/$defs/Layer", "description": "Settings of every arm, on top of the base run's."},
         "arms": {
             "type": "object",

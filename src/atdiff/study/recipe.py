@@ -38,24 +38,25 @@ FINETUNE = "--finetune."  # words on the arms alone
 
 @dataclass
 class StudyConfig(Settings):
-    """How the arms of a recipe are compared.
+    """Comparison of a recipe's arms.
 
     Attributes:
-        arms: names of the recipe's arms, the baseline first; none for all of them.
-        seeds: one base model, and one model an arm, is trained for each.
-        samplers: samplers by name.
-        steps: numbers of steps of each sampler, or by sampler.
-        corrections: of the samplers; see :class:`atdiff.measure.cells.EvaluationConfig`.
-        precision: in which the networks draw them: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where
-            the device has it, else ``no``.
-        num: samples per cell (arm, seed, sampler, correction, steps).
-        search_num: samples of the held-out noise that a correction's value is searched on.
-        extractor: whose features the metrics use.
-        metrics: which metrics.
-        weights: local files of weights by extractor, where they cannot be downloaded.
-        start: a finished run from which the arms of all seeds start, in place of a base of each seed's own.
-        base: evaluate the base models too, as the arm ``base``, which has had no further passes.
-        mismatch: measure the mismatch of every arm, with the first sampler at the second number of steps.
+        arms: names of the arms to compare, the baseline first; empty for all of them.
+        seeds: training seeds; each trains one base model, and one model per arm.
+        samplers: names of the samplers.
+        steps: step counts for all samplers, or by sampler.
+        corrections: sampler corrections: ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with
+            ``:search`` as the value, it is tuned on held-out noise.
+        precision: precision of sampling: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where the device
+            has it, else ``no``.
+        num: samples per cell (arm, seed, sampler, correction, step count).
+        search_num: held-out samples for tuning the value of a correction.
+        extractor: feature network of the metrics.
+        metrics: names of the metrics.
+        weights: local weight files by extractor, for offline machines.
+        start: a finished run from which the arms of all seeds start, instead of one base per seed.
+        base: also evaluate the base models, without further passes, as the arm ``base``.
+        mismatch: measure the mismatch of every arm, with the first sampler at its second step count.
         robustness: measure the worst-case loss and the directions of the first seed's arms.
     """
 
@@ -95,7 +96,7 @@ class RecipeFile(TrainConfig):
     Attributes:
         title: a few words for the list of recipes.
         about: what the recipe shows.
-        cost: what a run of it takes.
+        cost: what running it takes.
         finetune: settings of every arm, on top of the base run's.
         arms: by name, their settings on top of ``finetune``.
         study: how the arms are compared.

@@ -119,39 +119,40 @@ class Settings:
 
 @dataclass
 class DataConfig(Settings):
-    """Which images are learned.
+    """The training data.
 
     Attributes:
-        name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or the name of a data set on the hub.
-        split: which part of it.
-        image_size: crop and resize to this many pixels; null expects images of one size, or for pipelines is theirs.
-        channels: 1 or 3, to convert to greyscale or RGB; null expects images of one kind.
-        crop: how ``image_size`` is had: ``bicubic``, antialiased, or ``adm``, halvings by a box filter before it, as in
-            guided-diffusion.
-        background: the colour that transparent pixels are composed on, a name or ``#rrggbb``; null drops the
-            transparency and shows the colours that are hidden under it.
-        image_column: of a table; default the first that holds images.
-        label_column: of a table, whole numbers or text; default the first of classes.
-        labels: keep only the images of these classes, by number, to train on and to be judged against; null for all.
-            Classes keep their numbers and captions.
-        flip: mirror half of the images left to right; those of pipelines are encoded both ways.
-        class_conditional: give the labels to the network.
-        captions: one a class, which makes text-to-image data of labelled images; or one for all images of a folder
-            without classes.
-        caption_column: of a table; default the first that holds text.
-        caption_tokens: that the T5 of SD3 and Flux cuts or fills a caption to; null for the pipeline's own number (256
-            and 512). Fewer make a smaller cache and faster passes.
-        buckets: crop each image to the bucket of the nearest aspect ratio instead of a square; every batch is of one
-            bucket. Text-to-image data only.
-        bucket_step: pixels that the sides of buckets are multiples of. Their areas are at most that of
-            ``image_size``, their sides from half of it to its double.
-        limit: read only so many images; null for all. Text-to-image data only.
-        streaming: of webdataset shards, parquet files and hub data sets with captions: read and encode their images one
-            batch at a time, without a list of them in memory or a copy on the disk; the latents alone are kept.
-        unreadable: what becomes of files that cannot be read as images: ``refuse`` lists them before training,
-            ``skip`` leaves them out.
-        latents: a folder that ``atdiff encode`` made, in the place of the images, of which none is read. What is read
-            and how is then as it was encoded: of the settings above, only ``flip`` is the run's own. Pipelines only.
+        name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or a dataset on the hub.
+        split: split of the dataset.
+        image_size: crop and resize to this many pixels; null for images that already have one size, or, for pipelines,
+            the pipeline's own size.
+        channels: 3 converts to RGB, 1 to greyscale; null for images that are already all of one kind.
+        crop: resizing method for ``image_size``: ``bicubic`` (antialiased), or ``adm`` (halved with a box filter
+            first, as in guided-diffusion).
+        background: colour to composite transparent pixels on, a name or ``#rrggbb``; null drops the alpha channel and
+            keeps the colours hidden under it.
+        image_column: image column of a table; default: the first one with images.
+        label_column: label column of a table (whole numbers or text); default: the first one with classes.
+        labels: train and evaluate only on images of these classes, given by number; null for all. Classes keep their
+            numbers and captions.
+        flip: mirror half of the images left to right; for pipelines, both versions are encoded.
+        class_conditional: pass the labels to the network.
+        captions: one caption per class, which turns labelled images into text-to-image data; or one caption for all
+            images of a folder without classes.
+        caption_column: caption column of a table; default: the first one with text.
+        caption_tokens: token length for the T5 of SD3 and Flux, to which captions are truncated or padded; null for
+            the pipeline's own (256 and 512). A smaller value reduces the cache and the cost of a pass.
+        buckets: crop each image to the bucket of the nearest aspect ratio instead of a square; each batch comes from
+            one bucket. Text-to-image data only.
+        bucket_step: bucket sides are multiples of this many pixels. Bucket areas are at most that of ``image_size``,
+            and sides range from half of it to twice it.
+        limit: read only the first so many images; null for all. Text-to-image data only.
+        streaming: read and encode captioned webdataset shards, parquet files and hub datasets one batch at a time,
+            without an image list in memory or a copy on disk; only the latents are kept.
+        unreadable: files that cannot be read as images: ``refuse`` lists them in an error before training, ``skip``
+            leaves them out.
+        latents: folder from ``atdiff encode`` to train from instead of images. All settings above except ``flip``
+            are then those it was encoded with. Pipelines only.
     """
 
     name: str = "digits"
@@ -178,20 +179,20 @@ class DataConfig(Settings):
 
 @dataclass
 class ModelConfig(Settings):
-    """Which network, and its constructor's arguments.
+    """The network.
 
     Attributes:
-        name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, of pixels; ``pipeline``, the network of the
-            pipeline that ``training.init`` names (Stable Diffusion, SD3, Flux, DiT and others), on its latents;
-            ``FILE.py:FUNCTION``, a pipeline that the function makes for the data; ``tiny-sd``, ``tiny-sd3`` and
-            ``tiny-flux``, small ones that ``studies/small_pipelines.py`` of the repository makes.
-        args: of the constructor, or of the function.
-        variant: of the weights of the pipelines that ``training.init`` and ``consistency.teacher`` name, such as
-            ``fp16``; null for the plain ones, or the only ones. Training and what it leaves are float32 in any case.
-        config: of ``training.init`` where that is a pipeline in one file (``.safetensors``, ``.ckpt``): a pipeline
-            folder or hub id with its configuration and tokenizers; null for the one on the hub that diffusers finds for
-            its weights.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        name: ``mlp``, ``unet`` (``UNet2DModel``), ``dit`` or ``adm``, on pixels; ``pipeline``, the latent network of
+            the pipeline in ``training.init`` (Stable Diffusion, SD3, Flux, DiT and others); ``FILE.py:FUNCTION``, a
+            function that makes a pipeline for the data; ``tiny-sd``, ``tiny-sd3`` or ``tiny-flux``, small pipelines
+            made by ``studies/small_pipelines.py`` in the repository.
+        args: arguments of the network's constructor, or of the function.
+        variant: weights variant of the pipelines in ``training.init`` and ``consistency.teacher``, such as ``fp16``;
+            null for the weights without a variant, or the only variant. Training and its output are float32 in any
+            case.
+        config: pipeline folder or hub id with the configuration and tokenizers, for a ``training.init`` in one file
+            (``.safetensors``, ``.ckpt``); null for the one that diffusers finds on the hub by the weights.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
     """
 
     name: ModelName = "mlp"
@@ -203,15 +204,15 @@ class ModelConfig(Settings):
 
 @dataclass
 class LoraConfig(Settings):
-    """Low-rank adapters of a pipeline's U-Net, trained instead of its weights.
+    """Low-rank adapters (LoRA) of a pipeline's network, trained instead of its weights.
 
     Attributes:
-        rank: of the adapters; 0 trains all weights.
-        alpha: their scale times the rank; default the rank.
-        targets: names of layers; null for those of LCM-LoRA.
-        base_precision: of the frozen weights under the adapters, and of a teacher's: ``float32``, ``bf16``, or linear
-            layers in fewer bits and the rest in bf16. These are ``fp8`` and ``int8wo``, 8 bits by torchao, and ``int8``
-            and ``nf4``, 8 and 4 bits by bitsandbytes, on a GPU. The adapters are float32.
+        rank: rank of the adapters; 0 trains all weights.
+        alpha: the adapters are scaled by ``alpha / rank``; null for ``alpha = rank``.
+        targets: names of the layers to adapt; null for the pipeline's usual ones (LCM-LoRA's for Stable Diffusion).
+        base_precision: precision of the frozen weights under the adapters, and of a teacher's: ``float32``, ``bf16``,
+            or a quantisation of the linear layers with the rest in bf16: ``fp8`` or ``int8wo`` (8 bits, torchao),
+            ``int8`` or ``nf4`` (8 and 4 bits, bitsandbytes, on a GPU). The adapters are float32.
     """
 
     rank: int = 0
@@ -222,11 +223,12 @@ class LoraConfig(Settings):
 
 @dataclass
 class SchedulerConfig(Settings):
-    """The forward process. What is left out is that of ``training.init``, and what is given must agree with it.
+    """The forward process. Omitted settings are taken from ``training.init``; given ones must agree with it.
 
     Attributes:
-        name: class name of a diffusers scheduler; null for that of ``training.init``, or ``DDPMScheduler``.
-        args: of its constructor; null for those of ``training.init``, or cosine betas.
+        name: class name of a diffusers scheduler; null for the scheduler of ``training.init``, else
+            ``DDPMScheduler``.
+        args: arguments of its constructor; null for those of ``training.init``, else cosine betas.
     """
 
     name: str | None = None
@@ -240,28 +242,29 @@ class SchedulerConfig(Settings):
 
 @dataclass
 class ObjectiveConfig(Settings):
-    """What is learned; see :class:`atdiff.DenoisingObjective`.
+    """The training objective; see :class:`atdiff.DenoisingObjective`.
 
     Attributes:
-        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``, or another name, such as
-            ``eps``, ``x0`` or ``v``; null for that of ``training.init``, or what the scheduler says.
-        variance: ``learned_range`` learns it beside the mean.
-        timestep_sampler: from which timesteps are drawn.
-        weighting: of the loss by the signal-to-noise ratio.
-        snr_gamma: of either weighting.
-        label_dropout: share of labels replaced by the null label, for classifier-free guidance.
-        ot: assign the noises of a batch to its images by least total squared distance, among images of equal
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``, or an alias such as ``eps``,
+            ``x0`` or ``v``; null for that of ``training.init``, else the scheduler's.
+        variance: ``learned_range`` also learns the variance.
+        timestep_sampler: distribution of training timesteps; ``loss-second-moment`` adapts to the loss.
+        weighting: weight of the loss by signal-to-noise ratio.
+        snr_gamma: gamma of ``min-snr`` and ``high-noise``.
+        label_dropout: share of labels or captions replaced by the null label or empty prompt, for classifier-free
+            guidance.
+        ot: assign the noises of a batch to its images by least total squared distance, among images with equal
             conditions.
-        nearest: of how many draws of its noise an image takes the nearest; 4 is usual, 0 for none.
-        explorative: of how many draws of its noise an image takes the one at which the network errs least; 0 for none.
-            Three draws are charged a pass per batch, rounded up.
+        nearest: give each image the nearest of this many noises; 4 is usual, 0 for none.
+        explorative: give each image the one of this many noises with the smallest network error; 0 for none. Three
+            noises cost one pass per batch, rounded up.
         input_perturbation: gamma of DDPM-IP; 0 for none.
         slowed_interpolation: gamma of MixFlow; 0 for none.
-        reflow: pairs of noise and sample, drawn from ``training.init``, that are trained on in the place of images, as
-            in rectified flow; 0 for none. They are taken as they are drawn, whatever ``data.flip``.
-        reflow_steps: of the sampler of second order that draws the pairs.
-        reflow_passes: of ``training.passes`` that count as behind when training starts, since the pairs cost as much;
-            null for a third of a pass an evaluation and batch.
+        reflow: train on this many pairs of noise and sample, generated by ``training.init``, instead of images, as in
+            rectified flow; 0 for none. ``data.flip`` does not apply to pairs.
+        reflow_steps: steps of the second-order sampler that generates the pairs.
+        reflow_passes: number of ``training.passes`` charged for generating the pairs, so training starts after them;
+            null for a third of a pass per evaluation and batch.
     """
 
     prediction_type: Predicted = None
@@ -289,21 +292,22 @@ class ConsistencyConfig(Settings):
     """Consistency distillation and training; see :class:`atdiff.ConsistencyObjective`.
 
     Attributes:
-        mode: ``none`` trains a denoiser; ``distillation`` from a teacher; ``training`` without one.
-        teacher: a run, pipeline folder or hub id; default ``training.init``. ``self`` takes that too, though it is a
-            few-step model already, which is then tuned with itself, as it was, for a teacher.
-        solver: of the teacher's step.
-        site: which input the adversary perturbs.
-        pairs: which timesteps are compared.
-        intervals: of the grid of timesteps, which is also the sampler's.
-        distance: between the two values.
-        huber_c: of the distance; null for the usual one.
-        target_decay: of the moving average that is the target; 0 for the network itself, without gradient.
-        guidance: range of the teacher's classifier-free guidance scale, on latents.
-        embed_guidance: tell the network the scale; LoRA trains without.
-        sample_guidance: scale when sampling, as diffusers counts it. Null for 1, which is none, where the network was
-            distilled without being told the scale, as LoRA is: a scale above guides it once more. Null for the usual
-            one of the pipeline elsewhere, within ``guidance`` where the network was distilled and is told.
+        mode: ``none`` trains a denoiser; ``distillation`` uses a teacher; ``training`` does without one.
+        teacher: a run, pipeline folder or hub id; default ``training.init``. ``self`` also uses ``training.init``,
+            where that is a few-step model already, which is then tuned with its original weights as teacher.
+        solver: solver of the teacher's step.
+        site: where the adversary perturbs: the ``student``'s input, or the ``teacher``'s estimate.
+        pairs: how the two timesteps to compare are chosen.
+        intervals: number of intervals in the grid of timesteps, which is also the sampler's.
+        distance: distance between the two values.
+        huber_c: constant c of the Huber distances; null for the usual one.
+        target_decay: decay of the moving average used as target; 0 for the network itself, without gradient.
+        guidance: range of the teacher's classifier-free guidance scale, for latents.
+        embed_guidance: give the network the scale as an input; no effect with LoRA, which trains without it.
+        sample_guidance: guidance scale for sampling, in diffusers' convention. If null: 1 (no guidance) for a
+            distilled network that does not take the scale as input, such as a LoRA, where a scale above 1 would apply
+            guidance a second time; otherwise the pipeline's usual scale, clipped to ``guidance`` for a distilled
+            network that takes it as input.
     """
 
     mode: Literal["none", "distillation", "training"] = "none"
@@ -322,28 +326,31 @@ class ConsistencyConfig(Settings):
 
 @dataclass
 class AdversaryConfig(Settings):
-    """Who perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training.
+    """The adversary, which perturbs the input; see :class:`atdiff.Adversary`. One pass is plain training.
 
     Attributes:
-        norm: of a sample's perturbation.
-        step_size: norm of one step, times the scale.
-        dose: of the residual, in place of ``step_size``: ``auto``, or the ``k`` of ``k sigma_t (x0 - x0_hat)``, such as
-            0.15. With nothing else said of the method, it is ``pgd`` in two passes along the residual.
-        steps: of the sampler that ``dose: auto`` is for, such as 8; implies it.
-        passes: forward-backward passes a batch.
-        radius: bound of the perturbation's norm, times the scale; null for none.
-        scale: of steps by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or ``middle``; null for
-            ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
-        noise_levels: low and high: perturb only samples between them, from 0 (data) to 1 (noise); null for all.
-        rescale_noise: give the perturbed noise of each sample the norm that its noise had.
-        method: ``free`` updates the weights at every pass, ``pgd`` at the last of a batch; ``equivariance`` adds a
-            regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac`` (2)
-            are rivals without steps.
-        weight: of what ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive`` (0.05) add to the
-            plain loss; of the half of the pairs that ``mac`` prefers (2). No effect with ``free`` and ``pgd``.
-        direction: of the steps.
-        order: which passes of a batch update the weights together.
-        target: ``equivariant`` moves the network's target with the perturbation.
+        norm: norm that measures a sample's perturbation.
+        step_size: norm of one step, multiplied by the scale.
+        dose: strength along the residual, instead of ``step_size``: ``auto``, or the ``k`` of ``k sigma_t (x0 -
+            x0_hat)``, such as 0.15. If the method is not set, it is ``pgd`` in two passes along the residual.
+        steps: number of sampling steps that ``dose: auto`` tunes for, such as 8; implies it.
+        passes: forward-backward passes per batch.
+        radius: maximum norm of the perturbation, multiplied by the scale; null for none.
+        scale: factor of steps and radius by noise level: ``constant``, ``sigma``, ``high`` (high noise only) or
+            ``middle``; null for ``constant`` on schedulers of the DDPM family and ``sigma`` on others.
+        noise_levels: ``[low, high]``: perturb only samples with a noise level between them, from 0 (data) to 1
+            (noise); null for all.
+        rescale_noise: rescale each sample's perturbed noise to the norm of its original noise.
+        method: ``free`` updates the weights at every pass, ``pgd`` at the last pass of a batch; ``equivariance`` adds
+            a regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac``
+            (2) are rivals without a step size.
+        weight: weight of the term that ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive``
+            (0.05) add to the plain loss; for ``mac``, weight of the half of the pairs with the smaller error (2). No
+            effect with ``free`` and ``pgd``.
+        direction: direction of the steps.
+        order: ``consecutive`` repeats each batch for all its passes; ``staggered`` combines fresh and perturbed
+            samples in every update.
+        target: ``equivariant`` moves the network's target with the perturbation; ``invariant`` keeps it.
     """
 
     norm: Norm = "l2"
@@ -375,17 +382,18 @@ class OptimizerConfig(Settings):
     """The optimizer and its learning rate.
 
     Attributes:
-        name: the path of its class, such as ``bitsandbytes.optim.AdamW8bit``, ``prodigyopt.Prodigy``,
-            ``schedulefree.AdamWScheduleFree`` or ``torch.optim.Muon``, which trains the matrices, and AdamW the rest.
+        name: class path, such as ``bitsandbytes.optim.AdamW8bit``, ``prodigyopt.Prodigy``,
+            ``schedulefree.AdamWScheduleFree`` or ``torch.optim.Muon``, which trains the matrices and leaves the rest
+            to AdamW.
         args: further arguments of the class.
-        lr: the learning rate, after the warm-up and before the decay.
-        betas: of AdamW; those of other classes are among ``args``.
-        weight_decay: of AdamW, likewise.
-        warmup_passes: over which the learning rate rises from 0.
-        decay: of the learning rate until the last pass: ``constant``, ``linear``, ``cosine``, or the path of a class of
-            ``torch.optim.lr_scheduler``, which steps once a pass after the warm-up.
-        decay_args: of that class.
-        grad_clip: norm that gradients are clipped to; null for none.
+        lr: learning rate, after the warm-up and before the decay.
+        betas: AdamW's betas; for other classes, use ``args``.
+        weight_decay: AdamW's weight decay; for other classes, use ``args``.
+        warmup_passes: passes over which the learning rate rises from 0.
+        decay: learning-rate schedule until the last pass: ``constant``, ``linear``, ``cosine``, or the path of a class
+            in ``torch.optim.lr_scheduler``, which steps once per pass after the warm-up.
+        decay_args: arguments of that class.
+        grad_clip: maximum gradient norm; null for no clipping.
     """
 
     name: ClassPath = ADAMW
@@ -405,29 +413,28 @@ class OptimizerConfig(Settings):
 
 @dataclass
 class TrainingConfig(Settings):
-    """How long, how fast, and what is written meanwhile.
+    """Length, speed and output of training.
 
     Attributes:
-        passes: forward-backward passes in all, the unit in which arms are compared.
-        batch_size: images a pass and process, micro-batches included.
-        accumulate: micro-batches a weight update.
-        ema_decay: of the exponential moving average, stepped at every weight update.
+        passes: total number of forward-backward passes, the unit in which arms are compared.
+        batch_size: images per pass and process, over all micro-batches.
+        accumulate: micro-batches per weight update.
+        ema_decay: decay of the exponential moving average (EMA), which is updated at every weight update.
         ema_warmup: raise that decay from 0, as ``min(ema_decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the
-            initial weights are no part of the average, however short the run.
+            average forgets the initial weights even in a short run.
         precision: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where the device has it, else ``no``.
         compile: run the network through ``torch.compile``.
         shard: split weights, gradients, optimizer state and averages over the processes (FSDP), for networks that are
             too large for one GPU.
-        seed: of the weights, the order of the data and every draw.
-        init: a run, pipeline folder or hub id whose (EMA) weights training starts from, with its noise schedule and
-            prediction type.
+        seed: seed of the weights, the order of the data and all random draws.
+        init: a run, pipeline folder or hub id to start from: its (EMA) weights, noise schedule and prediction type.
         log_every: passes between lines of ``metrics.jsonl``.
-        sample_every: passes between grids of samples; 0 for none but the last.
+        sample_every: passes between sample grids; 0 for the last one only.
         checkpoint_every: passes between checkpoints; the last one is always written.
-        keep_checkpoints: how many of the newest are kept; the one of the lowest mean loss is kept beside them.
-        max_skipped: steps that may be skipped because a gradient is not finite; at one more the run ends.
-        tracker: a tracker of Accelerate, such as ``tensorboard``, ``wandb`` or ``trackio``, which gets the lines of
-            ``metrics.jsonl``, the settings and the grids of samples as well.
+        keep_checkpoints: number of newest checkpoints to keep; the one with the lowest mean loss is kept too.
+        max_skipped: number of updates that may be skipped for a non-finite gradient; one more ends the run.
+        tracker: tracker of Accelerate, such as ``tensorboard``, ``wandb`` or ``trackio``, to which the lines of
+            ``metrics.jsonl``, the settings and the sample grids are also sent.
     """
 
     passes: Count = 1000
@@ -450,16 +457,16 @@ class TrainingConfig(Settings):
 
 @dataclass
 class ValidationConfig(Settings):
-    """Images of prompts of yours, drawn while a pipeline is trained, at each of several numbers of steps.
+    """Samples of your own prompts while a pipeline trains, at several step counts.
 
-    They are drawn with every grid of samples (``training.sample_every``) by the average weights, from the same noise at
-    each number of steps, and change nothing of the training.
+    They are generated with every sample grid (``training.sample_every``), with the EMA weights and from the same noise
+    at each number of steps, and do not affect training.
 
     Attributes:
-        prompts: one an image; null draws none. Of DiT, numbers of classes.
-        negative_prompt: what guidance points away from; null for nothing.
-        guidance_scale: as diffusers counts it; null for that of the samples.
-        steps: of the sampler, a grid each.
+        prompts: one prompt per image, or class numbers for DiT; null for no validation.
+        negative_prompt: negative prompt for guidance; null for none.
+        guidance_scale: guidance scale in diffusers' convention; null for that of the sample grids.
+        steps: step counts of the sampler, one grid each.
     """
 
     prompts: list[str] | None = None
@@ -473,16 +480,16 @@ class TrainConfig(Settings):
     """One training run.
 
     Attributes:
-        data: which images are learned.
-        model: which network.
+        data: the training data.
+        model: the network.
         scheduler: the forward process.
-        objective: what is learned.
+        objective: the training objective.
         consistency: consistency distillation and training.
         lora: low-rank adapters of a pipeline.
-        adversary: who perturbs the input.
+        adversary: the adversary, which perturbs the input.
         optimizer: the optimizer and its learning rate.
-        training: how long, how fast, and what is written meanwhile.
-        validation: images of prompts, drawn meanwhile.
+        training: length, speed and output of training.
+        validation: samples of your own prompts during training.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
