@@ -1,4 +1,4 @@
-"""Who perturbs the network's input, by how much, and when: adversarial training as a generator of losses."""
+"""The adversary, which perturbs the network's input: adversarial training as a generator of losses."""
 
 from __future__ import annotations
 
@@ -25,45 +25,49 @@ __all__ = ["Adversary"]
 
 
 class Adversary:
-    """The perturbation set, and the passes that train on it.
+    """Perturbs the network's input and yields the losses to train on.
 
-    ``Adversary(steps=8)`` is for sampling in 8 steps: ``pgd`` along the residual, by a dose that sets itself
+    ``Adversary(steps=8)`` is for sampling in 8 steps: ``pgd`` along the residual, with an automatic dose
     (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
     - ``method``: ``free`` updates the weights at every pass of a batch, and the same backward pass moves delta; ``pgd``
-      moves delta first and updates once; others are rivals (:mod:`atdiff.adversary.methods`, a file each).
-    - ``direction``: ``gradient`` of the loss with delta detached from the target (the authors') or in it too
-      (``gradient_full``, the true worst case); ``residual``, the predicted minus the true noise; ``drift``, its
-      opposite, and ``random``, the controls.
-    - ``order`` (of ``free``): passes of a batch in a row (``consecutive``), or fresh samples beside those of before.
+      moves delta first and updates once; the others are rivals (:mod:`atdiff.adversary.methods`, one file each).
+    - ``direction``: ``gradient`` of the loss, with delta detached from the target as in the authors' code;
+      ``gradient_full``, which also goes through the target (the true worst case); ``residual``, the predicted minus the
+      true noise; and two controls: ``drift``, the opposite of the residual, and ``random``.
+    - ``order`` (for ``free``): ``consecutive`` runs all passes of a batch in a row; ``staggered`` combines fresh and
+      perturbed samples in every update.
 
     Args:
-        norm: ``l2``, ``linf`` or ``l1`` of the flattened perturbation of a sample, in the units of ``x_t``.
+        norm: ``l2``, ``linf`` or ``l1`` norm of a sample's flattened perturbation, in the units of ``x_t``.
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
-        radius: bound of the norm of delta, times the same scale; None for none.
-        passes: forward-backward passes a batch; 1 is plain training. Default 3, and 2 with a dose.
-        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, in place of ``step_size``: such as 0.15, or ``auto``.
-        steps: of the sampler that ``dose="auto"`` is for.
+        radius: maximum norm of delta, times the same scale; None for none.
+        passes: forward-backward passes per batch; 1 is plain training. Default 3, or 2 with a dose.
+        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, such as 0.15, or ``auto``; replaces ``step_size``.
+        steps: number of sampling steps that ``dose="auto"`` tunes for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
-            DDPM family, else ``sigma``, which keeps the target finite where a flow's noise ends.
-        noise_levels: ``(low, high)``: perturb only noise levels, 0 (data) to 1 (noise), in ``[low, high)``; None: all.
-        rescale_noise: give ``noise + delta / sigma_t`` of each sample the norm that its noise had.
-        method: default ``free``, and ``pgd`` with a dose; ``direction``: ``gradient``, and ``residual``.
-        order: of ``free``.
-        target: whether the network's target follows delta (``equivariant``) or not.
-        weight: of what rivals add to the plain loss (``contrastive``: 0.05, others 1; ``mac``, of the chosen half: 2).
+            DDPM family, else ``sigma``, which keeps a flow's target finite as its noise vanishes.
+        noise_levels: ``(low, high)``: perturb only samples with a noise level in ``[low, high)``, where 0 is data and 1
+            is noise; None for all.
+        rescale_noise: rescale each sample's ``noise + delta / sigma_t`` to the norm of its noise.
+        method: default ``free``, or ``pgd`` with a dose.
+        direction: default ``gradient``, or ``residual`` with a dose.
+        order: see above.
+        target: ``equivariant`` moves the network's target with delta; ``invariant`` does not.
+        weight: weight of the term that rivals add to the plain loss (``contrastive``: 0.05, others: 1); for ``mac``,
+            weight of the half of the pairs with the smaller error (2).
 
     Attributes:
-        batch: the samples of the pass last yielded.
-        delta: the perturbation of that pass, ``(B, ...)``.
-        output: the per-sample results of that pass.
-        auto_dose: the dose that sets itself, :class:`atdiff.adversary.auto_dose.AutoDose`; None of others.
+        batch: samples of the last pass.
+        delta: perturbation of the last pass, ``(B, ...)``.
+        output: per-sample results of the last pass.
+        auto_dose: the automatic dose, :class:`atdiff.adversary.auto_dose.AutoDose`; None without one.
         needs_input_gradient: whether delta moves along a gradient.
-        nonfinite: how often a direction was not finite, so that delta stayed (a 0-d tensor).
+        nonfinite: number of steps not taken because their direction was not finite (a 0-d tensor).
 
     Raises:
-        UserError: a value is out of its range, unknown, or contradicts another.
+        UserError: a value is out of range or unknown, or contradicts another.
     """
 
     def __init__(
@@ -119,17 +123,17 @@ class Adversary:
         return as_call("Adversary", **unusual(type(self), self._settings, **usual._asdict()))
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return what step and radius are multiplied by, ``(B,)``, on the schedule that :meth:`passes` met last."""
+        """Return the factor of step size and radius, ``(B,)``, on the schedule of the last call of :meth:`passes`."""
         return self._perturbation.scale(alpha, sigma)
 
     @property
     def updates_per_batch(self) -> int:
-        """Losses yielded, hence weight updates, per batch; either method costs ``num_passes`` passes."""
+        """Losses yielded per batch, and so weight updates; every method costs ``num_passes`` passes."""
         return self.num_passes if self._method.every_pass else 1
 
     @property
     def passes_per_update(self) -> int:
-        """Forward-backward passes that a weight update is charged, beside the objective's ``coupling_passes``."""
+        """Cost of a weight update in forward-backward passes, without the objective's ``coupling_passes``."""
         return self.num_passes // self.updates_per_batch
 
     def passes(
@@ -141,22 +145,22 @@ class Adversary:
         accumulate: int = 1,
         **fixed: Tensor,
     ) -> Iterator[Tensor]:
-        """Yield one loss a pass; the caller runs its backward pass and its optimizer before asking for the next.
+        """Yield one loss per pass; run its backward pass and the optimizer's step before taking the next loss.
 
         Args:
             objective: draws the batch and computes its losses.
-            model: the network, wrapped or compiled as it may be.
-            x0: clean images ``(B, ...)``, or a batch that ``objective.draw`` returned, whose noise then stays.
-            accumulate: micro-batches per weight update. That many losses are yielded in a row, weighted so that all
-                samples of the update weigh the same; divide them by ``accumulate`` (Accelerate does).
-            fixed: passed on to ``objective.draw``, such as ``class_labels``.
+            model: the network, which may be wrapped or compiled.
+            x0: clean images ``(B, ...)``, or a batch from ``objective.draw``, whose noise is then kept.
+            accumulate: micro-batches per weight update. An update takes that many losses, weighted so that all its
+                samples count equally; divide each by ``accumulate`` (Accelerate does).
+            fixed: arguments for ``objective.draw``, such as ``class_labels``.
 
         Yields:
             ``updates_per_batch * accumulate`` scalar losses.
 
         Raises:
-            UserError: the batch has too few samples for so many micro-batches, or cannot have what is ``fixed``.
-            RuntimeError: the next loss was asked for before the backward pass of the last.
+            UserError: the batch has too few samples for so many micro-batches, or ``fixed`` does not fit.
+            RuntimeError: the next loss was taken before the backward pass of the last one.
         """
         if isinstance(x0, Batch) and fixed:
             raise UserError(f"{', '.join(fixed)} cannot be added to a batch that is drawn: give it to objective.draw.")
@@ -169,13 +173,13 @@ class Adversary:
             yield from losses_of(self._method.passes, Forward(self, objective, model), part, accumulate, self._kept)
 
     def ascended(self, objective: Objective, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Return the delta at which ``pgd`` trains the weights, like ``x0`` and detached, and leave the training."""
+        """Return the delta at which ``pgd`` trains the weights, detached and shaped like ``x0``, without training."""
         self._perturbation.meet(objective, model, batch, warns=self._warns)
         return Forward(self, objective, model).ascended(batch, self.num_passes - 1)
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
-        """Return delta, which brings its gradient, after one step, detached; without a finite direction it stays."""
+        """Return delta after one step, detached; delta holds its gradient, and stays if the direction is not finite."""
         if self.step_size == 0 and self.dose is None:
             return delta.detach()
         direction = self._direction.find(delta, batch, output)
@@ -184,17 +188,17 @@ class Adversary:
         return with_norm_of_noise(moved, batch) if self.rescale_noise else moved
 
     def mean_norm(self) -> Tensor:
-        """Return the mean norm of the perturbation of the last pass, over its perturbed samples (0-d)."""
+        """Return the mean norm of the last pass's perturbation, over its perturbed samples (0-d)."""
         norms = torch.zeros(1) if self.delta is None else norm_of(self.delta.detach(), self.norm)
         return norms.sum() / (norms > 0).sum().clamp_min(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state between two batches: samples that wait, the count of lost directions, and the dose."""
+        """Return the state between two batches: samples waiting for their next pass, ``nonfinite``, and the dose."""
         waiting = {i: dict(kept) for i, kept in self._kept.items() if kept}
         return {"nonfinite": self.nonfinite, "waiting": waiting, **self._perturbation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Resume from a state that was saved between two batches, with its samples on ``device``."""
+        """Load a state saved between two batches, with its samples on ``device``."""
         self.nonfinite = state["nonfinite"].to(device)
         self._kept = placed(state["waiting"], device)
         self._perturbation.load_state_dict(state, device)

@@ -1,4 +1,4 @@
-"""The dose that a number of steps needs: a closed form, corrected by what the sampler is seen to do."""
+"""The automatic dose for a number of sampling steps: a closed form, corrected by observing the sampler."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ MOST_DOSE = 0.5  # beyond it, x0 shows in the input
 class AutoDose:
     """``k(t)`` for a sampler of ``steps`` steps, with nothing to tune.
 
-    Few steps lose variance: the samples are less spread out than the data, and so are the sampler's inputs on the way.
+    Few-step sampling loses variance: the samples are less spread out than the data, and so are the sampler's inputs on
+    the way.
 
-    1. The closed form. For a network that is linear, as that of Gaussian data, one DDIM or Euler step multiplies each
-       eigendirection of the data's covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
-       dose at which a step keeps the total variance, and 0 for the last step.
-    2. The loop. Every 25 batches (every ``steps / 2`` beyond 50 steps) the network draws a batch from noise in
-       ``steps`` steps. ``k(t)`` is multiplied by a factor, common to all times, which rises while the samples have less
-       variance than the data, at the end and on the way, and falls while they have more. No dose exceeds 0.5. Those
-       forwards cost no more than what a look-ahead is charged beyond its own; ``method="free"`` has none, and is not
-       charged for its ``steps / 25`` forwards a batch.
+    1. The closed form. For a linear network, which is exact for Gaussian data, one DDIM or Euler step multiplies each
+       eigendirection of the data covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
+       dose at which a step preserves the total variance, and 0 for the last step.
+    2. The loop. Every 25 batches (every ``steps / 2`` beyond 50 steps), the network samples a batch from noise in
+       ``steps`` steps. ``k(t)`` is multiplied by a factor, the same for all times, which rises while the samples have
+       less variance than the data, at the end and on the way, and falls while they have more. No dose exceeds 0.5.
+       This sampling costs less than the difference between a forward pass and the whole pass that a look-ahead counts
+       as; ``method="free"`` has no look-ahead, and is not charged for its ``steps / 25`` forwards a batch.
 
-    Of batches of several shapes, as of aspect-ratio buckets, the sampler is looked at on those of the shape of the data
-    that the form was solved for, and a look that is due waits for one in any process. The dose has no unit and is that
-    of all.
+    With batches of several shapes, such as aspect-ratio buckets, only batches with the shape of the data that the
+    closed form was solved for are sampled, and a check that is due waits for one in any process. The dose has no unit,
+    and all shapes share it.
 
     Args:
-        steps: of the sampler.
-        clean: share of the samples that the network is trained on unperturbed.
+        steps: number of sampling steps.
+        clean: share of the training samples that are not perturbed.
 
     Attributes:
-        table: ``k`` of the closed form at :data:`GRID` times, float32; empty until the data are known.
-        factor: by which it is multiplied, a 0-d tensor.
-        ratio: variance of samples over that of truly noised data, after each step, ``(steps,)``; a running mean.
+        table: ``k`` of the closed form at :data:`GRID` times, float32; empty until :meth:`fit`.
+        factor: the factor of the loop, a 0-d tensor.
+        ratio: ratio of sample variance to that of noised data, after each step, ``(steps,)``; a running mean.
     """
 
     def __init__(self, steps: int, clean: float) -> None:
@@ -67,10 +68,10 @@ class AutoDose:
         self.variance, self.range, self.batches = 0.0, (0.0, 0.0), 0
 
     def fit(self, x0: Tensor, schedule: NoiseSchedule) -> None:
-        """Solve the closed form for data of which ``x0`` ``(N, ...)`` are samples; a batch of some size will do.
+        """Solve the closed form for data with samples ``x0`` ``(N, ...)``; a large enough batch will do.
 
         Raises:
-            UserError: there is one sample, which has no variance.
+            UserError: a single sample has no variance.
         """
         if len(x0) < 2:
             raise UserError(

@@ -1,4 +1,4 @@
-"""A better noise for the step that any training loop takes anyway."""
+"""Adversarial training in any training loop, by changing the noise of its step."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ def residual_noise(
     prediction_type: PredictionType | PredictionAlias | None = None,
     **conditions: Tensor,
 ) -> Tensor:
-    """Return the noise to take in the place of ``noise`` in your own training step, for ``add_noise`` and target alike.
+    """Return the noise to use instead of ``noise`` in your own training step, both in ``add_noise`` and in the target.
 
-    It is ``noise + k (x0 - x0_hat)``, where ``x0_hat`` is what the network makes of ``x_t = alpha_t x0 + sigma_t
+    It is ``noise + k (x0 - x0_hat)``, where ``x0_hat`` is the network's estimate at ``x_t = alpha_t x0 + sigma_t
     noise``: one forward pass without gradient. Since ``alpha_t x0 + sigma_t (noise + delta / sigma_t) = x_t + delta``,
-    a step that you take with it is the ``pgd`` step of :class:`atdiff.Adversary` along the residual, ``delta = k
+    a training step with this noise is the ``pgd`` step of :class:`atdiff.Adversary` along the residual, ``delta = k
     sigma_t (x0 - x0_hat)``, with the equivariant target of `Wang et al. <https://arxiv.org/abs/2502.17099>`_, section
     4, whatever the network predicts.
 
     Args:
-        model: the network, wrapped as it may be, or a function ``f(x_t, timesteps, **conditions)`` that calls it.
-        x0: clean images or latents, scaled as the network sees them, ``(B, ...)``.
-        noise: standard normal, like ``x0``.
-        timesteps: ``(B,)``, in the scheduler's convention, as the network is told them.
-        scheduler: what :class:`atdiff.DenoisingObjective` takes as such, or one of these objectives.
-        adversary: ``Adversary(steps=8)``, made once: its dose sets itself, and its ``state_dict`` belongs to your
-            checkpoints. Or any other with ``method="pgd"``.
-        dose: ``k`` itself, such as 0.15, in place of an adversary.
-        prediction_type: default what the scheduler says.
-        conditions: further arguments of the network, such as ``encoder_hidden_states``, with a row per sample.
+        model: the network, which may be wrapped, or a function ``f(x_t, timesteps, **conditions)`` that calls it.
+        x0: clean images or latents, scaled as for the network, ``(B, ...)``.
+        noise: standard normal noise, in the shape of ``x0``.
+        timesteps: ``(B,)``, in the scheduler's convention, as the network receives them.
+        scheduler: a ``scheduler`` as for :class:`atdiff.DenoisingObjective`, or such an objective.
+        adversary: ``Adversary(steps=8)``, which has an automatic dose: create it once, and save its ``state_dict`` in
+            your checkpoints. Or any other with ``method="pgd"``.
+        dose: a fixed ``k``, such as 0.15, instead of an adversary.
+        prediction_type: default: the scheduler's.
+        conditions: further arguments of the network, such as ``encoder_hidden_states``, with one row per sample.
 
     Returns:
-        ``(B, ...)``, detached, in the dtype of ``noise``.
+        The noise ``(B, ...)``, detached, in the dtype of ``noise``.
 
     Raises:
-        UserError: neither dose nor adversary is given, or one of another method; shapes or settings do not fit.
+        UserError: neither or both of dose and adversary are given, or the adversary has another method; shapes or
+            settings do not fit.
     """
     if "steps" in conditions:
         raise UserError("the dose for a number of steps learns: make adversary = Adversary(steps=8) once, and give it.")

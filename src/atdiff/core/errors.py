@@ -1,4 +1,4 @@
-"""What ends a command with a sentence and not with a traceback."""
+"""Errors that end a command with one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ __all__ = ["RunError", "Stopped", "UserError"]
 
 
 class UserError(ValueError):
-    """A mistake of the user: one sentence with the value, what was expected and the fix; exit code 2.
+    """A user's mistake: one sentence with the value, what was expected and the fix; exit code 2.
 
     A broken invariant of atdiff itself is an ``assert`` instead.
     """
 
 
 class RunError(RuntimeError):
-    """What went wrong while a run worked, such as a full disk or a loss that is not finite: exit code 1."""
+    """A failure during a run, such as a full disk or a non-finite loss; exit code 1."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop has saved what it had: one sentence; exit code 75, ``EX_TEMPFAIL`` of sysexits.h.
+    """A run stopped as requested, with everything saved; exit code 75, ``EX_TEMPFAIL`` in sysexits.h.
 
-    The same command again resumes it.
+    The same command resumes it.
     """

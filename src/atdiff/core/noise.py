@@ -235,28 +235,29 @@ def flow_shift(scheduler: Any, tokens: float | None = None) -> float:  # noqa: A
 class NoiseSchedule:
     """The forward process ``x_t = alpha_t x0 + sigma_t noise`` of a diffusers scheduler.
 
-    Timesteps are what the network is given, in the scheduler's own convention:
+    Timesteps are the network's input, in the scheduler's own convention:
 
     - ``vp`` (DDPM family): integers in ``[0, num_train_timesteps)``; ``alpha_t = sqrt(alphas_cumprod[t])``,
       ``sigma_t = sqrt(1 - alphas_cumprod[t])``. (`DDPM <https://arxiv.org/abs/2006.11239>`_, eq. 4)
     - ``flow``: real numbers in ``(0, num_train_timesteps]``; ``sigma_t = t / num_train_timesteps``,
-      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift of the scheduler
-      moves which timesteps are visited, never this map.
-    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) A thousand
-      times that for ``CMStochasticIterativeScheduler``, which gives its networks such timesteps.
-    - ``function``: real numbers in ``(0, 1]``; ``(alpha_t, sigma_t)`` is what the function says.
+      ``alpha_t = 1 - sigma_t``. (`Rectified flow <https://arxiv.org/abs/2209.03003>`_, eq. 1). A shift in the scheduler
+      changes which timesteps are visited, not this map.
+    - ``edm``: ``t = log(sigma) / 4``, ``alpha_t = 1``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.) For
+      ``CMStochasticIterativeScheduler``, whose networks take ``250 log(sigma)``, a thousand times that.
+    - ``function``: real numbers in ``(0, 1]``; the function returns ``(alpha_t, sigma_t)``.
 
-    Either of alpha_t and sigma_t may be 0, not both.
+    One of alpha_t and sigma_t may be 0, but not both.
 
     Args:
-        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read, never
-            the state that ``set_timesteps`` leaves. Or a function of your own, from times ``(B,)`` in ``(0, 1]``, 1 the
-            noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it serves objectives, not samplers.
-        tokens: of an image, for ``shift`` of a flow scheduler with dynamic shifting; see :func:`dynamic_mu`.
+        scheduler: any diffusers scheduler of one of these families. Only its configuration and betas are read, not the
+            state set by ``set_timesteps``. Or your own function from times ``(B,)`` in ``(0, 1]``, where 1 is the
+            noisiest, to ``(alpha_t, sigma_t)``, each ``(B,)``; it works for objectives, not for samplers.
+        tokens: number of tokens per image, for the ``shift`` of a flow scheduler with dynamic shifting; see
+            :func:`dynamic_mu`.
 
     Raises:
-        UserError: the scheduler belongs to none of the families, its betas are not as many as its timesteps or not
-            within [0, 1], its settings contradict each other, or a function returns something else than such pairs.
+        UserError: the scheduler belongs to none of the families, its betas do not match its number of timesteps or lie
+            outside [0, 1], its settings contradict each other, or the function does not return such pairs.
     """
 
     def __init__(self, scheduler: Any, tokens: int | None = None) -> None:  # noqa: ANN401
@@ -295,7 +296,7 @@ class NoiseSchedule:
         return as_call(type(self._read_from).__name__, **spelled_out(self._read_from))
 
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(alpha_t, sigma_t)``, each float32 of shape ``(B,)``, for timesteps of shape ``(B,)``."""
+        """Return ``(alpha_t, sigma_t)``, each float32 ``(B,)``, for timesteps ``(B,)``."""
         if self._function is not None:
             alpha, sigma = self._function(timesteps.float())
             return alpha, sigma
@@ -331,7 +332,7 @@ class NoiseSchedule:
         return alpha, sigma
 
     def ratio_at(self, timesteps: Tensor) -> Tensor:
-        """Return ``sigma_t / alpha_t`` of timesteps ``(B,)`` in float64, ``(B,)``; infinite where alpha_t is 0."""
+        """Return ``sigma_t / alpha_t`` in float64, ``(B,)``, for timesteps ``(B,)``; infinite where alpha_t is 0."""
         if self.kind == "vp":
             acp = self.alphas_cumprod(timesteps)
             return ((1.0 - acp) / acp).sqrt()
@@ -341,7 +342,7 @@ class NoiseSchedule:
         return sigma.double() / alpha.double()
 
     def timesteps_at(self, ratio: Tensor) -> Tensor:
-        """Return the timesteps, ``(B,)``, whose ``sigma_t / alpha_t`` is (nearest to) ``ratio``, ``(B,)``."""
+        """Return the timesteps ``(B,)`` with ``sigma_t / alpha_t`` equal or closest to ``ratio`` ``(B,)``."""
         assert self._function is None, "a function of your own is not inverted"
         if self.kind == "flow":
             return (self.num_train_timesteps * ratio / (1.0 + ratio)).float()

@@ -1,4 +1,4 @@
-"""Metrics of runs, cell by cell: run x sampler x correction x steps x seed."""
+"""Evaluation of runs by cell: run x sampler x correction x steps x seed."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ SEARCHED = (*_FIRST, *(name for name, metric in METRICS.items() if metric.is_dis
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How samples are made and judged."""
+    """Settings of an evaluation: sampling and metrics."""
 
     samplers: tuple[str, ...] | None  # None for the default sampler of each run
     steps: tuple[int, ...] | Mapping[str, tuple[int, ...]]  # of every sampler, or by sampler
     num: int = 2048  # samples per cell
     seeds: tuple[int, ...] = (0,)  # of the samples
-    # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with ``:search`` for the value, the one
-    # of lowest distance on held-out noise is taken, for each run, sampler and number of steps.
+    # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with ``:search`` as the value, the value of
+    # lowest distance on held-out noise is used, for each run, sampler and number of steps.
     corrections: tuple[str, ...] = ("none",)
     search_seed: int = 4000  # of that noise; none of ``seeds``
     search_num: int = 1024
     extractor: str = "digits-classifier"  # whose features ``fid``, ``kid``, ``isc`` and ``prc`` use
     weights: Mapping[str, Path] = field(default_factory=dict)  # local files by extractor
     metrics: tuple[str, ...] = ("fid", "prc")
-    # One for all samples, or one per class: what text-to-image runs are asked for, in the place of the captions of
-    # their training, and what ``clip_score`` compares samples with.
+    # One for all samples, or one per class: used to sample text-to-image runs instead of their training captions, and
+    # by ``clip_score``.
     prompts: tuple[str, ...] | None = None
     data: str | None = None  # whose images are the reference; None for each run's own
     reading: DataOptions = AS_TRAINED  # of the data, where it is another than in training
@@ -170,19 +170,22 @@ def evaluate_runs(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Evaluate every cell that ``out`` does not hold yet, and write ``out`` after each.
+    """Evaluate every cell that is not in ``out`` yet, and write ``out`` after each.
 
-    A cell keeps the fingerprints of what it depends on: the run's weights, scheduler and settings, the reference
-    images, and the feature networks. One for which any of them changed since is said and computed again in its place;
-    one of these runs that is not asked for now is marked ``stale`` in the file, said, and left out of what is returned.
+    A cell has fingerprints of the run's weights, scheduler and settings, the reference images, and the feature
+    networks. If one of them has changed, the cell is recomputed, with a message. A cell of these runs that has changed
+    but is not requested is marked as ``stale`` in the file, with a message, and not returned.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        out: a JSON file, made or resumed.
-        asked_only: return the cells that were asked for alone, whatever else ``out`` holds.
+        config: settings of the evaluation.
+        out: a JSON file, created or resumed.
+        asked_only: return only the requested cells, not all in ``out``.
+        device: device to sample and evaluate on.
+        notify: called with the progress.
 
     Raises:
-        UserError: a run cannot be loaded or evaluated so, or ``out`` is another kind of file.
+        UserError: a run cannot be loaded or evaluated like this, or ``out`` is another kind of file.
     """
     evaluation = _Evaluation(out, device)
     denoisers = [evaluation.load(run, config) for run in runs]

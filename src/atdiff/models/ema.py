@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, which is what is sampled from and published."""
+"""The exponential moving average (EMA) of the weights, used for sampling and publishing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["EMA", "average_name", "decay_at", "last_decay", "share_of_start"]
 
 
 def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
-    """Return the decay of the average's next update, when ``updates`` of them are behind.
+    """Return the decay of the average's next update, after ``updates`` of them.
 
-    An average of fewer updates than ``1 / (1 - decay)`` is mostly the initial weights. The warm-up is that of
-    diffusers' ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the first.
+    Before ``1 / (1 - decay)`` updates, the average is mostly the initial weights. The warm-up is that of diffusers'
+    ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the first.
     """
     if not warmup:
         return decay
@@ -51,20 +51,20 @@ def average_name(config: Mapping[str, Any]) -> str:
 
 
 class EMA:
-    """``average <- decay * average + (1 - decay) * weights``, from the initial weights on.
+    """``average <- decay * average + (1 - decay) * weights``, starting from the initial weights.
 
-    ``torch.optim.swa_utils.AveragedModel`` copies at its first update and walks the modules at every one, which for a
-    small network costs as much as its forward pass.
+    ``torch.optim.swa_utils.AveragedModel`` instead copies the weights at its first update, and walks the modules at
+    every update, which for a small network costs as much as a forward pass.
 
     Args:
-        network: its parameters are averaged; its buffers are copied. What is frozen, under adapters, is not copied: the
-            average shares it.
+        network: its parameters are averaged and its buffers copied. Frozen weights (under adapters) are shared, not
+            copied.
         decay: in [0, 1).
-        warmup: raise the decay to that from 0; see :func:`decay_at`.
+        warmup: raise the decay from 0; see :func:`decay_at`.
 
     Attributes:
         module: a copy of the network that holds the average.
-        updates: how many are behind; set it where training resumes.
+        updates: number of updates so far; set it when training resumes.
     """
 
     def __init__(self, network: nn.Module, decay: float, *, warmup: bool = False) -> None:
@@ -76,14 +76,14 @@ class EMA:
         self.follow(network)
 
     def follow(self, network: nn.Module) -> None:
-        """Average the weights of ``network`` from now on: the same one, whose parameters have become other objects."""
+        """Average the weights of ``network`` from now on: the same network with new parameter objects."""
         self._average = [_own(weight) for weight in compress(self.module.parameters(), self._trained)]
         self._weights = [_own(weight) for weight in compress(network.parameters(), self._trained)]
         self._copies = list(zip(self.module.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the present weights; once after every weight update."""
+        """Update the average with the current weights; call it once after every weight update."""
         get_ema_multi_avg_fn(decay_at(self._decay, self.updates, warmup=self._warmup))(
             self._average, self._weights, None
         )

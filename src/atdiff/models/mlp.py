@@ -24,17 +24,17 @@ class _Block(nn.Module):
 
 
 class MLP2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A residual MLP over flattened images, with the call and the configuration of ``UNet2DModel``.
+    """A residual MLP on flattened images, with the interface of ``UNet2DModel``.
 
-    ``DiffusionPipeline.from_pretrained`` opens a pipeline that holds it once ``atdiff.models.mlp`` is imported.
+    ``DiffusionPipeline.from_pretrained`` loads a pipeline with this network once ``atdiff.models.mlp`` is imported.
 
     Args:
         sample_size: height and width of the image in pixels.
         in_channels: channels of ``x_t``.
         out_channels: channels of the output; twice ``in_channels`` for a learned variance.
-        width: features of the hidden layers.
-        num_blocks: residual blocks.
-        num_class_embeds: classes (and the null label, if any) for class-conditional training.
+        width: width of the hidden layers.
+        num_blocks: number of residual blocks.
+        num_class_embeds: number of classes (including the null label, if any) for class-conditional training.
     """
 
     @register_to_config

@@ -1,4 +1,4 @@
-"""What an objective draws once for a batch, and what it returns for each pass."""
+"""A batch as drawn by an objective, and the results of each pass."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ B = TypeVar("B", bound="Batch")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Everything random about one batch, drawn once and used by all of its passes.
+    """The random quantities of one batch, drawn once and used by all of its passes.
 
     Attributes:
         x0: clean samples, ``(B, ...)``.
-        noise: like ``x0``.
+        noise: noise, in the shape of ``x0``.
         timesteps: ``(B,)``.
-        weights: of the samples' losses, ``(B,)``.
-        alpha: of the input that is perturbed, ``(B,)``.
-        sigma: of the input that is perturbed, ``(B,)``.
-        conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+        weights: weights of the samples' losses, ``(B,)``.
+        alpha: alpha_t of the perturbed input, ``(B,)``.
+        sigma: sigma_t of the perturbed input, ``(B,)``.
+        conditions: further arguments of the network, such as ``class_labels``, with one row per sample.
     """
 
     x0: Tensor
@@ -48,7 +48,7 @@ class Batch:
         return type(self)(**tensors, conditions={name: function(value) for name, value in self.conditions.items()})
 
     def narrow(self: B, start: int, length: int) -> B:
-        """Return ``length`` samples from ``start`` on."""
+        """Return ``length`` samples, starting at ``start``."""
         return self._map(lambda tensor: tensor.narrow(0, start, length))
 
     def to(self: B, device: torch.device | str) -> B:
@@ -56,7 +56,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device))
 
     def chunk(self: B, parts: int) -> list[B]:
-        """Split into ``parts`` batches, or as many as there are samples, whose sizes differ by one at most."""
+        """Split into ``parts`` batches (at most one per sample), whose sizes differ by at most one."""
         sizes = [len(part) for part in self.timesteps.tensor_split(min(parts, len(self)))]
         return [self.narrow(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
@@ -86,7 +86,7 @@ class Batch:
         return cls(**tensors, conditions=batches[0].conditions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensors by name, to be saved."""
+        """Return the tensors by name, for saving."""
         return {name: getattr(self, name) for name in (*self._tensors(), "conditions")}
 
 
@@ -94,11 +94,11 @@ class ObjectiveOutput(NamedTuple):
     """Per-sample results of one forward pass.
 
     Attributes:
-        loss: ``(B,)``, weighted; its mean is what is trained on.
-        terms: each unweighted term, ``(B,)``, such as ``mse`` and ``vb``.
-        residual: the predicted minus the true noise at the perturbed input, up to a positive factor per sample;
-            ``(B, ...)``, detached.
-        error: a denoiser's prediction minus its target, ``(B, ...)``, with its gradient; None of others.
+        loss: weighted losses ``(B,)``, whose mean is the training loss.
+        terms: unweighted terms by name, such as ``mse`` and ``vb``, each ``(B,)``.
+        residual: predicted minus true noise at the perturbed input, up to a positive factor per sample; ``(B, ...)``,
+            detached.
+        error: a denoiser's prediction minus its target, ``(B, ...)``, with gradient; None for other models.
     """
 
     loss: Tensor

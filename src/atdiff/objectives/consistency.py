@@ -1,4 +1,4 @@
-"""Consistency models: distillation and training, at clean and at perturbed inputs."""
+"""Consistency distillation and training, at clean and perturbed inputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stabl
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyBatch(Batch):
-    """What :meth:`ConsistencyObjective.draw` returns.
+    """A batch drawn by :meth:`ConsistencyObjective.draw`.
 
     Attributes:
         next_timesteps: ``s``, the less noisy neighbours of ``timesteps``, ``(B,)``.
@@ -68,39 +68,41 @@ class ConsistencyBatch(Batch):
 
 
 class ConsistencyObjective:
-    """``f(x_t, t)`` learns to be ``f(x_s, s)``, its own value a step nearer to the data.
+    """``f(x_t, t)`` learns to equal ``f(x_s, s)``, its value one step closer to the data.
 
-    With a teacher, ``x_s`` is one step of its sampler from ``x_t``: distillation. (`Consistency models
-    <https://arxiv.org/abs/2303.01469>`_, algorithm 2.) Without one, ``x_s`` has the same ``x0`` and noise as ``x_t``:
-    training, from scratch (`iCT <https://arxiv.org/abs/2310.14189>`_, ``pairs="ict"``) or from a diffusion model's
-    weights (`ECT <https://arxiv.org/abs/2406.14548>`_, ``pairs="ect"``).
+    With a teacher, ``x_s`` is one step of its sampler from ``x_t``: distillation (`Consistency models
+    <https://arxiv.org/abs/2303.01469>`_, algorithm 2). Without one, ``x_s`` has the same ``x0`` and noise as ``x_t``:
+    training, from scratch (`iCT <https://arxiv.org/abs/2310.14189>`_, ``pairs="ict"``) or from the weights of a
+    diffusion model (`ECT <https://arxiv.org/abs/2406.14548>`_, ``pairs="ect"``).
 
-    ``f(x, t) = c_skip x + c_out x0_hat`` is the identity at the end of the trajectory. For ``vp`` the factors are those
-    of ``LCMScheduler``, for ``edm`` those of ``CMStochasticIterativeScheduler``, which sample from the network.
+    ``f(x, t) = c_skip x + c_out x0_hat`` is the identity at the end of the trajectory. The factors are those of the
+    scheduler that samples from the network: ``LCMScheduler`` for ``vp``, ``CMStochasticIterativeScheduler`` for
+    ``edm``.
 
-    An adversary may perturb two places, by ``site``:
+    An adversary perturbs one of two places, set by ``site``:
 
-    - ``student``: the input of ``f(x_t, t)``. The target is that of the clean ``x_t`` (``invariant``: neighbours
-      share an end point), or that of the moved one (``equivariant``: one more step of the teacher).
-    - ``teacher``: the estimate ``x_s``, so that delta's gradient goes through the target network, whose weights get
-      none. The student's input stays (``invariant``), or moves by ``sigma_t / sigma_s`` times as much, as a change of
-      the noise would move it (``equivariant``).
+    - ``student``: the input of ``f(x_t, t)``. The target is computed from the clean ``x_t`` (``invariant``: neighbours
+      share an end point) or from the perturbed one (``equivariant``: one more step of the teacher).
+    - ``teacher``: the estimate ``x_s``, so delta's gradient goes through the target network, whose weights get none.
+      The student's input stays (``invariant``), or moves by ``delta * sigma_t / sigma_s``, as it would if the noise
+      changed (``equivariant``).
 
     Args:
-        scheduler: a diffusers scheduler of the DDPM family, or one of EDM.
-        prediction_type: of the network; default what the scheduler says.
-        teacher: for distillation; see :class:`atdiff.objectives.teacher.Teacher`.
-        target: network of the target, such as ``EMA(model, 0.95).module``; None for the model itself, not trained.
-        site: which place is perturbed.
-        pairs: which timesteps are compared: ``even``, ``ict``, ``ect``, or a sampler of one's own.
-        intervals: of the grid of ``even``, and of ``ict`` at its end.
-        distance: ``pseudo-huber``, ``sqrt(|d|^2 + c^2) - c`` of a sample (iCT, eq. 10); ``huber``, the mean of the same
-            over the values (LCM); ``l2``, the mean square.
-        huber_c: default ``0.00054 sqrt(D)`` for ``D`` values a sample (iCT), and 0.001 for ``huber`` (LCM).
+        scheduler: a diffusers scheduler of the DDPM family or EDM.
+        prediction_type: prediction type of the network; default: the scheduler's.
+        teacher: teacher for distillation; see :class:`atdiff.objectives.teacher.Teacher`.
+        target: target network, such as ``EMA(model, 0.95).module``; None for the model itself, without gradient.
+        site: ``student`` or ``teacher``; see above.
+        pairs: how the two timesteps to compare are chosen: ``even``, ``ict``, ``ect``, or your own sampler.
+        intervals: intervals in the grid of ``even``, and in the last grid of ``ict``.
+        distance: ``pseudo-huber``: ``sqrt(|d|^2 + c^2) - c`` per sample (iCT, eq. 10); ``huber``: the mean of this over
+            single values (LCM); ``l2``: the mean square.
+        huber_c: the constant c; default ``0.00054 sqrt(D)`` for ``D`` values per sample (iCT), or 0.001 for ``huber``
+            (LCM).
 
     Attributes:
-        progress: share of the training that is behind, from 0 to 1, for the curricula of ``ict`` and ``ect``.
-        autocast: makes the context of mixed precision in which target and teacher run.
+        progress: completed share of training, from 0 to 1, for the curricula of ``ict`` and ``ect``; set by the caller.
+        autocast: returns the mixed-precision context in which target and teacher run.
 
     Raises:
         UserError: a value is unknown or out of range, or teacher and scheduler contradict each other.
@@ -160,18 +162,18 @@ class ConsistencyObjective:
         weights: Tensor | None = None,
         **conditions: Tensor,
     ) -> ConsistencyBatch:
-        """Draw what is random about a batch, and let the teacher do its step; what is passed in is kept as it is.
+        """Draw the random quantities of a batch and take the teacher's step; those passed as arguments are kept.
 
         Args:
             x0: clean samples, ``(B, ...)``.
-            noise: standard normal, like ``x0``.
-            timesteps: ``(B,)``; together with ``next_timesteps``.
-            next_timesteps: ``(B,)``, of less noise.
-            weights: of the losses, ``(B,)``.
-            conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+            noise: standard normal noise, in the shape of ``x0``.
+            timesteps: ``(B,)``; needs ``next_timesteps``.
+            next_timesteps: ``(B,)``, less noisy; needs ``timesteps``.
+            weights: weights of the losses, ``(B,)``.
+            conditions: further arguments of the network, such as ``class_labels``, with one row per sample.
 
         Raises:
-            UserError: a shape or a type does not fit; the values of the first batches are looked at as well.
+            UserError: a shape or dtype does not fit; for the first batches, values are checked too.
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
@@ -240,17 +242,17 @@ class ConsistencyObjective:
         target: Target = "equivariant",
         detach_target: bool = True,
     ) -> ObjectiveOutput:
-        """Run model and target once and return loss, term and residual of each sample.
+        """Run model and target network once and return the loss, terms and residual of each sample.
 
         Args:
-            model: the network that learns; see :func:`atdiff.models.call.predict`.
-            batch: what :meth:`draw` returned.
-            delta: the perturbation at the site, ``(B, ...)``; None for none.
-            target: whether the other side follows delta; see the class.
-            detach_target: keep delta's gradient out of the side that follows.
+            model: the trained network; see :func:`atdiff.models.call.predict`.
+            batch: from :meth:`draw`.
+            delta: perturbation at the site, ``(B, ...)``; None for none.
+            target: ``equivariant`` moves the other side with delta; see the class.
+            detach_target: detach delta on that side.
 
         Raises:
-            UserError: delta, labels or what the network returns do not fit the batch.
+            UserError: delta, the labels or the network's output do not fit the batch.
         """
         check_labels(model, batch.conditions, None, values=self._first.left > 0)
         x_t, x_s = batch.x_t, batch.x_s
@@ -309,10 +311,10 @@ class ConsistencyObjective:
         return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)
 
     def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
-        """Learn nothing from the losses of a pass."""
+        """Ignore the losses of a pass."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state: ``target`` and ``progress`` are the caller's."""
+        """Return an empty state: the caller keeps ``target`` and ``progress``."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a denoiser learns: targets for every parametrisation, at clean and at perturbed inputs."""
+"""Denoising objectives: targets for every parametrisation, at clean and perturbed inputs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ __all__ = ["DenoisingBatch", "DenoisingObjective"]
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingBatch(Batch):
-    """What :meth:`DenoisingObjective.draw` returns.
+    """A batch drawn by :meth:`DenoisingObjective.draw`.
 
     Attributes:
-        input_noise: the noise that the input is built with; the target goes by ``noise``.
+        input_noise: the noise in the input; the target uses ``noise``.
     """
 
     input_noise: Tensor
@@ -47,31 +47,31 @@ class DenoisingBatch(Batch):
 class DenoisingObjective:
     """Denoising losses for epsilon, sample, v, flow and EDM networks, at ``x_t + delta``.
 
-    One principle serves all parametrisations: ``x_t + delta = alpha_t x0 + sigma_t (noise + delta / sigma_t)``, so
-    the target of a perturbed input is the ordinary one with the noise ``noise + delta / sigma_t``: the *equivariant*
+    One principle covers all parametrisations: ``x_t + delta = alpha_t x0 + sigma_t (noise + delta / sigma_t)``, so
+    the target of a perturbed input is the ordinary target with noise ``noise + delta / sigma_t``: the *equivariant*
     target. The *invariant* target ignores delta. (`Wang et al. <https://arxiv.org/abs/2502.17099>`_, section 4; the
     authors' code calls the first ``delta_detach``, the second ``original``.)
 
     Args:
-        scheduler: any diffusers scheduler that :class:`NoiseSchedule` can read, or a function from times ``(B,)`` in
+        scheduler: any diffusers scheduler that :class:`NoiseSchedule` supports, or a function from times ``(B,)`` in
             ``(0, 1]`` to ``(alpha_t, sigma_t)``.
         prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` (velocity ``noise - x0``) or ``edm``
-            (preconditioned; the only choice for an EDM scheduler). Default: what the scheduler says.
-        variance: ``learned_range`` for networks with ``2C`` output channels, which adds the variational bound
-            times ``num_train_timesteps / 1000``.
-        timestep_sampler: default uniform (log-normal for EDM).
-        weighting: ``min-snr`` (`Hang et al. <https://arxiv.org/abs/2303.09556>`_: ``min(SNR, gamma)`` in x0-space);
+            (preconditioned; the only choice for an EDM scheduler). Default: the scheduler's.
+        variance: ``learned_range`` for networks with ``2C`` output channels; it adds the variational bound times
+            ``num_train_timesteps / 1000``.
+        timestep_sampler: default: uniform (log-normal for EDM).
+        weighting: ``min-snr`` (`Hang et al. <https://arxiv.org/abs/2303.09556>`_: ``min(SNR, gamma)`` in x0-space), or
             ``high-noise``: ``min(1 / SNR, gamma)``, a control for adversarial training.
-        snr_gamma: the gamma of either weighting.
-        label_dropout: share of class labels replaced by ``null_label`` (classifier-free guidance).
-        null_label: the label of the unconditional case.
-        **noisings: amounts of what :mod:`atdiff.objectives.noising` has, 0 for none: ``input_perturbation``, gamma of
-            `DDPM-IP <https://arxiv.org/abs/2301.11706>`_, ``slowed_interpolation``, gamma of `MixFlow
-            <https://arxiv.org/abs/2512.19311>`_; and one of the couplings of noise and samples in
-            :mod:`atdiff.objectives.couplings`: ``ot``, ``nearest`` and ``explorative``.
+        snr_gamma: gamma of both weightings.
+        label_dropout: share of class labels replaced by ``null_label``, for classifier-free guidance.
+        null_label: the label that stands for no class.
+        **noisings: strengths of the noisings in :mod:`atdiff.objectives.noising`, 0 for none: ``input_perturbation``
+            (gamma of `DDPM-IP <https://arxiv.org/abs/2301.11706>`_), ``slowed_interpolation`` (gamma of `MixFlow
+            <https://arxiv.org/abs/2512.19311>`_), and one of the couplings of noise and samples in
+            :mod:`atdiff.objectives.couplings`: ``ot``, ``nearest`` or ``explorative``.
 
     Raises:
-        UserError: a value is out of its range, or two contradict each other.
+        UserError: a value is out of range, or contradicts another.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DenoisingObjective:
 
     @property
     def coupling_passes(self) -> int:
-        """Forward-backward passes that :meth:`couple` is charged per batch."""
+        """Cost of :meth:`couple` per batch, in forward-backward passes."""
         return sum(noising.passes for noising in self.noisings)
 
     def _check(self) -> None:
@@ -137,17 +137,17 @@ class DenoisingObjective:
         weights: Tensor | None = None,
         **conditions: Tensor,
     ) -> DenoisingBatch:
-        """Draw what is random about a batch; whatever is passed in is kept as it is.
+        """Draw the random quantities of a batch; those passed as arguments are kept.
 
         Args:
-            x0: clean images in [-1, 1], ``(B, ...)``; ``uint8`` images of 0 to 255 are taken there.
-            noise: standard normal, like ``x0``.
-            timesteps: ``(B,)``, or one for all.
-            weights: importance weights ``(B,)``; one where timesteps are given without them.
-            conditions: further arguments of the network, such as ``class_labels``, with samples along their first axis.
+            x0: clean images in [-1, 1], ``(B, ...)``; ``uint8`` images from 0 to 255 are converted.
+            noise: standard normal noise, in the shape of ``x0``.
+            timesteps: ``(B,)``, or one for all samples.
+            weights: importance weights ``(B,)``; default 1 if timesteps are given.
+            conditions: further arguments of the network, such as ``class_labels``, with one row per sample.
 
         Raises:
-            UserError: a shape or a type does not fit; the values of the first batches are looked at as well.
+            UserError: a shape or dtype does not fit; for the first batches, values are checked too.
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
@@ -181,12 +181,12 @@ class DenoisingObjective:
         return timesteps
 
     def couple(self, model: Callable[..., Any], batch: DenoisingBatch, micro_batches: int = 1) -> DenoisingBatch:
-        """Return the batch with the noise that a coupling chooses by what the network makes of it.
+        """Return the batch with the noise chosen by a coupling that evaluates the network.
 
         Args:
-            model: the network, which runs in the mode that it is in, without gradient.
-            batch: what :meth:`draw` returned.
-            micro_batches: that the network is shown a batch in.
+            model: the network, which runs without gradient and in its current mode.
+            batch: from :meth:`draw`.
+            micro_batches: number of parts in which the network processes a batch.
         """
 
         def redrawn() -> DenoisingBatch:
@@ -234,17 +234,17 @@ class DenoisingObjective:
         target: Target = "equivariant",
         detach_target: bool = True,
     ) -> ObjectiveOutput:
-        """Run the network once at ``x_t + delta`` and return loss, terms and residual of each sample.
+        """Run the network once at ``x_t + delta`` and return the loss, terms and residual of each sample.
 
         Args:
             model: ``f(x_t, timesteps, **conditions)``; see :func:`atdiff.models.call.predict`.
-            batch: what :meth:`draw` returned.
-            delta: the perturbation of ``x_t``, ``(B, ...)``; None for none.
-            target: whether the target follows delta (``equivariant``) or not (``invariant``).
-            detach_target: keep the gradient of delta out of the target, as the authors do.
+            batch: from :meth:`draw`.
+            delta: perturbation of ``x_t``, ``(B, ...)``; None for none.
+            target: ``equivariant`` moves the target with delta; ``invariant`` does not.
+            detach_target: detach delta in the target, as the authors do.
 
         Raises:
-            UserError: delta, labels or what the network returns do not fit the batch.
+            UserError: delta, the labels or the network's output do not fit the batch.
         """
         null_label = self.null_label if self.label_dropout > 0 else None
         check_labels(model, batch.conditions, null_label, values=self._first.left > 0)
@@ -281,7 +281,7 @@ class DenoisingObjective:
         return bound * (self.schedule.num_train_timesteps / 1000.0)
 
     def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
-        """Tell the timestep sampler the unweighted losses of a pass."""
+        """Pass the unweighted losses of a pass to the timestep sampler."""
         total = torch.stack([term.detach() for term in output.terms.values()]).sum(dim=0)
         self.timestep_sampler.update(batch.timesteps, total)
 
@@ -290,7 +290,7 @@ class DenoisingObjective:
         return self.timestep_sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Load a saved state."""
         self.timestep_sampler.load_state_dict(state)
 
 

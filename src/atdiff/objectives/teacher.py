@@ -1,4 +1,4 @@
-"""The teacher of a consistency distillation: a diffusion model and one step of its sampler."""
+"""The teacher in consistency distillation: a diffusion model and one step of its sampler."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ __all__ = ["Solver", "Teacher"]
 class Teacher:
     """A frozen diffusion model that steps from one noise level to a lower one.
 
-    ``ddim`` costs one evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
-    (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1), in ``x / alpha`` against ``sigma / alpha``. Where the
-    scheduler clips samples, so does the step: ``x0_hat`` is clipped and the noise follows from it. From pure noise
-    (alpha = 0), where that axis has no end, and to pure data (sigma = 0), as in its algorithm, ``heun`` is ``ddim``.
+    ``ddim`` takes one network evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
+    (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1, for ``x / alpha`` as a function of ``sigma / alpha``). If
+    the scheduler clips samples, the step clips ``x0_hat`` and computes the noise from it. From pure noise (alpha = 0),
+    where ``sigma / alpha`` is infinite, and to pure data (sigma = 0), as in EDM's algorithm, ``heun`` is ``ddim``.
 
     Args:
-        model: its network; see :func:`atdiff.models.call.predict`. A network with ``2C`` output channels has a learned
-            variance, which is not used.
-        scheduler: the diffusers scheduler of its training.
-        prediction_type: default what the scheduler says.
+        model: the teacher's network; see :func:`atdiff.models.call.predict`. Of ``2C`` output channels, the learned
+            variance is ignored.
+        scheduler: the diffusers scheduler it was trained with.
+        prediction_type: default: the scheduler's.
         solver: ``ddim`` or ``heun``.
 
     Raises:
-        UserError: an unknown solver, a scheduler or prediction type that does not fit, or a network that predicts noise
+        UserError: the solver is unknown, the scheduler or prediction type does not fit, or the network predicts noise
             on a schedule that ends in pure noise.
     """
 
@@ -78,7 +78,7 @@ class Teacher:
         )
 
     def to(self, device: torch.device) -> None:
-        """Put the network on a device, where it is a module."""
+        """Move the network to a device, if it is a module."""
         if isinstance(self.model, torch.nn.Module):
             self.model.to(device)
 
@@ -111,7 +111,7 @@ class Teacher:
     def predict(
         self, x_t: Tensor, levels: tuple[Tensor, Tensor], conditions: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return ``x0_hat`` and ``noise_hat``, each ``(B, ...)``; arguments as of :meth:`step`."""
+        """Return ``x0_hat`` and ``noise_hat``, each ``(B, ...)``; arguments as for :meth:`step`."""
         alpha, sigma = (expand(value, x_t) for value in levels)
         timesteps = self.schedule.timesteps_at(levels[1].double() / levels[0].double())
         output = predict(self.model, self.prediction.network_input(x_t, sigma), timesteps, conditions)

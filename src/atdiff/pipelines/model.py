@@ -1,4 +1,4 @@
-"""Trained models of training folders and diffusers pipelines, and the images that they are measured against."""
+"""Trained models from training folders and diffusers pipelines, and their reference images."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ def load_denoiser(
     """Load the (EMA) network of a training folder, a diffusers pipeline folder, or a hub id, in float32.
 
     Args:
-        run: which of them.
-        text_to_image: take pipelines with an autoencoder too, as a :class:`atdiff.pipelines.text_to_image.TextToImage`.
-        variant: of a pipeline's weights, such as ``fp16``; a training folder knows its own.
-        guidance_scale: see :meth:`TrainedModel.guided`; None for that of the run's training, or the usual one.
-        pipeline_config: of a single file; see :func:`load_pipeline`.
+        run: path of the folder, or hub id.
+        text_to_image: also load pipelines with an autoencoder, as a
+            :class:`atdiff.pipelines.text_to_image.TextToImage`; False raises an error for them.
+        variant: variant of a pipeline's weights, such as ``fp16``; a training folder knows its own.
+        guidance_scale: see :meth:`TrainedModel.guided`; None for the one used in training, or the usual one.
+        pipeline_config: configuration for a pipeline in one file; see :func:`load_pipeline`.
 
     Raises:
-        UserError: as :func:`load_pipeline`, or it is a text-to-image pipeline and those are not taken; or the scale
-            does not fit.
+        UserError: as for :func:`load_pipeline`, or the run is a text-to-image pipeline and ``text_to_image`` is False,
+            or the scale does not fit.
     """
     config = run_config(run)
     variant = None if config else variant

@@ -1,4 +1,4 @@
-"""A trained network with its scheduler, and the samples that it draws."""
+"""A trained network with its scheduler, and sampling from it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ USUAL_WITH_NULL = (11, 101, 1001)
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network with the scheduler that it was trained under.
+    """A trained network with its training scheduler.
 
     Attributes:
         model: the network.
-        scheduler: of its training.
+        scheduler: the scheduler it was trained with.
         source: the run, as the user named it.
-        config: the settings of a training folder; empty for others.
-        prompts: one a class, where they are known; of no consequence to the images of this class.
-        precision: in which the network runs; see :meth:`prepared`.
-        variant: of a pipeline's weights, where one was asked for.
+        config: the settings of a training folder; empty for other sources.
+        prompts: one per class, if known; not used in sampling here.
+        precision: precision the network runs in; see :meth:`prepared`.
+        variant: variant of a pipeline's weights, if one was given.
     """
 
     model: Any
@@ -74,9 +74,9 @@ class TrainedModel:
         return DTYPES[self.precision]
 
     def prepared(self, *, precision: str = "no", compile: bool = False, device: torch.device | str = "cpu") -> Self:
-        """Return the run with its network set up to draw in another precision, or compiled; once a network.
+        """Return the run with its network set up to sample in another precision, or compiled; call it once per network.
 
-        Arguments and errors: see :func:`atdiff.models.inference.prepare_inference`.
+        For arguments and errors, see :func:`atdiff.models.inference.prepare_inference`.
         """
         precision = settled_precision(precision, device)
         prepare_inference(self.model, precision=precision, compile=compile, device=device)
@@ -88,7 +88,7 @@ class TrainedModel:
         return {} if self.variant is None else {"variant": self.variant}
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another scale of guidance, or raise a UserError: this network knows none."""
+        """Return the run with another guidance scale; raises a UserError for networks of pixels, which have none."""
         raise UserError(
             f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
         )
@@ -109,30 +109,30 @@ class TrainedModel:
         return settings_fingerprint(self.image_shape, labels)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return the NFE: how often an image takes the network; errors as :meth:`sampling_scheduler`."""
+        """Return the NFE per image; raises the errors of :meth:`sampling_scheduler`."""
         return len(self.sampling_scheduler(sampler, steps).timesteps)
 
     @property
     def usual_sampler(self) -> str:
-        """The sampler that draws where none is asked for."""
+        """The default sampler."""
         return default_sampler(self.scheduler)
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler of a sampler, its timesteps set; errors as :func:`atdiff.sampling.make_scheduler`."""
+        """Return a sampler's scheduler with its timesteps set; errors as for :func:`atdiff.sampling.make_scheduler`."""
         tokens = image_tokens(self.model, self.image_shape)
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Raise a UserError where this run cannot be sampled with one of ``corrections``; networks of pixels can."""
+        """Raise a UserError if this run does not support one of ``corrections``; networks of pixels support all."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes in the order of their labels; None where they are not known."""
+        """Names of the classes in the order of their labels; None if unknown."""
         return class_names(self.model) or classes_of(stored_data(self.source), None)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the network knows, a null label not among them; 0 if it is unconditional."""
+        """Number of classes, without a null label; 0 for an unconditional network."""
         return class_embeddings(self.model) - int(self._null() is not None)
 
     def _training(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class TrainedModel:
         return self.model.config.get("num_class_embeds") in USUAL_WITH_NULL
 
     def label_of(self, text: str) -> int:
-        """Return the label of a class, by name or else by number; a UserError where there is none."""
+        """Return the label of a class, given by name or else by number; a UserError if there is none."""
         names = self._names()
         if text in names:
             return names.index(text)
@@ -166,13 +166,13 @@ class TrainedModel:
         return self.classes or ()
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor | None:
-        """Return labels for ``num`` images, all classes in turn or ``label`` for each; None if unconditional.
+        """Return labels for ``num`` images: all classes in turn, or ``label`` for each; None if unconditional.
 
-        The null label is no class. A network of others that does not say whether it has one is taken to have, as its
-        last label, if it has 11, 101 or 1,001 labels; a warning says so.
+        The null label is not a class. If a network that atdiff did not train does not say whether it has one, its last
+        label is assumed to be the null label if it has 11, 101 or 1,001 labels, with a warning.
 
         Raises:
-            UserError: a label is asked of an unconditional network, or there is no such class.
+            UserError: a label is given for an unconditional network, or there is no such class.
         """
         embeds, null = class_embeddings(self.model), self._null()
         if not embeds:
@@ -224,8 +224,8 @@ class TrainedModel:
     ) -> Iterator[Tensor]:
         """Return batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-        Image ``i`` depends on ``seed``, ``i`` and its class alone. ``label`` is the class of all images, or None for
-        all in turn; the rest is as in :func:`atdiff.sampling.generate.iter_generate`, errors included.
+        Image ``i`` depends only on ``seed``, ``i`` and its class. ``label`` is the class of all images, or None for all
+        classes in turn; the rest is as in :func:`atdiff.sampling.generate.iter_generate`, including errors.
         """
         self.check_corrections([] if correction is None else [type(correction).__name__])
         return self._drawn(
@@ -244,5 +244,5 @@ class TrainedModel:
         return iter_generate(self.model, self.scheduler, shape=self.image_shape, class_labels=labels, **request)
 
     def pictures(self, **options: Any) -> Iterator[Tensor]:  # noqa: ANN401
-        """Return what :meth:`samples` does, by its earlier name."""
+        """Earlier name of :meth:`samples`."""
         return self.samples(**options)

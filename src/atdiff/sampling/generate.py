@@ -1,4 +1,4 @@
-"""Images drawn from any denoiser with any diffusers scheduler, and saved."""
+"""Sampling from any denoiser with any diffusers scheduler, and saving the images."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ _SEED_STRIDE = 1_000_000
 
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """Return one CPU generator per image: image ``i`` of seed ``S`` is drawn from ``S * 1_000_000 + i``.
+    """Return one CPU generator per image: image ``i`` of seed ``S`` uses the seed ``S * 1_000_000 + i``.
 
-    So an image depends on its seed and index alone, not on its batch, and any diffusers pipeline that is given this
-    list draws the same.
+    An image thus depends only on its seed and index, not on its batch, and a diffusers pipeline with this list of
+    generators gives the same images.
 
     Raises:
-        UserError: seed or index is out of range. torch's CPU generator uses only 32 bits of its seed.
+        UserError: seed or index is out of range; torch's CPU generator uses only 32 bits of its seed.
     """
     generators = []
     for index in indices:
@@ -75,20 +75,22 @@ def denoise_steps(
     model_kwargs: Mapping[str, Tensor] | None = None,
     correction: Correction | None = None,
 ) -> Iterator[Tensor]:
-    """Yield ``x`` after each of the scheduler's steps; the caller owns progress, gradients and stopping.
+    """Yield ``x`` after each of the scheduler's steps; the caller handles progress, gradients and stopping.
 
-    It is in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
+    ``x`` is in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
 
     Args:
         model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are ``(B,)``. Of
-            ``2C`` output channels half are a learned variance, which schedulers that use none never see.
-        scheduler: with its timesteps set, and fresh: one per run.
+            ``2C`` output channels, the second half is a learned variance, passed only to schedulers that use it.
+        scheduler: a fresh scheduler with its timesteps set; use one per run.
         x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``.
         generators: one per image, for stochastic schedulers.
         model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
+        correction: a correction of the sampler; None for none.
 
     Raises:
-        UserError: the network's channels do not fit image and ``variance_type``, or the correction the noise schedule.
+        UserError: the network's channels do not fit the images and ``variance_type``, or the correction does not fit
+            the noise schedule.
     """
     schedule = NoiseSchedule(scheduler)
     correction = correction or Correction()
@@ -143,7 +145,7 @@ def _split_variance(output: Tensor, channels: int, scheduler: Any) -> tuple[Tens
 
 
 def generate(model: Denoiser, training_scheduler: Any, *, num: int, **options: Any) -> Tensor:  # noqa: ANN401
-    """Return ``num`` images in [-1, 1], float32, ``(num, C, H, W)``: the batches of :func:`iter_generate`."""
+    """Return ``num`` images in [-1, 1], float32, ``(num, C, H, W)``; options as for :func:`iter_generate`."""
     return torch.cat(list(iter_generate(model, training_scheduler, num=num, **options)))
 
 
@@ -163,16 +165,24 @@ def iter_generate(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield images batch by batch, in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
+    """Yield batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-    Image ``i`` depends on ``i`` and ``seed``, 0 to 4293, alone (:func:`image_generators`), also where many processes
-    share the work. A module runs in evaluation mode, and is put back after.
+    Image ``i`` depends only on ``i`` and ``seed`` (:func:`image_generators`), even when several processes share the
+    work. A module runs in evaluation mode and is then restored to its previous mode.
 
     Args:
-        model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``, ``(num,)``.
-        training_scheduler: of the network; ``sampler`` and ``steps`` as in :func:`atdiff.sampling.make_scheduler`.
-        shape: ``(C, H, W)``.
-        device: where the model is moved; default: where it is.
+        model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``.
+        training_scheduler: the scheduler the network was trained with.
+        sampler: see :func:`atdiff.sampling.make_scheduler`.
+        steps: number of sampling steps.
+        num: number of images.
+        shape: shape of an image, ``(C, H, W)``.
+        seed: from 0 to 4293.
+        batch_size: images per batch.
+        class_labels: one label per image, ``(num,)``.
+        correction: a correction of the sampler; None for none.
+        device: device to move the model to; default: its current one.
+        progress: show a progress bar.
 
     Raises:
         UserError: an option is out of range or does not fit the model.
@@ -226,10 +236,10 @@ def _placed(model: Denoiser, device: torch.device | str | None) -> tuple[torch.d
 
 
 def finite_images(x: Tensor, start: int, run: str) -> Tensor:
-    """Return a sampler's last ``x`` ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
+    """Return a sampler's final ``x`` ``(B, C, H, W)`` as float32 on the CPU, clamped to [-1, 1].
 
     Raises:
-        FloatingPointError: some are not finite; the first of all is number ``start``, and ``run`` says what drew them.
+        FloatingPointError: some are not finite. The first image is number ``start``; ``run`` describes the sampler.
     """
     images = x.float().cpu()
     finite = images.isfinite().flatten(1).all(dim=1)

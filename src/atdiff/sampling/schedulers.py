@@ -421,25 +421,29 @@ SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
 
 
 def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens: float | None = None) -> Any:  # noqa: ANN401
-    """Return the diffusers scheduler of a sampler, for the noise schedule a network was trained on.
+    """Return a sampler's diffusers scheduler, for the noise schedule a network was trained on.
 
     Its timesteps are set, and a pipeline that sets them again gets the same: ``pipe.scheduler = make_scheduler(...)``
-    samples as :func:`atdiff.sampling.generate` does. Of the training scheduler, ``ddim`` takes all that spaces its
-    steps (``timestep_spacing``, ``steps_offset``, ``use_karras_sigmas``, ...; a ``DDPMScheduler`` unless told otherwise
-    visits multiples of T // steps), samplers of flows the shift, static or dynamic, and ``shift_terminal``, every vp
-    sampler ``clip_sample``, and ``iddpm``, which alone uses a learned variance, ``variance_type``. What a sampler
-    cannot take it refuses.
+    samples like :func:`atdiff.sampling.generate`. Settings kept from the training scheduler:
+
+    - ``ddim``: its spacing (``timestep_spacing``, ``steps_offset``, ``use_karras_sigmas``, ...; by default, a
+      ``DDPMScheduler`` visits multiples of ``T // steps``);
+    - flow samplers: the static or dynamic shift, and ``shift_terminal``;
+    - vp samplers: ``clip_sample``;
+    - ``iddpm``, the only sampler that uses a learned variance: ``variance_type``.
+
+    A setting that a sampler does not support raises an error.
 
     Args:
         sampler: one of :data:`SAMPLERS`.
-        training_scheduler: the scheduler of the network's training; only its configuration and betas are read.
-        steps: of the sampler, from 1 (2 for ``iddpm`` and, unless spaced otherwise, ``ddim``) to
+        training_scheduler: the scheduler the network was trained with; only its configuration and betas are read.
+        steps: number of sampling steps, from 1 (2 for ``iddpm`` and, with its default spacing, ``ddim``) to
             ``num_train_timesteps``.
-        tokens: of an image, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline that has its own
-            number sets the timesteps again.
+        tokens: number of tokens per image, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline
+            with another number sets the timesteps again.
 
     Raises:
-        UserError: an unknown sampler, one that does not fit the noise schedule, or steps out of range.
+        UserError: the sampler is unknown or does not fit the noise schedule, or the number of steps is out of range.
     """
     schedule = NoiseSchedule(training_scheduler)
     build = _builder(sampler, schedule.kind)

@@ -1,4 +1,4 @@
-"""Choose the value of a correction by trying some on held-out noise."""
+"""Search for the value of a correction on held-out noise."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def search_correction(
     grid: Iterable[float] | None = None,
     data_variance: float = 0.0,
 ) -> tuple[float, dict[float, float]]:
-    """Return the value of the least distance, and the distance of each value tried.
+    """Return the value with the smallest distance, and the distance of each value tried.
 
-    A grid is tried, and for epsilon scaling then the two midpoints beside its best value. Of equal distances the one
-    that corrects less is taken. ``distance`` must not sample from the noise of the figures to report.
+    It tries a grid and, for epsilon scaling, the two midpoints next to its best value. On a tie, the weaker correction
+    wins. ``distance`` must not sample from the noise of the reported figures.
 
     Args:
         family: ``epsilon-scaling`` (values are scales), ``time-shift`` (windows in timesteps) or ``dcw`` (strengths of
             the low band).
-        distance: samples with the correction (None for none) and returns how far the images are from data. A
-            ``FloatingPointError``, as of images that are not finite, and NaN count as infinitely far.
-        grid: values to try; those of :data:`atdiff.core.specs.FAMILIES` when None.
+        distance: samples with the correction (None for none) and returns the distance of the images from data. NaN and
+            a ``FloatingPointError``, as for non-finite images, count as infinite.
+        grid: values to try; None for those of :data:`atdiff.core.specs.FAMILIES`.
         data_variance: for the time shift; see :class:`atdiff.sampling.corrections.TimeShift`.
 
     Raises:
-        UserError: an unknown family, an empty grid or bad value in it, before any sampling; or no value with a finite
-            distance.
+        UserError: before any sampling, for an unknown family, an empty grid or an invalid value; or no value has a
+            finite distance.
     """
     if family not in FAMILIES:
         raise UserError(f"correction {family!r} has no value to search for; use {' or '.join(FAMILIES)}.")

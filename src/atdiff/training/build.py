@@ -48,16 +48,16 @@ def build_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # 
 
 
 def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN401
-    """Return what samples a consistency model of this scheduler's noise, on a grid of ``intervals``.
+    """Return the scheduler that samples a consistency model with this scheduler's noise, on a grid of ``intervals``.
 
-    That is an ``LCMScheduler`` with the betas of the DDPM family, or a ``CMStochasticIterativeScheduler``.
+    It is an ``LCMScheduler`` with the same betas (DDPM family), or a ``CMStochasticIterativeScheduler`` (EDM).
 
     Args:
-        scheduler: of the denoiser, from diffusers.
-        intervals: of the grid of timesteps, ``original_inference_steps`` of the ``LCMScheduler``.
+        scheduler: the denoiser's diffusers scheduler.
+        intervals: intervals in the grid of timesteps, the ``original_inference_steps`` of ``LCMScheduler``.
 
     Raises:
-        UserError: more intervals than timesteps, or another scheduler.
+        UserError: there are more intervals than timesteps, or the scheduler belongs to neither family.
     """
     config = scheduler.config
     if isinstance(scheduler, CMStochasticIterativeScheduler) and intervals >= 1:

@@ -1,4 +1,4 @@
-"""The training loop: data, passes, optimizer, average, checkpoint."""
+"""The training loop: data, passes, optimizer, EMA, checkpoints."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ __all__ = ["Trainer", "train"]
 
 @one_writer("folder")
 def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRequest | None = None) -> Path:
-    """Train, or resume, the run that ``config`` describes in the folder ``out``; return ``out``.
+    """Train or resume the run of ``config`` in the folder ``out``; return ``out``.
 
     Writes ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``samples/`` and ``pipeline/``.
 
     Args:
-        config: of the run.
-        out: a new folder, or that of an earlier start of the same run.
+        config: settings of the run.
+        out: a new folder, or the folder of the same run, which is resumed.
         progress: show a progress bar.
         stop: when to save and stop before the last pass.
 
     Raises:
-        UserError: before anything is computed or written, for settings, data, weights or a folder that do not fit.
-        RunError: the disk failed, or too many steps were not finite; the last good checkpoint is left as it was.
-        Stopped: ``stop`` asked for it.
+        UserError: settings, data, weights or folder do not fit; nothing was computed or written.
+        RunError: the disk failed, or too many gradients were not finite; the last good checkpoint is intact.
+        Stopped: ``stop`` requested it; everything is saved.
     """
     trainer = Trainer(as_begun(config, out))
     trainer.open(out, progress=progress)
@@ -66,15 +66,15 @@ def train(config: TrainConfig, out: Path, *, progress: bool = True, stop: StopRe
 
 
 class Trainer:
-    """All that one run holds. Building it checks the settings and writes nothing.
+    """One training run. Constructing it checks the settings and writes nothing.
 
     Attributes:
-        task: what is trained; see :class:`atdiff.training.tasks.Task`.
-        adversary: perturbs its inputs.
-        charge: what a batch and a weight update cost.
-        weights: of the network and its averages, once :meth:`open` was called.
-        state: what a checkpoint holds, likewise.
-        records: what is written on the way, likewise.
+        task: network, data and objective; see :class:`atdiff.training.tasks.Task`.
+        adversary: perturbs the inputs.
+        charge: cost of a batch and of a weight update.
+        weights: weights of the network and their averages, after :meth:`open`.
+        state: the state saved in a checkpoint, after :meth:`open`.
+        records: logs, samples and checkpoints, after :meth:`open`.
     """
 
     weights: Weights
@@ -153,11 +153,11 @@ class Trainer:
         self.records = Records(self.out, task, self.steps, self.state)
 
     def run(self, *, progress: bool = True, stop: StopRequest | None = None) -> None:
-        """Train to the last pass and write the pipeline; nothing where that was done before.
+        """Train to the last pass and write the pipeline; does nothing on a finished run.
 
         Raises:
-            RunError: the disk failed, or too many steps were not finite.
-            Stopped: ``stop`` asked for it; everything is saved.
+            RunError: the disk failed, or too many gradients were not finite.
+            Stopped: ``stop`` requested it; everything is saved.
         """
         if self.finished:
             if self.accelerator.is_main_process and not has_card(self.out):  # killed just before it was written

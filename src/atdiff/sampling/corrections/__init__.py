@@ -19,12 +19,12 @@ __all__ = [
 
 
 def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | None:
-    """Return the correction of a spec (see :func:`atdiff.core.specs.parse_correction`); None where it changes nothing.
+    """Return the correction for a spec (see :func:`atdiff.core.specs.parse_correction`); None if it changes nothing.
 
     ``data_variance`` is for the time shift; see :class:`TimeShift`.
 
     Raises:
-        UserError: a bad spec or value, or one that is still to be searched for.
+        UserError: the spec or value is invalid, or the spec is a search, which has no value yet.
     """
     parsed = parse_correction(spec)
     if parsed.search:
@@ -34,10 +34,10 @@ def make_correction(spec: str, *, data_variance: float = 0.0) -> Correction | No
 
 
 def check_correction(spec: str, schedule: NoiseSchedule | None = None) -> None:
-    """Find, before any compute, what is wrong with a spec, and whether it fits a noise schedule if one is given.
+    """Check a spec, and that it fits a noise schedule if one is given, before any compute.
 
     Raises:
-        UserError: as :func:`make_correction` does, but searches are welcome; or the correction does not fit.
+        UserError: as for :func:`make_correction`, except that searches are allowed; or the correction does not fit.
     """
     parsed = parse_correction(spec)
     values = (FAMILIES[parsed.family].grid[-1],) if parsed.search else parsed.values

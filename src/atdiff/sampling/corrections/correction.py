@@ -1,4 +1,4 @@
-"""What every training-free correction of a sampler is."""
+"""The base class of training-free corrections of a sampler."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ __all__ = ["Correction", "realign", "wide_dtype"]
 
 
 class Correction:
-    """What a sampler changes at each evaluation of the network; this one changes nothing.
+    """Changes a sampler at each network evaluation; the base class changes nothing.
 
-    :meth:`shift` is asked before the network is evaluated (at all but the first evaluation, whose ``x_T`` is exact),
-    the correction itself is called with what the network said, and :meth:`after_step` with where the step ended, if
-    ``moves_steps`` is set.
+    :meth:`shift` is called before each network evaluation except the first, whose ``x_T`` is exact; the correction
+    itself with the network's prediction; and :meth:`after_step` with the end of the step, if ``moves_steps`` is set.
     """
 
     moves_steps = False

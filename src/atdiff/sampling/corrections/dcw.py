@@ -1,4 +1,4 @@
-"""DCW: move the end of each step by frequency band."""
+"""DCW: correct the end of each step by frequency band."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["WaveletCorrection"]
 
 
 class WaveletCorrection(Correction):
-    """Move the end of each step away from ``x0_hat``, by frequency band: DCW.
+    """Move the end of each step away from ``x0_hat``, by frequency band (DCW).
 
-    A sampler's ``x_t`` is noisier than its timestep says. With the bands of a one-level Haar transform, ``low``
-    (means of 2 x 2 pixels) and ``high`` (the rest), the end ``x`` of a step from t becomes
+    A sampler's ``x_t`` is noisier than its timestep implies. With the bands ``L`` (means of 2 x 2 pixels) and ``H``
+    (the rest) of a one-level Haar transform, the end ``x`` of a step from t becomes
 
     ``x + low * s * L(x - x0_hat) + high * (1 - s) * H(x - x0_hat)``,
 
-    ``s`` the noise ``sigma_t`` over its largest: low frequencies early, high ones late. The last step, which ends at
-    ``x0_hat``, stays. (`DCW <https://arxiv.org/abs/2604.16044>`_, eq. 18 to 20; the authors search ``low`` first, then
-    ``high``.)
+    where ``s`` is ``sigma_t`` divided by its maximum: low frequencies early, high frequencies late. The last step,
+    which ends at ``x0_hat``, does not change. (`DCW <https://arxiv.org/abs/2604.16044>`_, eq. 18 to 20; the authors
+    tune ``low`` first, then ``high``.)
 
     Args:
         low: strength of the low band; 0 for none.
-        high: of the high band.
+        high: strength of the high band; 0 for none.
 
     Raises:
         UserError: a strength is not finite.

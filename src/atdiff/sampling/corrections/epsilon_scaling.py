@@ -16,19 +16,19 @@ __all__ = ["EpsilonScaling"]
 
 
 class EpsilonScaling(Correction):
-    """Divide the predicted noise by ``b(t) = slope * t + scale`` with ``x_t`` held fixed.
+    """Divide the predicted noise by ``b(t) = slope * t + scale``, with ``x_t`` held fixed.
 
-    A network meets noisier inputs while sampling than in training and over-predicts the noise; dividing it by a little
-    more than 1 undoes that. (`Epsilon scaling <https://arxiv.org/abs/2308.15321>`_, section 4; the paper uses 1.005 to
-    1.02.) What other networks predict is converted to noise and back. Where ``alpha_t = 0`` nothing but ``x_t`` fixes
-    the noise, and the prediction of any but an epsilon network stays as it is.
+    A network's inputs are noisier in sampling than in training, and it over-predicts the noise; dividing by slightly
+    more than 1 compensates. (`Epsilon scaling <https://arxiv.org/abs/2308.15321>`_, section 4; the paper uses 1.005 to
+    1.02.) Other prediction types are converted to noise and back. Where ``alpha_t = 0``, ``x_t`` alone determines the
+    noise, so only the prediction of an epsilon network changes.
 
     Args:
         scale: ``b(0)``, above 0; 1 with slope 0 changes nothing.
         slope: change of b per timestep, in the units of the schedule's timesteps.
 
     Raises:
-        UserError: ``scale`` is not positive or not finite; when called, ``b(t)`` is not positive at a timestep.
+        UserError: ``scale`` is not positive and finite; when called, ``b(t)`` is not positive at some timestep.
     """
 
     def __init__(self, scale: float = 1.0, slope: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""The time shift: evaluate the network at the timestep that ``x_t`` is of."""
+"""The time shift: evaluate the network at the timestep that matches the noise in ``x_t``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ __all__ = ["TimeShift"]
 
 
 class TimeShift(Correction):
-    """Evaluate the network at the timestep whose noise the sampler's ``x_t`` really has.
+    """Evaluate the network at the timestep whose noise level matches the sampler's ``x_t``.
 
-    While sampling, ``x_t`` is noisier or cleaner than true data at t. Its variance over pixels tells which timestep it
-    fits best: among the whole timesteps ``tau`` in ``[t - window / 2, t + window / 2]``, that of the least
-    ``|var(x_t) - alpha_tau^2 data_variance - sigma_tau^2|``, for each sample by itself. (`Time-Shift Sampler
-    <https://arxiv.org/abs/2305.15583>`_, algorithm 3.) The step is then taken as :func:`realign` says, which for DDIM
-    is the step from ``t_s``, but for the clipping of ``x0_hat``.
+    In sampling, ``x_t`` is noisier or cleaner than noised data at t. Its variance over pixels tells which timestep fits
+    best: for each sample, the whole timestep ``tau`` in ``[t - window / 2, t + window / 2]`` with the smallest
+    ``|var(x_t) - alpha_tau^2 data_variance - sigma_tau^2|``. (`Time-Shift Sampler
+    <https://arxiv.org/abs/2305.15583>`_, algorithm 3.) The step then follows :func:`realign`, which for DDIM is the
+    step from ``t_s``, except for the clipping of ``x0_hat``.
 
-    The authors' code counts ``sigma_tau^2`` only (``data_variance = 0``): of images of high contrast, this shifts most
-    by half a window, to more noise than there is. With the data's own variance, true states stay where they are but for
-    the error of the estimate, of relative standard deviation ``sqrt(2 / n)`` in n pixels: 18 % for 8 x 8 grey ones.
-    There is no shift for EDM, whose networks are conditioned on ``log(sigma)``, without timesteps to count a window in.
+    The authors' code only uses ``sigma_tau^2`` (``data_variance = 0``): most images of high contrast are then shifted
+    by half a window, to a noise level that is too high. With the variance of the data, noised data are not shifted
+    except by the error of the estimate, whose relative standard deviation is ``sqrt(2 / n)`` for n pixels: 18 % for
+    8 x 8 greyscale images. EDM networks, conditioned on ``log(sigma)``, have no timesteps for a window and raise an
+    error.
 
     Args:
-        window: in timesteps, a whole number; less than 2 shifts nothing. The fewer the steps, the wider: the authors'
+        window: a whole number of timesteps; less than 2 shifts nothing. Fewer steps need a wider window: the authors'
             example for 5 steps on CIFAR-10 has 80.
-        cutoff: shift at ``t > cutoff`` only, as at low noise the variance is that of the image. None for three tenths
-            of the schedule's timesteps.
-        data_variance: mean over true images of each one's variance over channels and pixels, in [0, 1).
+        cutoff: shift only at ``t > cutoff``, since at low noise the variance is mostly the image's. None for three
+            tenths of the schedule's timesteps.
+        data_variance: variance over channels and pixels, averaged over real images, in [0, 1).
 
     Raises:
         UserError: an argument is out of range.
