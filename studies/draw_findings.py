@@ -56,7 +56,7 @@ FOUND = {
     "mnist": (
         DIRECTIONS,
         (
-            Panel("mnist", "ddim", "unfinished U-Net, ddim"),
+            Panel("mnist", "ddim", "undertrained U-Net, ddim"),
             Panel("mnist-flow", "flow-euler", "flow, Euler"),
             Panel("mnist-flow", "flow-heun", "flow, Heun"),
         ),
@@ -80,9 +80,9 @@ FOUND = {
         DIRECTIONS,
         (
             Panel("digits-dit-flow", "flow-euler", "DiT, flow, Euler"),
-            Panel("text-digits-flow", "flow-euler", "SD3's, text, Euler"),
-            Panel("text-digits-flux", "flow-euler", "Flux's, text, Euler"),
-            Panel("digits-dit", "ddim", "DiT, noise, ddim"),
+            Panel("text-digits-flow", "flow-euler", "SD3, text, Euler"),
+            Panel("text-digits-flux", "flow-euler", "Flux, text, Euler"),
+            Panel("digits-dit", "ddim", "DiT, predicts noise, ddim"),
         ),
     ),
     "dose": (
@@ -116,7 +116,7 @@ def chart(arms: tuple[str, ...], panels: tuple[Panel, ...]) -> bytes:
         for panel, one in zip(axes, panels, strict=True):
             bars(panel, arms, one)
         for panel in axes[::across]:
-            panel.set_ylabel("change of the distance (%)")
+            panel.set_ylabel("change in distance (%)")
         for panel in axes[-across:]:
             panel.set_xlabel("sampling steps")
         add_legend(figure, {arm: {"color": COLOURS[arm], "marker": "s", "linestyle": ""} for arm in arms})

@@ -24,7 +24,7 @@ from atdiff.system.files import write_bytes, write_text
 
 
 def auto_doses(by_run: Mapping[str, Sequence[Mapping[str, Any]]], file_format: str = "svg") -> bytes:
-    """Draw the doses that set themselves; the noise of other arms would share the axes and hide them."""
+    """Draw the automatic doses; the noise of other arms would share the axes and hide them."""
     return dose_curves({arm: records for arm, records in by_run.items() if "dose" in records[-1]}, file_format)
 
 
@@ -32,10 +32,10 @@ PAGES = Path(__file__).parent.parent / "docs" / "results"
 FIGURES = {
     "mismatch": (
         mismatch_curves,
-        "Mismatch along the trajectory: the distribution of the sampler's inputs against training's",
+        "Mismatch along the trajectory: distribution of the sampler's inputs compared with training inputs",
     ),
-    "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and what a step along it does"),
-    "dose": (auto_doses, "The doses that set themselves, the variance that they go by, and the noise that they make"),
+    "directions": (direction_curves, "Cosine of each direction with x0 - x0_hat, and the loss after a step along it"),
+    "dose": (auto_doses, "Automatic doses, the variance ratio that controls them, and the resulting noise"),
     "robustness": (robustness_curves, "Worst-case loss against the radius of the perturbation"),
 }
 
@@ -71,7 +71,7 @@ def page(name: str, summary: dict[str, Any], samples: Path) -> str:
         write_bytes(
             PAGES / f"{name}-steps-saved.png", saved_curves(saved, leading=ranked(rows)[:MOST_ARMS], file_format="png")
         )
-        parts += ["## Steps saved", f"![steps of plain sampling that N steps replace]({name}-steps-saved.png)"]
+        parts += ["## Steps saved", f"![steps that plain needs to match N steps]({name}-steps-saved.png)"]
         parts += [saved_markdown(saved)]
     parts += [quality(cells, summary["baseline"])]
     if samples.is_file():
@@ -93,11 +93,12 @@ def recipe(summary: dict[str, Any]) -> str:
     sampling = ", ".join(dict.fromkeys(str(cell["sample_seed"]) for cell in cells))
     said += [
         f"weights {evaluation['weights']}",
-        f"{cells[0]['num']:,} samples a cell and seed",
+        f"{cells[0]['num']:,} samples per cell and seed",
         f"training seeds {seeds}, sampling seeds {sampling}",
     ]
     if searched := next((cell for cell in cells if "search_seed" in cell), None):
-        said.append(f"searches on {searched['search_num']:,} samples of sampling seed {searched['search_seed']}")
+        num, seed = searched["search_num"], searched["search_seed"]
+        said.append(f"corrections searched on {num:,} samples of sampling seed {seed}")
     said += [
         f"features of {cells[0]['extractor']}" if "fd" in cells[0]["metrics"] else "no features",
         f"reference {evaluation['reference']}",
@@ -115,7 +116,8 @@ def quality(cells: list[dict[str, Any]], baseline: str) -> str:
     for metric in ("precision", "recall", "density", "coverage", "label_accuracy"):
         if any(metric in cell["metrics"] for cell in cells):
             rows = compare(cells, baseline=baseline, metric=metric, correction=corrections_of(cells)[0])
-            lines.append(f"{metric.replace('_', ' ').capitalize()}, mean of all cells: " + ", ".join(means(rows)) + ".")
+            name = metric.replace("_", " ").capitalize()
+            lines.append(f"{name}, mean over all cells: {', '.join(means(rows))}.")
     return "\n\n".join(lines)
 
 

@@ -183,7 +183,7 @@ def test_one_seed_gives_an_estimate_without_a_verdict() -> None:
     assert all(math.isnan(v) for v in (row.half_width, row.change_low, row.change_high, row.p_value))
     assert winners(rows) == {("ddim", 5): None}
     assert "one seed" in conclusions(rows)[0]
-    assert conclusions(rows)[1] == "at: FD changes by −50% to −50% against plain; not testable."
+    assert conclusions(rows)[1] == "at: FD changes by −50% to −50% against plain; one seed allows no test."
 
 
 @pytest.mark.parametrize("bad", [math.nan, None, math.inf, 0.0, -1.0])
@@ -242,15 +242,15 @@ def test_conclusions_name_gains_and_losses() -> None:
             ]
     said = conclusions(compare(cells))
     assert said == [
-        "3 seeds, 4 cells (sampler and steps): a difference counts where the 95% t interval of the paired "
-        "change is clear of zero.",
+        "3 seeds, 4 cells (sampler and steps): a difference is clear if the 95% t interval of the paired "
+        "change excludes zero.",
         "at lowers FD against plain in 3 of 4 cells (ddim 5: −50%, ddim 10: −40%, ddim 20: −30%), raises it "
         "in 1 (ddim 50: +4.1%); none unclear. Holm's correction over its cells leaves 4 of 4.",
         "random lowers FD against plain in none of 4 cells, raises it in 4 "
         "(+20% on ddim 5 to +20% on ddim 5); "
         "none unclear. Holm's correction over its cells leaves 4 of 4.",
         "ip makes no clear difference to FD against plain in any of 4 cells (estimates −0.3% to −0.3%).",
-        "Winners by cell: at 3; in 1 no arm is clearly better than plain.",
+        "Winners by cell: at 3; in the other 1, no arm is clearly better than plain.",
     ]
 
 
@@ -336,7 +336,7 @@ def test_bootstrap_of_few_seeds_is_said_to_be_too_narrow(seeds: int, warned: boo
     said = conclusions(compare(cells_of(values), interval="bootstrap"))[0]
     assert "95% bootstrap interval" in said
     assert "paired t test" in said
-    assert ("fewer than 5 seeds are too narrow" in said) == warned
+    assert ("With fewer than 5 seeds, bootstrap intervals are too narrow" in said) == warned
     assert "bootstrap" not in conclusions(compare(cells_of(values)))[0]
 
 
@@ -406,10 +406,9 @@ def test_conclusions_say_what_holds_with_a_correction() -> None:
     ]
     rows = compare(cells, correction="epsilon-scaling:search")
     assert conclusions(rows)[1:] == said[1:]
-    assert (
-        scores(rows) == f"With {label} on both, cells of 1 where FD is clearly better / worse than plain's: at 0 / 0."
-    )
-    assert scores(compare(cells)) == "Cells of 1 where FD is clearly better / worse than plain's: at 1 / 0."
+    known = "umber of cells (of 1) where FD is clearly better / worse than plain's: at"
+    assert scores(rows) == f"With {label} on both, n{known} 0 / 0."
+    assert scores(compare(cells)) == f"N{known} 1 / 0."
     assert scores(compare(cells_of({"plain": [1.0], "at": [2.0]}))).startswith("One seed")
 
 

@@ -35,15 +35,15 @@ def test_the_best_arm_its_cell_and_what_it_saves() -> None:
     # 8 is what plain has in 8 steps, and 8.08 in a little less.
     assert text.startswith(
         "at lowers FD by 75% against plain with ddim at 4 steps (8.04 against 32; 95% t interval of the change [−76%, "
-        "−73%], 2 seeds): plain needs 7.98 steps for that, so 3.98 steps are saved. Of 3 cells (sampler and steps) it "
-        "is clearly better than plain in"
+        "−73%], 2 seeds): plain needs 7.98 steps to match this, so 3.98 steps are saved. Of 3 cells (sampler and "
+        "steps) it is clearly better than plain in"
     )
     assert "clearly worse in none" in text
 
 
 def test_beyond_what_was_measured_it_saves_more_than_that() -> None:
     text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.01, 0.0101)})
-    assert ": 16 steps of plain do not reach that, so more than" in text
+    assert ": plain does not match this in 16 steps, so more than" in text
 
 
 def test_a_bound_from_above_saves_nothing_that_is_known() -> None:
@@ -66,9 +66,9 @@ def test_a_metric_that_rises_saves_no_steps() -> None:
 def test_nothing_clear_is_said_to_be_so() -> None:
     text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.8, 1.1)})
     assert text.startswith("No arm is clearly better than plain in any of 3 cells")
-    assert text.endswith("whose interval does not clear zero.")
+    assert text.endswith("an interval that includes zero.")
     one = said({"plain": scaled(1.0), "at": scaled(0.5)})
-    assert "a lead and not a result" in one
+    assert "a lead, not a result" in one
     assert headline(compare(cells({"plain": scaled(1.0, 1.1)}))) is None
 
 
@@ -122,7 +122,7 @@ def test_arms_in_words() -> None:
     assert words["plain"] == "plain training, no perturbation"
     assert words["lcd"] == "consistency distillation with the model itself as the teacher"
     assert words["ct"] == "consistency training without a teacher"
-    assert words["turbo"] == "untouched, at a learning rate of 0"
+    assert words["turbo"] == "not trained (learning rate 0)"
     assert describe_arms({"a": {}, "b": {"adversary": {"passes": 2, "step_size": 0.0}}}) == {
         "b": "every batch used 2 times, no perturbation"
     }

@@ -330,7 +330,7 @@ def test_corrections_have_their_columns(summary: Summary, tmp_path: Path) -> Non
         "Every arm is sampled with no correction, searched epsilon-scaling, time-shift 40.",
         "with searched epsilon-scaling (b)", "b 1 to 1.02", "−10% against plain without",
         "plain with time-shift 40 lowers FD against plain without in 2 of 2 cells",
-        "With searched epsilon-scaling on both, cells of 2 where FD is clearly better / worse than plain's: ip",
+        "With searched epsilon-scaling on both, number of cells (of 2) where FD is clearly better / worse than plain's:",
         "95% bootstrap interval", "searched on sampling seed 999", "Curves with time-shift 40 on all arms",
     ):  # fmt: skip
         assert words in text, words
@@ -367,9 +367,9 @@ def test_measurements_have_their_sections(summary: Summary, tmp_path: Path) -> N
     page = Page((tmp_path / "r.html").read_text("utf-8"))
     text = squeeze(page.text)
     for words in (
-        "Mismatch between sampling and training", "Robustness", "Where the adversary's steps lead",
-        "at: the sliced Wasserstein distance of x_t is below plain's at 2 of 3 noise levels of the trajectory, "
-        "and 0.05 against 0.1 for the finished samples.",
+        "Mismatch between sampling and training", "Robustness", "Where the adversary's steps point",
+        "at: the sliced Wasserstein distance of x_t is below plain's at 2 of 3 noise levels along the trajectory, "
+        "and 0.05 against 0.1 for the final samples.",
         "ddim; 10 steps; 64 samples per seed; torch 2; norm l2.",
         "64 samples per seed; torch 2; norm l2; attack steps 10.",
     ):  # fmt: skip
@@ -468,7 +468,7 @@ def test_a_bare_summary_of_one_seed_is_enough(tmp_path: Path) -> None:
     write_report({"cells": fake_summary(seeds=1)["cells"]}, tmp_path / "new" / "r.html")
     page = Page((tmp_path / "new" / "r.html").read_text("utf-8"))
     assert page.stack == []
-    assert "a lead and not a result" in page.text
+    assert "a lead, not a result" in page.text
     assert "nan" not in squeeze(page.text).lower().split()
 
 
@@ -509,7 +509,7 @@ def test_terminal_table_fits_six_arms(width: int) -> None:
 
 
 def test_terminal_table_marks_only_winners(rows: list[Row]) -> None:
-    table, legend = render(rows, 120).split("± half of the", 1)
+    table, legend = render(rows, 120).split("±: half-width of the", 1)
     assert table.count("★") == sum(arm is not None for arm in winners(rows).values())
     assert table.count("?") == sum(row.verdict == "unclear" for row in rows)
     assert "lowest mean" in squeeze(legend)
@@ -548,7 +548,7 @@ def test_markdown_table_is_rectangular_and_complete(rows: list[Row]) -> None:
         assert mean_text(row) in line
         assert row.verdict == "baseline" or percent(row.change_high) in line
     assert table.count("**") == 2 * table.count("★") == 2 * sum(a is not None for a in winners(rows).values())
-    assert legend.startswith("± half of the 95% t interval of the mean; % paired change against plain; ?")
+    assert legend.startswith("±: half-width of the 95% t interval of the mean; %: paired change against plain; ?")
 
 
 def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:

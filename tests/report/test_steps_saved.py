@@ -69,9 +69,9 @@ def test_seeds_beyond_the_measured_steps_make_bounds() -> None:
     rows = steps_saved(cells({"plain": [CURVE, CURVE], "at": at}))
     assert [saved_text(row) for row in rows] == ["> 16", f"> {math.sqrt(math.sqrt(32) * 16):.3g}", "n/a"]
     text = saved_markdown(rows)
-    assert text.startswith("**Steps of plain sampling that N steps replace**\n\n| sampler | N | at |")
+    assert text.startswith("**Steps that plain needs to match N steps**\n\n| sampler | N | at |")
     assert "| ddim | 4 | > 16 |" in text
-    assert "on some seed at least" in text
+    assert "for at least one seed" in text
     assert saved_curves(rows).startswith(b"<?xml")
 
 

@@ -1,4 +1,4 @@
-"""What a comparison comes to: one sentence on the best arm, where it is best, and what that saves."""
+"""The headline of a comparison: the best arm, where it is best, and how many steps it saves."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def _saved(row: Row, saved: Sequence[StepsSaved], baseline: str) -> str:
         return ""
     more = _steps(one.needed - one.steps)
     if one.bound:
-        return f": {_steps(one.needed)} of {baseline} do not reach that, so more than {more} are saved"
-    return f": {baseline} needs {_steps(one.needed)} for that, so {more} are saved"
+        return f": {baseline} does not match this in {_steps(one.needed)}, so more than {more} are saved"
+    return f": {baseline} needs {_steps(one.needed)} to match this, so {more} are saved"
 
 
 def _elsewhere(rows: Sequence[Row], arm: str, baseline: str) -> str:
@@ -96,11 +96,11 @@ def _unclear(best: Row, rows: Sequence[Row], baseline: str) -> str:
     where = f"with {best.sampler} at {_steps(best.steps)}"
     if max(row.pairs for row in rows) < 2:
         return (
-            f"One seed decides nothing: the largest gain over {baseline}, a lead and not a result, is that of "
+            f"One seed gives no interval, so the largest gain over {baseline} is a lead, not a result: "
             f"{best.arm} {where} ({metric_label(best.metric)} {percent(best.change)})."
         )
     return (
         f"No arm is clearly better than {baseline} in any of {cells} cell{'s' * (cells != 1)} (sampler and steps). The "
-        f"largest estimate is that of {best.arm} {where}: {metric_label(best.metric)} {percent(best.change)} "
-        f"{interval_text(best)}, whose interval does not clear zero."
+        f"best estimate is that of {best.arm} {where}: {metric_label(best.metric)} {percent(best.change)} "
+        f"{interval_text(best)}, an interval that includes zero."
     )

@@ -55,7 +55,7 @@ def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
 
 def _in_python(folder: Path, run: str) -> str:
     if (folder / "lora").is_dir():
-        return f'pipeline.load_lora_weights("{run}/lora")  # on the pipeline that it was trained from'
+        return f'pipeline.load_lora_weights("{run}/lora")  # the pipeline that it was trained from'
     saved = folder / "pipeline"
     index = saved / "model_index.json"
     own = json.loads(index.read_text()).get("unet", [""]) if index.is_file() else [""]

@@ -22,7 +22,7 @@ __all__ = [
 
 Records = Sequence[Mapping[str, Any]]
 
-FLOOR = "floor: two sets of true data"
+FLOOR = "floor: two sets of noised real data"
 RATIOS = {
     "noise_norm_ratio": "norm of predicted noise, ratio to training",
     "variance_ratio": "variance of x_t, ratio to training",
@@ -51,12 +51,12 @@ NAMES = {
 LEVEL = "noise level (1: noise, 0: data)"
 # Title, horizontal axis, and the value that means that there is nothing to see.
 DOSES: dict[str, tuple[str, str, float]] = {
-    "dose": ("dose k(t) at the end", "sampler's time (1: noise, 0: data)", 0.0),
-    "factor": ("factor of the dose", "passes", 1.0),
-    "variance_ratio": ("variance of samples / of data", "after so many sampling steps", 1.0),
+    "dose": ("dose k(t) at the end of training", "sampler's time (1: noise, 0: data)", 0.0),
+    "factor": ("dose factor", "passes", 1.0),
+    "variance_ratio": ("variance ratio, samples / data", "after sampling step", 1.0),
     "variance": ("variance of the perturbed noise", LEVEL, 1.0),
-    "correlation": ("correlation of that noise with x₀", LEVEL, 0.0),
-    "kurtosis": ("excess kurtosis of that noise", LEVEL, 0.0),
+    "correlation": ("correlation of perturbed noise with x₀", LEVEL, 0.0),
+    "kurtosis": ("excess kurtosis of the perturbed noise", LEVEL, 0.0),
 }
 NOISE = ("variance", "correlation", "kurtosis")
 POINTS = 250  # of a curve; more would only make the page heavy

@@ -169,7 +169,7 @@ def _headline(
         "more": found.more,
         "arm": found.row.arm,
         "setting": found.row.setting,
-        "beside": f"There {'; '.join(beside)}." if beside else "",
+        "beside": f"In this cell, {'; '.join(beside)}." if beside else "",
         "code": load_code(cells, found.row),
     }
 
@@ -290,16 +290,16 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     sentences = [f"{len(arms)} arms (see below); {arms[0]} is the baseline."]
     if "base" in passes and "arm" in passes:
         sentences.append(
-            f"Every arm starts from the base model of its seed ({passes['base']:,} passes) and gets the same "
+            f"Every arm starts from the base model of its seed ({passes['base']:,} passes) and trains for the same "
             f"number of further passes: {passes['arm']:,}."
         )
     sentences.append(
-        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(seeds)}): within a seed all arms "
-        "share base model and sampling seeds, so an arm is compared with the baseline pair by pair."
+        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(seeds)}): for each seed, all arms "
+        "share the base model and the sampling seeds, so an arm and the baseline are compared in pairs."
     )
     nums = {cell["num"] for cell in summary["cells"] if cell.get("num")}
     if len(nums) == 1:
-        sentences.append(f"Every figure of a seed comes from {nums.pop():,} generated samples.")
+        sentences.append(f"Every figure of a seed is computed from {nums.pop():,} generated samples.")
     corrections = corrections_of(summary["cells"])
     if len(corrections) > 1:
         sentences.append(f"Every arm is sampled with {', '.join(map(correction_label, corrections))}.")
@@ -335,7 +335,7 @@ def _mismatch_said(by_run: Mapping[str, Sequence[Mapping[str, Any]]], baseline: 
         lower = sum(mine[level] < base[level] for level in levels)
         text = f"{arm}: the {DISTANCES[name]} is below {baseline}'s at {lower} of {len(levels)} noise levels"
         if 0 in mine and 0 in base:
-            text += f" of the trajectory, and {mine[0]:.3g} against {base[0]:.3g} for the finished samples"
+            text += f" along the trajectory, and {mine[0]:.3g} against {base[0]:.3g} for the final samples"
         said.append(text + ".")
     return said
 

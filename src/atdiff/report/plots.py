@@ -110,7 +110,7 @@ def saved_curves(rows: Sequence[StepsSaved], *, leading: Sequence[str] = (), fil
             _saved_panel(axes, [row for row in rows if row.sampler == sampler], styles)
             axes.set_title(sampler, loc="left", fontweight="bold")
         _limit_saved(panels[0], rows)
-        panels[0].set_ylabel(f"steps of {baseline} needed")
+        panels[0].set_ylabel(f"steps that {baseline} needs")
         add_legend(figure, styles)
         return rendered(figure, file_format)
 
@@ -142,7 +142,7 @@ def _saved_panel(axes: Axes, rows: Sequence[StepsSaved], styles: Mapping[str, St
             face = "white" if row.bound else style["markerfacecolor"]
             axes.plot(row.steps, row.needed, color=style["color"], marker=marker, markerfacecolor=face, markersize=6)
     _step_axis(axes, steps, 1)
-    axes.set_xlabel("steps used")
+    axes.set_xlabel("steps of the arm")
 
 
 def _limit_saved(axes: Axes, rows: Sequence[StepsSaved]) -> None:

@@ -149,7 +149,7 @@ def saved_text(row: StepsSaved) -> str:
 
 def saved_title(rows: Sequence[StepsSaved]) -> str:
     """What the figures of the table are."""
-    return f"Steps of {rows[0].baseline} sampling that N steps replace"
+    return f"Steps that {rows[0].baseline} needs to match N steps"
 
 
 def saved_markdown(rows: Sequence[StepsSaved]) -> str:
@@ -265,22 +265,22 @@ def _corrected_cell(one: CorrectedRow | None) -> Text:
 def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
     row = rows[0].row
     text = (
-        f"± half of the {interval_label(row)} of the mean; % paired change against {row.arm} with the same correction; "
-        f"? its interval does not clear zero"
+        f"±: half-width of the {interval_label(row)} of the mean; %: paired change against {row.arm} with the same "
+        f"correction; ?: its interval includes zero"
     )
     if any(one.values for one in rows):
         symbols, values = ", ".join(SYMBOLS.values()), ", ".join(family.value for family in FAMILIES.values())
-        text += f"; {symbols}: {values} that a search chose on held-out noise, lowest to highest over seeds"
+        text += f"; {symbols}: {values} chosen by a search on held-out noise, lowest to highest over seeds"
     return text
 
 
 def _saved_legend(rows: Sequence[StepsSaved]) -> str:
     first = rows[0]
     text = (
-        f"steps at which {first.baseline}, interpolated, reaches the figure that the arm reaches in N; geometric mean "
-        f"over seeds, {interval_label(first)}"
+        f"steps that {first.baseline}, interpolated, needs to match the arm at N steps; geometric mean over seeds, "
+        f"{interval_label(first)}"
     )
-    beyond = "; > or <: beyond the numbers of steps that were measured, on some seed at least"
+    beyond = "; > or <: outside the measured step counts for at least one seed"
     return text + (beyond if any(row.bound for row in rows) else "")
 
 
@@ -291,6 +291,6 @@ def _legend(rows: Sequence[Row]) -> str:
     correction = rows[0].correction
     with_correction = "" if correction == "none" else f", {correction_label(correction)} on both"
     return (
-        f"± half of the {level} of the mean; % paired change against {baseline}{with_correction}; ? its {level} does "
-        f"not clear zero; ★ {best} mean among the arms that clear it"
+        f"±: half-width of the {level} of the mean; %: paired change against {baseline}{with_correction}; "
+        f"?: its {level} includes zero; ★: {best} mean among the arms that are clearly better"
     )

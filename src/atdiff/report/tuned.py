@@ -1,4 +1,4 @@
-"""The table and the picture of a sweep: distances of its candidates, rung by rung, beside those of plain training."""
+"""The table and the plot of a sweep: the candidates' distances per rung, compared with plain training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tuned_table(rungs: Rungs, rows: Sequence[Row]) -> Table:
     table.add_column("candidate")
     for rung in rungs:
         table.add_column(f"{rung['passes']} passes", justify="right")
-    table.add_column(f"change from {rows[0].arm}", justify="right")
+    table.add_column(f"change against {rows[0].arm}", justify="right")
     for arm in sorted(figures[0], key=lambda arm: _place(arm, rows[0].arm, figures)):
         texts = [_number(_mean(found[arm])) if arm in found else "" for found in figures]
         row = by_arm.get(arm)
@@ -115,4 +115,4 @@ def _number(value: float) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     pairs = max(row.pairs for row in rows)
-    return f"mean of {pairs} seeds, {interval_label(rows[0])}" if pairs > 1 else "one seed, which gives no interval"
+    return f"mean of {pairs} seeds, {interval_label(rows[0])}" if pairs > 1 else "one seed, so no interval"

@@ -1,4 +1,4 @@
-"""What a comparison says, in words: labels, and sentences on what holds and what does not."""
+"""Labels and sentences that describe the results of a comparison."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def scores(rows: Sequence[Row]) -> str:
         verdicts = [row.verdict for row in judged if row.arm == arm]
         counts.append(f"{arm} {verdicts.count('better')} / {verdicts.count('worse')}")
     prefix, cells = _prefix(rows), len({row.setting for row in rows})
-    text = f"ells of {cells} where {metric_label(rows[0].metric)} is clearly better / worse than {baseline}'s: "
-    return f"{prefix}{'c' if prefix else 'C'}{text}{'; '.join(counts)}."
+    where = f"where {metric_label(rows[0].metric)} is clearly better / worse than {baseline}'s"
+    return f"{prefix}{'n' if prefix else 'N'}umber of cells (of {cells}) {where}: {'; '.join(counts)}."
 
 
 def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
@@ -98,12 +98,12 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
     seeds = str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
     scope = f"{seeds} seed{'' if pairs[-1] == 1 else 's'}, {_count(cells, 'cell')} (sampler and steps)"
     if pairs[-1] < 2:
-        return f"{scope}: one seed gives no interval, so every change below is a lead and not a result."
-    said = f"{scope}: a difference counts where the {interval_label(rows[0])} of the paired change is clear of zero."
+        return f"{scope}: one seed gives no interval, so every change below is a lead, not a result."
+    said = f"{scope}: a difference is clear if the {interval_label(rows[0])} of the paired change excludes zero."
     if rows[0].interval == "bootstrap":
-        said += " p-values, and so Holm's correction, are those of the paired t test."
+        said += " p-values, and so Holm's correction, come from the paired t test."
         if pairs[0] < FEW_SEEDS:
-            said += f" Bootstrap intervals of fewer than {FEW_SEEDS} seeds are too narrow: read them as leads."
+            said += f" With fewer than {FEW_SEEDS} seeds, bootstrap intervals are too narrow: read them as leads."
     return said
 
 
@@ -111,9 +111,9 @@ def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
     """Gains first, then losses with the cells they are in, then what is open."""
     metric = rows[0].metric
     changes = [row.change for row in rows if not math.isnan(row.change)]
-    span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "no change known"
+    span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "an unknown amount"
     if max(row.pairs for row in rows) < 2:
-        return f"{arm}: {metric_label(metric)} changes by {span} against {baseline}; not testable."
+        return f"{arm}: {metric_label(metric)} changes by {span} against {baseline}; one seed allows no test."
     better, worse = ([row for row in rows if row.verdict == verdict] for verdict in ("better", "worse"))
     clear = better + worse
     if not clear:
@@ -151,4 +151,5 @@ def _winners_sentence(rows: Sequence[Row], baseline: str) -> str:
         return f"No arm is clearly better than {baseline} in any cell."
     ranked = sorted(won.items(), key=lambda item: -item[1])
     text = "Winners by cell: " + ", ".join(f"{arm} {count}" for arm, count in ranked)
-    return text + (f"; in {best.count(None)} no arm is clearly better than {baseline}." if None in best else ".")
+    others = f"; in the other {best.count(None)}, no arm is clearly better than {baseline}."
+    return text + (others if None in best else ".")
