@@ -315,13 +315,16 @@ def test_a_saved_dose_resumes() -> None:
         ({"steps": 1}, "2 or more"),
         ({"steps": 8, "step_size": 0.1}, "step_size=0.1 contradicts"),
         ({"steps": 8, "scale": "high"}, "scale=high contradicts"),
-        ({"steps": 8, "direction": "gradient"}, "has no dose"),
-        ({"steps": 8, "passes": 1}, "moves nothing"),
-        ({"step_size": 0.1, "radius": 1.0, "rescale_noise": True}, "out of radius=1.0"),
-        ({"dose": 0.1, "target": "invariant", "rescale_noise": True}, "keeps the old one"),
+        ({"steps": 8, "direction": "gradient"}, "does not support a dose"),
+        ({"steps": 8, "passes": 1}, "applies no perturbation"),
+        ({"step_size": 0.1, "radius": 1.0, "rescale_noise": True}, "beyond radius=1.0"),
+        (
+            {"dose": 0.1, "target": "invariant", "rescale_noise": True},
+            "keeps the original noise; use target='equivariant'.",
+        ),
         (
             {"method": "contrastive", "passes": 1, "weight": 0.05, "rescale_noise": True},
-            "does not go with method='contrastive'",
+            "does not fit method='contrastive'",
         ),
     ],
 )

@@ -166,9 +166,9 @@ def test_the_dose_for_a_number_of_steps_is_kept_by_its_adversary() -> None:
     [
         (None, {}, "either an adversary, such as Adversary\\(steps=8\\), or a dose"),
         (Adversary(steps=8), {"dose": 0.1}, "either an adversary"),
-        (None, {"steps": 8}, "make adversary = Adversary\\(steps=8\\) once"),
-        (Adversary(), {}, "method='pgd' with target='equivariant', and Adversary\\(\\) has another"),
-        (Adversary(dose=0.1, target="invariant"), {}, "has another"),
+        (None, {"steps": 8}, "keeps state: create adversary = Adversary\\(steps=8\\) once"),
+        (Adversary(), {}, "method='pgd' and target='equivariant', got Adversary\\(\\);"),
+        (Adversary(dose=0.1, target="invariant"), {}, "got Adversary"),
         (None, {"dose": -1.0}, "dose=-1.0 must be above 0"),
         (None, {"dose": 0.1, "prediction_type": "eps"}, "prediction_type='eps' does not fit"),
         (None, {"dose": 0.1, "guidance": 3.5}, "guidance is of type float, expected a tensor"),

@@ -374,9 +374,9 @@ def test_an_epsilon_network_near_pure_noise_drifts_within_the_data() -> None:
         ({"method": "contrastive", "passes": 1}, r"weight=1.0 must lie in \[0, 1\).* 0.05 is usual"),
         ({"method": "mac", "weight": -1.0}, "weight=-1.0 must not be negative .* 2 is usual"),
         ({"method": "adr", "weight": math.inf}, "weight=inf"),
-        ({"method": "soar", "direction": "drift"}, "direction='drift' does not go with method='soar'"),
-        ({"method": "adr", "target": "invariant"}, "target='invariant' does not go with method='adr'"),
-        ({"method": "mac", "radius": 1.0}, "radius=1.0 does not go with"),
+        ({"method": "soar", "direction": "drift"}, "direction='drift' does not fit method='soar'"),
+        ({"method": "adr", "target": "invariant"}, "target='invariant' does not fit method='adr'"),
+        ({"method": "mac", "radius": 1.0}, "radius=1.0 does not fit"),
         ({"method": "mac", "noise_levels": (0.2, 0.7)}, "noise_levels"),
         ({"method": "mac", "order": "staggered"}, "cannot have order='staggered'"),
     ],
@@ -401,7 +401,7 @@ def test_a_roll_out_needs_the_true_input(name: str, option: dict[str, float]) ->
     adversary = Adversary(**{"method": name, **METHODS[name][0]})
     passes = adversary.passes(objective, linear(torch.tensor(SLOPE)), torch.rand(4, 1, 2, 2) - 0.5)
     if adversary.method in ("soar", "adr"):
-        with pytest.raises(UserError, match=f"rolls x_t out, which {next(iter(option))} changes"):
+        with pytest.raises(UserError, match=f"rolls out x_t, which {next(iter(option))} changes"):
             next(passes)
     else:
         assert next(passes).isfinite()
@@ -409,7 +409,7 @@ def test_a_roll_out_needs_the_true_input(name: str, option: dict[str, float]) ->
 
 def test_a_lone_sample_has_no_other() -> None:
     adversary, alone = Adversary(method="contrastive", passes=1, weight=0.05), torch.zeros(1, 1, 2, 2)
-    with pytest.raises(UserError, match="needs another sample in each micro-batch"):
+    with pytest.raises(UserError, match="needs at least two samples per micro-batch"):
         next(adversary.passes(DenoisingObjective(scheduler_of("flow")), linear(torch.tensor(1.0)), alone))
 
 

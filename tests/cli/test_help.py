@@ -107,7 +107,7 @@ def test_singular_and_plural_are_accepted_alike(word: str) -> None:
     [
         (
             "sample run --seeds 1,2 --out x.png",
-            "--seed 1,2 names several, and `atdiff sample` takes one: use --seed 1.",
+            "--seed 1,2 has several values, but `atdiff sample` takes one: use --seed 1.",
         ),
         ("sample run --step 5,10 --out x.png", "`atdiff sample` takes one: use --steps 5."),
         ("robustness run --norms l2,linf --out x", "`atdiff robustness` takes one: use --norm l2."),

@@ -100,5 +100,5 @@ def test_what_is_no_image_has_no_size(tmp_path: Path) -> None:
 
 
 def test_arrays_of_one_size_have_no_buckets() -> None:
-    with pytest.raises(UserError, match="digits holds images of one size: leave out data"):
+    with pytest.raises(UserError, match="digits has images of one size: leave out data"):
         load_captioned("digits", image_size=64, captions=[str(i) for i in range(10)], buckets=BUCKETS)

@@ -173,7 +173,7 @@ def test_classes_without_images_cannot_be_chosen(labels: list[int]) -> None:
 
 def test_images_without_labels_have_none_to_choose(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
-    with pytest.raises(UserError, match="has no labels, so none can be chosen"):
+    with pytest.raises(UserError, match="has no labels to choose from:"):
         load_data(str(tmp_path), labels=[0])
     (tmp_path / "a.txt").write_text("a cat")
     with pytest.raises(UserError, match=r"has captions of its own: leave out labels \(\[0\]\)"):
@@ -316,7 +316,7 @@ def test_fingerprint_of_tables_shards_and_labelled_data(tmp_path: Path) -> None:
         ({"captions": [*DIGITS[:9], None]}, "the caption of class 9 is empty"),
         ({"captions": [*DIGITS[:9], 9]}, "the caption of class 9 is 9: expected text"),
         ({"captions": DIGITS, "limit": 0}, "limit is 0: expected a number of pairs, 1 or more"),
-        ({"captions": DIGITS, "caption_column": "text"}, r"captions and caption_column \('text'\) are both given"),
+        ({"captions": DIGITS, "caption_column": "text"}, r"captions and caption_column \('text'\) cannot be combined"),
         ({"captions": DIGITS, "image_size": 0}, "image_size is 0"),
         ({"captions": DIGITS, "channels": 2}, "channels is 2"),
         ({"captions": DIGITS, "crop": "none"}, "crop is 'none'"),
@@ -331,9 +331,9 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit", "unknown data set 'digit': did you mean 'digits'"),
+        ("digit", "unknown dataset 'digit': did you mean 'digits'"),
         ("nowhere/set.npz", "nowhere/set.npz does not exist"),
-        ("mixture-ring", "mixture-ring holds points"),
+        ("mixture-ring", "mixture-ring contains points"),
     ],
 )
 def test_wrong_names(name: str, message: str) -> None:
@@ -342,7 +342,7 @@ def test_wrong_names(name: str, message: str) -> None:
 
 
 def test_a_name_of_nothing_is_said_without_captions_too() -> None:
-    with pytest.raises(UserError, match="unknown data set 'digit'"):
+    with pytest.raises(UserError, match="unknown dataset 'digit'"):
         load_captioned("digit", image_size=None)
 
 
@@ -384,11 +384,11 @@ ROW = '{"file_name": "a.png", "text": "one"}\n'
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [
-        (lambda folder: None, {}, "holds no images"),
-        (one_image, {}, "holds images without captions: add a metadata.jsonl"),
+        (lambda folder: None, {}, "contains no images"),
+        (one_image, {}, "contains images without captions: add a metadata.jsonl"),
         (one_image, {"split": "test"}, "has no split 'test'"),
-        (lambda folder: save_image(folder / "train" / "a.png"), {"split": "all"}, "is kept in splits"),
-        (one_image, {"captions": ["a cat", "a dog"]}, "has no classes that captions could describe: give one caption"),
+        (lambda folder: save_image(folder / "train" / "a.png"), {"split": "all"}, "is divided into splits"),
+        (one_image, {"captions": ["a cat", "a dog"]}, "has no classes for these captions: give one caption"),
         (one_image, {"captions": [" "]}, "the caption of all images is empty"),
         (one_image, {"caption_column": "alt"}, "has no metadata.jsonl or metadata.csv with a column 'alt'"),
         (with_file("a.txt", "a"), {}, r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png"),
@@ -407,14 +407,14 @@ ROW = '{"file_name": "a.png", "text": "one"}\n'
             r"has no column 'alt' of captions: expected one of",
         ),
         (with_file("metadata.jsonl", ROW + "{"), {}, r"line 2 of \S+ cannot be read as JSON"),
-        (with_file("metadata.jsonl", "[]"), {}, r"line 1 of \S+ holds \[\]: expected a JSON object"),
-        (with_file("metadata.jsonl", '{"text": "one"}'), {}, "has a row of which file_name is None"),
-        (with_file("metadata.jsonl", '{"file_name": "c.png", "text": "one"}'), {}, "of which file_name is 'c.png'"),
-        (with_file("metadata.jsonl", '{"file_name": "a.png"}'), {}, r"has no captions among \['file_name'\]"),
+        (with_file("metadata.jsonl", "[]"), {}, r"line 1 of \S+ contains \[\]: expected a JSON object"),
+        (with_file("metadata.jsonl", '{"text": "one"}'), {}, "has a row with file_name None"),
+        (with_file("metadata.jsonl", '{"file_name": "c.png", "text": "one"}'), {}, "with file_name 'c.png'"),
+        (with_file("metadata.jsonl", '{"file_name": "a.png"}'), {}, r"has no caption column among \['file_name'\]"),
         (with_file("metadata.csv", "file_name,text\na.png,a cat, black\nb.png,b\n"), {}, "row 1 .* more values than"),
         (with_file("metadata.csv", 'file_name,text\na.png,"a\n'), {}, "cannot be read as comma-separated values"),
         (with_file("metadata.csv", "file_name,text\na.png,one\nb.png\n"), {}, r"1 of the 2 images .* \S+b\.png"),
-        (both_metadata, {}, "holds metadata both as .jsonl and as .csv"),
+        (both_metadata, {}, "has both metadata.jsonl and metadata.csv:"),
     ],
 )
 def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options: dict[str, Any], message: str) -> None:
@@ -426,14 +426,14 @@ def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"url": ["a", "b"]}, {}, r"has no captions among \['image', 'url'\]"),
+        ({"url": ["a", "b"]}, {}, r"has no caption column among \['image', 'url'\]"),
         ({"text": ["a", "b"]}, {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
         ({"text": ["a", None]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
         ({"text": [["a"], []]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
         ({"text": ["a", ""]}, {}, "the caption of row 1 of .* is empty"),
         ({"text": [1, 2]}, {}, "the caption of row 0 of .* is 1: expected text"),
         ({"text": ["a", "b"]}, {"captions": ["a"]}, r"has captions of its own \(column 'text'\)"),
-        ({"url": ["a", "b"]}, {"captions": ["a", "b"]}, "has no classes that captions could describe"),
+        ({"url": ["a", "b"]}, {"captions": ["a", "b"]}, "has no classes for these captions:"),
         ({"text": ["a", "b"]}, {"split": "test"}, "has no split 'test'"),
     ],
 )
@@ -458,15 +458,15 @@ GOOD = samples(range(2))
 @pytest.mark.parametrize(
     ("members", "options", "message"),
     [
-        ([], {}, r"a\.tar holds no images with captions"),
+        ([], {}, r"a\.tar contains no images with captions"),
         (GOOD[:3], {}, r"1 of the 2 images of \S+ have no caption, the first of them 0001\.png of \S+a\.tar"),
         (GOOD[:1], {}, r"1 of the 1 images of \S+ have no caption"),
         ([*GOOD[:1], ("0000.txt", b" ")], {}, r"the caption of 0000\.png of \S+a\.tar is empty"),
         ([*GOOD[:1], ("0000.txt", b"\xff")], {}, r"0000\.txt of \S+a\.tar is not UTF-8"),
         ([*GOOD[:1], ("0000.json", b"{")], {}, r"0000\.json of \S+a\.tar cannot be read as JSON"),
-        ([*GOOD[:1], ("0000.json", b"{}")], {}, r"0000\.json of \S+a\.tar has no captions among \[\]"),
+        ([*GOOD[:1], ("0000.json", b"{}")], {}, r"0000\.json of \S+a\.tar has no caption column among \[\]"),
         (samples(range(1), "text"), {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
-        ([*GOOD, ("0000.jpg", b"")], {}, "holds two images of the key 0000"),
+        ([*GOOD, ("0000.jpg", b"")], {}, "contains two images with the key 0000"),
         (GOOD, {"captions": ["a"]}, r"has captions of its own \(\.txt or \.json members\)"),
         (GOOD, {"split": "test"}, "has no split 'test'"),
     ],
@@ -524,7 +524,7 @@ def test_members_in_no_pair_are_counted_and_named(tmp_path: Path) -> None:
         ("1.cls", b"3"),  # of no kind that is read
     ]
     write_tar(tmp_path / "a.tar", members)
-    with pytest.warns(UserWarning, match=r"^4 members of \S+ are in none of its 1 pairs") as said:
+    with pytest.warns(UserWarning, match=r"^4 members of \S+ belong to none of its 1 pairs") as said:
         data = load_captioned(str(tmp_path / "a.tar"), image_size=None)
     check_pairs(data, [0], ["picture 0"])
     for name in ("0000.depth.png", "0000.depth.json", "frame.01.png", "lost.txt"):
@@ -536,5 +536,5 @@ def test_dotted_names_with_json_captions(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("cam.01.png", png(pixels_of(1))), ("cam.01.json", text)])
     check_pairs(load_captioned(str(tmp_path / "a.tar"), image_size=None), [1], ["one"])
     write_tar(tmp_path / "b.tar", [("cam.01.png", b""), ("cam.01.jpg", b""), ("cam.01.txt", b"one")])
-    with pytest.raises(UserError, match=r"holds two images of the key cam\.01"):
+    with pytest.raises(UserError, match=r"contains two images with the key cam\.01"):
         load_captioned(str(tmp_path / "b.tar"), image_size=None)

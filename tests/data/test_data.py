@@ -102,7 +102,7 @@ def test_folder_of_splits(tmp_path: Path) -> None:
     test = save_image(tmp_path / "test" / "a.png", seed=1)
     assert len(load_data(str(tmp_path))) == 1
     assert np.array_equal(load_data(str(tmp_path), split="test").images[0].permute(1, 2, 0), test)
-    with pytest.raises(UserError, match="is kept in splits"):
+    with pytest.raises(UserError, match="is divided into splits"):
         load_data(str(tmp_path), split="all")
     with pytest.raises(UserError, match="has no split 'val'"):
         load_data(str(tmp_path / "train"), split="val")
@@ -220,7 +220,7 @@ def test_many_images_show_progress_on_stderr(
 def test_folder_without_images(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / content).write_text("text")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         load_data(str(tmp_path))
 
 
@@ -237,9 +237,9 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
         ("/no/such/folder", "/no/such/folder does not exist"),
         ("missing.npz", "missing.npz does not exist"),
         ("owner/missing.parquet", "owner/missing.parquet does not exist"),
-        ("digit", "unknown data set 'digit': did you mean 'digits'?"),
-        ("zzz", "unknown data set 'zzz': expected 'digits'"),
-        (__file__, "is no data set: expected an .npz or .parquet file"),
+        ("digit", "unknown dataset 'digit': did you mean 'digits'?"),
+        ("zzz", "unknown dataset 'zzz': expected 'digits'"),
+        (__file__, "is not a dataset: expected an .npz or .parquet file"),
     ],
 )
 def test_names_that_are_nothing(name: str, message: str) -> None:
@@ -404,7 +404,7 @@ def test_layouts_of_the_hub(
 
 def test_parquet_that_is_none(tmp_path: Path, table: datasets.Dataset) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a parquet data set"):
+    with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a parquet dataset"):
         load_data(str(tmp_path / "bad.parquet"))
     table.remove_columns("img").to_parquet(tmp_path / "bare.parquet")
     with pytest.raises(UserError, match="has no image column among"):
@@ -432,7 +432,7 @@ def test_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         load_data("owner/faces")
     message = str(caught.value)
-    assert "owner/faces is no local file or folder and cannot be had from the hub (no network)" in message
+    assert "owner/faces is not a local file or folder and cannot be downloaded from the hub (no network)" in message
     assert "give the path of its folder" in message
     assert "\n" not in message
 
@@ -467,8 +467,8 @@ def test_cifar_of_binary_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.write_bytes(f.read_bytes()[:-5]), r"data_batch_3\.bin has 12287 bytes.* cut short"),
-        (lambda f: f.write_bytes(b""), r"data_batch_3\.bin has 0 bytes.* cut short"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-5]), r"data_batch_3\.bin has 12287 bytes.* truncated"),
+        (lambda f: f.write_bytes(b""), r"data_batch_3\.bin has 0 bytes.* truncated"),
         (lambda f: f.write_bytes(bytes(3073) + b"\x0a" + bytes(3072)), r"image 1 of \S*data_batch_3\.bin has label 10"),
         (lambda f: f.unlink(), r"data_batch_3\.bin cannot be read \(No such file or directory\)"),
     ],
@@ -488,9 +488,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize(("file", "message"), [
-    ("data_batch_1", "holds the python form of CIFAR-10, pickles"),
-    ("train_data_batch_1", "holds pickled ImageNet batches"),
-    ("val_data", "holds pickled ImageNet batches"),
+    ("data_batch_1", "is the Python version of CIFAR-10, whose pickles"),
+    ("train_data_batch_1", "contains pickled ImageNet batches"),
+    ("val_data", "contains pickled ImageNet batches"),
 ])  # fmt: skip
 def test_pickles_are_refused_unread(tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / file).write_bytes(pickle.dumps(Bomb()))
@@ -588,7 +588,7 @@ def test_imagenet_cut_short_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["image_column", "label_column"])
 @pytest.mark.parametrize("name", ["digits", "mixture-ring", str(MNIST)])
 def test_columns_are_for_tables(name: str, option: str) -> None:
-    with pytest.raises(UserError, match=f"is no table, so it has no column 'kind': leave out {option}"):
+    with pytest.raises(UserError, match=f"is not a table and has no column 'kind': leave out {option}"):
         load_data(name, **{option: "kind"})
 
 
@@ -643,10 +643,10 @@ def torchvision_mnist(folder: Path, *, gz: bool) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train-images-idx3-ubyte", lambda content: content[:-1], r"does not hold the 150 values"),
-        ("train-images-idx3-ubyte", lambda content: content + b"0", r"does not hold the 150 values"),
-        ("train-images-idx3-ubyte", lambda content: content[:10], r"is no IDX file of bytes in 3 axes"),
-        ("train-images-idx3-ubyte", lambda content: b"\x00\x00\x0d" + content[3:], r"is no IDX file of bytes"),
+        ("train-images-idx3-ubyte", lambda content: content[:-1], r"does not contain the 150 values"),
+        ("train-images-idx3-ubyte", lambda content: content + b"0", r"does not contain the 150 values"),
+        ("train-images-idx3-ubyte", lambda content: content[:10], r"is not an IDX file of bytes with 3 axes"),
+        ("train-images-idx3-ubyte", lambda content: b"\x00\x00\x0d" + content[3:], r"is not an IDX file of bytes"),
         ("train-labels-idx1-ubyte", lambda content: content[:7] + b"\x04" + content[8:-1], r"expected 5 whole numbers"),
         ("train-labels-idx1-ubyte", None, r"train-labels-idx1-ubyte is missing"),
         ("train-images-idx3-ubyte", "gz", r"cannot be read"),

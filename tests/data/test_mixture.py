@@ -168,10 +168,10 @@ def test_load_data(name: str, modes: int) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mixture-rng", {}, "unknown data set 'mixture-rng': did you mean 'mixture-ring'?"),
+        ("mixture-rng", {}, "unknown dataset 'mixture-rng': did you mean 'mixture-ring'?"),
         ("mixture-spirals", {}, "did you mean 'mixture-spiral'?"),
         ("mixture-grid", {"split": "val"}, "split 'val' of mixture-grid does not exist: expected train, test or all"),
-        ("mixture-grid", {"image_size": 8}, "mixture-grid holds points, which have no other size"),
+        ("mixture-grid", {"image_size": 8}, "mixture-grid contains points, which have no image size"),
         ("mixture-grid", {"channels": 3}, "leave out image_size and channels"),
     ],
 )

@@ -171,11 +171,11 @@ def test_too_little_room_is_one_sentence_before_anything_is_written(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
         with pytest.raises(
-            UserError, match=words + r"do not fit the memory, and \S+ has 0\.0 GB free: .* ATDIFF_CACHE"
+            UserError, match=words + r"do not fit into memory, and \S+ has only 0\.0 GB free: .* ATDIFF_CACHE"
         ):
             load_data(str(tmp_path / "set"))
     monkeypatch.setattr(store, "address_space_left", lambda: 7)
-    with pytest.raises(UserError, match=words + r"are too many for this process, .* \(ulimit -v\)"):
+    with pytest.raises(UserError, match=words + r"exceed the address space of this process, .* \(ulimit -v\)"):
         load_data(str(tmp_path / "set"))
     assert not list(small_memory.glob("*")) if small_memory.exists() else True
 
@@ -266,9 +266,9 @@ def rename_class(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a pixel": (flip_pixel, "and now as many have other pixels, labels or another order"),
-    "a label": (move_label, "and now as many have other pixels, labels or another order"),
-    "the order": (swap_order, "and now as many have other pixels, labels or another order"),
+    "a pixel": (flip_pixel, "and now the same number of images has other pixels, labels or another order"),
+    "a label": (move_label, "and now the same number of images has other pixels, labels or another order"),
+    "the order": (swap_order, "and now the same number of images has other pixels, labels or another order"),
     "a class": (rename_class, "was trained on the classes 0, 1, 2 of .*, and now they are 0, 1, 5"),
 }
 
@@ -285,7 +285,7 @@ def test_a_run_does_not_resume_on_other_data_of_the_same_number(
     before = (tmp_path / "run" / "data.json").read_text()
     alter, message = CHANGES[change]
     alter(tmp_path / "set")
-    with pytest.raises(UserError, match=f"{message}.*: put the data back as they were, or choose another --out"):
+    with pytest.raises(UserError, match=f"{message}.*: restore the data, or choose another --out"):
         run(tmp_path, "run", passes=3)
     assert (tmp_path / "run" / "data.json").read_text() == before
     assert run_config(str(tmp_path / "run"))["training"]["passes"] == 2

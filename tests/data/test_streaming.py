@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*are in none of its")
+@pytest.mark.filterwarnings("ignore:.*belong to none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_pairs_are_those_that_are_listed(tmp_path: Path, kind: str, limit: int | None) -> None:
@@ -83,7 +83,7 @@ def test_the_fingerprint_is_of_the_files_and_how_they_are_read(tmp_path: Path) -
 
 
 def test_members_without_a_pair_are_counted_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"2 members of \S+ are in none of its 5 pairs .*: alone-0\.txt of") as said:
+    with pytest.warns(UserWarning, match=r"2 members of \S+ belong to none of its 5 pairs .*: alone-0\.txt of") as said:
         list(stream_captioned(write_shards(tmp_path / "set"), image_size=None))
     assert len(said) == 1
 
@@ -111,11 +111,11 @@ def test_unreadable_images_are_refused_or_skipped(tmp_path: Path) -> None:
 def test_what_is_not_streamed_is_said(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "a.png")
-    with pytest.raises(UserError, match=r"folder is not streamed: .* leave out data\.streaming"):
+    with pytest.raises(UserError, match=r"folder cannot be streamed, .* leave out data\.streaming"):
         stream_captioned(str(tmp_path / "folder"), image_size=None)
     with pytest.raises(UserError, match=r"has no column 'alt' of captions"):
         stream_captioned(write_table(tmp_path / "set"), image_size=None, caption_column="alt")
-    with pytest.raises(UserError, match=r"row 1 of \S+ has no caption: write one, or remove it"):
+    with pytest.raises(UserError, match=r"row 1 of \S+ has no caption: add one, or remove the image"):
         list(stream_captioned(write_table(tmp_path / "none", text=["a", None, "b", "c", "d"]), image_size=None))
 
 
@@ -162,7 +162,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return Hub(tmp_path / "set", monkeypatch)
 
 
-@pytest.mark.filterwarnings("ignore:.*are in none of its")
+@pytest.mark.filterwarnings("ignore:.*belong to none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
 def test_shards_of_the_hub_are_those_of_a_disk(shards: Hub, limit: int | None) -> None:
     listed = list(load_captioned(str(shards.folder), image_size=4, limit=limit))

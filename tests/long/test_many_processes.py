@@ -138,7 +138,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: P
 
 def test_other_commands_say_that_they_work_in_one_process(run: Path, tmp_path: Path) -> None:
     _, error = ended(launch("-m", "atdiff", "mismatch", str(run), "--out", str(tmp_path / "out")))
-    assert "`atdiff mismatch` works in one process: start it without a launcher" in error
+    assert "`atdiff mismatch` runs in one process: start it without a launcher" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -86,7 +86,7 @@ def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
         (["--metrics", "clip_score"], "prompts"),
         (["--metrics", "on_mode"], "known modes"),
         (["--corrections", "epsilon-scaling:-1"], "above 0"),
-        (["--out", "notes.json"], "holds no evaluation"),
+        (["--out", "notes.json"], "contains no evaluation"),
     ],
 )
 def test_what_it_cannot_use_is_one_sentence_and_spoils_nothing(
@@ -123,7 +123,7 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     monkeypatch.setattr(atdiff.pipelines.trained, "iter_generate", broken)
     out = tmp_path / "cells.json"
     assert main(["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "8", "--out", str(out)]) == 2
-    assert "not finite" in capsys.readouterr().err
+    assert "non-finite" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -139,7 +139,7 @@ def test_without_a_file_the_table_is_printed(
     assert "features of digits-classifier" in table[-1]
     Path("cells.json").unlink()
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines() == [*table, "1 cells that are not kept; --out FILE.json keeps them"]
+    assert capsys.readouterr().out.splitlines() == [*table, "1 cells not saved; use --out FILE.json to save them"]
     assert not list(tmp_path.iterdir())
 
 

@@ -239,7 +239,7 @@ def test_only_a_guided_network_has_a_guidance_scale_in_its_recipe(places: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sd"], "does not say which images"),
+        (["sd"], "does not record its training images;"),
         (["sd", "--data", "bare.npz"], "give --prompts"),
         (["sd", "--data", "captioned", "--prompts", "prompts.txt"], "leave out --prompts"),
         (["sd", "--data", "bare.npz", "--prompts", "prompts.txt", "--image-size", "32"], "leave it out"),

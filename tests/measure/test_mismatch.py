@@ -385,7 +385,7 @@ def test_interrupted_measurement_goes_on(runs: list[str], tmp_path: Path, monkey
         ({"correction": "epsilon"}, "unknown"),
         ({"correction": "epsilon-scaling:search"}, "search"),
         ({"correction": "time-shift:-5"}, "window"),
-        ({"data": None}, "does not say which images"),
+        ({"data": None}, "does not record its training images;"),
         ({"extractor": "digit-classifier"}, "extractor"),
     ],
 )

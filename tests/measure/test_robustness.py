@@ -297,8 +297,8 @@ def test_a_broken_network_is_named() -> None:
     [
         ({"norm": "l3"}, "l2, linf, l1"),
         ({"target": "none"}, "equivariant, invariant"),
-        ({"radii": (-1.0, 2.0)}, "below 0"),
-        ({"radii": (0.0,)}, "one or more above"),
+        ({"radii": (-1.0, 2.0)}, "not negative"),
+        ({"radii": (0.0,)}, "at least one above"),
         ({"radii": (math.inf,)}, "finite"),
         ({"levels": (0.5, 1.0)}, "below 1"),
         ({"levels": ()}, "one number or more"),

@@ -151,7 +151,7 @@ GREY = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     [
         (GREY, None, "faces has no labels to train the label-classifier on"),
         (GREY, torch.zeros(4, dtype=torch.long), "faces has 1 class: the label-classifier needs 2 or more"),
-        (GREY.float(), torch.arange(4), "faces holds torch.float32 values"),
+        (GREY.float(), torch.arange(4), "faces contains torch.float32 values"),
     ],
 )
 def test_data_that_it_cannot_learn(images: Tensor, labels: Tensor | None, message: str) -> None:

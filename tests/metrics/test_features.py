@@ -266,7 +266,7 @@ def test_bad_weights(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad cannot be read as weights: expected the file of https"):
         make_extractor(name, weights=tmp_path / "bad")
     torch.save([1, 2], tmp_path / "list")
-    with pytest.raises(UserError, match="list holds no table of weights"):
+    with pytest.raises(UserError, match="list contains no table of weights"):
         make_extractor(name, weights=tmp_path / "list")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(UserError, match=f"other does not hold the weights of {name}"):

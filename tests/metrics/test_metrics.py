@@ -303,7 +303,7 @@ def test_share_of_points_on_a_mode() -> None:
     out = metrics(data.images.split(1000), num=len(data))
     assert out["on_mode"] == pytest.approx(1 - np.exp(-4.5), abs=0.005)
     assert metrics([torch.zeros(10, 2, 1, 1)], num=10)["on_mode"] == 0
-    with pytest.raises(UserError, match="on_mode needs data with known modes, such as mixture-ring, and not digits"):
+    with pytest.raises(UserError, match="on_mode needs data with known modes, such as mixture-ring, got digits"):
         Metrics(load_data("digits"), ("on_mode",))
 
 
@@ -356,7 +356,7 @@ def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
     with pytest.raises(UserError, match="10 prompts need a class label for each of the 70 images"):
         metrics([images], num=70)
     few = Metrics(load_data("digits"), ("clip_score",), prompts=prompts[:5], **options)
-    with pytest.raises(UserError, match="class 9 has no prompt: expected one per class"):
+    with pytest.raises(UserError, match="class 9 has no prompt: expected one prompt per class"):
         few([images], num=70, labels=labels)
 
 
@@ -401,11 +401,11 @@ def test_warns_under_2048_samples(quick: Metrics, recwarn: pytest.WarningsRecord
         (to_uint8, "images are torch.float32, then torch.uint8: expected one type"),
         (
             lambda x: torch.where(torch.arange(50).reshape(-1, 1, 1, 1) < 4, torch.nan, x),
-            "4 of 50 images from number 50 on hold values that are not finite: the sampler diverged",
+            "4 of 50 images from number 50 on contain non-finite values: the sampler diverged",
         ),
-        (lambda x: x * torch.inf, "50 of 50 images from number 50 on hold"),
-        (lambda x: x[:49], "the batches held 99 images: expected num=100"),
-        (lambda x: torch.cat([x, x]), "the batches hold 150 images or more: expected num=100"),
+        (lambda x: x * torch.inf, "50 of 50 images from number 50 on contain non-finite values:"),
+        (lambda x: x[:49], "the batches contained 99 images: expected num=100"),
+        (lambda x: torch.cat([x, x]), "the batches contain 150 images or more: expected num=100"),
     ],
 )
 def test_bad_images(quick: Metrics, change: Any, message: str) -> None:
@@ -430,10 +430,14 @@ def test_too_few_images(quick: Metrics) -> None:
     [
         (("fd",), {}, r"unknown metric 'fd' among .*: did you mean 'fid'"),
         (("fd_dino",), {}, "did you mean 'fd_dinov2'"),
-        ((), {}, "no metric is named: expected some of fid, kid"),
+        ((), {}, "no metric is given: expected one or more of fid, kid"),
         (("fid",), {"extractor": "inception"}, "unknown feature extractor 'inception': did you mean 'inception-v3"),
         (("fid",), {"extractor": "vgg16"}, "unknown feature extractor 'vgg16'"),
-        (("fid",), {"weights": {"inception": Path("x")}}, "weights are given for 'inception', which is no extractor"),
+        (
+            ("fid",),
+            {"weights": {"inception": Path("x")}},
+            "weights are given for 'inception', which is not an extractor",
+        ),
         (("fid",), {"weights": {"clip-vit-b-32": Path("x")}}, "the weights x of clip-vit-b-32 do not exist"),
         (("clip_score",), {}, "clip_score compares samples with prompts: give one for all of them, or one per class"),
     ],

@@ -528,11 +528,11 @@ def test_a_missing_argument_is_named() -> None:
     ("name", "content", "message"),
     [
         ("absent.pt", None, "is not a file"),
-        ("weights.bin", b"", "unknown kind"),
+        ("weights.bin", b"", "unknown suffix"),
         ("broken.pt", b"no pickle", "cannot be read"),
         ("broken.npz", b"no archive", "cannot be read"),
         ("broken.safetensors", b"no header", "cannot be read"),
-        ("list.pt", [1, 2], "holds no state dict"),
+        ("list.pt", [1, 2], "contains no state dict"),
         ("nested.pt", {"model": {"weight": torch.zeros(1)}}, "'model'.*is a dict"),
         ("foreign.pt", {"conv.weight": torch.zeros(1)}, r"time_embed\.0\.weight"),
     ],

@@ -371,14 +371,14 @@ def test_a_consistency_objective_keeps_its_batch() -> None:
     ("options", "message"),
     [
         ({"ot": 0.5}, r"ot=0.5 must be true or false"),
-        ({"nearest": 1}, r"nearest=1 must be a whole number of draws, 2 or more; 0 is none"),
+        ({"nearest": 1}, r"nearest=1 must be a whole number of noises, 2 or more, or 0 for none"),
         ({"nearest": 2.5}, r"nearest=2.5 must"),
         ({"explorative": 1}, r"explorative=1 must"),
         ({"explorative": float("inf")}, r"explorative=inf must"),
         ({"explorative": float("nan")}, r"explorative=nan must"),
-        ({"ot": True, "nearest": 4}, r"ot=True and nearest=4 are two couplings of noise and samples: leave one"),
-        ({"ot": True, "explorative": 3}, r"ot=True and explorative=3 are two couplings"),
-        ({"nearest": 4, "explorative": 3}, r"nearest=4 and explorative=3 are two couplings"),
+        ({"ot": True, "nearest": 4}, r"ot=True and nearest=4 both couple noise and samples: leave one"),
+        ({"ot": True, "explorative": 3}, r"ot=True and explorative=3 both couple noise and samples"),
+        ({"nearest": 4, "explorative": 3}, r"nearest=4 and explorative=3 both couple noise and samples"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
@@ -390,7 +390,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
 def test_explorative_is_refused_where_a_batch_has_several_updates(order: Any) -> None:
     adversary = Adversary(passes=2, step_size=1.0, order=order)
     message = (
-        r"explorative chooses the noise for one weight update, and passes=2 .* makes 2 per batch; use method='pgd'"
+        r"explorative chooses the noise for a single weight update, but .* passes=2 makes 2 per batch; use method='pgd'"
     )
     with pytest.raises(UserError, match=message):
         next(adversary.passes(objective_of(explorative=3), Net(), samples(4)))
@@ -399,7 +399,7 @@ def test_explorative_is_refused_where_a_batch_has_several_updates(order: Any) ->
 
 
 def test_settings_are_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ot=True and explorative=3 are two couplings"):
+    with pytest.raises(UserError, match=r"ot=True and explorative=3 both couple noise and samples"):
         Trainer(resolved("explorative", "--objective.ot", "true"))
     with pytest.raises(UserError, match=r"objective.nearest=-1 must not be negative"):
         resolved("plain", "--objective.nearest", "-1")

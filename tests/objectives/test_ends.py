@@ -277,20 +277,20 @@ def test_epsilon_scaling_is_finite(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: DenoisingObjective(noiseless(), variance="learned_range"), "timestep 0 of 20 has none to add"),
+        (lambda: DenoisingObjective(noiseless(), variance="learned_range"), "timestep 0 of 20 adds none;"),
         (
             lambda: DenoisingObjective(DDPMScheduler(3, trained_betas=[0.1, 1.0, 1.0]), variance="learned_range"),
-            "timestep 2 of 3 has none to add",
+            "timestep 2 of 3 adds none;",
         ),
-        (lambda: DenoisingObjective(DDPMScheduler(1), variance="learned_range"), "needs two timesteps"),
+        (lambda: DenoisingObjective(DDPMScheduler(1), variance="learned_range"), "needs at least two timesteps"),
         (lambda: Teacher(lambda x, t: x, zero_snr()), "alpha is 0 there"),
-        (lambda: Teacher(lambda x, t: x, lambda t: (1 - t, t)), "is a function: a teacher must be"),
+        (lambda: Teacher(lambda x, t: x, lambda t: (1 - t, t)), "has a function schedule: a teacher must be"),
         (lambda: ConsistencyObjective(zero_snr(), intervals=10), "cannot sample in one step"),
         (
             lambda: ConsistencyObjective(EDMEulerScheduler(sigma_min=0.0)),
             "sigma_min=0.0 of the scheduler must",
         ),
-        (lambda: ConsistencyObjective(lambda t: (1 - t, t)), "is a function, expected a DDPM-family or EDM"),
+        (lambda: ConsistencyObjective(lambda t: (1 - t, t)), "has a function schedule: expected a DDPM-family or EDM"),
         (lambda: DenoisingObjective(lambda t: (t * 0, t * 0), "flow"), "not both 0"),
         (lambda: DenoisingObjective(lambda t: (1 - t, t / (1 - t)), "flow"), "returns alpha=0, sigma=inf at t=1"),
         (lambda: DenoisingObjective(lambda t: (1 - t, -t), "flow"), "sigma not negative"),

@@ -179,7 +179,7 @@ def test_images_of_other_channels_than_the_network_knows(shape: tuple[int, ...],
     ],
 )
 def test_a_teacher_of_another_schedule_says_what_differs(teacher: Any, says: str) -> None:
-    with pytest.raises(UserError, match="not the student's") as error:
+    with pytest.raises(UserError, match="of teacher and student differ") as error:
         ConsistencyObjective(V, teacher=Teacher(half, teacher))
     assert says in str(error.value)
 
@@ -191,13 +191,13 @@ def batch_mistakes() -> list[tuple[dict[str, Any], str]]:
         ({"class_labels": [0, 1, 2, 0]}, "class_labels is of type list, expected a tensor"),
         ({"encoder_hidden_states": torch.zeros(1, 3, 5)}, "has the shape (1, 3, 5), expected one row for each"),
         ({"return_dict": False}, "functools.partial(network, return_dict=...)"),
-        ({"noise": torch.zeros(4, 1, 8, 1)}, "noise is (4, 1, 8, 1), expected a tensor of the shape of the samples"),
+        ({"noise": torch.zeros(4, 1, 8, 1)}, "noise is (4, 1, 8, 1), expected a tensor with the shape of the samples"),
         ({"noise": 0.0}, "noise is float"),
-        ({"weights": torch.ones(3)}, "weights has the shape (3,), expected one number a sample, (4,)"),
-        ({"timesteps": torch.ones(3).long()}, "timesteps has the shape (3,), expected one number a sample"),
-        ({"timesteps": torch.full((4,), 1000)}, "timesteps hold 1000, expected whole numbers from 0 to 999"),
-        ({"timesteps": torch.full((4,), -1)}, "timesteps hold -1, expected"),
-        ({"timesteps": torch.full((4,), 3.5)}, "timesteps hold 3.5, expected"),
+        ({"weights": torch.ones(3)}, "weights has the shape (3,), expected one number per sample, (4,)"),
+        ({"timesteps": torch.ones(3).long()}, "timesteps has the shape (3,), expected one number per sample"),
+        ({"timesteps": torch.full((4,), 1000)}, "timesteps contain 1000, expected whole numbers from 0 to 999"),
+        ({"timesteps": torch.full((4,), -1)}, "timesteps contain -1, expected"),
+        ({"timesteps": torch.full((4,), 3.5)}, "timesteps contain 3.5, expected"),
     ]
 
 
@@ -217,8 +217,8 @@ def test_what_does_not_belong_to_the_samples_is_refused(
 @pytest.mark.parametrize(
     ("scheduler", "timesteps", "says"),
     [
-        (FLOW(), torch.full((4,), 1001.0), "timesteps hold 1001, expected numbers from 0 to 1000"),
-        (lambda t: (1 - t, t), torch.full((4,), 500.0), "timesteps hold 500, expected numbers from 0 to 1"),
+        (FLOW(), torch.full((4,), 1001.0), "timesteps contain 1001, expected numbers from 0 to 1000"),
+        (lambda t: (1 - t, t), torch.full((4,), 500.0), "timesteps contain 500, expected numbers from 0 to 1"),
         (EDMEulerScheduler(), torch.full((4,), -torch.inf), "expected finite numbers"),
     ],
 )
@@ -315,9 +315,9 @@ def test_other_outputs_are_refused(make: Callable[..., Any], output: Callable[[T
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (torch.tensor([0, 1, 2, 3]), "class_labels run from 0 to 3, and the network knows 0 to 2"),
-        (torch.tensor([-1, 1, 2, 0]), "class_labels run from -1 to 2"),
-        (torch.tensor([0.0, 1.0, 2.0, 0.0]), "class_labels are (4,) of torch.float32, expected one integer a sample"),
+        (torch.tensor([0, 1, 2, 3]), "class_labels range from 0 to 3, but the network has labels 0 to 2"),
+        (torch.tensor([-1, 1, 2, 0]), "class_labels range from -1 to 2"),
+        (torch.tensor([0.0, 1.0, 2.0, 0.0]), "class_labels are (4,) of torch.float32, expected one integer per sample"),
         (torch.eye(4, 3).long(), "class_labels are (4, 3) of torch.int64"),
     ],
 )
@@ -343,7 +343,7 @@ def test_small_integers_are_labels_too() -> None:
 
 def test_the_null_label_needs_its_embedding() -> None:
     objective = denoising(label_dropout=0.1, null_label=3)
-    with pytest.raises(UserError, match="null_label=3 is beyond the labels 0 to 2"):
+    with pytest.raises(UserError, match="null_label=3 is outside the network's labels 0 to 2;"):
         objective.loss(CLASSES, objective.draw(images(), class_labels=torch.zeros(4).long()))
 
 
@@ -353,7 +353,7 @@ def test_images_from_0_to_1_are_told_once() -> None:
         warnings.simplefilter("always")
         for _ in range(5):
             objective.draw(torch.rand(4, 1, 8, 8))
-    assert [str(one.message)[:37] for one in told] == ["no value of two batches was negative:"]
+    assert [str(one.message)[:37] for one in told] == ["no value in two batches was negative:"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         objective = denoising()

@@ -185,7 +185,7 @@ def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, reques
     ("config", "said"),
     [
         (TrainConfig(lora=LoraConfig(base_precision="nf4")), "lora.rank=0 trains all weights"),
-        (TrainConfig(lora=LoraConfig(rank=2, base_precision="nf4")), "only text-to-image pipelines are adapted"),
+        (TrainConfig(lora=LoraConfig(rank=2, base_precision="nf4")), "only text-to-image pipelines support LoRA."),
         (
             TrainConfig(
                 model=ModelConfig(name="pipeline"),

@@ -268,7 +268,7 @@ def test_a_wan_of_two_networks_or_of_a_time_per_token_is_refused(
     file = tmp_path / "x" / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
     (name,) = changed
-    with pytest.raises(UserError, match=f"has {name}=.*, as Wan 2.2: expected a text-to-video pipeline of Wan 2.1"):
+    with pytest.raises(UserError, match=f"has {name}=.*, like Wan 2.2: expected a text-to-video pipeline of Wan 2.1"):
         load_denoiser(str(tmp_path / "x"))
 
 
@@ -313,7 +313,7 @@ def test_a_cogview4_of_another_shift_is_refused(cogview4_folder: Path, tmp_path:
     shutil.copytree(cogview4_folder, tmp_path / "x")
     file = tmp_path / "x" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_shift": 1.15}))
-    with pytest.raises(UserError, match=r"has max_shift=1.15: expected 0.75, as CogView4 was published"):
+    with pytest.raises(UserError, match=r"has max_shift=1.15: expected 0.75, as in the published CogView4."):
         load_denoiser(str(tmp_path / "x"))
 
 
@@ -527,14 +527,14 @@ def test_dit_learns_its_variance_and_drops_labels_once(kind: str, train: Train, 
         ("pixart", ["--lora.rank", "2"], "diffusers has no LoRA for a PixArtTransformer2DModel"),
         ("pixart", ["--data.image_size", "72"], "expected a multiple of 16"),
         ("dit", ["--data.captions", '["a", "b"]'], "is conditioned on class labels"),
-        ("dit", ["--data.caption_tokens", "77"], "is for SD3 and Flux"),
+        ("dit", ["--data.caption_tokens", "77"], "is for pipelines with a T5, such as SD3 and Flux"),
         ("dit", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "only the U-Nets of Stable"),
         ("sd3", ["--objective.variance", "learned_range"], "set objective.variance=fixed"),
         ("sd3", ["--objective.prediction_type", "epsilon"], "predicts 'flow'"),
         ("sd3", ["--data.image_size", "72"], "expected a multiple of 16"),
         ("sd3", ["--consistency.mode", "distillation", "--objective.label_dropout", "0"], "cannot be trained with"),
-        ("auraflow", ["--data.image_size", "1040"], "knows positions up to 1024 pixels a side"),
-        ("flux", ["--lora.targets", '["to_nowhere"]'], "no layer is called 'to_nowhere'"),
+        ("auraflow", ["--data.image_size", "1040"], "has positions up to 1024 pixels a side"),
+        ("flux", ["--lora.targets", '["to_nowhere"]'], "no layer matches the LoRA target 'to_nowhere'"),
     ],
     indirect=["kind"],
 )  # fmt: skip
@@ -586,7 +586,7 @@ def test_a_dit_of_pixels_is_trained_sampled_and_measured(tmp_path: Path, capsys:
     ("words", "message"),
     [
         (["--data.class_conditional", "false"], "is conditioned on class labels; set data.class_conditional"),
-        (["--model.args", '{"patch_size": 3}'], "no multiple of the DiT's patch_size=3"),
+        (["--model.args", '{"patch_size": 3}'], "expected a multiple of patch_size=3"),
         (["--model.args", '{"depth": 3}'], "cannot be built from"),
     ],
 )

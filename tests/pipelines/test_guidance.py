@@ -104,7 +104,10 @@ def test_a_recipe_that_guides_a_distilled_lora_is_warned_of_and_followed(
     photos: Path, sd_folder: Path, tmp_path: Path
 ) -> None:
     run = distilled(tmp_path, photos, sd_folder, lora={"rank": 2}, consistency={"sample_guidance": 2.0})
-    with pytest.warns(UserWarning, match=r"guides it once more, at two evaluations per step; --guidance-scale 1 draws"):
+    with pytest.warns(
+        UserWarning,
+        match=r"applies guidance a second time, at two evaluations per step; use --guidance-scale 1 to sample",
+    ):
         denoiser: Any = load_denoiser(str(run))
     assert denoiser.evaluations("lcm", 4) == 8
     assert load_denoiser(str(run), guidance_scale=1.0).evaluations("lcm", 4) == 4
@@ -214,7 +217,9 @@ def test_figures_are_told_apart_by_their_guidance(
 
 
 def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="network of pixels, which knows no guidance; leave out --guidance-scale 2"):
+    with pytest.raises(
+        UserError, match="network of pixels, which does not support guidance; leave out --guidance-scale 2"
+    ):
         load_denoiser(str(finished[1] / "seed-0" / "at"), guidance_scale=2.0)
     pipeline: Any = load_denoiser(str(flux_folder)).pipeline  # type: ignore[attr-defined]
     pipeline.register_modules(transformer=FluxTransformer2DModel(**{**FLUX, "guidance_embeds": False}))

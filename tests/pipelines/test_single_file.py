@@ -75,12 +75,13 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr("atdiff.system.locate.offline_reason", lambda: "the hub cannot be reached")
     with pytest.raises(
-        UserError, match=r"holds weights alone; configuration and tokenizers come from .* as model.config"
+        UserError,
+        match=r"contains only weights, and its configuration and tokenizers could not be loaded: .* as model.config",
     ):
         load_denoiser(str(single))
     (tmp_path / "broken.ckpt").write_bytes(b"x")
-    with pytest.raises(UserError, match="could not be loaded as one file of a whole pipeline's weights"):
+    with pytest.raises(UserError, match="could not be loaded as a pipeline in one file"):
         load_denoiser(str(tmp_path / "broken.ckpt"), pipeline_config=str(sd_folder))
     words = ["sample", str(sd_folder), "--prompt", "a", "--config", str(sd_folder), "--out", str(tmp_path / "x.png")]
     assert main(words) == 2
-    assert "is the configuration of a pipeline that is one file" in capsys.readouterr().err
+    assert "is for a pipeline in one file" in capsys.readouterr().err

@@ -323,7 +323,10 @@ def test_a_word_means_the_file_of_a_clone(word: str, monkeypatch: pytest.MonkeyP
     made = find_maker(word)
     assert made is find_maker(f"{ROOT}/studies/small_pipelines.py:{word.replace('-', '_')}")
     monkeypatch.setattr(maker, "SMALL", tmp_path / "small_pipelines.py")  # as where a wheel is installed
-    with pytest.raises(UserError, match=rf"repository and not in .* as PATH/small_pipelines.py:{made.__name__}\.$"):
+    with pytest.raises(
+        UserError,
+        match=rf"which the installed package does not include: .* as PATH/small_pipelines.py:{made.__name__}\.$",
+    ):
         find_maker(word)
 
 
@@ -347,7 +350,10 @@ def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_pa
     recipe = load_recipe("text-digits")
     words = ["--data.image_size", "16", "--model.args.at", str(folder), "--model.name"]
     assert make_task(resolve(recipe, None, [*words, f"{file}:mine"])).latent.source == str(folder)
-    for wrong, message in ((f"{file}:other", "names no function of"), (f"{tmp_path}/no.py:mine", "that is not there")):
+    for wrong, message in (
+        (f"{file}:other", "does not name a function in"),
+        (f"{tmp_path}/no.py:mine", "that does not exist"),
+    ):
         with pytest.raises(UserError, match=message):
             make_task(resolve(recipe, None, [*words, wrong]))
     with pytest.raises(UserError, match="is unknown; expected one of"):

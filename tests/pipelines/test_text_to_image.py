@@ -202,9 +202,9 @@ def test_label_accuracy_is_the_share_read_as_asked() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, "label_accuracy needs the class that each of the 4 images was asked for: give labels"),
-        (torch.zeros(3, dtype=torch.int64), "label_accuracy needs the class that each of the 4 images"),
-        (torch.tensor([0, 1, 2, 11]), "asked for as class 11 and digits.train. has the classes 0 to 9"),
+        (None, "label_accuracy needs the requested class of each of the 4 images: give labels"),
+        (torch.zeros(3, dtype=torch.int64), "label_accuracy needs the requested class of each of the 4 images:"),
+        (torch.tensor([0, 1, 2, 11]), "generated for class 11, but digits.train. has classes 0 to 9"),
     ],
 )
 def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None, message: str) -> None:
@@ -215,9 +215,7 @@ def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None
 
 def test_label_accuracy_needs_labelled_data() -> None:
     data = replace(load_data("digits"), labels=None)
-    with pytest.raises(
-        UserError, match=r"digits.train. has no labels: name labelled images .* or leave label_accuracy out"
-    ):
+    with pytest.raises(UserError, match=r"digits.train. has none: give labelled images .* or leave label_accuracy out"):
         Metrics(data, ("label_accuracy",))
 
 
@@ -308,7 +306,7 @@ def test_guidance_and_prompts_come_from_the_training_folder(trained: Path, pipel
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"prompts": ()}, {}, "comes without prompts: give --prompts"),
+        ({"prompts": ()}, {}, "without prompts: give --prompts"),
         ({}, {"label": 10}, "class label 10 is not one of .* prompts, 0 to 9"),
         ({}, {"correction": EpsilonScaling(1.01)}, "the correction EpsilonScaling cannot be applied"),
         ({}, {"num": 0}, "num=0"),
@@ -378,9 +376,9 @@ def test_evaluate_a_pipeline_with_prompts_of_the_user(pipeline: Path, photos: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "comes without prompts: give --prompts"),
+        ([], "without prompts: give --prompts"),
         (["--prompts", "prompts.txt", "--corrections", "none,epsilon-scaling:1.01"], "epsilon-scaling:1.01 cannot be"),
-        (["--prompts", "prompts.txt", "--metrics", "label_accuracy"], "asked for as class 10"),
+        (["--prompts", "prompts.txt", "--metrics", "label_accuracy"], "generated for class 10, but"),
         (["--prompts", "missing.txt"], "missing.txt cannot be read"),
     ],
 )
@@ -418,7 +416,7 @@ def test_grids_are_drawn_by_the_pipeline(trained: Path, pipeline: Path) -> None:
     for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
         assert np.abs(png[top : top + SIZE, left : left + SIZE] - expected[i, 0].numpy()).max() <= 1
-    with pytest.raises(UserError, match="comes without prompts"):
+    with pytest.raises(UserError, match="without prompts"):
         sample_grids({"plain": str(pipeline)}, ["ddim"], [2])
     assert sample_grids({"plain": str(pipeline)}, ["ddim"], [2], columns=2, prompts=["a one"])
 
@@ -457,7 +455,7 @@ def test_a_lora_is_put_on_the_pipeline_that_it_was_trained_from(pipeline: Path, 
 
 def test_what_is_wrong_with_a_lora_is_said(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lora_folder(tmp_path / "run", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"holds a LoRA of the pipeline '.*gone', which training.init names: "):
+    with pytest.raises(UserError, match=r"contains a LoRA for the pipeline '.*gone' .training.init.: "):
         load_denoiser(str(folder))
     training_folder(folder, training={"init": str(pipeline)}, lora={"rank": 2})
     weights = folder / "lora" / "pytorch_lora_weights.safetensors"

@@ -280,8 +280,8 @@ def test_percent(value: float, text: str) -> None:
     ("change", "options", "words"),
     [
         ({}, {"baseline": "plane"}, "baseline 'plane' is not among the arms 'plain', 'at'"),
-        ({}, {"metric": "kid"}, "no cell holds the metric 'kid'"),
-        ({}, {"metric": "beauty"}, "metric 'beauty' is not known"),
+        ({}, {"metric": "kid"}, "no cell has the metric 'kid'"),
+        ({}, {"metric": "beauty"}, "metric 'beauty' is unknown"),
         ({}, {"confidence": 95}, "confidence is 95"),
         ({}, {"interval": "bca"}, "interval 'bca' is unknown, expected t or bootstrap"),
         ({}, {"correction": "time-shift:40"}, "no cell has the correction 'time-shift:40', expected one of 'none'"),

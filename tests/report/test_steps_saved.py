@@ -80,5 +80,5 @@ def test_only_where_a_curve_should_fall_and_has_two_points() -> None:
     assert steps_saved(one) == []
     rising = cells({"plain": [CURVE], "at": [CURVE]}, "recall")
     assert saved_where_known(rising, metric="recall") == []
-    with pytest.raises(UserError, match="should rise"):
+    with pytest.raises(UserError, match="is better when higher"):
         steps_saved(rising, metric="recall")

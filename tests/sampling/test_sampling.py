@@ -518,10 +518,10 @@ def test_broken_networks_are_named() -> None:
         ("ddim", EDMEulerScheduler(), 10, r"a edm schedule; use dpmsolver\+\+ or edm-euler"),
         ("ddim", _training_scheduler(), 0, "steps=0 must lie between 1 and num_train_timesteps=1000"),
         ("ddim", _training_scheduler(), 1001, "steps=1001 must lie"),
-        ("iddpm", _training_scheduler(), 1, "would visit timestep 0 alone; use 2 or more"),
+        ("iddpm", _training_scheduler(), 1, "would only visit timestep 0; use 2 or more"),
         ("ddim", _training_scheduler(steps_offset=1), 1000, "would start at timestep 1000"),
         ("iddpm", DDPMScheduler(rescale_betas_zero_snr=True), 10, "starts at timestep 999"),
-        ("unipc", _training_scheduler(clip_sample_range=2.0), 10, "clip_sample_range=2.0 cannot be kept"),
+        ("unipc", _training_scheduler(clip_sample_range=2.0), 10, "clip_sample_range=2.0 is not supported"),
         ("edm-euler", EDMEulerScheduler(prediction_type="v_prediction"), 10, "not supported for EDM"),
     ],
 )
@@ -626,7 +626,7 @@ def test_save_refuses_and_leaves_nothing(images: Tensor, tmp_path: Path) -> None
         (taken, images, "exists already"),
         (tmp_path, images, "exists already"),
         (tmp_path / "samples.gif", images, r"suffix '.gif'"),
-        (tmp_path / "two", images[:, :2], "2 channels cannot be a PNG"),
+        (tmp_path / "two", images[:, :2], "2 channels cannot be saved as PNG"),
     ):
         with pytest.raises(UserError, match=message):
             save_images(pictures, path)

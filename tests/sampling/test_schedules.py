@@ -140,8 +140,8 @@ def test_what_spaces_the_steps_of_a_flow_is_read(settings: dict[str, Any]) -> No
         ("flow-euler", FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), 1, "shift_terminal=0.1; use 2 or more"),
         ("flow-euler", UniPCMultistepScheduler(prediction_type="flow_prediction"), 5, "contradict each other"),
         ("ddim", UniPCMultistepScheduler(use_flow_sigmas=True), 5, "contradict each other"),
-        ("ddim", DPMSolverMultistepScheduler(use_karras_sigmas=True), 500, "use_karras_sigmas=True has no 500"),
-        ("ddim", DDPMScheduler(steps_offset=1), 1, "would visit timestep 1 alone"),
+        ("ddim", DPMSolverMultistepScheduler(use_karras_sigmas=True), 500, "use_karras_sigmas=True has fewer than 500"),
+        ("ddim", DDPMScheduler(steps_offset=1), 1, "would only visit timestep 1;"),
     ],
 )  # fmt: skip
 def test_what_is_not_read_is_refused_by_its_name(sampler: str, training: Any, steps: int, message: str) -> None:

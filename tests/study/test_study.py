@@ -72,7 +72,7 @@ def test_a_folder_with_another_study_is_left_alone(
 ) -> None:
     recipe, out = finished
     assert main(["study", str(recipe), "--out", str(out), "--optimizer.lr", "0.1"]) == 2
-    assert "holds a run with another configuration (optimizer.lr is" in capsys.readouterr().err
+    assert "contains a run with other settings (optimizer.lr is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(
     out = tmp_path / "adm"
     words = ["import-adm", str(DATA / "guided_unet.npz"), "--out", str(out)]
     assert main(words) == 2  # no network of its widths is published, and the file does not tell its betas
-    assert "give its --noise-schedule, linear or cosine" in capsys.readouterr().err
+    assert "give --noise-schedule linear or cosine" in capsys.readouterr().err
     assert not out.exists()
     assert main([*words, "--noise-schedule", "linear"]) == 0
     assert "linear betas of 1000 timesteps (as given)" in capsys.readouterr().out
@@ -325,8 +325,14 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         (["--study.arms", "[plan]"], "did you mean 'plain'"),
         (["--study.seeds", "[0, 0]"], "without repetition"),
         (["--study.corrections", "[epsilon-scale]"], "epsilon-scaling"),
-        (["--study.steps", "{ddim: [3]}"], "study.steps is for ['ddim']: expected one list, or one for each of"),
-        (["--study.steps", "{ddim: [3], iddpm: []}"], "study.steps.iddpm=[] must be a list without repetition"),
+        (
+            ["--study.steps", "{ddim: [3]}"],
+            "study.steps has the samplers ['ddim']: expected one list of step counts, or one for each of",
+        ),
+        (
+            ["--study.steps", "{ddim: [3], iddpm: []}"],
+            "study.steps.iddpm=[] must be a list of at least one value, without repetition",
+        ),
         (["--study.precision", "half"], "study.precision='half' is unknown"),
         (["--study.start", "nowhere"], "'nowhere' could not be loaded"),
         (["--finetune.training.pases", "5"], "did you mean 'passes'"),

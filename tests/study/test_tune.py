@@ -271,13 +271,13 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
         (["base", "--passes", "7"], "--passes 7 must be a multiple of 2"),
         (["base", "--passes", "0"], "--passes 0 must be 1 or more"),
         (["base", "--repeats", "0"], "--repeats 0 must be 1 or more"),
-        (["base", "--repeats", "94"], "--repeats 94 must be 93 at most"),
+        (["base", "--repeats", "94"], "--repeats 94 must be at most 93"),
         (["base", "--jobs", "0"], "--jobs 0"),
         (["base", "--num", "1"], "num=1"),
-        (["base", "--adversary.steps", "4"], "'--adversary.steps' contradicts a sweep"),
+        (["base", "--adversary.steps", "4"], "'--adversary.steps' is set by the sweep"),
         (
             ["base", "--training.passes=5"],
-            "'--training.passes' contradicts a sweep, which sets it itself: use --passes",
+            "'--training.passes' is set by the sweep itself: use --passes",
         ),
         (["base", "--training.seed", "5"], "use --repeats"),
         (["base", "--study.num", "5"], "'--study.num' is for `atdiff study`"),
@@ -285,7 +285,7 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
         (["base", "--objective.reflow", "8"], "base is trained on pairs"),
         (["base", "--optimizer.warmup_passes", "9"], "optimizer.warmup_passes=9 must lie between 0 and"),
         (["base", "--out", "base.yaml"], "base.yaml"),
-        (["base", "--out", "base"], "base is in use and holds no tune.json"),
+        (["base", "--out", "base"], "base is not empty and contains no tune.json"),
     ],
 )
 def test_mistakes_are_one_sentence_and_nothing_is_written(

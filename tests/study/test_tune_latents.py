@@ -75,5 +75,5 @@ def test_a_sweep_of_a_pipeline(
     scheduler.write_text(json.dumps({**json.loads(original), "shift": 1.5}))
     capsys.readouterr()
     assert main(sweep) == 2
-    assert "start from is another than when it began: the scheduler's configuration changed" in capsys.readouterr().err
+    assert "has changed: the scheduler's configuration changed" in capsys.readouterr().err
     scheduler.write_text(original)

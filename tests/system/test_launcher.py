@@ -71,7 +71,7 @@ def test_the_recipe_wins_and_says_so(
     assert main(["train", recipe, "--out", str(tmp_path / "with")]) == 0
     assert_same(tmp_path / "without", tmp_path / "with")
     said = [str(warning.message) for warning in recwarn if name in str(warning.message)]
-    assert said == ([] if setting is None else [f"{name}={value} of the launcher is not used: {setting} is."])
+    assert said == ([] if setting is None else [f"{name}={value} of the launcher is ignored: {setting} is used."])
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
@@ -81,7 +81,7 @@ def test_what_would_split_the_weights_is_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     assert main(["train", recipe, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert f"of the launcher (ACCELERATE_USE_{name}=true) is not used" in error
+    assert f"of the launcher (ACCELERATE_USE_{name}=true) is not supported" in error
     assert "set training.shard=true" in error
     assert not (tmp_path / "run").exists()
 

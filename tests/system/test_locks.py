@@ -59,7 +59,7 @@ def test_a_second_run_in_a_folder_is_told_of_the_first(
         assert main(words) == 2
         error = capsys.readouterr().err
         assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 2" in error
-        assert error.strip().endswith("wait until that has ended, or choose another --out.")
+        assert error.strip().endswith("wait until it has ended, or choose another --out.")
         assert main(["study", recipe, "--out", str(out)]) == 2
         # A process that was killed holds nothing, though what it leaves is there.
         first.kill()

@@ -214,7 +214,7 @@ def test_a_run_that_was_stopped_resumes_with_the_same_weights(
     [
         (
             {"training": {"batch_size": 5}},
-            r"batch_size=5 is more than .* 64x64 has the most, 4 of 9: use 4 or",
+            r"batch_size=5 exceeds .*64x64 has the most, 4 of 9.: use 4 or",
         ),
         ({"data": {"bucket_step": 12}}, "data.bucket_step=12 does not fit .* expected a multiple of 8"),
         ({"data": {"bucket_step": 64}}, "data.bucket_step=64 does not fit .* leaves several buckets, such as 8"),
@@ -230,5 +230,5 @@ def test_mistakes_are_said_before_anything_is_computed(
 
 
 def test_a_network_of_squares_is_refused(photos: Path, dit_folder: Path) -> None:
-    with pytest.raises(UserError, match="is a DiTPipeline, which takes squares alone; leave it out"):
+    with pytest.raises(UserError, match="is a DiTPipeline, which takes one square size; leave it out"):
         LatentTask(configured(photos, dit_folder))

@@ -104,7 +104,7 @@ def test_split_weights_that_are_not_written_leave_the_last_good_checkpoint(tmp_p
     (file,) = (tmp_path / "pass-000000006" / "shards").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.warns(UserWarning, match=rf"shards/{file.name} is not what was written; the one before it is used"):
+    with pytest.warns(UserWarning, match=rf"shards/{file.name} was changed after writing; the one before it is used"):
         assert latest_checkpoint(tmp_path) == tmp_path / "pass-000000003"
 
 

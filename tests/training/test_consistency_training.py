@@ -112,7 +112,7 @@ def test_a_distillation_resumes_with_the_same_teacher_alone(
     capsys.readouterr()
     words = ["train", str(file), "--arm", "plain", "--training.init", str(base), "--out", str(run)]
     assert main([*words, "--training.passes", "10"]) == 2
-    assert f"{run} learns from other weights of {base} than it has now: put it back" in capsys.readouterr().err
+    assert f"{run} learns from other weights than {base} has now: restore the pipeline" in capsys.readouterr().err
     load_denoiser(str(run))  # which stays what it was
     train((recipe[0], file, base), tmp_path / "ict", "ict")  # without a teacher
 
@@ -211,7 +211,7 @@ def test_distillation_needs_a_teacher_that_is_none_itself(
     student = train(recipe, tmp_path / "student", "plain")
     again = ["train", str(file), "--arm", "plain", "--training.init", str(student), "--out", str(tmp_path / "again")]
     assert main(again) == 2
-    assert "is a consistency model itself" in capsys.readouterr().err
+    assert "is itself a consistency model" in capsys.readouterr().err
 
 
 def test_more_steps_than_the_grid_are_refused(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:

@@ -259,13 +259,13 @@ def other_rows(file: Path) -> None:
 STATES = "caption-encoder_hidden_states.npy"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "is incomplete, latents.npy is missing": lambda folder: (folder / "latents.npy").unlink(),
-    "is damaged, latents.npy is not as it was written": lambda folder: flipped_bit(folder / "latents.npy"),
+    "is damaged, latents.npy was changed after encoding:": lambda folder: flipped_bit(folder / "latents.npy"),
     f"is damaged, {STATES} has 700 bytes instead of": lambda folder: (folder / STATES).write_bytes(b"0" * 700),
     "encoder_hidden_states holds 3 rows of float16 instead of 4": lambda folder: other_rows(folder / STATES),
     "its files do not belong together": lambda folder: other_rows(folder / "latents.npy"),
     f"holds no {RECORD}": lambda folder: (folder / RECORD).unlink(),
     f"{RECORD} is damaged": lambda folder: (folder / RECORD).write_text("{}"),
-    "in its record key 'new' is unknown": edited(RECORD, data={"new": 1}),
+    "in its record, key 'new' is unknown": edited(RECORD, data={"new": 1}),
     "is of format 2, and this version reads 1": edited(RECORD, format=2),
 }
 
@@ -285,10 +285,10 @@ CONTRADICTIONS = {
     "--data.image_size 32": "data.image_size=32 contradicts",
     "--data.limit 2": "data.limit=2 contradicts",
     "--data.crop adm": "data.crop='adm' contradicts",
-    "--data.flip true": "data.flip needs the latents of the mirrored images",
+    "--data.flip true": "data.flip needs latents of mirrored images",
     "--data.latents gone": "data.latents=gone does not exist",
-    "--model.name unet --training.init null": "data.latents are for pipelines of latents",
-    "--model.name tiny-sd --training.init null": "name that pipeline as --training.init",
+    "--model.name unet --training.init null": "data.latents is for latent pipelines, but",
+    "--model.name tiny-sd --training.init null": "another one: give that pipeline as --training.init",
 }
 
 

@@ -142,7 +142,7 @@ def test_too_many_end_the_run_and_are_named(tmp_path: Path, monkeypatch: pytest.
         made.run(progress=False)
     message = str(caught.value)
     assert "at pass 6 the loss (mse) was not finite, at timesteps " in message
-    assert "2 steps were skipped for it, and training.max_skipped is 1" in message
+    assert "2 steps were skipped, more than training.max_skipped=1" in message
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'pass-000000005'}" in message
 
 

@@ -34,7 +34,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-5", "5 m", "1:99:00", "h", "nan", "1h-5m"])
 def test_what_is_no_duration_is_said(text: str) -> None:
-    with pytest.raises(UserError, match=r"is no duration; use seconds, 45m, 1h30m, 2d or HH:MM:SS"):
+    with pytest.raises(UserError, match=r"is not a duration; use seconds, 45m, 1h30m, 2d or HH:MM:SS"):
         parse_duration(text)
 
 
@@ -111,7 +111,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     newer = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newer is not None
     assert int(newer.name.removeprefix("pass-")) == int(saved.name.removeprefix("pass-")) + 1
-    assert "the time that --max-time gives is over" in capsys.readouterr().err
+    assert "the time set by --max-time is over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])

@@ -473,7 +473,7 @@ def test_a_few_step_model_learns_more_from_itself_or_from_the_data(
     capsys.readouterr()
     # Without the word it is a mistake, as before.
     assert main(["train", str(recipe), "--training.init", str(turbo), "--out", str(tmp_path / "no")]) == 2
-    assert "is a distilled pipeline itself" in capsys.readouterr().err
+    assert "is itself a distilled pipeline:" in capsys.readouterr().err
 
 
 # ---- samples
@@ -503,7 +503,7 @@ def test_prompts_are_for_text_to_image_alone(tmp_path: Path, capsys: pytest.Capt
     assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 0
     words = ["--prompts", str(tmp_path / "prompts"), "--num", "1", "--out", str(tmp_path / "one.png")]
     assert main(["sample", str(tmp_path / "run"), *words]) == 2
-    assert "is no text-to-image pipeline, so it takes no prompts" in capsys.readouterr().err
+    assert "is not a text-to-image pipeline and takes no prompts" in capsys.readouterr().err
 
 
 def test_the_terminal_shows_progress_and_results_alone(
@@ -545,20 +545,23 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     ("words", "message"),
     [
         ("--objective.prediction_type v_prediction", "does not fit {sd}, which predicts 'epsilon'; leave it out"),
-        ("--consistency.teacher {larger}", "the teacher {larger} has latents (4, 16, 16) and {sd} (4, 8, 8)"),
+        ("--consistency.teacher {larger}", "the teacher {larger} has latents (4, 16, 16) but {sd} has (4, 8, 8)"),
         ("--consistency.teacher {v}", "the teacher {v} predicts 'v_prediction' and {sd} 'epsilon'"),
-        ("--consistency.teacher {sdxl}", "the teacher {sdxl} makes other embeddings of a prompt than {sd}"),
-        ("--consistency.teacher {encoder}", "the teacher {encoder} makes other embeddings of a prompt than {sd}"),
-        ("--consistency.teacher {full}", "the teacher {full} is a distilled pipeline itself"),
-        ("--training.init {full}", "the teacher {full} is a distilled pipeline itself"),
+        ("--consistency.teacher {sdxl}", "the teacher {sdxl} encodes prompts differently from {sd}"),
+        ("--consistency.teacher {encoder}", "the teacher {encoder} encodes prompts differently from {sd}"),
+        ("--consistency.teacher {full}", "the teacher {full} is itself a distilled pipeline:"),
+        ("--training.init {full}", "the teacher {full} is itself a distilled pipeline:"),
         ("--consistency.teacher {bare}", "{bare} is neither a training folder (config.yaml) nor a pipeline"),
-        ("--data.name {bare}", "{bare} holds images without captions"),
+        ("--data.name {bare}", "{bare} contains images without captions"),
         ("--data.captions []", "captions is an empty list"),
-        ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents are those of images of 64"),
+        ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents encode images of 64"),
         ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
-        ("--data.streaming true", "is not streamed: only webdataset shards, parquet files and hub data sets are"),
-        ('--data.streaming true --data.captions ["a"]', "with captions of their own: leave out data.captions"),
-        ("--data.streaming true --data.buckets true", "data.buckets needs the sizes of all images beforehand"),
+        (
+            "--data.streaming true",
+            "cannot be streamed, unlike webdataset shards, parquet files and hub datasets: leave out data.streaming",
+        ),
+        ('--data.streaming true --data.captions ["a"]', "each image: leave out data.captions"),
+        ("--data.streaming true --data.buckets true", "data.buckets needs the sizes of all images in advance"),
         ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
         ("--objective.variance learned_range", "whose network predicts no variance; set objective.variance=fixed"),
         ("--objective.label_dropout 0.1", "objective.label_dropout is for denoisers"),
@@ -570,18 +573,21 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--consistency.huber_c 0", "huber_c=0"),
         (
             "--consistency.teacher self --training.init {full}",
-            "consistency.teacher='self' needs a model that is not told its guidance, and {full} is",
+            "consistency.teacher='self' needs a model that does not take the guidance scale as input, but {full} does:",
         ),
-        ('--lora.rank 2 --lora.targets ["to_z"]', "no layer is called 'to_z': expected ends of names of layers"),
-        ("--lora.rank -1", "the rank of LoRA is -1"),
-        ("--lora.rank 2 --lora.alpha 0", "the alpha of LoRA is 0"),
+        (
+            '--lora.rank 2 --lora.targets ["to_z"]',
+            "no layer matches the LoRA target 'to_z': expected layer-name suffixes,",
+        ),
+        ("--lora.rank -1", "the LoRA rank is -1"),
+        ("--lora.rank 2 --lora.alpha 0", "the LoRA alpha is 0"),
         ("--lora.rank 2 --model.name mlp", "lora.rank needs model.name='pipeline'"),
         (
             "--lora.rank 2 --model.name tiny-sd --training.init null",
-            "lora.rank adapts a pipeline that is stored outside the run",
+            "lora.rank needs a base pipeline outside the run",
         ),
         ("--model.name tiny-sd --training.init null", "the U-Net of model.name='tiny-sd' is untrained"),
-        ("--training.init null", "model.name='pipeline' trains the network of a pipeline: name its folder or hub id"),
+        ("--training.init null", "model.name='pipeline' trains the network of a pipeline: give its folder or hub id"),
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_written(
@@ -639,7 +645,7 @@ def test_latents_are_resumed_on_the_same_content_alone(
     Image.fromarray(pixels).save(folder / "0.png")
     capsys.readouterr()
     assert go_on(4) == 2
-    assert "and now as many have other pixels, captions or another order" in capsys.readouterr().err
+    assert "and now the same number of images has other pixels, captions or another order" in capsys.readouterr().err
     Image.fromarray(original).save(folder / "0.png")
     text = (folder / "1.txt").read_text(encoding="utf-8")
     (folder / "1.txt").write_text(f"{text}, another", encoding="utf-8")
@@ -665,7 +671,7 @@ def test_a_run_is_resumed_with_the_same_autoencoder_alone(
     save_file(changed, weights, metadata={"format": "pt"})
     capsys.readouterr()
     assert go_on(2) == 2
-    assert f"of another autoencoder or other text encoders of {base} than it has now" in capsys.readouterr().err
+    assert f"with another autoencoder or other text encoders than {base} has now" in capsys.readouterr().err
     weights.write_bytes(original)
     assert go_on(2) == 0
 
@@ -687,7 +693,7 @@ def test_adapters_are_resumed_on_the_same_base_alone(
     save_file(changed, weights, metadata={"format": "pt"})
     capsys.readouterr()
     assert go_on(2) == 2
-    assert f"trains adapters on other weights of {base} than it has now" in capsys.readouterr().err
+    assert f"trains adapters on other weights than {base} has now" in capsys.readouterr().err
     weights.write_bytes(original)
     assert go_on(2) == 0
     drawing = ["sample", str(tmp_path / "run"), "--num", "1", "--steps", "1"]
@@ -695,4 +701,4 @@ def test_adapters_are_resumed_on_the_same_base_alone(
     save_file(changed, weights, metadata={"format": "pt"})
     capsys.readouterr()
     assert main([*drawing, "--out", str(tmp_path / "two.png")]) == 2
-    assert f"a LoRA of other weights than {base} has now" in capsys.readouterr().err
+    assert f"a LoRA for other weights than {base} has now" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_one_process_resumes_the_run_of_two(trained: Path, tmp_path: Path, arm: 
         "sharded" in arm,
         "sharded" not in arm,
     )
-    with pytest.warns(UserWarning, match=r"trained by 2 process\(es\) and is resumed by 1: .* 24 a process"):
+    with pytest.warns(UserWarning, match=r"trained by 2 process\(es\) and is resumed by 1: .* 24 per process"):
         processes.train(arm, tmp_path, begun=2)
     found, expected = torch.load(tmp_path / f"{arm}-0.pt"), torch.load(trained / "two" / f"{arm}-0.pt")
     assert 0 < len(found["seen"]) < len(expected["seen"])

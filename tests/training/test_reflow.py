@@ -231,7 +231,7 @@ def test_a_stop_after_any_batch_changes_nothing(base: str, arm: str, root: Path,
         told: Any = contextlib.nullcontext()
         if starts in (1, 2, 3):
             accidents[starts - 1]()
-            told = pytest.warns(UserWarning, match="missing or damaged: its pairs are drawn again")
+            told = pytest.warns(UserWarning, match="missing or damaged: its pairs are generated again")
         with told:
             try:
                 run(root, base, arm, tmp_path / "stopped", stop=StopAt(1))
@@ -259,7 +259,7 @@ def test_a_start_that_has_changed_is_told_where_the_run_is_under_way(tmp_path: P
     train(
         settings(tmp_path, "flow", None, "--training.passes", str(PASSES + 1)), tmp_path / "flow-base", progress=False
     )
-    with pytest.raises(UserError, match=r"pairs .* that would be others now \(by their start\): put back"):
+    with pytest.raises(UserError, match=r"pairs .* that would now be different \(their start changed\): restore"):
         run(tmp_path, "flow", "reflow", tmp_path / "run")
     assert (tmp_path / "run" / "pairs.safetensors").read_bytes() == pairs
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
@@ -273,14 +273,17 @@ def test_a_start_that_has_changed_is_told_where_the_run_is_under_way(tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--training.init", "null"], "name its run, pipeline folder or hub id as --training.init"),
-        (["--training.passes", "5"], r"40 pairs cost 5 passes, and training.passes=5, .* above 5, or draw 38 pairs"),
-        (["--objective.reflow_passes", "14"], "reflow_passes=14 of training.passes=14 leave none"),
+        (["--training.init", "null"], "sample; give its run, pipeline folder or hub id as --training.init"),
+        (
+            ["--training.passes", "5"],
+            r"40 pairs cost 5 passes, which leaves none of training.passes=5 .* above 5, or use 38 pairs",
+        ),
+        (["--objective.reflow_passes", "14"], "reflow_passes=14 leaves none of training.passes=14"),
         (["--training.seed", "4293"], "with training.seed=4293 is out of range; .* a seed from 0 to 4292"),
-        (["--objective.reflow", "1000001", "--objective.reflow_passes", "0"], "draw a million pairs at most"),
+        (["--objective.reflow", "1000001", "--objective.reflow_passes", "0"], "use at most a million pairs,"),
         (["--consistency.mode", "distillation"], "objective.reflow is for denoisers"),
         (["--model.name", "pipeline"], "objective.reflow=40 is for networks of pixels"),
-        (["--objective.reflow", "0", "--objective.reflow_passes", "3"], "objective.reflow draws none; leave it out"),
+        (["--objective.reflow", "0", "--objective.reflow_passes", "3"], "objective.reflow is 0; leave it out"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(words: list[str], message: str, root: Path, tmp_path: Path) -> None:
@@ -298,7 +301,7 @@ def test_what_changes_the_input_alone_fits(name: str, root: Path, tmp_path: Path
 @pytest.mark.parametrize("coupling", ["ot=true", "nearest=4", "explorative=3"])
 def test_a_coupling_contradicts_it(coupling: str, root: Path, tmp_path: Path) -> None:
     run(root, "flow", "plain", tmp_path / "plain")
-    with pytest.raises(UserError, match=r"and objective.reflow=40 each say which noise goes with a sample"):
+    with pytest.raises(UserError, match=r"and objective.reflow=40 both determine the noise of a sample"):
         Trainer(settings(root, "flow", "reflow", f"--objective.{coupling}"))
 
 

@@ -110,7 +110,7 @@ def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> N
 def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None:
     """The end of a run whose last batch was cut short, and what earlier versions wrote there."""
     folder = run(tmp_path / "run", "consecutive", "--training.keep_checkpoints", "1")
-    message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches is left"
+    message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches remains"
     for path in (folder / "checkpoints").glob("pass-*9"):
         shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
@@ -177,7 +177,7 @@ def test_a_shorter_run_says_what_to_do(tmp_path: Path) -> None:
     run(tmp_path / "run", "plain")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     message = (
-        rf"a run of {PASSES} passes and cannot be made shorter: .* --training.passes {PASSES} or more, or train 5 in"
+        rf"a run of {PASSES} passes, which cannot be shortened: .* --training.passes {PASSES} or more, or train 5 in"
     )
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", "plain", "--training.passes", "5")
@@ -195,7 +195,7 @@ def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str,
         with pytest.raises(Stopped):
             run(tmp_path / "run", "plain", *words, stop=StopAt(3))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    message = rf"cannot be made longer: the learning rate of optimizer.decay='{decay}' .* 11 passes .* over 17 "
+    message = rf"cannot be extended: the learning rate of optimizer.decay='{decay}' .* 11 passes .* over 17 "
     with pytest.raises(UserError, match=message + r".* --training.init .*/run in another --out\.$"):
         run(tmp_path / "run", "plain", *words, "--training.passes", "17")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -201,7 +201,7 @@ def test_a_teacher_of_another_schedule_is_refused(
     assert main([*words, "--training.init", str(tmp_path / "start")]) == 2
     error = capsys.readouterr().err
     assert f"the teacher {base} has num_train_timesteps=500 but scheduler.args.num_train_timesteps is 1000" in error
-    assert "give a teacher that agrees with training.init" in error
+    assert "use a teacher that matches training.init" in error
     # A student of random weights learns the teacher's.
     assert main([*words, *ARGS]) == 0
     found = scheduler_of(tmp_path / "run")
@@ -219,8 +219,8 @@ def test_a_teacher_of_another_schedule_is_refused(
         ),
         ({"scheduler": {"name": "FlowMatchEulerDiscreteScheduler", "args": None}}, "does not fit FlowMatchEuler"),
         ({"objective": {"variance": "learned_range"}}, "it learned no variance, so set objective.variance=fixed"),
-        ({"data": {"class_conditional": True}}, "give data of as many classes as it was trained on"),
-        ({"model": {"args": {"width": 32}}}, "give the model settings that it was trained with"),
+        ({"data": {"class_conditional": True}}, "use data with as many classes as it was trained on"),
+        ({"model": {"args": {"width": 32}}}, "use the model settings it was trained with"),
     ],
 )
 def test_an_arm_that_contradicts_its_base_is_told_before_anything_is_trained(

@@ -252,7 +252,7 @@ def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
         (["quickstart", "--adversary.scale", "sigmoid"], "adversary.scale"),
         (["quickstart", "--training.batch_size", "0"], "training.batch_size=0"),
         (["quickstart", "--model.args.depth", "3"], "cannot be built"),
-        (["quickstart", "--scheduler.name", "Foo"], "no scheduler of diffusers"),
+        (["quickstart", "--scheduler.name", "Foo"], "not a diffusers scheduler;"),
         pytest.param(
             ["quickstart", "--training.precision", "fp16"],
             "fp16' needs a GPU",

@@ -163,7 +163,10 @@ class Adversary:
             RuntimeError: the next loss was taken before the backward pass of the last one.
         """
         if isinstance(x0, Batch) and fixed:
-            raise UserError(f"{', '.join(fixed)} cannot be added to a batch that is drawn: give it to objective.draw.")
+            raise UserError(
+                f"{', '.join(fixed)} cannot be added to a batch that is already drawn: pass it to objective.draw "
+                "instead."
+            )
         batch = x0 if isinstance(x0, Batch) else objective.draw(x0, **fixed)
         if batch is not x0 and "noise" not in fixed:
             check_coupling(objective.coupling_passes, self.updates_per_batch)

@@ -133,8 +133,8 @@ def micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
     """
     if accumulate > len(batch):
         raise UserError(
-            f"accumulate={accumulate} needs as many samples in what one pass takes of a batch, and there are "
-            f"{len(batch)}; use a smaller accumulate, or leave out the last, smaller batch (drop_last=True)."
+            f"accumulate={accumulate} needs at least as many samples in a pass, got {len(batch)}; use a smaller "
+            "accumulate, or drop the last, smaller batch (drop_last=True)."
         )
     return batch.chunk(accumulate)
 

@@ -75,8 +75,8 @@ class AutoDose:
         """
         if len(x0) < 2:
             raise UserError(
-                f"steps={self.steps} needs the variance of the data, and the first batch is one sample: give "
-                "Adversary.auto_dose.fit some more before training."
+                f"steps={self.steps} needs the variance of the data, but the first batch has a single sample: "
+                "call Adversary.auto_dose.fit with more samples before training."
             )
         x0 = x0.detach().float()
         self.mean, self.range = x0.mean(dim=0), (float(x0.min()), float(x0.max()))

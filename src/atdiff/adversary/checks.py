@@ -107,17 +107,18 @@ def check_coupling(coupling_passes: int, updates: int) -> None:
     """
     if coupling_passes and updates > 1:
         raise UserError(
-            f"explorative chooses the noise for one weight update, and passes={updates} with method='free' makes "
-            f"{updates} per batch; use method='pgd' or passes=1."
+            f"explorative chooses the noise for a single weight update, but method='free' with passes={updates} "
+            f"makes {updates} per batch; use method='pgd' or passes=1."
         )
 
 
 def _check_rescaling(radius: float | None, target: str) -> None:
     if radius is not None:
-        raise UserError(f"rescale_noise=True moves delta out of radius={radius}; leave one of them out.")
+        raise UserError(f"rescale_noise=True can move delta beyond radius={radius}; leave one of them out.")
     if target != "equivariant":
         raise UserError(
-            f"rescale_noise=True is of noise that is the target's too; target={target!r} keeps the old one."
+            f"rescale_noise=True needs the target to use the same noise, but target={target!r} keeps the original "
+            "noise; use target='equivariant'."
         )
 
 
@@ -125,17 +126,19 @@ def _check_equivariance(passes: int, direction: str, target: str, weight: float)
     if not 0 <= weight < math.inf:
         raise UserError(f"weight={weight} must not be negative or infinite; 1 is usual.")
     if target != "equivariant":
-        raise UserError("method='equivariance' needs target='equivariant', which it is about.")
+        raise UserError(
+            "method='equivariance' needs target='equivariant', since it regularises the response to the perturbation."
+        )
     needed = 2 if direction == "random" else 3
     if passes < needed:
         raise UserError(
-            f"passes={passes} is too few for method='equivariance' with direction={direction!r}: "
-            f"two are the clean and the perturbed input, and each more moves delta; use passes={needed}."
+            f"passes={passes} is too few for method='equivariance' with direction={direction!r}: one pass each "
+            f"for the clean and the perturbed input, and one per step of delta; use passes={needed}."
         )
     if direction == "random" and passes > 2:
         raise UserError(
-            f"passes={passes} is too many for method='equivariance' with direction='random', whose step "
-            "takes no pass; use passes=2."
+            f"passes={passes} is too many for method='equivariance' with direction='random', whose step needs no "
+            "pass; use passes=2."
         )
 
 
@@ -151,13 +154,13 @@ def _check_dose(
     if isinstance(dose, str) and dose != "auto":
         raise UserError(f"dose={dose!r} is unknown; use 'auto' with steps, or a number such as 0.15.")
     if dose == "auto" and steps is None:
-        raise UserError("dose='auto' needs steps, of the sampler that it is for; use steps=8.")
+        raise UserError("dose='auto' needs steps, the number of sampling steps to tune for, such as steps=8.")
     if steps is not None and dose not in (None, "auto"):
         raise UserError(
-            f"dose={dose} and steps={steps} contradict each other: the steps set the dose; give one of them."
+            f"dose={dose} and steps={steps} contradict each other, since steps determines the dose; give one of them."
         )
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 2):
-        raise UserError(f"steps={steps!r} must be a whole number of 2 or more, of the sampler that the dose is for.")
+        raise UserError(f"steps={steps!r} must be a whole number of sampling steps, 2 or more.")
     if isinstance(dose, float | int) and not 0 < dose < math.inf:
         raise UserError(f"dose={dose} must be above 0 and finite; 0.1 to 0.3 is usual.")
     given = {"step_size": step_size or None, "radius": radius, "scale": scale}
@@ -165,6 +168,8 @@ def _check_dose(
         if value is not None:
             raise UserError(f"{name}={value} contradicts a dose, which replaces it; leave {name} out.")
     if direction not in ("residual", "drift"):
-        raise UserError(f"direction={direction!r} has no dose, which is of the residual; use direction='residual'.")
+        raise UserError(
+            f"direction={direction!r} does not support a dose, which scales the residual; use direction='residual'."
+        )
     if passes < 2:
-        raise UserError(f"passes={passes} moves nothing, and a dose is of a move; use passes=2.")
+        raise UserError(f"passes={passes} applies no perturbation, so the dose has no effect; use passes=2.")

@@ -40,8 +40,8 @@ def _others(batch: Batch) -> Tensor:
     """
     if len(batch) == 1:
         raise UserError(
-            "method='contrastive' needs another sample in each micro-batch, and there is but one; use a larger batch, "
-            "a smaller accumulate, or leave out the last, smaller batch (drop_last=True)."
+            "method='contrastive' needs at least two samples per micro-batch, got one; use a larger batch, a "
+            "smaller accumulate, or drop the last, smaller batch (drop_last=True)."
         )
     allowed = ~torch.eye(len(batch), dtype=torch.bool, device=batch.x0.device)
     labels = batch.conditions.get("class_labels")

@@ -57,7 +57,10 @@ def residual_noise(
             settings do not fit.
     """
     if "steps" in conditions:
-        raise UserError("the dose for a number of steps learns: make adversary = Adversary(steps=8) once, and give it.")
+        raise UserError(
+            "residual_noise takes no steps, since an automatic dose keeps state: create adversary = "
+            "Adversary(steps=8) once and pass it as adversary."
+        )
     adversary = _checked(adversary, dose)
     objective = scheduler
     if not isinstance(scheduler, DenoisingObjective):
@@ -77,7 +80,7 @@ def _checked(adversary: Adversary | None, dose: float | None) -> Adversary:
         return _dosed(dose)
     if adversary.method != "pgd" or adversary.target != "equivariant":
         raise UserError(
-            f"residual_noise takes the step of method='pgd' with target='equivariant', and {adversary!r} has another; "
+            f"residual_noise needs an adversary with method='pgd' and target='equivariant', got {adversary!r}; "
             "use Adversary(steps=8)."
         )
     return adversary

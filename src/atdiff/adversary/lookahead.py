@@ -42,7 +42,7 @@ def look_ahead(objective: DenoisingObjective, batch: DenoisingBatch, output: Obj
     """
     for noising in objective.noisings:
         if noising.moves_input_time or type(noising).input_noise is not Noising.input_noise:
-            raise UserError(f"method={method!r} rolls x_t out, which {noising.name} changes; use one of them.")
+            raise UserError(f"method={method!r} rolls out x_t, which {noising.name} changes; use one of them.")
     assert output.error is not None
     missed = missing(objective, batch, output.error.detach())
     if objective.prediction.needs_signal:  # unbounded where the signal vanishes: samplers clip it to the data's range

@@ -74,8 +74,9 @@ class Perturbation:
         if warns and unbounded and everywhere and moves and not self._warned:
             self._warned = True
             warnings.warn(
-                "scale='constant' moves the target of a flow by delta / sigma_t, without bound where noise ends, so "
-                "that the mean of the loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, 1.0).",
+                "scale='constant' moves a flow's target by delta / sigma_t, which is unbounded as the noise "
+                "vanishes, so the expected loss is infinite; use scale='sigma' or 'high', or noise_levels=(0.1, "
+                "1.0).",
                 stacklevel=4,
             )
 

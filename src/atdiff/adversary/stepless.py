@@ -34,7 +34,7 @@ STEPLESS = {
     "soar": Stepless(2, "one for the clean input and one for each auxiliary point", 1.0, more=True, rolls_out=True),
     "adr": Stepless(2, "one for the clean input and one for the rolled-out input", 1.0, rolls_out=True),
     "contrastive": Stepless(1, "that of plain training", 0.05, below=1.0),
-    "mac": Stepless(2, "one for the looks at both ends of the time and one for the weights", 2.0),
+    "mac": Stepless(2, "one for evaluating both ends of time and one for the weights", 2.0),
 }
 DEFAULTS = {
     "dose": None,
@@ -62,7 +62,7 @@ def check_stepless(method: str, passes: int, weight: float, **others: Any) -> No
     if passes < spec.passes or (passes > spec.passes and not spec.more):
         least = " or more" if spec.more else ""
         raise UserError(
-            f"passes={passes} does not fit method={method!r}, which takes {spec.why}; use passes={spec.passes}{least}."
+            f"passes={passes} does not fit method={method!r}, which needs {spec.why}; use passes={spec.passes}{least}."
         )
     if not 0 <= weight < spec.below:
         bounds = "must not be negative or infinite" if spec.below == math.inf else f"must lie in [0, {spec.below:g})"
@@ -70,5 +70,5 @@ def check_stepless(method: str, passes: int, weight: float, **others: Any) -> No
     for name, default in DEFAULTS.items():
         if others[name] != default:
             raise UserError(
-                f"{name}={others[name]!r} does not go with method={method!r}, which takes no step; leave it out."
+                f"{name}={others[name]!r} does not fit method={method!r}, which has no step size; leave it out."
             )

@@ -140,8 +140,8 @@ class Command(click.Command):
         join_mpi()
         if num_processes() > 1 and not self.many_processes:
             raise UserError(
-                f"`atdiff {self.name}` works in one process: start it without a launcher; train, sample and "
-                "evaluate take many."
+                f"`atdiff {self.name}` runs in one process: start it without a launcher (train, sample and "
+                "evaluate support several processes)."
             )
         ctx.obj.command, ctx.obj.out = self.name, ctx.params.get("out")
         return super().invoke(ctx)

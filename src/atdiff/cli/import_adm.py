@@ -75,8 +75,8 @@ def import_adm(
     known = guided_diffusion.published_noise(model)
     if known is None and noise_schedule is None:
         raise UserError(
-            f"{file} does not tell the betas that it was trained with, and no network of its widths and blocks is "
-            "published: give its --noise-schedule, linear or cosine."
+            f"{file} does not contain its noise schedule, and its architecture is none of the published ones: "
+            "give --noise-schedule linear or cosine."
         )
     published, steps = known or (None, 1000)
     betas = noise_schedule or published
@@ -90,6 +90,6 @@ def import_adm(
     )
     save_pipeline(out, model, scheduler)
     source = "as given" if noise_schedule else "those of the published networks of this architecture"
-    print(f"{out} holds the pipeline, with {betas} betas of {steps} timesteps ({source}).")
-    print(f"See that it draws: atdiff sample {out} --steps 20 --num 16 --out samples.png")
+    print(f"{out} contains the pipeline, with {betas} betas of {steps} timesteps ({source}).")
+    print(f"Check its samples: atdiff sample {out} --steps 20 --num 16 --out samples.png")
     print(f"Train it further: atdiff train RECIPE --arm ARM --training.init {out} --out RUN")

@@ -64,7 +64,7 @@ class One(Word):
         if param is not None and ctx is not None and isinstance(value, str) and "," in value:
             option, first = param.opts[0], value.split(",")[0]
             raise UserError(
-                f"{option} {value} names several, and `atdiff {ctx.command.name}` takes one: use {option} {first}."
+                f"{option} {value} has several values, but `atdiff {ctx.command.name}` takes one: use {option} {first}."
             )
         return click.types.convert_type(self.kind).convert(value, param, ctx)
 
@@ -133,7 +133,9 @@ class Size(click.ParamType):
         width, by, height = str(value).lower().partition("x")
         sides = (height if by else width, width)
         if not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
-            raise UserError(f"--size {value} is no size: expected a side in pixels, or WIDTHxHEIGHT, such as 512x768.")
+            raise UserError(
+                f"--size {value} is not a size: expected one side in pixels, or WIDTHxHEIGHT, such as 512x768."
+            )
         return int(sides[0]), int(sides[1])
 
 

@@ -131,7 +131,7 @@ def sample(
 def _prompts(given: tuple[str, ...], of_file: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Return the prompts of either option; a UserError where both name some."""
     if given and of_file is not None:
-        raise UserError("--prompt and --prompts both say what to draw: give one of them.")
+        raise UserError("--prompt and --prompts cannot be combined: give one of them.")
     return given or of_file
 
 
@@ -154,13 +154,14 @@ def _loaded(run: str, asked: dict[str, Any], sampler: str | None, **loading: Any
     if isinstance(model, TextToImage):
         return model.asked(**asked)
     if asked["prompts"] is not None:
-        raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
+        raise UserError(f"{run} is not a text-to-image pipeline and takes no prompts; leave out --prompts.")
     for option in ("negative_prompt", "size"):
         if asked[option] is not None:
             name = f"--{option.replace('_', '-')}"
-            raise UserError(f"{name} is for text-to-image pipelines, and {run} is none; leave it out.")
+            raise UserError(f"{name} is only for text-to-image pipelines, and {run} is not one; leave it out.")
     if sampler == OWN:
         raise UserError(
-            f"--sampler {OWN} is for text-to-image pipelines, and {run} is none; leave it out for its usual sampler."
+            f"--sampler {OWN} is only for text-to-image pipelines, and {run} is not one; leave it out to use the "
+            "default sampler."
         )
     return model

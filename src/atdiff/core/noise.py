@@ -111,13 +111,14 @@ def _kind_of(scheduler: Any) -> Kind:  # noqa: ANN401
     predicts, on_a_line = config.get("prediction_type"), own_setting(scheduler, "use_flow_sigmas")
     if on_a_line is not None and bool(on_a_line) != (predicts == "flow_prediction"):
         raise UserError(
-            f"{name} has use_flow_sigmas={on_a_line} and prediction_type={predicts!r}, which contradict each other: "
-            "set use_flow_sigmas=True and prediction_type='flow_prediction' for a flow network, and neither for others."
+            f"{name} has use_flow_sigmas={on_a_line} and prediction_type={predicts!r}, which contradict each "
+            "other: set both use_flow_sigmas=True and prediction_type='flow_prediction' for a flow network, or "
+            "neither."
         )
     if own_setting(scheduler, "invert_sigmas"):
         raise UserError(
-            f"{name} has invert_sigmas=True, where time runs from noise at 0 to data; atdiff reads flows from data at "
-            "0 to noise: set invert_sigmas=False, and train the network that way round."
+            f"{name} has invert_sigmas=True (noise at time 0), but atdiff expects data at time 0: set "
+            "invert_sigmas=False and train the network with that convention."
         )
     if "FlowMatch" in name or predicts == "flow_prediction":
         return "flow"
@@ -175,9 +176,7 @@ def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
     told = f"the schedule {getattr(function, '__name__', type(function).__name__)}"
     pair = isinstance(found, tuple | list) and len(found) == 2
     if not pair or not all(isinstance(part, Tensor) and part.shape == times.shape for part in found):
-        raise UserError(
-            f"{told} must return two tensors (alpha_t, sigma_t), each like the times (B,) that it is given."
-        )
+        raise UserError(f"{told} must return two tensors (alpha_t, sigma_t), each of the shape (B,) of its input.")
     alpha, sigma = found
     bad = ~(alpha.isfinite() & sigma.isfinite() & ((alpha != 0) | (sigma != 0)) & (sigma >= 0))
     if bool(bad.any()):
@@ -193,9 +192,9 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
     exact = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
     if not torch.allclose(exact, scheduler.alphas_cumprod.double().to(exact.device), rtol=1e-3, atol=1e-5):
         raise UserError(
-            f"{type(scheduler).__name__} has other alphas_cumprod than its betas make "
-            f"(snr_shift_scale={scheduler.config.get('snr_shift_scale')}), and atdiff reads the betas: give them as "
-            "trained_betas of a DDPMScheduler."
+            f"{type(scheduler).__name__} has alphas_cumprod that do not follow from its betas "
+            f"(snr_shift_scale={scheduler.config.get('snr_shift_scale')}), and atdiff reads the betas: pass the "
+            "matching betas as trained_betas of a DDPMScheduler."
         )
     return exact
 
@@ -372,7 +371,7 @@ class NoiseSchedule:
         else:
             good, expected = (timesteps >= 0) & (timesteps <= last), f"numbers from 0 to {last}"
         if not bool(good.all()):
-            raise UserError(f"{name} hold {float(timesteps[~good][0]):.6g}, expected {expected}.")
+            raise UserError(f"{name} contain {float(timesteps[~good][0]):.6g}, expected {expected}.")
 
     def same_time(self, other: NoiseSchedule) -> bool:
         """Whether networks of two schedules are told the time in one convention."""

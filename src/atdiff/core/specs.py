@@ -97,7 +97,7 @@ def parse_correction(spec: str) -> CorrectionSpec:
         values = ()
     if not 1 <= len(values) <= 2:
         raise UserError(
-            f"correction {spec!r} must be {family} with one number or two, or a search; use "
+            f"correction {spec!r} must be {family} with one or two numbers, or a search; use "
             f"{FAMILIES[family].example!r} or '{family}:search'."
         )
     return CorrectionSpec(family, values)

@@ -145,8 +145,8 @@ class LossSecondMomentTimesteps:
     def __init__(self, schedule: NoiseSchedule, history: int = 10, uniform_prob: float = 0.001) -> None:
         if schedule.kind != "vp":
             raise UserError(
-                f"timestep sampler 'loss-second-moment' got a {schedule.kind} schedule, expected integer "
-                "timesteps of a DDPM-family scheduler; use 'uniform' or 'logit-normal'."
+                "timestep sampler 'loss-second-moment' needs the integer timesteps of a DDPM-family scheduler, "
+                f"got a {schedule.kind} schedule; use 'uniform' or 'logit-normal'."
             )
         self.uniform_prob = uniform_prob
         self.losses = torch.zeros(schedule.num_train_timesteps, history, dtype=torch.float64)

@@ -134,7 +134,7 @@ class StreamedImages:
             nonlocal newest
             for image, content, cell in islice(self.stream.items(), self.limit):
                 if cell is None:
-                    raise UserError(f"{image} has no caption: write one, or remove it.")
+                    raise UserError(f"{image} has no caption: add one, or remove the image.")
                 (newest,) = captions_of(self.name, [(image, cell)])
                 yield image, content
 
@@ -171,8 +171,8 @@ def stream_captioned(
     source = find_source(request, captioned=True)
     if source.stream is None:
         raise UserError(
-            f"{name} is not streamed: only webdataset shards, parquet files and hub data sets are. Its images are read "
-            "one at a time in any case; leave out data.streaming."
+            f"{name} cannot be streamed, unlike webdataset shards, parquet files and hub datasets: leave out "
+            "data.streaming (its images are read one at a time anyway)."
         )
     title = _title(name, split, limit)
     decoding = Decoding(image_size, channels, crop, background)
@@ -251,8 +251,8 @@ def _check_arguments(captions: Sequence[str] | None, caption_column: str | None,
         return
     if caption_column is not None:
         raise UserError(
-            f"captions and caption_column ({caption_column!r}) are both given: keep captions for data with labels "
-            "alone, caption_column for data with captions."
+            f"captions and caption_column ({caption_column!r}) cannot be combined: give captions for data that "
+            "only have labels, or caption_column for data with captions."
         )
     if isinstance(captions, str):
         raise UserError(f"captions is the text {captions!r}: expected a list with one caption per class.")
@@ -269,7 +269,9 @@ def _labelled(
         assert isinstance(found, RawImages), found
         raw = raw_files(request.path, found.files[: request.limit])
     elif decoding.buckets:
-        raise UserError(f"{request.name} holds images of one size: leave out data.buckets, which are for image files.")
+        raise UserError(
+            f"{request.name} has images of one size: leave out data.buckets, which are for image files of mixed sizes."
+        )
     else:
         options: dict[str, Any] = {"image_column": request.image_column, "label_column": request.label_column}
         options |= {name: value for name, value in asdict(decoding).items() if name != "buckets"}
@@ -294,8 +296,8 @@ def _class_captions(
         return captions_of("captions", [("all images", captions[0])]) * count
     if labels is None:
         raise UserError(
-            f"{name} has no classes that captions could describe: give one caption for all images, or choose data with "
-            "labels or captions."
+            f"{name} has no classes for these captions: give one caption for all images, or use data with labels "
+            "or captions."
         )
     if captions is None:
         return [str(label) for label in labels.tolist()]

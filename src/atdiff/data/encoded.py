@@ -14,7 +14,7 @@ __all__ = ["AGAIN", "RECORD", "EncodedRecord", "read_record"]
 
 RECORD = "encoded.json"
 FORMAT = 1  # of the record
-AGAIN = "copy the folder again, or encode the images anew with `atdiff encode`"
+AGAIN = "copy the folder again, or encode the images again with `atdiff encode`"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_record(folder: Path) -> EncodedRecord:
     file = folder / RECORD
     if not file.is_file():
         what = f"holds no {RECORD}" if folder.is_dir() else "does not exist"
-        raise UserError(f"data.latents={folder} {what}: expected a folder that `atdiff encode RECIPE --out` made.")
+        raise UserError(f"data.latents={folder} {what}: expected a folder made by `atdiff encode RECIPE --out FOLDER`.")
     try:
         content = json.loads(file.read_text("utf-8"))
         if content["format"] != FORMAT:

@@ -37,7 +37,7 @@ def _read_image(source: Path | io.BytesIO, background: str | None) -> Image.Imag
         raise _UnreadableError("no image") from None
     except Exception as error:  # the decoders raise two dozen types
         if isinstance(source, Path) and source.is_symlink() and not source.exists():
-            raise _UnreadableError("a link that leads nowhere") from error
+            raise _UnreadableError("a broken link") from error
         raise _UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
@@ -105,8 +105,8 @@ class Decoding:
             ImageColor.getrgb(self.background)
         except ValueError:
             raise UserError(
-                f"background is {self.background!r}: expected a colour such as white, black or #808080, or null to "
-                "drop the transparency."
+                f"background is {self.background!r}: expected a colour such as white, black or #808080, or null "
+                "to drop the alpha channel."
             ) from None
 
     def __call__(self, source: Pixels) -> np.ndarray:

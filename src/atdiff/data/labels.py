@@ -49,9 +49,9 @@ def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str],
     strangers = [names[label] for label in np.unique(labels[found < 0]).tolist()]
     if strangers:
         raise UserError(
-            f"{what} has images of the class {strangers[0]!r}, which training does not know: expected "
-            f"{', '.join(map(repr, classes[:SHOWN]))}{', ...' if len(classes) > SHOWN else ''}; remove them, or put "
-            "images of that class into the training split and train anew."
+            f"{what} has images of the class {strangers[0]!r}, which was not in the training data: expected "
+            f"{', '.join(map(repr, classes[:SHOWN]))}{', ...' if len(classes) > SHOWN else ''}; remove them, or "
+            "add images of that class to the training split and train again."
         )
     return found
 
@@ -68,7 +68,7 @@ def places_of(labels: Collection[int], of_images: np.ndarray | None, what: str) 
         UserError: they have no labels, or one of the classes has no image.
     """
     if of_images is None:
-        raise UserError(f"{what} has no labels, so none can be chosen: leave out data.labels.")
+        raise UserError(f"{what} has no labels to choose from: leave out data.labels.")
     known = np.unique(of_images).tolist()
     strangers = sorted(set(labels) - set(known))
     if strangers or not labels:

@@ -141,15 +141,15 @@ def _check_room(place: Path, size: int, what: str) -> None:
     """Refuse, before it is written, what the disk cannot take or this process cannot map."""
     if size > address_space_left():
         raise UserError(
-            f"{what} are too many for this process, which may map {_gigabytes(address_space_left())} more: raise its "
-            "limit (ulimit -v), or lower data.image_size."
+            f"{what} exceed the address space of this process, which can map {_gigabytes(address_space_left())} "
+            "more: raise its limit (ulimit -v), or lower data.image_size."
         )
     parent = next(folder for folder in place.parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if size > free:
         raise UserError(
-            f"{what} do not fit the memory, and {parent} has {_gigabytes(free)} free: free space, set ATDIFF_CACHE to "
-            "a folder that has more, or lower data.image_size."
+            f"{what} do not fit into memory, and {parent} has only {_gigabytes(free)} free: free space, set "
+            "ATDIFF_CACHE to a folder with more, or lower data.image_size."
         )
 
 
@@ -161,7 +161,7 @@ def _lock(place: Path) -> FileLock:
             pass
     except OSError as error:
         raise UserError(
-            f"{place.parent} cannot be written ({error.strerror}): set ATDIFF_CACHE to a folder that can."
+            f"{place.parent} cannot be written ({error.strerror}): set ATDIFF_CACHE to a writable folder."
         ) from error
     return lock
 
@@ -194,7 +194,7 @@ def _open(place: Path, bad: UnreadableImages) -> Held | None:
         shape = tuple(manifest["shape"])
         kept = np.load(place / "kept.npy").tolist()
         if (place / PIXELS).stat().st_size != int(np.prod(shape)) or len(kept) != shape[0]:
-            raise ValueError("of another size")
+            raise ValueError("it has another size")
         pixels = np.memmap(place / PIXELS, np.uint8, "r", shape=shape)
         found = [(str(name), str(reason)) for name, reason in manifest["unread"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,7 +36,7 @@ def captions_of(name: object, cells: Iterable[tuple[str, Any]]) -> list[str]:
     if missing:
         raise missing_captions(name, missing, len(missing) + len(texts))
     if not texts:
-        raise UserError(f"{name} holds no images with captions: expected at least one pair.")
+        raise UserError(f"{name} contains no images with captions: expected at least one pair.")
     return texts
 
 
@@ -55,8 +55,8 @@ def caption_column(name: object, columns: Sequence[str], asked: str | None) -> s
     found = [asked] if asked is not None else [c for c in TEXT_COLUMNS if c in columns]
     if not found:
         raise UncaptionedError(
-            f"{name} has no captions among {list(columns)}, where one of {list(TEXT_COLUMNS)} was expected: name them "
-            "as caption_column (or give captions, one per class, for data with labels alone)."
+            f"{name} has no caption column among {list(columns)}: expected one of {list(TEXT_COLUMNS)}; name the "
+            "column as caption_column (or give captions, one per class, for data that only have labels)."
         )
     return found[0]
 
@@ -76,5 +76,5 @@ def json_object(text: str, where: object) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where} cannot be read as JSON ({error}): correct or remove it.") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{where} holds {fields!r}: expected a JSON object with a field of the caption.")
+        raise UserError(f"{where} contains {fields!r}: expected a JSON object with a field for the caption.")
     return fields

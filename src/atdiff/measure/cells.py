@@ -82,13 +82,15 @@ class EvaluationConfig:
         if any(correction.endswith(SEARCH) for correction in self.corrections):
             if self.search_seed in self.seeds:
                 raise UserError(
-                    f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be chosen on "
-                    "noise that is not evaluated; use another."
+                    f"search_seed={self.search_seed} is one of the seeds {self.seeds}: a correction must be "
+                    "searched on held-out noise; use another search_seed."
                 )
             if not 2 <= self.search_num <= 1_000_000:
                 raise UserError(f"search_num={self.search_num} must lie between 2 and 1,000,000.")
             if not set(SEARCHED) & set(self.metrics):
-                raise UserError(f"a search needs a distance to lower: add one of {', '.join(SEARCHED)} to the metrics.")
+                raise UserError(
+                    f"a search needs a distance to minimise: add one of {', '.join(SEARCHED)} to the metrics."
+                )
         for sampler in self.samplers_for(training_scheduler):
             for steps in self.steps_for(sampler):
                 make_scheduler(sampler, training_scheduler, steps)
@@ -109,7 +111,7 @@ class EvaluationConfig:
         needy = next((name for name in self.metrics if METRICS[name].needs == "labels"), None)
         if needy is not None and asked.class_labels(1) is None:
             raise UserError(
-                f"{needy} compares samples with the classes that they were asked for and {asked.source} is not "
+                f"{needy} compares samples with the requested classes, but {asked.source} is not "
                 f"class-conditional: leave {needy} out."
             )
         reference_name(asked, self.data)
@@ -222,7 +224,7 @@ def cells_of_run(
     evaluation = _Evaluation(file, device)
     mine = [cell for cell in evaluation.cells if Path(cell["run"]).name == Path(run).name]
     if not mine:
-        raise UserError(f"{file} holds no cells of {run}: evaluate it anew, with --steps.")
+        raise UserError(f"{file} contains no cells of {run}: evaluate it with --steps.")
     configs = [_config_of(cell, weights or {}) for cell in mine]
     denoiser = evaluation.load(run, configs[0])
     jobs: list[_Job] = []
@@ -232,8 +234,8 @@ def cells_of_run(
         place = _Place(denoiser, cell["sampler"], config.corrections[0], cell["steps"], cell["sample_seed"])
         if _key(_empty_cell(place, config)) != _key(cell):
             raise UserError(
-                f"{file} holds a cell of {run} (against {cell['reference']}, {cell.get('dtype')}) that is not "
-                "evaluated as its study would: evaluate the runs anew, with --steps."
+                f"{file} contains a cell of {run} (against {cell['reference']}, {cell.get('dtype')}) with other "
+                "settings than its study's: evaluate the runs again with --steps."
             )
         jobs.append((place, config))
     return evaluation.complete(jobs, notify)

@@ -34,7 +34,7 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
         # Hidden files may be left by a killed process.
         used = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
         if used and not any((folder / name).is_file() for name in FILES):
-            raise UserError(f"{folder} is in use and holds none of {', '.join(FILES)}; choose another --out.")
+            raise UserError(f"{folder} is not empty and contains none of {', '.join(FILES)}; choose another --out.")
     return _read(file, "records", "measurements")
 
 
@@ -51,5 +51,5 @@ def _read(file: Path, key: str, kind: str) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, list) or not all(isinstance(one, dict) and key in one for one in found):
-        raise UserError(f"{file} exists and holds no {kind}; choose another --out.")
+        raise UserError(f"{file} exists and contains no {kind}; choose another --out.")
     return found

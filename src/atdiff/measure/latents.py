@@ -215,7 +215,7 @@ def true_latents(
     latent = _pipeline_of(run.run)
     if options.image_size not in (None, latent.image_size):
         raise UserError(
-            f"--image-size {options.image_size} does not fit {run.source}, whose latents are those of images of "
+            f"--image-size {options.image_size} does not fit {run.source}, whose latents encode images of "
             f"{latent.image_size} pixels: leave it out."
         )
     dim = run.run.model.config.get("time_cond_proj_dim")
@@ -232,8 +232,8 @@ def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tupl
         own = None
         if not run.run.prompts and prompts is None:
             raise UserError(
-                f"{reference_name(run, name)} has no captions of its own: give --prompts, a text file of one prompt a "
-                "line, one per class or taken in turn."
+                f"{reference_name(run, name)} has no captions: give --prompts, a text file with one prompt per "
+                "line (one per class, or used in turn)."
             ) from None
     if own is not None:
         if prompts is not None:
@@ -254,7 +254,8 @@ def check_classes(source: str, classes: int, data: ImageData) -> None:
     if data.labels is None or int(data.labels.max()) >= classes:
         found = "no labels" if data.labels is None else f"{data.num_classes} classes"
         raise UserError(
-            f"{source} knows {classes} classes but {data.name} has {found}; name the images that it was trained on."
+            f"{source} has {classes} classes but {data.name} has {found}; give the images that it was trained on "
+            "with --data."
         )
 
 

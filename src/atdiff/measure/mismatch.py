@@ -52,7 +52,7 @@ class MismatchConfig(RunsConfig):
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Raise a ``UserError``, before any compute, for what cannot be measured on networks of this scheduler."""
         if self.num < 2:
-            raise UserError(f"num={self.num} samples are too few for a variance; use 2 or more, 2048 as a rule.")
+            raise UserError(f"num={self.num} samples are too few for a variance; use 2 or more; 2048 is usual.")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be 1 or more.")
         image_generators(self.seed, [self.num - 1])
@@ -368,12 +368,12 @@ def _check_run(denoiser: TrainedModel, data: TrueData, config: MismatchConfig) -
     shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
     if shape != tuple(denoiser.image_shape):
         raise UserError(
-            f"{data.name} has images of shape {shape} but {denoiser.source} makes {tuple(denoiser.image_shape)}: name "
-            "the images that it was trained on."
+            f"{data.name} has images of shape {shape} but {denoiser.source} generates "
+            f"{tuple(denoiser.image_shape)}: give the images that it was trained on with --data."
         )
     if classes and (data.num_classes is None or data.num_classes > classes):
         found = "no labels" if data.num_classes is None else f"{data.num_classes} classes"
         raise UserError(
-            f"{data.name} has {found} but {denoiser.source} is conditional on {classes} classes: name the images that "
-            "it was trained on."
+            f"{data.name} has {found} but {denoiser.source} is conditional on {classes} classes: give the images "
+            "that it was trained on with --data."
         )

@@ -75,7 +75,9 @@ class RobustnessConfig(ProbeConfig):
             if getattr(self, name) not in valid:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(valid)}.")
         if len(self.radii) < 2 or not all(0.0 <= radius < math.inf for radius in self.radii):
-            raise UserError(f"radii={self.radii} must be finite, none below 0 and one or more above, such as 0.5,1,2.")
+            raise UserError(
+                f"radii={self.radii} must be finite and not negative, with at least one above 0, such as 0.5,1,2."
+            )
         self._check_positive("steps", "restarts")
 
 

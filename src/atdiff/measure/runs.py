@@ -103,7 +103,7 @@ def open_subject(run: str, config: RunsConfig, *, guided: bool) -> tuple[Trained
         latents = latent_run(denoiser, guided=guided, image_size=config.reading.image_size)
         return latents, true_latents(latents, config.data, config.reading, config.prompts)
     if config.prompts is not None:
-        raise UserError(f"{run} is no text-to-image pipeline, so it takes no prompts; leave out --prompts.")
+        raise UserError(f"{run} is not a text-to-image pipeline and takes no prompts; leave out --prompts.")
     return denoiser, reference_data(denoiser, config.data, replace(config.reading, caption_column=None))
 
 

@@ -38,7 +38,9 @@ class ClipScore(Accumulator):
         if labels is None or len(labels) != num:
             raise UserError(f"{len(prompts)} prompts need a class label for each of the {num} images.")
         if int(labels.max()) >= len(prompts):
-            raise UserError(f"class {int(labels.max())} has no prompt: expected one per class, not {list(prompts)}.")
+            raise UserError(
+                f"class {int(labels.max())} has no prompt: expected one prompt per class, got {list(prompts)}."
+            )
 
     def __init__(self, against: Against, num: int, kept: Any = None) -> None:  # noqa: ANN401
         from torchmetrics.multimodal import CLIPScore  # of the clip extra

@@ -157,7 +157,7 @@ class OnMode(Accumulator):
         """Return the mixture that the real points are of."""
         mixture = mixture_of(against.data.name)
         if mixture is None:
-            raise UserError(f"on_mode needs data with known modes, such as mixture-ring, and not {against.data.name}.")
+            raise UserError(f"on_mode needs data with known modes, such as mixture-ring, got {against.data.name}.")
         return mixture
 
     def figures(self, seed: int) -> dict[str, float]:

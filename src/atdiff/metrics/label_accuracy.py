@@ -25,8 +25,8 @@ class LabelAccuracy(Accumulator):
         """Find that the real images have labels."""
         if against.data.labels is None:
             raise UserError(
-                f"label_accuracy asks a classifier of the real images' classes and {against.data.name} has no labels: "
-                "name labelled images of the same classes, or leave label_accuracy out."
+                f"label_accuracy needs a classifier trained on the real images' labels, but {against.data.name} "
+                "has none: give labelled images of the same classes, or leave label_accuracy out."
             )
 
     @classmethod
@@ -36,13 +36,13 @@ class LabelAccuracy(Accumulator):
         assert classes is not None
         if labels is None or len(labels) != num:
             raise UserError(
-                f"label_accuracy needs the class that each of the {num} images was asked for: give labels, or "
-                "leave it out for an unconditional network."
+                f"label_accuracy needs the requested class of each of the {num} images: give labels, or leave it "
+                "out for an unconditional network."
             )
         if int(labels.max()) >= classes:
             raise UserError(
-                f"images were asked for as class {int(labels.max())} and {against.data.name} has the classes 0 to "
-                f"{classes - 1}: for label_accuracy classes, or prompts, must be those of the data in their order."
+                f"images were generated for class {int(labels.max())}, but {against.data.name} has classes 0 to "
+                f"{classes - 1}: label_accuracy needs the classes (or prompts) of the data, in the same order."
             )
 
     def add(self, values: Tensor, labels: Tensor | None) -> None:

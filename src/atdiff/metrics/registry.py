@@ -98,11 +98,11 @@ METRICS = {
                takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
         Metric("sfid", "Frechet distance of Inception's spatial features", "fidelity:FrechetDistance",
                (Figure("sfid", "sFID"),), takes="inception-v3-spatial", caption="Inception's spatial features"),
-        Metric("clip_score", "how well samples fit their prompts", "clip_score:ClipScore",
+        Metric("clip_score", "how well samples match their prompts", "clip_score:ClipScore",
                (Figure("clip_score", "CLIP score", higher=True),), takes="bytes", needs="prompts",
                packages=("transformers", "torchmetrics"), hub=CLIP_MODEL,
                caption="a CLIP model of images and prompts"),
-        Metric("label_accuracy", "how often a classifier reads the class or prompt that was asked for",
+        Metric("label_accuracy", "how often a classifier recognises the requested class or prompt",
                "label_accuracy:LabelAccuracy", (Figure("label_accuracy", "label accuracy", higher=True),),
                takes="label-classifier", layer="isc", needs="labels",
                caption="a classifier of the reference images' labels"),
@@ -138,7 +138,7 @@ def class_at(home: str) -> Any:  # noqa: ANN401  (whatever class is there)
 def check_names(metrics: Sequence[str]) -> None:
     """Raise a ``UserError`` where no metric is named, or one that does not exist."""
     if not metrics:
-        raise UserError(f"no metric is named: expected some of {', '.join(METRICS)}.")
+        raise UserError(f"no metric is given: expected one or more of {', '.join(METRICS)}.")
     for metric in metrics:
         if metric not in METRICS:
             near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]

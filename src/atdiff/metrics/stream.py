@@ -51,7 +51,7 @@ def check_metrics(
     for name, path in (weights or {}).items():
         if name not in (*known, extractor):
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"weights are given for {name!r}, which is no extractor: did you mean {nearest!r}?")
+            raise UserError(f"weights are given for {name!r}, which is not an extractor: did you mean {nearest!r}?")
         if not (Path(path).is_dir() if name in HUB_WEIGHTS else Path(path).is_file()):
             what = "folder of a CLIP model" if name in HUB_WEIGHTS else "file"
             raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local {what}.")
@@ -186,7 +186,7 @@ class Metrics:
                 accumulator.add(values[self.places[name]], asked)
             count += len(images)
         if count != num:
-            raise UserError(f"the batches held {count} images: expected num={num}.")
+            raise UserError(f"the batches contained {count} images: expected num={num}.")
         return {figure: value for name in self.names for figure, value in accumulators[name].figures(seed).items()}
 
     def _checked(self, batches: Iterable[Tensor], num: int) -> Iterator[Tensor]:
@@ -206,12 +206,12 @@ class Metrics:
             if images.is_floating_point() and not images.isfinite().all():
                 broken = int((~images.isfinite()).flatten(1).any(1).sum())
                 raise UserError(
-                    f"{broken} of {len(images)} images from number {count} on hold values that are not finite: "
-                    "the sampler diverged."
+                    f"{broken} of {len(images)} images from number {count} on contain non-finite values: the "
+                    "sampler diverged."
                 )
             count += len(images)
             if count > num:
-                raise UserError(f"the batches hold {count} images or more: expected num={num}.")
+                raise UserError(f"the batches contain {count} images or more: expected num={num}.")
             yield images
 
     def _values(self, images: Tensor) -> dict[Place, Tensor]:

@@ -109,8 +109,8 @@ def _prediction(output: Any) -> Tensor:  # noqa: ANN401
         return found
     keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
     raise UserError(
-        f"the network returned a {type(output).__name__}{keys}, expected a tensor, a tuple that begins with one, or an "
-        "output with `sample`."
+        f"the network returned a {type(output).__name__}{keys}, expected a tensor, a tuple that starts with one, "
+        "or an output with `sample`."
     )
 
 
@@ -172,17 +172,17 @@ def check_labels(model: Any, conditions: Mapping[str, Tensor], null_label: int |
         known += 1  # the null label of a DiT, which comes on top
     if null_label is not None and null_label >= known:
         raise UserError(
-            f"null_label={null_label} is beyond the labels 0 to {known - 1} that the network knows; give it one more "
-            "class embedding."
+            f"null_label={null_label} is outside the network's labels 0 to {known - 1}; give it one more class "
+            "embedding."
         )
     if labels.is_floating_point() or labels.ndim != 1:
         raise UserError(
-            f"class_labels are {tuple(labels.shape)} of {labels.dtype}, expected one integer a sample, (B,), from 0 to "
-            f"{known - 1}."
+            f"class_labels are {tuple(labels.shape)} of {labels.dtype}, expected one integer per sample, (B,), "
+            f"from 0 to {known - 1}."
         )
     if values and not 0 <= int(labels.min()) <= int(labels.max()) < known:
         raise UserError(
-            f"class_labels run from {int(labels.min())} to {int(labels.max())}, and the network knows 0 to "
+            f"class_labels range from {int(labels.min())} to {int(labels.max())}, but the network has labels 0 to "
             f"{known - 1}; count classes from 0, or give the network more class embeddings."
         )
 

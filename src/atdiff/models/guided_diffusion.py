@@ -146,7 +146,7 @@ class ADMArchitecture:
 
     def __post_init__(self) -> None:
         if self.dims != 2:
-            raise UserError(f"dims={self.dims} is not supported: expected the 2 of an image model.")
+            raise UserError(f"dims={self.dims} is not supported: expected 2, an image model.")
         if not self.conv_resample and not self.resblock_updown:
             raise UserError("conv_resample=False is not supported without resblock_updown: set one of them to true.")
         if self.num_head_channels == -1 and self.num_heads_upsample not in (-1, self.num_heads):
@@ -277,7 +277,7 @@ def read_adm_checkpoint(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     content = _read(path)
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no state dict: {_FLAT}.")
+        raise UserError(f"{path} contains no state dict: {_FLAT}.")
     prefix = "state_dict."
     prefixed = {key.removeprefix(prefix): value for key, value in content.items() if str(key).startswith(prefix)}
     state_dict = prefixed or dict(content)
@@ -531,7 +531,7 @@ def _read(path: Path) -> Any:  # noqa: ANN401  (a pickle holds anything)
         ".pt": pickled, ".pth": pickled, ".safetensors": safetensors.torch.load_file, ".npz": _read_npz,
     }  # fmt: skip
     if path.suffix not in readers:
-        raise UserError(f"{path} is of an unknown kind: expected a file that ends in {', '.join(readers)}.")
+        raise UserError(f"{path} has an unknown suffix: expected a file ending in {', '.join(readers)}.")
     if not path.is_file():
         raise UserError(f"{path} is not a file: give the path of a guided-diffusion checkpoint.")
     try:

@@ -62,7 +62,10 @@ def _dit(args: dict[str, Any], shape: dict[str, int], num_class_embeds: int | No
         raise UserError("model.name='dit' is conditioned on class labels; set data.class_conditional.")
     patch = args.get("patch_size", 2)
     if shape["sample_size"] % patch:
-        raise UserError(f"images of {shape['sample_size']} pixels are no multiple of the DiT's patch_size={patch}.")
+        raise UserError(
+            f"images of {shape['sample_size']} pixels a side do not fit the DiT: expected a multiple of "
+            f"patch_size={patch}; set data.image_size or model.args.patch_size."
+        )
     model: Any = DiTTransformer2DModel(**shape, num_embeds_ada_norm=num_class_embeds, **args)
     keep_labels(model)
     return model

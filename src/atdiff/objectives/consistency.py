@@ -130,7 +130,7 @@ class ConsistencyObjective:
             if value not in valid:
                 raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}.")
         if huber_c is not None and not huber_c > 0:
-            raise UserError(f"huber_c={huber_c} must be above 0; None for the usual one.")
+            raise UserError(f"huber_c={huber_c} must be above 0, or None for the default.")
         self.teacher, self.target, self.site = teacher, target, site
         self.distance, self.huber_c = distance, huber_c
         if isinstance(pairs, str):
@@ -195,7 +195,7 @@ class ConsistencyObjective:
     ) -> Pairs:
         """Return a pair of timesteps and a weight for each sample: those given, the others drawn."""
         if (timesteps is None) != (next_timesteps is None):
-            raise UserError("timesteps and next_timesteps are given together, or neither.")
+            raise UserError("timesteps and next_timesteps must be given together: give both, or neither.")
         pair = {"timesteps": timesteps, "next_timesteps": next_timesteps}
         chosen = {name: one_each(name, value, x0) for name, value in pair.items() if value is not None}
         self._first.look(x0, chosen)
@@ -331,8 +331,8 @@ def _said(objective: ConsistencyObjective) -> dict[str, Any]:
 def _check_kind(schedule: NoiseSchedule, name: str) -> None:
     if not schedule.traits.fits_consistency:
         raise UserError(
-            f"{name} is a {schedule.kind}, expected a DDPM-family or EDM scheduler: "
-            "consistency models are sampled by LCMScheduler or CMStochasticIterativeScheduler."
+            f"{name} has a {schedule.kind} schedule: expected a DDPM-family or EDM scheduler, whose consistency "
+            "models LCMScheduler or CMStochasticIterativeScheduler can sample."
         )
 
 
@@ -340,17 +340,17 @@ def _check_ends(schedule: NoiseSchedule, prediction: Prediction) -> None:
     """Refuse a schedule at whose ends the consistency function has no limit."""
     if schedule.traits.variance_exploding and not schedule.sigma_min > 0:
         raise UserError(
-            f"sigma_min={schedule.sigma_min} of the scheduler must be above 0: the network is told its logarithm; "
-            "0.002 is usual."
+            f"sigma_min={schedule.sigma_min} of the scheduler must be above 0, since its logarithm is the "
+            "network's input; 0.002 is usual."
         )
     if not prediction.needs_signal:
         return
     alpha, _ = schedule(torch.tensor([schedule.num_train_timesteps - 1]))
     if alpha < LEAST_ALPHA:
         raise UserError(
-            "prediction_type='epsilon' cannot sample in one step on this schedule: at its last timestep alpha "
-            f"is {float(alpha):.1e}, and the error of x0_hat is the network's divided by that; use 'v_prediction', "
-            "or betas such as Stable Diffusion's (scaled_linear)."
+            "prediction_type='epsilon' cannot sample in one step on this schedule: at its last timestep alpha is "
+            f"{float(alpha):.1e}, and x0_hat divides the network's error by it; use 'v_prediction', or betas such "
+            "as Stable Diffusion's (scaled_linear)."
         )
 
 
@@ -358,7 +358,7 @@ def _check_teacher(ours: NoiseSchedule, teacher: Teacher | None) -> None:
     found = [] if teacher is None else teacher.schedule.noise_differences(ours)
     if found:
         raise UserError(
-            f"the teacher's noise schedule is not the student's: it has {' and '.join(found)}; give both "
+            f"the noise schedules of teacher and student differ: the teacher has {' and '.join(found)}; give both "
             "schedulers the same betas, or sigma_data."
         )
 

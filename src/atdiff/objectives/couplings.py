@@ -65,8 +65,8 @@ class OptimalTransport(Noising):
         self._alone = self._alone + 1 if alone else -1
         if self._alone == LOOKS:
             warnings.warn(
-                "ot couples nothing: no two samples of the first batches have equal conditions, as where each caption "
-                "is one of its own; use nearest=4 instead, which couples every sample by itself.",
+                "ot couples nothing: no two samples of the first batches have equal conditions, as when every "
+                "image has its own caption; use nearest=4 instead, which couples each sample separately.",
                 stacklevel=5,
             )
 
@@ -117,7 +117,7 @@ class Explorative(Noising):
 
 def _draws(name: str, amount: float) -> int:
     if not amount >= 2 or amount % 1 != 0:
-        raise UserError(f"{name}={amount} must be a whole number of draws, 2 or more; 0 is none.")
+        raise UserError(f"{name}={amount} must be a whole number of noises, 2 or more, or 0 for none.")
     return int(amount)
 
 

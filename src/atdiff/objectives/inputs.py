@@ -32,8 +32,8 @@ def clean_samples(x0: Any) -> Tensor:  # noqa: ANN401
     """
     if not isinstance(x0, Tensor):
         raise UserError(
-            f"x0 is of type {type(x0).__name__}, expected a tensor of images in [-1, 1], (B, C, H, W); a loader that "
-            "yields more than images is unpacked by `for x0, labels in loader`."
+            f"x0 is of type {type(x0).__name__}, expected a tensor of images in [-1, 1], (B, C, H, W); unpack a "
+            "loader that yields more than images: `for x0, labels in loader`."
         )
     if x0.ndim < 2 or x0.numel() == 0:
         raise UserError(f"x0 has the shape {tuple(x0.shape)}, expected (B, C, H, W) with one sample or more.")
@@ -54,7 +54,7 @@ def check_like(name: str, value: Any, like: Tensor) -> None:  # noqa: ANN401
     """
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != tuple(like.shape):
-        raise UserError(f"{name} is {shape}, expected a tensor of the shape of the samples, {tuple(like.shape)}.")
+        raise UserError(f"{name} is {shape}, expected a tensor with the shape of the samples, {tuple(like.shape)}.")
 
 
 def check_output(output: Tensor, x0: Tensor) -> None:
@@ -66,7 +66,7 @@ def check_output(output: Tensor, x0: Tensor) -> None:
     if output.ndim < 2 or (output.shape[0], *output.shape[2:]) != (x0.shape[0], *x0.shape[2:]):
         raise UserError(
             f"the network returned the shape {tuple(output.shape)} for samples of {tuple(x0.shape)}, expected one "
-            "prediction a sample, of the same size."
+            "prediction per sample, of the same size."
         )
 
 
@@ -78,7 +78,10 @@ def without_variance(output: Tensor, x: Tensor, whose: str) -> Tensor:
     """
     check_output(output, x)
     if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
-        raise UserError(f"the {whose} returned {output.shape[1]} channels for samples of {x.shape[1]}.")
+        raise UserError(
+            f"the {whose} returned {output.shape[1]} channels for samples with {x.shape[1]} channels: expected as "
+            "many, or twice as many with a learned variance."
+        )
     return output[:, : x.shape[1]].float()
 
 
@@ -92,7 +95,7 @@ def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
     if found.ndim == 0:
         return found.expand(len(x0))
     if found.shape != x0.shape[:1]:
-        raise UserError(f"{name} has the shape {tuple(found.shape)}, expected one number a sample, ({len(x0)},).")
+        raise UserError(f"{name} has the shape {tuple(found.shape)}, expected one number per sample, ({len(x0)},).")
     return found
 
 
@@ -105,8 +108,9 @@ def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
     for name, value in conditions.items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{name} is of type {type(value).__name__}, expected a tensor with one row per sample; give what is "
-                f"the same for all samples to the network itself, such as functools.partial(network, {name}=...)."
+                f"{name} is of type {type(value).__name__}, expected a tensor with one row per sample; bind an "
+                "argument that is the same for all samples to the network, such as functools.partial(network, "
+                f"{name}=...)."
             )
         if value.ndim == 0 or len(value) != len(x0):
             raise UserError(
@@ -152,7 +156,7 @@ class FirstBatches:
         self._unsigned += 0.0 <= low < high <= 1.0
         if self._unsigned == LOOKS:
             warnings.warn(
-                "no value of two batches was negative: if these are images in [0, 1], take them to [-1, 1] by "
+                "no value in two batches was negative: if these are images in [0, 1], rescale them to [-1, 1] by "
                 "2 * x0 - 1, as samplers expect.",
                 stacklevel=4,
             )

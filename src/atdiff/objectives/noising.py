@@ -81,7 +81,7 @@ def make_noisings(amounts: Mapping[str, float], schedule: NoiseSchedule) -> list
     made = [make(amounts[name], schedule) for name, make in NOISINGS.items() if amounts.get(name, 0.0) != 0.0]
     couplings = [f"{noising.name}={noising.amount}" for noising in made if noising.couples]
     if len(couplings) > 1:
-        raise UserError(f"{' and '.join(couplings)} are two couplings of noise and samples: leave one of them out.")
+        raise UserError(f"{' and '.join(couplings)} both couple noise and samples: leave one of them out.")
     return made
 
 

@@ -55,7 +55,8 @@ class Teacher:
         self.schedule, self.solver = NoiseSchedule(scheduler), solver
         if not self.schedule.traits.fits_consistency:
             raise UserError(
-                f"{type(scheduler).__name__} is a {self.schedule.kind}: a teacher must be a DDPM-family or EDM model."
+                f"{type(scheduler).__name__} has a {self.schedule.kind} schedule: a teacher must be a DDPM-family "
+                "or EDM model."
             )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         self.prediction = make_prediction(self.prediction_type, self.schedule)

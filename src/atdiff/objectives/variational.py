@@ -24,8 +24,8 @@ def check_variances(schedule: NoiseSchedule) -> None:
     if bool(still.any()) or len(steps) < 2:
         at = int(still.nonzero()[0]) if bool(still.any()) else 0
         raise UserError(
-            f"variance='learned_range' needs two timesteps or more that all add noise, and timestep {at} of "
-            f"{len(steps)} has none to add; use variance='fixed', or betas above 0 of which the last alone may be 1."
+            f"variance='learned_range' needs at least two timesteps that all add noise, but timestep {at} of "
+            f"{len(steps)} adds none; use variance='fixed', or betas above 0 of which only the last may be 1."
         )
 
 

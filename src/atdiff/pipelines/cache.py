@@ -479,7 +479,9 @@ def _half(values: Tensor, what: str) -> np.ndarray:
         return values.cpu().numpy()
     half = values.to("cpu", torch.float16)
     if not torch.isfinite(half).all():
-        raise UserError(f"{what} hold values beyond float16: expected those of an intact autoencoder and text encoder.")
+        raise UserError(
+            f"{what} contain values outside the range of float16: expected an intact autoencoder and text encoder."
+        )
     return half.numpy()
 
 

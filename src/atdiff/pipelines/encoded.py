@@ -83,8 +83,8 @@ def check_encoders(folder: Path, latent: LatentPipeline) -> None:
             continue
         shown = f" ({there.get(what)!r}, and here {here.get(what)!r})" if what in SHOWN else ""
         raise UserError(
-            f"data.latents={folder} was encoded with another {what} than that of {latent.source}{shown}: start from "
-            "the pipeline that encoded it, or encode the images anew with `atdiff encode`."
+            f"data.latents={folder} was encoded with another {what} than {latent.source} has{shown}: start from "
+            "the pipeline that encoded it, or encode the images again with `atdiff encode`."
         )
 
 
@@ -122,7 +122,7 @@ def check_contents(folder: Path) -> None:
         files.items(), content_hashes([folder / name for name in files]), strict=True
     ):
         if found != written:
-            raise UserError(f"data.latents={folder} is damaged, {name} is not as it was written: {AGAIN}.")
+            raise UserError(f"data.latents={folder} is damaged, {name} was changed after encoding: {AGAIN}.")
 
 
 def _faults(data: LatentData, latent: LatentPipeline) -> Iterator[str]:

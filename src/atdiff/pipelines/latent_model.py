@@ -228,13 +228,13 @@ def _check_size(latent: LatentPipeline, image_size: int | None) -> None:
     most = latent.family.largest_side(latent.pipeline)
     if most is not None and latent.image_size > most:
         raise UserError(
-            f"data.image_size={latent.image_size} does not fit {latent.source}, whose network knows positions up to "
-            f"{most} pixels a side; take a smaller one."
+            f"data.image_size={latent.image_size} does not fit {latent.source}, whose network has positions up to "
+            f"{most} pixels a side; use a smaller size."
         )
     if latent.tokens is not None and not latent.family.has_t5:
         raise UserError(
-            f"data.caption_tokens={latent.tokens} is for SD3 and Flux, and others with a T5; {latent.source} has none: "
-            "leave it out."
+            f"data.caption_tokens={latent.tokens} is for pipelines with a T5, such as SD3 and Flux, and "
+            f"{latent.source} has none: leave it out."
         )
 
 
@@ -244,8 +244,8 @@ def _check_buckets(latent: LatentPipeline) -> None:
         return
     if not family.call_options((size, size)):
         raise UserError(
-            f"data.buckets are for networks of images of any size, and {latent.source} is a "
-            f"{type(latent.pipeline).__name__}, which takes squares alone; leave it out."
+            f"data.buckets need a network for images of any size, but {latent.source} is a "
+            f"{type(latent.pipeline).__name__}, which takes one square size; leave it out."
         )
     least = family.size_step(latent.pipeline)
     if step % least or step > size or len(latent.buckets) == 1:

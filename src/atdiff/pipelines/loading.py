@@ -65,8 +65,8 @@ def load_pipeline(
         reason = hub_failure(" ".join(str(error).split())[:300])
         if single:
             raise UserError(
-                f"{source} could not be loaded as one file of a whole pipeline's weights ({reason}); give a pipeline "
-                "folder, or as model.config (--config) one with the configuration that fits the file."
+                f"{source} could not be loaded as a pipeline in one file ({reason}); give a pipeline folder, or "
+                "set model.config (--config) to one with a matching configuration."
             ) from error
         raise UserError(
             f"{source!r} could not be loaded as a folder or downloaded as a hub id ({reason}); give the path of a "
@@ -84,8 +84,8 @@ def _location(source: str) -> str:
         folder = folder / "pipeline"
         if not folder.exists():
             raise UserError(
-                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, if it "
-                "trained LoRA weights, give the pipeline that it started from."
+                f"{source} has no finished pipeline yet; run its `atdiff train` command again to resume it, or, "
+                "if it trained LoRA weights, give its base pipeline."
             )
     return str(folder)
 
@@ -143,7 +143,7 @@ def single_file_config(source: str) -> str:
         check_hub(repository, "model", where="as model.config (--config)")
     except UserError as error:
         raise UserError(
-            f"{source} holds weights alone; configuration and tokenizers come from a pipeline of its kind: {error}"
+            f"{source} contains only weights, and its configuration and tokenizers could not be loaded: {error}"
         ) from None
     return hub_location(repository, "model")
 

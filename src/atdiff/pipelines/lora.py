@@ -58,11 +58,11 @@ def add_lora(
         UserError: a number out of range, a target that no layer is called, or peft is not installed.
     """
     if rank < 1:
-        raise UserError(f"the rank of LoRA is {rank}: expected 1 or more; 64 is usual.")
+        raise UserError(f"the LoRA rank is {rank}: expected 1 or more; 64 is usual.")
     if alpha is not None and alpha <= 0:
-        raise UserError(f"the alpha of LoRA is {alpha}: expected a number above 0; equal to the rank is usual.")
+        raise UserError(f"the LoRA alpha is {alpha}: expected a number above 0; the rank is usual.")
     if not 0.0 <= dropout < 1.0:
-        raise UserError(f"the dropout of LoRA is {dropout}: expected 0 or more and less than 1.")
+        raise UserError(f"the LoRA dropout is {dropout}: expected 0 or more and less than 1.")
     _require_adapters(unet)
     _check_targets(unet, target_modules)
     _require_peft()
@@ -156,7 +156,7 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
         UserError: the folder holds no such files, they belong to another network, or peft is not installed.
     """
     if not (folder / WEIGHTS).is_file() or not (folder / "scheduler").is_dir():
-        raise UserError(f"{folder} holds no LoRA weights: expected {WEIGHTS} and scheduler/ in it.")
+        raise UserError(f"{folder} contains no LoRA weights: expected {WEIGHTS} and scheduler/.")
     _require_peft()
     try:
         with quiet_libraries():  # it remarks that the text encoders have no adapters
@@ -164,8 +164,8 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
     except Exception as error:  # of peft, safetensors and the loaders
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline that "
-            "they were trained on."
+            f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline "
+            "that they were trained on."
         ) from error
     name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     latent.pipeline.register_modules(scheduler=getattr(diffusers, name).from_pretrained(folder / "scheduler"))
@@ -185,9 +185,11 @@ def _require_adapters(network: nn.Module) -> None:
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not targets:
-        raise UserError("the list of LoRA's target modules is empty: expected ends of names of layers, such as to_q.")
+        raise UserError("the list of LoRA target modules is empty: expected layer-name suffixes, such as to_q.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             kinds = sorted({name.rsplit(".", 1)[-1] for name in layers} - {"0", "2"})
             nearest = difflib.get_close_matches(target, kinds, n=3, cutoff=0.0)
-            raise UserError(f"no layer is called {target!r}: expected ends of names of layers, such as {nearest}.")
+            raise UserError(
+                f"no layer matches the LoRA target {target!r}: expected layer-name suffixes, such as {nearest}."
+            )

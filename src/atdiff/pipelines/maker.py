@@ -29,15 +29,16 @@ def find_maker(name: str) -> Callable[..., Path]:
         path, function = str(SMALL), name.replace("-", "_")
         if not SMALL.is_file():
             raise UserError(
-                f"model.name={name!r} is a stand-in of studies/small_pipelines.py, which lives in atdiff's repository "
-                f"and not in the installed package: name that file of a clone, as PATH/small_pipelines.py:{function}."
+                f"model.name={name!r} is a shortcut for studies/small_pipelines.py in atdiff's repository, which "
+                "the installed package does not include: give the path of that file in a clone, as "
+                f"PATH/small_pipelines.py:{function}."
             )
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"model.name={name!r} names a file that is not there: expected FILE.py:FUNCTION.")
+        raise UserError(f"model.name={name!r} names a file that does not exist: expected FILE.py:FUNCTION.")
     maker = getattr(_loaded(file.resolve()), function, None)
     if not callable(maker):
-        raise UserError(f"model.name={name!r} names no function of {file}: expected FILE.py:FUNCTION.")
+        raise UserError(f"model.name={name!r} does not name a function in {file}: expected FILE.py:FUNCTION.")
     return maker
 
 

@@ -83,8 +83,8 @@ def load_denoiser(
     else:
         what = "pipeline of latents" if getattr(pipeline, "text_encoder", None) is None else "text-to-image pipeline"
         raise UserError(
-            f"{run} is a {what} ({type(pipeline).__name__}), whose network works on latents: this "
-            "needs a network of pixels; `atdiff sample`, `evaluate` and `compare` take both."
+            f"{run} is a {what} ({type(pipeline).__name__}), whose network works on latents, but this needs a "
+            "network of pixels: use `atdiff sample`, `evaluate` or `compare`, which support both."
         )
     found.model.eval()
     return found if guidance_scale is None else found.guided(guidance_scale)
@@ -97,7 +97,7 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
     try:
         pipeline = load_pipeline(base, variant=model.get("variant"), config=model.get("config"))
     except UserError as error:
-        raise UserError(f"{run} holds a LoRA of the pipeline {base!r}, which training.init names: {error}") from None
+        raise UserError(f"{run} contains a LoRA for the pipeline {base!r} (training.init): {error}") from None
     _check_base(run, base, pipeline, config)
     load_lora(LatentPipeline(pipeline, base), Path(run) / "lora")
     with quiet_libraries():  # diffusers warns of every cast, to float32 too
@@ -112,8 +112,8 @@ def _check_base(run: str, base: str, pipeline: Any, config: dict[str, Any]) -> N
         return
     if frozen_fingerprint(getattr(pipeline, family_of(pipeline).network)) != trained_on:
         raise UserError(
-            f"{run} holds a LoRA of other weights than {base} has now: put that pipeline back as it was, or train the "
-            "LoRA anew."
+            f"{run} contains a LoRA for other weights than {base} has now: restore that pipeline, or train the "
+            "LoRA again."
         )
 
 
@@ -124,7 +124,7 @@ def reference_name(denoiser: TrainedModel, name: str | None = None, options: Dat
     """
     found = name or denoiser.config.get("data", {}).get("name")
     if not found:
-        raise UserError(f"{denoiser.source} does not say which images it was trained on; name them with --data.")
+        raise UserError(f"{denoiser.source} does not record its training images; name them with --data.")
     asked = ", ".join(f"{key} {value}" for key, value in options.asked.items())
     return f"{found} ({asked})" if asked else str(found)
 

@@ -19,8 +19,8 @@ def check_prompts(source: str, pipeline: Any, prompts: Sequence[str]) -> None:  
     for prompt in prompts:
         if not (prompt.isascii() and prompt.isdigit() and int(prompt) < known):
             raise UserError(
-                f"{source} is conditioned on classes and knows no prompt {prompt!r}: expected a number from 0 to "
-                f"{known - 1}, or give --class-label."
+                f"{source} is class-conditional, so the prompt {prompt!r} must be a class number from 0 to "
+                f"{known - 1}; or give --class-label."
             )
 
 
@@ -35,10 +35,13 @@ def check_size(source: str, pipeline: Any, size: tuple[int, int]) -> None:  # no
     family, (height, width) = family_of(pipeline), size
     asked = f"size {width}x{height} (width x height)"
     if not family.call_options(size):
-        raise UserError(f"{source} is a {type(pipeline).__name__}, which draws one size alone; leave out the size.")
+        raise UserError(f"{source} is a {type(pipeline).__name__}, which generates one size only; leave out the size.")
     step, most = family.size_step(pipeline), family.largest_side(pipeline)
     if min(size) < step or any(side % step for side in size):
         nearest = "x".join(str(max(1, round(side / step)) * step) for side in (width, height))
         raise UserError(f"{asked} does not fit {source}: expected multiples of {step} pixels, such as {nearest}.")
     if most is not None and max(size) > most:
-        raise UserError(f"{asked} does not fit {source}, whose network knows positions up to {most} pixels a side.")
+        raise UserError(
+            f"{asked} does not fit {source}, whose network has positions up to {most} pixels a side; use a smaller "
+            "size."
+        )

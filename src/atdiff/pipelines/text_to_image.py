@@ -95,8 +95,8 @@ class TextToImage(TrainedModel):
             # The pipelines of these flows tell their scheduler the noise levels, which diffusers' other solvers refuse.
             if self.family.makes_even_steps and "sigmas" not in inspect.signature(found.set_timesteps).parameters:
                 raise UserError(
-                    f"{sampler} does not fit {self.source}: a {type(self.pipeline).__name__} tells its sampler which "
-                    "steps to make; use flow-euler."
+                    f"{sampler} does not fit {self.source}: a {type(self.pipeline).__name__} sets its sampler's "
+                    "timesteps itself; use flow-euler."
                 )
             return found
         return own_scheduler(self.scheduler, steps, tokens=image_tokens(self.model, self.image_shape))
@@ -126,19 +126,18 @@ class TextToImage(TrainedModel):
     def _check_negative(self) -> None:
         if not self.family.takes_negative_prompt:
             kind = type(self.pipeline).__name__
-            raise UserError(
-                f"{self.source} is a {kind}, whose guidance points away from no prompt; leave out the negative prompt."
-            )
+            raise UserError(f"{self.source} is a {kind}, which supports no negative prompt; leave it out.")
         if not self.is_guided:
             raise UserError(
-                f"{self.source} is drawn without guidance (scale {self.guidance_scale:g}), so that a negative prompt "
-                "has no effect; leave it out, or give a guidance scale above 1 to a network that is not told it."
+                f"{self.source} is sampled without guidance (scale {self.guidance_scale:g}), so a negative prompt "
+                "has no effect; leave it out, or set a guidance scale above 1 if the network does not take the "
+                "scale as input."
             )
 
     def guided(self, scale: float) -> Self:
         """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded."""
         if not 0.0 <= scale < math.inf:
-            raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+            raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 mean no guidance.")
         told = self.family.is_told_guidance(self.model)
         self.family.check_guidance(self.source, self.model, scale)
         # One name for no guidance, so that a figure of it is computed once.
@@ -177,16 +176,16 @@ class TextToImage(TrainedModel):
         """Refuse all corrections: the pipeline makes its steps itself."""
         if asked := [correction for correction in corrections if correction != "none"]:
             raise UserError(
-                f"the correction {asked[0]} cannot be applied to {self.source}: a text-to-image pipeline makes its "
-                "steps itself; leave it out."
+                f"the correction {asked[0]} cannot be applied to {self.source}, since a text-to-image pipeline "
+                "runs its own sampling loop; leave it out."
             )
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor:
         """Return the index of the prompt of each of ``num`` images; see :meth:`TrainedModel.class_labels`."""
         if not self.prompts:
             raise UserError(
-                f"{self.source} is a text-to-image pipeline that comes without prompts: give --prompts, a text file of "
-                "one prompt a line."
+                f"{self.source} is a text-to-image pipeline without prompts: give --prompts, a text file with one "
+                "prompt per line."
             )
         if label is None:
             return self._in_turn(torch.arange(len(self.prompts)), num)
@@ -282,8 +281,8 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     if said is not None and isinstance(pipeline.scheduler, LCMScheduler) and usual == 1.0 and guidance_scale > 1.0:
         warnings.warn(
             f"{source} was distilled with guidance and takes no scale as input, so "
-            f"consistency.sample_guidance={said:g} guides it once more, at two evaluations per step; "
-            "--guidance-scale 1 draws without.",
+            f"consistency.sample_guidance={said:g} applies guidance a second time, at two evaluations per step; "
+            "use --guidance-scale 1 to sample without it.",
             stacklevel=2,
         )
     options = {"pipeline": pipeline, "guidance_scale": guidance_scale}

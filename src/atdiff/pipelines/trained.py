@@ -90,7 +90,8 @@ class TrainedModel:
     def guided(self, scale: float) -> Self:
         """Return the run with another guidance scale; raises a UserError for networks of pixels, which have none."""
         raise UserError(
-            f"{self.source} is a network of pixels, which knows no guidance; leave out --guidance-scale {scale:g}."
+            f"{self.source} is a network of pixels, which does not support guidance; leave out --guidance-scale "
+            f"{scale:g}."
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -160,7 +161,7 @@ class TrainedModel:
         if re.fullmatch(r"[0-9]+", text):
             return int(text)
         known = f"expected one of its {class_line(names)}" if names else "its classes have no names, so give a number"
-        raise UserError(f"{text!r} is no class of {self.source}: {known}.")
+        raise UserError(f"{text!r} is not a class of {self.source}: {known}.")
 
     def _names(self) -> Sequence[str]:
         return self.classes or ()
@@ -182,12 +183,12 @@ class TrainedModel:
         drawn = torch.tensor([i for i in range(embeds) if i != null])
         if label is not None:
             if label not in drawn.tolist():
-                raise UserError(f"class label {label} is not one of {self.source}'s 0 to {int(drawn[-1])}.")
+                raise UserError(f"class label {label} is not among the labels 0 to {int(drawn[-1])} of {self.source}.")
             return torch.full((num,), label)
         if self._may_have_null():
             warnings.warn(
-                f"{self.source} has {embeds} class labels and does not say whether the last is a null label: it is "
-                f'taken for one and not drawn. If it is a class, write "_null_label": null into the '
+                f"{self.source} has {embeds} class labels and does not say whether the last is a null label, so "
+                'it is assumed to be one and not sampled. If it is a class, write "_null_label": null into the '
                 "network's config.json.",
                 stacklevel=2,
             )
@@ -205,7 +206,7 @@ class TrainedModel:
         if self._chosen is not None:
             strangers = sorted(set(self._chosen) - set(labels.tolist()))
             if strangers:
-                raise UserError(f"{self.source} has no class {strangers[0]}, which data.labels names: leave it out.")
+                raise UserError(f"{self.source} has no class {strangers[0]}, which is in data.labels: leave it out.")
             labels = torch.tensor(sorted(set(self._chosen)))
         return labels[torch.arange(num) % len(labels)]
 

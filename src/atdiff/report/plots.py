@@ -120,7 +120,7 @@ def save_curves(rows: Sequence[Row], path: Path | str) -> None:
     path = Path(path)
     known = ("png", "svg", "pdf")
     if path.suffix[1:] not in known:
-        raise UserError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(known)}: rename it.")
+        raise UserError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(known)}: rename it.")
     write_bytes(path, metric_curves(rows, file_format=path.suffix[1:]))
 
 

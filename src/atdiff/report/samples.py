@@ -65,8 +65,8 @@ def sample_grids(
         channels = denoiser.image_shape[0]
         if channels not in (1, 3) and not _is_plane(denoiser):
             raise UserError(
-                f"{denoiser.source} makes images of {channels} channels, expected 1 or 3 to show them: evaluate it "
-                "with `atdiff evaluate`, which draws none."
+                f"{denoiser.source} generates images with {channels} channels, but a report can only show 1 or 3: "
+                "use `atdiff evaluate`, which shows no images."
             )
     by_sampler = steps if isinstance(steps, Mapping) else dict.fromkeys(samplers, steps)
     room = MOST_BYTES / (len(denoisers) * sum(len(by_sampler[sampler]) for sampler in samplers))

@@ -230,7 +230,7 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
     """Return the values by correction, none first, then by arm and setting, then by seed."""
     known = LOWER_IS_BETTER | HIGHER_IS_BETTER
     if metric not in known:
-        raise UserError(f"metric {metric!r} is not known, expected one of {', '.join(sorted(known))}.")
+        raise UserError(f"metric {metric!r} is unknown, expected one of {', '.join(sorted(known))}.")
     columns: dict[str, Column] = {}
     conditions: dict[Any, Any] = {}
     for cell in cells:
@@ -251,7 +251,7 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
         value = cell["metrics"][metric]
         values[seed] = math.nan if value is None else float(value)
     if not columns:
-        raise UserError(f"no cell holds the metric {metric!r}: evaluate with it or name another one.")
+        raise UserError(f"no cell has the metric {metric!r}: evaluate with it, or choose another metric.")
     return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}
 
 

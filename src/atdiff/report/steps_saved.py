@@ -113,7 +113,7 @@ def steps_saved(
     check_options(confidence, interval)
     columns = tabulate(cells, metric)
     if metric not in LOWER_IS_BETTER:
-        raise UserError(f"metric {metric!r} should rise, expected one that should fall, such as fd.")
+        raise UserError(f"metric {metric!r} is better when higher; expected one that is better when lower, such as fd.")
     table = columns.get(correction, {})
     check_baseline(baseline, table)
     curves, settings, found = _curves(table, baseline), settings_of(table), []

@@ -21,7 +21,7 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
     """What holds and what does not, in words: on the seeds, on each arm, and on the winners."""
     baselines = [row for row in rows if row.verdict == "baseline"]
     if not baselines:
-        raise UserError("the rows hold no baseline: pass all the rows that compare() returned.")
+        raise UserError("the rows contain no baseline: pass all rows returned by compare().")
     baseline = baselines[0].arm
     arms = list(dict.fromkeys(row.arm for row in rows if row.arm != baseline))
     prefix = _prefix(rows)

@@ -301,7 +301,7 @@ def _write_folder(batches: Iterable[Tensor], path: Path) -> None:
 
 def _pixels(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
-        raise UserError(f"images of {images.shape[1]} channels cannot be a PNG; save them as .npz.")
+        raise UserError(f"images with {images.shape[1]} channels cannot be saved as PNG; save them as .npz.")
     return to_uint8(images.detach().cpu())
 
 

@@ -226,8 +226,8 @@ def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noq
     for name in _SPACED:
         if own_setting(training_scheduler, name):
             raise UserError(
-                f"{type(own).__name__} with {name}=True has no {steps} timesteps that differ; use fewer steps, or the "
-                "sampler ddim-trailing, which has its own."
+                f"{type(own).__name__} with {name}=True has fewer than {steps} distinct timesteps; use fewer "
+                "steps, or the sampler ddim-trailing, which has its own timesteps."
             )
     return None  # those of PNDM's Runge-Kutta steps, of second-order solvers: the spacing says where steps begin
 
@@ -339,8 +339,8 @@ def _flow(sampler: str, cls: Callable[..., Any], training_scheduler: Any) -> Any
         # A solver converts the noise levels of its betas, which a flow does not have.
         if name not in known or (is_solver and name in _SPACED):
             raise UserError(
-                f"{sampler} cannot make its steps with {name}={value!r}, as this network's "
-                f"{type(training_scheduler).__name__} has it; "
+                f"{sampler} does not support {name}={value!r}, which this network's "
+                f"{type(training_scheduler).__name__} sets; "
                 + ("use flow-euler." if sampler != "flow-euler" else f"set {name}={neutral!r} in its configuration.")
             )
         options[name] = value
@@ -353,7 +353,7 @@ def _edm(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN4
         return _plain(cls, training_scheduler)
     if "final_sigmas_type" not in _parameters(cls):
         raise UserError(
-            f"{cls.__name__} of this version of diffusers has no final_sigmas_type={end!r}; update diffusers."
+            f"{cls.__name__} in this version of diffusers does not support final_sigmas_type={end!r}; update diffusers."
         )
     return _plain(cls, training_scheduler, final_sigmas_type=end)
 
@@ -391,8 +391,8 @@ def _solver(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: A
     if config.get("clip_sample") and not config.get("thresholding") and "clip_sample" not in options:
         if config.get("clip_sample_range", 1.0) != 1.0:
             raise UserError(
-                f"clip_sample_range={config.clip_sample_range} cannot be kept by dpmsolver++, unipc and "
-                "sasolver, which clip to 1.0 only; set clip_sample=False or use ddim, iddpm or heun."
+                f"clip_sample_range={config.clip_sample_range} is not supported by dpmsolver++, unipc and "
+                "sasolver, which only clip to 1.0; set clip_sample=False or use ddim, iddpm or heun."
             )
         # These classes know no static clipping, but dynamic thresholds within [1, 1] are just that.
         options.update(thresholding=True, sample_max_value=1.0)
@@ -486,7 +486,7 @@ def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = N
     except (ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{type(scheduler).__name__}, the pipeline's own, cannot make {steps} steps ({reason}); take another "
+            f"{type(scheduler).__name__}, the pipeline's own, cannot make {steps} steps ({reason}); use another "
             "number of steps, or another --sampler."
         ) from None
     return scheduler
@@ -516,11 +516,11 @@ def _builder(sampler: str, kind: str) -> Callable[[Any], Any]:
 def _check_grid(sampler: str, scheduler: Any, steps: int) -> None:  # noqa: ANN401
     grid = scheduler.config.get("original_inference_steps", steps)
     if steps > grid:
-        raise UserError(f"steps={steps} of {sampler} exceed the {grid} intervals of the network's grid; use fewer.")
+        raise UserError(f"steps={steps} of {sampler} exceeds the {grid} intervals of the network's grid; use fewer.")
     terminal = scheduler.config.get("shift_terminal")
     if steps == 1 and terminal:
         raise UserError(
-            f"steps=1 of {sampler} cannot both begin at noise and at shift_terminal={terminal}; use 2 or more."
+            f"steps=1 of {sampler} cannot start both at pure noise and at shift_terminal={terminal}; use 2 or more."
         )
 
 
@@ -528,7 +528,7 @@ def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa:
     first, train_steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
     if steps == 1 and first <= scheduler.config.get("steps_offset", 0) and train_steps > 1:
         raise UserError(
-            f"steps={steps} of {sampler} would visit timestep {first} alone; use 2 or more, or ddim-trailing."
+            f"steps={steps} of {sampler} would only visit timestep {first}; use 2 or more, or ddim-trailing."
         )
     if first >= train_steps:
         raise UserError(
@@ -537,6 +537,6 @@ def _check_timesteps(sampler: str, scheduler: Any, steps: int) -> None:  # noqa:
         )
     if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[first] == 0:
         raise UserError(
-            f"{sampler} starts at timestep {first}, where a zero-terminal-SNR schedule holds only noise and "
+            f"{sampler} starts at timestep {first}, where a zero-terminal-SNR schedule is pure noise and "
             "prediction_type='epsilon' does not determine x0; use 'v_prediction', or the sampler dpmsolver++."
         )

@@ -116,7 +116,10 @@ def check_arms(
     arms = list(dict.fromkeys(one.arm for one in runs))
     baseline = baseline or ("plain" if "plain" in arms else arms[0])
     if len(arms) < 2 or baseline not in arms:
-        raise UserError(f"the arms are {', '.join(arms)} and the baseline {baseline!r}: name two arms or more.")
+        raise UserError(
+            f"the arms are {', '.join(arms)} and the baseline is {baseline!r}: give at least two arms, including "
+            "the baseline."
+        )
     if not unequal_passes:
         _check_compute(runs)
     if data is None:
@@ -141,8 +144,8 @@ def _check_references(runs: Sequence[ArmRun]) -> None:
         name = other_reference(first, then)
         if name is not None:
             raise UserError(
-                f"{known[0].run} was trained with data.{name}={first[name]!r} and {one.run} with {then[name]!r}, and "
-                "each would be held against its own images: name those that all are held against with --data."
+                f"{known[0].run} was trained with data.{name}={first[name]!r} and {one.run} with {then[name]!r}, "
+                "so each would be compared with its own images: name reference images for all of them with --data."
             )
 
 

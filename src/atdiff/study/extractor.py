@@ -65,5 +65,7 @@ def choose_extractor(runs: Sequence[str], metrics: Sequence[str], data: str | No
             found.setdefault(extractor_for(str(name), reading.image_size or settings.get("image_size")), run)
     if len(found) > 1:
         said = ", ".join(f"{network} for {run}" for network, run in found.items())
-        raise UserError(f"the runs were trained on different images ({said}): name one network with --extractor.")
+        raise UserError(
+            f"the runs were trained on different images ({said}): choose one feature network for all with --extractor."
+        )
     return next(iter(found), UNUSED)

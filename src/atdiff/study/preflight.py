@@ -61,8 +61,9 @@ def check_encode(config: TrainConfig, out: Path) -> None:
         raise UserError(f"data.latents={config.data.latents} is encoded already: leave it out.")
     if config.model.name in PIXEL_MODELS or config.training.init is None:
         raise UserError(
-            f"`atdiff encode` takes the encoders of a saved pipeline, and model.name={config.model.name!r} with "
-            f"training.init={config.training.init} names none: give one as --training.init, with --model.name pipeline."
+            f"`atdiff encode` needs the encoders of a saved pipeline, but model.name={config.model.name!r} with "
+            f"training.init={config.training.init} names none: give one as --training.init, with --model.name "
+            "pipeline."
         )
     check_data(config.data.name)
     _check_starts(config)
@@ -91,8 +92,8 @@ def check_pipeline_config(config: str | None, sources: Sequence[str | None], nam
         return
     if not any(source is not None and is_single_file(source) for source in sources):
         raise UserError(
-            f"{name}={config} is the configuration of a pipeline that is one file, .safetensors or .ckpt, and a folder "
-            "or hub id has its own; leave it out."
+            f"{name}={config} is for a pipeline in one file (.safetensors, .ckpt), but a folder or hub id has its "
+            "own configuration; leave it out."
         )
     check_run(config)
 
@@ -116,7 +117,7 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
         and out.exists()
         and (not out.is_dir() or any(one.name != LOCK for one in out.iterdir()))
     ):
-        raise UserError(f"{out} is in use and holds no study; choose another --out.")
+        raise UserError(f"{out} is not empty and contains no study; choose another --out.")
     configs = [resolve(recipe, None, list(overrides))]
     check_data(configs[0].data.name)
     configs += [resolve(recipe, arm, list(overrides)) for arm in study.arms]
@@ -150,16 +151,16 @@ def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
             ours, theirs = getattr(config.training, name), getattr(first.training, name)
             if ours != theirs:
                 raise UserError(
-                    f"arm {arm!r} has training.{name}={ours} and {recipe.study.arms[0]!r} {theirs}, but the arms of a "
-                    "study have equal compute: make them equal, or use `atdiff train` and `atdiff compare "
-                    "--unequal-passes`."
+                    f"arm {arm!r} has training.{name}={ours} and {recipe.study.arms[0]!r} {theirs}, but the arms "
+                    "of a study must have equal compute: make them equal, or use `atdiff train` and `atdiff "
+                    "compare --unequal-passes`."
                 )
         other = other_reference(asdict(first.data), asdict(config.data))
         if other is not None:
             raise UserError(
                 f"arm {arm!r} has data.{other}={getattr(config.data, other)!r} and {recipe.study.arms[0]!r} "
-                f"{getattr(first.data, other)!r}, but the arms of a study are held against the same images: make them "
-                "equal, or use `atdiff train` and `atdiff compare --data`."
+                f"{getattr(first.data, other)!r}, but the arms of a study are compared with the same images: make "
+                "them equal, or use `atdiff train` and `atdiff compare --data`."
             )
 
 
@@ -191,7 +192,7 @@ def check_drawing(
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
     if guidance_scale is not None and not 0.0 <= guidance_scale < math.inf:
-        raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 are no guidance.")
+        raise UserError(f"--guidance-scale {guidance_scale:g} must be finite and 0 or more; 0 and 1 mean no guidance.")
 
 
 def check_sampling(

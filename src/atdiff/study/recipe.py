@@ -252,10 +252,11 @@ def _study(settings: dict[str, Any], arms: dict[str, Any]) -> StudyConfig:
     lists |= steps or {"steps": study.steps}
     for name, values in lists.items():
         if len(set(values)) != len(values) or (not values and name != "arms"):
-            raise UserError(f"study.{name}={values} must be a list without repetition, of at least one.")
+            raise UserError(f"study.{name}={values} must be a list of at least one value, without repetition.")
     if by_sampler and set(by_sampler) != set(study.samplers):
         raise UserError(
-            f"study.steps is for {list(by_sampler)}: expected one list, or one for each of {study.samplers}."
+            f"study.steps has the samplers {list(by_sampler)}: expected one list of step counts, or one for each "
+            f"of {study.samplers}."
         )
     for arm in study.arms:
         if arm not in arms:

@@ -280,8 +280,8 @@ def _check_bases(stages: Sequence[Stage]) -> None:
         begun = next((one.folder for one in arms if (one.folder / "config.yaml").is_file()), None)
         if now > before and begun is not None:
             raise UserError(
-                f"{base.folder} had {before} passes when {begun} started from it, and would have {now}: choose another "
-                "--out, or remove the folders of its arms, to train them from the longer base."
+                f"{base.folder} had {before} passes when {begun} started from it, and would now have {now}: "
+                "choose another --out, or remove the folders of its arms to train them from the longer base."
             )
 
 
@@ -298,8 +298,8 @@ def _check_start(stage: Stage) -> None:
         write_json(file, {"weights": now})
     elif json.loads(file.read_text())["weights"] != now:
         raise UserError(
-            f"{stage.folder} started from other weights than {base} has now: remove {stage.folder} to train it anew, "
-            "or put the base back."
+            f"{stage.folder} started from other weights than {base} has now: remove {stage.folder} to train it "
+            "again, or restore the base."
         )
 
 

@@ -160,7 +160,7 @@ def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:
         for name in names:
             if name in known:
                 return name
-    raise UserError("no cell holds a metric to compare by: evaluate with fid, or another distance.")
+    raise UserError("no cell has a metric to compare arms by: evaluate with fid, or another distance.")
 
 
 def training_curves(folder: Path) -> list[list[float]]:
@@ -247,7 +247,7 @@ def _compared(
     fewest, enough = min(cell["num"] for cell in cells), max(few_samples(cell["extractor"]) for cell in cells)
     if fewest < enough:
         said.append(
-            f"Distances of {fewest} samples are biased upwards, alike for all arms: compare them only with each "
-            f"other; {enough} or more make figures to publish."
+            f"Distances of {fewest} samples are biased upwards, equally for all arms: compare them only with each "
+            f"other, and use {enough} or more for figures to publish."
         )
     return "\n".join(tables), said, saved

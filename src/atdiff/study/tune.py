@@ -113,26 +113,25 @@ def _resumed(out: Path, settings: Record) -> Record:
         # A start that was killed before its first rung may have left runs.
         others = out.is_dir() and any(one.name != LOCK and not one.name.startswith("runs") for one in out.iterdir())
         if others or (out.exists() and not out.is_dir()):
-            raise UserError(f"{out} is in use and holds no {FILE}; choose another --out.")
+            raise UserError(f"{out} is not empty and contains no {FILE}; choose another --out.")
         return {"settings": settings, "rungs": []}
     try:
         before: Record = json.loads(file.read_text())
         said = before["settings"]
         known = {"settings": said, "rungs": list(before["rungs"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} holds no sweep; choose another --out.") from None
+        raise UserError(f"{file} contains no sweep; choose another --out.") from None
     for name, value in settings.items():
         if said.get(name) == value:
             continue
         if name == "start":
             changed = what_changed(said.get(name), value)
             raise UserError(
-                f"what the arms of {out} start from is another than when it began: {changed}; put it back, or choose "
-                "another --out."
+                f"the starting point of the arms of {out} has changed: {changed}; restore it, or choose another --out."
             )
         raise UserError(
-            f"{out} holds another sweep ({name} {said.get(name)!r}, here {value!r}): choose another --out, or repeat "
-            "the command to resume it."
+            f"{out} contains a sweep with other settings ({name} {said.get(name)!r}, here {value!r}): choose "
+            "another --out, or repeat its command to resume it."
         )
     return known
 
@@ -170,8 +169,8 @@ def _check_alike(rungs: Sequence[Mapping[str, Any]], out: Path) -> None:
     for name, what in (("reference", "images"), ("features", "feature networks")):
         if len({cell["fingerprints"][name] for rung in rungs for cell in rung["cells"]}) > 1:
             raise UserError(
-                f"the {what} that {out} is judged by changed since its first rung: put them back, or choose another "
-                "--out."
+                f"the {what} for the distances of {out} have changed since its first rung: restore them, or "
+                "choose another --out."
             )
 
 

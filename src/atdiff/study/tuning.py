@@ -188,8 +188,8 @@ def plan(tuning: Tuning) -> Sweep:
     if passes % unit:
         near = passes // unit * unit or unit
         raise UserError(
-            f"--passes {passes} must be a multiple of {unit}: whole batches, of which one with a look-ahead is charged "
-            f"{unit}; use {near} or {near + unit}."
+            f"--passes {passes} must be a multiple of {unit}, the cost of a batch with a look-ahead in passes; "
+            f"use {near} or {near + unit}."
         )
     rungs = _rungs(passes, unit, len(arms) - 1, tuning.repeats)
     extractor = tuning.extractor or _extractor(said)
@@ -210,16 +210,16 @@ def _check(tuning: Tuning) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be 1 or more.")
     if tuning.repeats > MOST_REPEATS:
-        raise UserError(f"--repeats {tuning.repeats} must be {MOST_REPEATS} at most, since there are no more seeds.")
+        raise UserError(f"--repeats {tuning.repeats} must be at most {MOST_REPEATS}, the number of seeds available.")
     for word in tuning.settings:
         setting = word.partition("=")[0]
         for own, remedy in OWN.items():
             if setting == own or setting.startswith(f"{own}."):
-                raise UserError(f"option {setting!r} contradicts a sweep, which sets it itself: {remedy}.")
+                raise UserError(f"option {setting!r} is set by the sweep itself: {remedy}.")
     if not run_config(tuning.run):
         raise UserError(
-            f"{tuning.run!r} is not a training folder: expected one that `atdiff train` made, whose settings the arms "
-            "take."
+            f"{tuning.run!r} is not a training folder: expected one made by `atdiff train`, whose settings the "
+            "arms use."
         )
     check_run(tuning.run)
 
@@ -233,7 +233,7 @@ def _check_kind(run: str, config: TrainConfig) -> None:
     else:
         return
     raise UserError(
-        f"{run} is {what}, and tune takes denoisers trained on images: compare arms of your own with `atdiff study`."
+        f"{run} is {what}, but tune needs a denoiser trained on images: compare your own arms with `atdiff study`."
     )
 
 

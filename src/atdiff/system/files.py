@@ -48,7 +48,7 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose a folder that can.") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder.") from error
     try:
         # The same name, so that writers which look at the suffix see the right one.
         partial = aside / path.name
@@ -117,7 +117,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         UserError: ``path`` is a folder.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder, expected the name of a file.")
+        raise UserError(f"{path} is a folder, expected a file name.")
     with written_aside(path, flush=True) as partial:
         partial.write_bytes(content)
 

@@ -44,8 +44,8 @@ def join_mpi() -> None:
         on_one_machine = environment.get(local_size) == environment[size]
         if not on_one_machine and "MASTER_ADDR" not in environment:
             raise UserError(
-                f"mpirun started {environment[size]} processes on several machines: export MASTER_ADDR, the name of "
-                "the first, and MASTER_PORT to all of them, or launch with torchrun."
+                f"mpirun started {environment[size]} processes on several machines: export MASTER_ADDR (the name "
+                "of the first machine) and MASTER_PORT to all of them, or launch with torchrun."
             )
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", "29500")
@@ -64,6 +64,6 @@ def refuse_other_training() -> None:
     for name, what in _OTHER_TRAINING.items():
         if os.environ.get(name, "false").lower() not in ("false", "no", "0", ""):
             raise UserError(
-                f"{what} of the launcher ({name}={os.environ[name]}) is not used: launch with --multi_gpu alone, and "
-                "set training.shard=true to split the weights over the processes."
+                f"{what} of the launcher ({name}={os.environ[name]}) is not supported: launch with --multi_gpu "
+                "only, and set training.shard=true to split the weights over the processes."
             )

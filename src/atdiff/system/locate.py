@@ -101,9 +101,12 @@ def run_config(run: str) -> dict[str, Any]:
     try:
         config = _parsed(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); put it back as it was.") from None
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it.") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file} holds no settings of a training run; {run} is not a training folder.")
+        raise UserError(
+            f"{file} contains no settings of a training run, so {run} is not a training folder; give the folder of a "
+            "run, or a pipeline."
+        )
     adversary = config.get("adversary")
     if isinstance(adversary, dict) and "order" in adversary:
         adversary["order"] = order_of(adversary["order"])
@@ -197,8 +200,8 @@ def check_hub(name: str, kind: Kind, *, where: str = "here") -> None:
     if reason is not None and _cached(name, kind) is None:
         command = f"hf download {name}" if kind == "model" else f"hf download {name} --repo-type dataset"
         raise UserError(
-            f"{name} is neither a local folder nor in the hub's cache, and {reason}; where there is a network, run "
-            f"`{command} --local-dir FOLDER` and give the path of that folder {where}."
+            f"{name} is neither a local folder nor in the hub's cache, and {reason}; on a machine with network "
+            f"access, run `{command} --local-dir FOLDER` and give the path of that folder {where}."
         )
 
 
@@ -309,9 +312,9 @@ def check_weights(extractor: str) -> None:
     if url is None or weights_file(extractor).is_file() or is_reachable("/".join(url.split("/")[:3])):
         return
     raise UserError(
-        f"the weights of {extractor} are not on this machine, and {url} cannot be reached: download that file where "
-        f"there is a network, and save it as {weights_file(extractor)} or give --weights {extractor}=FILE"
-        f"{without_download(extractor)}."
+        f"the weights of {extractor} are not on this machine, and {url} cannot be reached: download that file on "
+        f"a machine with network access, and save it as {weights_file(extractor)} or give --weights "
+        f"{extractor}=FILE{without_download(extractor)}."
     )
 
 

@@ -73,7 +73,7 @@ def writing(lock: Path, out: Path) -> Iterator[None]:
     try:
         holder = from_main(holder)
         if holder is not None:
-            raise UserError(f"{out} is in use by {holder}: wait until that has ended, or choose another --out.")
+            raise UserError(f"{out} is in use by {holder}: wait until it has ended, or choose another --out.")
         yield
     finally:
         if descriptor is not None:
@@ -113,7 +113,7 @@ def _acquire(lock: Path) -> tuple[int | None, str | None]:
         except OSError as error:
             os.close(descriptor)
             reason = f"{lock.parent} is on a file system that cannot lock files ({error.strerror})"
-            warnings.warn(f"{reason}: start no second command that writes there.", stacklevel=2)
+            warnings.warn(f"{reason}: do not start a second command that writes there.", stacklevel=2)
             return None, None
         if os.fstat(descriptor).st_nlink:  # else its last holder has just removed it
             claim = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}

@@ -95,14 +95,14 @@ def _remedy(source: str, name: str) -> str:
     plain = name.replace("Img2Img", "")
     if plain in LATENTS:
         return (
-            f"; where its parts are those of a {plain}, "
-            f"`{plain}.from_pretrained({source!r}).save_pretrained(FOLDER)` of diffusers makes one"
+            f"; if it has the parts of a {plain}, convert it with diffusers' "
+            f"`{plain}.from_pretrained({source!r}).save_pretrained(FOLDER)`"
         )
     spec = importlib.util.find_spec("diffusers")
     known = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
     if f'"{name}"' in known:
         return ""
-    return f"; where your {name} derives from one of these, write that one as _class_name into model_index.json"
+    return f"; if your {name} derives from one of these, write that class as _class_name into model_index.json"
 
 
 def file_names(location: str) -> list[str]:
@@ -175,7 +175,7 @@ def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any]
             f"{source} has no plain weights, but {_listed(some, plain=False)}: give {others} (model.variant in a "
             "recipe)."
         )
-    warnings.warn(f"{source} has weights of the variant {usable[0]!r} alone: they are taken.", stacklevel=2)
+    warnings.warn(f"{source} only has weights of the variant {usable[0]!r}, which are used.", stacklevel=2)
     return usable[0]
 
 
@@ -210,21 +210,23 @@ def no_pipeline(run: str) -> UserError:
     """Return what to say of an existing file or folder that is neither a training folder nor a pipeline."""
     path = Path(run).expanduser()
     if _is_lora(path):
-        return UserError(f"{run} holds LoRA weights alone: {_remedy_of_lora(run, path)}")
+        return UserError(f"{run} contains only LoRA weights: {_remedy_of_lora(run, path)}")
     if path.is_file():
         return UserError(
-            f"{run} is a file, and a run is a folder, or a whole .safetensors or .ckpt checkpoint: make a folder of "
-            f"one with `StableDiffusionPipeline.from_single_file({run!r}).save_pretrained(FOLDER)` of diffusers, or "
-            "the class of its family, and give that folder."
+            f"{run} is not a run, which is a folder or a whole pipeline in one file (.safetensors, .ckpt): "
+            "convert the file to a folder with "
+            f"`StableDiffusionPipeline.from_single_file({run!r}).save_pretrained(FOLDER)` of diffusers, or the "
+            "class of its family, and give that folder."
         )
     kind = _network(path)
     if kind is None:
         return UserError(f"{run} is neither a training folder (config.yaml) nor a pipeline ({INDEX}).")
     above = path.resolve().parent
     if (above / INDEX).is_file():
-        return UserError(f"{run} is a part of a pipeline alone ({kind}): give the folder above, {above}.")
+        return UserError(f"{run} is only a part of a pipeline ({kind}): give the folder above, {above}.")
     return UserError(
-        f"{run} is a part of a pipeline alone ({kind}): make it whole with `{_whole(kind)}`, and give that folder."
+        f"{run} is only a part of a pipeline ({kind}): build the whole pipeline with `{_whole(kind)}`, and give "
+        "that folder."
     )
 
 
@@ -267,6 +269,6 @@ def _remedy_of_lora(run: str, path: Path) -> str:
         if (folder / "config.yaml").is_file():
             return f"give the training folder, {folder}, which names their pipeline."
     return (
-        f"put them onto their pipeline with `pipeline.load_lora_weights({run!r})` and `pipeline.fuse_lora()` of "
+        f"load them into their pipeline with `pipeline.load_lora_weights({run!r})` and `pipeline.fuse_lora()` of "
         "diffusers, save it with `pipeline.save_pretrained(FOLDER)`, and give that folder."
     )

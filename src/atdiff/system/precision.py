@@ -35,7 +35,7 @@ def warn_of_slow_bf16(setting: str, precision: str, device: torch.device | str) 
     """Warn where ``setting`` asks for a ``precision`` that makes ``device`` slower."""
     if precision == "bf16" and emulates_bf16(device):
         warnings.warn(
-            f"{setting}='bf16' is emulated on this {torch.device(device).type.upper()} and slower than float32: use "
-            f"{setting}=auto, which is bf16 only where it is native.",
+            f"{setting}='bf16' is emulated on this {torch.device(device).type.upper()} and slower than float32: "
+            f"use {setting}=auto, which uses bf16 only where it is native.",
             stacklevel=3,
         )

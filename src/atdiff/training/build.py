@@ -65,7 +65,7 @@ def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN40
     if not NoiseSchedule(scheduler).traits.integer_timesteps:
         raise UserError(
             f"a consistency model cannot be trained with {type(scheduler).__name__}: use a scheduler of the DDPM "
-            "family, or for EDM networks CMStochasticIterativeScheduler, for their denoiser too."
+            "family or, for EDM networks, CMStochasticIterativeScheduler (also for the denoiser)."
         )
     steps = config.num_train_timesteps
     if not 1 <= intervals <= steps:

@@ -63,7 +63,7 @@ def check_push(repo_id: str) -> None:
         UserError: no name of a repository, or nobody is logged in.
     """
     if not _is_repo_id(repo_id):
-        raise UserError(f"--push-to-hub {repo_id} is no name of a repository; expected OWNER/NAME.")
+        raise UserError(f"--push-to-hub {repo_id} is not a repository name; expected OWNER/NAME.")
     if get_token() is None:
         raise UserError("--push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN.")
 
@@ -82,7 +82,8 @@ def push_to_hub(run: Path, repo_id: str) -> str:
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"{folder} could not be pushed to {repo_id} ({reason}); it is complete, and the same command tries again."
+            f"{folder} could not be pushed to {repo_id} ({reason}); the folder is complete, so run the same "
+            "command to try again."
         ) from error
     return str(address)
 

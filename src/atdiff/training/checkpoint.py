@@ -138,7 +138,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 def _refuse_infinite(name: str | None, folder: Path, passes: int) -> None:
     if name is not None:
         raise RunError(
-            f"the weights are not finite at pass {passes} ({name}), and no checkpoint is written of them; lower "
+            f"the weights are not finite at pass {passes} ({name}), so no checkpoint was written; lower "
             f"optimizer.lr; {last_good(folder)}."
         )
 
@@ -209,7 +209,7 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != described["bytes"] or _described(file) != described:
-            return f"{name} is not what was written"
+            return f"{name} was changed after writing"
     return None
 
 

@@ -62,7 +62,7 @@ def for_machine(config: TrainConfig) -> TrainConfig:
     ):
         given = os.environ.get(variable, usual)
         if given.lower() not in (usual, str(value).lower()) and is_main():
-            warnings.warn(f"{variable}={given} of the launcher is not used: {setting}={value} is.", stacklevel=2)
+            warnings.warn(f"{variable}={given} of the launcher is ignored: {setting}={value} is used.", stacklevel=2)
     if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
     if is_main():
@@ -77,7 +77,8 @@ def for_machine(config: TrainConfig) -> TrainConfig:
         if settings.tracker not in installed:
             raise UserError(
                 f"training.tracker={settings.tracker!r} is not installed; installed are: "
-                f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` brings tensorboard and wandb."
+                f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` installs tensorboard and "
+                "wandb."
             )
     return replace(config, training=settings)
 
@@ -86,7 +87,8 @@ def _check_data(config: TrainConfig) -> None:
     data = config.data
     if data.bucket_step != BUCKET_STEP and not data.buckets:
         raise UserError(
-            f"data.bucket_step={data.bucket_step} has no effect without data.buckets; set it, or leave both out."
+            f"data.bucket_step={data.bucket_step} has no effect without data.buckets; set data.buckets, or leave "
+            "both out."
         )
 
 
@@ -94,23 +96,23 @@ def check_split(config: TrainConfig, out: Path) -> None:
     """Raise ``UserError`` where one process is to split weights, but for a run that several have begun in ``out``."""
     if config.training.shard and num_processes() == 1 and not any((out / "checkpoints").glob("pass-*")):
         raise UserError(
-            "training.shard=true splits the weights over processes, and there is one: start several with `accelerate "
-            "launch --multi_gpu`, or leave it out."
+            "training.shard=true splits the weights over several processes, but there is only one: start several "
+            "with `accelerate launch --multi_gpu`, or leave it out."
         )
 
 
 def _check_training(config: TrainConfig) -> None:
     settings = config.training
     if settings.shard and settings.precision == "fp16":
-        raise UserError("training.shard cannot have training.precision='fp16'; use 'bf16'.")
+        raise UserError("training.shard does not support training.precision='fp16'; use 'bf16'.")
     if settings.shard and config.lora.rank:
         raise UserError("training.shard is for whole networks: leave it out with lora.rank, whose adapters are small.")
     _check_base_precision(config)
     warmup, passes = config.optimizer.warmup_passes, settings.passes
     if not 0 <= warmup <= passes:
         raise UserError(
-            f"optimizer.warmup_passes={warmup} must lie between 0 and training.passes={passes}: the "
-            "learning rate would never be reached."
+            f"optimizer.warmup_passes={warmup} must lie between 0 and training.passes={passes}, so that the "
+            "learning rate is reached."
         )
     optimizer = config.optimizer
     if (optimizer.name, optimizer.args, optimizer.decay_args) != (ADAMW, {}, {}) or optimizer.decay not in DECAYS:
@@ -118,7 +120,10 @@ def _check_training(config: TrainConfig) -> None:
 
         check_optimizer(optimizer, passes)
     if settings.shard and optimizer.name.endswith(".Muon"):
-        raise UserError("training.shard splits matrices, which Muon needs whole; use torch.optim.AdamW, or no shards.")
+        raise UserError(
+            "training.shard splits matrices, which Muon needs whole; use torch.optim.AdamW, or leave out "
+            "training.shard."
+        )
 
 
 def _check_base_precision(config: TrainConfig) -> None:
@@ -127,8 +132,8 @@ def _check_base_precision(config: TrainConfig) -> None:
         return
     if not config.lora.rank:
         raise UserError(
-            f"lora.base_precision={kept!r} is of frozen weights under adapters, and lora.rank=0 trains all weights, in "
-            "float32: set lora.rank, or leave it out."
+            f"lora.base_precision={kept!r} is for frozen weights under adapters, but lora.rank=0 trains all "
+            "weights in float32: set lora.rank, or leave it out."
         )
     if config.training.precision == "fp16":
         raise UserError(
@@ -146,7 +151,7 @@ def _check_batch(config: TrainConfig) -> None:
         by = f"training.accumulate={accumulate}" + (f" x adversary.passes={passes}" if staggered else "")
         multiple = accumulate * share
         raise UserError(
-            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple of it, such as {multiple}."
+            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple, such as {multiple}."
         )
 
 
@@ -167,8 +172,8 @@ def _check_adversary(config: TrainConfig) -> None:
         )
     if settings.radius is not None and settings.radius < settings.step_size:
         raise UserError(
-            f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so that no step is "
-            f"taken whole; use a radius of {settings.step_size} or more, or a smaller step."
+            f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so every step "
+            f"is cut short; use a radius of {settings.step_size} or more, or a smaller step."
         )
 
 
@@ -176,13 +181,13 @@ def _check_stepless(config: TrainConfig) -> None:
     settings, objective = config.adversary, config.objective
     if settings.step_size > 0:
         raise UserError(
-            f"adversary.step_size={settings.step_size} has no effect with adversary.method={settings.method!r}, which "
-            "takes no step; leave it out."
+            f"adversary.step_size={settings.step_size} has no effect with adversary.method={settings.method!r}, "
+            "which has no step size; leave it out."
         )
     for name in ("input_perturbation", "slowed_interpolation"):
         if getattr(objective, name) and STEPLESS[settings.method].rolls_out:
             raise UserError(
-                f"adversary.method={settings.method!r} rolls x_t out, which objective.{name} changes; use one of them."
+                f"adversary.method={settings.method!r} rolls out x_t, which objective.{name} changes; use one of them."
             )
 
 
@@ -190,43 +195,43 @@ def _check_reflow(config: TrainConfig) -> None:
     settings = config.objective
     if settings.reflow and config.model.name not in PIXEL_MODELS:
         raise UserError(
-            f"objective.reflow={settings.reflow} is for networks of pixels, and model.name={config.model.name!r} is of "
-            "latents; leave it out."
+            f"objective.reflow={settings.reflow} is for networks of pixels, but model.name={config.model.name!r} "
+            "works on latents; leave it out."
         )
     if settings.reflow_passes is not None and not settings.reflow:
         raise UserError(
-            f"objective.reflow_passes={settings.reflow_passes} are the cost of pairs, and objective.reflow draws none; "
-            "leave it out."
+            f"objective.reflow_passes={settings.reflow_passes} is the cost of generating pairs, but "
+            "objective.reflow is 0; leave it out."
         )
 
 
 def _check_pixels(config: TrainConfig) -> None:
     if config.data.latents is not None:
         raise UserError(
-            f"data.latents are for pipelines of latents, and model.name={config.model.name!r} is a network of pixels; "
+            f"data.latents is for latent pipelines, but model.name={config.model.name!r} is a network of pixels; "
             "leave it out."
         )
     if config.data.buckets:
         raise UserError(
-            f"data.buckets are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
-            "pixels of one size; leave it out."
+            f"data.buckets are for text-to-image pipelines, but model.name={config.model.name!r} is a network of "
+            "pixels with one image size; leave it out."
         )
     if config.validation.prompts is not None:
         raise UserError(
-            f"validation.prompts are for text-to-image pipelines, and model.name={config.model.name!r} is a network of "
-            "pixels; leave them out."
+            f"validation.prompts are for text-to-image pipelines, but model.name={config.model.name!r} is a "
+            "network of pixels; leave them out."
         )
     if config.data.streaming:
         raise UserError(
-            f"data.streaming is for text-to-image pipelines, whose images are encoded once, and model.name="
-            f"{config.model.name!r} is a network of pixels; leave it out."
+            "data.streaming is for text-to-image pipelines, whose images are encoded once, but "
+            f"model.name={config.model.name!r} is a network of pixels; leave it out."
         )
     if config.lora.rank:
-        raise UserError("lora.rank needs model.name='pipeline': only text-to-image pipelines are adapted.")
+        raise UserError("lora.rank needs model.name='pipeline', since only text-to-image pipelines support LoRA.")
     if config.objective.label_dropout > 0 and not config.data.class_conditional:
         raise UserError(
-            f"objective.label_dropout={config.objective.label_dropout} drops labels that the network is not given; set "
-            "data.class_conditional, or leave it out."
+            f"objective.label_dropout={config.objective.label_dropout} drops labels, but the network gets none; "
+            "set data.class_conditional, or leave it out."
         )
 
 

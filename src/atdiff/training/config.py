@@ -59,7 +59,7 @@ __all__ = [
 Count = Annotated[int, Field(ge=1), "must be at least 1"]
 Natural = Annotated[int, Field(ge=0), "must not be negative"]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 are no guidance; null for that of the network"]
+Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 mean no guidance; null for the network's default"]
 Beta = Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); [0.9, 0.999] is usual"]
 
 PIXEL_MODELS = ("mlp", "unet", "dit", "adm")
@@ -404,7 +404,7 @@ class OptimizerConfig(Settings):
     warmup_passes: int = 0
     decay: DecayName = "constant"
     decay_args: dict[str, Any] = field(default_factory=dict)
-    grad_clip: Annotated[float, Field(gt=0), "must be above 0; null clips nothing"] | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0), "must be above 0, or null for no clipping"] | None = 1.0
 
     def __post_init__(self) -> None:
         """Write out the path of one of torch's classes."""

@@ -49,7 +49,9 @@ def as_encoded(config: TrainConfig, given: Mapping[str, Any] | None = None) -> T
     try:
         made = reading_settings(read_settings(DataConfig, record.data))
     except UserError as error:
-        raise UserError(f"data.latents={config.data.latents} is not of this version: in its record {error}") from None
+        raise UserError(
+            f"data.latents={config.data.latents} was encoded by another version of atdiff: in its record, {error}"
+        ) from None
     default = DataConfig()
     for name, there in made.items():
         here = getattr(config.data, name)
@@ -57,11 +59,11 @@ def as_encoded(config: TrainConfig, given: Mapping[str, Any] | None = None) -> T
         if here != there and (said or here != getattr(default, name)):
             raise UserError(
                 f"data.{name}={here!r} contradicts data.latents={config.data.latents}, which was encoded with "
-                f"{there!r}: leave it out, or encode the images anew with `atdiff encode`."
+                f"{there!r}: leave it out, or encode the images again with `atdiff encode`."
             )
     if config.data.flip and not record.flip:
         raise UserError(
-            f"data.flip needs the latents of the mirrored images, which data.latents={config.data.latents} has not: "
-            "encode them with --data.flip true, or leave it out."
+            f"data.flip needs latents of mirrored images, but data.latents={config.data.latents} has none: encode "
+            "them with --data.flip true, or leave it out."
         )
     return replace(config, data=replace(config.data, **made))

@@ -74,7 +74,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         changed = _first_difference(stored, settings)
         if changed:
             raise UserError(
-                f"{out} holds a run with another configuration ({changed}); choose another --out, or repeat the "
+                f"{out} contains a run with other settings ({changed}); choose another --out, or repeat the "
                 "settings of that run to resume it."
             )
         _check_passes(out, settings, passes)
@@ -86,7 +86,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         return True
     unknown = out.is_dir() and any(not _of_a_start(one.name) for one in out.iterdir())
     if unknown or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is in use and is not a training folder; choose another --out.")
+        raise UserError(f"{out} is not empty and is not a training folder; choose another --out.")
     if not look_only:
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(settings, sort_keys=False))
@@ -155,8 +155,8 @@ def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
     wanted = settings["training"]["passes"]
     if wanted < passes:
         raise UserError(
-            f"{out} holds a run of {passes} passes and cannot be made shorter: resume it with --training.passes "
-            f"{passes} or more, or train {wanted} in another --out."
+            f"{out} contains a run of {passes} passes, which cannot be shortened: resume it with "
+            f"--training.passes {passes} or more, or train {wanted} in another --out."
         )
     if wanted == passes:
         return
@@ -171,8 +171,8 @@ def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
         "" if settings["lora"]["rank"] else f", or start from its weights with --training.init {out} in another --out"
     )
     raise UserError(
-        f"{out} cannot be made longer: {what} over the {passes} passes that it was begun with, and over {wanted} the "
-        f"passes behind would have been others; train {wanted} from the start in another --out{go_on}."
+        f"{out} cannot be extended: {what} over the {passes} passes that it started with, and over {wanted} its "
+        f"completed passes would have been different; train {wanted} from the start in another --out{go_on}."
     )
 
 

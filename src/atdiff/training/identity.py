@@ -45,7 +45,7 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
     }
     others = {"base": task.base, "teacher": task.teacher, "encoders": task.encoders}
     found |= {name: weights for name, weights in others.items() if weights is not None}
-    remedy = "put the data back as they were, or choose another --out."
+    remedy = "restore the data, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
             f"{out} was trained on {stored['images']} images of {stored['name']}, and now there are "
@@ -59,13 +59,13 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
         )
     if stored.get("fingerprint", found["fingerprint"]) != found["fingerprint"]:
         raise UserError(
-            f"{out} was trained on {stored['images']} images of {stored['name']}, and now as many have other "
-            f"pixels, {task.beside_pixels} or another order: {remedy}"
+            f"{out} was trained on {stored['images']} images of {stored['name']}, and now the same number of "
+            f"images has other pixels, {task.beside_pixels} or another order: {remedy}"
         )
     changed = next((name for name, weights in others.items() if stored.get(name, weights) != weights), None)
     if changed is not None:
         what = _of_other_weights(changed, task.config)
-        raise UserError(f"{out} {what} than it has now: put it back as it was, or choose another --out.")
+        raise UserError(f"{out} {what} has now: restore the pipeline, or choose another --out.")
     return found
 
 
@@ -73,8 +73,7 @@ def _of_other_weights(changed: str, config: TrainConfig) -> str:
     """Say what was done with the other weights of a network."""
     init, teacher = config.training.init, config.consistency.teacher
     if changed == "base":
-        return f"trains adapters on other weights of {init}"
+        return f"trains adapters on other weights than {init}"
     if changed == "teacher":
-        return f"learns from other weights of {init if teacher in (None, SELF) else teacher}"
-    pipeline = init or "its pipeline"
-    return f"was trained on latents and embeddings of another autoencoder or other text encoders of {pipeline}"
+        return f"learns from other weights than {init if teacher in (None, SELF) else teacher}"
+    return f"was trained with another autoencoder or other text encoders than {init or 'its pipeline'}"

@@ -38,7 +38,7 @@ class StopRequest:
         if self._signal is not None:
             return self._signal
         over = self._deadline is not None and time.monotonic() >= self._deadline
-        return "the time that --max-time gives is over" if over else None
+        return "the time set by --max-time is over" if over else None
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT) if self._takes else ():
@@ -77,5 +77,5 @@ def parse_duration(text: str) -> float:
     elif re.fullmatch(r"(\d+(\.\d+)?[dhms])+", text):
         seconds = sum(float(value) * _UNITS[unit] for value, unit in re.findall(r"([\d.]+)([dhms])", text))
     if not seconds > 0:
-        raise UserError(f"--max-time {text!r} is no duration; use seconds, 45m, 1h30m, 2d or HH:MM:SS.")
+        raise UserError(f"--max-time {text!r} is not a duration; use seconds, 45m, 1h30m, 2d or HH:MM:SS.")
     return seconds

@@ -56,14 +56,17 @@ def check_optimizer(settings: OptimizerConfig, passes: int) -> None:
         for name, usual in (("betas", OptimizerConfig().betas), ("weight_decay", OptimizerConfig().weight_decay)):
             if getattr(settings, name) != usual and not settings.name.endswith(".Muon"):
                 raise UserError(
-                    f"optimizer.{name} is for AdamW: give what {settings.name} takes in optimizer.args, such as "
-                    f"{{{name}: ...}}."
+                    f"optimizer.{name} is for AdamW only: set the arguments of {settings.name} in optimizer.args, "
+                    f"such as {{{name}: ...}}."
                 )
     if settings.name != ADAMW or settings.args:
         with torch.random.fork_rng(devices=[]):
             make_optimizer(settings, [nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4))])
     if settings.decay in DECAYS and settings.decay_args:
-        raise UserError(f"optimizer.decay_args are for a class: optimizer.decay={settings.decay!r} takes none.")
+        raise UserError(
+            f"optimizer.decay_args are for a scheduler class, but optimizer.decay={settings.decay!r} takes none: "
+            "leave them out."
+        )
     if settings.decay not in DECAYS:
         Decay(settings).at(min(passes, LOOKED_AT))
 
@@ -80,9 +83,12 @@ class Decay:
 
     def __init__(self, settings: OptimizerConfig) -> None:
         self.settings = settings
-        self.kind = _imported("decay", settings.decay, LRScheduler, "scheduler of torch.optim.lr_scheduler's kind")
+        self.kind = _imported("decay", settings.decay, LRScheduler, "torch learning-rate scheduler")
         if issubclass(self.kind, ReduceLROnPlateau):
-            raise UserError("optimizer.decay='ReduceLROnPlateau' goes by a measured loss, which passes do not have.")
+            raise UserError(
+                "optimizer.decay='ReduceLROnPlateau' needs a validation loss, which training does not compute; use "
+                "another scheduler."
+            )
         _check_names("optimizer.decay_args", self.kind, settings.decay_args, {"optimizer"})
         self._begin()
 
@@ -159,9 +165,11 @@ def _arguments(kind: Any, settings: OptimizerConfig) -> dict[str, Any]:  # noqa:
 
 
 def _checked_class(settings: OptimizerConfig) -> Any:  # noqa: ANN401
-    kind = _imported("name", settings.name, torch.optim.Optimizer, "optimizer of torch's kind")
+    kind = _imported("name", settings.name, torch.optim.Optimizer, "torch optimizer")
     if kind in (torch.optim.LBFGS, torch.optim.SparseAdam):
-        raise UserError(f"optimizer.name={settings.name!r} does not fit steps of one gradient; use torch.optim.AdamW.")
+        raise UserError(
+            f"optimizer.name={settings.name!r} cannot train with one dense gradient per step; use torch.optim.AdamW."
+        )
     _check_names("optimizer.args", kind, settings.args, {"params", "lr"})
     return kind
 
@@ -176,14 +184,16 @@ def _imported(key: str, path: str, base: type, what: str) -> Any:  # noqa: ANN40
         remedy = f"`pip install {PACKAGES.get(missing, missing)}`"
         if importlib.util.find_spec(missing):
             remedy = f"{missing} is installed, so look up where the class is in it"
-        raise UserError(f"optimizer.{key}={path!r} cannot be imported: there is no {error.name}; {remedy}.") from None
+        raise UserError(
+            f"optimizer.{key}={path!r} cannot be imported, since {error.name} is missing; {remedy}."
+        ) from None
     except Exception as error:  # of a library that this machine cannot load
         raise UserError(f"optimizer.{key}={path!r} cannot be imported: {_first(error)}.") from None
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, base) and found is not base:
         return found
     known = [one for one, kind in vars(module).items() if isinstance(kind, type) and issubclass(kind, base)]
-    wrong = f"has no {name}" if found is None else f"has {name}, which is no {what}"
+    wrong = f"has no {name}" if found is None else f"has {name}, which is not a {what}"
     raise UserError(f"optimizer.{key}={path!r}: {module_name} {wrong}{'; ' + nearest(name, known) if known else '.'}")
 
 
@@ -195,9 +205,9 @@ def _check_names(key: str, kind: Any, args: dict[str, Any], ours: set[str]) -> N
     for name in args:
         if name in ours:
             own = "the run's own" if name in ("params", "optimizer") else f"optimizer.{name}"
-            raise UserError(f"{key}.{name} is not given there: it is {own}.")
+            raise UserError(f"{key}.{name} cannot be set there: it is {own}.")
         if name not in known and not free:
-            raise UserError(f"{key}.{name} is no argument of {kind.__name__}; {nearest(name, known)}")
+            raise UserError(f"{key}.{name} is not an argument of {kind.__name__}; {nearest(name, known)}")
 
 
 @contextlib.contextmanager

@@ -48,8 +48,8 @@ class PairFile:
                     name for name in {**drawn, **self.settings} if drawn.get(name) != self.settings.get(name)
                 )
                 raise UserError(
-                    f"{self.out} was trained on pairs of noise and sample that would be others now (by their "
-                    f"{changed}): put back what it started from, or choose another --out."
+                    f"{self.out} was trained on pairs of noise and sample that would now be different (their "
+                    f"{changed} changed): restore the model that it started from, or choose another --out."
                 )
             return False
         try:
@@ -57,7 +57,7 @@ class PairFile:
         except (OSError, SafetensorError):
             whole = False
         if not whole:
-            warnings.warn(f"{self.path} is missing or damaged: its pairs are drawn again.", stacklevel=2)
+            warnings.warn(f"{self.path} is missing or damaged: its pairs are generated again.", stacklevel=2)
         return whole
 
     def write(self, pairs: dict[str, Tensor]) -> str | None:

@@ -111,8 +111,8 @@ class Records:
         nothing_else = finite.collect()
         if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):
             raise RunError(
-                f"{finite.newest}; {finite.skipped} steps were skipped for it, and training.max_skipped is "
-                f"{limit}: lower optimizer.lr or the adversary's step_size; {last_good(self.out / 'checkpoints')}."
+                f"{finite.newest}; {finite.skipped} steps were skipped, more than training.max_skipped={limit}: "
+                f"lower optimizer.lr or the adversary's step_size; {last_good(self.out / 'checkpoints')}."
             )
 
     def sample(self, average: Any = None) -> None:  # noqa: ANN401  (any diffusers model)

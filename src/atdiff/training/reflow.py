@@ -60,28 +60,28 @@ def check_reflow(config: TrainConfig, scheduler: Any, start: Start | None) -> No
     settings, passes = config.objective, config.training.passes
     if start is None:
         raise UserError(
-            f"objective.reflow={settings.reflow} draws pairs of noise and sample from a trained network; name its run, "
-            "pipeline folder or hub id as --training.init."
+            f"objective.reflow={settings.reflow} needs a trained network to generate pairs of noise and sample; "
+            "give its run, pipeline folder or hub id as --training.init."
         )
     for name, noising in NOISINGS.items():
         amount = getattr(settings, name)
         if noising.couples and amount != getattr(ObjectiveConfig(), name):
             raise UserError(
-                f"objective.{name}={amount} and objective.reflow={settings.reflow} each say which noise goes with a "
+                f"objective.{name}={amount} and objective.reflow={settings.reflow} both determine the noise of a "
                 "sample; leave one of them out."
             )
     _check_range(config)
     charged = charged_passes(config, scheduler)
     if settings.reflow_passes is not None and charged >= passes:
         raise UserError(
-            f"objective.reflow_passes={charged} of training.passes={passes} leave none to train; lower it, or leave it "
-            "out."
+            f"objective.reflow_passes={charged} leaves none of training.passes={passes} for training; lower it, "
+            "or leave it out."
         )
     if charged >= passes:
         most = (passes - 1) * _thirds(config) // _evaluations(config, scheduler)
         raise UserError(
-            f"objective.reflow={settings.reflow} pairs cost {charged} passes, and training.passes={passes}, which "
-            f"counts them, leaves none to train; raise it above {charged}, or draw {most} pairs or fewer."
+            f"objective.reflow={settings.reflow} pairs cost {charged} passes, which leaves none of "
+            f"training.passes={passes} for training; raise it above {charged}, or use {most} pairs or fewer."
         )
 
 
@@ -91,6 +91,6 @@ def _check_range(config: TrainConfig) -> None:
         image_generators(noise_seed(config), [pairs - 1])
     except UserError:
         raise UserError(
-            f"objective.reflow={pairs} with training.seed={seed} is out of range; draw a million pairs at most, with a "
-            f"seed from 0 to {LAST_SEED}."
+            f"objective.reflow={pairs} with training.seed={seed} is out of range; use at most a million pairs, "
+            f"with a seed from 0 to {LAST_SEED}."
         ) from None

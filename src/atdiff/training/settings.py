@@ -56,7 +56,7 @@ def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> d
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"argument {word!r} is no setting: expected --KEY VALUE, such as --training.passes 500.")
+            raise UserError(f"argument {word!r} is not a setting: expected --KEY VALUE, such as --training.passes 500.")
         key, given, text = word[2:].partition("=")
         hint: Any = kind
         path = tuple(key.split("."))
@@ -158,7 +158,7 @@ def _sentence(error: str, path: tuple[str, ...], value: Any, kind: Any) -> str: 
         value = {str(name): one for name, one in value.items()}[part]
     key, kinds = ".".join(keys), _kinds(hint)
     if error in ("dataclass_type", "dict_type") and (_is_section(hint) or _is_section(_inner(hint, ""))):
-        return f"key '{key}' must hold further keys, got {'null' if value is None else repr(value)}."
+        return f"key '{key}' must contain further keys, got {'null' if value is None else repr(value)}."
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
     if choices and float not in kinds:
         quote = "; YAML reads no and yes as booleans, so quote them" if isinstance(value, bool) else ""
@@ -168,7 +168,7 @@ def _sentence(error: str, path: tuple[str, ...], value: Any, kind: Any) -> str: 
     if error.startswith(("greater", "less", "finite")):
         return f"{key}={value} {next(_texts(get_type_hints(section, include_extras=True)[keys[-1]]))}."
     named = ["null" if one is NoneType else _text_of(one) for one in kinds]
-    return f"{key}={'null' if value is None else value} must be of the type {', or '.join(named)}."
+    return f"{key}={'null' if value is None else value} must have the type {', or '.join(named)}."
 
 
 def _text_of(kind: Any) -> str:  # noqa: ANN401

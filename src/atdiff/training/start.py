@@ -91,7 +91,7 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
         )
     if isinstance(teacher.scheduler, LCMScheduler) and source != SELF:
         name = source or config.training.init
-        raise UserError(f"the teacher {name} is a consistency model itself: give a diffusion model.")
+        raise UserError(f"the teacher {name} is itself a consistency model: give a diffusion model.")
     return teacher
 
 
@@ -143,7 +143,7 @@ def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
     if name is not None:
         found = getattr(diffusers, name, None)
         if found is None or not name.endswith("Scheduler"):
-            raise UserError(f"scheduler.name={name!r} is no scheduler of diffusers; try 'DDPMScheduler'.")
+            raise UserError(f"scheduler.name={name!r} is not a diffusers scheduler; try 'DDPMScheduler'.")
         return found
     if start is None:
         return DDPMScheduler
@@ -276,8 +276,8 @@ def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, r
         keys |= {"scheduler.args": None, "objective.prediction_type": None}
     remedy = remedy or f"set {' and '.join(keys)} to null to take its own"
     raise UserError(
-        f"{start.name} {' and '.join(map(str, found))}: a network goes on under the noise schedule and the "
-        f"parametrisation that it was trained with; {remedy}."
+        f"{start.name} {' and '.join(map(str, found))}: a network must keep the noise schedule and "
+        f"parametrisation it was trained with; {remedy}."
     )
 
 
@@ -312,7 +312,7 @@ def _fix(key: str, theirs: tuple[int, ...] | None, ours: tuple[int, ...] | None)
         return "it learned no variance, so set objective.variance=fixed"
     if "class_embed" in key or "embedding_table" in key or "label_emb" in key:
         return (
-            "give data of as many classes as it was trained on, and data.class_conditional and objective.label_dropout "
-            "as they were (dropped labels take one class more)"
+            "use data with as many classes as it was trained on, and the same data.class_conditional and "
+            "objective.label_dropout (label dropout adds one class)"
         )
-    return "give the model settings that it was trained with"
+    return "use the model settings it was trained with"

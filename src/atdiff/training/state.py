@@ -164,12 +164,12 @@ class TrainingState:
         if joint % now or joint // now < least:
             fitting = [str(n) for n in range(1, joint // least + 1) if joint % n == 0]
             raise UserError(
-                f"{out} was trained by {before} process(es) on batches of {joint} images, which {now} cannot share "
-                f"evenly: resume it with one of {', '.join(fitting)}, or choose another --out."
+                f"{out} was trained by {before} process(es) on batches of {joint} images, which {now} processes "
+                f"cannot share evenly: resume it with one of {', '.join(fitting)}, or choose another --out."
             )
         if self.accelerator.is_main_process:
             warnings.warn(
                 f"{out} was trained by {before} process(es) and is resumed by {now}: batches keep their {joint} "
-                f"images, {joint // now} a process, but their noise is no longer that of a run by {before}.",
+                f"images, {joint // now} per process, but their noise differs from a run with {before}.",
                 stacklevel=2,
             )

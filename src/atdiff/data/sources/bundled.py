@@ -48,7 +48,7 @@ def _points(request: Request) -> Found:
 
 def _no_pairs(request: Request) -> Pairs | None:
     if request.given:
-        raise UserError(f"{request.name} holds points, which no caption describes: choose a data set of images.")
+        raise UserError(f"{request.name} contains points, which cannot have captions: choose a dataset of images.")
     return None
 
 

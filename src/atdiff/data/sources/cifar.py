@@ -28,8 +28,8 @@ def _load(request: Request) -> Found:
     files = [folder / name for name in chosen_split(request.split, SPLITS, f"CIFAR-10 ({folder})")]
     if not any((folder / name).is_file() for name in SPLITS["all"]):
         raise UserError(
-            f"{folder} holds the python form of CIFAR-10, pickles that can run code: use the binary form, "
-            "cifar-10-batches-bin, or uoft-cs/cifar10 of the hub."
+            f"{folder} is the Python version of CIFAR-10, whose pickles can run code: use the binary version, "
+            "cifar-10-batches-bin, or uoft-cs/cifar10 from the hub."
         )
     records = np.concatenate([_records(file) for file in files])
     images = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -44,15 +44,15 @@ def _records(file: Path) -> np.ndarray:
         raise UserError(f"{file} cannot be read ({error.strerror}): unpack the binary CIFAR-10 again.") from error
     if content.size == 0 or content.size % RECORD:
         raise UserError(
-            f"{file} has {content.size} bytes, which is no whole number of CIFAR-10's records of {RECORD}: it is cut "
-            "short, so unpack it again."
+            f"{file} has {content.size} bytes, which is not a multiple of CIFAR-10's record size of {RECORD}, so "
+            "it is truncated: unpack it again."
         )
     records = content.reshape(-1, RECORD)
     wrong = np.flatnonzero(records[:, 0] >= CLASSES)
     if wrong.size:
         raise UserError(
-            f"image {wrong[0]} of {file} has label {records[wrong[0], 0]}: expected 0 to {CLASSES - 1}, so the file is "
-            "damaged or of another data set."
+            f"image {wrong[0]} of {file} has label {records[wrong[0], 0]}: expected 0 to {CLASSES - 1}, so the "
+            "file is damaged or from another dataset."
         )
     return records
 

@@ -72,13 +72,13 @@ def _image_files(folder: Path) -> list[Path]:
     """Return the images below a folder in the order of their paths, with links that lead nowhere."""
     files = sorted(files_below(folder, IMAGE_SUFFIXES))
     if not files:
-        raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp in it.")
+        raise UserError(f"{folder} contains no images: expected files such as .png, .jpg or .webp.")
     return files
 
 
 def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: str | None, limit: int | None) -> Pairs:
     if len({file.suffix for file in metadata}) > 1:
-        raise UserError(f"{folder} holds metadata both as .jsonl and as .csv: keep one of them.")
+        raise UserError(f"{folder} has both metadata.jsonl and metadata.csv: keep one of them.")
     rows = [(file, row) for file in metadata for row in _rows(file)]
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     column = caption_column(metadata[0], columns, asked)
@@ -87,8 +87,7 @@ def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: 
         listed = row.get("file_name")
         if not isinstance(listed, str) or not (file.parent / listed).is_file():
             raise UserError(
-                f"{file} has a row of which file_name is {listed!r}: expected an image's path relative to "
-                f"{file.parent}."
+                f"{file} has a row with file_name {listed!r}: expected an image's path relative to {file.parent}."
             )
         files.append(file.parent / listed)
     unlisted = sorted(set(images) - set(files))
@@ -107,10 +106,10 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
-        raise UserError(f"{file} cannot be read as comma-separated values ({error}): write it again.") from error
+        raise UserError(f"{file} cannot be read as comma-separated values ({error}): save it again.") from error
     for i, row in enumerate(rows, 1):
         if None in row:
-            raise UserError(f"row {i} of {file} has more values than columns: quote captions that hold a comma.")
+            raise UserError(f"row {i} of {file} has more values than columns: quote captions that contain a comma.")
     return rows
 
 
@@ -119,6 +118,6 @@ FOLDER = Source(
     load=_load,
     pairs=_pairs,
     lazy=True,
-    uncaptioned="{} holds images without captions: add a metadata.jsonl of file_name and text or a .txt beside each "
-    "image, or give captions, one for all images or, if its subfolders are classes, one per class.",
+    uncaptioned="{} contains images without captions: add a metadata.jsonl with file_name and text, or a .txt file "
+    "beside each image, or set captions (one for all images, or one per class if its subfolders are classes).",
 )

@@ -55,15 +55,16 @@ def _downloaded(name: str, addresses: Sequence[str]) -> Iterator[Shard]:
 
 def _no_shard(address: str, name: str, reason: str) -> str:
     return (
-        f"the shard {address} cannot be downloaded ({hub_failure(reason)}): start again where there is a network, or "
-        f"run `hf download {name} --repo-type dataset --local-dir FOLDER` and give the path of that folder."
+        f"the shard {address} cannot be downloaded ({hub_failure(reason)}): try again with network access, or run "
+        f"`hf download {name} --repo-type dataset --local-dir FOLDER` and give the path of that folder."
     )
 
 
 def _failure(name: str, reason: str) -> str:
     return (
-        f"{name} is no local file or folder and cannot be had from the hub ({hub_failure(reason)}): download the data "
-        "set where there is a network and give the path of its folder, or of an .npz or .parquet file."
+        f"{name} is not a local file or folder and cannot be downloaded from the hub ({hub_failure(reason)}): "
+        "download the dataset on a machine with network access and give the path of its folder, or of an .npz or "
+        ".parquet file."
     )
 
 

@@ -31,7 +31,10 @@ def _load(request: Request) -> Found:
     files = [_file(folder, f"{part}-{IMAGES}") for part in parts]
     shapes = [_shape(file, 3) for file in files]
     if len({shape[1:] for shape in shapes}) > 1:
-        raise UserError(f"the images of {files[1]} are of another size than those of {files[0].name}.")
+        raise UserError(
+            f"the images of {files[1]} and {files[0].name} differ in size: expected the files of one dataset, so "
+            "download both again."
+        )
     labels = []
     for part, shape in zip(parts, shapes, strict=True):
         file = _file(folder, f"{part}-{LABELS}")
@@ -54,7 +57,7 @@ def _shape(file: Path, axes: int) -> tuple[int, ...]:
     header = _read(file, 0, 4 + 4 * axes)
     shape = struct.unpack(f">{axes}I", header[4:]) if len(header) == 4 + 4 * axes else ()
     if header[:4] != bytes((0, 0, UINT8, axes)) or not shape or 0 in shape:
-        raise UserError(f"{file} is no IDX file of bytes in {axes} axes, or is empty: download it again.")
+        raise UserError(f"{file} is not an IDX file of bytes with {axes} axes, or is empty: download it again.")
     return shape
 
 
@@ -62,7 +65,7 @@ def _values(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     size, start = math.prod(shape), 4 + 4 * len(shape)
     content = _read(file, start, size + 1)  # one byte more, which there must not be
     if len(content) != size:
-        raise UserError(f"{file} does not hold the {size:,} values that its header says: download it again.")
+        raise UserError(f"{file} does not contain the {size:,} values that its header gives: download it again.")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 

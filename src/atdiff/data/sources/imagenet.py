@@ -52,14 +52,15 @@ def _files(folder: Path, split: str) -> list[Path]:
     training, validation = chosen_split(split, SPLITS, f"ImageNet ({folder})", "train, val or all")
     if not any(folder.glob("*.npz")):
         raise UserError(
-            f"{folder} holds pickled ImageNet batches, which can run code: use the npz form of the same download page."
+            f"{folder} contains pickled ImageNet batches, which can run code: use the npz version from the same "
+            "download page."
         )
     numbers = [int(file.stem[len(TRAIN) :]) for file in folder.glob(f"{TRAIN}[0-9]*.npz")] if training else [0]
     files = [folder / f"{TRAIN}{i}.npz" for i in range(1, max(numbers, default=1) + 1)]
     files += [folder / f"{VALIDATION}.npz"] if validation else []
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing: unpack the npz form of the downsampled ImageNet again.")
+            raise UserError(f"{file} is missing: unpack the npz version of the downsampled ImageNet again.")
     return files
 
 

@@ -165,7 +165,7 @@ def load_data(
             numbers = numbers[held.kept]
         return ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped).only(labels)
     if image_size is not None or channels is not None:
-        raise UserError(f"{name} holds points, which have no other size: leave out image_size and channels.")
+        raise UserError(f"{name} contains points, which have no image size: leave out image_size and channels.")
     return ImageData(torch.from_numpy(raw), numbers, title).only(labels)
 
 

@@ -69,7 +69,7 @@ class NpzArray:
                     size = int(np.prod(shape)) * self.dtype.itemsize
                     content = member.read(size)
                     if len(content) != size:
-                        raise EOFError("it ends early")
+                        raise EOFError("it is truncated")
                     yield np.frombuffer(content, self.dtype).reshape(shape)
                 member.read(1)  # at whose end zipfile compares the checksum
 
@@ -106,11 +106,11 @@ def _load(request: Request) -> Found:
     path = request.path
     check_whole(path, request.split)
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} cannot be read as an .npz file: it is damaged or of another kind.")
+        raise UserError(f"{path} cannot be read as an .npz file: it is damaged or has another format.")
     names = npz_names(path)
     found, of_labels = (next((name for name in both if name in names), None) for both in NAMES)
     if found is None:
-        raise UserError(f"{path} holds no images: expected an array named arr_0 or images.")
+        raise UserError(f"{path} contains no images: expected an array named arr_0 or images.")
     array = npz_array(path, found)
     shape = array.shape
     if array.dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):

@@ -39,7 +39,7 @@ def find_source(request: Request, *, captioned: bool = False) -> Source:
     for option in ("image_column", "label_column"):
         column = getattr(request, option)
         if column is not None and not source.has_columns:
-            raise UserError(f"{name} is no table, so it has no column {column!r}: leave out {option}.")
+            raise UserError(f"{name} is not a table and has no column {column!r}: leave out {option}.")
     return source
 
 
@@ -58,12 +58,12 @@ def check_data(name: str) -> None:
 def _unknown(name: str) -> UserError:
     path = Path(name).expanduser()
     if path.is_file():
-        return UserError(f"{name} is no data set: expected an .npz or .parquet file, or a folder of images.")
+        return UserError(f"{name} is not a dataset: expected an .npz or .parquet file, or a folder of images.")
     if re.search(r"[/\\~]|^\.", name) or path.suffix:
         return UserError(f"{name} does not exist: expected a folder of images, an .npz or a .parquet file.")
     known = [known for source in SOURCES for known in source.names]
     known += [entry.name for entry in Path().iterdir() if entry.is_dir()]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
-        return UserError(f"unknown data set {name!r}: did you mean {nearest[0]!r}?")
-    return UserError(f"unknown data set {name!r}: expected 'digits', a path, or a hub name owner/name.")
+        return UserError(f"unknown dataset {name!r}: did you mean {nearest[0]!r}?")
+    return UserError(f"unknown dataset {name!r}: expected 'digits', a path, or a hub name owner/name.")

@@ -80,8 +80,8 @@ def _tell_alone(name: object, pairs: int, shown: Sequence[str], count: int) -> N
         return
     more = f" and {count - SHOWN:,} more" if count > SHOWN else ""
     warnings.warn(
-        f"{count:,} members of {name} are in none of its {pairs:,} pairs of an image and a caption of the same key, "
-        f"and are left out: {', '.join(shown)}{more}.",
+        f"{count:,} members of {name} belong to none of its {pairs:,} pairs of image and caption with the same "
+        f"key, and are left out: {', '.join(shown)}{more}.",
         stacklevel=3,
     )
 
@@ -136,7 +136,7 @@ def _shard_pairs(shard: Shard, asked: str | None) -> tuple[list[tuple[_Member, A
             pairs = list(zip(members, cells, strict=True))
     except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"{shard.name} cannot be read as an uncompressed .tar file ({error}): make or download it again."
+            f"{shard.name} cannot be read as an uncompressed .tar file ({error}): create or download it again."
         ) from error
     return pairs, alone
 
@@ -178,7 +178,7 @@ def _index(tar: tarfile.TarFile, shard: Shard) -> tuple[_Members, _Members, list
 
 def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Shard) -> None:
     if images.setdefault(key, member) is not member:
-        raise UserError(f"{shard.name} holds two images of the key {key}: keep one.")
+        raise UserError(f"{shard.name} contains two images with the key {key}: keep one.")
 
 
 def _add_dotted(

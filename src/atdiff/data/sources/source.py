@@ -51,8 +51,8 @@ class Request:
         """Raise ``UserError`` where captions were given for data with captions of their own."""
         if self.given:
             raise UserError(
-                f"{name or self.name} has captions of its own ({where}): leave out captions, which are for data with "
-                "labels alone."
+                f"{name or self.name} has captions of its own ({where}): leave out captions, which are for data "
+                "that only have labels."
             )
 
 
@@ -117,7 +117,7 @@ def chosen_split(split: str, parts: Mapping[str, Part], what: object, known: str
 def check_whole(name: object, split: str) -> None:
     """Raise ``UserError`` for a split of data that has none, other than ``train`` and ``all``."""
     if split not in ("train", "all"):
-        raise UserError(f"{name} has no split {split!r}: it is read whole, with split 'train' or 'all'.")
+        raise UserError(f"{name} has no split {split!r}: use 'train' or 'all', which read the whole dataset.")
 
 
 def split_folder(folder: Path, split: str) -> Path:
@@ -125,7 +125,7 @@ def split_folder(folder: Path, split: str) -> Path:
     if (folder / split).is_dir():
         return folder / split
     if split == "all" and (folder / "train").is_dir():
-        raise UserError(f"{folder} is kept in splits: give one of its subfolders as split instead of 'all'.")
+        raise UserError(f"{folder} is divided into splits: give one of its subfolders as split instead of 'all'.")
     check_whole(folder, split)
     return folder
 

@@ -78,8 +78,8 @@ def _rows(
             cell = row[image]
             if not cell or not cell["bytes"]:
                 raise UserError(
-                    f"row {i} of {name} has no image in its column {image!r}: only tables that hold their images are "
-                    "streamed, so leave out data.streaming."
+                    f"row {i} of {name} has no image in its column {image!r}: only tables that contain their "
+                    "images can be streamed, so leave out data.streaming."
                 )
             yield f"row {i} of {name}", io.BytesIO(cell["bytes"]), row[texts]
 
@@ -97,7 +97,7 @@ def stream_rows(request: Request, builder: Any, stamp: Callable[[], str], failur
     with told(name, failure):
         rows = builder.as_streaming_dataset(split=request.split)
         if rows.features is None:
-            raise UserError(f"{name} does not tell its columns: leave out data.streaming.")
+            raise UserError(f"{name} does not list its columns: leave out data.streaming.")
         image, texts, rows = _streamed_columns(request, rows)
     return Stream(lambda: _rows(name, image, texts, rows, failure), stamp)
 
@@ -191,7 +191,7 @@ def _stream(request: Request) -> Stream:
 
 
 def _failure(name: str, reason: str) -> str:
-    return f"{name} cannot be read as a parquet data set ({reason})."
+    return f"{name} cannot be read as a parquet dataset ({reason})."
 
 
 def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
@@ -212,9 +212,7 @@ def _image_column(name: str, table: Any, asked: str | None) -> str:  # noqa: ANN
     found = [c for c, f in features if type(f).__name__ == "Image" or (isinstance(f, dict) and encoded <= set(f))]
     column = _column(name, table.column_names, asked, found, "images")
     if column is None:
-        raise UserError(
-            f"{name} has no image column among {table.column_names}: expected one that holds encoded images."
-        )
+        raise UserError(f"{name} has no image column among {table.column_names}: expected one with encoded images.")
     return column
 
 

@@ -82,8 +82,8 @@ def make_extractor(
         raise UserError(f"{name} needs the package {error.name}: pip install 'atdiff[clip]'.") from error
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"the weights of {name} cannot be downloaded ({error}): fetch {URLS.get(name)} where there is a network "
-            "and give the path of that file as weights."
+            f"the weights of {name} cannot be downloaded ({error}): download {URLS.get(name)} on a machine with "
+            "network access and give the path of that file as weights."
         ) from error
     except (RuntimeError, KeyError, ValueError) as error:
         found = weights or "the download"

@@ -206,9 +206,9 @@ def label_classifier_weights(data: ImageData) -> Path:
         raise UserError(f"{data.name} has no labels to train the {LABEL_CLASSIFIER} on: choose another extractor.")
     images, labels, classes = data.images, data.labels, len(data.labels.unique())
     if classes < 2:
-        raise UserError(f"{data.name} has {classes} class: the {LABEL_CLASSIFIER} needs 2 or more to tell apart.")
+        raise UserError(f"{data.name} has {classes} class: the {LABEL_CLASSIFIER} needs 2 or more.")
     if images.dtype != torch.uint8:
-        raise UserError(f"{data.name} holds {images.dtype} values: the {LABEL_CLASSIFIER} needs uint8 images.")
+        raise UserError(f"{data.name} contains {images.dtype} values: the {LABEL_CLASSIFIER} needs uint8 images.")
     key = hashlib.sha256(json.dumps([RECIPE, list(images.shape)], sort_keys=True).encode())
     for part in (images, labels):
         key.update(part.contiguous().numpy().data)

@@ -62,7 +62,7 @@ def family_of(pipeline: Any) -> Family:  # noqa: ANN401
     """Return the family of a loaded pipeline, as :func:`find_family`; a UserError says which there are."""
     family = find_family(pipeline)
     if family is None:
-        raise UserError(f"a {type(pipeline).__name__} is not taken: expected a {' or a '.join(FAMILIES)}.")
+        raise UserError(f"a {type(pipeline).__name__} is not supported: expected a {' or a '.join(FAMILIES)}.")
     return family
 
 

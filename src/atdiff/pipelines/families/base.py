@@ -115,7 +115,8 @@ class Family:
         if channels != expected or side[-2] != side[-1]:
             raise UserError(
                 f"the network of {source} takes latents {(channels, *side)} (channels, height, width): expected "
-                f"the autoencoder's {expected} channels, and squares; inpainting and other variants are not taken."
+                f"square latents with the autoencoder's {expected} channels; inpainting and other variants are "
+                "not supported."
             )
 
     def prepare(self, network: Any) -> None:  # noqa: ANN401

@@ -136,7 +136,8 @@ class CogView4(FlowTransformer):
             found = pipeline.scheduler.config.get(name, expected)
             if found != expected:
                 raise UserError(
-                    f"the scheduler of {source} has {name}={found!r}: expected {expected!r}, as CogView4 was published."
+                    f"the scheduler of {source} has {name}={found!r}: expected {expected!r}, as in the published "
+                    "CogView4."
                 )
 
     def prepare(self, network: Any) -> None:  # noqa: ANN401

@@ -144,7 +144,7 @@ class Flux(FlowTransformer):
         """See :meth:`Family.check_guidance`."""
         if guidance_scale > 1 and not self.is_told_guidance(network):
             raise UserError(
-                f"{source} has a transformer without guidance input (guidance_embeds is false), as Flux.1 "
+                f"{source} has a transformer without guidance input (guidance_embeds is false), like Flux.1 "
                 f"schnell; leave out --guidance-scale {guidance_scale:g}."
             )
 

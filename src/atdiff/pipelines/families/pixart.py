@@ -52,8 +52,8 @@ class PixArtSigma(MaskedPrompts):
         super().check(source, pipeline)
         if pipeline.transformer.use_additional_conditions:
             raise UserError(
-                f"the transformer of {source} is told the size of the image, which PixArtSigmaPipeline does not tell: "
-                "expected one with use_additional_conditions false."
+                f"the transformer of {source} takes the image size as input, which PixArtSigmaPipeline does not "
+                "give: expected one with use_additional_conditions=False."
             )
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:

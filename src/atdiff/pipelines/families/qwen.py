@@ -72,8 +72,8 @@ class QwenImage(VideoAutoencoder, FlowTransformer):
         for name in EDITING:
             if pipeline.transformer.config.get(name):
                 raise UserError(
-                    f"the transformer of {source} has {name}, which QwenImagePipeline does not serve: expected one of "
-                    f"text to image, with {name} false."
+                    f"the transformer of {source} has {name}, which QwenImagePipeline does not support: expected "
+                    f"a text-to-image one with {name}=False."
                 )
 
     def prepare(self, network: Any) -> None:  # noqa: ANN401

@@ -53,8 +53,8 @@ class Wan(VideoAutoencoder, FlowTransformer):
         for name in ("boundary_ratio", "expand_timesteps"):
             if pipeline.config.get(name):
                 raise UserError(
-                    f"{source} has {name}={pipeline.config[name]!r}, as Wan 2.2: expected a text-to-video pipeline of "
-                    "Wan 2.1, with one transformer that is told one time."
+                    f"{source} has {name}={pipeline.config[name]!r}, like Wan 2.2: expected a text-to-video "
+                    "pipeline of Wan 2.1, with one transformer and one timestep input."
                 )
         super().check(source, pipeline)
 

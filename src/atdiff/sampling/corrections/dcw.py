@@ -38,7 +38,7 @@ class WaveletCorrection(Correction):
 
     def __init__(self, low: float, high: float = 0.0) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"dcw={low}:{high} must be finite; use 0 for none, 0.01 to 0.1 as usual.")
+            raise UserError(f"dcw={low}:{high} must be finite; 0.01 to 0.1 is usual, 0 is none.")
         self.low, self.high = low, high
 
     @property

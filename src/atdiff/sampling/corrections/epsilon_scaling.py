@@ -33,7 +33,7 @@ class EpsilonScaling(Correction):
 
     def __init__(self, scale: float = 1.0, slope: float = 0.0) -> None:
         if not (math.isfinite(scale) and scale > 0):
-            raise UserError(f"epsilon scale={scale} must be above 0; use 1.0 for none, 1.005 to 1.02 as usual.")
+            raise UserError(f"epsilon scale={scale} must be above 0; 1.005 to 1.02 is usual, 1.0 is none.")
         if not math.isfinite(slope):
             raise UserError(f"epsilon slope={slope} must be finite; use 0.0 for a constant scale.")
         self.scale, self.slope = scale, slope

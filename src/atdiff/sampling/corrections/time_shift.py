@@ -49,8 +49,8 @@ class TimeShift(Correction):
             raise UserError(f"time-shift cutoff={cutoff} must be a timestep, 0 or more; use 200 to 400 of 1000.")
         if not 0.0 <= data_variance < 1.0:
             raise UserError(
-                f"time-shift data_variance={data_variance} must lie in [0, 1), the variance of the noise: from 1 on, "
-                "the variance does not determine t; scale the images to [-1, 1]."
+                f"time-shift data_variance={data_variance} must lie in [0, 1), below the variance of the noise, "
+                "since otherwise the variance does not determine t; scale the images to [-1, 1]."
             )
         self.window, self.cutoff, self.data_variance = int(window), cutoff, data_variance
 
@@ -71,8 +71,7 @@ class TimeShift(Correction):
         """Raise a UserError for EDM, and for a cutoff beyond the schedule's last timestep."""
         if schedule.traits.variance_exploding:
             raise UserError(
-                "time-shift does not fit EDM networks, which have no timesteps to count its window in; use "
-                "epsilon-scaling."
+                "time-shift does not fit EDM networks, which have no timesteps for its window; use epsilon-scaling."
             )
         if self.cutoff is not None and self.cutoff >= schedule.num_train_timesteps:
             raise UserError(

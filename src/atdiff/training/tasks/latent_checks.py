@@ -30,24 +30,27 @@ def check_settings(config: TrainConfig) -> None:
     """Find the mistakes that the settings alone show, before anything is loaded."""
     if config.model.name == "pipeline" and config.training.init is None:
         raise UserError(
-            "model.name='pipeline' trains the network of a pipeline: name its folder or hub id as --training.init."
+            "model.name='pipeline' trains the network of a pipeline: give its folder or hub id as --training.init."
         )
     if config.training.init is None and config.lora.rank:
         raise UserError(
-            "lora.rank adapts a pipeline that is stored outside the run: name its folder or hub id as --training.init."
+            "lora.rank needs a base pipeline outside the run: give its folder or hub id as --training.init."
         )
     if config.lora.base_precision != "float32" and is_single_file(config.training.init or ""):
         raise UserError(
-            f"lora.base_precision={config.lora.base_precision!r} is for pipeline folders and hub ids, and "
-            f"training.init={config.training.init!r} is one file: save it as a folder with diffusers' save_pretrained."
+            f"lora.base_precision={config.lora.base_precision!r} needs a pipeline folder or hub id, but "
+            f"training.init={config.training.init!r} is one file: save it as a folder with diffusers' "
+            "save_pretrained."
         )
     if config.data.class_conditional:
         raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
     for name in ("captions", "labels", "label_column"):
         if config.data.streaming and getattr(config.data, name) is not None:
-            raise UserError(f"data.streaming is for images with captions of their own: leave out data.{name}.")
+            raise UserError(f"data.streaming needs a caption for each image: leave out data.{name}.")
     if config.data.streaming and config.data.buckets:
-        raise UserError("data.buckets needs the sizes of all images beforehand: leave it out, or data.streaming.")
+        raise UserError(
+            "data.buckets needs the sizes of all images in advance: leave out data.buckets or data.streaming."
+        )
     if config.scheduler != SchedulerConfig():
         raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
     if config.consistency.mode != "none":
@@ -72,7 +75,7 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
     size = config.data.image_size
     if size not in (None, latent.image_size):
         raise UserError(
-            f"data.image_size={size} does not fit {latent.source}, whose latents are those of images of "
+            f"data.image_size={size} does not fit {latent.source}, whose latents encode images of "
             f"{latent.image_size} pixels; set it to that, or leave it out."
         )
     check_parametrisation(config, latent)
@@ -113,8 +116,8 @@ def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: Captio
     known = latent.network.config.num_embeds_ada_norm
     if classes > known:
         raise UserError(
-            f"{config.data.name!r} has {classes} classes, and {latent.source} knows {known}: put the "
-            "images of each class into their own subfolder, in the order of the classes."
+            f"{config.data.name!r} has {classes} classes, but {latent.source} has {known}: put the images of each "
+            "class into their own subfolder, in the order of the classes."
         )
 
 
@@ -136,8 +139,8 @@ def check_buckets(
     if size * processes > most:
         by = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"training.batch_size={size}{by} is more than the images of any bucket, of which {width}x{height} has the "
-            f"most, {most} of {counts.total()}: use {max(1, most // processes)} or less, a larger "
+            f"training.batch_size={size}{by} exceeds the number of images in every bucket ({width}x{height} has "
+            f"the most, {most} of {counts.total()}): use {max(1, most // processes)} or less, a larger "
             "data.bucket_step, or no data.buckets."
         )
 
@@ -162,23 +165,23 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
         check_distillable(one)
     if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
         raise UserError(
-            f"the teacher {teacher.source} is a distilled pipeline itself: give the one that it was distilled from "
-            "as --consistency.teacher."
+            f"the teacher {teacher.source} is itself a distilled pipeline: give the pipeline it was distilled "
+            "from as --consistency.teacher."
         )
     if teacher.latent_shape != latent.latent_shape:
         raise UserError(
-            f"the teacher {source} has latents {teacher.latent_shape} and {latent.source} "
-            f"{latent.latent_shape}: give one of the same size and channels."
+            f"the teacher {source} has latents {teacher.latent_shape} but {latent.source} has "
+            f"{latent.latent_shape}: give a teacher with the same size and channels."
         )
     for found in differences(latent.scheduler, None, as_start(teacher))[:1]:
         raise UserError(
-            f"the teacher {source} {found.said_there} and {latent.source} {found.ours!r}: give one of the "
+            f"the teacher {source} {found.said_there} and {latent.source} {found.ours!r}: give a teacher with the "
             "same noise schedule and prediction type."
         )
     if teacher is not latent and not _same_conditions(teacher, latent):
         raise UserError(
-            f"the teacher {source} makes other embeddings of a prompt than {latent.source}: captions are "
-            "encoded once for both, so give one with the same text encoders."
+            f"the teacher {source} encodes prompts differently from {latent.source}, but captions are encoded "
+            "once for both: give a teacher with the same text encoders."
         )
     return teacher
 
@@ -197,16 +200,17 @@ def check_distillable(latent: LatentPipeline) -> None:
     """Refuse a pipeline whose network cannot become a consistency model."""
     if not latent.family.distillable:
         raise UserError(
-            f"{latent.source} is a {type(latent.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and XL "
-            "are distilled; train it without consistency.mode."
+            f"{latent.source} is a {type(latent.pipeline).__name__}: only the U-Nets of Stable Diffusion 1, 2 and "
+            "XL can be distilled; train it without consistency.mode."
         )
 
 
 def _own_teacher(latent: LatentPipeline) -> LatentPipeline:
     if latent.network.config.time_cond_proj_dim:
         raise UserError(
-            f"consistency.teacher='self' needs a model that is not told its guidance, and {latent.source} is: distil "
-            "it with consistency.embed_guidance=false, or train it without a teacher (consistency.mode=training)."
+            "consistency.teacher='self' needs a model that does not take the guidance scale as input, but "
+            f"{latent.source} does: distil it with consistency.embed_guidance=false, or train it without a "
+            "teacher (consistency.mode=training)."
         )
     return latent
 

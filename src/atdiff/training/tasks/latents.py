@@ -105,8 +105,8 @@ class LatentTask(Task):
             return config.training.init
         if config.data.latents is not None:
             raise UserError(
-                f"data.latents are those of a pipeline's encoders, and model.name={config.model.name!r} would make "
-                "others: name that pipeline as --training.init."
+                f"data.latents were encoded by a saved pipeline, but model.name={config.model.name!r} would make "
+                "another one: give that pipeline as --training.init."
             )
         if config.model.name in SMALL_PIPELINES and not config.data.captions:
             raise UserError(

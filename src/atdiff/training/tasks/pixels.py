@@ -61,7 +61,7 @@ class PixelTask(Task):
         if start is not None:
             check_agreement(scheduler, config.objective.prediction_type, start)
         if teacher is not None and teacher is not start:
-            remedy = None if start is None else f"give a teacher that agrees with {start.name}"
+            remedy = None if start is None else f"use a teacher that matches {start.name}"
             check_agreement(scheduler, config.objective.prediction_type, teacher, remedy)
         return scheduler
 
@@ -108,7 +108,7 @@ class PixelTask(Task):
         if self.data.labels is None:
             raise UserError(
                 f"data.class_conditional is set, but {self.config.data.name!r} has no labels; put each class into "
-                "its own subfolder or unset it."
+                "its own subfolder, or leave it out."
             )
         return int(self.data.everything.labels.max()) + 1
 
