@@ -53,8 +53,7 @@ def residual_noise(
         The noise ``(B, ...)``, detached, in the dtype of ``noise``.
 
     Raises:
-        UserError: neither or both of dose and adversary are given, or the adversary has another method; shapes or
-            settings do not fit.
+        UserError: not exactly one of dose and adversary is given, or the adversary's method or a shape does not fit.
     """
     if "steps" in conditions:
         raise UserError(

@@ -76,8 +76,7 @@ class ConsistencyObjective:
     diffusion model (`ECT <https://arxiv.org/abs/2406.14548>`_, ``pairs="ect"``).
 
     ``f(x, t) = c_skip x + c_out x0_hat`` is the identity at the end of the trajectory. The factors are those of the
-    scheduler that samples from the network: ``LCMScheduler`` for ``vp``, ``CMStochasticIterativeScheduler`` for
-    ``edm``.
+    sampling scheduler: ``LCMScheduler`` for ``vp``, ``CMStochasticIterativeScheduler`` for ``edm``.
 
     An adversary perturbs one of two places, set by ``site``:
 
@@ -97,8 +96,7 @@ class ConsistencyObjective:
         intervals: intervals in the grid of ``even``, and in the last grid of ``ict``.
         distance: ``pseudo-huber``: ``sqrt(|d|^2 + c^2) - c`` per sample (iCT, eq. 10); ``huber``: the mean of this over
             single values (LCM); ``l2``: the mean square.
-        huber_c: the constant c; default ``0.00054 sqrt(D)`` for ``D`` values per sample (iCT), or 0.001 for ``huber``
-            (LCM).
+        huber_c: the constant c; default ``0.00054 sqrt(D)`` for ``D`` values per sample (iCT), 0.001 for ``huber``.
 
     Attributes:
         progress: completed share of training, from 0 to 1, for the curricula of ``ict`` and ``ect``; set by the caller.

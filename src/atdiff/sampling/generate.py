@@ -75,9 +75,7 @@ def denoise_steps(
     model_kwargs: Mapping[str, Tensor] | None = None,
     correction: Correction | None = None,
 ) -> Iterator[Tensor]:
-    """Yield ``x`` after each of the scheduler's steps; the caller handles progress, gradients and stopping.
-
-    ``x`` is in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
+    """Yield ``x`` after each step, in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
 
     Args:
         model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are ``(B,)``. Of
@@ -86,11 +84,10 @@ def denoise_steps(
         x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``.
         generators: one per image, for stochastic schedulers.
         model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
-        correction: a correction of the sampler; None for none.
+        correction: of the sampler.
 
     Raises:
-        UserError: the network's channels do not fit the images and ``variance_type``, or the correction does not fit
-            the noise schedule.
+        UserError: the network's channels, the images and ``variance_type``, or correction and schedule do not fit.
     """
     schedule = NoiseSchedule(scheduler)
     correction = correction or Correction()
@@ -167,22 +164,14 @@ def iter_generate(
 ) -> Iterator[Tensor]:
     """Yield batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-    Image ``i`` depends only on ``i`` and ``seed`` (:func:`image_generators`), even when several processes share the
-    work. A module runs in evaluation mode and is then restored to its previous mode.
+    Image ``i`` depends only on ``i`` and ``seed`` (:func:`image_generators`), even when several processes share them.
 
     Args:
         model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``.
-        training_scheduler: the scheduler the network was trained with.
-        sampler: see :func:`atdiff.sampling.make_scheduler`.
-        steps: number of sampling steps.
-        num: number of images.
-        shape: shape of an image, ``(C, H, W)``.
-        seed: from 0 to 4293.
-        batch_size: images per batch.
+        training_scheduler: the network's; ``sampler`` and ``steps`` as in :func:`atdiff.sampling.make_scheduler`.
+        num: images in all, ``batch_size`` at a time, of the ``shape`` ``(C, H, W)``; ``seed`` is from 0 to 4293.
         class_labels: one label per image, ``(num,)``.
-        correction: a correction of the sampler; None for none.
-        device: device to move the model to; default: its current one.
-        progress: show a progress bar.
+        device: where to move the model; default: its current device.
 
     Raises:
         UserError: an option is out of range or does not fit the model.
