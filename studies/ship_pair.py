@@ -29,7 +29,8 @@ def main() -> None:
         settings = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(settings, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(run))
-    size = sum(file.stat().st_size for file in PAIR.rglob("*") if file.is_file())
+    pair = [PAIR / name for name in ARMS.values()]
+    size = sum(file.stat().st_size for folder in pair for file in folder.rglob("*") if file.is_file())
     assert size <= MOST_BYTES, f"the pair takes {size:,} bytes"
     print(f"{PAIR}: {size:,} bytes")
 

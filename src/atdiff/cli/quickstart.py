@@ -13,7 +13,7 @@ from atdiff.cli.study import run_recipe
 
 __all__ = ["quickstart"]
 
-# Two networks of the study cifar10-small-flow, of the same base and seed; studies/ship_pair.py puts them there.
+# Two networks of the study cifar10-small-flow, of one seed; studies/ship_pair.py puts them there, beside their base.
 PAIR = Path(__file__).parent.parent / "pretrained"
 ARMS = {"plain": "cifar10-plain", "atdiff": "cifar10-atdiff"}
 STEPS = (4, 8, 16)
