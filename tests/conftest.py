@@ -125,8 +125,8 @@ def copied_study(study: Path, copy: Path) -> Path:
 class _Serial(Executor):
     """Does at once what it is given, in the process of the test, with the threads of a worker."""
 
-    def __init__(self, *args: Any, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
-        initializer(*initargs)
+    def __init__(self, *args: Any, initargs: tuple[int], **options: Any) -> None:
+        torch.set_num_threads(*initargs)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
         future: Future[Any] = Future()

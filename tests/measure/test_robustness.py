@@ -385,7 +385,7 @@ def test_folders_and_data_that_do_not_fit(runs: list[str], tmp_path: Path) -> No
             robustness_of_runs(runs, SMALL, out)
         assert (out / "robustness.json").read_text() == broken
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match="is not empty and contains none of"):
         robustness_of_runs(runs, SMALL, tmp_path / "file")
 
 

@@ -521,7 +521,7 @@ def test_timesteps_are_found_by_their_noise() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ConsistencyObjective(FlowMatchEulerDiscreteScheduler()), "is a flow"),
+        (lambda: ConsistencyObjective(FlowMatchEulerDiscreteScheduler()), "has a flow schedule"),
         (lambda: ConsistencyObjective(lcm(), site="both"), "site='both' is unknown; use one of student, teacher"),
         (lambda: ConsistencyObjective(lcm(), distance="l1"), "distance='l1'"),
         (lambda: ConsistencyObjective(lcm(), huber_c=0.0), "huber_c=0.0 must be above 0"),
@@ -530,7 +530,7 @@ def test_timesteps_are_found_by_their_noise() -> None:
         (lambda: ConsistencyObjective(lcm(), intervals=0), "intervals=0"),
         (lambda: ConsistencyObjective(lcm(prediction_type="epsilon")), "cannot sample in one step"),
         (lambda: Teacher(lambda x, t: x, DDPMScheduler(), solver="euler"), "solver='euler'"),
-        (lambda: Teacher(lambda x, t: x, FlowMatchEulerDiscreteScheduler()), "is a flow"),
+        (lambda: Teacher(lambda x, t: x, FlowMatchEulerDiscreteScheduler()), "has a flow schedule"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, DDPMScheduler())), "noise schedule"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, EDMEulerScheduler())), "noise schedule"),
     ],
@@ -543,7 +543,7 @@ def test_mistakes(make: Any, says: str) -> None:
 
 def test_a_network_of_other_channels_is_refused() -> None:
     objective, _, batch = case("student")
-    with pytest.raises(UserError, match="3 channels for samples of 1"):
+    with pytest.raises(UserError, match="returned 3 channels: expected 1"):
         objective.loss(lambda x, t: x.expand(-1, 3, -1, -1), batch)
 
 

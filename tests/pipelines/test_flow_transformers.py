@@ -577,7 +577,7 @@ def test_a_dit_of_pixels_is_trained_sampled_and_measured(tmp_path: Path, capsys:
         picture = str(tmp_path / f"{label}.png")
         assert main(["sample", str(out), "--steps", "2", "--num", "2", "--class-label", label, "--out", picture]) == 0
     assert main(["sample", str(out), "--steps", "2", "--class-label", "10", "--out", str(tmp_path / "x.png")]) == 2
-    assert "class label 10 is not one of" in capsys.readouterr().err
+    assert "class label 10 is not among the labels 0 to 9" in capsys.readouterr().err
     measured = ["mismatch", str(out), "--steps", "2", "--num", "16", "--out", str(tmp_path / "mismatch")]
     assert main(measured) == 0
 

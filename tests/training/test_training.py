@@ -291,7 +291,7 @@ def test_a_folder_in_use_is_left_alone(recipe: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("years of work")
     assert main(["train", str(recipe), "--out", str(tmp_path / "used")]) == 2
-    assert "is in use" in capsys.readouterr().err
+    assert "is not empty and is not a training folder" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.tex"]
     out = run(recipe, tmp_path / "run")
     before = (out / "config.yaml").read_text()

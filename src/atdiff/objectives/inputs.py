@@ -77,12 +77,13 @@ def without_variance(output: Tensor, x: Tensor, whose: str) -> Tensor:
         UserError: the output is of another size, or of neither ``C`` nor ``2C`` channels.
     """
     check_output(output, x)
-    if output.shape[1] not in (x.shape[1], 2 * x.shape[1]):
+    channels = x.shape[1]
+    if output.shape[1] not in (channels, 2 * channels):
         raise UserError(
-            f"the {whose} returned {output.shape[1]} channels for samples with {x.shape[1]} channels: expected as "
-            "many, or twice as many with a learned variance."
+            f"the {whose} returned {output.shape[1]} channels: expected {channels} like the samples, or {2 * channels} "
+            "with a learned variance."
         )
-    return output[:, : x.shape[1]].float()
+    return output[:, :channels].float()
 
 
 def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
