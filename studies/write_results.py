@@ -88,7 +88,9 @@ def recipe(summary: dict[str, Any]) -> str:
     said = []
     if "passes" in summary:
         batch = summary["recipe"]["base"]["training"]["batch_size"]
-        said.append(f"base {summary['passes']['base']:,} passes, arms {summary['passes']['arm']:,} at batch {batch}")
+        start, passes = evaluation.get("start"), summary["passes"]
+        base = f"base {Path(start).name}" if start else f"base {passes['base']:,} passes"
+        said.append(f"{base}, arms {passes['arm']:,} passes at batch {batch}")
     seeds = ", ".join(dict.fromkeys(str(cell["seed"]) for cell in cells))
     sampling = ", ".join(dict.fromkeys(str(cell["sample_seed"]) for cell in cells))
     said += [
