@@ -242,8 +242,11 @@ def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
     warm = shutil.copytree(swept / "base", swept / "warm")
     settings = yaml.safe_load((warm / "config.yaml").read_text())
     settings["optimizer"]["warmup_passes"] = 16
+    settings["training"]["ema_warmup"] = False
     (warm / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert plan(Tuning("warm", 4, passes=80)).recipe.config["optimizer"]["warmup_passes"] == 5
+    swept_warm = plan(Tuning("warm", 4, passes=80)).recipe.config
+    assert swept_warm["optimizer"]["warmup_passes"] == 5
+    assert swept_warm["training"]["ema_warmup"]  # most of a long average would be the run's own weights
 
 
 def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:

@@ -240,7 +240,8 @@ def _check_kind(run: str, config: TrainConfig) -> None:
 def _config_of(run: str) -> TrainConfig:
     """Return the settings of a run as today's arms have them, without its adversary and start."""
     config: TrainConfig = as_begun(read_settings(TrainConfig, run_config(run)), Path(run))
-    training = replace(config.training, init=None, seed=0, sample_every=0, tracker=None)
+    # Arms are short: most of an average as long as the run's would be the run's own weights, the same for all.
+    training = replace(config.training, init=None, seed=0, sample_every=0, tracker=None, ema_warmup=True)
     # Those of its own start, which a folder of whole weights has not.
     model = config.model if config.lora.rank else replace(config.model, variant=None, config=None)
     unset = TrainConfig()
