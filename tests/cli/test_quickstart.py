@@ -16,10 +16,12 @@ from atdiff.cli.quickstart import ARMS, PAIR
 from atdiff.pipelines.model import load_denoiser
 
 
-def test_the_pair_is_small_and_in_half_precision() -> None:
-    files = [file for file in PAIR.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 8_000_000
-    for name in ARMS.values():
+def test_the_pair_and_its_base_are_small_and_in_half_precision() -> None:
+    names = [*ARMS.values(), "cifar10-base"]
+    assert {folder.name for folder in PAIR.iterdir()} == set(names)
+    for name in names:
+        size = sum(file.stat().st_size for file in (PAIR / name).rglob("*") if file.is_file())
+        assert size <= 4_000_000  # 8 MB for the pair
         weights = load_file(PAIR / name / "unet" / "diffusion_pytorch_model.safetensors")
         assert {value.dtype for value in weights.values()} == {torch.float16}
         assert "cifar10" in (PAIR / name / "README.md").read_text()
