@@ -654,26 +654,38 @@ def test_latents_are_resumed_on_the_same_content_alone(
     assert go_on(4) == 0
 
 
+def said_of_changed(weights: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Train a pass, and return what refuses another one while a weight is other; then go on as it was."""
+
+    def go_on(passes: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return main(["train", *words, "--training.passes", str(passes)])
+
+    assert go_on(1) == 0
+    original = weights.read_bytes()
+    change(weights, name)
+    capsys.readouterr()
+    assert go_on(2) == 2
+    said = capsys.readouterr().err
+    weights.write_bytes(original)
+    assert go_on(2) == 0
+    return said
+
+
+def change(weights: Path, name: str) -> None:
+    changed = load_file(weights)
+    changed[name] += 1e-3
+    save_file(changed, weights, metadata={"format": "pt"})
+
+
 def test_a_run_is_resumed_with_the_same_autoencoder_alone(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(sd_folder, tmp_path / "base")
     weights = base / "vae" / "diffusion_pytorch_model.safetensors"
-
-    def go_on(passes: int) -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        words = ["--training.init", str(base), "--training.passes", str(passes)]
-        return main(["train", str(recipe), "--out", str(tmp_path / "run"), *words])
-
-    assert go_on(1) == 0
-    original, changed = weights.read_bytes(), load_file(weights)
-    changed["encoder.conv_in.bias"] += 1e-3
-    save_file(changed, weights, metadata={"format": "pt"})
-    capsys.readouterr()
-    assert go_on(2) == 2
-    assert f"with another autoencoder or other text encoders than {base} has now" in capsys.readouterr().err
-    weights.write_bytes(original)
-    assert go_on(2) == 0
+    words = [str(recipe), "--out", str(tmp_path / "run"), "--training.init", str(base)]
+    said = said_of_changed(weights, "encoder.conv_in.bias", words, capsys)
+    assert f"with another autoencoder or other text encoders than {base} has now" in said
 
 
 def test_adapters_are_resumed_on_the_same_base_alone(
@@ -681,24 +693,13 @@ def test_adapters_are_resumed_on_the_same_base_alone(
 ) -> None:
     base = shutil.copytree(sd_folder, tmp_path / "base")
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
-
-    def go_on(passes: int) -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        words = ["--training.init", str(base), "--training.passes", str(passes), "--lora.targets", '["to_q"]']
-        return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
-
-    assert go_on(1) == 0
-    original, changed = weights.read_bytes(), load_file(weights)
-    changed["conv_in.bias"] += 1e-3
-    save_file(changed, weights, metadata={"format": "pt"})
-    capsys.readouterr()
-    assert go_on(2) == 2
-    assert f"trains adapters on other weights than {base} has now" in capsys.readouterr().err
-    weights.write_bytes(original)
-    assert go_on(2) == 0
+    words = [str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), "--training.init", str(base),
+             "--lora.targets", '["to_q"]']  # fmt: skip
+    said = said_of_changed(weights, "conv_in.bias", words, capsys)
+    assert f"trains adapters on other weights than {base} has now" in said
     drawing = ["sample", str(tmp_path / "run"), "--num", "1", "--steps", "1"]
     assert main([*drawing, "--out", str(tmp_path / "one.png")]) == 0
-    save_file(changed, weights, metadata={"format": "pt"})
+    change(weights, "conv_in.bias")
     capsys.readouterr()
     assert main([*drawing, "--out", str(tmp_path / "two.png")]) == 2
     assert f"a LoRA for other weights than {base} has now" in capsys.readouterr().err

@@ -30,6 +30,10 @@ class Charge(NamedTuple):
         """Return how many of the passes that are behind went into batches."""
         return passes - self.before
 
+    def updates_of(self, passes: int) -> int:
+        """Return the weight updates that are done when so many passes are behind, or begun."""
+        return -(-self.trained(passes) // self.update)
+
     def ends_batch(self, passes: int) -> bool:
         """Whether no batch has had only a part of its passes when so many are behind."""
         return self.trained(passes) % self.batch == 0

@@ -29,17 +29,17 @@ def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
 
 def last_decay(config: Mapping[str, Any]) -> float:
     """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
-    training, charge = config["training"], charge_of(config)
-    updates = -(-charge.trained(training["passes"]) // charge.update)
+    training = config["training"]
+    updates = charge_of(config).updates_of(training["passes"])
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
 
 
 def share_of_start(config: Mapping[str, Any]) -> float:
     """Return how much of the average that a run of these settings leaves is still the weights that it began with."""
-    training, charge = config["training"], charge_of(config)
-    updates = charge.trained(training["passes"]) // charge.update
-    # A decay that rises from 0 leaves less than a tenth after the first update.
-    return 0.0 if training.get("ema_warmup", False) else float(training["ema_decay"] ** updates)
+    training = config["training"]
+    if training.get("ema_warmup", False):  # whose first decay is 0
+        return 0.0
+    return float(training["ema_decay"] ** charge_of(config).updates_of(training["passes"]))
 
 
 def average_name(config: Mapping[str, Any]) -> str:

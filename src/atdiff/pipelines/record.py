@@ -9,7 +9,7 @@ from typing import Any
 
 from atdiff.system.files import write_json
 
-__all__ = ["BEFORE", "classes_of", "note", "stored_data"]
+__all__ = ["BEFORE", "classes_of", "labels_of", "note", "stored_data"]
 
 # What settings were before they could be set, where that is not their default.
 BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {"ema_warmup": False}}
@@ -27,6 +27,11 @@ def note(run: Path, *, anew: bool = True, **values: object) -> None:
     noted = {**stored, **values} if anew else {**values, **stored}
     if noted != stored:
         write_json(run / "data.json", noted)
+
+
+def labels_of(classes: Sequence[str] | None) -> dict[str, int] | None:
+    """Return the label of each class, as a training folder stores them; None without classes."""
+    return None if classes is None else {name: label for label, name in enumerate(classes)}
 
 
 def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -24,7 +24,7 @@ from atdiff.measure.entries import read_cells, versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
-from atdiff.pipelines.record import stored_data
+from atdiff.pipelines.record import labels_of, stored_data
 from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
 from atdiff.study.progress import Seconds, StudyProgress
@@ -250,8 +250,7 @@ def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
     """
     known: dict[str, tuple[Path | None, str]] = {}
     if task is not None and hasattr(task, "data"):
-        classes = None if task.classes is None else {name: label for label, name in enumerate(task.classes)}
-        known[_images_of(stages[0], classes)] = None, task.data.fingerprint()
+        known[_images_of(stages[0], labels_of(task.classes))] = None, task.data.fingerprint()
     for stage in stages:
         stored = stored_data(stage.folder)
         if "fingerprint" not in stored:  # not begun, or by an earlier version

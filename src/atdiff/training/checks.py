@@ -239,9 +239,8 @@ def _warn_of_long_average(config: TrainConfig) -> None:
     """Warn where much of what a run publishes is still what it began with, which favours arms of more updates."""
     from atdiff.models.ema import share_of_start
 
-    charge, training = charge_of(asdict(config)), config.training
-    updates = charge.trained(training.passes) // charge.update
-    share = share_of_start(asdict(config))
+    settings, training = asdict(config), config.training
+    updates, share = charge_of(settings).updates_of(training.passes), share_of_start(settings)
     if updates < TRIAL or share <= MOST_OF_START:
         return
     shorter = next(decay for decay in (0.999, 0.99, 0.9) if decay**updates <= 0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.core.errors import UserError
-from atdiff.pipelines.record import classes_of, note, stored_data
+from atdiff.pipelines.record import classes_of, labels_of, note, stored_data
 from atdiff.system.processes import in_main
 from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.tasks.base import Task
@@ -41,7 +41,7 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
         "images": len(task.data),
         "skipped": [list(one) for one in task.data.skipped],
         "fingerprint": task.data.fingerprint(),
-        "classes": None if classes is None else {name: label for label, name in enumerate(classes)},
+        "classes": labels_of(classes),
     }
     others = {"base": task.base, "teacher": task.teacher, "encoders": task.encoders}
     found |= {name: weights for name, weights in others.items() if weights is not None}

@@ -141,7 +141,7 @@ class TrainingState:
         for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), mine["rng"], strict=False):
             set_state(value)
         self.passes = self.saved_at = state["passes"]
-        self.weights.ema.updates = self.charge.trained(self.passes) // self.charge.update
+        self.weights.ema.updates = self.charge.updates_of(self.passes)
 
     def _restore_whole(self, checkpoint: Path) -> None:
         weights, ema, state = load_checkpoint(checkpoint)
