@@ -374,16 +374,22 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
     assert figures[0] == figures[1]
 
 
-def test_seeds_of_a_study_do_not_start_from_different_weights_of_one_run(
-    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["training folder", "pipeline"])
+def test_seeds_of_a_study_do_not_start_from_different_weights(
+    finished: tuple[Path, Path],
+    what: str,
+    tmp_path: Path,
+    study_in_process: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe, before = finished
     start, out = tmp_path / "start", tmp_path / "out"
-    shutil.copytree(before / "seed-0" / "base", start)
+    base = before / "seed-0" / "base"
+    shutil.copytree(base if what == "training folder" else base / "pipeline", start)
     words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
              "false"]  # fmt: skip
     assert main([*words, "--study.seeds", "[0]"]) == 0
-    (weights,) = start.glob("pipeline/unet/*.safetensors")
+    (weights,) = start.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()
     assert main(words) == 2

@@ -220,17 +220,17 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
 
 
 def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
-    """Return a hash of the weights of each run beside the study that its runs start from.
+    """Return a hash of the weights of each run and pipeline on disk, not of the study itself, that its runs start from.
 
     Raises:
         UserError: one has other weights than when the study began, which only some of its arms would start from.
     """
     own = {str(stage.folder) for stage in stages if stage.arm == BASE}
-    starts = {stage.config.training.init for stage in stages} - own
+    starts = {stage.config.training.init: stage.config.model.variant for stage in stages}
     file = out / ORIGINS
     began: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    for start in sorted(one for one in starts if one is not None and run_config(one)):
-        now = load_denoiser(start).fingerprints()["weights"]
+    for start in sorted(one for one in starts.keys() - own if one is not None and Path(one).expanduser().is_dir()):
+        now = load_denoiser(start, variant=starts[start]).fingerprints()["weights"]
         if began.setdefault(start, now) != now:
             raise UserError(
                 f"{out} began from other weights than {start} has now: put these back, or choose another --out to "
