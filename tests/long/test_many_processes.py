@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,23 @@ def test_split_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -
         assert torch.equal(value, ema[name])
         torch.testing.assert_close(value, published[1][name], rtol=0, atol=1e-5)
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == sorted(path.name for path in run.iterdir())
+
+
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_split_weights_may_be_compiled(recipe: Path, tmp_path: Path) -> None:
+    """The losses and weights are those without a compiler, to rounding; the files load without it."""
+    words = ["-m", "atdiff", "train", str(recipe), "--training.shard", "true", "--training.passes", "12"]
+    for compiled in ("true", "false"):
+        out = str(tmp_path / compiled)
+        code, error = ended(launch(*words, "--training.compile", compiled, "--out", out))
+        assert code == 0, error
+    states = [load_denoiser(str(tmp_path / compiled)).model.state_dict() for compiled in ("true", "false")]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-5)
+    begun = [load_denoiser(str(tmp_path / "true")).config["training"][key] for key in ("compile", "shard")]
+    assert begun == [True, True]
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
