@@ -95,8 +95,9 @@ def profiled(network: Any, x_t: Tensor, states: Tensor) -> int:
     return most
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 32, 32), (1, 4, 8, 8)])  # in the second, weights are larger than activations
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_the_profiler_sees(checkpointing: bool) -> None:
+def test_activations_are_those_that_the_profiler_sees(checkpointing: bool, shape: tuple[int, ...]) -> None:
     network: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
     with torch.device("meta"):
         planned: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
@@ -104,7 +105,7 @@ def test_activations_are_those_that_the_profiler_sees(checkpointing: bool) -> No
         add_lora(one, rank=2)
         if checkpointing:
             one.enable_gradient_checkpointing()
-    x_t, states = torch.randn(4, 4, 32, 32), torch.randn(4, 7, TEXT_WIDTH)
+    x_t, states = torch.randn(shape), torch.randn(shape[0], 7, TEXT_WIDTH)
     conditions = {"encoder_hidden_states": states.to("meta")}
     found = activation_bytes(planned, x_t.to("meta"), conditions)
     assert found == pytest.approx(profiled(network, x_t, states), rel=0.15)

@@ -156,7 +156,7 @@ def activation_bytes(network: Any, x_t: Tensor, conditions: Mapping[str, Tensor]
     if dim := network.config.get("time_cond_proj_dim"):
         told["timestep_cond"] = torch.empty(len(x_t), dim, device="meta")
     timesteps = torch.zeros(len(x_t), dtype=torch.int64, device="meta")
-    live = _Live()
+    live = _Live((*network.parameters(), *network.buffers(), x_t, *told.values(), timesteps))
     # Patched, since a torch function mode does not reach what checkpoints compute again in the backward pass.
     with torch.device("meta"), live, patch.object(functional, "scaled_dot_product_attention", _attention):
         predict(network, x_t, timesteps, told).square().mean().backward()
@@ -215,14 +215,18 @@ def _state_per_weight(settings: OptimizerConfig, matrix: bool) -> float:
 class _Live(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, as long as they are referred to.
 
+    Args:
+        known: tensors that were there before, whose views are no new memory: a layer transposes its weight.
+
     Attributes:
         peak: the most at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak, self._now = 0, 0
         self._sizes: dict[int, int] = {}
+        self._known = {one.untyped_storage()._cdata for one in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         results = func(*args, **(kwargs or {}))
@@ -232,7 +236,7 @@ class _Live(TorchDispatchMode):
         return results
 
     def _note(self, storage: Any) -> None:  # noqa: ANN401  (an UntypedStorage)
-        if storage._cdata not in self._sizes:
+        if storage._cdata not in self._known and storage._cdata not in self._sizes:
             self._sizes[storage._cdata] = storage.nbytes()
             self._now += storage.nbytes()
             self.peak = max(self.peak, self._now)
