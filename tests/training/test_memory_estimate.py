@@ -11,13 +11,16 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from latent_pipelines import SD_UNET, TEXT_WIDTH, labelled_photos, sd_folder  # noqa: F401
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from atdiff.models.call import predict
+from atdiff.pipelines.families import viewed
+from atdiff.pipelines.families.sd3 import FAMILY as SD3
 from atdiff.pipelines.latent_model import load_latent_pipeline, make_frozen
-from atdiff.pipelines.lora import add_lora
+from atdiff.pipelines.lora import TARGET_MODULES, add_lora
 from atdiff.training import memory_estimate
 from atdiff.training.config import (
     ConsistencyConfig,
@@ -82,11 +85,11 @@ def test_what_a_base_would_take_is_what_it_takes(sd_folder: Path, precision: Any
     assert stored_bytes([torch.zeros(4, 5)[:2]] * 2) == 80  # one storage, whole
 
 
-def profiled(network: Any, x_t: Tensor, states: Tensor) -> int:
+def profiled(network: Any, x_t: Tensor, conditions: dict[str, Tensor]) -> int:
     """The most that torch's allocator has at a time beyond what it had before."""
     timesteps = torch.zeros(len(x_t), dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        network(x_t, timesteps, states).sample.square().mean().backward()
+        predict(network, x_t, timesteps, conditions).square().mean().backward()
     now = most = 0
     for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
@@ -95,20 +98,41 @@ def profiled(network: Any, x_t: Tensor, states: Tensor) -> int:
     return most
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 32, 32), (1, 4, 8, 8)])  # in the second, weights are larger than activations
+def adapted(kind: Any, settings: dict[str, Any], targets: Any, checkpointing: bool) -> Any:
+    network = viewed(kind(**settings)).train()
+    add_lora(network, rank=2, target_modules=targets)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    return network
+
+
+UNET = (UNet2DConditionModel, {**SD_UNET, "layers_per_block": 2}, TARGET_MODULES)
+FLUX = (
+    FluxTransformer2DModel,
+    {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32,
+     "axes_dims_rope": (8, 12, 12), "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": 16, "in_channels": 64},
+    SD3.lora_targets,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_the_profiler_sees(checkpointing: bool, shape: tuple[int, ...]) -> None:
-    network: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
+@pytest.mark.parametrize(
+    ("made", "shape", "off_by"),
+    # In the second, weights are larger than activations.
+    [(UNET, (4, 4, 32, 32), 0.15), (UNET, (1, 4, 8, 8), 0.15), (FLUX, (2, 16, 32, 32), 0.01)],
+)
+def test_activations_are_those_that_the_profiler_sees(
+    made: tuple[Any, dict[str, Any], Any], shape: tuple[int, ...], off_by: float, checkpointing: bool
+) -> None:
+    network = adapted(*made, checkpointing)
     with torch.device("meta"):
-        planned: Any = UNet2DConditionModel(**{**SD_UNET, "layers_per_block": 2}).train()
-    for one in (network, planned):
-        add_lora(one, rank=2)
-        if checkpointing:
-            one.enable_gradient_checkpointing()
-    x_t, states = torch.randn(shape), torch.randn(shape[0], 7, TEXT_WIDTH)
-    conditions = {"encoder_hidden_states": states.to("meta")}
-    found = activation_bytes(planned, x_t.to("meta"), conditions)
-    assert found == pytest.approx(profiled(network, x_t, states), rel=0.15)
+        planned = adapted(*made, checkpointing)
+    x_t = torch.randn(shape)
+    conditions = {"encoder_hidden_states": torch.randn(len(x_t), 7, TEXT_WIDTH)}
+    if made is FLUX:
+        conditions["pooled_projections"] = torch.randn(len(x_t), 16)
+    found = activation_bytes(planned, x_t.to("meta"), {name: one.to("meta") for name, one in conditions.items()})
+    assert found == pytest.approx(profiled(network, x_t, conditions), rel=off_by)
 
 
 def test_other_optimizers_are_counted_by_what_they_keep() -> None:
