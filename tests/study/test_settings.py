@@ -140,6 +140,10 @@ CONTRADICTIONS = [
     (["--training.shard=true", "--lora.rank=4"], "leave it out with lora.rank"),
     (["--lora.rank=4"], "lora.rank needs model.name='pipeline'"),
     (["--objective.label_dropout=0.1"], "set data.class_conditional"),
+    (["--data.limit=50"], "data.limit=50 is for text-to-image data"),
+    (["--data.captions=[a cat]"], "data.captions=['a cat'] is for text-to-image data"),
+    (["--data.caption_column=text"], "data.caption_column='text' is for text-to-image data"),
+    (["--data.caption_tokens=8"], "data.caption_tokens=8 is for text-to-image data"),
 ]
 
 

@@ -20,6 +20,7 @@ __all__ = ["check_config", "check_split", "for_machine"]
 
 TRIAL = 100  # updates, below which a run only tries things out
 MOST_OF_START = 0.1  # of an average
+OF_CAPTIONED = ("captions", "caption_column", "caption_tokens", "limit")  # settings of data that images alone lack
 
 
 def check_config(config: TrainConfig) -> None:
@@ -221,6 +222,12 @@ def _check_pixels(config: TrainConfig) -> None:
             f"validation.prompts are for text-to-image pipelines, but model.name={config.model.name!r} is a "
             "network of pixels; leave them out."
         )
+    for name in OF_CAPTIONED:
+        if (value := getattr(config.data, name)) is not None:
+            raise UserError(
+                f"data.{name}={value!r} is for text-to-image data, but model.name={config.model.name!r} is a network "
+                "of pixels and would be trained without it; leave it out."
+            )
     if config.data.streaming:
         raise UserError(
             "data.streaming is for text-to-image pipelines, whose images are encoded once, but "
