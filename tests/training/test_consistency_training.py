@@ -174,6 +174,7 @@ def test_the_student_starts_from_the_teacher_less_its_variance(tmp_path: Path) -
         (["--consistency.intervals", "2000"], "consistency.intervals=2000 must lie between 1 and the scheduler's 1000"),
         (["--consistency.target_decay", "1"], "consistency.target_decay=1.0 must lie in [0, 1)"),
         (["--objective.weighting", "min-snr"], "objective.weighting is for denoisers"),
+        (["--objective.timestep_sampler", "loss-second-moment"], "objective.timestep_sampler is for denoisers"),
         (["--objective.slowed_interpolation", "0.4"], "objective.slowed_interpolation is for denoisers"),
         (
             ["--objective.prediction_type", "sample"],

@@ -199,6 +199,7 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
     apply_words(settings, overrides or [], TrainConfig)
     config = as_encoded(read_settings(TrainConfig, settings), settings.get("data"))
     _check_usual(settings.get("adversary") or {}, config.adversary)
+    _check_rank(settings.get("lora") or {})
     check_config(config)
     return config
 
@@ -217,6 +218,16 @@ def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
                 f"{adversary.method!r} in {adversary.passes} passes along the {adversary.direction}: leave it out, or "
                 "give method, passes and direction."
             )
+
+
+def _check_rank(said: Mapping[str, Any]) -> None:
+    """Refuse what is said of adapters where nothing is said of their rank, which is then that of none."""
+    name = next((name for name in ("alpha", "targets") if said.get(name) is not None), None)
+    if name is not None and "rank" not in said:
+        raise UserError(
+            f"lora.{name}={said[name]!r} is for adapters, but without lora.rank all weights are trained: set "
+            "lora.rank, such as 8, or 0 to train all weights."
+        )
 
 
 def check_words(words: Sequence[str], *, study: bool) -> None:

@@ -125,7 +125,7 @@ def consistency_options(config: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f"consistency.target_decay={settings.target_decay} must lie in [0, 1); 0 makes the network its own target."
         )
-    for name in ("weighting", "label_dropout", "reflow", *NOISINGS):
+    for name in ("timestep_sampler", "weighting", "label_dropout", "reflow", *NOISINGS):
         if getattr(config.objective, name) != getattr(ObjectiveConfig(), name):
             raise UserError(f"objective.{name} is for denoisers: leave it out with consistency.mode={settings.mode!r}.")
     names = ("site", "pairs", "intervals", "distance", "huber_c")

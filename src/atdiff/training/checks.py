@@ -35,6 +35,7 @@ def check_config(config: TrainConfig) -> None:
     _check_batch(config)
     _check_adversary(config)
     _check_reflow(config)
+    _check_teacher(config)
     if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
 
@@ -203,6 +204,15 @@ def _check_reflow(config: TrainConfig) -> None:
         raise UserError(
             f"objective.reflow_passes={settings.reflow_passes} is the cost of generating pairs, but "
             "objective.reflow is 0; leave it out."
+        )
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    settings = config.consistency
+    if settings.teacher is not None and settings.mode != "distillation":
+        raise UserError(
+            f"consistency.teacher={settings.teacher!r} has no effect with consistency.mode={settings.mode!r}: set "
+            "consistency.mode=distillation, or leave the teacher out."
         )
 
 
