@@ -186,6 +186,21 @@ def test_mistakes_cost_nothing(
     assert Path("there.html").read_text() == "mine"
 
 
+def test_no_file_beside_a_page_is_replaced_unasked(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report.html has a samples.png beside it, as `atdiff sample --out samples.png` may have left there."""
+    mine = tmp_path / "samples.png"
+    mine.write_bytes(b"mine")
+    words = ["compare", str(finished[1]), "--no-mismatch", "--out", str(tmp_path / "report.html")]
+    assert main(words) == 2
+    assert f"{mine} exists already and would be replaced by that of report.html; choose" in capsys.readouterr().err
+    assert mine.read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+    assert main([*words, "--overwrite"]) == 0
+    assert mine.read_bytes() != b"mine"
+
+
 def test_arms_are_held_against_the_same_images(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

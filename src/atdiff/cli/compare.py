@@ -9,7 +9,6 @@ import click
 from atdiff.cli import options
 from atdiff.cli.command import Invocation, command
 from atdiff.cli.evaluation import Evaluation, add_evaluation
-from atdiff.core.errors import UserError
 
 __all__ = ["compare"]
 
@@ -50,12 +49,9 @@ def compare(
     the folder. Cells from a study are reused, unless an evaluation option is given.
     """
     from atdiff.study.arms import check_arms, find_runs
-    from atdiff.study.preflight import check_runs
+    from atdiff.study.preflight import check_page, check_runs
 
-    if out.suffix != ".html":
-        raise UserError(f"--out {out} must be an .html file.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; choose another --out, or add --overwrite.")
+    check_page(out, overwrite=overwrite)
     found = find_runs(runs)
     studied = all((Path(one.run) / "cells.json").is_file() for one in found)
     asked = evaluation.checked([one.run for one in found], out, (0,)) if evaluation.given or not studied else None

@@ -28,11 +28,13 @@ __all__ = [
     "check_encode",
     "check_measured",
     "check_metrics_of",
+    "check_page",
     "check_pipeline_config",
     "check_runs",
     "check_sampling",
     "check_study",
     "check_train",
+    "files_beside",
 ]
 
 
@@ -162,6 +164,27 @@ def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
                 f"{getattr(first.data, other)!r}, but the arms of a study are compared with the same images: make "
                 "them equal, or use `atdiff train` and `atdiff compare --data`."
             )
+
+
+def files_beside(report: Path) -> dict[str, Path]:
+    """Return what is written beside a page: under its own names beside a ``report.html``, else named after the page."""
+    names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
+    own = report.name == "report.html"
+    return {name: report.parent / name if own else report.with_suffix(f".{name}") for name in names}
+
+
+def check_page(out: Path, *, overwrite: bool) -> None:
+    """Find files that a page, or what is written beside it, would replace.
+
+    Raises:
+        UserError: there is one, and it is not to be replaced; or the page is no HTML file.
+    """
+    if out.suffix != ".html":
+        raise UserError(f"--out {out} must be an .html file.")
+    found = None if overwrite else next((file for file in (out, *files_beside(out).values()) if file.exists()), None)
+    if found is not None:
+        beside = "" if found == out else f" and would be replaced by that of {out.name}"
+        raise UserError(f"{found} exists already{beside}; choose another --out, or add --overwrite.")
 
 
 def check_drawing(

@@ -41,6 +41,7 @@ from atdiff.report.tables import (
 )
 from atdiff.report.words import conclusions, corrected_conclusions
 from atdiff.study.doses import doses_of_runs
+from atdiff.study.preflight import files_beside
 from atdiff.system.files import write_bytes, write_json, write_text
 
 __all__ = ["Measurements", "leading_metric", "publish", "training_curves"]
@@ -206,9 +207,7 @@ def publish(
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = {one: sorted({cell["steps"] for cell in cells if cell["sampler"] == one}) for one in samplers}
     grids = sample_grids(runs, samplers, steps, prompts=prompts, device=device, loading=loading)
-    names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
-    beside = report.name == "report.html"
-    files = {name: report.parent / name if beside else report.with_suffix(f".{name}") for name in names}
+    files = files_beside(report)
     write_json(files["summary.json"], summary)
     write_bytes(files["samples.png"], samples_picture(grids[samplers[0]]))
     real = real_grid(next(iter(runs.values())), grids, data=data, reading=reading, loading=loading)
