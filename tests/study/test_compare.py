@@ -20,6 +20,7 @@ from atdiff.measure.directions import DirectionsConfig
 from atdiff.measure.robustness import RobustnessConfig
 from atdiff.study.arms import check_arms
 from atdiff.study.compare import find_runs
+from conftest import RECIPE
 
 
 def runs(study: Path) -> list[str]:
@@ -215,6 +216,31 @@ def test_arms_are_held_against_the_same_images(
     assert main([*words, "--data", "digits", "--split", "train", "--out", str(tmp_path / "x.html")]) == 0
     cells = json.loads((tmp_path / "x.summary.json").read_text())["cells"]
     assert len({cell["fingerprints"]["reference"] for cell in cells}) == 1
+
+
+def test_arms_are_trained_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One image of the same file changed between two runs, which are compared only where --data says with which."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(json.dumps({**RECIPE, "data": {"name": "images.npz"}}))
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+
+    def trained(out: str) -> None:
+        np.savez("images.npz", images=images)
+        words = ["train", "tiny.yaml", "--arm", "plain", "--training.passes", "2"]
+        assert main([*words, "--out", out]) == 0
+
+    trained("one")
+    trained("two")
+    assert check_arms(find_runs(["one", "two"])) == (["one", "two"], "one")
+    images[3, 4, 5] ^= 255
+    trained("other")
+    capsys.readouterr()
+    assert main(["compare", "one", "other", "--metrics", "sliced_wasserstein", "--out", "x.html"]) == 2
+    error = capsys.readouterr().err
+    assert "other was trained on other images than one, though their settings of data are the same" in error
+    check_arms(find_runs(["one", "other"]), data="images.npz")
 
 
 def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def check_arms(
 
     Raises:
         UserError: fewer than two arms, no such baseline, unequal compute, or runs that would be held against different
-            images.
+            images, or were trained on different ones of the same name.
     """
     arms = list(dict.fromkeys(one.arm for one in runs))
     baseline = baseline or ("plain" if "plain" in arms else arms[0])
@@ -124,6 +124,7 @@ def check_arms(
         _check_compute(runs)
     if data is None:
         _check_references(runs)
+        _check_images(runs)
     return arms, baseline
 
 
@@ -146,6 +147,24 @@ def _check_references(runs: Sequence[ArmRun]) -> None:
             raise UserError(
                 f"{known[0].run} was trained with data.{name}={first[name]!r} and {one.run} with {then[name]!r}, "
                 "so each would be compared with its own images: name reference images for all of them with --data."
+            )
+
+
+def _check_images(runs: Sequence[ArmRun]) -> None:
+    """Refuse runs whose images changed from one to the other, though their settings name the same."""
+    known: dict[str, tuple[str, str]] = {}
+    for one in runs:
+        stored = stored_data(one.run)
+        if "fingerprint" not in stored:  # no training folder, or of an earlier version
+            continue
+        # Latents are of the encoders too, and classes are counted as each run did when it was begun.
+        settings = [one.config.get("data"), stored.get("classes"), stored.get("encoders")]
+        found = one.run, stored["fingerprint"]
+        other, expected = known.setdefault(json.dumps(settings, sort_keys=True), found)
+        if expected != stored["fingerprint"]:
+            raise UserError(
+                f"{one.run} was trained on other images than {other}, though their settings of data are the same: "
+                "train both on the same, or name reference images with --data to compare them anyway."
             )
 
 
