@@ -152,6 +152,24 @@ def test_arms_are_called_after_their_folders_less_the_seed(finished: tuple[Path,
 
 
 @pytest.mark.parametrize(
+    ("folder", "seed", "arm"),
+    [
+        ("at-0", 0, "at"),
+        ("at_seed_12", 12, "at"),
+        ("steps8-1", 1, "steps8"),
+        ("steps-10", 0, "steps-10"),
+        ("dose-0.1", 1, "dose-0.1"),
+        ("dose-0.1-1", 1, "dose-0.1"),
+        ("steps-12", 2, "steps-12"),
+    ],
+)
+def test_a_number_of_a_folder_is_not_cut_as_a_seed(folder: str, seed: int, arm: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.yaml").write_text(json.dumps({"training": {"seed": seed}}))
+    assert [one.arm for one in find_runs([str(tmp_path / folder)])] == [arm]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["STUDY", "--baseline", "repeat", "--out", "x.html"], "repeat"),

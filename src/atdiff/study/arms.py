@@ -88,7 +88,8 @@ def _compute(run: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _arm_of(name: str, seed: int) -> str:
-    return re.sub(rf"[-_.]?(seed)?[-_.]?{seed}$", "", name) or name
+    # Not the last digit of a number, such as that of steps-10 or dose-0.1.
+    return re.sub(rf"[-_.]?(seed)?[-_.]?(?<!\d)(?<!\d\.){seed}$", "", name) or name
 
 
 def _runs_of_study(folder: Path) -> list[ArmRun]:
