@@ -410,12 +410,13 @@ def test_clip_score_takes_the_prompts_of_the_run(trained: Path, pipeline: Path) 
 
 
 def test_grids_are_drawn_by_the_pipeline(trained: Path, pipeline: Path) -> None:
-    grids = sample_grids({"plain": str(trained)}, ["ddim"], [2], seed=1, columns=2)
-    expected = to_uint8(by_diffusers(trained / "pipeline", "ddim", 2, 1, list(CAPTIONS[:4]), 3.0)).int()
-    png = np.asarray(Image.open(_stream(grids["ddim"][2]["plain"]))).astype(int)
-    for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
-        assert np.abs(png[top : top + SIZE, left : left + SIZE] - expected[i, 0].numpy()).max() <= 1
+    for labels, captions in ((None, list(CAPTIONS[:4])), ((7, 2), [CAPTIONS[2], CAPTIONS[7]] * 2)):
+        grids = sample_grids({"plain": str(trained)}, ["ddim"], [2], seed=1, columns=2, labels=labels)
+        expected = to_uint8(by_diffusers(trained / "pipeline", "ddim", 2, 1, captions, 3.0)).int()
+        png = np.asarray(Image.open(_stream(grids["ddim"][2]["plain"]))).astype(int)
+        for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
+            assert np.abs(png[top : top + SIZE, left : left + SIZE] - expected[i, 0].numpy()).max() <= 1
     with pytest.raises(UserError, match="without prompts"):
         sample_grids({"plain": str(pipeline)}, ["ddim"], [2])
     assert sample_grids({"plain": str(pipeline)}, ["ddim"], [2], columns=2, prompts=["a one"])

@@ -104,8 +104,7 @@ class EvaluationConfig:
         """Return the run with these prompts; a ``UserError``, before any compute, where it cannot be evaluated."""
         asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
         if self.reading.labels is not None:  # of the reference images, and so of the samples
-            data = {**asked.config.get("data", {}), "labels": list(self.reading.labels)}
-            asked = replace(asked, config={**asked.config, "data": data})
+            asked = asked.of_classes(self.reading.labels)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
         asked.check_corrections(self.corrections)
         needy = next((name for name in self.metrics if METRICS[name].needs == "labels"), None)

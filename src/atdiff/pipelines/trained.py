@@ -201,6 +201,10 @@ class TrainedModel:
         labels: Sequence[int] | None = self.config.get("data", {}).get("labels")
         return labels
 
+    def of_classes(self, labels: Sequence[int]) -> Self:
+        """Return the run that draws these classes alone, by label, where it draws classes in turn."""
+        return replace(self, config={**self.config, "data": {**self.config.get("data", {}), "labels": list(labels)}})
+
     def _in_turn(self, labels: Tensor, num: int) -> Tensor:
         """Return ``num`` of the labels in turn, of those that were chosen alone."""
         if self._chosen is not None:

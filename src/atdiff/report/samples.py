@@ -39,6 +39,7 @@ def sample_grids(
     seed: int = 0,
     columns: int | None = None,
     prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
     loading: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grids:
@@ -50,6 +51,7 @@ def sample_grids(
         columns: samples along the side of a grid; None for as many up to 6 as keep all grids together under 5 MB in a
             page. Runs on points of the plane are drawn as one image of 1,000 points instead.
         prompts: for text-to-image runs, in the place of the captions of their training.
+        labels: of the classes to draw, where runs draw classes in turn; None for those of their training.
         loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
 
     Returns:
@@ -58,9 +60,8 @@ def sample_grids(
     Raises:
         UserError: a run cannot be loaded, its images have neither 1 nor 3 channels, or it needs prompts.
     """
-    denoisers = {arm: load_denoiser(run, **(loading or {})) for arm, run in runs.items()}
-    if prompts is not None:
-        denoisers = {arm: replace(denoiser, prompts=tuple(prompts)) for arm, denoiser in denoisers.items()}
+    loaded = {arm: load_denoiser(run, **(loading or {})) for arm, run in runs.items()}
+    denoisers = {arm: _asked(denoiser, prompts, labels) for arm, denoiser in loaded.items()}
     for denoiser in denoisers.values():
         channels = denoiser.image_shape[0]
         if channels not in (1, 3) and not _is_plane(denoiser):
@@ -134,6 +135,11 @@ def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
                 if column == 0:
                     axes.set_ylabel(f"{steps} step{'s' * (steps != 1)}", fontsize=11)
         return rendered(figure, "png", dpi=110)
+
+
+def _asked(denoiser: TrainedModel, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> TrainedModel:
+    asked = denoiser if prompts is None else replace(denoiser, prompts=tuple(prompts))
+    return asked if labels is None else asked.of_classes(labels)
 
 
 def _is_plane(denoiser: TrainedModel) -> bool:

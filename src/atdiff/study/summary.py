@@ -206,7 +206,8 @@ def publish(
     cells, metric, baseline = summary["cells"], summary["metric"], summary["baseline"]
     samplers = list(dict.fromkeys(cell["sampler"] for cell in cells))
     steps = {one: sorted({cell["steps"] for cell in cells if cell["sampler"] == one}) for one in samplers}
-    grids = sample_grids(runs, samplers, steps, prompts=prompts, device=device, loading=loading)
+    drawn: dict[str, Any] = {"prompts": prompts, "labels": reading.labels, "loading": loading}
+    grids = sample_grids(runs, samplers, steps, device=device, **drawn)
     files = files_beside(report)
     write_json(files["summary.json"], summary)
     write_bytes(files["samples.png"], samples_picture(grids[samplers[0]]))
