@@ -30,6 +30,7 @@ from torch import Tensor
 from atdiff.cli import main
 from atdiff.data import ImageData
 from atdiff.measure import mismatch as module
+from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.latents import LatentRun, TrueLatents, latent_run, prompted
 from atdiff.measure.mismatch import MismatchConfig, measure_mismatch
 from atdiff.measure.robustness import RobustnessConfig, draw_images, measure_robustness, objective_of
@@ -38,6 +39,7 @@ from atdiff.pipelines.latent_model import LatentPipeline
 from atdiff.pipelines.model import DataOptions, load_denoiser
 from atdiff.pipelines.text_to_image import TextToImage
 from atdiff.sampling.generate import image_generators
+from atdiff.study.compare import _measurements
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "dit": tiny_dit, "sana": tiny_sana,
@@ -234,6 +236,24 @@ def test_only_a_guided_network_has_a_guidance_scale_in_its_recipe(places: Path) 
     run = load_denoiser(str(places / "sd"))
     assert latent_run(run, guided=True).recipe == {"guidance_scale": 7.5, "images": "latents"}
     assert latent_run(run, guided=False).recipe == {"images": "latents"}
+
+
+def test_the_mismatch_of_a_comparison_is_of_the_guidance_and_the_prompts_of_its_figures(
+    places: Path, tmp_path: Path
+) -> None:
+    """A pipeline of others has no prompts of its own, and its usual guidance scale is 7.5."""
+    config = EvaluationConfig(("ddim",), (2,), prompts=("a cat", "the dog"), guidance_scale=3.0)
+    cell = {"sampler": "ddim", "steps": 2, "num": 2, "sample_seed": 0, "extractor": "x", "metrics": {}}
+    asked = replace(_measurements(cell, config), data=str(places / "labelled.npz"), num=NUM)
+    run = str(places / "sd")
+    found = asked.of({"plain": [run]}, tmp_path, "cpu")["mismatch"]
+    assert found["recipe"]["guidance_scale"] == 3.0
+    given = ["--data", str(places / "labelled.npz"), "--sampler", "ddim", "--steps", "2", "--num", str(NUM)]
+    words = ["mismatch", run, *given, "--prompts", str(places / "prompts.txt"), "--out", str(tmp_path / "usual")]
+    assert main(words) == 0
+    (usual,) = json.loads((tmp_path / "usual" / "mismatch.json").read_text())
+    assert usual["fingerprints"]["reference"] == found["recipe"]["fingerprints"]["reference"]  # the captions too
+    assert usual["records"][-1] != found["by_run"]["plain"][-1]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ class RunsConfig:
     data: str | None = None  # None for the data of each run
     reading: DataOptions = AS_TRAINED  # where it is another than in training
     prompts: tuple[str, ...] | None = None  # of images without captions: one per class or in turn; None as in training
+    usual_prompts: tuple[str, ...] | None = None  # of pipelines, in the place of those of their training
+    guidance_scale: float | None = None  # None for that of each run's training, or the usual one
     batch_size: int = 256  # no figure depends on it
     variant: str | None = None  # of the weights of pipelines, such as ``fp16``; training folders know their own
 
@@ -98,8 +100,10 @@ def open_subject(run: str, config: RunsConfig, *, guided: bool) -> tuple[Trained
     Such a network is ``guided`` as in sampling, or not as in training. What cannot be loaded or does not fit is a
     ``UserError``.
     """
-    denoiser = load_denoiser(run, variant=config.variant)
+    denoiser = load_denoiser(run, variant=config.variant, guidance_scale=config.guidance_scale)
     if isinstance(denoiser, TextToImage):
+        if config.usual_prompts is not None:
+            denoiser = replace(denoiser, prompts=config.usual_prompts)
         latents = latent_run(denoiser, guided=guided, image_size=config.reading.image_size)
         return latents, true_latents(latents, config.data, config.reading, config.prompts)
     if config.prompts is not None:

@@ -104,6 +104,8 @@ def _measurements(cell: Mapping[str, Any], source: EvaluationConfig | ArmRun) ->
         data=asked.data if asked else None,
         reading=asked.reading if asked else AS_TRAINED,
         variant=asked.variant if asked else None,
+        usual_prompts=asked.prompts if asked else None,
+        guidance_scale=asked.guidance_scale if asked else None,
     )
 
 

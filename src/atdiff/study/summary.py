@@ -65,6 +65,8 @@ class Measurements:
         variant: of the weights of pipelines; training folders know their own.
         data: the data set of the true images; None for each run's own.
         reading: how they are read, where that is another way than in training.
+        usual_prompts: of pipelines, for images without captions; None for those of their training.
+        guidance_scale: of pipelines; None for that of their training, or the usual one.
     """
 
     sampler: str | None
@@ -78,6 +80,14 @@ class Measurements:
     variant: str | None = None
     data: str | None = None
     reading: DataOptions = AS_TRAINED
+    usual_prompts: tuple[str, ...] | None = None
+    guidance_scale: float | None = None
+
+    @property
+    def _on(self) -> dict[str, Any]:
+        """On which images the runs are measured, and how they are loaded."""
+        names = ("seed", "variant", "data", "reading", "usual_prompts", "guidance_scale")
+        return {name: getattr(self, name) for name in names}
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
         """Measure runs by arm (one per seed) into folders in ``out``; return entries for the summary.
@@ -94,12 +104,9 @@ class Measurements:
                 self.sampler,
                 self.steps,
                 num=min(self.num, MISMATCH_NUM),
-                seed=self.seed,
                 extractor=self.extractor,
                 weights=self.weights,
-                variant=self.variant,
-                data=self.data,
-                reading=self.reading,
+                **self._on,
             )
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:
@@ -117,11 +124,10 @@ class Measurements:
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "variant", "data", "reading")}
         with cell_progress("levels of the robustness") as notify:
-            worst = robustness_of_runs(names, RobustnessConfig(**options), folder, device=device, notify=notify)
+            worst = robustness_of_runs(names, RobustnessConfig(**self._on), folder, device=device, notify=notify)
         with cell_progress("levels of the directions") as notify:
-            directions = directions_of_runs(names, DirectionsConfig(**options), folder, device=device, notify=notify)
+            directions = directions_of_runs(names, DirectionsConfig(**self._on), folder, device=device, notify=notify)
         found = {"robustness": worst, "directions": directions}
         for name, entries in found.items():
             save_measured(name, entries, folder)
