@@ -54,7 +54,7 @@ def check_adversary(
     if method != "free" and order == "staggered":
         raise UserError(f"method={method!r} cannot have order='staggered'; use order='consecutive' or method='free'.")
     if (dose is not None or steps is not None) and method not in STEPLESS:
-        _check_dose(dose, steps, step_size, radius, scale, passes, direction)
+        _check_dose(dose, steps, passes, direction, norm=norm, step_size=step_size, radius=radius, scale=scale)
     if rescale_noise:
         _check_rescaling(radius, target)
     if method == "equivariance":
@@ -145,11 +145,9 @@ def _check_equivariance(passes: int, direction: str, target: str, weight: float)
 def _check_dose(
     dose: float | str | None,
     steps: int | None,
-    step_size: float,
-    radius: float | None,
-    scale: str | Callable[..., Any] | None,
     passes: int,
     direction: str,
+    **others: Any,  # noqa: ANN401  (norm, step_size, radius and scale)
 ) -> None:
     if isinstance(dose, str) and dose != "auto":
         raise UserError(f"dose={dose!r} is unknown; use 'auto' with steps, or a number such as 0.15.")
@@ -163,9 +161,9 @@ def _check_dose(
         raise UserError(f"steps={steps!r} must be a whole number of sampling steps, 2 or more.")
     if isinstance(dose, float | int) and not 0 < dose < math.inf:
         raise UserError(f"dose={dose} must be above 0 and finite; 0.1 to 0.3 is usual.")
-    given = {"step_size": step_size or None, "radius": radius, "scale": scale}
-    for name, value in given.items():
-        if value is not None:
+    usual = {"norm": "l2", "step_size": 0.0, "radius": None, "scale": None}
+    for name, value in others.items():
+        if value != usual[name]:
             raise UserError(f"{name}={value} contradicts a dose, which replaces it; leave {name} out.")
     if direction not in ("residual", "drift"):
         raise UserError(
