@@ -123,6 +123,25 @@ def with_measurements(summary: Summary, arms: Sequence[str] = ("plain", "at")) -
     }
 
 
+def test_the_page_says_what_arms_share_where_that_is_known() -> None:
+    """A comparison of runs knows of no base model, and its arms may have other seeds."""
+
+    def said(summary: Summary) -> str:
+        rows = compare(summary["cells"], baseline="plain", metric="fd")
+        return " ".join(page_module._compared(summary, rows))
+
+    study = fake_summary()
+    assert "Every arm starts from the base model of its seed (8,000 passes)" in said(study)
+    assert "all arms share the base model and the sampling seeds" in said(study)
+    assert "Arms differ in their seeds" not in said(study)
+    for passes in ({}, {"base": 0, "arm": 3000}):
+        found = said(study | {"passes": passes})
+        assert "base model" not in found
+        assert "all arms share the sampling seeds" in found
+    fewer = [cell for cell in study["cells"] if (cell["arm"], cell["seed"]) != ("at", 2)]
+    assert "Arms differ in their seeds" in said(study | {"cells": fewer})
+
+
 class Page(HTMLParser):
     """Tags with their balance, the text of table cells, and the addresses a browser would load."""
 

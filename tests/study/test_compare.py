@@ -20,6 +20,7 @@ from atdiff.measure.directions import DirectionsConfig
 from atdiff.measure.robustness import RobustnessConfig
 from atdiff.study.arms import check_arms
 from atdiff.study.compare import find_runs
+from atdiff.study.summary import _by_arm
 from conftest import RECIPE
 
 
@@ -259,6 +260,14 @@ def test_arms_are_trained_on_the_same_images(
     error = capsys.readouterr().err
     assert "other was trained on other images than one, though their settings of data are the same" in error
     check_arms(find_runs(["one", "other"]), data="images.npz")
+
+
+def test_measurements_say_of_how_many_seeds_they_are() -> None:
+    entries = [{"run": run, "steps": 4, "records": [{"level": 0.5, "x": float(i)}]} for i, run in enumerate("abcd")]
+    found = _by_arm({"plain": ["a", "b", "c"], "at": ["d"]}, entries)
+    assert found["recipe"] == {"steps": 4, "training seeds": "1 to 3"}
+    assert found["by_run"] == {"plain": [{"level": 0.5, "x": 1.0}], "at": [{"level": 0.5, "x": 3.0}]}
+    assert _by_arm({"plain": ["a", "b"], "at": ["c", "d"]}, entries)["recipe"]["training seeds"] == 2
 
 
 def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path: Path) -> None:

@@ -288,15 +288,18 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     passes = summary.get("passes", {})
     seeds = sorted({str(cell["seed"]) for cell in summary["cells"]})
     sentences = [f"{len(arms)} arms (see below); {arms[0]} is the baseline."]
-    if "base" in passes and "arm" in passes:
+    if passes.get("base") and "arm" in passes:
         sentences.append(
             f"Every arm starts from the base model of its seed ({passes['base']:,} passes) and trains for the same "
             f"number of further passes: {passes['arm']:,}."
         )
+    shared = "the base model and the sampling seeds" if passes.get("base") else "the sampling seeds"
     sentences.append(
         f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(seeds)}): for each seed, all arms "
-        "share the base model and the sampling seeds, so an arm and the baseline are compared in pairs."
+        f"share {shared}, so an arm and the baseline are compared in pairs."
     )
+    if len({row.n for row in rows}) > 1:
+        sentences.append("Arms differ in their seeds: means are of all seeds of an arm, changes of shared ones.")
     nums = {cell["num"] for cell in summary["cells"] if cell.get("num")}
     if len(nums) == 1:
         sentences.append(f"Every figure of a seed is computed from {nums.pop():,} generated samples.")

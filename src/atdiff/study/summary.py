@@ -138,7 +138,8 @@ def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, An
     """Return the records of each arm, the mean over its runs, and what all of them share."""
     records = {entry["run"]: entry["records"] for entry in entries}
     recipe = {key: value for key, value in entries[0].items() if key not in ("run", "records")}
-    seeds = len(next(iter(runs.values())))
+    counts = sorted({len(of_arm) for of_arm in runs.values()})
+    seeds = counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     by_run = {arm: _mean([records[run] for run in of_arm]) for arm, of_arm in runs.items()}
     return {"by_run": by_run, "recipe": {**recipe, "training seeds": seeds}}
 
