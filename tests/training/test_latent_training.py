@@ -688,6 +688,28 @@ def test_a_run_is_resumed_with_the_same_autoencoder_alone(
     assert f"with another autoencoder or other text encoders than {base} has now" in said
 
 
+def test_a_run_is_resumed_with_the_same_noise_alone(
+    recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scheduler of a pipeline is in no setting of a run."""
+    base = shutil.copytree(sd_folder, tmp_path / "base")
+    file = base / "scheduler" / "scheduler_config.json"
+    original = json.loads(file.read_text())
+
+    def go_on(passes: int, **changed: Any) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        file.write_text(json.dumps(original | changed))
+        words = ["--training.init", str(base), "--lora.targets", '["to_q"]', "--training.passes", str(passes)]
+        return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
+
+    assert go_on(1) == 0
+    capsys.readouterr()
+    assert go_on(2, beta_end=0.02) == 2
+    said = "began under a scheduler that has beta_end=0.012 but scheduler.args.beta_end is 0.02 now: restore"
+    assert said in capsys.readouterr().err
+    assert go_on(2, steps_offset=0, _diffusers_version="0.1") == 0  # which add no other noise
+
+
 def test_adapters_are_resumed_on_the_same_base_alone(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

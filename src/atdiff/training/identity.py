@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from atdiff.core.errors import UserError
 from atdiff.pipelines.record import classes_of, labels_of, note, stored_data
 from atdiff.system.processes import in_main
+from atdiff.system.quiet import quiet_libraries
 from atdiff.training.config import SELF, TrainConfig
+from atdiff.training.start import Start, differences
 from atdiff.training.tasks.base import Task
 
 __all__ = ["check_data", "count_as_begun", "store_data"]
@@ -45,6 +49,8 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
     }
     others = {"base": task.base, "teacher": task.teacher, "encoders": task.encoders}
     found |= {name: weights for name, weights in others.items() if weights is not None}
+    if task.own_scheduler is not None:
+        found["scheduler"] = task.own_scheduler
     remedy = "restore the data, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
@@ -66,7 +72,19 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
     if changed is not None:
         what = _of_other_weights(changed, task.config)
         raise UserError(f"{out} {what} has now: restore the pipeline, or choose another --out.")
+    if "scheduler" in stored:
+        _check_noise(out, task, stored["scheduler"])
     return found
+
+
+def _check_noise(out: Path, task: Task, before: Mapping[str, Any]) -> None:
+    """Find that the pipeline of a run adds other noise than when the run was begun, which no setting says."""
+    with quiet_libraries():  # it remarks on options of the scheduler's own class
+        begun = getattr(diffusers, before["_class_name"]).from_config(before)
+    for one in differences(task.scheduler, None, Start(str(out), begun, None)):
+        raise UserError(
+            f"{out} began under a scheduler that {one} now: restore that of its pipeline, or choose another --out."
+        )
 
 
 def _of_other_weights(changed: str, config: TrainConfig) -> str:

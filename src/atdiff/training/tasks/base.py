@@ -98,6 +98,11 @@ class Task(ABC):
         return None
 
     @property
+    def own_scheduler(self) -> dict[str, Any] | None:
+        """The class and the configuration of a scheduler that the start brings; None where settings have written it."""
+        return None
+
+    @property
     @abstractmethod
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""

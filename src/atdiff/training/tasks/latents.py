@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -150,6 +151,11 @@ class LatentTask(Task):
     def encoders(self) -> str | None:
         """See :attr:`Task.encoders`."""
         return self.data.encoders
+
+    @property
+    def own_scheduler(self) -> dict[str, Any] | None:
+        """See :attr:`Task.own_scheduler`."""
+        return dict(json.loads(self.scheduler.to_json_string()))
 
     @property
     def images(self) -> ImageData:
