@@ -389,6 +389,13 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
              "false"]  # fmt: skip
     assert main([*words, "--study.seeds", "[0]"]) == 0
+    (scheduler,) = start.rglob("scheduler_config.json")
+    original = scheduler.read_text()
+    scheduler.write_text(json.dumps({**json.loads(original), "beta_schedule": "linear"}))
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"{out} began from other scheduler settings than {start} has now: put these back" in capsys.readouterr().err
+    scheduler.write_text(original)
     (weights,) = start.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()

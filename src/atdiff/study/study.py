@@ -36,14 +36,14 @@ from atdiff.system.files import write_json
 from atdiff.system.locks import one_writer
 from atdiff.system.precision import settled_precision, warn_of_slow_bf16
 from atdiff.training.card import write_card
-from atdiff.training.config import TrainConfig
+from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 from atdiff.training.tasks.base import Task
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 
-ORIGINS = "start.json"  # the weights of runs beside the study that it begins from
+ORIGINS = "start.json"  # what runs beside the study are that it begins from
 
 
 @one_writer("folder")
@@ -220,22 +220,31 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
 
 
 def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
-    """Return a hash of the weights of each run and pipeline on disk, not of the study itself, that its runs start from.
+    """Return hashes of each run and pipeline on disk, not of the study itself, that its runs start or learn from.
+
+    That of the weights is under its name, that of the scheduler beside it.
 
     Raises:
-        UserError: one has other weights than when the study began, which only some of its arms would start from.
+        UserError: one has others than when the study began, which only some of its arms would start from.
     """
     own = {str(stage.folder) for stage in stages if stage.arm == BASE}
-    starts = {stage.config.training.init: stage.config.model.variant for stage in stages}
+    starts = {
+        start: stage.config.model.variant
+        for stage in stages
+        for start in (stage.config.training.init, stage.config.consistency.teacher)
+        if start is not None and start != SELF
+    }
     file = out / ORIGINS
     began: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    for start in sorted(one for one in starts.keys() - own if one is not None and Path(one).expanduser().is_dir()):
-        now = load_denoiser(start, variant=starts[start]).fingerprints()["weights"]
-        if began.setdefault(start, now) != now:
-            raise UserError(
-                f"{out} began from other weights than {start} has now: put these back, or choose another --out to "
-                "begin all arms from those of now."
-            )
+    for start in sorted(one for one in starts.keys() - own if Path(one).expanduser().is_dir()):
+        now = load_denoiser(start, variant=starts[start]).fingerprints()
+        for name, what in ((start, "weights"), (f"{start}/scheduler", "scheduler")):
+            if began.setdefault(name, now[what]) != now[what]:
+                said = "weights" if what == "weights" else "scheduler settings"
+                raise UserError(
+                    f"{out} began from other {said} than {start} has now: put these back, or choose another --out to "
+                    "begin all arms from those of now."
+                )
     return began
 
 
