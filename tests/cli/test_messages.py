@@ -250,6 +250,13 @@ def test_one_or_several_are_given_under_either_name(place: Path, capsys: pytest.
     assert "`atdiff mismatch` takes one: use --sampler ddim" in capsys.readouterr().err
 
 
+def test_weights_of_an_unknown_network_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("weights.pt").write_bytes(b"")
+    words = ["mismatch", "theirs", "--data", "digits", "--weights", "digits-clasifier=weights.pt", "--out", "x"]
+    assert main(words) == 2
+    assert "'digits-clasifier', which is not an extractor: did you mean 'digits-classifier'?" in capsys.readouterr().err
+
+
 # ---- local first, and a hub that does not answer
 
 

@@ -273,8 +273,12 @@ def check_metrics_of(
     """
     check_names(metrics)
     _check_extractor(extractor)
+    known = (*EXTRACTORS, *HUB_WEIGHTS)
     for name, path in weights.items():
-        if name in (*EXTRACTORS, *HUB_WEIGHTS) and not path.exists():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"weights are given for {name!r}, which is not an extractor: did you mean {near!r}?")
+        if not path.exists():
             raise UserError(f"the weights {path} of {name} do not exist: expected the path of a local file or folder.")
     if not with_networks:
         return
