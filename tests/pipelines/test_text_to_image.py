@@ -271,6 +271,22 @@ def test_captions_of_the_chosen_classes_alone_are_drawn(trained: Path, pipeline:
         replace(how, reading=DataOptions(labels=(12,))).asked_of(loaded(trained))
 
 
+LABELS = DataOptions(labels=(1, 2))
+
+
+def test_captions_of_images_are_no_classes(trained: Path, pipeline: Path, tmp_path: Path) -> None:
+    """The first captions of a run are numbered as its prompts, and these numbers are no labels of its images."""
+    folder = training_folder(tmp_path / "captioned", data={"name": "digits", "image_size": SIZE})
+    shutil.copytree(pipeline, folder / "pipeline")
+    (folder / "prompts.txt").write_text("a one\nthe two\n")
+    how = EvaluationConfig(("ddim",), (2,), metrics=("label_accuracy",), extractor="label-classifier")
+    for asked, name in ((how, "label_accuracy"), (EvaluationConfig(None, (2,), reading=LABELS), "--labels")):
+        with pytest.raises(UserError, match=f"{name} needs a prompt for each class, but .* captions of images: give"):
+            asked.asked_of(loaded(folder))
+    assert replace(how, prompts=CAPTIONS).asked_of(loaded(folder)).prompts == CAPTIONS
+    assert how.asked_of(loaded(trained)).prompts == CAPTIONS
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_the_batch_size_does_not_matter(pipeline: Path, batch_size: int) -> None:
     denoiser = loaded(pipeline, prompts=CAPTIONS)

@@ -22,7 +22,7 @@ from atdiff.metrics.registry import METRICS
 from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import TrainedModel, load_denoiser, reading_of, reference_data, reference_name
-from atdiff.pipelines.text_to_image import prompts_name
+from atdiff.pipelines.text_to_image import TextToImage, prompts_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
 from atdiff.sampling.search import search_correction
@@ -112,6 +112,13 @@ class EvaluationConfig:
             raise UserError(
                 f"{needy} compares samples with the requested classes, but {asked.source} is not "
                 f"class-conditional: leave {needy} out."
+            )
+        of_classes = needy or ("--labels" if self.reading.labels is not None else None)
+        captioned = self.prompts is None and isinstance(asked, TextToImage) and not asked.has_class_prompts
+        if of_classes is not None and captioned:
+            raise UserError(
+                f"{of_classes} needs a prompt for each class, but {asked.source} was trained on captions of images: "
+                f"give prompts of classes with --prompts, or leave {of_classes} out."
             )
         reference_name(asked, self.data)
         return asked

@@ -194,10 +194,14 @@ class TextToImage(TrainedModel):
         return torch.full((num,), label)
 
     @property
+    def has_class_prompts(self) -> bool:
+        """Whether the number of a prompt is that of a class in the data of its training."""
+        return self.family.labelled or len(self.prompts) == len(self.config.get("data", {}).get("captions") or ())
+
+    @property
     def _chosen(self) -> Sequence[int] | None:
         """Those of the settings where there is a prompt for each class; other prompts are all drawn."""
-        captions = self.config.get("data", {}).get("captions") or ()
-        return super()._chosen if self.family.labelled or len(self.prompts) == len(captions) else None
+        return super()._chosen if self.has_class_prompts else None
 
     def _names(self) -> Sequence[str]:
         """The classes of a DiT, or the prompts."""
