@@ -13,7 +13,7 @@ from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import num_processes, refuse_other_training
-from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, TrainConfig
+from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, AdversaryConfig, TrainConfig
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_split", "for_machine"]
@@ -172,11 +172,25 @@ def _check_adversary(config: TrainConfig) -> None:
             f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
             "use adversary.passes=2 or more."
         )
+    _check_unperturbed(settings)
     if settings.radius is not None and settings.radius < settings.step_size:
         raise UserError(
             f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so every step "
             f"is cut short; use a radius of {settings.step_size} or more, or a smaller step."
         )
+
+
+def _check_unperturbed(settings: AdversaryConfig) -> None:
+    """Refuse what is said of a perturbation where several passes of a batch take no step."""
+    if settings.passes == 1 or settings.step_size > 0 or settings.dose is not None or settings.method in STEPLESS:
+        return
+    for name in ("direction", "radius", "noise_levels", "rescale_noise"):
+        value = getattr(settings, name)
+        if value != getattr(AdversaryConfig(), name):
+            raise UserError(
+                f"adversary.{name}={value!r} has no effect with adversary.step_size=0, which repeats batches "
+                "unperturbed: set adversary.step_size (or adversary.steps), or leave it out."
+            )
 
 
 def _check_stepless(config: TrainConfig) -> None:
