@@ -21,6 +21,7 @@ from atdiff.core.choices import Direction, Method, Order
 from atdiff.core.errors import UserError
 from atdiff.core.norms import Norm
 from atdiff.objectives.denoising import Target
+from atdiff.study.preflight import check_study
 from atdiff.study.recipe import StudyConfig, bundled_recipes, load_recipe, resolve
 from atdiff.training.build import build_adversary
 from atdiff.training.config import TrainConfig
@@ -261,6 +262,15 @@ def test_words_replace_a_mapping_and_dots_reach_into_it() -> None:
     assert resolve(recipe, None, ["--model.args", "{width: 3}"]).model.args == {"width": 3}
     assert resolve(recipe, None, ["--model.args.width=3"]).model.args == {"width": 3, "num_blocks": 3}
     assert resolve(recipe, None, ["--data.name", "123", "--training.init", "null"]).data.name == "123"
+
+
+def test_a_base_that_no_study_trains_is_not_asked_for(tmp_path: Path) -> None:
+    recipe = load_recipe("digits-converged", ["--study.start", "runs/base"])
+    with pytest.raises(UserError, match=r"study.base=true evaluates .* start from runs/base: set study.base to false"):
+        check_study(recipe, tmp_path / "out", [])
+    without = dataclasses.replace(recipe, finetune={}, study=StudyConfig(arms=list(recipe.arms), base=True))
+    with pytest.raises(UserError, match=r"start from training.init: set study.base"):
+        check_study(without, tmp_path / "out", [])
 
 
 def test_settings_need_no_torch() -> None:

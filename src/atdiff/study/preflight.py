@@ -110,6 +110,11 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     if not recipe.arms:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
     study = recipe.study
+    if study.base and (study.start or not recipe.finetune):
+        raise UserError(
+            "study.base=true evaluates the base models that a study trains, but its arms start from "
+            f"{study.start or 'training.init'}: set study.base to false, or compare that run with `atdiff compare`."
+        )
     steps = [count for sampler in study.samplers for count in study.steps_of(sampler)]
     check_drawing(samplers=study.samplers, steps=steps, num=study.num, corrections=study.corrections)
     check_names(study.metrics)
