@@ -86,6 +86,10 @@ def test_the_lines_that_load_a_run(tmp_path: Any) -> None:
     row = compare(found)[-1]
     code = load_code(found, row)
     assert f"atdiff sample {run} --sampler ddim --steps 16 --out samples.png" in code
+    how = {"guidance_scale": 5.0, "variant": "fp16", "correction": "dcw:search", "correction_value": 0.05}
+    asked = [{**cell, **how} for cell in found]
+    words = "--sampler ddim --steps 16 --correction dcw:0.05 --guidance-scale 5.0 --variant fp16 --out samples.png"
+    assert f"atdiff sample {run} {words}" in load_code(asked, compare(asked, correction="dcw:search")[-1])
     assert "import atdiff.models.mlp  #" in code
     assert f'DiffusionPipeline.from_pretrained("{run}/pipeline")' in code
     (run / "lora").mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from atdiff.core.specs import NO_CORRECTION
 from atdiff.report.statistics import Row
 
 __all__ = ["cells_csv", "load_code", "run_links"]
@@ -44,11 +45,22 @@ def run_links(cells: Sequence[Mapping[str, Any]], page: Path) -> dict[str, list[
 
 def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
     """Return the lines that draw with the first run of a row's arm, and that load it; empty where no run is named."""
-    run = next((str(cell["run"]) for cell in cells if cell["arm"] == row.arm and cell.get("run")), "")
-    if not run:
+    place = row.arm, row.sampler, row.steps, row.correction
+    names = ("arm", "sampler", "steps", "correction")
+    mine = [cell for cell in cells if tuple({"correction": NO_CORRECTION, **cell}[name] for name in names) == place]
+    cell = next((cell for cell in mine if cell.get("run")), None)
+    if cell is None:
         return ""
+    run, family = str(cell["run"]), row.correction.partition(":")[0]
+    corrected = f"{family}:{cell['correction_value']}" if "correction_value" in cell else row.correction
+    asked = {  # where they may not be the usual ones
+        "correction": None if corrected == NO_CORRECTION else corrected,
+        "guidance-scale": cell.get("guidance_scale"),
+        "variant": cell.get("variant"),
+    }
+    how = "".join(f"--{name} {shlex.quote(str(value))} " for name, value in asked.items() if value is not None)
     return (
-        f"atdiff sample {shlex.quote(run)} --sampler {row.sampler} --steps {row.steps} --out samples.png\n\n"
+        f"atdiff sample {shlex.quote(run)} --sampler {row.sampler} --steps {row.steps} {how}--out samples.png\n\n"
         f"# in Python, with plain diffusers\n{_in_python(Path(run), run)}"
     )
 
