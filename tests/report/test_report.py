@@ -133,6 +133,8 @@ def test_the_page_says_what_arms_share_where_that_is_known() -> None:
     study = fake_summary()
     assert "Every arm starts from the base model of its seed (8,000 passes)" in said(study)
     assert "all arms share the base model and the sampling seeds" in said(study)
+    started = study | {"recipe": {"evaluation": {"start": "runs/base"}}}
+    assert "Every arm starts from runs/base for all seeds (8,000 passes)" in said(started)
     assert "Arms differ in their seeds" not in said(study)
     for passes in ({}, {"base": 0, "arm": 3000}):
         found = said(study | {"passes": passes})

@@ -289,9 +289,11 @@ def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     seeds = sorted({str(cell["seed"]) for cell in summary["cells"]})
     sentences = [f"{len(arms)} arms (see below); {arms[0]} is the baseline."]
     if passes.get("base") and "arm" in passes:
+        one = summary.get("recipe", {}).get("evaluation", {}).get("start")
+        base = f"{one} for all seeds" if one else "the base model of its seed"
         sentences.append(
-            f"Every arm starts from the base model of its seed ({passes['base']:,} passes) and trains for the same "
-            f"number of further passes: {passes['arm']:,}."
+            f"Every arm starts from {base} ({passes['base']:,} passes) and trains for the same number of further "
+            f"passes: {passes['arm']:,}."
         )
     shared = "the base model and the sampling seeds" if passes.get("base") else "the sampling seeds"
     sentences.append(
