@@ -273,6 +273,19 @@ def test_a_base_that_no_study_trains_is_not_asked_for(tmp_path: Path) -> None:
         check_study(without, tmp_path / "out", [])
 
 
+def test_a_word_on_the_arms_changes_one_of_them(tmp_path: Path) -> None:
+    arms = {"low": {"optimizer": {"lr": 1e-4}}, "high": {"optimizer": {"lr": 1e-3}}, "plain": {}}
+    content = {"finetune": {"training": {"passes": 5}}, "arms": arms, "study": {"arms": ["low", "high"]}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    for words in (["--finetune.optimizer.lr", "5e-4"], ["--finetune.optimizer.lr=5e-4"]):
+        with pytest.raises(UserError, match=r"'--finetune.optimizer.lr' has no effect, since low, high set"):
+            load_recipe(str(tmp_path / "own.yaml"), words)
+        recipe = load_recipe(str(tmp_path / "own.yaml"), [*words, "--study.arms", "[low, plain]"])
+        assert [resolve(recipe, arm).optimizer.lr for arm in ("low", "plain")] == [1e-4, 5e-4]
+    recipe = load_recipe(str(tmp_path / "own.yaml"), ["--finetune.training.passes", "7"])
+    assert resolve(recipe, "low").training.passes == 7
+
+
 def test_settings_need_no_torch() -> None:
     code = "import sys, atdiff.study.recipe, atdiff.study.preflight; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -164,6 +164,8 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
         setting = word.removeprefix(FINETUNE)
         raise UserError(f"option {word!r} is for arms that start from a base, and {name} has none: say --{setting}.")
     changed = apply_words({"study": study, "finetune": finetune}, study_words, _Study)
+    compared = _study(changed["study"], arms)
+    _check_finetune(study_words, {arm: arms[arm] for arm in compared.arms})
     return Recipe(
         name=path.stem,
         title=read.title or path.stem,
@@ -171,9 +173,29 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
         cost=" ".join((read.cost or "").split()),
         finetune=changed["finetune"],
         arms=arms,
-        study=_study(changed["study"], arms),
+        study=compared,
         config={key: value for key, value in content.items() if key not in ("title", "about", "cost")},
     )
+
+
+def _check_finetune(words: Sequence[str], arms: Mapping[str, Any]) -> None:
+    """Refuse a word on the arms that changes none of those compared, as each has that setting of its own."""
+    for word in words:
+        setting = word.removeprefix(FINETUNE).partition("=")[0]
+        if word.startswith(FINETUNE) and arms and all(_has(arm, setting.split(".")) for arm in arms.values()):
+            raise UserError(
+                f"option '{FINETUNE}{setting}' has no effect, since {', '.join(arms)} set {setting} themselves: "
+                "change these arms in a recipe of your own."
+            )
+
+
+def _has(settings: Any, path: Sequence[str]) -> bool:  # noqa: ANN401
+    """Whether settings have a value of their own at a path."""
+    for part in path:
+        if not isinstance(settings, Mapping) or part not in settings:
+            return False
+        settings = settings[part]
+    return not isinstance(settings, Mapping)
 
 
 def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None) -> TrainConfig:
