@@ -1,4 +1,4 @@
-"""Put two runs into the package, in float16 and with their cards: the pair that ``atdiff quickstart`` draws with.
+"""Bundle two runs with the package, in float16 and with their model cards: the pair that ``atdiff quickstart`` samples.
 
 python studies/ship_pair.py runs/cifar10-small-flow/seed-0/plain runs/cifar10-small-flow/seed-0/auto8
 """
@@ -16,7 +16,7 @@ from atdiff.cli.quickstart import ARMS, PAIR
 from atdiff.pipelines.model import load_denoiser, save_pipeline
 from atdiff.training.card import model_card
 
-MOST_BYTES = 8_000_000  # of both, in the repository
+MOST_BYTES = 8_000_000  # of both together
 
 
 def main() -> None:

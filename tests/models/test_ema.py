@@ -155,8 +155,8 @@ def test_a_run_averages_as_diffusers_would_and_resumes_exactly(
     assert load_denoiser(str(whole)).weights_name == f"EMA 0.999 (warmed up to {lines[-1]['ema_decay']:.4g})"
     card = (whole / "pipeline" / "README.md").read_text()
     assert (
-        f"averages of decay 0.999, warmed up as `(1 + n) / (10 + n)` of `n` updates, to {lines[-1]['ema_decay']:.4g}"
-        in card
+        "(EMA) with decay 0.999, warmed up as `(1 + n) / (10 + n)` after `n` updates; the last update used "
+        f"{lines[-1]['ema_decay']:.4g}." in card
     )
     # Stopped and resumed, it is the same.
     halves = train(tmp_path / "halves", arm, *words, "--training.passes", "3")
@@ -178,7 +178,7 @@ def test_an_older_run_goes_on_with_the_fixed_decay_that_it_had(tmp_path: Path) -
     assert "ema_warmup" not in yaml.safe_load(file.read_text())["training"], "or the same command would be refused"
     assert load_denoiser(str(older)).weights_name == "EMA 0.999"
     train(tmp_path / "older", "plain")
-    assert "averages of decay 0.999. The" in (older / "pipeline" / "README.md").read_text()
+    assert "(EMA) with decay 0.999.\n" in (older / "pipeline" / "README.md").read_text()
 
 
 def test_a_warmed_up_run_is_not_resumed_with_a_fixed_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,17 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+# How the cards of some of these begin.
+BEGINNINGS = {
+    "sd": "A text-to-image diffusion model, fine-tuned from `sd` on `photos` for 1 forward-backward",
+    "sd, lora": "A LoRA of rank 2 for `sd`, trained on `photos` for 1 forward-backward",
+    "sd, distilled": "A text-to-image consistency model, distilled from `sd` on `photos`",
+    "sd, distilled lora": "A consistency LoRA of rank 2 for `sd`, distilled from `sd` on `photos`",
+    "sd3": "A text-to-image flow-matching model, fine-tuned from",
+    "dit": "A class-conditional diffusion model, fine-tuned from",
+}
+
+
 @pytest.mark.parametrize("kind", LATENTS)
 def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
     kind: str,
@@ -204,6 +215,7 @@ def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
     plain, _ = _drawn_by_the_card(run, run / ("lora" if "lora" in kind else "pipeline"))
     steps = 4 if sampler == "lcm" else 10
     assert f"num_inference_steps={steps}" in model_card(run)
+    assert f"# run\n\n{BEGINNINGS.get(kind, '')}" in model_card(run)
     denoiser = load_denoiser(str(run))
     prompts = PROMPTS * 2 if family != "dit" else tuple("0123")
     drawn = replace(denoiser, prompts=tuple(prompts)).pictures(sampler=sampler, steps=steps, num=4, seed=0)

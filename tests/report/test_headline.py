@@ -9,12 +9,12 @@ import pytest
 from test_steps_saved import CURVE, cells
 
 from atdiff.core.errors import UserError
-from atdiff.report.arms import describe_arms
 from atdiff.report.headline import headline
 from atdiff.report.links import load_code
 from atdiff.report.statistics import compare, ranked
 from atdiff.report.steps_saved import saved_where_known
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
+from atdiff.training.words import describe_arms
 
 
 def said(figures: dict[str, list[dict[int, float]]], metric: str = "fd") -> str:

@@ -1,4 +1,4 @@
-"""How plain diffusers draws with what was trained: the class of the saved pipeline, and the code of the model card."""
+"""Sampling a trained model with plain diffusers: the class of the saved pipeline, and the code on the model card."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 
 from atdiff.core.noise import NoiseSchedule, Traits, dynamic_mu, flow_shift
+from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.families import FAMILIES, Family, absent_parts
 from atdiff.pipelines.loading import single_file_config
 from atdiff.system.locate import hub_location, run_config
 from atdiff.system.pipeline_files import class_name, is_single_file
 
-__all__ = ["pipeline_class", "usage"]
+__all__ = ["model_kind", "pipeline_class", "usage"]
 
-IMAGES, STEPS = 4, 10  # that a card draws; consistency models take 4 steps
-# What adapters are put on: a network that is not told the guidance scale, but for Flux.1 dev.
+IMAGES, STEPS = 4, 10  # in the code of a card; consistency models use 4 steps
+WIDTH = 88  # longest line of the code
+# LoRA base networks do not take the guidance scale as an input, except Flux.1 dev.
 UNTOLD = {"time_cond_proj_dim": None, "guidance_embeds": True}
 GENERATORS = f"[torch.Generator().manual_seed(i) for i in range({IMAGES})]"
 
 
 def pipeline_class(network: Any, scheduler: Any) -> Any:  # noqa: ANN401  (any network, any diffusers scheduler)
-    """Return the class of diffusers' pipelines that calls a network of pixels as its scheduler means it.
+    """Return the diffusers pipeline class that samples correctly with a pixel network and its scheduler.
 
-    ``DDPMPipeline`` starts from noise of variance 1, and shows the network ``x_t`` as it is, without class labels.
-    ``ConsistencyModelPipeline`` scales both as the scheduler says and passes class labels on, whatever the scheduler;
-    those of flows, which scale nothing, lack the methods that it calls.
+    ``DDPMPipeline`` starts from noise of variance 1 and passes ``x_t`` to the network unscaled, without class labels.
+    ``ConsistencyModelPipeline`` scales both as the scheduler requires and passes class labels, with any scheduler that
+    has the methods it calls; flow schedulers, which do no scaling, lack them.
     """
     config = network.config
     exploding = NoiseSchedule(scheduler).traits.variance_exploding
@@ -50,10 +52,12 @@ def pipeline_class(network: Any, scheduler: Any) -> Any:  # noqa: ANN401  (any n
 
 
 def usage(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
-    """Return the section of a model card that draws images in a few steps with plain diffusers alone.
+    """Return the usage section of a model card: code that generates images in a few steps with diffusers alone.
 
-    ``folder`` is what a finished run of the settings ``config`` leaves, ``pipeline`` or ``lora``, and ``repo_id`` where
-    it is published.
+    Args:
+        folder: published weights of a finished run, ``pipeline`` or ``lora``.
+        config: settings of the run.
+        repo_id: repository that the code loads the weights from.
     """
     index = None if folder.name == "lora" else json.loads((folder / "model_index.json").read_text())
     if index is None or index.get("vae") is not None:
@@ -62,13 +66,29 @@ def usage(folder: Path, config: Mapping[str, Any], repo_id: str) -> str:
     return _Pixels(network, _scheduler(folder), index["unet"], config, repo_id).text()
 
 
+def model_kind(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what a finished run published, such as ``unconditional flow-matching model``.
+
+    See :func:`usage` for the arguments. ``folder`` is a pipeline.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    if index.get("vae") is None:
+        given = "class-conditional" if config["data"]["class_conditional"] else "unconditional"
+    else:
+        given = "class-conditional" if FAMILIES[class_name(index)].labelled else "text-to-image"
+    if config["consistency"]["mode"] != "none":
+        return f"{given} consistency model"
+    scheduler = _scheduler(folder)
+    predicts = resolve_prediction_type(NoiseSchedule(scheduler), scheduler, config["objective"]["prediction_type"])
+    kinds = {"flow": "flow-matching model", "edm": "EDM diffusion model"}
+    return f"{given} {kinds.get(predicts, 'diffusion model')}"
+
+
 def _elsewhere(folder: Path) -> str:
-    """Return which file of a LoRA other programs read."""
+    """Return a sentence on which file other programs load; empty unless the folder contains a LoRA."""
     files = [name for name in ("kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors")
              if (folder / name).is_file()]  # fmt: skip
-    return (
-        f"\n\nComfyUI and others take `{files[0]}`, the adapters alone; choose their sampler to match." if files else ""
-    )
+    return f"\n\nIn ComfyUI and other programs, load `{files[0]}` and choose a sampler that matches." if files else ""
 
 
 def _fenced(code: str) -> str:
@@ -82,7 +102,7 @@ def _scheduler(folder: Path) -> Any:  # noqa: ANN401
 
 @dataclass(frozen=True)
 class _Pixels:
-    """A saved pipeline of a network of pixels: its configurations, and its class as ``model_index.json`` has it."""
+    """A saved pipeline with a pixel network: the configurations of its parts, and the network's class."""
 
     network: Mapping[str, Any]
     scheduler: Any
@@ -92,7 +112,7 @@ class _Pixels:
 
     @property
     def steps(self) -> int:
-        """How many steps the card shows: few, and no more than the schedule has."""
+        """Number of steps in the code: few, and no more than the noise schedule has."""
         if self.distilled:
             return min(4, int(self.config["consistency"]["intervals"]))
         return min(STEPS, int(self.scheduler.config.num_train_timesteps))
@@ -107,7 +127,7 @@ class _Pixels:
 
     @property
     def classes(self) -> int:
-        """Classes that can be drawn; 0 for an unconditional network."""
+        """Number of classes, without the null class; 0 for an unconditional network."""
         embeds = self.network.get("num_class_embeds") or self.network.get("num_embeds_ada_norm") or 0
         return int(embeds) - int(embeds > 0 and self.config["objective"]["label_dropout"] > 0)
 
@@ -116,14 +136,14 @@ class _Pixels:
         return NoiseSchedule(self.scheduler).traits
 
     def text(self) -> str:
-        """Return the call of a pipeline where one fits, or a loop."""
+        """Return code that calls a pipeline if one fits, else a sampling loop and why it is needed."""
         loop = self._loop()
         if loop is None:
             return _fenced(self._call())
         why, code = loop
         return (
-            f"No pipeline of diffusers draws as this network was made for ({why}), so call the network and the "
-            f"scheduler, with no pipeline:\n\n{_fenced(code)}"
+            f"No diffusers pipeline supports this network ({why}), so call its network and scheduler directly:"
+            f"\n\n{_fenced(code)}"
         )
 
     def _imports(self, *names: str) -> str:
@@ -131,7 +151,7 @@ class _Pixels:
         own = ""
         if module.startswith("atdiff"):
             own = "from atdiff import MLP2DModel" if name == "MLP2DModel" else f"import {module}"
-            own += "  # so that diffusers knows the network\n"
+            own += "  # registers the network with diffusers\n"
         return f"{own}import torch\nfrom diffusers import {', '.join(sorted(names))}\n"
 
     def _call(self) -> str:
@@ -152,35 +172,35 @@ class _Pixels:
                 '    pipeline.scheduler.config, timestep_spacing="linspace"\n)\n'
             )
         elif traits.integer_timesteps:
-            names = ["DDIMPipeline"]  # which makes a DDIMScheduler of the scheduler
+            names = ["DDIMPipeline"]  # which converts the scheduler to a DDIMScheduler
             options = ", use_clipped_model_output=True"
         labels = f", class_labels=[i % {self.classes} for i in range({IMAGES})]" if self.classes else ""
         if self.network["in_channels"] not in (1, 3):
             options += ', output_type="np"'
+        given = f"batch_size={IMAGES}, num_inference_steps={self.steps}, generator=generators{labels}{options}"
+        call = f"images = pipeline({given}).images"
         return (
             f"{self._imports(*names)}\n"
             f'pipeline = {names[0]}.from_pretrained("{self.repo_id}")\n{swap}'
             f"generators = {GENERATORS}\n"
-            f"images = pipeline(\n"
-            f"    batch_size={IMAGES}, num_inference_steps={self.steps}, generator=generators{labels}{options}\n"
-            f").images"
+            + (call if len(call) <= WIDTH else f"images = pipeline(\n    {given}\n).images")
         )
 
     def _loop(self) -> tuple[str, str] | None:
-        """Return why no pipeline fits, and the loop to take its place; None where one does."""
+        """Return why no pipeline fits and a sampling loop; None if one fits."""
         traits = self._traits
         is_dit = self.network_class[1] == "DiTTransformer2DModel"
         if not self.distilled and isinstance(self.scheduler, CMStochasticIterativeScheduler):
             euler = "EDMEulerScheduler.from_config(pipeline.scheduler.config)"
-            # It is told 250 log(sigma), as consistency models are.
-            return "it is told 1,000 times the timesteps of EDMEulerScheduler", self._loop_code(euler, times=1000)
+            # The network takes 250 log(sigma) as time, as consistency models do; the scheduler's is log(sigma) / 4.
+            return "its timesteps are 1,000 times those of `EDMEulerScheduler`", self._loop_code(euler, times=1000)
         if traits.has_shift and (self.classes or dynamic_mu(self.scheduler) is not None):
-            why = "class labels or a dynamic shift of a flow"
+            why = "a flow with class labels" if self.classes else "a flow with a dynamic timestep shift"
             return why, self._loop_code(*self._flow_scheduler())
         if traits.integer_timesteps and self.classes and (is_dit or not (self.distilled or self.learns_variance)):
-            return "class labels, in steps of DDIM", self._loop_code(self._vp_scheduler())
+            return "class labels with DDIM steps", self._loop_code(self._vp_scheduler())
         if is_dit:
-            return "class labels of a transformer", self._loop_code("pipeline.scheduler")
+            return "a DiT on pixels", self._loop_code("pipeline.scheduler")
         return None
 
     def _vp_scheduler(self) -> str:
@@ -215,7 +235,7 @@ class _Pixels:
         noise = " * scheduler.init_noise_sigma" if traits.variance_exploding else ""
         return (
             f"{self._imports(*names)}\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{self.repo_id}")  # to load the parts\n'
+            f'pipeline = DiffusionPipeline.from_pretrained("{self.repo_id}")  # loads network and scheduler\n'
             f"network, scheduler = pipeline.unet, {scheduler}\n"
             f"scheduler.set_timesteps({timesteps or self.steps})\n"
             f"generators = {GENERATORS}\n"
@@ -229,7 +249,7 @@ class _Pixels:
 
 
 def _latent_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, Any] | None, repo_id: str) -> str:
-    """Return the call of a pipeline of latents, or of the one that adapters, which have no index, were trained on."""
+    """Return code that calls a latent pipeline, or, for a LoRA (no index), the pipeline it was trained on."""
     of_lora, source, loaded, scheduler = index is None, repo_id, "", _scheduler(folder)
     kind, how = "DiffusionPipeline", "from_pretrained"
     index = _index_of(folder.parent) if index is None else index
@@ -254,7 +274,7 @@ def _latent_code(folder: Path, config: Mapping[str, Any], index: Mapping[str, An
 
 
 def _index_of(run: Path) -> Mapping[str, Any]:
-    """Return the ``model_index.json`` of the pipeline that a run started from, as far as its folder or the hub tell."""
+    """Return the ``model_index.json`` of a run's starting pipeline, or a Stable Diffusion one if it cannot be read."""
     settings = run_config(str(run))
     source = settings["training"]["init"]
     if is_single_file(source):
@@ -266,19 +286,21 @@ def _index_of(run: Path) -> Mapping[str, Any]:
         location = hub_location(source, "model")
     try:
         index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(location)
-    except Exception:  # of the hub and its network stack: the card can do without
+    except Exception:  # whatever the hub's network stack raises; a card is not worth failing a finished run for
         fallback = "StableDiffusionPipeline"
-        warnings.warn(f"the class of {source} is not known here: the card takes it for a {fallback}.", stacklevel=2)
+        warnings.warn(
+            f"the pipeline class of {source} could not be read: the model card assumes a {fallback}.", stacklevel=2
+        )
         return {"_class_name": fallback}
     return index
 
 
 def _even(steps: int) -> str:
-    return f"pipeline.scheduler.sigma_min = 1 / {steps}  # even steps, the last one to the image\n"
+    return f"pipeline.scheduler.sigma_min = 1 / {steps}  # evenly spaced steps down to zero noise\n"
 
 
 def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
-    """Return what to import, and how to put Euler's method in the place of a solver of flows."""
+    """Return the imports and the code that replace another flow solver with Euler's method."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return set(), ""
     name = "FlowMatchEulerDiscreteScheduler"
@@ -286,12 +308,12 @@ def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
 
 
 def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa: ANN401
-    """Return what to import, and how to have the scheduler of a pipeline of latents make few steps."""
+    """Return the imports and the code that set the scheduler of a latent pipeline up for few steps."""
     if isinstance(scheduler, LCMScheduler):
         return set(), ""
     if NoiseSchedule(scheduler).traits.integer_timesteps:
-        options = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # which is true by default
-        if scheduler.config.get("timestep_spacing") == "linspace":  # whose steps DDIMScheduler takes for leading ones
+        options = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # it defaults to True
+        if scheduler.config.get("timestep_spacing") == "linspace":  # which DDIMScheduler would place like "leading"
             options += ', timestep_spacing="trailing"'
         swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
         return {"DDIMScheduler"}, swap

@@ -71,6 +71,6 @@ def _in_python(folder: Path, run: str) -> str:
     saved = folder / "pipeline"
     index = saved / "model_index.json"
     own = json.loads(index.read_text()).get("unet", [""]) if index.is_file() else [""]
-    known = f"import {own[0]}  # so that diffusers knows the network\n" if str(own[0]).startswith("atdiff") else ""
+    known = f"import {own[0]}  # registers the network with diffusers\n" if str(own[0]).startswith("atdiff") else ""
     where = f"{run}/pipeline" if saved.is_dir() else run
     return f'{known}from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{where}")'

@@ -10,11 +10,11 @@ from typing import Any
 from atdiff.data.reading import AS_TRAINED
 from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
 from atdiff.measure.entries import versions
-from atdiff.report.arms import describe_arms
 from atdiff.report.statistics import tabulate
 from atdiff.study.arms import ArmRun, check_arms, find_runs
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
+from atdiff.training.words import describe_arms
 
 __all__ = ["ArmRun", "compare_runs", "find_runs"]
 

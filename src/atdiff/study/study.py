@@ -25,7 +25,6 @@ from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.pipelines.record import labels_of, stored_data
-from atdiff.report.arms import describe_arms
 from atdiff.study.preflight import check_study
 from atdiff.study.progress import Seconds, StudyProgress
 from atdiff.study.recipe import Recipe, StudyConfig, resolve
@@ -40,6 +39,7 @@ from atdiff.training.config import SELF, TrainConfig
 from atdiff.training.folder import open_run
 from atdiff.training.loop import Trainer, train
 from atdiff.training.tasks.base import Task
+from atdiff.training.words import describe_arms
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 

@@ -1,7 +1,8 @@
-"""The model card of a run, and its way to the hub."""
+"""Model cards, and uploading a finished run to the hub."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +10,79 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
+from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import RunError, UserError
+from atdiff.metrics.registry import FIGURES
 from atdiff.models.ema import last_decay
 from atdiff.pipelines.model import run_config
-from atdiff.pipelines.plain import usage
+from atdiff.pipelines.plain import model_kind, usage
 from atdiff.system.files import write_text
+from atdiff.training.config import SELF
+from atdiff.training.words import other_settings, perturbation
 
 __all__ = ["check_push", "has_card", "model_card", "push_to_hub", "write_card"]
 
 CARD = "README.md"
+WANG = ("Wang et al., ICLR 2025", "https://arxiv.org/abs/2502.17099")
+ADVERSARIAL = ("free", "pgd", "equivariance")  # methods that perturb the input; the others are rivals
+# By method of the adversary and by key of ``objective``.
+PAPERS = {
+    "free": WANG,
+    "pgd": WANG,
+    "equivariance": ("Why Adversarially Train Diffusion Models?", "https://arxiv.org/abs/2505.21742"),
+    "soar": ("SOAR", "https://arxiv.org/abs/2604.12617"),
+    "adr": ("DEFAR", "https://arxiv.org/abs/2606.28226"),
+    "contrastive": ("contrastive flow matching", "https://arxiv.org/abs/2506.05350"),
+    "mac": ("model-aligned coupling", "https://arxiv.org/abs/2505.23346"),
+    "ot": ("minibatch optimal transport", "https://arxiv.org/abs/2302.00482"),
+    "nearest": ("immiscible diffusion", "https://arxiv.org/abs/2505.18521"),
+    "explorative": ("explorative modelling", "https://arxiv.org/abs/2607.27372"),
+    "reflow": ("rectified flow", "https://arxiv.org/abs/2209.03003"),
+    "input_perturbation": ("DDPM-IP", "https://arxiv.org/abs/2301.11706"),
+    "slowed_interpolation": ("MixFlow", "https://arxiv.org/abs/2512.19311"),
+}
+# What the cells of a card have in common: their keys, and what a reader is told.
+SHARED = {
+    "num": "images per row",
+    "sample_seed": "sampling seed",
+    "extractor": "feature extractor",
+    "reference": "reference images",
+    "weights": "weights",
+    "dtype": "precision",
+}
 
 
 def write_card(run: Path) -> None:
-    """Write the card of a finished run into the folder that it leaves, beside the weights."""
+    """Write the card of a finished run next to its published weights."""
     write_text(_published(run) / CARD, model_card(run))
 
 
 def has_card(run: Path) -> bool:
-    """Whether the card of a finished run is there."""
+    """Whether a finished run has a card."""
     return (_published(run) / CARD).is_file()
 
 
 def model_card(run: Path, repo_id: str = "THIS_REPOSITORY") -> str:
-    """Return the card of a training folder: how it was trained, how to use it, and what was measured so far.
+    """Return the model card of a finished run: how it was trained, how to use it, its results and its settings.
 
-    Measured is what ``cells.json`` of the folder holds, which a study leaves there. Paths of this machine are cut to
-    their last name.
+    The results are those in the run's ``cells.json``, which studies write. Local paths are shortened to their last
+    component.
     """
     config = _without_paths(run_config(str(run)))
-    lora = bool(config["lora"]["rank"])
-    init = config["training"]["init"]
+    init, folder = config["training"]["init"], _published(run)
+    perturbed = bool(perturbation(config)) and config["adversary"]["method"] in ADVERSARIAL
+    tags = [*(["adversarial-training"] if perturbed else []), "few-step", *(["lora"] if config["lora"]["rank"] else [])]
     data = ModelCardData(
         library_name="diffusers",
-        tags=["atdiff", "adversarial-training", "few-step", *(["lora"] if lora else [])],
+        tags=["atdiff", *tags],
         base_model=init if _is_repo_id(init) else None,
         datasets=config["data"]["name"] if _is_repo_id(config["data"]["name"]) else None,
     )
     parts = (
         f"---\n{data.to_yaml()}\n---",
         f"# {run.name}",
-        _about(config),
-        f"## Use\n{usage(_published(run), config, repo_id)}",
+        _about(folder, config),
+        f"## Usage\n{usage(folder, config, repo_id)}",
         _results(run),
         f"## Recipe\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     )
@@ -57,10 +90,10 @@ def model_card(run: Path, repo_id: str = "THIS_REPOSITORY") -> str:
 
 
 def check_push(repo_id: str) -> None:
-    """Find out before training whether its result can be pushed, as far as that is known without a network.
+    """Check before training that its result can be pushed, as far as that can be known without a network.
 
     Raises:
-        UserError: no name of a repository, or nobody is logged in.
+        UserError: this is not the name of a repository, or nobody is logged in.
     """
     if not _is_repo_id(repo_id):
         raise UserError(f"--push-to-hub {repo_id} is not a repository name; expected OWNER/NAME.")
@@ -69,10 +102,10 @@ def check_push(repo_id: str) -> None:
 
 
 def push_to_hub(run: Path, repo_id: str) -> str:
-    """Upload what a finished run leaves, with its card, and return the address.
+    """Upload the published weights of a finished run with their card, and return the address.
 
     Raises:
-        RunError: the hub did not take it; the same command tries again.
+        RunError: the upload failed; the same command tries again.
     """
     folder, api = _published(run), HfApi()
     write_text(folder / CARD, model_card(run, repo_id))
@@ -105,7 +138,7 @@ def _is_repo_id(name: str | None) -> bool:
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Cut what may be a path of this machine to its last name."""
+    """Shorten every setting that may be a local path to its last component."""
     places = {"data": ("name", "latents"), "model": ("config",), "training": ("init",), "consistency": ("teacher",)}
     cut = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in config.items()}
     for section, keys in places.items():
@@ -116,67 +149,129 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return cut
 
 
-def _about(config: dict[str, Any]) -> str:
-    adversary, training = config["adversary"], config["training"]
-    what = "A consistency model" if config["consistency"]["mode"] != "none" else "A denoiser"
-    start = f", from `{training['init']}`" if training["init"] else ""
-    how = "without a perturbation (plain training)"
-    if adversary["passes"] > 1:
-        size = f"{adversary['norm']} steps of {adversary['step_size']:g}, scale `{adversary['scale']}`"
-        if adversary.get("dose") is not None:
-            size = f"dose {adversary['dose']}" + (f" for {adversary['steps']} steps" if adversary["steps"] else "")
-        how = (
-            f"with {adversary['direction']} perturbations of its inputs ({size}, method `{adversary['method']}`, order "
-            f"`{adversary['order']}`)"
-        )
-    return (
-        f"{what} of `{config['data']['name']}`, trained for {training['passes']:,} forward-backward passes of "
-        f"{training['batch_size']}{start}, {_pairs(config)}{how}, by atdiff. The weights are averages of decay "
-        f"{training['ema_decay']:g}{_warmup(config)}. The method: [Wang et al., ICLR 2025](https://arxiv.org/abs/2502.17099)."
-    )
+def _about(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what the weights are, what they were trained on, for how long and how."""
+    training = config["training"]
+    updates = charge_of(config).updates_of(training["passes"])
+    counted = f" ({updates:,} weight updates)" if updates != training["passes"] else ""
+    further = other_settings(config)
+    how = perturbation(config) or "no perturbation"
+    if not (perturbation(config) or further):
+        how += f" (plain {_plain(config)})"
+    parts = [
+        f"{_model(folder, config)}, {_start(config)}{_data(config)} for {training['passes']:,} forward-backward "
+        f"passes{counted} at batch size {training['batch_size']} per process with atdiff, using {how}. "
+        f"{_average(config)}"
+    ]
+    if further:
+        parts.append("Further settings:\n\n" + "\n".join(f"- {one[0].upper()}{one[1:]}" for one in further))
+    return "\n\n".join([*parts, *_extra_cost(config), *_references(config)])
 
 
-def _pairs(config: dict[str, Any]) -> str:
-    objective = config["objective"]
-    if not objective.get("reflow"):
+def _plain(config: Mapping[str, Any]) -> str:
+    mode = config["consistency"]["mode"]
+    if mode != "none":
+        return f"consistency {mode}"
+    return "fine-tuning" if config["training"]["init"] else "training"
+
+
+def _model(folder: Path, config: Mapping[str, Any]) -> str:
+    rank = config["lora"]["rank"]
+    if rank:
+        consistency = "consistency " if config["consistency"]["mode"] != "none" else ""
+        return f"A {consistency}LoRA of rank {rank} for `{config['training']['init']}`"
+    kind = model_kind(folder, config)
+    return f"{'An' if kind.startswith('u') else 'A'} {kind}"
+
+
+def _start(config: Mapping[str, Any]) -> str:
+    init, consistency = config["training"]["init"], config["consistency"]
+    if consistency["mode"] == "distillation":
+        teacher = consistency["teacher"] or init
+        if teacher == SELF:
+            return f"fine-tuned from `{init}` (with its original weights as the consistency teacher)"
+        return f"distilled from `{teacher}`" + (f" (starting from `{init}`)" if init not in (None, teacher) else "")
+    how = f"fine-tuned from `{init}`" if init else "trained from scratch"
+    if config["lora"]["rank"]:
+        how = "trained"
+    return f"{how} by consistency training (without a teacher)" if consistency["mode"] == "training" else how
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    """Return which images were trained on; those of a reflow are not, but pairs, of which the method tells."""
+    data = config["data"]
+    if config["objective"].get("reflow"):
         return ""
-    return (
-        f"on {objective['reflow']:,} pairs of noise and sample that were drawn from there in "
-        f"{objective['reflow_steps']} steps ([reflow](https://arxiv.org/abs/2209.03003)) and cost "
-        f"{objective['reflow_passes']:,} of these passes, "
-    )
+    only = [f"classes {', '.join(map(str, data['labels']))}"] if data.get("labels") is not None else []
+    only += [f"the first {data['limit']:,} images"] if data.get("limit") is not None else []
+    return f" on `{data['name']}`" + (f" ({'; '.join(only)})" if only else "")
 
 
-def _warmup(config: dict[str, Any]) -> str:
+def _average(config: Mapping[str, Any]) -> str:
+    decay = config["training"]["ema_decay"]
+    if not decay:
+        return "The published weights are those of the last update."
+    said = f"The published weights are an exponential moving average (EMA) with decay {decay:g}"
     if not config["training"].get("ema_warmup", False):
-        return ""
-    return f", warmed up as `(1 + n) / (10 + n)` of `n` updates, to {last_decay(config):.4g} at the last"
+        return f"{said}."
+    return (
+        f"{said}, warmed up as `(1 + n) / (10 + n)` after `n` updates; the last update used {last_decay(config):.4g}."
+    )
+
+
+def _extra_cost(config: Mapping[str, Any]) -> list[str]:
+    """Say which of the passes are no training on a batch, since they buy no updates."""
+    objective = config["objective"]
+    said = []
+    if objective.get("reflow"):
+        said.append(
+            f"The pairs were generated in {objective['reflow_steps']} steps of a second-order sampler, which counts as "
+            f"{objective['reflow_passes']:,} of the passes."
+        )
+    if objective.get("explorative"):
+        chosen = passes_of_forwards(objective["explorative"])
+        said.append(f"Choosing the noise counts as {chosen} pass{'' if chosen == 1 else 'es'} per batch.")
+    return said
+
+
+def _references(config: Mapping[str, Any]) -> list[str]:
+    used = [config["adversary"]["method"]] if perturbation(config) else []
+    used += [name for name in PAPERS if config["objective"].get(name)]
+    links = [f"[{title}]({address})" for title, address in (PAPERS[name] for name in used)]
+    return [f"References: {', '.join(links)}."] if links else []
 
 
 def _results(run: Path) -> str:
-    """Return a table of the cells of ``cells.json``, and the recipe that they share."""
+    """Return a table of the cells in ``cells.json``, and the settings that they share."""
     file = run / "cells.json"
     cells = []
     if file.exists():
-        # These bring feature networks, which training has no use for.
+        # Imported here because these bring in feature networks, which training does not need.
         from atdiff.measure.cells import cells_of_weights
         from atdiff.measure.entries import read_cells
 
-        # A run that is trained on keeps the cells of what it was.
+        # After a run is made longer, cells.json may still hold cells of its earlier weights.
         cells = cells_of_weights(str(run), read_cells(file))
     if not cells:
         return "## Results\nNot evaluated yet."
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
-    head = ["sampler", "correction", "steps", "NFE", *metrics]
+    head = ["sampler", "correction", "steps", "NFE", *map(_heading, metrics)]
     rows = [
         [cell["sampler"], cell["correction"], cell["steps"], cell["nfe"], *(_figure(cell, name) for name in metrics)]
         for cell in cells
     ]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    shared = ("num", "sample_seed", "extractor", "reference", "weights", "dtype")
-    recipe = ", ".join(f"{name} {'; '.join(sorted({Path(str(cell[name])).name for cell in cells}))}" for name in shared)
-    return f"## Results\n{table}\n\nOne training run: {recipe}."
+    shared = ", ".join(
+        f"{label}: {'; '.join(sorted({Path(str(cell[name])).name for cell in cells}))}"
+        for name, label in SHARED.items()
+    )
+    return f"## Results\n{table}\n\nAll figures are from one training run ({shared})."
+
+
+def _heading(metric: str) -> str:
+    figure = FIGURES.get(metric)
+    return metric if figure is None else f"{figure.label} {'↑' if figure.higher else '↓'}"
 
 
 def _figure(cell: dict[str, Any], name: str) -> str:

@@ -1,11 +1,11 @@
-"""What each arm is, in words, from the settings of its runs."""
+"""What a run or an arm does in training, in words, from its settings: for reports and model cards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe_arms"]
+__all__ = ["describe_arms", "other_settings", "perturbation"]
 
 PLAIN = "plain training, no perturbation"
 DIRECTIONS = {
@@ -56,6 +56,39 @@ def describe_arms(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return said
 
 
+def perturbation(config: Mapping[str, Any]) -> str:
+    """Return what a run perturbs and how much, or its rival loss, to follow "using"; empty for plain training."""
+    settings = _section(config, "adversary")
+    method = settings.get("method")
+    if method in METHODS:
+        name, _, meaning = METHODS[method].partition(": ")
+        weight = f"weight {settings.get('weight', 1):g}"
+        return f"{name} ({meaning}; {weight})" if meaning else f"{name} ({weight})"
+    if not _perturbs(settings):
+        return ""
+    direction, dose, steps = settings.get("direction", "gradient"), settings.get("dose"), settings.get("steps")
+    if dose == "auto":
+        size = "dose chosen automatically" + (f" for {steps} sampling steps" if steps else "")
+    else:
+        size = f"steps of {_step(settings)}" if dose is None else f"dose {dose:g}"
+    moved = _moved(config)
+    return (
+        f"{'full-gradient' if direction == 'gradient_full' else direction} perturbations of "
+        f"{'the input' if moved == 'input' else moved} ({size}{_way(settings)}{_limits(settings)})"
+    )
+
+
+def other_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each further setting by which the training of a run is unusual."""
+    settings = _section(config, "adversary")
+    repeats = settings.get("passes", 1) > 1 and settings.get("method") not in METHODS and not _perturbs(settings)
+    return [*([_adversary(config)] if repeats else []), *_objective(config, []), *_rate(config)]
+
+
+def _perturbs(settings: Mapping[str, Any]) -> bool:
+    return settings.get("passes", 1) > 1 and bool(settings.get("dose") is not None or settings.get("step_size"))
+
+
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return config.get(name) or {}
 
@@ -90,32 +123,33 @@ def _adapters(config: Mapping[str, Any], others: list[Mapping[str, Any]]) -> lis
 
 
 def _adversary(config: Mapping[str, Any]) -> str:
-    settings, consistency = _section(config, "adversary"), _section(config, "consistency")
-    method, passes, dose = settings.get("method"), settings.get("passes", 1), settings.get("dose")
+    settings = _section(config, "adversary")
+    method, passes = settings.get("method"), settings.get("passes", 1)
     if method in METHODS:
         return f"{METHODS[method]} (weight {settings.get('weight', 1):g})"
     if passes <= 1:
         return ""
-    if dose is None and not settings.get("step_size"):
+    if not _perturbs(settings):
         return f"every batch used {passes} times, no perturbation"
-    moved = SITES[consistency["site"]] if consistency.get("mode", "none") != "none" else "input"
-    levels, unmoved = settings.get("noise_levels"), settings.get("target") == "invariant"
-    return (
-        f"{moved} moved along {DIRECTIONS[settings.get('direction', 'gradient')]} {_size(settings)}{_way(settings)}"
-        + (f", only at noise levels {levels[0]:g} to {levels[1]:g}" if levels else "")
-        + (", noise rescaled" if settings.get("rescale_noise") else "")
-        + (", target unchanged" if unmoved else "")
-    )
+    direction = DIRECTIONS[settings.get("direction", "gradient")]
+    return f"{_moved(config)} moved along {direction} {_size(settings)}{_way(settings)}{_limits(settings)}"
+
+
+def _moved(config: Mapping[str, Any]) -> str:
+    consistency = _section(config, "consistency")
+    return SITES[consistency["site"]] if consistency.get("mode", "none") != "none" else "input"
 
 
 def _size(settings: Mapping[str, Any]) -> str:
     dose, steps = settings.get("dose"), settings.get("steps")
     if dose == "auto":
         return "by an automatic dose" + (f" for {steps} steps" if steps else "")
-    if dose is not None:
-        return f"by a dose of {dose:g}"
-    size = f"{settings['step_size']:g}{SCALES.get(settings.get('scale') or '', '')}"
-    return f"by {size} in the {settings.get('norm', 'l2')} norm"
+    return f"by {_step(settings)}" if dose is None else f"by a dose of {dose:g}"
+
+
+def _step(settings: Mapping[str, Any]) -> str:
+    scale, norm = SCALES.get(settings.get("scale") or "", ""), settings.get("norm", "l2")
+    return f"{settings['step_size']:g}{scale} in the {norm} norm"
 
 
 def _way(settings: Mapping[str, Any]) -> str:
@@ -125,3 +159,12 @@ def _way(settings: Mapping[str, Any]) -> str:
         "every sample {} times, staggered" if settings.get("order") == "staggered" else "every batch {} times in a row"
     )
     return ", " + how.format(settings["passes"])
+
+
+def _limits(settings: Mapping[str, Any]) -> str:
+    levels = settings.get("noise_levels")
+    return (
+        (f", only at noise levels {levels[0]:g} to {levels[1]:g}" if levels else "")
+        + (", noise rescaled" if settings.get("rescale_noise") else "")
+        + (", target unchanged" if settings.get("target") == "invariant" else "")
+    )
