@@ -54,7 +54,7 @@ def test_weights_that_are_here_are_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_what_is_stored_here_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert not {"trained classifiers", "model of the hub"} & set(_found())
+    assert not {"trained classifiers", "hub model"} & set(_found())
     (tmp_path / "cache").mkdir()
     for i in range(2):
         (tmp_path / "cache" / f"digits-classifier-{i}.safetensors").write_bytes(b"0" * 600_000)
@@ -63,7 +63,7 @@ def test_what_is_stored_here_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (snapshot / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     assert _found()["trained classifiers"] == ("2 files, 1.2 MB", False)
-    assert _found()["model of the hub"][0].startswith("owner/name, 1 file")
+    assert _found()["hub model"][0].startswith("owner/name, 1 file")
 
 
 def test_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

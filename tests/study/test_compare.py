@@ -279,13 +279,15 @@ def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path
         return str(tmp_path / name)
 
     one, two = run("one", 50, joint_batch=32), run("two", 50, joint_batch=64)
-    with pytest.raises(UserError, match=r"one had 50 passes of 32 images and .*two 50 of 64: compare arms at equal"):
+    with pytest.raises(UserError, match=r"one was trained for 50 passes of 32 images and .*two for 50 of 64: compare"):
         check_arms(find_runs([one, two]))
     check_arms(find_runs([one, two]), unequal_passes=True)
     tuned, further, elsewhere = run("tuned", 50, "one"), run("further", 50, "tuned"), run("elsewhere", 50, "gone")
-    with pytest.raises(UserError, match=r"after passes of 0 images in all and .*tuned after 1,600: compare arms that"):
+    with pytest.raises(
+        UserError, match=r"weights trained on 0 images in all and .*tuned from weights trained on 1,600"
+    ):
         check_arms(find_runs([one, tuned]))
-    with pytest.raises(UserError, match=r"1,600 images in all and .*further after 3,200"):
+    with pytest.raises(UserError, match=r"1,600 images in all and .*further from weights trained on 3,200"):
         check_arms(find_runs([tuned, further]))
     check_arms(find_runs([one, elsewhere]))  # of which nothing is known
 

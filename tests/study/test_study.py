@@ -61,7 +61,7 @@ def test_a_finished_study_is_found_finished(
     summary = json.loads((out / "summary.json").read_text())
     assert main(["study", str(recipe), "--out", str(out), "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^plain, seed 1: 10 passes, trained before, loss \d\.\d{4} \(\d of 6 runs\)$", printed, re.M)
+    assert re.search(r"^plain, seed 1: 10 passes, already trained, loss \d\.\d{4} \(\d of 6 runs\)$", printed, re.M)
     assert "(6 of 6 runs)" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -323,7 +323,7 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         (["--study.num", "many"], "study.num"),
         (["--study.nmu", "3"], "did you mean 'num'"),
         (["--study.arms", "[plan]"], "did you mean 'plain'"),
-        (["--study.seeds", "[0, 0]"], "without repetition"),
+        (["--study.seeds", "[0, 0]"], "without duplicates"),
         (["--study.corrections", "[epsilon-scale]"], "epsilon-scaling"),
         (
             ["--study.steps", "{ddim: [3]}"],
@@ -331,7 +331,7 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         ),
         (
             ["--study.steps", "{ddim: [3], iddpm: []}"],
-            "study.steps.iddpm=[] must be a list of at least one value, without repetition",
+            "study.steps.iddpm=[] must be a list of at least one value, without duplicates",
         ),
         (["--study.precision", "half"], "study.precision='half' is unknown"),
         (["--study.start", "nowhere"], "'nowhere' could not be loaded"),
@@ -394,13 +394,15 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     scheduler.write_text(json.dumps({**json.loads(original), "beta_schedule": "linear"}))
     capsys.readouterr()
     assert main(words) == 2
-    assert f"{out} began from other scheduler settings than {start} has now: put these back" in capsys.readouterr().err
+    assert f"{out} was started from other scheduler settings than {start} has now: restore them" in capsys.readouterr().err
     scheduler.write_text(original)
     (weights,) = start.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()
     assert main(words) == 2
-    assert f"{out} began from other weights than {start} has now: put these back" in capsys.readouterr().err
+    assert (
+        f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
+    )
     assert not (out / "seed-1").exists()
 
 
@@ -414,7 +416,7 @@ def test_arms_of_a_study_are_trained_on_the_same_images(
     file.write_text(json.dumps({**stored, "fingerprint": "of images that have changed since"}))
     words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.mismatch", "false"]
     assert main([*words, "--study.seeds", "[0, 1, 2]"]) == 2
-    message = "seed-1/at was trained on other images than there are now: put the images back"
+    message = "seed-1/at was trained on other images than there are now: restore the images"
     assert message in capsys.readouterr().err
     assert not (out / "seed-2").exists()
     assert main([*words, "--study.seeds", "[0]"]) == 0

@@ -115,7 +115,7 @@ def test_a_run_on_latents_is_that_on_their_images(
     folder, sections = KINDS[kind]
     file = recipe(request.getfixturevalue(folder), **sections)
     assert call("encode", file, "--out", tmp_path / "latents") == 0
-    assert "holds the latents of 6 images" in capsys.readouterr().out
+    assert "contains the latents of 6 images" in capsys.readouterr().out
     assert call("train", file, "--out", tmp_path / "images") == 0
     assert list((tmp_path / "cache" / "latents").iterdir())
     without_images(photos, monkeypatch)
@@ -327,7 +327,7 @@ def test_what_is_not_encoded_is_said(
     capsys.readouterr()
     for words, message in (
         (["--out", latents], f"{latents} exists already"),
-        (["--data.latents", latents, "--out", tmp_path / "x"], "is encoded already"),
+        (["--data.latents", latents, "--out", tmp_path / "x"], "is already encoded"),
         (["--model.name", "tiny-sd", "--training.init", "null", "--out", tmp_path / "x"], "names none: give one as"),
         (["--data.name", tmp_path / "gone", "--out", tmp_path / "x"], "gone does not exist"),
     ):

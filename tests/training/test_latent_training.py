@@ -515,7 +515,7 @@ def test_the_terminal_shows_progress_and_results_alone(
         words = ["--steps", "2", "--num", "1", "--out", str(tmp_path / f"{arm}.png")]
         assert main(["sample", str(out), *words]) == 0
         text = capfd.readouterr()
-        results = {f"{out / folder} holds the trained {what}.", f"1 samples in {tmp_path / arm}.png"}
+        results = {f"{out / folder} contains the trained {what}.", f"1 samples in {tmp_path / arm}.png"}
         assert results <= set(text.out.splitlines())
         shown += [*(line for line in text.out.splitlines() if line not in results), *text.err.splitlines()]
     told = ("4 images of ", "training needs about ", "UNet2DConditionModel, ", "pass 1 of 1: ", "lcm, 2 steps ")

@@ -29,7 +29,7 @@ class Need(NamedTuple):
 
 
 NEEDS = (
-    Need(("transformers", "peft"), "lcm", "`train` and `sample` of Stable Diffusion, SD3 and Flux, and of LoRA"),
+    Need(("transformers", "peft"), "lcm", "`train` and `sample` with Stable Diffusion, SD3, Flux and LoRA"),
     Need(("transformers", "torchmetrics"), "clip", "`evaluate --metrics clip_score, clip_fid, fd_dinov2`"),
     Need(("tensorboard", "wandb"), "trackers", "`train --training.tracker tensorboard` and `wandb`"),
 )
@@ -60,7 +60,7 @@ def findings() -> list[Finding]:
 
 @command(
     "doctor",
-    "show what is installed and cached here, and what commands are missing",
+    "show what is installed and cached, and what each command is missing",
     examples=["", "> doctor.txt"],
 )
 def doctor() -> None:
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> list[Finding]:
-    found = [Finding("versions", "atdiff", _version("atdiff") or "not installed, run from its source")]
+    found = [Finding("versions", "atdiff", _version("atdiff") or "not installed, run from source")]
     found.append(Finding("versions", "Python", f"{platform.python_version()} ({sys.executable})"))
     for package in PACKAGES:
         version = _version(package)
@@ -100,7 +100,7 @@ def _versions() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     found = [Finding("devices", "CPU", threads)]
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
@@ -108,7 +108,7 @@ def _devices() -> list[Finding]:
     if torch.backends.mps.is_available():
         found.append(Finding("devices", "mps", "Apple GPU"))
     if len(found) == 1:
-        found.append(Finding("devices", "GPU", "none: small recipes run on the CPU, fp16 does not"))
+        found.append(Finding("devices", "GPU", "none: small recipes run on the CPU; fp16 needs a GPU"))
     return found
 
 
@@ -131,12 +131,12 @@ def _weights() -> list[Finding]:
     found += [
         Finding("weights", name, "trained at first use, in seconds") for name, one in EXTRACTORS.items() if one.trained
     ]
-    found += [Finding("weights", name, "comes with atdiff") for name, one in EXTRACTORS.items() if one.bundled]
+    found += [Finding("weights", name, "bundled") for name, one in EXTRACTORS.items() if one.bundled]
     for name, url in URLS.items():
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights_file(name).name
         absent = not file.is_file()
         where = (
-            f"not here: {SIZES[name]} are downloaded at first use, or fetch {url} and give --weights {name}=FILE"
+            f"not cached: {SIZES[name]}, downloaded at first use; or fetch {url} and pass --weights {name}=FILE"
             if absent
             else str(file)
         )
@@ -149,7 +149,7 @@ def _here() -> list[Finding]:
     from atdiff.study.recipe import bundled_recipes
     from atdiff.system.files import cache_folder
 
-    found = [Finding("here", "data sets", "digits, mixture-ring, mixture-grid, mixture-spiral: they come with atdiff")]
+    found = [Finding("here", "data sets", "digits, mixture-ring, mixture-grid, mixture-spiral (bundled)")]
     found.append(Finding("here", "recipes", f"{len(bundled_recipes())}: see `atdiff recipes`"))
     found += [Finding("here", *one) for one in _of_the_hub()]
     for kind, what in CACHED.items():
@@ -168,7 +168,7 @@ def _of_the_hub() -> list[tuple[str, str]]:
     except CacheNotFound:
         return []
     return [
-        (f"{one.repo_type} of the hub", f"{one.repo_id}, {_size(one.nb_files, one.size_on_disk)}")
+        (f"hub {one.repo_type}", f"{one.repo_id}, {_size(one.nb_files, one.size_on_disk)}")
         for one in sorted(repositories, key=lambda one: (one.repo_type, one.repo_id))
     ]
 

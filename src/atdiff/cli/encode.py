@@ -33,6 +33,6 @@ def encode(recipe: str, out: Path, settings: list[str]) -> None:
     from atdiff.training import encode as encoding
 
     data = encoding.encode(config, out)
-    print(f"{out} holds the latents of {len(data):,} images of {data.name} and {len(data.captions):,} captions.")
+    print(f"{out} contains the latents of {len(data):,} images of {data.name} and {len(data.captions):,} captions.")
     again = shlex.join(["atdiff", "train", recipe, *settings, "--data.latents", str(out), "--out", "RUN"])
     print(f"Train on them: {again}")

@@ -33,7 +33,7 @@ _PUBLISHED = "as in the published model of this architecture"
     type=click.Choice(("linear", "cosine")),
     unset=_PUBLISHED,
 )
-@options.option("--image-size", type=int, metavar="N", unset=_PUBLISHED, help="width of its images in pixels")
+@options.option("--image-size", type=int, metavar="N", unset=_PUBLISHED, help="image size in pixels")
 @options.option("--num-heads", type=int, metavar="N", unset=_PUBLISHED, help="attention heads per block")
 @options.option("--num-head-channels", type=int, metavar="N", unset=_PUBLISHED, help="channels per head")
 @click.option(
@@ -52,9 +52,9 @@ def import_adm(
     new_attention_order: bool | None,
     out: Path,
 ) -> None:
-    """Convert FILE, a state dict of guided-diffusion (.pt, .safetensors or .npz), to a diffusers pipeline.
+    """Convert FILE, a guided-diffusion state dict (.pt, .safetensors or .npz), to a diffusers pipeline.
 
-    The weights do not determine these options. For the published checkpoints they are known; for others, set them.
+    These options cannot be read from the weights. For the published checkpoints they are known; for others, set them.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
@@ -75,7 +75,7 @@ def import_adm(
     known = guided_diffusion.published_noise(model)
     if known is None and noise_schedule is None:
         raise UserError(
-            f"{file} does not contain its noise schedule, and its architecture is none of the published ones: "
+            f"{file} does not contain its noise schedule, and its architecture is not a published one: "
             "give --noise-schedule linear or cosine."
         )
     published, steps = known or (None, 1000)

@@ -62,7 +62,7 @@ def _of_figures(files: list[Path], what: str) -> str:
     kept = [f"{count} in {file}" for file, count in counts.items() if count]
     if not kept:
         return f"no {what} are saved yet, and the same command starts over."
-    return f"finished {what} are saved ({', '.join(kept)}), and the same command does what is missing."
+    return f"finished {what} are saved ({', '.join(kept)}), and the same command computes the rest."
 
 
 def _entries(file: Path) -> int:

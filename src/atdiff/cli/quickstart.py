@@ -28,7 +28,7 @@ STEPS = (4, 8, 16)
 @options.jobs
 @click.pass_obj
 def quickstart(invocation: Invocation, out: Path, jobs: int | None) -> None:
-    """Sample colour images in a few steps with a bundled pair of networks, then run the study of the recipe quickstart.
+    """Sample colour images in a few steps with a bundled pair of networks, then run the bundled study quickstart.
 
     The pair was trained on CIFAR-10 from the same base for the same number of passes, plain and with atdiff. The
     study compares plain and adversarial training on digits. It takes a few minutes on a CPU, downloads nothing, and

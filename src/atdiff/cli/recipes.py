@@ -27,7 +27,7 @@ TOLD = ("name", "title", "about", "cost", "arms")
     examples=["", "quickstart", "--json", "--schema > recipe.schema.json"],
 )
 @click.argument("recipe", type=options.Recipe(), metavar="[RECIPE]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="print JSON, with all texts and arms")
+@click.option("--json", "as_json", is_flag=True, help="print the recipes as JSON, with their full texts and arms")
 @click.option("--schema", is_flag=True, help="print the JSON schema of recipes, for editors")
 def recipes(recipe: str | None, as_json: bool, schema: bool) -> None:
     """List the bundled recipes, one per line; with RECIPE, show its purpose, cost and arms.
@@ -57,7 +57,7 @@ def _list(found: Sequence[Recipe]) -> None:
     for one in found:
         cost = re.split(r"[:;(,]", one.cost)[0].strip()
         print(f"{one.name:{names}}  {one.title:{titles}}  {cost[:1].lower()}{cost[1:]}")
-    print("\n`atdiff recipes NAME` shows all of one.")
+    print("\n`atdiff recipes NAME` shows one in full.")
 
 
 def _show(name: str, recipe: Recipe) -> None:

@@ -72,7 +72,7 @@ _ASKED = options.shared(
 @options.option(
     "--config",
     help="pipeline folder or hub id with the configuration for a pipeline in one file (.safetensors, .ckpt)",
-    unset="from the hub, recognised by the weights",
+    unset="found on the hub by the weights",
 )
 @options.inference
 @options.out("a .png grid, an .npz array, or a new folder")

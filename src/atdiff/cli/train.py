@@ -92,6 +92,6 @@ def train(
     if not is_main():
         return
     folder, what = ("lora", "LoRA weights") if config.lora.rank else ("pipeline", "pipeline")
-    print(f"{out / folder} holds the trained {what}.")
+    print(f"{out / folder} contains the trained {what}.")
     if push_to_hub is not None:
         print(card.push_to_hub(out, push_to_hub))

@@ -49,7 +49,7 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find the adversary that best lowers the distance of RUN, a denoiser's training folder, and print its recipe line.
+    """Find the adversary that improves RUN, a denoiser's training folder, the most, and print its recipe line.
 
     Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
     fixed doses. All train for equal passes in three rungs, and only the better half of them reaches the next rung. The

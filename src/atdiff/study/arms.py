@@ -175,7 +175,8 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
         if one.compute != known[0].compute:
             (passes, batch), (others, other_batch) = known[0].compute, one.compute  # type: ignore[misc]
             raise UserError(
-                f"{known[0].run} had {passes:,} passes of {batch} images and {one.run} {others:,} of {other_batch}: "
+                f"{known[0].run} was trained for {passes:,} passes of {batch} images and {one.run} for {others:,} of "
+                f"{other_batch}: "
                 "compare arms at equal compute, or add --unequal-passes."
             )
     begun = [(one.run, one.before) for one in known]
@@ -183,6 +184,6 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
     for run, before in begun:
         if before not in (None, images):
             raise UserError(
-                f"{first} started after passes of {images:,} images in all and {run} after {before:,}: compare arms "
-                "that started alike, or add --unequal-passes."
+                f"{first} started from weights trained on {images:,} images in all and {run} from weights trained on "
+                f"{before:,}: compare arms whose starts had equal compute, or add --unequal-passes."
             )

@@ -60,7 +60,7 @@ def check_encode(config: TrainConfig, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
     if config.data.latents is not None:
-        raise UserError(f"data.latents={config.data.latents} is encoded already: leave it out.")
+        raise UserError(f"data.latents={config.data.latents} is already encoded: leave it out.")
     if config.model.name in PIXEL_MODELS or config.training.init is None:
         raise UserError(
             f"`atdiff encode` needs the encoders of a saved pipeline, but model.name={config.model.name!r} with "

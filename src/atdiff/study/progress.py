@@ -106,7 +106,7 @@ class StudyProgress:
         done = (
             f"{passes:,} passes in {in_words(seconds.training)}"
             if passes > 0
-            else f"{stage.config.training.passes:,} passes, trained before"
+            else f"{stage.config.training.passes:,} passes, already trained"
         )
         last = last_logged(stage.folder).get("loss")
         loss = "" if last is None else f", loss {last:.4f}"

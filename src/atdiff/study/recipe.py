@@ -162,7 +162,7 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     word = next((word.partition("=")[0] for word in study_words if word.startswith(FINETUNE)), None)
     if word is not None and not finetune:
         setting = word.removeprefix(FINETUNE)
-        raise UserError(f"option {word!r} is for arms that start from a base, and {name} has none: say --{setting}.")
+        raise UserError(f"option {word!r} is for arms that start from a base, and {name} has none: use --{setting}.")
     changed = apply_words({"study": study, "finetune": finetune}, study_words, _Study)
     compared = _study(changed["study"], arms)
     _check_finetune(study_words, {arm: arms[arm] for arm in compared.arms})
@@ -236,7 +236,7 @@ def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
         if name in said and said[name] != getattr(adversary, name) and not all(one in said for one in names):
             dose = f"steps={adversary.steps}" if adversary.steps is not None else f"dose={adversary.dose}"
             raise UserError(
-                f"adversary.{name}={said[name]!r} contradicts adversary.{dose}, which with nothing else is "
+                f"adversary.{name}={said[name]!r} contradicts adversary.{dose}, which by itself means "
                 f"{adversary.method!r} in {adversary.passes} passes along the {adversary.direction}: leave it out, or "
                 "give method, passes and direction."
             )
@@ -285,7 +285,7 @@ def _study(settings: dict[str, Any], arms: dict[str, Any]) -> StudyConfig:
     lists |= steps or {"steps": study.steps}
     for name, values in lists.items():
         if len(set(values)) != len(values) or (not values and name != "arms"):
-            raise UserError(f"study.{name}={values} must be a list of at least one value, without repetition.")
+            raise UserError(f"study.{name}={values} must be a list of at least one value, without duplicates.")
     if by_sampler and set(by_sampler) != set(study.samplers):
         raise UserError(
             f"study.steps has the samplers {list(by_sampler)}: expected one list of step counts, or one for each "

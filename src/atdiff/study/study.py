@@ -242,8 +242,8 @@ def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
             if began.setdefault(name, now[what]) != now[what]:
                 said = "weights" if what == "weights" else "scheduler settings"
                 raise UserError(
-                    f"{out} began from other {said} than {start} has now: put these back, or choose another --out to "
-                    "begin all arms from those of now."
+                    f"{out} was started from other {said} than {start} has now: restore them, or choose another --out to "
+                    "start all arms from the current ones."
                 )
     return began
 
@@ -268,8 +268,8 @@ def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
         other, expected = known.setdefault(_images_of(stage, stored.get("classes")), (stage.folder, found))
         if found != expected:
             raise UserError(
-                f"{stage.folder} was trained on other images than {other or 'there are now'}: put the images back, or "
-                "choose another --out to train all arms on the same."
+                f"{stage.folder} was trained on other images than {other or 'there are now'}: restore the images, or "
+                "choose another --out to train all arms on the same ones."
             )
 
 

@@ -254,7 +254,7 @@ def _compared(
     fewest, enough = min(cell["num"] for cell in cells), max(few_samples(cell["extractor"]) for cell in cells)
     if fewest < enough:
         said.append(
-            f"Distances of {fewest} samples are biased upwards, equally for all arms: compare them only with each "
-            f"other, and use {enough} or more for figures to publish."
+            f"Distances computed from {fewest:,} samples are biased upwards, equally for all arms: compare them only "
+            f"with each other, and use {enough:,} or more for published figures."
         )
     return "\n".join(tables), said, saved
