@@ -394,15 +394,14 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     scheduler.write_text(json.dumps({**json.loads(original), "beta_schedule": "linear"}))
     capsys.readouterr()
     assert main(words) == 2
-    assert f"{out} was started from other scheduler settings than {start} has now: restore them" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{out} was started from other scheduler settings than {start} has now: restore them" in said
     scheduler.write_text(original)
     (weights,) = start.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()
     assert main(words) == 2
-    assert (
-        f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
-    )
+    assert f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
     assert not (out / "seed-1").exists()
 
 

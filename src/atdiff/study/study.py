@@ -242,8 +242,8 @@ def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
             if began.setdefault(name, now[what]) != now[what]:
                 said = "weights" if what == "weights" else "scheduler settings"
                 raise UserError(
-                    f"{out} was started from other {said} than {start} has now: restore them, or choose another --out to "
-                    "start all arms from the current ones."
+                    f"{out} was started from other {said} than {start} has now: restore them, or choose another --out "
+                    "to start all arms from the current ones."
                 )
     return began
 
