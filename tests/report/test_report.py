@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from atdiff.core.errors import UserError
 from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.model import load_denoiser, save_pipeline
-from atdiff.report import comparison_table, markdown_table, save_curves, write_report
+from atdiff.report import comparison_table, markdown_table, plots, save_curves, write_report
 from atdiff.report import page as page_module
 from atdiff.report.plots import loss_curves, metric_curves
 from atdiff.report.samples import Grids, sample_grids, samples_picture
@@ -617,3 +618,21 @@ def test_loss_curves_are_optional(summary: Summary) -> None:
     assert loss_curves({}, ["plain"]) is None
     assert loss_curves({"plain": {"0": []}}, ["plain"]) is None
     assert loss_curves(summary["training"], ["plain", "at"], file_format="png") is not None
+
+
+def test_an_arm_far_worse_than_the_baseline_leaves_the_others_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "rendered", lambda figure, file_format: drawn.append(figure) or b"")
+    values = {"plain": [10.0, 11.0, 12.0], "good": [5.0, 5.5, 6.0], "bad": [300.0, 320.0, 340.0]}
+    cells = [
+        {"arm": arm, "seed": seed, "sampler": "ddim", "steps": 5, "num": 9, "sample_seed": 0, "metrics": {"fd": value}}
+        for arm, of_arm in values.items()
+        for seed, value in enumerate(of_arm)
+    ]
+    metric_curves(compare(cells))
+    _, changes = drawn[0].axes
+    low, high = changes.get_ylim()
+    assert -105 <= low < -50
+    assert 150 <= high < 160
+    arrows = [line for line in changes.lines if line.get_marker() == "^" and len(line.get_xdata())]
+    assert [list(line.get_ydata()) for line in arrows] == [[150.0]]

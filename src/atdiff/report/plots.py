@@ -24,6 +24,7 @@ __all__ = ["loss_curves", "metric_curves", "save_curves", "saved_curves", "seed_
 
 DODGE = 1.055  # factor between the points of two arms at the same number of steps
 BESIDE = 1.025  # factor between an interval and its seeds
+MOST_CHANGE = 150.0  # percent; an arm that is worse would flatten the others, and is an arrowhead at the top
 LOSS_POINTS = 250  # a curve; more would only make the page heavy
 
 
@@ -182,9 +183,12 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
         low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
         error = [change - low, high - change]
         # Beside the interval, which would hide them.
-        beside = [(row.steps * dodge * BESIDE, value) for row in line for value in row.changes]
+        shown = [row for row in line if row.change <= MOST_CHANGE]
+        beside = [(row.steps * dodge * BESIDE, value) for row in shown for value in row.changes]
         seed_points(axes, beside, style["color"])
         axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
+        above = steps[change > MOST_CHANGE]
+        axes.plot(above, np.full(len(above), MOST_CHANGE), "^", color=style["color"], markersize=5, alpha=0.6)
     _step_axis(axes, sorted({row.steps for row in rows}), len(styles))
     axes.set_xlabel("sampling steps")
 
@@ -214,11 +218,11 @@ def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
-    """Limits follow the estimates, intervals may leave: one wide interval would flatten all the rest."""
+    """Limits follow the estimates up to ``MOST_CHANGE``; a wide interval, which would flatten the rest, may leave."""
     changes = [row.change for row in rows if math.isfinite(row.change)]
-    low, high = min(changes), max(changes)
-    margin = max(0.35 * (high - low), 5)
-    axes.set_ylim(max(low - margin, -105), high + margin)
+    low, high = min(changes), min(max(changes), MOST_CHANGE)
+    margin = max(0.35 * (high - low), 5) if high < MOST_CHANGE else 0.05 * MOST_CHANGE
+    axes.set_ylim(max(low - max(margin, 0.1 * (high - low)), -105), high + margin)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0"))
 
 
