@@ -206,6 +206,21 @@ def test_mistakes_cost_nothing(
     assert Path("there.html").read_text() == "mine"
 
 
+def test_measurements_of_a_page_do_not_go_into_a_run_or_study(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study's own mismatch is in its folder, where that of a page of the same name would replace it."""
+    study = tmp_path / "study"
+    shutil.copytree(finished[1], study)
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    for page in (study.with_suffix(".html"), study / "seed-0" / "plain.html"):
+        assert main(["compare", str(study), "--overwrite", "--out", str(page)]) == 2
+        folder = page.with_suffix("")
+        assert f"--out {page} would put its measurements into {folder}, the folder" in capsys.readouterr().err
+        assert not page.exists()
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
 def test_no_file_beside_a_page_is_replaced_unasked(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,10 +182,16 @@ def check_page(out: Path, *, overwrite: bool) -> None:
     """Find files that a page, or what is written beside it, would replace.
 
     Raises:
-        UserError: there is one, and it is not to be replaced; or the page is no HTML file.
+        UserError: there is one, and it is not to be replaced; the page is no HTML file; or its measurements would go
+            into the folder of a run or a study, which may have its own.
     """
     if out.suffix != ".html":
         raise UserError(f"--out {out} must be an .html file.")
+    folder = out.with_suffix("")
+    if any((folder / name).is_file() for name in ("config.yaml", "study.json")):
+        raise UserError(
+            f"--out {out} would put its measurements into {folder}, the folder of a run or study; choose another --out."
+        )
     found = None if overwrite else next((file for file in (out, *files_beside(out).values()) if file.exists()), None)
     if found is not None:
         beside = "" if found == out else f" and would be replaced by that of {out.name}"
