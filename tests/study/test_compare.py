@@ -206,6 +206,22 @@ def test_mistakes_cost_nothing(
     assert Path("there.html").read_text() == "mine"
 
 
+def test_a_study_of_which_a_part_is_evaluated_is_not_evaluated_in_another_way(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, page = tmp_path / "study", tmp_path / "page.html"
+    shutil.copytree(finished[1], study)
+    left = study / "seed-0" / "plain"
+    (left / "cells.json").unlink()
+    assert main(["compare", str(study), "--no-mismatch", "--out", str(page)]) == 2
+    assert f"{study} is not finished: {left} is not evaluated yet; run its command" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["study"]
+    for cells in study.glob("seed-*/*/cells.json"):  # none is: nothing contradicts the defaults of the command
+        cells.unlink()
+    words = ["--samplers", "ddim", "--steps", "3", "--num", "64", "--no-mismatch", "--out", str(page)]
+    assert main(["compare", str(study), *words]) == 0
+
+
 def test_measurements_of_a_page_do_not_go_into_a_run_or_study(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

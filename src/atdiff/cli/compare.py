@@ -48,11 +48,12 @@ def compare(
     A RUN is a training folder, a diffusers pipeline folder, or a hub id; without ARM= the arm is named after
     the folder. Cells from a study are reused, unless an evaluation option is given.
     """
-    from atdiff.study.arms import check_arms, find_runs
+    from atdiff.study.arms import check_arms, check_evaluated, find_runs
     from atdiff.study.preflight import check_page, check_runs
 
     check_page(out, overwrite=overwrite)
     found = find_runs(runs)
+    check_evaluated(runs, given=evaluation.given)
     studied = all((Path(one.run) / "cells.json").is_file() for one in found)
     asked = evaluation.checked([one.run for one in found], out, (0,)) if evaluation.given or not studied else None
     check_runs([one.run for one in found], evaluation.options["data"], variant=evaluation.options["variant"])

@@ -13,7 +13,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
 
-__all__ = ["ArmRun", "check_arms", "find_runs", "other_reference"]
+__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "other_reference"]
 
 REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels")
 """Settings of ``data`` that say what a run is held against."""
@@ -80,6 +80,26 @@ def find_runs(words: Sequence[str]) -> list[ArmRun]:
                 f"first={other} second={one.run}."
             )
     return list({(one.arm, one.seed): one for one in found}.values())
+
+
+def check_evaluated(words: Sequence[str], *, given: bool) -> None:
+    """Refuse a study of which some runs are evaluated and others not, unless it is said how all are to be.
+
+    Args:
+        words: see :func:`find_runs`.
+        given: whether an option of the evaluation is given, by which all runs are evaluated.
+
+    Raises:
+        UserError: there is one: all of it would be evaluated by the defaults of the command, not as the study does.
+    """
+    for folder in (Path(word) for word in words if not given and (Path(word) / "study.json").is_file()):
+        runs = [one.run for one in _runs_of_study(folder)]
+        left = [run for run in runs if not (Path(run) / "cells.json").is_file()]
+        if left and len(left) < len(runs):
+            raise UserError(
+                f"{folder} is not finished: {left[0]} is not evaluated yet; run its command again first, or say how to "
+                "evaluate all runs, such as with --samplers and --steps."
+            )
 
 
 def _compute(run: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
