@@ -104,4 +104,4 @@ def test_all_metrics_are_of_these_features_and_few_samples_are_said(recwarn: pyt
 
 def test_the_doctor_knows_that_it_is_here() -> None:
     (found,) = (one for one in findings() if one.name == CIFAR_RESNET56)
-    assert (found.found, found.missing) == ("comes with atdiff", False)
+    assert (found.found, found.missing) == ("bundled", False)

@@ -46,8 +46,6 @@ def test_a_run_tells_its_first_loss_and_then_every_line_of_its_log(
         "8",
         "--training.log_every",
         "20",
-        "--data.limit",
-        "64",
     ]
     assert main(["train", "digits-flow", "--out", str(tmp_path / "run"), *words]) == 0
     passes = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("pass ")]
