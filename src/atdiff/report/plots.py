@@ -173,22 +173,22 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
     """Points set side by side around each number of steps, so that their intervals stay apart."""
     axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
     for number, (arm, style) in enumerate(styles.items()):
-        line = [row for row in rows if row.arm == arm]
+        mine = [row for row in rows if row.arm == arm]
+        dodge = DODGE ** (number - (len(styles) - 1) / 2)
+        above = [row.steps * dodge for row in mine if row.change > MOST_CHANGE]
+        axes.plot(above, [MOST_CHANGE] * len(above), "^", color=style["color"], markersize=5, alpha=0.6)
+        line = [row for row in mine if row.change <= MOST_CHANGE]
         if not line:
             continue
-        dodge = DODGE ** (number - (len(styles) - 1) / 2)
         steps, change, low, high = np.array(
             [(row.steps * dodge, row.change, row.change_low, row.change_high) for row in line]
         ).T
         low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
         error = [change - low, high - change]
         # Beside the interval, which would hide them.
-        shown = [row for row in line if row.change <= MOST_CHANGE]
-        beside = [(row.steps * dodge * BESIDE, value) for row in shown for value in row.changes]
+        beside = [(row.steps * dodge * BESIDE, value) for row in line for value in row.changes]
         seed_points(axes, beside, style["color"])
         axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
-        above = steps[change > MOST_CHANGE]
-        axes.plot(above, np.full(len(above), MOST_CHANGE), "^", color=style["color"], markersize=5, alpha=0.6)
     _step_axis(axes, sorted({row.steps for row in rows}), len(styles))
     axes.set_xlabel("sampling steps")
 

@@ -13,7 +13,7 @@ from atdiff.core.errors import UserError
 from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
 
-__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "other_reference"]
+__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference"]
 
 REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels")
 """Settings of ``data`` that say what a run is held against."""
@@ -171,6 +171,14 @@ def _check_references(runs: Sequence[ArmRun]) -> None:
             )
 
 
+def images_key(data: Mapping[str, Any] | None, classes: Mapping[str, int] | None, *others: object) -> str:
+    """Return what says which images a run is trained on: its settings, in which order classes are counted, and others.
+
+    Runs of the same key have the same images, unless these were changed.
+    """
+    return json.dumps([data, classes, *others], sort_keys=True)
+
+
 def _check_images(runs: Sequence[ArmRun]) -> None:
     """Refuse runs whose images changed from one to the other, though their settings name the same."""
     known: dict[str, tuple[str, str]] = {}
@@ -178,10 +186,9 @@ def _check_images(runs: Sequence[ArmRun]) -> None:
         stored = stored_data(one.run)
         if "fingerprint" not in stored:  # no training folder, or of an earlier version
             continue
-        # Latents are of the encoders too, and classes are counted as each run did when it was begun.
-        settings = [one.config.get("data"), stored.get("classes"), stored.get("encoders")]
-        found = one.run, stored["fingerprint"]
-        other, expected = known.setdefault(json.dumps(settings, sort_keys=True), found)
+        # Latents are of the encoders too, which the runs of a comparison need not share.
+        key = images_key(one.config.get("data"), stored.get("classes"), stored.get("encoders"))
+        other, expected = known.setdefault(key, (one.run, stored["fingerprint"]))
         if expected != stored["fingerprint"]:
             raise UserError(
                 f"{one.run} was trained on other images than {other}, though their settings of data are the same: "
@@ -196,8 +203,7 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
             (passes, batch), (others, other_batch) = known[0].compute, one.compute  # type: ignore[misc]
             raise UserError(
                 f"{known[0].run} was trained for {passes:,} passes of {batch} images and {one.run} for {others:,} of "
-                f"{other_batch}: "
-                "compare arms at equal compute, or add --unequal-passes."
+                f"{other_batch}: compare arms at equal compute, or add --unequal-passes."
             )
     begun = [(one.run, one.before) for one in known]
     first, images = next((one for one in begun if one[1] is not None), ("", None))

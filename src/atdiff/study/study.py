@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
 from atdiff.pipelines.record import labels_of, stored_data
+from atdiff.study.arms import images_key
 from atdiff.study.preflight import check_study
 from atdiff.study.progress import Seconds, StudyProgress
 from atdiff.study.recipe import Recipe, StudyConfig, resolve
@@ -259,23 +260,19 @@ def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
     """
     known: dict[str, tuple[Path | None, str]] = {}
     if task is not None and hasattr(task, "data"):
-        known[_images_of(stages[0], labels_of(task.classes))] = None, task.data.fingerprint()
+        known[images_key(asdict(stages[0].config.data), labels_of(task.classes))] = None, task.data.fingerprint()
     for stage in stages:
         stored = stored_data(stage.folder)
         if "fingerprint" not in stored:  # not begun, or by an earlier version
             continue
         found = stored["fingerprint"]
-        other, expected = known.setdefault(_images_of(stage, stored.get("classes")), (stage.folder, found))
+        key = images_key(asdict(stage.config.data), stored.get("classes"))
+        other, expected = known.setdefault(key, (stage.folder, found))
         if found != expected:
             raise UserError(
                 f"{stage.folder} was trained on other images than {other or 'there are now'}: restore the images, or "
                 "choose another --out to train all arms on the same ones."
             )
-
-
-def _images_of(stage: Stage, classes: Mapping[str, int] | None) -> str:
-    """Return what says which images a run is trained on: its settings, and in which order classes are counted."""
-    return json.dumps([asdict(stage.config.data), classes], sort_keys=True)
 
 
 def _check_bases(stages: Sequence[Stage]) -> None:
