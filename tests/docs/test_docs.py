@@ -34,7 +34,7 @@ SHORT: dict[str, list[str]] = {
         "--study.mismatch", "false", "--jobs", "1",
     ],
     "encode": [],
-    "tune": ["--passes", "2", "--repeats", "1", "--steps", "2", "--num", "40", "--jobs", "1"],
+    "tune": ["--passes", "6", "--repeats", "1", "--steps", "2", "--num", "40", "--jobs", "1"],
     "sample": ["--num", "4"],
     "evaluate": ["--num", "40", "--steps", "2"],
     "compare": ["--num", "40", "--steps", "2", "--no-mismatch"],

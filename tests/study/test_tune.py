@@ -31,8 +31,8 @@ BASE: dict[str, Any] = {
     "adversary": {"passes": 2, "step_size": 0.1},  # which no arm may take over
     "training": {"passes": 16, "batch_size": 16, "log_every": 4, "ema_decay": 0.9, "seed": 3},
 }
-SWEEP = ["tune", "base", "--steps", "4", "--passes", "8", "--repeats", "2", "--num", "64", "--jobs", "1"]
-ARMS = ["plain", "steps-2", "steps-4", "steps-8", "dose-0.05", "dose-0.1", "dose-0.2", "dose-0.4"]
+SWEEP = ["tune", "base", "--steps", "4", "--passes", "24", "--repeats", "2", "--num", "64", "--jobs", "1"]
+ARMS = ["plain", "steps-2", "steps-4", "steps-8", "dose-0.05", "dose-0.1", "dose-0.2", "dose-0.4", "explorative-6"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def last_pass(run: Path) -> int:
 def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
     record = record_of(swept)
     arms = ARMS
-    for rung, passes, seeds in zip(record["rungs"], (2, 4, 8), (1, 1, 2), strict=True):
+    for rung, passes, seeds in zip(record["rungs"], (6, 12, 24), (1, 1, 2), strict=True):
         assert rung["passes"] == passes
         cells = {(cell["arm"], cell["seed"]): cell for cell in rung["cells"]}
         assert sorted(cells) == sorted((arm, 4200 + i) for arm in arms for i in range(seeds))
@@ -77,21 +77,21 @@ def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
 
 
 def test_every_arm_of_a_rung_has_equal_passes_and_the_sum_is_what_was_said(swept: Path) -> None:
-    """A batch with a look-ahead is charged two passes, so that it has half of the plain arm's updates."""
+    """A batch with a look-ahead is charged two passes, one with six noises three."""
     record = record_of(swept)
     runs = sorted((swept / "base-tune" / "runs").glob("seed-*/*/config.yaml"))
     passes = {(file.parent.parent.name, file.parent.name): last_pass(file.parent) for file in runs}
-    went = dict.fromkeys(ARMS, 2)
-    for rung, upto in zip(record["rungs"][:2], (4, 8), strict=True):
+    went = dict.fromkeys(ARMS, 6)
+    for rung, upto in zip(record["rungs"][:2], (12, 24), strict=True):
         went |= dict.fromkeys(["plain", *rung["kept"]], upto)
     last = ["plain", *record["rungs"][1]["kept"]]
-    assert passes == {("seed-4200", arm): upto for arm, upto in went.items()} | {("seed-4201", arm): 8 for arm in last}
-    assert sum(passes.values()) == record["passes_in_all"] == 8 * 2 + 5 * 2 + 3 * (4 + 8)
+    assert passes == {("seed-4200", arm): upto for arm, upto in went.items()} | {("seed-4201", arm): 24 for arm in last}
+    assert sum(passes.values()) == record["passes_in_all"] == 9 * 6 + 5 * 6 + 3 * (12 + 24)
     for file in runs:
         settings = yaml.safe_load(file.read_text())
-        dosed = settings["adversary"]["dose"] is not None
+        dosed, noises = settings["adversary"]["dose"] is not None, settings["objective"]["explorative"]
         assert settings["adversary"]["passes"] == (2 if dosed else 1)
-        assert dosed == (file.parent.name != "plain")
+        assert (dosed, noises) == (file.parent.name not in ("plain", "explorative-6"), 6 * (file.parent.name[0] == "e"))
         assert settings["adversary"]["step_size"] == 0.0
         assert settings["training"]["init"] == "base"
 
@@ -103,10 +103,10 @@ def test_the_line_in_a_recipe_gives_the_arm_that_was_tuned_weight_for_weight(
     record = record_of(swept)
     arm = record["best"]
     line = recipe_line(record["settings"]["candidates"][arm])
-    assert line == f"adversary: {{{arm.replace('-', ': ')}}}"
+    assert line == f"{'objective' if arm[0] == 'e' else 'adversary'}: {{{arm.replace('-', ': ')}}}"
     run = swept / "base-tune" / "runs" / "seed-4200" / arm
     recipe = {name: value for name, value in BASE.items() if name != "adversary"}
-    recipe["training"] = {**BASE["training"], "passes": 8, "init": "base", "seed": 4200, "log_every": 1}
+    recipe["training"] = {**BASE["training"], "passes": 24, "init": "base", "seed": 4200, "log_every": 1}
     (swept / "pasted.yaml").write_text(f"{yaml.safe_dump(recipe)}{line}\n")
     assert main(["train", "pasted.yaml", "--out", "pasted"]) == 0
     theirs, ours = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (run, swept / "pasted"))
@@ -126,7 +126,7 @@ def test_the_same_command_computes_nothing_anew(swept: Path, capsys: pytest.Capt
     assert {file: file.stat().st_mtime_ns for file in files} == before
     assert record_of(swept) == record
     printed = capsys.readouterr().out
-    assert "rung 3 of 3: 3 arms to 8 passes with 2 seeds" in printed
+    assert "rung 3 of 3: 3 arms to 24 passes with 2 seeds" in printed
     assert "rung 1" not in printed
     assert "changes sliced Wasserstein distance by" in " ".join(printed.split())
 
@@ -183,7 +183,11 @@ def rung_of(**values: list[float]) -> dict[str, Any]:
     return {"cells": cells, "metric": "fd"}
 
 
-TRIED = {"plain": {}, "one": {"steps": 8}, "other": {"dose": 0.1}}
+TRIED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one": {"adversary": {"steps": 8}},
+    "other": {"objective": {"explorative": 6}},
+}
 
 
 def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_ratios() -> None:
@@ -198,6 +202,8 @@ def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_rati
     )
     assert found["recommended"] == found["best"] == "one"
     assert found["line"] == "adversary: {steps: 8}"
+    swapped = judged(rung_of(plain=values["plain"], one=values["other"], other=values["one"]), TRIED)
+    assert (swapped["recommended"], swapped["line"]) == ("other", "objective: {explorative: 6}")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_rati
 )
 def test_where_nothing_is_clearly_better_plain_training_is_recommended(values: dict[str, list[float]]) -> None:
     found = judged(rung_of(**values), TRIED)
-    assert (found["recommended"], found["line"]) == ("plain", "adversary: {}")
+    assert (found["recommended"], found["line"]) == ("plain", "")
     assert found["best"] != "plain"
     json.dumps(found, allow_nan=False)
 
@@ -219,40 +225,53 @@ def test_where_nothing_is_clearly_better_plain_training_is_recommended(values: d
 @pytest.mark.parametrize(("steps", "of_steps"), [(8, [4, 8, 16]), (3, [3, 6]), (2, [2, 4]), (1, [2])])
 def test_the_candidates_are_for_half_the_steps_as_many_and_twice_as_many(steps: int, of_steps: list[int]) -> None:
     tried = candidates(steps)
-    assert [one["steps"] for one in tried.values() if "steps" in one] == of_steps
-    assert [one["dose"] for one in tried.values() if "dose" in one] == [0.05, 0.1, 0.2, 0.4]
-    assert tried["plain"] == {}
+    adversaries = [settings["adversary"] for settings in tried.values() if "adversary" in settings]
+    assert [one["steps"] for one in adversaries if "steps" in one] == of_steps
+    assert [one["dose"] for one in adversaries if "dose" in one] == [0.05, 0.1, 0.2, 0.4]
+    assert (tried["plain"], tried["explorative-6"]) == ({}, {"objective": {"explorative": 6}})
+    assert len(tried) == len(of_steps) + 6
+
+
+@pytest.mark.parametrize("own", ["ot", "nearest", "explorative"])
+def test_a_run_that_couples_noise_and_images_itself_is_not_tried_with_another_coupling(
+    own: str, swept: Path, fresh_accelerator: None
+) -> None:
+    value = "true" if own == "ot" else "3"
+    # With three noises of its own a batch with a look-ahead costs three passes, and without one two.
+    sweep = plan(Tuning("base", 4, passes=24, settings=(f"--objective.{own}", value)))
+    assert list(sweep.recipe.arms) == ARMS[:-1]
 
 
 def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
     swept: Path, fresh_accelerator: None
 ) -> None:
-    further = plan(Tuning("base", 4, passes=40))
-    assert further.passes == 8 * 10 + 5 * 10 + 3 * (20 + 2 * 40)
-    assert "430 passes in all (arms x seeds to passes: 8 x 1 to 10 + 5 x 1 to 20 + 3 x 3 to 40)" in further.cost()
+    further = plan(Tuning("base", 4, passes=48))
+    assert further.passes == 9 * 12 + 5 * 12 + 3 * (24 + 2 * 48)
+    assert "528 passes in all (arms x seeds to passes: 9 x 1 to 12 + 5 x 1 to 24 + 3 x 3 to 48)" in further.cost()
     assert {further.folder(Path("out"), rung) for rung in further.rungs} == {Path("out/runs")}
-    anew = plan(Tuning("base", 4, passes=40, settings=("--optimizer.decay", "cosine")))
-    assert anew.passes == 8 * 10 + 5 * 20 + 3 * 3 * 40
+    anew = plan(Tuning("base", 4, passes=48, settings=("--optimizer.decay", "cosine")))
+    assert anew.passes == 9 * 12 + 5 * 24 + 3 * 3 * 48
     assert len({anew.folder(Path("out"), rung) for rung in anew.rungs}) == 3
-    # By itself a tenth of the run's 16 passes, in whole batches of a look-ahead.
-    assert [rung.passes for rung in plan(Tuning("base", 4)).rungs] == [2]
+    # By itself a tenth of the run's 16 passes, in whole batches of a look-ahead and of six noises.
+    assert [rung.passes for rung in plan(Tuning("base", 4)).rungs] == [6]
     # At most a quarter of the first rung for the warm-up.
-    assert plan(Tuning("base", 4, passes=80)).recipe.config["optimizer"]["warmup_passes"] == 0
+    assert plan(Tuning("base", 4, passes=96)).recipe.config["optimizer"]["warmup_passes"] == 0
     (swept / "warm.yaml").write_text(yaml.safe_dump({**BASE, "optimizer": {"warmup_passes": 16}}))
     warm = shutil.copytree(swept / "base", swept / "warm")
     settings = yaml.safe_load((warm / "config.yaml").read_text())
     settings["optimizer"]["warmup_passes"] = 16
     settings["training"]["ema_warmup"] = False
     (warm / "config.yaml").write_text(yaml.safe_dump(settings))
-    swept_warm = plan(Tuning("warm", 4, passes=80)).recipe.config
-    assert swept_warm["optimizer"]["warmup_passes"] == 5
+    swept_warm = plan(Tuning("warm", 4, passes=96)).recipe.config
+    assert swept_warm["optimizer"]["warmup_passes"] == 6
     assert swept_warm["training"]["ema_warmup"]  # most of a long average would be the run's own weights
 
 
 def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
-    sweep = plan(Tuning("base", 4, passes=40, settings=("--optimizer.lr", "2e-4")))
+    sweep = plan(Tuning("base", 4, passes=24, settings=("--optimizer.lr", "2e-4")))
     own = resolve(load_recipe(str(swept / "base.yaml")))
-    for arm, adversary in candidates(4).items():
+    for arm, settings in candidates(4).items():
+        adversary = settings.get("adversary", {})
         config = resolve(sweep.recipe, arm, list(sweep.tuning.settings))
         assert (config.data, config.model) == (own.data, own.model)
         assert (config.training.batch_size, config.training.ema_decay) == (16, 0.9)
@@ -271,7 +290,7 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
         (["base", "--steps", "0"], "steps=0 must be 1 or more"),
         (["base", "--sampler", "ddmi"], "did you mean ddim"),
         (["base", "--sampler", "ddim"], "sampler 'ddim' does not fit"),
-        (["base", "--passes", "7"], "--passes 7 must be a multiple of 2"),
+        (["base", "--passes", "8"], "--passes 8 must be a multiple of 6"),
         (["base", "--passes", "0"], "--passes 0 must be 1 or more"),
         (["base", "--repeats", "0"], "--repeats 0 must be 1 or more"),
         (["base", "--repeats", "94"], "--repeats 94 must be at most 93"),
@@ -295,7 +314,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(
     words: list[str], message: str, swept: Path, fresh_accelerator: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(swept.rglob("*"))
-    assert main(["tune", words[0], "--passes", "8", "--out", "wrong", *words[1:]]) == 2
+    assert main(["tune", words[0], "--passes", "24", "--out", "wrong", *words[1:]]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1

@@ -17,7 +17,7 @@ from PIL import Image
 from atdiff.cli import main
 from conftest import _Serial
 
-TRIED: dict[str, dict[str, Any]] = {"plain": {}, "steps-4": {"steps": 4}}
+TRIED: dict[str, dict[str, Any]] = {"plain": {}, "steps-4": {"adversary": {"steps": 4}}}
 BASE: dict[str, Any] = {
     "data": {"name": "photos", "buckets": True, "bucket_step": 16},
     "model": {"name": "pipeline"},
@@ -45,7 +45,7 @@ def test_a_sweep_of_a_pipeline(
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
-    monkeypatch.setattr("atdiff.study.tuning.candidates", lambda steps: TRIED)
+    monkeypatch.setattr("atdiff.study.tuning.candidates", lambda steps, coupled: TRIED)
     monkeypatch.setattr("atdiff.study.tuning.metrics_of", lambda data: ["sliced_wasserstein"])  # Inception's is large
     base = f"base-{rank}"
     (place / f"{base}.yaml").write_text(yaml.safe_dump({**BASE, "lora": {"rank": rank}}))
@@ -59,7 +59,7 @@ def test_a_sweep_of_a_pipeline(
     assert list(figures) == list(TRIED)
     assert all(map(math.isfinite, figures.values()))
     assert len(set(figures.values())) == 2
-    for arm, adversary in TRIED.items():
+    for arm, settings in TRIED.items():
         config = yaml.safe_load((place / f"{base}-tune" / "runs" / "seed-4200" / arm / "config.yaml").read_text())
         assert config["training"]["init"] == ("sd3" if rank else base)
         assert (config["lora"]["rank"], config["data"]["buckets"], config["validation"]["prompts"]) == (
@@ -67,7 +67,8 @@ def test_a_sweep_of_a_pipeline(
             True,
             None,
         )
-        assert (config["adversary"]["steps"], config["training"]["passes"]) == (adversary.get("steps"), 2)
+        steps = settings.get("adversary", {}).get("steps")
+        assert (config["adversary"]["steps"], config["training"]["passes"]) == (steps, 2)
     assert record["recommended"] == "plain"  # one seed shows nothing
     start = place / ("sd3" if rank else f"{base}/pipeline")
     scheduler = start / "scheduler" / "scheduler_config.json"

@@ -15,7 +15,7 @@ __all__ = ["tune"]
 
 @command(
     "tune",
-    "find the adversary that suits a run, a sampler and a number of steps",
+    "find the setting that suits a run, a sampler and a number of steps",
     examples=[
         "runs/base",
         "runs/base --sampler flow-euler --steps 4 --passes 1000 --out runs/tuned --optimizer.lr 5e-4",
@@ -49,12 +49,12 @@ def tune(
     jobs: int | None,
     settings: list[str],
 ) -> None:
-    """Find the adversary that improves RUN, a denoiser's training folder, the most, and print its recipe line.
+    """Find the setting that improves RUN, a denoiser's training folder, the most, and print its recipe line.
 
-    Plain training and seven adversaries start from the run: doses for STEPS, half and twice as many steps, and four
-    fixed doses. All train for equal passes in three rungs, and only the better half of them reaches the next rung. The
-    last rung compares them with plain training over several seeds. Arms of a LoRA start again from the base of RUN.
-    Training settings can follow, such as --optimizer.lr 5e-4.
+    Plain training and eight candidates start from the run: adversaries with doses for STEPS, half and twice as many
+    steps, and with four fixed doses, and explorative modelling. All train for equal passes in three rungs, and only the
+    better half of them reaches the next rung. The last rung compares them with plain training over several seeds. Arms
+    of a LoRA start again from the base of RUN. Training settings can follow, such as --optimizer.lr 5e-4.
     """
     from atdiff.study.preflight import check_metrics_of
     from atdiff.study.tuning import Tuning, plan

@@ -1,4 +1,4 @@
-"""A sweep of adversaries on a run by successive halving: rungs of a study, what they leave, and the line to paste."""
+"""A sweep of candidates on a run by successive halving: rungs of a study, what they leave, and the line to paste."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _settings(sweep: Sweep, sampler: str, start: Mapping[str, str]) -> Record:
         "num": asked.num,
         "extractor": asked.extractor,
         "settings": list(asked.settings),
-        "candidates": {arm: settings.get("adversary", {}) for arm, settings in sweep.recipe.arms.items()},
+        "candidates": dict(sweep.recipe.arms),
         "rungs": [rung.passes for rung in sweep.rungs],
         "seed": sweep.rungs[0].seeds[0],
     }
@@ -181,13 +181,13 @@ def _forget(folder: Path, rung: Mapping[str, Any]) -> None:
 
 
 def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]]) -> Record:
-    """Return what a last rung shows: the best candidate, and the adversary to recommend with its line of a recipe.
+    """Return what a last rung shows: the best candidate, and the one to recommend with its line of a recipe.
 
     That is the best one's where the interval of its paired change excludes zero, and else none, as in plain training.
 
     Args:
         rung: with ``cells`` of all arms and seeds, and ``metric``.
-        candidates: the adversary of each arm.
+        candidates: the settings of each arm.
     """
     rows = compare(rung["cells"], baseline=PLAIN, metric=rung["metric"])
     tried = [row for row in rows if row.arm != PLAIN]
@@ -197,7 +197,7 @@ def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]])
     return {
         "best": best.arm,
         "recommended": found,
-        "adversary": candidates[found],
+        "chosen": candidates[found],
         "line": recipe_line(candidates[found]),
         "rows": [_figures(row) for row in rows],
     }

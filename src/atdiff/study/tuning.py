@@ -31,6 +31,8 @@ PLAIN = "plain"
 SEED = 4_200
 MOST_REPEATS = 93  # 4293 is the largest seed of samples; see atdiff.sampling.generate.image_generators
 DOSES = (0.05, 0.1, 0.2, 0.4)
+NOISES = 6  # of explorative modelling: the best number of three on an epsilon network, the second on flow and v
+COUPLINGS = ("ot", "nearest", "explorative")  # of ``objective``; a run takes one
 RUNGS = 3  # the passes of an arm double from one to the next
 MOST_PASSES = 1_000  # of an arm, where the user does not say how many
 LINES = 4  # of the log, that a run has at least by the end of the first rung
@@ -137,16 +139,22 @@ class Sweep:
         return f"{said} and {drawn:,} samples, about {time} at the {speed:g} passes per second of {self.tuning.run}."
 
 
-def candidates(steps: int) -> dict[str, dict[str, Any]]:
-    """Return the adversaries that are tried for so many sampling steps, by name; plain training, without any, first.
+def candidates(steps: int, *, coupled: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the settings of the arms that are tried for so many sampling steps, by name; plain training first.
 
-    Those whose dose sets itself for as many steps, half and twice as many, and four fixed doses.
+    Adversaries whose dose sets itself for as many steps, half and twice as many, four fixed doses, and explorative
+    modelling.
+
+    Args:
+        steps: of the sampler.
+        coupled: whether the run couples noises with images itself, which leaves no room for explorative modelling.
     """
     tried = [one for one in (steps // 2, steps, 2 * steps) if one >= 2]  # the fewest that a dose can be for
+    adversaries = {f"steps-{one}": {"steps": one} for one in tried} | {f"dose-{one:g}": {"dose": one} for one in DOSES}
     return {
         PLAIN: {},
-        **{f"steps-{one}": {"steps": one} for one in tried},
-        **{f"dose-{one:g}": {"dose": one} for one in DOSES},
+        **{name: {"adversary": one} for name, one in adversaries.items()},
+        **({} if coupled else {f"explorative-{NOISES}": {"objective": {"explorative": NOISES}}}),
     }
 
 
@@ -157,9 +165,9 @@ def better_half(figures: Mapping[str, float]) -> list[str]:
     return [name for name in figures if name in kept]
 
 
-def recipe_line(adversary: Mapping[str, Any]) -> str:
-    """Return the line of a recipe that sets an adversary, such as ``adversary: {steps: 8}``."""
-    return str(yaml.safe_dump({"adversary": dict(adversary)}, default_flow_style=None)).strip()
+def recipe_line(settings: Mapping[str, Any]) -> str:
+    """Return the line of a recipe that sets an arm, such as ``adversary: {steps: 8}``; empty for plain training."""
+    return str(yaml.safe_dump(dict(settings), default_flow_style=None)).strip() if settings else ""
 
 
 def metrics_of(data: str) -> list[str]:
@@ -179,17 +187,17 @@ def plan(tuning: Tuning) -> Sweep:
     """
     _check(tuning)
     config = _config_of(tuning.run)
-    arms = {name: {"adversary": one} if one else {} for name, one in candidates(tuning.steps).items()}
     said = read_settings(TrainConfig, apply_words(asdict(config), tuning.settings, TrainConfig))
     _check_kind(tuning.run, said)
     check_data(said.data.name)
+    arms = candidates(tuning.steps, coupled=any(getattr(said.objective, name) for name in COUPLINGS))
     unit = math.lcm(*(_charge(said, arm) for arm in arms.values()))
     passes = tuning.passes or max(unit, min(MOST_PASSES, config.training.passes // 10) // unit * unit)
     if passes % unit:
         near = passes // unit * unit or unit
         raise UserError(
-            f"--passes {passes} must be a multiple of {unit}, the cost of a batch with a look-ahead in passes; "
-            f"use {near} or {near + unit}."
+            f"--passes {passes} must be a multiple of {unit}, so that every arm ends with a whole batch (a look-ahead "
+            f"makes it 2 passes, choosing among {NOISES} noises 3); use {near} or {near + unit}."
         )
     rungs = _rungs(passes, unit, len(arms) - 1, tuning.repeats)
     extractor = tuning.extractor or _extractor(said)
@@ -264,8 +272,9 @@ def _start_of(run: str) -> str:
 
 def _charge(config: TrainConfig, arm: Mapping[str, Any]) -> int:
     """Return the passes that a batch of an arm is charged."""
-    plain = {**asdict(config), **arm}
-    return charge_of(asdict(read_settings(TrainConfig, plain))).batch
+    settings = asdict(config)
+    settings |= {section: {**settings[section], **own} for section, own in arm.items()}
+    return charge_of(asdict(read_settings(TrainConfig, settings))).batch
 
 
 def _rungs(passes: int, unit: int, tried: int, seeds: int) -> tuple[Rung, ...]:
