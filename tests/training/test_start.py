@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
 
@@ -30,7 +31,7 @@ from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
 from atdiff.training.build import build_scheduler
 from atdiff.training.config import ConsistencyConfig, ObjectiveConfig, SchedulerConfig, TrainConfig
 from atdiff.training.loop import Trainer
-from atdiff.training.start import Start, check_agreement, differences, noise_scheduler
+from atdiff.training.start import Start, check_agreement, differences, noise_scheduler, weights_for
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -49,6 +50,47 @@ def test_the_same_betas_under_another_name_are_the_same(other: Any) -> None:
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)  # as diffusers says
     assert differences(ours, None, start(theirs)) == []
     assert differences(ours, None, start(DDPMScheduler(trained_betas=theirs.betas.tolist()))) == []
+
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("attention_head_dim", 16, "16 there and 8 here"),
+        ("act_fn", "gelu", "'gelu' there"),
+        ("freq_shift", 1, "1 there"),
+    ],
+)
+def test_settings_that_change_what_weights_compute_but_not_their_shapes_are_refused(
+    setting: str, value: Any, said: str
+) -> None:
+    torch.manual_seed(0)
+    network: Any = UNet2DModel(**SMALL).eval()
+    theirs: Any = UNet2DModel(**{**SMALL, setting: value}).eval()
+    network.load_state_dict(theirs.state_dict())  # which torch takes
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert not torch.allclose(network(x, 5).sample, theirs(x, 5).sample, atol=1e-4)
+    with pytest.raises(UserError, match=f"the start does not fit the network: {setting} is {said}"):
+        weights_for(network, Start("the start", DDPMScheduler(), theirs))
+
+
+def test_another_dropout_image_size_or_learned_variance_of_the_start_is_taken() -> None:
+    network: Any = UNet2DModel(**SMALL)
+    theirs: Any = UNet2DModel(**{**SMALL, "dropout": 0.1, "sample_size": 16, "out_channels": 6})
+    weights = weights_for(network, Start("the start", DDPMScheduler(), theirs))
+    assert torch.equal(weights["conv_out.weight"], theirs.conv_out.weight[:3])
+    network.load_state_dict(weights)
 
 
 @pytest.mark.parametrize(

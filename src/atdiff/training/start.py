@@ -22,12 +22,12 @@ __all__ = [
     "Difference",
     "Start",
     "check_agreement",
-    "check_weights",
     "differences",
     "load_start",
     "load_teacher",
     "noise_scheduler",
     "settled",
+    "weights_for",
 ]
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -37,6 +37,8 @@ DYNAMIC = (
 )  # fmt: skip
 # Whose second half is a learned variance.
 OUTPUTS = ("conv_out.weight", "conv_out.bias", "proj_out.weight", "proj_out.bias")
+# Settings of a network that a run may change, or that the shapes of its weights tell.
+FREE = ("sample_size", "out_channels", "dropout")
 
 
 @dataclass(frozen=True)
@@ -281,30 +283,46 @@ def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, r
     )
 
 
-def check_weights(network: nn.Module, weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the weights that a network starts from: those given, less a variance that it does not learn.
+def weights_for(network: nn.Module, start: Start) -> dict[str, Tensor]:
+    """Return the weights that a network takes over from a start, less a variance that it does not learn.
 
     Args:
-        network: whose shapes count; its weights may be on the meta device.
-        weights: of the start.
-        name: of the start.
+        network: whose shapes and settings count; its weights may be on the meta device.
+        start: see :class:`Start`.
 
     Raises:
-        UserError: they do not fit the network.
+        UserError: the weights do not fit the network, or do, but would compute something else in it.
     """
-    own, fitting = network.state_dict(), dict(weights)
+    own, fitting = network.state_dict(), dict(start.network.state_dict())
     for output in OUTPUTS:
-        if output in own and output in weights and len(weights[output]) == 2 * len(own[output]):
-            fitting[output] = weights[output][: len(own[output])]
+        if output in own and output in fitting and len(fitting[output]) == 2 * len(own[output]):
+            fitting[output] = fitting[output][: len(own[output])]
     for key in {**own, **fitting}:
         theirs = tuple(fitting[key].shape) if key in fitting else None
         ours = tuple(own[key].shape) if key in own else None
         if theirs != ours:
             raise UserError(
-                f"{name} does not fit the network: {key} is {theirs or 'nothing'} there and {ours or 'nothing'} here; "
-                f"{_fix(key, theirs, ours)}."
+                f"{start.name} does not fit the network: {key} is {theirs or 'nothing'} there and {ours or 'nothing'} "
+                f"here; {_fix(key, theirs, ours)}."
             )
+    _check_settings(network, start)
     return fitting
+
+
+def _check_settings(network: Any, start: Start) -> None:  # noqa: ANN401  (any diffusers model)
+    """Refuse settings that differ from the start's and that no shape of a weight tells, such as attention heads."""
+    theirs: dict[str, Any] = dict(getattr(start.network, "config", {}))
+    for key, ours in dict(getattr(network, "config", {})).items():
+        if key in FREE or key.startswith("_") or key not in theirs or _plain(theirs[key]) == _plain(ours):
+            continue
+        raise UserError(
+            f"{start.name} does not fit the network: {key} is {theirs[key]!r} there and {ours!r} here, which its "
+            f"weights would not show; {_fix(key, None, None)}."
+        )
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _fix(key: str, theirs: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> str:

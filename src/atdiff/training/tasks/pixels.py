@@ -23,7 +23,7 @@ from atdiff.sampling.schedulers import default_sampler
 from atdiff.training.build import build_adversary, build_objective, build_scheduler, build_teacher
 from atdiff.training.config import TrainConfig
 from atdiff.training.reflow import check_reflow
-from atdiff.training.start import Start, check_agreement, check_weights, load_start, load_teacher, settled
+from atdiff.training.start import Start, check_agreement, load_start, load_teacher, settled, weights_for
 from atdiff.training.tasks.base import Task
 
 __all__ = ["PixelTask"]
@@ -49,7 +49,7 @@ class PixelTask(Task):
         if hasattr(sampler, "shift"):  # which may depend on the size of the images
             sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
         if start is not None:
-            self.network.load_state_dict(check_weights(self.network, start.network.state_dict(), start.name))
+            self.network.load_state_dict(weights_for(self.network, start))
 
     @staticmethod
     def _agreed_scheduler(config: TrainConfig, start: Start | None, teacher: Start | None) -> Any:  # noqa: ANN401
@@ -87,7 +87,7 @@ class PixelTask(Task):
         if start is not None and alike:
             with torch.random.fork_rng(devices=[]), init_empty_weights():
                 network = self._network_of(config)
-            check_weights(network, start.network.state_dict(), start.name)
+            weights_for(network, start)
         return scheduler
 
     @property
