@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from flow_pipelines import tiny_sana, tiny_sd3
 from latent_pipelines import tiny_sd
 from PIL import Image
@@ -42,7 +42,7 @@ SHORT: dict[str, list[str]] = {
     "robustness": ["--num", "8", "--pgd-steps", "2", "--restarts", "1", "--levels", "0.5"],
 }  # fmt: skip
 # Widths of networks that pages define.
-NARROW = {"[32, 64, 96]": "[8, 8, 8]"}
+NARROW = {"[32, 64, 96]": "[8, 8, 8]", "attention_head_dim: 32": "attention_head_dim: 8"}
 # On networks that are large on a CPU, and for pages whose training is that of a recipe for many GPUs.
 SMALLER = {"sd15-lcm-lora-at": ["--lora.rank", "2"], "sd3-flow-at-lora": ["--lora.rank", "2"]}
 BATCH = {
@@ -98,6 +98,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = small_unet(8, 16)
     network.register_to_config(sample_size=16)
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder / "my-pipeline")
+    # The bundled network, as narrow as those that pages define.
+    bundled = Path("src", "atdiff", "pretrained", "cifar10-base")
+    narrow = {"block_out_channels": [8, 8, 8], "attention_head_dim": 8}
+    network = UNet2DModel.from_config({**UNet2DModel.load_config(ROOT / bundled / "unet"), **narrow})
+    DDPMPipeline(network, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / bundled)
     tiny_sd(folder / "my-stable-diffusion")
     tiny_sd3(folder / "my-sd3")
     tiny_sana(folder / "my-sana")
