@@ -316,8 +316,8 @@ def _check_settings(network: Any, start: Start) -> None:  # noqa: ANN401  (any d
         if key in FREE or key.startswith("_") or key not in theirs or _plain(theirs[key]) == _plain(ours):
             continue
         raise UserError(
-            f"{start.name} does not fit the network: {key} is {theirs[key]!r} there and {ours!r} here, which its "
-            f"weights would not show; {_fix(key, None, None)}."
+            f"{start.name} does not fit the network: {key} is {theirs[key]!r} there and {ours!r} here, so the same "
+            f"weights would compute something else; {_fix(key, None, None)}."
         )
 
 
