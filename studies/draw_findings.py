@@ -5,6 +5,7 @@ python studies/draw_findings.py
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atdiff.report.curves import GREY, RC, add_legend, rendered
+from atdiff.report.plots import saved_curves
+from atdiff.report.steps_saved import saved_where_known
 from atdiff.system.files import write_bytes
 
 PAGES = Path(__file__).parent.parent / "docs" / "results"
@@ -99,11 +102,24 @@ FOUND = {
 }
 
 
+# Of the chart in the README, from a study that keeps its figures in ``summaries``.
+SAVED = ("digits-couplings", ("plain", "auto8", "residual-fixed", "explorative", "ot", "at"))
+
+
 def main() -> None:
+    write_bytes(PAGES / "steps-saved.png", saved_chart(*SAVED))
     for name, (arms, panels) in FOUND.items():
         file = PAGES / f"finding-{name}.png"
         write_bytes(file, chart(arms, panels))
         print(file)
+
+
+def saved_chart(study: str, arms: tuple[str, ...]) -> bytes:
+    """Steps that plain training needs for what the arms of a study give at each number of steps."""
+    summary = json.loads((PAGES / "summaries" / f"{study}.json").read_text())
+    cells = [cell for cell in summary["cells"] if cell["arm"] in arms]
+    saved = saved_where_known(cells, baseline=summary["baseline"], metric=summary["metric"], correction="none")
+    return saved_curves(saved, file_format="png")
 
 
 def chart(arms: tuple[str, ...], panels: tuple[Panel, ...]) -> bytes:
