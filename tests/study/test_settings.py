@@ -25,6 +25,7 @@ from atdiff.study.preflight import check_study
 from atdiff.study.recipe import StudyConfig, bundled_recipes, load_recipe, resolve
 from atdiff.training.build import build_adversary
 from atdiff.training.config import TrainConfig
+from atdiff.training.idle import IDLE as TABLE
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -121,7 +122,7 @@ CONTRADICTIONS = [
     (["--adversary.steps=8", "--adversary.method=free"], "adversary.method='free' contradicts adversary.steps=8,"),
     (["--adversary.dose=0.1", "--adversary.passes=1"], "passes=1 contradicts adversary.dose=0.1, which by itself"),
     (["--adversary.passes=3", "--adversary.direction=residual"], "no effect with adversary.step_size=0, which repeats"),
-    (["--adversary.passes=2", "--adversary.noise_levels=[0.1,0.5]"], "noise_levels=(0.1, 0.5) has no effect with"),
+    (["--adversary.passes=2", "--adversary.noise_levels=[0.1,0.5]"], "noise_levels=[0.1, 0.5] has no effect with"),
     (["--adversary.steps=8", "--adversary.norm=linf"], "norm=linf contradicts a dose, which replaces it; leave norm"),
     (["--adversary.steps=8", "--adversary.direction=gradient"], "direction='gradient' contradicts adversary.steps=8"),
     (["--training.passes=0"], "training.passes=0 must be at least 1"),
@@ -158,6 +159,112 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("words", "message"), CONTRADICTIONS, ids=[" ".join(words) for words, _ in CONTRADICTIONS])
 def test_a_contradiction_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in mistake(capsys, "quickstart", *words)
+
+
+PERTURBS, DISTILS = ["--adversary.passes=2", "--adversary.step_size=3"], ["--consistency.mode=distillation"]
+PIPELINE = ["--model.name=pipeline", "--training.init=base"]
+IDLE: dict[str, tuple[str, list[str]]] = {  # a value of each setting that has no effect on plain training, and has then
+    "adversary.step_size": ("3", ["--adversary.passes=2"]),
+    "adversary.norm": ("linf", PERTURBS),
+    "adversary.radius": ("9", PERTURBS),
+    "adversary.scale": ("high", PERTURBS),
+    "adversary.noise_levels": ("[0.1, 0.5]", PERTURBS),
+    "adversary.rescale_noise": ("true", PERTURBS),
+    "adversary.direction": ("residual", PERTURBS),
+    "adversary.target": ("invariant", PERTURBS),
+    "adversary.method": ("pgd", PERTURBS),
+    "adversary.order": ("staggered", ["--adversary.passes=2"]),
+    "adversary.weight": ("0.5", ["--adversary.method=mac", "--adversary.passes=2"]),
+    "objective.snr_gamma": ("2", ["--objective.weighting=min-snr"]),
+    "objective.reflow_steps": ("4", ["--objective.reflow=64"]),
+    "consistency.teacher": ("runs/base", DISTILS),
+    "consistency.solver": ("heun", DISTILS),
+    "consistency.site": ("teacher", DISTILS),
+    "consistency.pairs": ("ect", ["--consistency.mode=training"]),
+    "consistency.intervals": ("20", DISTILS),
+    "consistency.distance": ("l2", DISTILS),
+    "consistency.huber_c": ("0.1", DISTILS),
+    "consistency.target_decay": ("0.5", DISTILS),
+    "consistency.guidance": ("[2, 3]", [*PIPELINE, *DISTILS]),
+    "consistency.embed_guidance": ("false", [*PIPELINE, *DISTILS]),
+    "consistency.sample_guidance": ("2", PIPELINE),
+    "model.gradient_checkpointing": ("true", PIPELINE),
+    "validation.negative_prompt": ("blurry", [*PIPELINE, "--validation.prompts=[a cat]"]),
+    "validation.guidance_scale": ("2", [*PIPELINE, "--validation.prompts=[a cat]"]),
+    "validation.steps": ("[2]", [*PIPELINE, "--validation.prompts=[a cat]"]),
+    "data.bucket_step": ("32", [*PIPELINE, "--data.buckets=true"]),
+    "data.crop": ("adm", ["--data.image_size=8"]),
+}
+
+
+@pytest.mark.parametrize("key", IDLE)
+def test_a_setting_that_does_nothing_is_refused_until_it_does(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value, live = IDLE[key]
+    error = mistake(capsys, "quickstart", f"--{key}={value}")
+    assert error.startswith(f"atdiff: {key}=")
+    assert " has no effect with" in error
+    assert error.endswith(", or leave it out.")
+    assert main(["train", "quickstart", "--out", "out", "--dry-run", f"--{key}={value}", *live]) == 0
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    assert {f"{row.section}.{name}" for row in TABLE for name in row.names} == set(IDLE)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adversary.passes=2", "--adversary.scale=high"], "scale='high' has no effect with adversary.step_size=0,"),
+        (["--adversary.method=mac", "--adversary.passes=2", "--adversary.scale=high"], "adversary.method='mac', which"),
+        (["--consistency.mode=training", "--consistency.solver=heun"], "consistency.mode='training', which has no"),
+        ([*DISTILS, "--consistency.distance=l2", "--consistency.huber_c=0.1"], "with consistency.distance='l2'"),
+        ([*DISTILS, "--consistency.guidance=[2, 3]"], "a network of pixels without guidance: use a latent"),
+    ],
+)
+def test_what_makes_a_setting_idle_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in mistake(capsys, "quickstart", *words)
+
+
+def test_what_is_switched_off_later_on_is_the_default(tmp_path: Path) -> None:
+    perturbed = {"adversary": {"passes": 2, "step_size": 3.0, "direction": "residual", "scale": "high"}}
+    arms = {"at": perturbed, "plain": {}, "soar": {"adversary": {"method": "soar", "passes": 2}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"arms": arms}))
+    recipe = load_recipe(str(tmp_path / "own.yaml"))
+    plain = resolve(recipe, "plain")
+    assert resolve(recipe, "at", ["--adversary.passes", "1"]) == plain
+    assert resolve(recipe, "at", ["--adversary.step_size", "0"]).adversary.direction == "gradient"
+    with pytest.raises(UserError, match=r"direction='residual' has no effect with adversary.passes=1"):
+        resolve(recipe, "at", ["--adversary.passes", "1", "--adversary.direction", "residual"])
+    written = {"adversary": {**dataclasses.asdict(plain)["adversary"], "scale": "constant"}}  # as a folder has it
+    (tmp_path / "folder.yaml").write_text(yaml.safe_dump(written))
+    assert resolve(load_recipe(str(tmp_path / "folder.yaml"))).adversary == plain.adversary
+
+
+def test_what_arms_share_has_an_effect_on_one_of_them(tmp_path: Path) -> None:
+    at = {"adversary": {"passes": 2, "step_size": 3.0}}
+    content = {"objective": {"weighting": "min-snr"}, "arms": {"plain": {}, "at": at}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(str(tmp_path / "own.yaml"))
+    check_study(recipe, tmp_path / "out", ["--adversary.norm", "linf", "--objective.snr_gamma", "2"])
+    with pytest.raises(UserError, match=r"norm='linf' has no effect with adversary.passes=1"):
+        resolve(recipe, "plain", ["--adversary.norm", "linf"])
+    for words in (["--consistency.solver", "heun"], ["--adversary.weight", "2"]):
+        with pytest.raises(UserError, match="has no effect with"):
+            check_study(recipe, tmp_path / "out", words)
+    # A recipe says for all of its runs what some of them use.
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**content, "adversary": {"direction": "residual"}}))
+    recipe = load_recipe(str(tmp_path / "own.yaml"))
+    assert [resolve(recipe, arm).adversary.direction for arm in (None, "plain", "at")] == ["gradient"] * 2 + [
+        "residual"
+    ]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**content, "adversary": {"weight": 2.0}}))
+    with pytest.raises(UserError, match=r"weight=2.0 has no effect with adversary.method='free'"):
+        resolve(load_recipe(str(tmp_path / "own.yaml")), "at")
+
+
+def test_a_variant_is_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "quickstart", "--out", "out", "--model.variant", "fp16"]) == 2
+    assert "model.variant='fp16' has no effect without training.init" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -199,9 +306,11 @@ def test_every_combination_of_the_adversary_works_or_says_why() -> None:
         good += 1
         assert (adversary.norm, adversary.method, adversary.direction, adversary.order, adversary.target) == values
     assert good + len(bad) == 3 * 7 * 5 * 2 * 2
-    for (_, method, direction, order, target), why in bad:
+    for (norm, method, direction, order, target), why in bad:
         assert method != "free"
-        if order == "staggered":
+        if method in own and norm != "l2":
+            assert f"adversary.norm={norm!r} has no effect with adversary.method={method!r}" in why
+        elif order == "staggered":
             assert "staggered" in why
         elif method in own:
             told = f"target={target!r}" if direction == "gradient" else f"direction={direction!r}"

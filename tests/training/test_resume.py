@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from resuming import StopAt, everything
 
@@ -268,3 +269,20 @@ def test_the_earlier_name_of_an_order_is_read_in_recipes_and_python(tmp_path: Pa
     order: Any = "authors"
     assert AdversaryConfig(order=order) == AdversaryConfig(order="consecutive")
     assert Adversary(order=order).order == "consecutive"
+
+
+def test_a_run_with_settings_that_do_nothing_resumes_without_them(tmp_path: Path) -> None:
+    """Earlier versions took these, and wrote them down."""
+    whole = everything(run(tmp_path / "whole", "plain"))
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", "plain", stop=StopAt(1))
+    file = tmp_path / "stopped" / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    written["adversary"] |= {"direction": "residual", "target": "invariant", "scale": "high"}
+    written["objective"]["snr_gamma"] = 1.0
+    written["model"]["gradient_checkpointing"] = True
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
+    assert_same(whole, everything(run(tmp_path / "stopped", "plain")))
+    assert load_denoiser(str(tmp_path / "stopped")).config["objective"]["snr_gamma"] == 1.0
+    with pytest.raises(UserError, match="weighting is 'none' there, 'min-snr' here"):
+        run(tmp_path / "stopped", "plain", "--objective.weighting", "min-snr")

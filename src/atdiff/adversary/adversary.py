@@ -42,7 +42,8 @@ class Adversary:
         norm: ``l2``, ``linf`` or ``l1`` norm of a sample's flattened perturbation, in the units of ``x_t``.
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
         radius: maximum norm of delta, times the same scale; None for none.
-        passes: forward-backward passes per batch; 1 is plain training. Default 3, or 2 with a dose.
+        passes: forward-backward passes per batch; 1 is plain training, on which the arguments of the perturbation have
+            no effect (recipes refuse them). Default 3, or 2 with a dose.
         dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, such as 0.15, or ``auto``; replaces ``step_size``.
         steps: number of sampling steps that ``dose="auto"`` tunes for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t

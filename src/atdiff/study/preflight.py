@@ -16,7 +16,7 @@ from atdiff.core.specs import parse_correction
 from atdiff.data.sources.registry import check_data
 from atdiff.metrics.registry import EXTRACTORS, HUB_WEIGHTS, METRICS, check_names, needed_networks
 from atdiff.study.arms import other_reference
-from atdiff.study.recipe import Recipe, resolve
+from atdiff.study.recipe import Recipe, check_shared, resolve
 from atdiff.system.files import LOCK
 from atdiff.system.locate import check_hub, check_run, check_weights, run_config
 from atdiff.system.pipeline_files import check_variant, is_single_file
@@ -76,6 +76,11 @@ def _check_starts(config: TrainConfig) -> None:
         if source not in (None, SELF):
             check_run(source)
             check_variant(source, config.model.variant)
+    if config.model.variant is not None and {config.training.init, config.consistency.teacher} <= {None, SELF}:
+        raise UserError(
+            f"model.variant={config.model.variant!r} has no effect without training.init: give a pipeline folder or "
+            "hub id as --training.init, or leave it out."
+        )
     check_pipeline_config(config.model.config, (config.training.init, config.consistency.teacher), "model.config")
 
 
@@ -125,9 +130,10 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
         and (not out.is_dir() or any(one.name != LOCK for one in out.iterdir()))
     ):
         raise UserError(f"{out} is not empty and contains no study; choose another --out.")
-    configs = [resolve(recipe, None, list(overrides))]
+    configs = [resolve(recipe, None, list(overrides), of_study=True)]
     check_data(configs[0].data.name)
-    configs += [resolve(recipe, arm, list(overrides)) for arm in study.arms]
+    configs += [resolve(recipe, arm, list(overrides), of_study=True) for arm in study.arms]
+    check_shared(recipe, overrides)
     _check_alike(recipe, configs)
     # The arms of a recipe with a base start from that.
     starts = [config.training.init for config in (configs[:1] if recipe.finetune else configs[1:])]
@@ -141,7 +147,7 @@ def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
 
     Passes are compute whatever they are spent on: those that paid for the pairs of a reflow are among them.
     """
-    seed = resolve(recipe).training.seed
+    seed = resolve(recipe, of_study=True).training.seed
     base, (first, *_) = configs[0], configs[1:]
     for arm, config in zip(recipe.study.arms, configs[1:], strict=True):
         if config.training.seed != seed:

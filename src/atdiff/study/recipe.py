@@ -18,13 +18,15 @@ from atdiff.system.suggest import nearest
 from atdiff.training.checks import check_config
 from atdiff.training.config import AdversaryConfig, Settings, TrainConfig
 from atdiff.training.encoded import as_encoded
-from atdiff.training.settings import apply_words, dotted_keys, load_yaml, merge, read_settings
+from atdiff.training.idle import Refusal, refusals, without_idle
+from atdiff.training.settings import apply_words, as_plain, dotted_keys, load_yaml, merge, read_settings
 
 __all__ = [
     "Recipe",
     "StudyConfig",
     "arm_names",
     "bundled_recipes",
+    "check_shared",
     "check_words",
     "dotted_keys",
     "load_recipe",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 FINETUNE = "--finetune."  # words on the arms alone
+ARM, OVERRIDES = 2, 3  # the layers of settings, after those of the recipe and its ``finetune``
 
 
 @dataclass
@@ -198,18 +201,66 @@ def _has(settings: Any, path: Sequence[str]) -> bool:  # noqa: ANN401
     return not isinstance(settings, Mapping)
 
 
-def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None) -> TrainConfig:
+def resolve(
+    recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None, *, of_study: bool = False
+) -> TrainConfig:
     """Return the settings of a run: the recipe, then its ``finetune`` and arm if one is named, then overrides.
 
     Args:
         recipe: see :func:`load_recipe`.
         arm: one of the recipe's arms; None for its base run.
         overrides: command-line words such as ``["--training.passes", "500"]``.
+        of_study: whether the run shares all but the settings of its arm with others, which :func:`check_shared` is
+            for; then what is shared may have no effect on this one.
 
     Raises:
         UserError: an unknown arm or key, a value of the wrong type or out of range, or settings that contradict each
-            other.
+            other or have no effect.
     """
+    config, settings = _merged(recipe, arm, overrides or [])
+    _check_usual(settings.get("adversary") or {}, config.adversary)
+    _check_rank(settings.get("lora") or {})
+    _check_idle(recipe, arm, overrides or [], of_study=of_study)
+    config = read_settings(TrainConfig, without_idle(as_plain(config)))
+    check_config(config)
+    return config
+
+
+def check_shared(recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Find a setting that the arms of a study share and that has no effect on any of them.
+
+    Raises:
+        UserError: there is one.
+    """
+    first, *others = (_refusals(recipe, arm, overrides) for arm in recipe.study.arms)
+    for key, refusal in first.items():
+        if all(key in one for one in others):
+            raise refusal.error
+
+
+def _check_idle(recipe: Recipe, arm: str | None, overrides: Sequence[str], *, of_study: bool) -> None:
+    """Refuse a setting of a run that has no effect; of what a recipe says for all of its runs, if it has on none."""
+    own = (ARM,) if of_study else (ARM, OVERRIDES)
+    found = _refusals(recipe, arm, overrides)
+    shared = [key for key, refusal in found.items() if refusal.layer not in own]
+    others = [_refusals(recipe, one, overrides) for one in recipe.arms] if shared and not of_study else []
+    for key, refusal in found.items():
+        if refusal.layer in own or (not of_study and all(key in one for one in others)):
+            raise refusal.error
+
+
+def _refusals(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> dict[str, Refusal]:
+    return refusals(_merged(recipe, arm, overrides)[0], _layers(recipe, arm, overrides))
+
+
+def _layers(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what is said of a run, the last of which counts: recipe, ``finetune``, arm and overrides."""
+    of_arm = ({}, {}) if arm is None else (recipe.finetune, recipe.arms.get(arm, {}))
+    return [recipe.config, *of_arm, apply_words({}, overrides, TrainConfig)]
+
+
+def _merged(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Return the settings of a run, whole and as they are written."""
     settings = copy.deepcopy(recipe.config)
     if arm is not None:
         if arm not in recipe.arms:
@@ -218,12 +269,8 @@ def resolve(recipe: Recipe, arm: str | None = None, overrides: list[str] | None 
             )
         for layer in (recipe.finetune, recipe.arms[arm]):
             merge(settings, copy.deepcopy(layer))
-    apply_words(settings, overrides or [], TrainConfig)
-    config = as_encoded(read_settings(TrainConfig, settings), settings.get("data"))
-    _check_usual(settings.get("adversary") or {}, config.adversary)
-    _check_rank(settings.get("lora") or {})
-    check_config(config)
-    return config
+    apply_words(settings, overrides, TrainConfig)
+    return as_encoded(read_settings(TrainConfig, settings), settings.get("data")), settings
 
 
 def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:

@@ -170,7 +170,7 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
         # Other noise for every seed, the same for all of its arms.
         cells = replace(evaluation, seeds=(1 + seed,))
         for arm in (*([BASE] if has_base else []), *study.arms):
-            config = resolve(recipe, None if arm == BASE else arm, list(overrides))
+            config = resolve(recipe, None if arm == BASE else arm, list(overrides), of_study=True)
             config.training.seed = seed
             if arm != BASE and (has_base or study.start):
                 config.training.init = study.start or str(out / f"seed-{seed}" / BASE)

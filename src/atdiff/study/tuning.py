@@ -17,12 +17,13 @@ from atdiff.core.errors import UserError
 from atdiff.data.sources.registry import check_data
 from atdiff.study.extractor import UNUSED, extractor_for
 from atdiff.study.preflight import check_drawing
-from atdiff.study.recipe import Recipe, StudyConfig, resolve
+from atdiff.study.recipe import Recipe, StudyConfig, check_shared, resolve
 from atdiff.system.locate import check_run, run_config
 from atdiff.system.progress import in_words
 from atdiff.training.config import ENDING, SchedulerConfig, TrainConfig
 from atdiff.training.folder import as_begun, last_logged
-from atdiff.training.settings import apply_words, read_settings
+from atdiff.training.idle import without_idle
+from atdiff.training.settings import apply_words, as_plain, read_settings
 
 __all__ = ["PLAIN", "Rung", "Sweep", "Tuning", "better_half", "candidates", "metrics_of", "plan", "recipe_line"]
 
@@ -133,7 +134,7 @@ class Sweep:
         if not speed:
             return f"{said}, and {drawn:,} samples."
         # A forward is a third of a pass.
-        batch = resolve(self.recipe, None, list(self.tuning.settings)).training.batch_size
+        batch = resolve(self.recipe, None, list(self.tuning.settings), of_study=True).training.batch_size
         forwards = drawn * self.tuning.steps / batch / 3
         time = in_words((self.passes + forwards) / speed)
         return f"{said} and {drawn:,} samples, about {time} at the {speed:g} passes per second of {self.tuning.run}."
@@ -206,7 +207,9 @@ def plan(tuning: Tuning) -> Sweep:
     recipe = _recipe(tuning, config, arms, metrics_of(said.data.name), rungs[0].passes)
     for arm in arms:
         for rung in rungs:
-            resolve(replace(recipe, config=_with_passes(recipe.config, rung.passes)), arm, list(tuning.settings))
+            rung_recipe = replace(recipe, config=_with_passes(recipe.config, rung.passes))
+            resolve(rung_recipe, arm, list(tuning.settings), of_study=True)
+    check_shared(recipe, tuning.settings)
     extends = said.optimizer.decay not in ENDING
     return Sweep(tuning, recipe, rungs, extends)
 
@@ -247,7 +250,8 @@ def _check_kind(run: str, config: TrainConfig) -> None:
 
 def _config_of(run: str) -> TrainConfig:
     """Return the settings of a run as today's arms have them, without its adversary and start."""
-    config: TrainConfig = as_begun(read_settings(TrainConfig, run_config(run)), Path(run))
+    begun = as_begun(read_settings(TrainConfig, run_config(run)), Path(run))
+    config: TrainConfig = read_settings(TrainConfig, without_idle(as_plain(begun)))
     # Arms are short: most of an average as long as the run's would be the run's own weights, the same for all.
     training = replace(config.training, init=None, seed=0, sample_every=0, tracker=None, ema_warmup=True)
     # Those of its own start, which a folder of whole weights has not.

@@ -13,7 +13,8 @@ from atdiff.adversary.stepless import STEPLESS
 from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import num_processes, refuse_other_training
-from atdiff.training.config import ADAMW, BUCKET_STEP, DECAYS, PIXEL_MODELS, AdversaryConfig, TrainConfig
+from atdiff.training.config import ADAMW, DECAYS, PIXEL_MODELS, TrainConfig
+from atdiff.training.idle import refuse_idle
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_split", "for_machine"]
@@ -30,14 +31,13 @@ def check_config(config: TrainConfig) -> None:
         UserError: one sentence, with the value, what was expected and the fix.
     """
     read_settings(TrainConfig, asdict(config))
-    _check_data(config)
     _check_training(config)
     _check_batch(config)
     _check_adversary(config)
     _check_reflow(config)
-    _check_teacher(config)
     if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
+    refuse_idle(config)
 
 
 def for_machine(config: TrainConfig) -> TrainConfig:
@@ -83,15 +83,6 @@ def for_machine(config: TrainConfig) -> TrainConfig:
                 "wandb."
             )
     return replace(config, training=settings)
-
-
-def _check_data(config: TrainConfig) -> None:
-    data = config.data
-    if data.bucket_step != BUCKET_STEP and not data.buckets:
-        raise UserError(
-            f"data.bucket_step={data.bucket_step} has no effect without data.buckets; set data.buckets, or leave "
-            "both out."
-        )
 
 
 def check_split(config: TrainConfig, out: Path) -> None:
@@ -167,12 +158,6 @@ def _check_adversary(config: TrainConfig) -> None:
         )
     if settings.method in STEPLESS:
         _check_stepless(config)
-    if settings.passes == 1 and settings.step_size > 0:
-        raise UserError(
-            f"adversary.step_size={settings.step_size} has no effect with adversary.passes=1, which is plain training; "
-            "use adversary.passes=2 or more."
-        )
-    _check_unperturbed(settings)
     if settings.radius is not None and settings.radius < settings.step_size:
         raise UserError(
             f"adversary.radius={settings.radius} is below adversary.step_size={settings.step_size}, so every step "
@@ -180,26 +165,8 @@ def _check_adversary(config: TrainConfig) -> None:
         )
 
 
-def _check_unperturbed(settings: AdversaryConfig) -> None:
-    """Refuse what is said of a perturbation where several passes of a batch take no step."""
-    if settings.passes == 1 or settings.step_size > 0 or settings.dose is not None or settings.method in STEPLESS:
-        return
-    for name in ("direction", "radius", "noise_levels", "rescale_noise"):
-        value = getattr(settings, name)
-        if value != getattr(AdversaryConfig(), name):
-            raise UserError(
-                f"adversary.{name}={value!r} has no effect with adversary.step_size=0, which repeats batches "
-                "unperturbed: set adversary.step_size (or adversary.steps), or leave it out."
-            )
-
-
 def _check_stepless(config: TrainConfig) -> None:
     settings, objective = config.adversary, config.objective
-    if settings.step_size > 0:
-        raise UserError(
-            f"adversary.step_size={settings.step_size} has no effect with adversary.method={settings.method!r}, "
-            "which has no step size; leave it out."
-        )
     for name in ("input_perturbation", "slowed_interpolation"):
         if getattr(objective, name) and STEPLESS[settings.method].rolls_out:
             raise UserError(
@@ -218,15 +185,6 @@ def _check_reflow(config: TrainConfig) -> None:
         raise UserError(
             f"objective.reflow_passes={settings.reflow_passes} is the cost of generating pairs, but "
             "objective.reflow is 0; leave it out."
-        )
-
-
-def _check_teacher(config: TrainConfig) -> None:
-    settings = config.consistency
-    if settings.teacher is not None and settings.mode != "distillation":
-        raise UserError(
-            f"consistency.teacher={settings.teacher!r} has no effect with consistency.mode={settings.mode!r}: set "
-            "consistency.mode=distillation, or leave the teacher out."
         )
 
 

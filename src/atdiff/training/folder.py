@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from atdiff.pipelines.record import BEFORE, note, stored_data
 from atdiff.system.files import LOCK, remove_leftovers, write_text
 from atdiff.system.locate import run_config
 from atdiff.training.config import ENDING, PIXEL_MODELS, TrainConfig
+from atdiff.training.idle import without_idle
+from atdiff.training.settings import as_plain
 
 __all__ = ["as_begun", "last_logged", "open_run"]
 
@@ -57,7 +59,7 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
     Raises:
         UserError: the folder is in use by something else or by another configuration, or the run cannot be made longer.
     """
-    settings = _plain(as_begun(config, out))
+    settings = as_plain(as_begun(config, out))
     file = out / "config.yaml"
     if not look_only:
         for name in ("config.yaml", "data.json", "metrics.jsonl", "pairs.*", "pipeline", "lora", "samples/pass-*"):
@@ -71,7 +73,8 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         passes, wanted = (one["training"]["passes"] for one in (stored, settings))
         longer = wanted > passes
         stored["training"]["passes"] = wanted  # More passes of the same run are no other run, and fewer are told apart.
-        changed = _first_difference(stored, settings)
+        # Earlier versions took settings that do nothing, which today are left out.
+        changed = _first_difference(without_idle(stored), without_idle(settings))
         if changed:
             raise UserError(
                 f"{out} contains a run with other settings ({changed}); choose another --out, or repeat the "
@@ -120,14 +123,9 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
     return replace(config, **changes)
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
-
-
 def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what could not be set when a run was begun: it was the default, but for what BEFORE says."""
-    defaults, stored = _plain(TrainConfig()), {**written}
+    defaults, stored = as_plain(TrainConfig()), {**written}
     for name, section in defaults.items():
         stored[name] = {**section, **BEFORE.get(name, {}), **(written.get(name) or {})}
     scheduler, objective = stored["scheduler"], stored["objective"]

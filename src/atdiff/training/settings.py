@@ -18,7 +18,7 @@ from atdiff.core.errors import UserError
 from atdiff.system.suggest import nearest, nearest_key
 from atdiff.training.config import TrainConfig
 
-__all__ = ["apply_words", "dotted_keys", "load_yaml", "merge", "read_settings"]
+__all__ = ["apply_words", "as_plain", "dotted_keys", "load_yaml", "merge", "read_settings"]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -76,6 +76,12 @@ def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> d
             value = {"name": value}  # --data FOLDER, as other commands call it
         merge(node, {path[-1]: value}) if _is_section(hint) else node.update({path[-1]: value})
     return settings
+
+
+def as_plain(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a run as files hold them: mappings, lists, numbers and text."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 def merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
