@@ -538,3 +538,76 @@ def test_dotted_names_with_json_captions(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", [("cam.01.png", b""), ("cam.01.jpg", b""), ("cam.01.txt", b"one")])
     with pytest.raises(UserError, match=r"contains two images with the key cam\.01"):
         load_captioned(str(tmp_path / "b.tar"), image_size=None)
+
+
+def _by_metadata(folder: Path) -> dict[str, Any]:
+    metadata_folder(folder / "set", "jsonl")  # whose rows are in another order than the names of the files
+    return {"name": str(folder / "set")}
+
+
+def _by_own_column(folder: Path) -> dict[str, Any]:
+    for seed, name in enumerate(NAMES):
+        save_image(folder / "set" / "x" / name, seed)
+    rows = [json.dumps({"file_name": f"x/{name}", "alt": name}) for name in reversed(NAMES)]
+    (folder / "set" / "metadata.jsonl").write_text("\n".join(rows))
+    return {"name": str(folder / "set"), "caption_column": "alt"}
+
+
+def _by_texts(folder: Path) -> dict[str, Any]:
+    for seed, name in enumerate(NAMES):
+        save_image(folder / "set" / name, seed)
+        (folder / "set" / name).with_suffix(".txt").write_text(name)
+    return {"name": str(folder / "set")}
+
+
+def _of_classes(folder: Path) -> dict[str, Any]:
+    for seed, name in enumerate(("b/1.png", "a/1.png", "b/0.png")):
+        save_image(folder / "set" / name, seed)
+    return {"name": str(folder / "set"), "captions": ["an a", "a b"]}
+
+
+def _unreadable(folder: Path) -> dict[str, Any]:
+    options = _of_classes(folder)
+    (folder / "set" / "a" / "1.png").write_bytes(b"no image")
+    return {**options, "unreadable": "skip"}
+
+
+def _of_a_table(folder: Path) -> dict[str, Any]:
+    columns = {"image": image_cells(range(4)), "text": list("abcd"), "label": [0, 1, 0, 1]}
+    columns["image"][0]["bytes"] = b"no image"
+    write_parquet(folder / "set.parquet", columns)
+    return {"name": str(folder / "set.parquet"), "unreadable": "skip"}
+
+
+def _of_a_labelled_table(folder: Path) -> dict[str, Any]:
+    columns = {"image": image_cells(range(4)), "label": [0, 1, 0, 1]}
+    columns["image"][0]["bytes"] = b"no image"
+    write_parquet(folder / "set.parquet", columns)
+    return {"name": str(folder / "set.parquet"), "unreadable": "skip", "captions": ["an a", "a b"]}
+
+
+@pytest.mark.filterwarnings("ignore:1 of the . images")
+@pytest.mark.parametrize(
+    "made",
+    [_by_metadata, _by_own_column, _by_texts, _of_classes, _unreadable, _of_a_table, _of_a_labelled_table],
+)
+@pytest.mark.parametrize("limit", [2, 9])
+def test_the_first_images_are_those_of_the_first_pairs(
+    made: Callable[[Path], dict[str, Any]], limit: int, tmp_path: Path
+) -> None:
+    """Of what a run is trained on, with captions, and of what it is held against, without."""
+    options = made(tmp_path)
+    pairs = [image for image, _ in load_captioned(image_size=None, limit=limit, **options)]
+    captions = options.pop("captions", None)
+    data = load_data(limit=limit, **options)
+    assert torch.equal(data.images, torch.stack(pairs))
+    assert data.name.endswith(f"[train][:{limit}]")
+    assert captions is None or len(data.labels) == len(pairs)  # type: ignore[arg-type]
+
+
+def test_the_first_images_keep_their_labels() -> None:
+    whole, first = load_data("digits"), load_data("digits", limit=50)
+    assert torch.equal(first.images, whole.images[:50])
+    assert torch.equal(first.labels, whole.labels[:50])  # type: ignore[arg-type,index]
+    assert len(first.only([3]).everything) == len(whole)
+    assert first.fingerprint() != whole.fingerprint()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from atdiff.cli import main
 from atdiff.data import contents
 from atdiff.data.captions import load_captioned
+from atdiff.data.reading import DataOptions
 from atdiff.data.sources import load_data
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
 from atdiff.measure.runs import what_changed
@@ -182,6 +183,27 @@ def test_two_runs_against_other_parts_of_the_same_data_do_not_share_them(tmp_pat
     alone = [evaluate_runs([run], config, tmp_path / f"{run[-1]}.json")[0] for run in runs]
     assert [cell["metrics"] for cell in together] == [cell["metrics"] for cell in alone]
     assert alone[0]["metrics"] != alone[1]["metrics"]
+
+
+def test_a_run_is_held_against_the_images_that_it_was_trained_on(tmp_path: Path) -> None:
+    """The first of a data set, with data.limit; data or a split that are named are taken whole."""
+    save_pipeline(tmp_path / "run" / "pipeline", network(0), DDPMScheduler(**COSINE))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({"data": {"name": "digits", "limit": 60}}))
+    digits = load_data("digits")
+    np.savez(tmp_path / "first.npz", images=digits.images[:60, 0].numpy(), labels=digits.labels[:60].numpy())  # type: ignore[index]
+
+    def held(**options: Any) -> dict[str, Any]:
+        config = EvaluationConfig(None, (2,), num=16, metrics=("sliced_wasserstein",), **options)
+        (cell,) = evaluate_runs([str(tmp_path / "run")], config, tmp_path / "cells.json", asked_only=True)
+        return {"metrics": cell["metrics"], "reference": cell["fingerprints"]["reference"]}
+
+    first = held()
+    assert first == held(data=str(tmp_path / "first.npz"))
+    whole = held(data="digits")
+    assert whole["reference"] == digits.fingerprint()
+    assert whole["metrics"] != first["metrics"]
+    assert held(reading=DataOptions(split="train")) == whole
+    assert held() == first
 
 
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])

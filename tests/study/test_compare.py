@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from functools import partial
@@ -16,9 +17,10 @@ import atdiff.pipelines.trained
 import atdiff.study.summary
 from atdiff.cli import main
 from atdiff.core.errors import UserError
+from atdiff.data.reading import DataOptions
 from atdiff.measure.directions import DirectionsConfig
 from atdiff.measure.robustness import RobustnessConfig
-from atdiff.study.arms import check_arms
+from atdiff.study.arms import ArmRun, check_arms
 from atdiff.study.compare import find_runs
 from atdiff.study.summary import _by_arm
 from conftest import RECIPE
@@ -266,6 +268,37 @@ def test_arms_are_held_against_the_same_images(
     assert main([*words, "--data", "digits", "--split", "train", "--out", str(tmp_path / "x.html")]) == 0
     cells = json.loads((tmp_path / "x.summary.json").read_text())["cells"]
     assert len({cell["fingerprints"]["reference"] for cell in cells}) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "data", "reading", "message"),
+    [
+        (
+            {"limit": 60},
+            None,
+            {},
+            r"data.limit=None and b with 60, .* name reference images for all of them with --data",
+        ),
+        ({"limit": 60}, "digits", {}, None),
+        ({"limit": 60}, None, {"split": "train"}, None),
+        ({"labels": [1]}, None, {}, r"data.labels=None and b with \[1\]"),
+        ({"labels": [1]}, "digits", {}, r"data.labels=None and b with \[1\], .*: give --labels for all of them"),
+        ({"labels": [1]}, "digits", {"labels": (1,)}, None),
+        ({"labels": [1]}, "images.npz", {}, None),
+        ({"split": "test"}, "digits", {}, r"data.split='train' and b with 'test', .*: give --split for all of them"),
+        ({"split": "test"}, None, {"split": "all"}, None),
+        ({"name": "images.npz"}, None, {}, r"data.name='digits' and b with 'images.npz'"),
+        ({"name": "images.npz"}, "digits", {}, None),
+    ],
+)
+def test_what_arms_are_held_against_is_told_by_their_settings(
+    theirs: dict[str, Any], data: str | None, reading: dict[str, Any], message: str | None
+) -> None:
+    """Naming the images is not enough where the rest of how they are read is each run's own."""
+    own = {"name": "digits", "split": "train"}
+    runs = [ArmRun("a", 0, "a", {"data": own}), ArmRun("b", 0, "b", {"data": {**own, **theirs}})]
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_arms(runs, data=data, reading=DataOptions(**reading))
 
 
 def test_arms_are_trained_on_the_same_images(

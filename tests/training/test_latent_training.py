@@ -285,6 +285,14 @@ def lora(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("runs") / "lora", "lora")
 
 
+def test_a_study_judges_by_the_images_that_are_trained_on(recipe: Path) -> None:
+    words = ["--data.limit", "3", "--data.image_size", str(IMAGE_SIZE)]
+    task = Trainer(resolve(load_recipe(str(recipe)), "full", words)).task
+    trained_on = torch.stack([image for image, _ in task.captioned])  # type: ignore[attr-defined]
+    assert len(trained_on) == 3
+    assert torch.equal(task.images.images, trained_on)
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

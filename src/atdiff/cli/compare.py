@@ -57,7 +57,8 @@ def compare(
     studied = all((Path(one.run) / "cells.json").is_file() for one in found)
     asked = evaluation.checked([one.run for one in found], out, (0,)) if evaluation.given or not studied else None
     check_runs([one.run for one in found], evaluation.options["data"], variant=evaluation.options["variant"])
-    check_arms(found, baseline, unequal_passes=unequal_passes, data=evaluation.options["data"])
+    held = {name: evaluation.options[name] for name in ("data", "reading")}
+    check_arms(found, baseline, unequal_passes=unequal_passes, **held)
     from atdiff.measure.cells import EvaluationConfig
     from atdiff.measure.progress import cell_progress
     from atdiff.study.compare import compare_runs

@@ -29,7 +29,7 @@ __all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "check_classes", "latent
 
 ENCODED_AT_ONCE = 8  # images or prompts
 # Of captioned images.
-READING = ("split", "caption_column", "crop", "background", "image_column", "labels", "unreadable")
+READING = ("limit", "split", "caption_column", "crop", "background", "image_column", "labels", "unreadable")
 
 
 class GuidedNetwork(nn.Module):
@@ -224,10 +224,9 @@ def true_latents(
 
 
 def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tuple[str, ...] | None) -> Pairs:
-    settings, latent, numbered = run.config.get("data", {}), _pipeline_of(run.run), run.run.family.labelled
-    same = name in (None, settings.get("name"))
+    latent, numbered = _pipeline_of(run.run), run.run.family.labelled
     try:
-        own = None if numbered else _own(run, name, options, settings.get("limit") if same else None)
+        own = None if numbered else _own(run, name, options)
     except UncaptionedError:
         own = None
         if not run.run.prompts and prompts is None:
@@ -259,12 +258,12 @@ def check_classes(source: str, classes: int, data: ImageData) -> None:
         )
 
 
-def _own(run: LatentRun, name: str | None, options: DataOptions, limit: int | None) -> CaptionedImages:
+def _own(run: LatentRun, name: str | None, options: DataOptions) -> CaptionedImages:
     """Return the images with captions of their own; an ``UncaptionedError`` where they have none."""
     latent = _pipeline_of(run.run)
     reading = {key: value for key, value in reading_of(run.run, name, options).items() if key in READING}
     size = {"image_size": latent.image_size, "channels": latent.image_channels}
-    return load_captioned(reference_name(run, name), limit=limit, **{**reading, **size})
+    return load_captioned(reference_name(run, name), **{**reading, **size})
 
 
 def _pipeline_of(run: TextToImage) -> LatentPipeline:

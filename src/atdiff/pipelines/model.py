@@ -135,7 +135,8 @@ def reference_data(denoiser: TrainedModel, name: str | None = None, options: Dat
     A UserError where they are of another size than the network's, or of a class that it does not know.
     """
     reading = reading_of(denoiser, name, options)
-    del reading["caption_column"]
+    if reading["limit"] is None:  # the captions only order what is limited
+        del reading["caption_column"]
     labels = reading.pop("labels")  # as the network counts them
     data = load_data(reference_name(denoiser, name), **reading)
     check_shape(denoiser, tuple(data.images.shape[1:]), data.name)
@@ -176,10 +177,12 @@ def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def reading_of(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> dict[str, Any]:
     """Return how images are read: as asked for, and for the rest as in training; columns of the same data alone.
 
-    The names are those of :class:`atdiff.data.reading.DataOptions`.
+    The names are those of :class:`atdiff.data.reading.DataOptions`, and ``limit``: only the first so many, where the
+    run was trained on these. Data or a split that are named are read whole.
     """
     settings = denoiser.config.get("data", {})
     known = {**data_options(denoiser.config), "caption_column": settings.get("caption_column")}
+    known["limit"] = settings.get("limit") if name is None and options.split is None else None
     if name not in (None, settings.get("name")):
         known |= {key: None for key in known if key.endswith("_column") or key == "labels"}
     if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from atdiff.core.errors import UserError
+from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
 
 __all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference"]
 
-REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels")
+REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels", "limit")
 """Settings of ``data`` that say what a run is held against."""
 
 
@@ -120,7 +121,12 @@ def _runs_of_study(folder: Path) -> list[ArmRun]:
 
 
 def check_arms(
-    runs: Sequence[ArmRun], baseline: str | None = None, *, unequal_passes: bool = False, data: str | None = None
+    runs: Sequence[ArmRun],
+    baseline: str | None = None,
+    *,
+    unequal_passes: bool = False,
+    data: str | None = None,
+    reading: DataOptions = AS_TRAINED,
 ) -> tuple[list[str], str]:
     """Return the names of the arms in order, and that of the baseline.
 
@@ -129,6 +135,7 @@ def check_arms(
         baseline: an arm; default ``plain`` where there is one, else the first.
         unequal_passes: allow arms of different compute.
         data: the reference images; None for those that each run was trained on.
+        reading: how they are read, where it is another than in training.
 
     Raises:
         UserError: fewer than two arms, no such baseline, unequal compute, or runs that would be held against different
@@ -143,8 +150,8 @@ def check_arms(
         )
     if not unequal_passes:
         _check_compute(runs)
+    _check_references(runs, data, reading)
     if data is None:
-        _check_references(runs)
         _check_images(runs)
     return arms, baseline
 
@@ -154,21 +161,35 @@ def other_reference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | N
     for name in REFERENCE:
         a, b = one.get(name), other.get(name)
         # What one of them leaves out may come to the same: older runs did not have it, pipelines have a size of theirs.
-        if a != b and (name == "labels" or (a is not None and b is not None)):
+        if a != b and (name in ("labels", "limit") or (a is not None and b is not None)):
             return name
     return None
 
 
-def _check_references(runs: Sequence[ArmRun]) -> None:
+def _check_references(runs: Sequence[ArmRun], data: str | None, reading: DataOptions) -> None:
     known = [one for one in runs if one.config.get("data")]
     for one in known[1:]:
-        first, then = known[0].config["data"], one.config["data"]
+        first, then = (_reference(run.config["data"], data, reading) for run in (known[0], one))
         name = other_reference(first, then)
         if name is not None:
+            remedy = "name reference images for all of them with --data"
+            if data is not None:
+                remedy = f"give --{name.replace('_', '-')} for all of them"
             raise UserError(
                 f"{known[0].run} was trained with data.{name}={first[name]!r} and {one.run} with {then[name]!r}, "
-                "so each would be compared with its own images: name reference images for all of them with --data."
+                f"so each would be compared with its own images: {remedy}."
             )
+
+
+def _reference(trained_on: Mapping[str, Any], data: str | None, reading: DataOptions) -> dict[str, Any]:
+    """Return which images a run is held against; see :func:`atdiff.pipelines.model.reading_of`."""
+    known = {name: trained_on.get(name) for name in REFERENCE}
+    if data is not None:
+        of_its_own = ("limit",) if data == known["name"] else ("limit", "labels", "image_column")
+        known |= {"name": data, **dict.fromkeys(of_its_own)}
+    if reading.split is not None:
+        known["limit"] = None
+    return known | {name: value for name, value in reading.asked.items() if name in known}
 
 
 def images_key(data: Mapping[str, Any] | None, classes: Mapping[str, int] | None, *others: object) -> str:

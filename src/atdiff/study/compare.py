@@ -52,7 +52,8 @@ def compare_runs(
     Raises:
         UserError: as :func:`check_arms` or :func:`evaluate_runs`.
     """
-    arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=config.data if config else None)
+    data, reading = (None, AS_TRAINED) if config is None else (config.data, config.reading)
+    arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=data, reading=reading)
     figures = report.with_suffix(".cells.json")
     cells = _cells(runs, config, figures, device, notify)
     by_seed = sorted(runs, key=lambda one: one.seed)

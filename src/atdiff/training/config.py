@@ -146,7 +146,8 @@ class DataConfig(Settings):
             one bucket. Text-to-image data only.
         bucket_step: bucket sides are multiples of this many pixels. Bucket areas are at most that of ``image_size``,
             and sides range from half of it to twice it.
-        limit: read only the first so many images; null for all. Text-to-image data only.
+        limit: train and evaluate only on the first so many images; null for all. ``--data`` and ``--split``
+            of the measuring commands take all. Text-to-image data only.
         streaming: read and encode captioned webdataset shards, parquet files and hub datasets one batch at a time,
             without an image list in memory or a copy on disk; only the latents are kept.
         unreadable: files that cannot be read as images: ``refuse`` lists them in an error before training, ``skip``

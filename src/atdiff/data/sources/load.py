@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -15,10 +16,11 @@ from typing_extensions import Self
 from atdiff.core.errors import UserError
 from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImages, decoded
 from atdiff.data.labels import places_of, renumbered
-from atdiff.data.raw import RawImages, file_status
+from atdiff.data.raw import RawImages, file_status, raw_files
 from atdiff.data.sources.registry import find_source
-from atdiff.data.sources.source import Request
+from atdiff.data.sources.source import Request, Source
 from atdiff.data.store import Chunks, Held, Mapped, hold
+from atdiff.data.texts import UncaptionedError
 from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
@@ -37,7 +39,7 @@ class ImageData:
         skipped: name and reason of each unreadable image that was left out.
         classes: names, in the order of the labels, or None.
         mapped: the file that the images are in, or None.
-        whole: the images that these were chosen from by :meth:`only`, or None for all.
+        whole: the images that these were chosen from by :meth:`only` or :meth:`first`, or None for all.
     """
 
     images: Tensor
@@ -58,8 +60,8 @@ class ImageData:
 
     @property
     def everything(self) -> ImageData:
-        """The images of all classes, which these were chosen from or are."""
-        return self if self.whole is None else self.whole
+        """All images, which these were chosen from or are."""
+        return self if self.whole is None else self.whole.everything
 
     @property
     def num_classes(self) -> int | None:
@@ -81,6 +83,13 @@ class ImageData:
         kept = torch.from_numpy(places)
         assert self.labels is not None
         return replace(self, images=self.images[kept], labels=self.labels[kept], mapped=None, whole=self)
+
+    def first(self, limit: int) -> ImageData:
+        """Return the first so many images, in their order."""
+        if limit >= len(self):
+            return self
+        labels = None if self.labels is None else self.labels[:limit]
+        return replace(self, images=self.images[:limit], labels=labels, mapped=None, whole=self)
 
     def with_classes(self, classes: Sequence[str]) -> Self:
         """Return the images with labels that count these classes; an image of none of them is a ``UserError``."""
@@ -129,6 +138,8 @@ def load_data(
     label_column: str | None = None,
     unreadable: Unreadable = "refuse",
     labels: Collection[int] | None = None,
+    limit: int | None = None,
+    caption_column: str | None = None,
 ) -> ImageData:
     """Read a whole data set, 8 bits a value, into memory or, where that is short, into a file of the cache folder.
 
@@ -148,25 +159,59 @@ def load_data(
         label_column: of a table, whole numbers or text; when None the first one of classes, if there is one.
         unreadable: whether to ``refuse`` data with unreadable images, or ``skip`` those.
         labels: of the classes to keep, by number; None for all.
+        limit: take only the first so many images, the very ones that :func:`atdiff.data.load_captioned` takes: of the
+            order of the captions, where the data have some, and before ``labels`` are chosen.
+        caption_column: of the captions that have the order; see :func:`atdiff.data.load_captioned`.
 
     Raises:
         UserError: no such data, split, column or class; unreadable images, or mixed shapes; or the disk is full.
     """
     decoding = Decoding(image_size, channels, crop, background)
-    request = Request(name, split, image_column, label_column)
+    request = Request(name, split, image_column, label_column, caption_column, limit)
     source = find_source(request)
     assert source.load is not None, name
     raw, read, classes = source.load(request)
-    title, numbers = f"{name}[{split}]", None if read is None else torch.from_numpy(read)
+    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     if isinstance(raw, RawImages):
         bad = UnreadableImages(unreadable)
+        if limit is not None and source.lazy:
+            raw, read = _first_files(request, source, raw, read)
         held = _held(request, raw, decoding, bad)
+        numbers = None if read is None else torch.from_numpy(read)
         if numbers is not None and bad.found:
             numbers = numbers[held.kept]
-        return ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped).only(labels)
+        data = ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
+        if limit is not None and not source.lazy:
+            # Of pairs the unreadable ones are counted, of labelled images they are not.
+            counted = bad.found and _own_pairs(source, request) is not None
+            data = data.first(sum(place < limit for place in held.kept) if counted else limit)
+        return data.only(labels)
+    numbers = None if read is None else torch.from_numpy(read)
     if image_size is not None or channels is not None:
         raise UserError(f"{name} contains points, which have no image size: leave out image_size and channels.")
     return ImageData(torch.from_numpy(raw), numbers, title).only(labels)
+
+
+def _own_pairs(source: Source, request: Request) -> RawImages | None:
+    """Return the images of data with captions of their own, up to the limit; None without any."""
+    try:
+        own = source.pairs(request)
+    except UncaptionedError:
+        return None
+    return None if own is None else own[0]
+
+
+def _first_files(
+    request: Request, source: Source, raw: RawImages, labels: np.ndarray | None
+) -> tuple[RawImages, np.ndarray | None]:
+    """Return the files up to the limit, in the order of their captions if they have some, and their labels."""
+    own = _own_pairs(source, request)
+    files = list((raw if own is None else own).files[: request.limit])
+    places = {file: place for place, file in enumerate(raw.files)}
+    chosen = None
+    if labels is not None and all(file in places for file in files):
+        chosen = labels[[places[file] for file in files]]
+    return raw_files(request.path, files), chosen
 
 
 def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Held:

@@ -113,7 +113,8 @@ class LatentTask(Task):
             raise UserError(
                 f"model.name={config.model.name!r} needs data.captions, a prompt for each class of the data."
             )
-        return str(find_maker(config.model.name)(self.images.everything, config.data.captions, **config.model.args))
+        every = self._images(limit=None).everything
+        return str(find_maker(config.model.name)(every, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
         """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
@@ -160,7 +161,12 @@ class LatentTask(Task):
     @property
     def images(self) -> ImageData:
         """The images, as a reference for metrics."""
+        return self._images(self.config.data.limit)
+
+    def _images(self, limit: int | None) -> ImageData:
         options = data_options(asdict(self.config))
+        if limit is not None:
+            options |= {"limit": limit, "caption_column": self.config.data.caption_column}
         if hasattr(self, "latent"):
             options |= {"image_size": self.latent.image_size, "channels": self.latent.image_channels}
         return load_data(self.config.data.name, **options)
