@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ import torch
 from accelerate.state import AcceleratorState
 from latent_pipelines import IMAGE_SIZE, sd_folder  # noqa: F401
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from single_file import write_single_file
 
 from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.pipelines.model import load_denoiser
+from atdiff.study.stage import Stage
+from atdiff.study.study import ORIGINS, _check_origins
 from atdiff.training.card import model_card
+from atdiff.training.config import ModelConfig, TrainConfig, TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,19 @@ def test_a_run_starts_from_a_single_file(rank: int, single: Path, sd_folder: Pat
     assert runs[0].fingerprints()["weights"] == runs[1].fingerprints()["weights"]
     if rank:
         assert 'StableDiffusionPipeline.from_single_file("mine.safetensors")' in model_card(tmp_path / "file")
+
+
+def test_arms_of_a_study_start_from_the_same_file(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(single, tmp_path / "mine.safetensors"))
+    training, model = TrainingConfig(init=str(file)), ModelConfig(name="pipeline", config=str(sd_folder))
+    stage = Stage("plain", 0, TrainConfig(model=model, training=training), tmp_path / "seed-0" / "plain", None)
+    began = _check_origins(tmp_path, [stage])
+    assert began[str(file)] == load_denoiser(str(sd_folder)).fingerprints()["weights"]
+    (tmp_path / ORIGINS).write_text(json.dumps(began))
+    assert _check_origins(tmp_path, [stage]) == began
+    save_file({name: value + 1e-3 for name, value in load_file(single).items()}, file)
+    with pytest.raises(UserError, match=f"was started from other weights than {file} has now"):
+        _check_origins(tmp_path, [stage])
 
 
 def test_what_is_missing_is_said(

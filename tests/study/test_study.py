@@ -374,22 +374,36 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("what", ["training folder", "pipeline"])
+def offline_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where the cache of a hub that does not answer keeps ``owner/start``."""
+    cache = folder / "hub"
+    repository = cache / "models--owner--start"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(cache))
+    return repository / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize("what", ["training folder", "pipeline", "hub id"])
 def test_seeds_of_a_study_do_not_start_from_different_weights(
     finished: tuple[Path, Path],
     what: str,
     tmp_path: Path,
     study_in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe, before = finished
-    start, out = tmp_path / "start", tmp_path / "out"
-    base = before / "seed-0" / "base"
-    shutil.copytree(base if what == "training folder" else base / "pipeline", start)
-    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", str(start), "--study.mismatch",
+    folder, out = tmp_path / "start", tmp_path / "out"
+    base, start = before / "seed-0" / "base", str(folder)
+    if what == "hub id":
+        folder, start = offline_hub(tmp_path, monkeypatch), "owner/start"
+    shutil.copytree(base if what == "training folder" else base / "pipeline", folder, dirs_exist_ok=True)
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.start", start, "--study.mismatch",
              "false"]  # fmt: skip
     assert main([*words, "--study.seeds", "[0]"]) == 0
-    (scheduler,) = start.rglob("scheduler_config.json")
+    (scheduler,) = folder.rglob("scheduler_config.json")
     original = scheduler.read_text()
     scheduler.write_text(json.dumps({**json.loads(original), "beta_schedule": "linear"}))
     capsys.readouterr()
@@ -397,7 +411,7 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     said = capsys.readouterr().err
     assert f"{out} was started from other scheduler settings than {start} has now: restore them" in said
     scheduler.write_text(original)
-    (weights,) = start.rglob("unet/*.safetensors")
+    (weights,) = folder.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()
     assert main(words) == 2

@@ -221,24 +221,25 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
 
 
 def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
-    """Return hashes of each run and pipeline on disk, not of the study itself, that its runs start or learn from.
+    """Return hashes of each run and pipeline, not of the study itself, that its runs start or learn from.
 
-    That of the weights is under its name, that of the scheduler beside it.
+    That of the weights is under its name, that of the scheduler beside it. Of a hub id they are of what the hub's cache
+    holds, where loading the first run has put what the hub has now.
 
     Raises:
         UserError: one has others than when the study began, which only some of its arms would start from.
     """
     own = {str(stage.folder) for stage in stages if stage.arm == BASE}
-    starts = {
-        start: stage.config.model.variant
+    starts: dict[str, dict[str, Any]] = {
+        start: {"variant": stage.config.model.variant, "pipeline_config": stage.config.model.config}
         for stage in stages
         for start in (stage.config.training.init, stage.config.consistency.teacher)
         if start is not None and start != SELF
     }
     file = out / ORIGINS
     began: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    for start in sorted(one for one in starts.keys() - own if Path(one).expanduser().is_dir()):
-        now = load_denoiser(start, variant=starts[start]).fingerprints()
+    for start in sorted(starts.keys() - own):
+        now = load_denoiser(start, **starts[start]).fingerprints()
         for name, what in ((start, "weights"), (f"{start}/scheduler", "scheduler")):
             if began.setdefault(name, now[what]) != now[what]:
                 said = "weights" if what == "weights" else "scheduler settings"
