@@ -49,6 +49,8 @@ from atdiff.pipelines.families import FAMILIES, family_of
 from atdiff.pipelines.latent_model import load_latent_pipeline, make_student
 from atdiff.pipelines.lora import add_lora, save_lora
 from atdiff.pipelines.model import load_denoiser
+from atdiff.pipelines.record import note, stored_data
+from atdiff.system.locate import published_passes
 from atdiff.system.pipeline_files import LATENTS, PIXELS, choose_variant, no_pipeline, variants_of
 
 INDEX = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "safety_checker": ["x", "S"]}
@@ -413,3 +415,13 @@ def test_a_single_file_is_told_how_to_become_a_pipeline(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is not a run, which is a folder"):
             load_denoiser(str(tmp_path / name))
     assert hasattr(StableDiffusionPipeline, "from_single_file")
+
+
+def test_a_run_below_the_home_folder_says_of_its_data_what_it_says_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    note(tmp_path / "run", joint_batch=12, published=3)
+    assert stored_data("~/run") == stored_data(tmp_path / "run") == {"joint_batch": 12, "published": 3}
+    assert published_passes("~/run") == 3

@@ -17,7 +17,7 @@ BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {
 
 def stored_data(run: str | Path) -> dict[str, Any]:
     """Return what a training folder says of its data; nothing where it is none."""
-    file = Path(run) / "data.json"
+    file = Path(run).expanduser() / "data.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 

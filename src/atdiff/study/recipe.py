@@ -220,10 +220,10 @@ def resolve(
     config, settings = _merged(recipe, arm, overrides or [])
     _check_usual(settings.get("adversary") or {}, config.adversary)
     _check_rank(settings.get("lora") or {})
-    _check_idle(recipe, arm, overrides or [], of_study=of_study)
-    config = read_settings(TrainConfig, without_idle(as_plain(config)))
     check_config(config)
-    return config
+    _check_idle(recipe, arm, overrides or [], of_study=of_study)
+    kept: TrainConfig = read_settings(TrainConfig, without_idle(as_plain(config)))
+    return kept
 
 
 def check_shared(recipe: Recipe, overrides: Sequence[str]) -> None:

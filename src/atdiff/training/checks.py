@@ -14,7 +14,6 @@ from atdiff.core.charge import charge_of, passes_of_forwards
 from atdiff.core.errors import UserError
 from atdiff.system.launcher import num_processes, refuse_other_training
 from atdiff.training.config import ADAMW, DECAYS, PIXEL_MODELS, TrainConfig
-from atdiff.training.idle import refuse_idle
 from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_split", "for_machine"]
@@ -25,7 +24,7 @@ OF_CAPTIONED = ("captions", "caption_column", "caption_tokens", "limit")  # sett
 
 
 def check_config(config: TrainConfig) -> None:
-    """Find what the settings alone show to be wrong.
+    """Find what the settings alone show to be wrong; what has no effect is found by :mod:`atdiff.training.idle`.
 
     Raises:
         UserError: one sentence, with the value, what was expected and the fix.
@@ -37,7 +36,6 @@ def check_config(config: TrainConfig) -> None:
     _check_reflow(config)
     if config.model.name in PIXEL_MODELS:
         _check_pixels(config)
-    refuse_idle(config)
 
 
 def for_machine(config: TrainConfig) -> TrainConfig:

@@ -29,6 +29,7 @@ from atdiff.training.dosing import fit_dose
 from atdiff.training.encoded import as_encoded
 from atdiff.training.folder import as_begun
 from atdiff.training.identity import check_data, count_as_begun, store_data
+from atdiff.training.idle import refuse_idle
 from atdiff.training.interrupt import StopRequest
 from atdiff.training.order import seed_batch
 from atdiff.training.progress import TrainingBar, tell_run
@@ -84,6 +85,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         config = as_encoded(config)
         check_config(config)
+        refuse_idle(config)
         config = for_machine(config)
         self.adversary = build_adversary(config)
         torch.manual_seed(config.training.seed)
