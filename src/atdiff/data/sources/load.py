@@ -18,7 +18,7 @@ from atdiff.data.images import WHITE, Crop, Decoding, Unreadable, UnreadableImag
 from atdiff.data.labels import places_of, renumbered
 from atdiff.data.raw import RawImages, file_status, raw_files
 from atdiff.data.sources.registry import find_source
-from atdiff.data.sources.source import Request, Source
+from atdiff.data.sources.source import Found, Request, Source
 from atdiff.data.store import Chunks, Held, Mapped, hold
 from atdiff.data.texts import UncaptionedError
 from atdiff.system.fingerprint import fingerprint
@@ -166,30 +166,42 @@ def load_data(
     Raises:
         UserError: no such data, split, column or class; unreadable images, or mixed shapes; or the disk is full.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: expected a number of images, 1 or more.")
     decoding = Decoding(image_size, channels, crop, background)
     request = Request(name, split, image_column, label_column, caption_column, limit)
     source = find_source(request)
     assert source.load is not None, name
-    raw, read, classes = source.load(request)
+    found = source.load(request)
     title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
-    if isinstance(raw, RawImages):
-        bad = UnreadableImages(unreadable)
-        if limit is not None and source.lazy:
-            raw, read = _first_files(request, source, raw, read)
-        held = _held(request, raw, decoding, bad)
-        numbers = None if read is None else torch.from_numpy(read)
-        if numbers is not None and bad.found:
-            numbers = numbers[held.kept]
-        data = ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
-        if limit is not None and not source.lazy:
-            # Of pairs the unreadable ones are counted, of labelled images they are not.
-            counted = bad.found and _own_pairs(source, request) is not None
-            data = data.first(sum(place < limit for place in held.kept) if counted else limit)
-        return data.only(labels)
-    numbers = None if read is None else torch.from_numpy(read)
+    if isinstance(found.images, RawImages):
+        return _image_data(request, source, found, decoding, UnreadableImages(unreadable), title).only(labels)
     if image_size is not None or channels is not None:
         raise UserError(f"{name} contains points, which have no image size: leave out image_size and channels.")
-    return ImageData(torch.from_numpy(raw), numbers, title).only(labels)
+    numbers = None if found.labels is None else torch.from_numpy(found.labels)
+    points = ImageData(torch.from_numpy(found.images), numbers, title)
+    return (points if limit is None else points.first(limit)).only(labels)
+
+
+def _image_data(
+    request: Request, source: Source, found: Found, decoding: Decoding, bad: UnreadableImages, title: str
+) -> ImageData:
+    """Return the images, up to the limit, with their labels."""
+    raw, labels, classes = found
+    assert isinstance(raw, RawImages), raw
+    limit = request.limit
+    if limit is not None and source.lazy:
+        raw, labels = _first_files(request, source, raw, labels)
+    held = _held(request, raw, decoding, bad)
+    numbers = None if labels is None else torch.from_numpy(labels)
+    if numbers is not None and bad.found:
+        numbers = numbers[held.kept]
+    data = ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
+    if limit is None or source.lazy:
+        return data
+    # Of pairs the unreadable ones are counted, of labelled images they are not.
+    counted = bad.found and _own_pairs(source, request) is not None
+    return data.first(sum(place < limit for place in held.kept) if counted else limit)
 
 
 def _own_pairs(source: Source, request: Request) -> RawImages | None:
