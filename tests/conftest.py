@@ -125,8 +125,8 @@ def copied_study(study: Path, copy: Path) -> Path:
 class _Serial(Executor):
     """Does at once what it is given, in the process of the test, with the threads of a worker."""
 
-    def __init__(self, *args: Any, initargs: tuple[int], **options: Any) -> None:
-        torch.set_num_threads(*initargs)
+    def __init__(self, *args: Any, initargs: tuple[int, Any], **options: Any) -> None:
+        torch.set_num_threads(initargs[0])
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
         future: Future[Any] = Future()

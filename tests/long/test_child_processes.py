@@ -33,6 +33,13 @@ with patch(sys.argv[1], blocked):
     sys.exit(main(sys.argv[2:]))
 """
 
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+from atdiff.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
     for _ in range(3000):
@@ -78,3 +85,23 @@ def test_a_worker_that_fails_ends_the_study(tmp_path: Path) -> None:
     assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 1
     assert time.monotonic() - started < 300  # It does not hang.
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_is_ended_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    """Neither a worker nor the server that it was forked from, each of which would keep the pipes open."""
+    endless = {**RECIPE, "training": {**RECIPE["training"], "passes": 10_000_000, "checkpoint_every": 10_000_000}}
+    (tmp_path / "endless.yaml").write_text(json.dumps(endless))
+    words = ["study", str(tmp_path / "endless.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, *words]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **options)
+    for seed in (0, 1):
+        wait_for(tmp_path / "out" / f"seed-{seed}" / "base" / "metrics.jsonl", process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number), error
+    assert "Traceback" not in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,19 @@ from safetensors.torch import load_file, save_file
 import atdiff.pipelines.trained
 from atdiff.cli import main
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
+from atdiff.study.study import _workers
 from conftest import RECIPE, copied_study
 
 DATA = Path(__file__).parent.parent / "data"
+READ_MEMORY = """
+import gc
+from pathlib import Path
+from atdiff.study.study import _workers
+if __name__ == "__main__":
+    with _workers(1, 1) as pool:
+        pool.submit(gc.collect).result()
+        print(pool.submit(Path("/proc/self/smaps_rollup").read_text).result())
+"""
 
 
 def test_a_study_leaves_table_pictures_and_report(finished: tuple[Path, Path]) -> None:
@@ -417,6 +428,29 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     assert main(words) == 2
     assert f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
     assert not (out / "seed-1").exists()
+
+
+def test_workers_have_the_threads_and_the_environment_of_their_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in (1, 2):
+        monkeypatch.setenv("ATDIFF_OF_THE_STUDY", str(threads))
+        with _workers(1, threads) as pool:
+            assert pool.submit(torch.get_num_threads).result() == threads
+            assert pool.submit(os.getenv, "ATDIFF_OF_THE_STUDY").result() == str(threads)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.accelerator.is_available(), reason="workers are not forked on this machine"
+)
+def test_workers_share_what_they_import(tmp_path: Path) -> None:
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "read.py").write_text(READ_MEMORY)
+    # What lies in the working directory is not imported in the place of what is called like it.
+    (tmp_path / "diffusers.py").write_text("raise RuntimeError('not the library')")
+    command = [sys.executable, "script/read.py"]
+    read = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    kib = {name: int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB", read, re.MULTILINE)}
+    assert kib["Anonymous"] > 250 * 1024  # of torch and the other libraries
+    assert kib["Private_Dirty"] < 0.1 * kib["Anonymous"]
 
 
 def test_arms_of_a_study_are_trained_on_the_same_images(

@@ -6,10 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -309,7 +310,24 @@ def _check_start(stage: Stage) -> None:
         )
 
 
-def _start_worker(threads: int) -> None:
+def _workers(number: int, threads: int) -> ProcessPoolExecutor:
+    """Return processes that train, each with so many threads and the environment of this one.
+
+    Without a GPU they are forked from a server that has imported what they need, and share the 0.5 GiB that this takes
+    (docs/performance.md). The server computes nothing, so that no threads of OpenMP are lost in the fork, and ends with
+    the last of this process and its workers. A GPU that an import has touched cannot be used after a fork, nor can
+    libraries of macOS: there every worker imports for itself.
+    """
+    if sys.platform == "linux" and not torch.accelerator.is_available():
+        context: multiprocessing.context.BaseContext = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["atdiff.study.preload"])
+    else:
+        context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(threads, dict(os.environ)))
+
+
+def _start_worker(threads: int, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # The server has that of the first study of its process.
     torch.set_num_threads(threads)
     keep_freed_memory()
     # Ctrl-C reaches the whole group; the parent ends its workers, and they end with it if it is killed.
@@ -351,11 +369,7 @@ def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console, *, f
     progress = StudyProgress(stages, workers, console, further_steps=further_steps)
     progress.begin()
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool,
-        progress.bar,
-    ):
+    with _workers(workers, threads) as pool, progress.bar:
         first = [stage for stage in stages if stage.arm == BASE] or stages
         pending: dict[Future[Seconds], Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
         try:
