@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import atdiff.pipelines.trained
 from atdiff.cli import main
+from atdiff.study.progress import Seconds, StudyProgress
 from atdiff.study.recipe import bundled_recipes, load_recipe, resolve
+from atdiff.study.stage import Stage
 from atdiff.study.study import _workers
 from conftest import RECIPE, copied_study
 
@@ -428,6 +430,39 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     assert main(words) == 2
     assert f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
     assert not (out / "seed-1").exists()
+
+
+def test_the_mismatch_of_the_first_run_is_timed_with_it(
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    study_in_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, before = finished
+    out = copied_study(before, tmp_path / "out")
+    shutil.rmtree(out / "mismatch")
+    timed: list[tuple[str, int, bool]] = []
+
+    def finish(self: StudyProgress, stage: Stage, seconds: Seconds) -> None:
+        timed.append((stage.arm, stage.seed, seconds.mismatch is not None))
+
+    monkeypatch.setattr(StudyProgress, "finish", finish)
+    words = ["study", str(recipe), "--out", str(out), "--jobs", "1"]
+    assert main(words) == 0
+    assert "6 runs, 80 passes and 16 cells of 40 samples, 1 at once; the mismatch of 4 runs" in capsys.readouterr().out
+    assert len(timed) == 6
+    assert [run for run in timed if run[2]] == [("plain", 0, True)]
+    expected = json.loads((before / "mismatch" / "mismatch.json").read_text())
+    found = json.loads((out / "mismatch" / "mismatch.json").read_text())
+    # As in the study, whatever process took them.
+    for one, other in zip(found, expected, strict=True):
+        assert one["sample_seed"] == other["sample_seed"]
+        ratios = [record["variance_ratio"] for record in other["records"]]
+        assert [record["variance_ratio"] for record in one["records"]] == pytest.approx(ratios, rel=1e-4)
+    timed.clear()
+    assert main(words) == 0
+    assert not any(measured for _, _, measured in timed)  # but before
 
 
 def test_workers_have_the_threads_and_the_environment_of_their_study(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,12 @@ def test_passes_and_sampler_steps_are_timed_apart(
     tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
-    progress = StudyProgress(stages, 1, Console(), further_steps=60.0)
+    progress = StudyProgress(stages, 1, Console(), mismatch_steps=30.0)
     assert progress.left() is None
     progress.begin()
-    assert capsys.readouterr().out == "2 runs, 200 passes and 4 cells of 640 samples, 1 at once\n"
+    assert capsys.readouterr().out == (
+        "2 runs, 200 passes and 4 cells of 640 samples, 1 at once; the mismatch of 2 runs\n"
+    )
 
     clock[0] += 10.0
     train(stages[0], 50)
@@ -105,8 +107,22 @@ def test_a_run_that_begins_late_is_timed_from_its_own_log(tmp_path: Path, clock:
     assert progress.left() == pytest.approx(80 * 0.2 + 20 * 0.2 / 3 * 10)
 
 
-def test_the_mismatch_is_counted(tmp_path: Path) -> None:
+def test_the_mismatch_of_the_first_run_tells_how_long_the_others_take(tmp_path: Path, clock: list[float]) -> None:
+    stages = [stage(tmp_path, arm) for arm in ("plain", "ot", "at")]
+    progress = StudyProgress(stages, 2, Console(), mismatch_steps=30.0)
+    train(stages[0], 100)
+    evaluate(stages[0], 4, 16)
+    progress.finish(stages[0], Seconds(20.0, 100.0, mismatch=700.0))
+    # Two runs at once are left, of 20 s and 100 s each; then two mismatches one after another, comparisons and all.
+    assert progress.left() == pytest.approx((2 * 20 + 2 * 100) / 2 + 2 * 700)
+    for run in stages[1:]:
+        train(run, 100)
+        evaluate(run, 4, 16)
+        progress.finish(run, Seconds(20.0, 100.0))
+    assert progress.left() == pytest.approx(2 * 700)
+
+
+def test_a_mismatch_counts_as_its_sampler_steps_before_one_is_measured() -> None:
     measured = Measurements("ddim", 8, num=4096, seed=1, extractor=None)
     # Samples and two sets of true images, 2,048 where a cell has 4,096.
-    assert measured.steps_of(6) == 3 * 8 * 6 / 2
-    assert Measurements("ddim", 8, num=4096, seed=1, extractor=None, mismatch=False).steps_of(6) == 0
+    assert measured.mismatch_steps == 3 * 8 / 2

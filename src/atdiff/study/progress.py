@@ -21,10 +21,11 @@ FORWARDS_PER_PASS = 3
 
 
 class Seconds(NamedTuple):
-    """How long a run of a study took."""
+    """How long a run of a study took, and the mismatch of the run where it was measured at once."""
 
     training: float
     evaluation: float
+    mismatch: float | None = None
 
 
 class _Done(NamedTuple):
@@ -35,22 +36,27 @@ class _Done(NamedTuple):
 class StudyProgress:
     """A bar over all runs of a study; without a terminal a line for every finished run, and one a minute between them.
 
-    Passes and sampler steps are timed apart, since a study may spend most of its time on either. The evaluations of the
-    network for the mismatch, once all runs are done, count as sampler steps too; its comparisons, which take longer on
-    tiny networks, are not counted.
+    Passes and sampler steps are timed apart, since a study may spend most of its time on either. The mismatch is
+    measured run by run when all runs are done, except that of the first run, which tells how long the others take.
+    Before, each counts as the sampler steps that it takes the network, without its comparisons.
 
     Args:
         stages: all runs.
         workers: processes at once.
         console: where to show it.
-        further_steps: what is left when all runs are done, in sampler steps of as many samples as a cell has.
+        mismatch_steps: of the mismatch of one run, in sampler steps of as many samples as a cell has; None for none.
     """
 
-    def __init__(self, stages: Sequence[Stage], workers: int, console: Console, *, further_steps: float = 0.0) -> None:
-        self.stages, self.workers, self.console, self.further = stages, workers, console, further_steps
+    def __init__(
+        self, stages: Sequence[Stage], workers: int, console: Console, *, mismatch_steps: float | None = None
+    ) -> None:
+        self.stages, self.workers, self.console = stages, workers, console
+        judged = sum(stage.evaluation is not None for stage in stages)
+        self.mismatch_steps, self.mismatches = mismatch_steps or 0.0, 0 if mismatch_steps is None else judged
+        self.mismatch_seconds: float | None = None  # of one run, once one was timed
         self.lines = not shows_bars(console)
         self.before = {id(stage): self._look(stage) for stage in stages}
-        self.now, self.seconds = dict(self.before), {id(stage): Seconds(0.0, 0.0) for stage in stages}
+        self.now, self.seconds = dict(self.before), {id(stage): (0.0, 0.0) for stage in stages}
         self.passes, self.finished = sum(stage.config.training.passes for stage in stages), 0
         self.started = self.told = time.monotonic()
         self.trained: dict[int, float] = {}  # when each run was first seen to be evaluated
@@ -70,7 +76,8 @@ class StudyProgress:
         judged = [stage.evaluation for stage in self.stages if stage.evaluation is not None]
         cells = sum(len(one.planned) for one in judged)
         samples = f"{cells:,} cells of {judged[0].num:,} samples"
-        self._print(f"{len(self.stages)} runs, {self.passes:,} passes and {samples}, {self.workers} at once")
+        further = f"; the mismatch of {self.mismatches} runs" if self.mismatches else ""
+        self._print(f"{len(self.stages)} runs, {self.passes:,} passes and {samples}, {self.workers} at once{further}")
 
     @staticmethod
     def _look(stage: Stage) -> _Done:
@@ -100,7 +107,9 @@ class StudyProgress:
     def finish(self, stage: Stage, seconds: Seconds) -> None:
         """Count a run."""
         self.finished += 1
-        self.seconds[id(stage)] = seconds
+        self.seconds[id(stage)] = seconds.training, seconds.evaluation
+        if seconds.mismatch is not None:
+            self.mismatches, self.mismatch_seconds = self.mismatches - 1, seconds.mismatch
         self.now[id(stage)] = self._look(stage)
         passes = stage.config.training.passes - self.before[id(stage)].passes
         done = (
@@ -117,14 +126,19 @@ class StudyProgress:
     def left(self) -> float | None:
         """Return the seconds that are left; None before anything was timed."""
         passes_left = self.passes - sum(done.passes for done in self.now.values())
-        steps_left = sum(stage.steps - self.now[id(stage)].steps for stage in self.stages) + self.further
+        steps_left = sum(stage.steps - self.now[id(stage)].steps for stage in self.stages)
         per_pass, per_step = self._seconds_per_pass(), self._seconds_per_step()
         if per_step is None and per_pass is not None:
             per_step = self._guess_per_step(per_pass)
-        if (passes_left and per_pass is None) or (steps_left and per_step is None):
+        mismatch = self.mismatch_seconds
+        if mismatch is None and per_step is not None:
+            mismatch = self.mismatch_steps * per_step
+        parts = ((passes_left, per_pass), (steps_left, per_step), (self.mismatches, mismatch))
+        if any(count and each is None for count, each in parts):
             return None
+        of_passes, of_steps, of_mismatches = (count * (each or 0.0) for count, each in parts)
         runs_left = max(1, min(self.workers, len(self.stages) - self.finished))
-        return (passes_left * (per_pass or 0.0) + steps_left * (per_step or 0.0)) / runs_left
+        return (of_passes + of_steps) / runs_left + of_mismatches
 
     def _seconds_per_pass(self) -> float | None:
         """Return what a pass takes: in finished runs, or before there are any by the logs of those that train."""

@@ -83,7 +83,7 @@ def run_study(
         console.print(f"resuming the study in {out}")
     started, before = time.perf_counter(), _stamps(stages)
     measurements = _measurements(recipe.study, stages)
-    run_stages(stages, jobs, console, further_steps=measurements.steps_of(len(_judged(stages))))
+    run_stages(stages, jobs, console, measurements=measurements if measurements.mismatch else None)
     worked = before != _stamps(stages)
     runs: dict[str, list[str]] = {}
     for stage in _judged(stages):
@@ -344,8 +344,8 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _run_stage(stage: Stage) -> Seconds:
-    """Train and evaluate a run; return how long both took."""
+def _run_stage(stage: Stage, measurements: Measurements | None = None) -> Seconds:
+    """Train and evaluate a run, and measure its mismatch if asked to; return how long each took."""
     _check_start(stage)
     started = time.perf_counter()
     train(stage.config, stage.folder, progress=False)
@@ -353,25 +353,36 @@ def _run_stage(stage: Stage) -> Seconds:
     if stage.evaluation is not None:
         evaluate_runs([str(stage.folder)], stage.evaluation, stage.folder / "cells.json", device=_device())
         write_card(stage.folder)
-    return Seconds(trained - started, time.perf_counter() - trained)
+    evaluated = time.perf_counter()
+    mismatch = None
+    if measurements is not None:
+        mismatch = measurements.time_mismatch(str(stage.folder), stage.folder.parents[1], _device())
+    return Seconds(trained - started, evaluated - trained, mismatch)
 
 
-def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console, *, further_steps: float = 0.0) -> None:
+def run_stages(
+    stages: Sequence[Stage], jobs: int | None, console: Console, *, measurements: Measurements | None = None
+) -> None:
     """Train and evaluate what is missing of runs, each base before its arms, and show how far they are.
 
     Args:
         stages: from :func:`open_stages`.
         jobs: processes at once; None for one a core without a GPU, else one.
         console: where to show it.
-        further_steps: see :class:`StudyProgress`.
+        measurements: of the mismatch, which is taken of the first run, so that the time of the others can be told.
     """
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    progress = StudyProgress(stages, workers, console, further_steps=further_steps)
+    steps = measurements.mismatch_steps if measurements else None
+    progress = StudyProgress(stages, workers, console, mismatch_steps=steps)
     progress.begin()
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // workers)
     with _workers(workers, threads) as pool, progress.bar:
-        first = [stage for stage in stages if stage.arm == BASE] or stages
-        pending: dict[Future[Seconds], Stage] = {pool.submit(_run_stage, stage): stage for stage in first}
+        timed = next(stage for stage in stages if stage.evaluation)
+
+        def submit(some: Sequence[Stage]) -> dict[Future[Seconds], Stage]:
+            return {pool.submit(_run_stage, one, measurements if one is timed else None): one for one in some}
+
+        pending = submit([stage for stage in stages if stage.arm == BASE] or stages)
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -379,8 +390,7 @@ def run_stages(stages: Sequence[Stage], jobs: int | None, console: Console, *, f
                     stage = pending.pop(future)
                     progress.finish(stage, future.result())
                     if stage.arm == BASE:
-                        arms = [s for s in stages if s.seed == stage.seed and s.arm != BASE]
-                        pending |= {pool.submit(_run_stage, s): s for s in arms}
+                        pending |= submit([s for s in stages if s.seed == stage.seed and s.arm != BASE])
                 progress.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from atdiff.measure.directions import DirectionsConfig, directions_of_runs
 from atdiff.measure.mismatch import MismatchConfig, mismatch_of_runs
 from atdiff.measure.progress import cell_progress
 from atdiff.measure.robustness import RobustnessConfig, robustness_of_runs
+from atdiff.measure.runs import Notify, silent
 from atdiff.metrics.registry import few_samples
 from atdiff.report.curves import MOST_ARMS
 from atdiff.report.measured import save_measured
@@ -100,27 +102,39 @@ class Measurements:
             entries = [{"run": arm, "records": records} for arm, records in doses["by_run"].items()]
             save_measured("dose", entries, out)
         if self.mismatch:
-            config = MismatchConfig(
-                self.sampler,
-                self.steps,
-                num=min(self.num, MISMATCH_NUM),
-                extractor=self.extractor,
-                weights=self.weights,
-                **self._on,
-            )
             names = [run for of_arm in runs.values() for run in of_arm]
             with cell_progress("batches of the mismatch") as notify:
-                entries = mismatch_of_runs(names, config, out / "mismatch", device=device, notify=notify)
+                entries = self.mismatch_of(names, out, device, notify)
             save_measured("mismatch", entries, out / "mismatch")
             found["mismatch"] = _by_arm(runs, entries)
         if self.robustness:
             found |= self._robustness({arm: of_arm[:1] for arm, of_arm in runs.items()}, out / "robustness", device)
         return found
 
-    def steps_of(self, runs: int) -> float:
-        """Return what the mismatch of so many runs costs, in sampler steps of as many samples as a cell has."""
+    def mismatch_of(self, runs: Sequence[str], out: Path, device: str, notify: Notify = silent) -> list[dict[str, Any]]:
+        """Measure the mismatch of runs into ``out/mismatch``; see :func:`atdiff.measure.mismatch.mismatch_of_runs`."""
+        config = MismatchConfig(
+            self.sampler,
+            self.steps,
+            num=min(self.num, MISMATCH_NUM),
+            extractor=self.extractor,
+            weights=self.weights,
+            **self._on,
+        )
+        return mismatch_of_runs(runs, config, out / "mismatch", device=device, notify=notify)
+
+    def time_mismatch(self, run: str, out: Path, device: str) -> float | None:
+        """Measure the mismatch of one run, and return the seconds that it took; None where it had been measured."""
+        parts: list[int] = []
+        started = time.perf_counter()
+        self.mismatch_of([run], out, device, lambda done, total: parts.append(done))
+        return time.perf_counter() - started if parts else None
+
+    @property
+    def mismatch_steps(self) -> float:
+        """What the network costs in the mismatch of a run, in sampler steps of as many samples as a cell has."""
         # The samples and two sets of true images take the network at every step.
-        return 3.0 * self.steps * runs * min(self.num, MISMATCH_NUM) / self.num if self.mismatch else 0.0
+        return 3.0 * self.steps * min(self.num, MISMATCH_NUM) / self.num
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
         names = [run for (run,) in runs.values()]
