@@ -36,7 +36,7 @@ from atdiff.cli import main
 from atdiff.core.errors import UserError
 from atdiff.pipelines.model import load_denoiser
 from atdiff.sampling import image_generators, make_scheduler
-from atdiff.training.config import TrainConfig
+from atdiff.training.config import ModelConfig, TrainConfig
 from atdiff.training.folder import open_run
 
 PROMPTS = ("a cat", "the dog")
@@ -114,7 +114,7 @@ def test_a_recipe_that_guides_a_distilled_lora_is_warned_of_and_followed(
 
 
 def test_the_old_default_of_a_folder_is_no_other_run(tmp_path: Path) -> None:
-    config = TrainConfig()
+    config = TrainConfig(model=ModelConfig(name="pipeline"))
     open_run(tmp_path / "run", config)
     file = tmp_path / "run" / "config.yaml"
     stored = yaml.safe_load(file.read_text())
