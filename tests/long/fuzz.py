@@ -32,7 +32,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atdiff.cli import main as atdiff
-from atdiff.study import recipe as recipes
+from atdiff.training.config import TrainConfig
+from atdiff.training.settings import dotted_keys
 
 Words = list[str]
 
@@ -403,9 +404,7 @@ def main() -> None:
     parser.add_argument("--same", action="store_true", help="the same cases every time")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    unknown = set(GOOD) - {
-        f"{a}.{b}" for a, part in recipes._children(recipes.TrainConfig()).items() for b in vars(part)
-    }
+    unknown = set(GOOD) - set(dotted_keys(TrainConfig()))
     assert not unknown, unknown
     with tempfile.TemporaryDirectory() as folder:
         codes = fuzz(Path(folder).resolve(), args.cases, random=not args.same)
