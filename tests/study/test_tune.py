@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from atdiff.cli import main
+from atdiff.objectives.noising import NOISINGS
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.study.tune import judged
 from atdiff.study.tuning import Tuning, better_half, candidates, plan, recipe_line
@@ -232,7 +233,7 @@ def test_the_candidates_are_for_half_the_steps_as_many_and_twice_as_many(steps: 
     assert len(tried) == len(of_steps) + 6
 
 
-@pytest.mark.parametrize("own", ["ot", "nearest", "explorative"])
+@pytest.mark.parametrize("own", [name for name, kind in NOISINGS.items() if kind.couples])
 def test_a_run_that_couples_noise_and_images_itself_is_not_tried_with_another_coupling(
     own: str, swept: Path, fresh_accelerator: None
 ) -> None:

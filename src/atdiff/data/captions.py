@@ -174,12 +174,11 @@ def stream_captioned(
             f"{name} cannot be streamed, unlike webdataset shards, parquet files and hub datasets: leave out "
             "data.streaming (its images are read one at a time anyway)."
         )
-    title = _title(name, split, limit)
     decoding = Decoding(image_size, channels, crop, background)
     stream = source.stream(request)
     columns = (image_column, caption_column)
     marked = Stream(stream.items, lambda: repr((columns, stream.stamp())))
-    return StreamedImages(title, marked, decoding, limit, UnreadableImages(unreadable))
+    return StreamedImages(request.title, marked, decoding, limit, UnreadableImages(unreadable))
 
 
 def load_captioned(
@@ -219,7 +218,7 @@ def load_captioned(
     _check_arguments(captions, caption_column, limit)
     decoding, given = Decoding(image_size, channels, crop, background, tuple(buckets)), numbered or captions is not None
     request = Request(name, split, image_column, label_column, caption_column, limit, given)
-    source, title, names = find_source(request, captioned=True), _title(name, split, limit), None
+    source, title, names = find_source(request, captioned=True), request.title, None
     own = source.pairs(request)
     if own is not None:
         raw, texts = own
@@ -232,10 +231,6 @@ def load_captioned(
         numbers = None if every is None else every[:limit]
     found = CaptionedImages(title, texts, raw, decoding, UnreadableImages(unreadable), names)
     return found if labels is None else found.subset(places_of(labels, numbers, title).tolist())
-
-
-def _title(name: str, split: str, limit: int | None) -> str:
-    return f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
 
 
 def _refuse_labels(name: str, **asked: object) -> None:

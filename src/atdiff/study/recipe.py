@@ -250,25 +250,22 @@ def _check_idle(recipe: Recipe, arm: str | None, overrides: Sequence[str], *, of
 
 
 def _refusals(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> dict[str, Refusal]:
-    return refusals(_merged(recipe, arm, overrides)[0], _layers(recipe, arm, overrides))
+    layers = [*_written(recipe, arm), apply_words({}, overrides, TrainConfig)]
+    return refusals(_merged(recipe, arm, overrides)[0], layers)
 
 
-def _layers(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what is said of a run, the last of which counts: recipe, ``finetune``, arm and overrides."""
-    of_arm = ({}, {}) if arm is None else (recipe.finetune, recipe.arms.get(arm, {}))
-    return [recipe.config, *of_arm, apply_words({}, overrides, TrainConfig)]
+def _written(recipe: Recipe, arm: str | None) -> list[dict[str, Any]]:
+    """Return what a recipe says of a run, the last of which counts: for all, in ``finetune``, and of the arm."""
+    return [recipe.config, *(({}, {}) if arm is None else (recipe.finetune, recipe.arms[arm]))]
 
 
 def _merged(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
     """Return the settings of a run, whole and as they are written."""
-    settings = copy.deepcopy(recipe.config)
-    if arm is not None:
-        if arm not in recipe.arms:
-            raise UserError(
-                f"arm {arm!r} is not in recipe {recipe.name!r}; {nearest(arm, list(recipe.arms) or ['none'])}"
-            )
-        for layer in (recipe.finetune, recipe.arms[arm]):
-            merge(settings, copy.deepcopy(layer))
+    if arm is not None and arm not in recipe.arms:
+        raise UserError(f"arm {arm!r} is not in recipe {recipe.name!r}; {nearest(arm, list(recipe.arms) or ['none'])}")
+    settings: dict[str, Any] = {}
+    for layer in _written(recipe, arm):
+        merge(settings, copy.deepcopy(layer))
     apply_words(settings, overrides, TrainConfig)
     return as_encoded(read_settings(TrainConfig, settings), settings.get("data")), settings
 

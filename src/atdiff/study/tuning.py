@@ -32,8 +32,9 @@ PLAIN = "plain"
 SEED = 4_200
 MOST_REPEATS = 93  # 4293 is the largest seed of samples; see atdiff.sampling.generate.image_generators
 DOSES = (0.05, 0.1, 0.2, 0.4)
-NOISES = 6  # of explorative modelling: the best number of three on an epsilon network, the second on flow and v
-COUPLINGS = ("ot", "nearest", "explorative")  # of ``objective``; a run takes one
+NOISES = 6  # of explorative modelling: best on the epsilon MLP; the best 9 of flow and v cost a pass more per batch
+# Of ``objective``, of which a run takes one: those of atdiff.objectives.noising.NOISINGS, which imports torch.
+COUPLINGS = ("ot", "nearest", "explorative")
 RUNGS = 3  # the passes of an arm double from one to the next
 MOST_PASSES = 1_000  # of an arm, where the user does not say how many
 LINES = 4  # of the log, that a run has at least by the end of the first rung

@@ -173,19 +173,16 @@ def load_data(
     source = find_source(request)
     assert source.load is not None, name
     found = source.load(request)
-    title = f"{name}[{split}]" if limit is None else f"{name}[{split}][:{limit}]"
     if isinstance(found.images, RawImages):
-        return _image_data(request, source, found, decoding, UnreadableImages(unreadable), title).only(labels)
+        return _image_data(request, source, found, decoding, UnreadableImages(unreadable)).only(labels)
     if image_size is not None or channels is not None:
         raise UserError(f"{name} contains points, which have no image size: leave out image_size and channels.")
     numbers = None if found.labels is None else torch.from_numpy(found.labels)
-    points = ImageData(torch.from_numpy(found.images), numbers, title)
+    points = ImageData(torch.from_numpy(found.images), numbers, request.title)
     return (points if limit is None else points.first(limit)).only(labels)
 
 
-def _image_data(
-    request: Request, source: Source, found: Found, decoding: Decoding, bad: UnreadableImages, title: str
-) -> ImageData:
+def _image_data(request: Request, source: Source, found: Found, decoding: Decoding, bad: UnreadableImages) -> ImageData:
     """Return the images, up to the limit, with their labels."""
     raw, labels, classes = found
     assert isinstance(raw, RawImages), raw
@@ -196,7 +193,7 @@ def _image_data(
     numbers = None if labels is None else torch.from_numpy(labels)
     if numbers is not None and bad.found:
         numbers = numbers[held.kept]
-    data = ImageData(held.images, numbers, title, tuple(bad.found), classes, held.mapped)
+    data = ImageData(held.images, numbers, request.title, tuple(bad.found), classes, held.mapped)
     if limit is None or source.lazy:
         return data
     # Of pairs the unreadable ones are counted, of labelled images they are not.

@@ -47,6 +47,11 @@ class Request:
         """The name as a path."""
         return Path(self.name).expanduser()
 
+    @property
+    def title(self) -> str:
+        """What the data are called, with the split and how many of it are taken."""
+        return f"{self.name}[{self.split}]" + ("" if self.limit is None else f"[:{self.limit}]")
+
     def check_not_given(self, where: str, name: object = None) -> None:
         """Raise ``UserError`` where captions were given for data with captions of their own."""
         if self.given:
