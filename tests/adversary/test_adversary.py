@@ -1,4 +1,4 @@
-"""The passes of the adversary against hand-made ones."""
+"""The adversary's passes against a manual computation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], **bounds: float) ->
 
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
 @pytest.mark.parametrize("direction", ["gradient", "gradient_full", "residual", "drift", "random"])
-def test_weight_gradients_are_those_of_an_ordinary_pass_at_the_same_input(
+def test_weight_gradients_match_a_plain_pass_at_the_same_input(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, norm: Any, direction: Any
 ) -> None:
     adversary = Adversary(norm, 0.5, 3, direction=direction, scale="sigma")
@@ -84,7 +84,7 @@ def test_weight_gradients_are_those_of_an_ordinary_pass_at_the_same_input(
 
 @pytest.mark.parametrize("scale", ["constant", "sigma", "high"])
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
-def test_first_step_has_the_norm_asked_for(
+def test_first_step_has_the_requested_norm(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, norm: Any, scale: str
 ) -> None:
     adversary = Adversary(norm, 0.7, 2, scale=scale)
@@ -97,7 +97,7 @@ def test_first_step_has_the_norm_asked_for(
     torch.testing.assert_close(norms[1], 0.7 * expected)
 
 
-def test_a_function_can_be_the_scale(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
+def test_scale_can_be_a_function(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
     adversary = Adversary("l2", 1.0, 2, direction="residual", scale=lambda alpha, sigma: alpha * sigma)
     *_, _ = adversary.passes(objective, net, batch)
     torch.testing.assert_close(norm_of(adversary.delta, "l2"), batch.alpha * batch.sigma)
@@ -128,7 +128,7 @@ def test_linear_network_has_the_known_worst_direction(objective: DenoisingObject
 
 
 @pytest.mark.parametrize(("direction", "passes"), [("random", 2), ("residual", 3), ("gradient", 3)])
-def test_equivariance_adds_what_the_prediction_does_not_follow(
+def test_equivariance_penalises_the_equivariance_error(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, direction: Any, passes: int
 ) -> None:
     adversary = Adversary("l2", 0.7, passes, method="equivariance", direction=direction, scale="sigma", weight=0.3)
@@ -149,7 +149,7 @@ def test_equivariance_adds_what_the_prediction_does_not_follow(
     assert adversary.updates_per_batch == 1
 
 
-def test_equivariance_asks_nothing_of_a_network_that_follows(
+def test_equivariance_loss_of_an_equivariant_network_is_plain(
     objective: DenoisingObjective, batch: DenoisingBatch
 ) -> None:
     table = objective.schedule(torch.arange(1000))[1]
@@ -170,12 +170,12 @@ def test_equivariance_asks_nothing_of_a_network_that_follows(
         ({"direction": "random", "order": "staggered"}, "cannot have order='staggered'"),
     ],
 )
-def test_equivariance_refuses_what_contradicts_it(options: dict[str, Any], message: str) -> None:
+def test_equivariance_rejects_contradictory_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Adversary(**{"passes": 2, "method": "equivariance", **options})
 
 
-def test_full_gradient_raises_the_loss_and_random_hardly(
+def test_full_gradient_raises_the_loss_more_than_random(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch
 ) -> None:
     clean = objective.loss(net, batch).mean()
@@ -201,7 +201,7 @@ def test_residual_moves_towards_the_true_image(objective: DenoisingObjective) ->
 
 
 @pytest.mark.parametrize("direction", ["residual", "random"])
-def test_directions_without_gradient_ask_for_none(
+def test_gradient_free_directions_need_no_input_gradient(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, direction: Any
 ) -> None:
     adversary = Adversary("l2", 0.5, 3, direction=direction)
@@ -243,7 +243,7 @@ def test_delta_does_not_depend_on_the_loss_scale(
 
 @pytest.mark.parametrize("method", ["free", "pgd"])
 @pytest.mark.parametrize("direction", ["gradient", "residual"])
-def test_directions_that_are_not_finite_are_counted_and_harmless(
+def test_nonfinite_directions_are_counted_and_zeroed(
     objective: DenoisingObjective, batch: DenoisingBatch, direction: Any, method: Any
 ) -> None:
     def broken(x: Tensor, t: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def test_directions_that_are_not_finite_are_counted_and_harmless(
     assert adversary.nonfinite.item() == 1
 
 
-def test_asking_on_without_backward_is_an_error(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
+def test_next_pass_without_backward_raises(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
     passes = Adversary("l2", 0.5, 2).passes(objective, net, batch)
     next(passes)
     with pytest.raises(RuntimeError, match="run backward"):
@@ -269,7 +269,7 @@ def test_asking_on_without_backward_is_an_error(net: Net, objective: DenoisingOb
 
 
 @pytest.mark.parametrize("direction", ["gradient", "residual"])
-def test_accumulation_gives_means_and_keeps_each_delta(
+def test_accumulation_matches_the_full_batch(
     net: Net, objective: DenoisingObjective, batch: DenoisingBatch, direction: Any
 ) -> None:
     """Frozen weights: three passes over micro-batches of 3, 3 and 2 equal three passes over the 8 at once."""
@@ -305,17 +305,17 @@ CUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 @pytest.mark.parametrize("size", [26, 31, 48])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_samples_weigh_the_same_whatever_the_cut(
+def test_sample_weights_do_not_depend_on_micro_batches(
     net: Net, objective: DenoisingObjective, cut: dict[str, Any], size: int, accumulate: int
 ) -> None:
-    """The caller divides by ``accumulate``; the gradient of an update is then that of one micro-batch."""
+    """The caller divides by ``accumulate``, so the gradient of an update does not depend on it."""
     torch.manual_seed(0)
     batches = [objective.draw(torch.rand(size, 1, 4, 4), weights=torch.rand(size) + 0.5) for _ in range(2)]
     found: list[list[Tensor]] = []
     for parts in (1, accumulate):
         adversary, gradients = Adversary("l2", 0.3, 3, **cut), []
         for batch in batches:
-            losses = list_of_passes(adversary, objective, net, batch, parts)
+            losses = gradients_per_update(adversary, objective, net, batch, parts)
             for update in losses:
                 assert len(update) == parts
                 gradients.append(torch.stack(update).sum(dim=0))
@@ -325,10 +325,10 @@ def test_samples_weigh_the_same_whatever_the_cut(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-def list_of_passes(
+def gradients_per_update(
     adversary: Adversary, objective: DenoisingObjective, net: Net, batch: DenoisingBatch, parts: int
 ) -> list[list[Tensor]]:
-    """Return the gradients of the micro-batches of every weight update, each divided by their number."""
+    """Return the micro-batch gradients of each weight update, divided by the number of micro-batches."""
     gradients = []
     for loss in adversary.passes(objective, net, batch, accumulate=parts):
         net.zero_grad()
@@ -338,7 +338,7 @@ def list_of_passes(
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_too_few_samples_for_the_micro_batches_are_refused(
+def test_fewer_samples_than_micro_batches_are_rejected(
     net: Net, objective: DenoisingObjective, cut: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError, match="accumulate=4 needs at least as many samples in a pass, got"):
@@ -349,7 +349,7 @@ def half(x: Tensor, t: Tensor) -> Tensor:
     return 0.5 * x
 
 
-def test_the_default_scale_depends_on_the_schedule() -> None:
+def test_default_scale_depends_on_the_schedule() -> None:
     alpha, sigma = torch.tensor([0.9]), torch.tensor([0.1])
     for scheduler, expected in (
         (DDPMScheduler(), 1.0),
@@ -363,8 +363,8 @@ def test_the_default_scale_depends_on_the_schedule() -> None:
         assert adversary.scale(alpha, sigma).item() == pytest.approx(expected)
 
 
-def test_the_mean_loss_of_a_flow_is_finite_by_default() -> None:
-    """E[(delta / t)^2] is the square of the step, however small t: with a constant step it has no bound."""
+def test_default_scale_gives_flows_a_finite_mean_loss() -> None:
+    """E[(delta / t)^2] is the squared step at any t; with a constant step it would be unbounded."""
     objective, zeros = DenoisingObjective(FlowMatchEulerDiscreteScheduler()), torch.zeros(2000, 1, 2, 2)
     timesteps = torch.logspace(-6, 3, 2000)
     batch = objective.draw(zeros, noise=zeros, timesteps=timesteps)
@@ -380,7 +380,7 @@ def test_the_mean_loss_of_a_flow_is_finite_by_default() -> None:
     [
         ({"scale": "constant"}, "flow", True),
         ({"scale": "constant"}, "epsilon", True),
-        ({"scale": "constant"}, "sample", False),  # whose target does not move
+        ({"scale": "constant"}, "sample", False),  # its target does not move
         ({"scale": "constant", "target": "invariant"}, "flow", False),
         ({"scale": "constant", "noise_levels": (0.1, 1.0)}, "flow", False),
         ({"scale": "constant", "step_size": 0.0}, "flow", False),
@@ -388,7 +388,7 @@ def test_the_mean_loss_of_a_flow_is_finite_by_default() -> None:
         ({}, "flow", False),
     ],
 )
-def test_a_constant_scale_on_a_flow_is_told_once(options: dict[str, Any], prediction_type: Any, told: bool) -> None:
+def test_constant_scale_on_a_flow_warns_once(options: dict[str, Any], prediction_type: Any, told: bool) -> None:
     adversary = Adversary(**{"step_size": 0.1, "passes": 2, "direction": "residual", **options})
     objective = DenoisingObjective(lambda t: (1 - t, t), prediction_type)
     with warnings.catch_warnings(record=True) as caught:
@@ -398,7 +398,7 @@ def test_a_constant_scale_on_a_flow_is_told_once(options: dict[str, Any], predic
     assert [str(one.message)[:38] for one in caught] == ["scale='constant' moves a flow's target"] * told
 
 
-def test_the_papers_setting_needs_no_warning() -> None:
+def test_paper_setting_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         next(
@@ -406,7 +406,7 @@ def test_the_papers_setting_needs_no_warning() -> None:
         )
 
 
-def test_staggered_passes_join_fresh_parts_with_moved_ones(net: Net, objective: DenoisingObjective) -> None:
+def test_staggered_passes_mix_clean_and_perturbed_parts(net: Net, objective: DenoisingObjective) -> None:
     torch.manual_seed(3)
     batches = [objective.draw(torch.randn(6, 1, 4, 4)) for _ in range(2)]
     adversary = Adversary("l2", 0.5, 3, order="staggered", scale="sigma")
@@ -432,7 +432,7 @@ def test_staggered_passes_join_fresh_parts_with_moved_ones(net: Net, objective: 
                 torch.testing.assert_close(step, 0.5 * sigma, rtol=1e-4, atol=1e-5)
 
 
-def test_staggered_samples_meet_new_weights_with_the_delta_of_the_old(net: Net, objective: DenoisingObjective) -> None:
+def test_staggered_deltas_come_from_the_previous_weights(net: Net, objective: DenoisingObjective) -> None:
     first, second = (objective.draw(torch.randn(4, 1, 4, 4)) for _ in range(2))
     adversary = Adversary("l2", 0.5, 2, order="staggered")
     for loss in adversary.passes(objective, net, first):
@@ -458,7 +458,7 @@ def test_staggered_keeps_conditions_with_their_samples(net: Net, objective: Deno
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_staggered_state_goes_on(net: Net, objective: DenoisingObjective, accumulate: int) -> None:
+def test_staggered_state_resumes(net: Net, objective: DenoisingObjective, accumulate: int) -> None:
     batches = [objective.draw(torch.randn(8, 1, 4, 4)) for _ in range(2)]
     first = Adversary("l2", 0.5, 2, order="staggered", direction="residual")
     list(first.passes(objective, net, batches[0], accumulate=accumulate))
@@ -476,7 +476,7 @@ def test_staggered_state_goes_on(net: Net, objective: DenoisingObjective, accumu
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("direction", ["gradient", "residual"])
 @pytest.mark.parametrize("order", ["consecutive", "staggered"])
-def test_a_batch_after_a_restart_is_what_it_was_without(
+def test_resumed_passes_equal_uninterrupted_ones(
     net: Net, objective: DenoisingObjective, order: str, direction: str, accumulate: int
 ) -> None:
     def passes(adversary: Adversary, batch: DenoisingBatch) -> list[tuple[Tensor, Tensor]]:
@@ -498,7 +498,7 @@ def test_a_batch_after_a_restart_is_what_it_was_without(
         assert torch.equal(delta, other_delta)
 
 
-def test_a_word_of_the_settings_is_a_row_of_its_registry() -> None:
+def test_registries_match_the_settings() -> None:
     assert set(DIRECTIONS) == set(get_args(Direction))
     assert set(METHODS) == {*get_args(Method), "staggered"}
     assert set(SCALES) == set(get_args(Scale))
@@ -518,7 +518,7 @@ def test_step_of_zero_repeats_the_batch(net: Net, objective: DenoisingObjective,
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_it_trains_under_compile(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
+def test_trains_under_compile(net: Net, objective: DenoisingObjective, batch: DenoisingBatch) -> None:
     deltas = []
     for model in (net, torch.compile(net, backend="aot_eager")):
         adversary = Adversary("l2", 0.5, 3, scale="sigma")
@@ -531,7 +531,7 @@ def test_it_trains_under_compile(net: Net, objective: DenoisingObjective, batch:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("order", ["consecutive", "staggered"])
-def test_it_trains_under_accelerate(objective: DenoisingObjective, precision: str, order: Any) -> None:
+def test_trains_under_accelerate(objective: DenoisingObjective, precision: str, order: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     unet = small_unet(8, 8)
@@ -552,7 +552,7 @@ def test_it_trains_under_accelerate(objective: DenoisingObjective, precision: st
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
 
 
-def test_pgd_does_not_reach_for_the_all_reduce(objective: DenoisingObjective, batch: DenoisingBatch, net: Net) -> None:
+def test_pgd_ascent_skips_the_all_reduce(objective: DenoisingObjective, batch: DenoisingBatch, net: Net) -> None:
     """Under DistributedDataParallel the ascent must run inside no_sync, and the last pass outside."""
     events = []
 
@@ -592,20 +592,20 @@ def test_pgd_does_not_reach_for_the_all_reduce(objective: DenoisingObjective, ba
         ({"method": "pgd", "order": "staggered"}, "method='pgd' cannot have order='staggered'"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Adversary(**options)
 
 
-def test_scales_are_those_documented() -> None:
+def test_scales_match_their_formulas() -> None:
     alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
     assert [SCALES[name](alpha, sigma).item() for name in ("constant", "sigma", "high")] == pytest.approx(
         [1.0, 0.8, 0.32]
     )
 
 
-def test_noise_levels_perturb_their_samples_alone_and_just_as_without(net: Net, batch: DenoisingBatch) -> None:
-    # Cosine betas: the level of timestep t is t / 1000 but for the offset of 0.008.
+def test_noise_levels_perturb_only_samples_in_range(net: Net, batch: DenoisingBatch) -> None:
+    # With cosine betas the level of timestep t is t / 1000, up to the offset of 0.008.
     objective = DenoisingObjective(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     everywhere = Adversary("l2", 1.0, 2, direction="residual", scale="sigma")
     middle = Adversary("l2", 1.0, 2, direction="residual", scale="sigma", noise_levels=(0.35, 0.65))
@@ -621,7 +621,7 @@ def test_noise_levels_perturb_their_samples_alone_and_just_as_without(net: Net, 
     assert (everywhere.delta.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_adjacent_noise_levels_share_no_sample_and_leave_none_out() -> None:
+def test_adjacent_noise_levels_partition_the_samples() -> None:
     alpha, sigma = torch.tensor([1.0, 0.5, 0.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 80.0])
     low = Adversary(step_size=1.0, noise_levels=(0.0, 0.5)).scale(alpha, sigma)
     high = Adversary(step_size=1.0, noise_levels=(0.5, 1.0)).scale(alpha, sigma)
@@ -630,6 +630,6 @@ def test_adjacent_noise_levels_share_no_sample_and_leave_none_out() -> None:
 
 
 @pytest.mark.parametrize("levels", [(0.5, 0.5), (-0.1, 0.5), (0.2, 1.1), (0.9, 0.1)])
-def test_noise_levels_out_of_range_are_refused(levels: tuple[float, float]) -> None:
+def test_noise_levels_out_of_range_are_rejected(levels: tuple[float, float]) -> None:
     with pytest.raises(UserError, match="noise_levels"):
         Adversary(noise_levels=levels)

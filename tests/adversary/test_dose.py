@@ -1,4 +1,4 @@
-"""The dose of the residual: against the closed form, Gaussian data, and diffusers' schedulers."""
+"""The dose of the residual against the closed form, Gaussian data and diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flow_levels(time: float, steps: int) -> tuple[float, float, float, float]:
     return 1 - time, time, 1 - after, after
 
 
-# Of an implementation of its own, with the eigenvalues above: steps, time, share of clean samples, dose.
+# From an independent implementation with the eigenvalues above: steps, time, share of clean samples, dose.
 DOSES = [
     (4, 1.0, 0.0, 0.14759), (4, 0.75, 0.0, 0.21109), (4, 0.5, 0.0, 0.43872), (4, 0.3, 0.0, 1.1898),
     (4, 1.0, 0.5, 0.31734), (4, 0.75, 0.5, 0.7), (4, 0.5, 0.5, 0.9), (4, 0.3, 0.5, 1.5),
@@ -38,17 +38,17 @@ DOSES = [
 
 
 @pytest.mark.parametrize(("steps", "time", "clean", "expected"), DOSES)
-def test_the_closed_form(steps: int, time: float, clean: float, expected: float) -> None:
+def test_closed_form_matches_reference_values(steps: int, time: float, clean: float, expected: float) -> None:
     found = closed_form_dose(flow_levels(time, steps), VARIANCES, clean)
     assert found == pytest.approx(expected, abs=2e-5)
 
 
-def test_the_last_step_has_no_dose() -> None:
+def test_last_step_has_no_dose() -> None:
     assert closed_form_dose((0.8, 0.2, 1.0, 0.0), VARIANCES) == 0.0
 
 
 @pytest.mark.parametrize("clean", [0.0, 0.5])
-def test_the_slope_is_that_of_a_regression_on_perturbed_gaussians(clean: float) -> None:
+def test_slope_matches_a_regression_on_perturbed_gaussians(clean: float) -> None:
     generator = np.random.default_rng(0)
     alpha, sigma, push, variance, size = 0.4, 0.6, 0.2, 1.7, 2_000_000
     slope = float(linear_slope(push, alpha, sigma, np.array([variance]), clean)[0])
@@ -59,7 +59,7 @@ def test_the_slope_is_that_of_a_regression_on_perturbed_gaussians(clean: float) 
     assert (x0 * y).mean() / (y * y).mean() == pytest.approx(slope, abs=2e-3)
 
 
-def test_a_step_of_the_best_linear_network_loses_the_variance_that_gaussians_lose() -> None:
+def test_step_ratio_matches_the_variance_lost_on_gaussians() -> None:
     generator = np.random.default_rng(1)
     alpha, sigma, after, below, variance, size = 0.4, 0.6, 0.6, 0.4, 1.7, 2_000_000
     x0 = variance**0.5 * generator.standard_normal(size)
@@ -73,13 +73,13 @@ def test_a_step_of_the_best_linear_network_loses_the_variance_that_gaussians_los
 
 
 @pytest.mark.parametrize("count", [200, 20])
-def test_the_spectrum_is_that_of_numpy(count: int) -> None:
+def test_spectrum_matches_numpy(count: int) -> None:
     samples = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, 4)
     expected = np.linalg.eigvalsh(np.cov(samples.flatten(1).double().numpy().T))[::-1]
     np.testing.assert_allclose(spectrum(samples), expected.clip(0), atol=1e-8)
 
 
-def test_times_are_those_at_which_the_samplers_of_diffusers_stop() -> None:
+def test_sampler_times_match_diffusers() -> None:
     shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
     shifted.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
     ddim = DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
@@ -112,7 +112,7 @@ def linear(slope: Any) -> Any:
     [(COSINE, "epsilon"), (COSINE, "v_prediction"), (COSINE, "sample"), (FLOW, "flow"), (EDMEulerScheduler(), "edm")],
 )
 @pytest.mark.parametrize("sign", ["residual", "drift"])
-def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type: Any, sign: Any) -> None:
+def test_delta_is_the_dose_times_the_x0_error(scheduler: Any, prediction_type: Any, sign: Any) -> None:
     torch.manual_seed(0)
     objective = DenoisingObjective(scheduler, prediction_type)
     x0 = torch.randn(6, 1, 4, 4)
@@ -135,9 +135,7 @@ def test_delta_is_the_dose_times_the_error_of_x0(scheduler: Any, prediction_type
 
 
 @pytest.mark.parametrize(("scheduler", "prediction_type"), [(COSINE, "epsilon"), (FLOW, "flow")])
-def test_rescaled_noise_has_its_norm_and_the_direction_of_the_perturbed_noise(
-    scheduler: Any, prediction_type: Any
-) -> None:
+def test_rescaled_noise_keeps_its_norm_and_the_perturbed_direction(scheduler: Any, prediction_type: Any) -> None:
     torch.manual_seed(0)
     objective = DenoisingObjective(scheduler, prediction_type)
     batch = objective.draw(torch.randn(6, 1, 4, 4))
@@ -163,7 +161,7 @@ def best_slope(t: Tensor) -> Tensor:
     return (1 - t) * 0.25 / ((1 - t) ** 2 * 0.25 + t**2)
 
 
-def test_the_loop_measures_what_the_sampler_of_gaussians_does() -> None:
+def test_control_loop_measures_the_sampler_variance() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data()
     auto = AutoDose(4, 0.0)
@@ -182,7 +180,7 @@ def test_the_loop_measures_what_the_sampler_of_gaussians_does() -> None:
     assert float(auto.factor) == pytest.approx(min(math.exp(-3.0 * error), 2.0))
 
 
-def test_samples_of_too_much_variance_ask_for_less() -> None:
+def test_excess_sample_variance_lowers_the_dose() -> None:
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(512)
     auto = AutoDose(4, 0.0)
     auto.fit(data, objective.schedule)
@@ -190,7 +188,7 @@ def test_samples_of_too_much_variance_ask_for_less() -> None:
     assert float(auto.factor) < 1
 
 
-def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
+def test_dose_is_the_closed_form_times_the_factor() -> None:
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data()
     auto = AutoDose(8, 0.0)
     auto.fit(data, objective.schedule)
@@ -206,7 +204,7 @@ def test_the_dose_is_that_of_the_closed_form_times_the_factor() -> None:
     assert expected[0] == 0.5
 
 
-def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> None:
+def test_other_batch_shapes_get_the_dose_without_a_measurement() -> None:
     torch.manual_seed(0)
     objective, network = DenoisingObjective(FLOW, "flow"), linear(lambda t: 6.0 * best_slope(t))
     adversary = Adversary(steps=8)
@@ -220,7 +218,7 @@ def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> No
     assert all(torch.equal(value, torch.as_tensor(after[name])) for name, value in before.items())
     t = (batch.timesteps / 1000).view(-1, 1, 1, 1)
     error = batch.x0 - 6.0 * best_slope(t) * ((1 - t) * batch.x0 + t * batch.noise)
-    half = 4 * auto.variance / 2  # of 8 values, and the data have 16
+    half = 4 * auto.variance / 2  # 8 values, where the data have 16
     trust = (half / error.square().flatten(1).sum(dim=1)).clamp(max=1)
     expected = (auto.dose(batch.timesteps / 1000) * trust).view(-1, 1, 1, 1) * t * error
     assert adversary.delta is not None
@@ -229,8 +227,8 @@ def test_batches_of_another_shape_have_the_dose_and_leave_the_loop_alone() -> No
 
 
 @pytest.mark.parametrize("steps", [8, 50, 64, 101])
-def test_what_is_charged_covers_the_looks(steps: int) -> None:
-    """A batch is charged six forwards, of which its look-ahead and its backward pass take four."""
+def test_charged_passes_cover_the_measurements(steps: int) -> None:
+    """A batch is charged six forwards, four of them for its look-ahead and its training pass."""
     objective, calls = DenoisingObjective(FLOW), 0
 
     def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -241,12 +239,12 @@ def test_what_is_charged_covers_the_looks(steps: int) -> None:
     adversary, batches = Adversary(steps=steps), 2 * max(25, -(-steps // 2))
     for _ in range(batches):
         next(iter(adversary.passes(objective, network, gaussian_data(2))))
-    looks = calls - 2 * batches
-    assert looks == 2 * steps
-    assert looks <= 2 * batches
+    measured = calls - 2 * batches
+    assert measured == 2 * steps
+    assert measured <= 2 * batches
 
 
-def test_a_look_waits_for_a_batch_of_the_shape_of_the_data() -> None:
+def test_measurement_waits_for_a_batch_of_the_data_shape() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)
     auto, network = AutoDose(4, 0.0), linear(lambda t: 1.8 * best_slope(t))
@@ -261,11 +259,11 @@ def test_a_look_waits_for_a_batch_of_the_shape_of_the_data() -> None:
     assert ratios[28] == ratios[27]
 
 
-def test_processes_with_batches_of_other_shapes_share_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two processes one has a batch of the shape of the data: both draw, and both take its ratio."""
+def test_processes_with_other_batch_shapes_share_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two processes has a batch of the data's shape: both sample, and both use its ratio."""
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(256)
     network, found = linear(best_slope), []
-    sums: list[Tensor] = []  # what each process of the two gives, the first's before the second's
+    sums: list[Tensor] = []  # what the two processes contribute, the first before the second
 
     def run(batch: Tensor, mean: Any) -> AutoDose:
         torch.manual_seed(0)
@@ -277,7 +275,7 @@ def test_processes_with_batches_of_other_shapes_share_the_look(monkeypatch: pyte
 
     def first(value: Tensor) -> Tensor:
         sums.append(value)
-        return value / 2 if value.dim() else torch.tensor(0.5)  # the other gives zeros
+        return value / 2 if value.dim() else torch.tensor(0.5)  # the other contributes zeros
 
     def second(value: Tensor) -> Tensor:
         assert not value.any()
@@ -291,7 +289,7 @@ def test_processes_with_batches_of_other_shapes_share_the_look(monkeypatch: pyte
     assert (one.batches, one.factor) == (other.batches, other.factor)
 
 
-def test_a_saved_dose_resumes() -> None:
+def test_saved_dose_resumes() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)
     first, second = Adversary(steps=4), Adversary(steps=4)
@@ -328,12 +326,12 @@ def test_a_saved_dose_resumes() -> None:
         ),
     ],
 )
-def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_contradictions_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Adversary(**settings)
 
 
-def test_defaults_are_the_papers_without_a_dose() -> None:
+def test_defaults_without_a_dose_match_the_paper() -> None:
     paper, ours = Adversary(), Adversary(steps=8)
     assert (paper.method, paper.direction, paper.num_passes, paper.step_size) == ("free", "gradient", 3, 0.1)
     assert (ours.method, ours.direction, ours.num_passes, ours.dose) == ("pgd", "residual", 2, "auto")

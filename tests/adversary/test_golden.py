@@ -42,7 +42,7 @@ def assert_relative(found: Tensor, expected: np.ndarray, what: str, bound: float
 
 @pytest.mark.parametrize("case", ["paper_eps", "paper_learned_sigma", "clipped"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_authors_loop(case: str, fused: bool) -> None:
+def test_matches_the_authors_loop(case: str, fused: bool) -> None:
     golden = np.load(DATA / f"{case}.npz")
     meta = json.loads(str(golden["meta"]))
     schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[meta["noise_schedule"]]
@@ -64,7 +64,7 @@ def test_the_authors_loop(case: str, fused: bool) -> None:
         assert adversary.output is not None
         assert_relative(adversary.delta, golden[f"delta.{k}"], f"delta of pass {k}")
         for name, term in adversary.output.terms.items():
-            # Every sample by itself: the bound at t = 999 is a million times that at t = 500.
+            # Per sample: the bound at t = 999 is a million times that at t = 500.
             for i in range(len(term)):
                 assert_relative(term[i], golden[f"loss.{k}.{name}"][i], f"{name} of pass {k}, sample {i}")
         assert_relative(loss, golden[f"loss.{k}.loss"].mean(), f"loss of pass {k}")

@@ -1,4 +1,4 @@
-"""The noise of the hook: that of the adversary's pgd step, and that of its formula, for every prediction type."""
+"""The hook's noise equals that of the adversary's pgd step and of its formula, for every prediction type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 
 
 class Network(nn.Module):
-    """A small network that knows the time and a condition."""
+    """A small network conditioned on the timestep and on a shift."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def batch(kind: str) -> tuple[Any, Tensor, Tensor, Tensor]:
      {"method": "pgd", "direction": "gradient", "step_size": 0.5}],
     ids=str,
 )  # fmt: skip
-def test_it_is_the_noise_of_the_pgd_step(kind: str, settings: dict[str, Any]) -> None:
+def test_noise_equals_that_of_the_pgd_step(kind: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, ours, theirs = Network(), Adversary(**settings), Adversary(**settings)
     for step in range(3):
@@ -69,14 +69,14 @@ def test_it_is_the_noise_of_the_pgd_step(kind: str, settings: dict[str, Any]) ->
         sigma = drawn.sigma.view(-1, 1, 1, 1)
         assert torch.equal(found, torch.where(sigma > 0, noise + theirs.delta / sigma.clamp_min(1e-20), noise))
         assert not torch.equal(found, noise)
-        # A plain step with that noise is the adversary's: the same loss and gradients, but for the order of rounding.
+        # A plain step with that noise has the adversary's loss and gradients, up to rounding.
         plain = objective.loss(model, objective.draw(x0, noise=found, timesteps=timesteps, shift=shift)).mean()
         torch.testing.assert_close(plain, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(plain, list(model.parameters())), expected, rtol=1e-4, atol=1e-5)
 
 
 def by_hand(kind: str, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``x_t`` and the ``x0_hat`` of a network that returns ``0.1 x + 0.05``, and ``alpha`` beside."""
+    """Return ``x_t``, the ``x0_hat`` of a network that returns ``0.1 x + 0.05``, and ``alpha``."""
     if kind == "flow":
         sigma = timesteps / 1000
         alpha = 1 - sigma
@@ -91,7 +91,7 @@ def by_hand(kind: str, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Te
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_noise_plus_the_dose_times_the_error_of_x0(kind: str) -> None:
+def test_noise_moves_by_the_dose_times_the_x0_error(kind: str) -> None:
     torch.manual_seed(1)
     scheduler, x0, noise, timesteps = batch(kind)
     found = residual_noise(
@@ -99,17 +99,17 @@ def test_it_is_the_noise_plus_the_dose_times_the_error_of_x0(kind: str) -> None:
     )  # fmt: skip
     _, x0_hat, _ = by_hand(kind, x0, noise, timesteps)
     error = x0 - x0_hat
-    # Where the square error is over four times the mean square of the data, it is trusted less, in that ratio.
+    # A squared error above four times the mean square of the data is scaled down by that ratio.
     trust = (4 * x0.square().sum() / 6 / error.square().flatten(1).sum(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
     expected = noise + 0.2 * trust * error
     if kind == "flow":
-        expected[0] = noise[0]  # without noise there is none to move
+        expected[0] = noise[0]  # there is no noise to move
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_step_in_the_words_of_diffusers_is_the_adversarys(kind: str) -> None:
-    """``add_noise`` and ``get_velocity`` of the scheduler take the noise as it is."""
+def test_diffusers_training_step_equals_the_adversarys(kind: str) -> None:
+    """The scheduler's ``add_noise`` and ``get_velocity`` take the noise unchanged."""
     torch.manual_seed(2)
     model, scheduler = Network(), DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind)
     _, x0, noise, timesteps = batch(kind)
@@ -121,7 +121,7 @@ def test_a_step_in_the_words_of_diffusers_is_the_adversarys(kind: str) -> None:
     torch.testing.assert_close(nn.functional.mse_loss(model(noisy, timesteps), target), loss, rtol=1e-4, atol=1e-6)
 
 
-def test_it_costs_one_forward_pass_and_leaves_no_gradient() -> None:
+def test_costs_one_forward_pass_and_leaves_no_gradient() -> None:
     model = Network()
     scheduler, x0, noise, timesteps = batch("flow")
     found = residual_noise(model, x0.bfloat16(), noise.bfloat16(), timesteps, scheduler, dose=0.2)
@@ -132,7 +132,7 @@ def test_it_costs_one_forward_pass_and_leaves_no_gradient() -> None:
     assert torch.equal(noise, noise.clone())
 
 
-def test_a_script_may_set_the_prediction_type_of_its_scheduler_afterwards() -> None:
+def test_scheduler_prediction_type_can_be_set_later() -> None:
     scheduler = DDPMScheduler()
     _, x0, noise, timesteps = batch("epsilon")
     given = lambda x, t: 0.1 * x  # noqa: E731
@@ -146,7 +146,7 @@ def test_a_script_may_set_the_prediction_type_of_its_scheduler_afterwards() -> N
     assert torch.equal(second, residual_noise(given, x0, noise, timesteps, objective, dose=0.2))
 
 
-def test_the_dose_for_a_number_of_steps_is_kept_by_its_adversary() -> None:
+def test_automatic_dose_is_kept_by_its_adversary() -> None:
     torch.manual_seed(0)
     model, adversary = Network(), Adversary(steps=8)
     for _ in range(27):
@@ -174,7 +174,7 @@ def test_the_dose_for_a_number_of_steps_is_kept_by_its_adversary() -> None:
         (None, {"dose": 0.1, "guidance": 3.5}, "guidance is of type float, expected a tensor"),
     ],
 )
-def test_mistakes_are_named(given: Any, settings: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(given: Any, settings: dict[str, Any], message: str) -> None:
     scheduler, x0, noise, timesteps = batch("flow")
     with pytest.raises(UserError, match=message):
         residual_noise(Network(), x0, noise, timesteps, scheduler, given, **settings)

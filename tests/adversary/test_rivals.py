@@ -16,7 +16,7 @@ from atdiff.study.recipe import load_recipe, resolve
 
 SLOPE = 0.6  # of the linear networks
 KINDS = ["flow", "epsilon", "sample", "v_prediction", "edm"]
-# The settings of each method, and the cost of one update: inputs of the network with a gradient and without.
+# The settings of each method, and the cost of one update: network inputs with a gradient and without.
 METHODS: dict[str, tuple[dict[str, Any], int, int]] = {
     "soar": ({"passes": 2, "weight": 0.5}, 2, 0),
     "soar-6": ({"passes": 7, "weight": 1.0, "method": "soar"}, 7, 0),
@@ -106,7 +106,7 @@ class ByHand:
         return error.square().mean(dim=1)
 
     def rolled_out(self, timesteps: Tensor) -> Tensor:
-        """Return one step of DDIM, or Euler, with the network of today."""
+        """Return one step of DDIM, or Euler, with the current network."""
         alpha, sigma = levels(self.kind, timesteps)
         x0_hat = self.clean(self.output(SLOPE, self.x_t, self.sigma), self.x_t, self.alpha, self.sigma)
         if self.kind == "epsilon":
@@ -115,7 +115,7 @@ class ByHand:
 
 
 def checked(loss: Tensor, slope: Tensor, by_hand: Callable[[float], Tensor]) -> None:
-    """Compare a loss with the one by hand, and its gradient with finite differences of that."""
+    """Compare a loss with the manual one, and its gradient with finite differences."""
     torch.testing.assert_close(loss.detach().double(), by_hand(SLOPE), rtol=1e-4, atol=1e-6)
     loss.backward()
     assert slope.grad is not None
@@ -133,7 +133,7 @@ def earlier(kind: str, timesteps: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("passes", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_soar_corrects_the_step_of_the_sampler(kind: str, passes: int) -> None:
+def test_soar_corrects_the_sampler_step(kind: str, passes: int) -> None:
     objective, batch = drawn(kind)
     hand, slope = ByHand(kind, batch), torch.tensor(SLOPE, requires_grad=True)
     adversary = Adversary(method="soar", passes=passes, weight=0.7)
@@ -151,7 +151,7 @@ def test_soar_corrects_the_step_of_the_sampler(kind: str, passes: int) -> None:
             z = alpha / alpha_s * hand.rolled_out(s) + (sigma - alpha * sigma_s / alpha_s) * hand.noise
             noise = (z - alpha * hand.x0) / sigma
             target = hand.target(hand.x0, noise, alpha, sigma)
-            if kind == "flow":  # the paper's own words
+            if kind == "flow":  # as the paper writes it
                 torch.testing.assert_close(target, (z - hand.x0) / sigma)
                 share = (sigma - sigma_s) / (1 - sigma_s)
                 torch.testing.assert_close(z, (1 - share) * hand.rolled_out(s) + share * hand.noise)
@@ -162,7 +162,7 @@ def test_soar_corrects_the_step_of_the_sampler(kind: str, passes: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adr_turns_the_velocity_to_the_true_image(kind: str) -> None:
+def test_adr_turns_the_velocity_towards_the_true_image(kind: str) -> None:
     objective, batch = drawn(kind)
     hand, slope = ByHand(kind, batch), torch.tensor(SLOPE, requires_grad=True)
     adversary = Adversary(method="adr", passes=2, weight=0.3)
@@ -176,7 +176,7 @@ def test_adr_turns_the_velocity_to_the_true_image(kind: str) -> None:
         x0_hat = hand.clean(hand.output(at, x, sigma), x, alpha, sigma)
         velocity = (x - alpha * x0_hat) / sigma - x0_hat
         way = x / (alpha + sigma) - hand.x0
-        if kind == "flow":  # the paper's own words
+        if kind == "flow":  # as the paper writes it
             torch.testing.assert_close(velocity, hand.output(at, x, sigma))
             torch.testing.assert_close(way, x - hand.x0)
         turned = velocity / velocity.norm(dim=1, keepdim=True) - way / way.norm(dim=1, keepdim=True)
@@ -186,7 +186,7 @@ def test_adr_turns_the_velocity_to_the_true_image(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_contrastive_pushes_from_the_target_of_the_other(kind: str) -> None:
+def test_contrastive_pushes_away_from_the_other_target(kind: str) -> None:
     objective, whole = drawn(kind)
     batch = whole.narrow(0, 2)  # each sample has one other
     hand, slope = ByHand(kind, batch), torch.tensor(SLOPE, requires_grad=True)
@@ -201,7 +201,7 @@ def test_contrastive_pushes_from_the_target_of_the_other(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mac_prefers_the_pairs_of_least_error_at_both_ends(kind: str) -> None:
+def test_mac_upweights_the_pairs_of_least_error(kind: str) -> None:
     objective = DenoisingObjective(scheduler_of(kind))
     torch.manual_seed(2)
     batch = objective.draw(torch.rand(5, 1, 1, 2) * 2 - 1)
@@ -219,12 +219,12 @@ def test_mac_prefers_the_pairs_of_least_error_at_both_ends(kind: str) -> None:
     checked(loss, slope, lambda at: (factor * hand.plain(at)).mean())
 
 
-def test_the_other_sample_is_of_another_class_where_there_is_one() -> None:
+def test_contrastive_prefers_samples_of_another_class() -> None:
     objective, batch = drawn("flow")
     own = batch.noise - batch.x0
 
     def others(labels: list[int] | None, seed: int) -> Tensor:
-        """Return the index of the other of each sample, from a network that returns 0."""
+        """Return the index of each sample's counterpart, from a network that returns 0."""
         torch.manual_seed(seed)
         given = {} if labels is None else {"class_labels": torch.tensor(labels)}
         one = objective.draw(batch.x0, noise=batch.noise, timesteps=batch.timesteps, **given)
@@ -251,8 +251,8 @@ def test_the_other_sample_is_of_another_class_where_there_is_one() -> None:
     assert seen([0, 0, 1]) == [{2}, {2}, {0, 1}]
 
 
-def test_drift_is_where_the_sampler_goes_astray() -> None:
-    """On a flow, Euler's ``x_s_hat - x_s`` is along the drift, and against the residual."""
+def test_drift_points_along_the_sampler_error() -> None:
+    """On a flow, Euler's ``x_s_hat - x_s`` points along the drift, and against the residual."""
     objective, batch = drawn("flow")
     steps = {}
     for direction in ("drift", "residual"):
@@ -270,7 +270,7 @@ def test_drift_is_where_the_sampler_goes_astray() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_an_update_costs_and_is_charged(name: str) -> None:
+def test_update_cost_matches_what_is_charged(name: str) -> None:
     options, trained, looked = METHODS[name]
     objective, batch = drawn("flow")
     torch.manual_seed(0)
@@ -293,7 +293,7 @@ def test_what_an_update_costs_and_is_charged(name: str) -> None:
     assert adversary.state_dict()["waiting"] == {}
 
 
-def test_micro_batches_give_the_mean() -> None:
+def test_micro_batches_average_to_the_full_batch() -> None:
     objective = DenoisingObjective(scheduler_of("flow"))
     batch = objective.draw(torch.rand(8, 1, 2, 2) - 0.5)
     found = []
@@ -306,8 +306,8 @@ def test_micro_batches_give_the_mean() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_points_are_weighted_as_their_own_noise_level() -> None:
-    """The loss is 0 where the network is right, so the plain one leaves the auxiliary one alone to be seen."""
+def test_points_are_weighted_by_their_own_noise_level() -> None:
+    """The network is exact on the batch, so the plain loss is 0 and only the auxiliary loss remains."""
     objective, batch = drawn("v_prediction", weighting="min-snr")
     hand = ByHand("v_prediction", batch)
     calls = []
@@ -327,7 +327,7 @@ def test_points_are_weighted_as_their_own_noise_level() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_step_is_one_of_forty_of_the_schedulers_own(shift: float) -> None:
+def test_step_is_one_of_forty_of_the_scheduler(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     objective, table = DenoisingObjective(scheduler), scheduler.sigmas[:1000] * 1000
     rows = torch.tensor([0, 100, 500, 970, 990])
@@ -354,7 +354,7 @@ def test_points_are_uniform_up_to_pure_noise(kind: str, last: float) -> None:
     torch.testing.assert_close(quantiles, torch.tensor([0.25, 0.5, 0.75]).double(), rtol=0, atol=0.04)
 
 
-def test_an_epsilon_network_near_pure_noise_drifts_within_the_data() -> None:
+def test_epsilon_drift_near_pure_noise_stays_within_the_data() -> None:
     objective = DenoisingObjective(scheduler_of("epsilon"))
     batch = objective.draw(torch.rand(64, 1, 2, 2) * 2 - 1, timesteps=torch.full((64,), 999))
     adversary = Adversary(method="adr", passes=2)
@@ -381,13 +381,13 @@ def test_an_epsilon_network_near_pure_noise_drifts_within_the_data() -> None:
         ({"method": "mac", "order": "staggered"}, "cannot have order='staggered'"),
     ],
 )
-def test_what_contradicts_a_rival_is_refused(options: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_a_rival_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Adversary(**{"passes": 2, **options})
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_consistency_models_are_refused(name: str) -> None:
+def test_consistency_models_are_rejected(name: str) -> None:
     objective = ConsistencyObjective(DDPMScheduler(prediction_type="v_prediction"), pairs="ect")
     adversary = Adversary(**{"method": name, **METHODS[name][0]})
     with pytest.raises(UserError, match="is for denoisers"):
@@ -396,7 +396,7 @@ def test_consistency_models_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("option", [{"input_perturbation": 0.1}, {"slowed_interpolation": 0.4}])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_roll_out_needs_the_true_input(name: str, option: dict[str, float]) -> None:
+def test_rollout_needs_the_true_input(name: str, option: dict[str, float]) -> None:
     objective = DenoisingObjective(scheduler_of("flow"), **option)  # type: ignore[arg-type]
     adversary = Adversary(**{"method": name, **METHODS[name][0]})
     passes = adversary.passes(objective, linear(torch.tensor(SLOPE)), torch.rand(4, 1, 2, 2) - 0.5)
@@ -407,7 +407,7 @@ def test_a_roll_out_needs_the_true_input(name: str, option: dict[str, float]) ->
         assert next(passes).isfinite()
 
 
-def test_a_lone_sample_has_no_other() -> None:
+def test_contrastive_needs_two_samples() -> None:
     adversary, alone = Adversary(method="contrastive", passes=1, weight=0.05), torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="needs at least two samples per micro-batch"):
         next(adversary.passes(DenoisingObjective(scheduler_of("flow")), linear(torch.tensor(1.0)), alone))
@@ -421,6 +421,6 @@ def test_a_lone_sample_has_no_other() -> None:
         (["--adversary.method=mac", "--consistency.mode=training"], "'mac' is for denoisers: use 'free' or 'pgd'"),
     ],
 )
-def test_a_recipe_that_contradicts_a_rival_is_refused_before_it_starts(words: list[str], message: str) -> None:
+def test_recipes_that_contradict_a_rival_are_rejected_early(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(load_recipe("quickstart"), None, [*words, "--adversary.passes=2"])
