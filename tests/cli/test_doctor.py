@@ -1,4 +1,4 @@
-"""What atdiff doctor says of this machine and of ones where things are missing."""
+"""``atdiff doctor`` on this machine and where things are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _found() -> dict[str, tuple[str, bool]]:
     return {one.name: (one.found, one.missing) for one in findings()}
 
 
-def test_versions_and_devices_are_those_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_installed_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for package in ("atdiff", "torch", "diffusers", "accelerate"):
@@ -28,7 +28,7 @@ def test_versions_and_devices_are_those_of_this_machine(capsys: pytest.CaptureFi
         assert "none: small recipes run on the CPU" in printed
 
 
-def test_what_is_missing_is_named_with_its_remedy(
+def test_missing_packages_are_reported_with_a_fix(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = importlib.util.find_spec
@@ -42,7 +42,7 @@ def test_what_is_missing_is_named_with_its_remedy(
     assert _found()["inception-v3-compat"][1]
 
 
-def test_weights_that_are_here_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_downloaded_weights_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     file.parent.mkdir()
     file.write_bytes(b"")
@@ -51,7 +51,7 @@ def test_weights_that_are_here_are_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert _found()["dinov2-vit-l-14"][1]
 
 
-def test_what_is_stored_here_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cached_files_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert not {"trained classifiers", "hub model"} & set(_found())

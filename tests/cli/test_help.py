@@ -1,4 +1,4 @@
-"""Help is complete and true, answers at once, and words are completed and spelt alike everywhere."""
+"""Help is complete, correct and fast; completion works, and options are spelt the same everywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
-def test_every_option_says_what_it_takes_and_its_default(name: str, option: click.Option) -> None:
+def test_every_option_has_help_a_metavar_and_a_default(name: str, option: click.Option) -> None:
     record = option.get_help_record(click.Context(COMMANDS[name]))
     assert record is not None
     names, text = record
@@ -43,7 +43,7 @@ def test_every_option_says_what_it_takes_and_its_default(name: str, option: clic
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_described_by_examples_that_are_understood(
+def test_every_command_has_valid_examples(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([name, "--help"]) == 0
@@ -70,11 +70,11 @@ def test_every_command_is_described_by_examples_that_are_understood(
         ("robustness", RobustnessConfig()),
     ],
 )
-def test_the_defaults_of_help_are_those_of_the_library(name: str, made: Any) -> None:
+def test_command_defaults_match_the_library(name: str, made: Any) -> None:
     parsed = COMMANDS[name].make_context(name, ["run", "--out", "x"]).params
     if name == "robustness":
         parsed |= {"steps": parsed.pop("pgd_steps"), "radii": (0.0, *parsed["radii"])}
-    # The images choose the extractor; that of the library is the choice for digits.
+    # The command chooses the extractor by the images; the library's default is the one for digits.
     assert parsed.pop("extractor", None) is None
     assert getattr(made, "extractor", extractor_for("digits")) == extractor_for("digits")
     shared = parsed.keys() & {field.name for field in fields(made)} - {"weights"}
@@ -82,7 +82,7 @@ def test_the_defaults_of_help_are_those_of_the_library(name: str, made: Any) -> 
     assert {field: parsed[field] for field in shared} == {field: getattr(made, field) for field in shared}
 
 
-def test_help_lists_what_the_registries_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_registries(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--help"]) == 0
     shown = "".join(capsys.readouterr().out.split())
     for words in (SAMPLERS, METRICS):
@@ -93,7 +93,7 @@ ONE_SPELLING = ("sampler", "step", "seed", "correction", "metric", "norm", "targ
 
 
 @pytest.mark.parametrize("word", ONE_SPELLING)
-def test_singular_and_plural_are_accepted_alike(word: str) -> None:
+def test_singular_and_plural_options_are_both_accepted(word: str) -> None:
     takers = 0
     for command in COMMANDS.values():
         spelt = {f"--{word}", f"--{word}s"} & set(command.spellings)
@@ -123,7 +123,7 @@ def test_singular_and_plural_are_accepted_alike(word: str) -> None:
         ("", "missing command; see `atdiff --help`."),
     ],
 )
-def test_a_mistake_of_form_is_one_sentence(words: str, phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_one_sentence(words: str, phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("atdiff: ")
@@ -131,7 +131,7 @@ def test_a_mistake_of_form_is_one_sentence(words: str, phrase: str, capsys: pyte
     assert len(error.strip().splitlines()) == 1
 
 
-def test_recipes_are_listed_one_a_line_and_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = list(bundled_recipes())
@@ -150,7 +150,7 @@ def test_recipes_are_listed_one_a_line_and_shown_whole(capsys: pytest.CaptureFix
     assert "did you mean 'quickstart'?" in capsys.readouterr().err
 
 
-def test_train_takes_the_data_by_the_option_of_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_option_is_the_same_in_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for option in ("--data", "--data.name"):
         assert main(["train", "quickstart", option, "mixture-ring", "--out", "x", "--dry-run"]) == 0
@@ -162,7 +162,7 @@ def test_train_takes_the_data_by_the_option_of_the_other_commands(capsys: pytest
     assert "name: mixture-ring" in shown[0]
 
 
-def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_can_appear_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--training.passes", "7", "quickstart", "--out", "x", "--dry-run", "--training.seed=3"]
     assert main(["train", *words]) == 0
     first = capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_settings_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == first
 
 
-# ---- what is imported, and what is completed
+# ---- imports and completion
 
 LIGHT = """
 import json, sys
@@ -184,7 +184,7 @@ for words in json.load(sys.stdin):
 """
 
 
-def test_help_and_the_recipes_import_nothing_heavy() -> None:
+def test_help_and_recipes_import_nothing_heavy() -> None:
     commands = [
         ["--help"],
         ["--version"],
@@ -200,7 +200,7 @@ def test_help_and_the_recipes_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_of_completion_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_script_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     assert f"_ATDIFF_COMPLETE={shell}_complete" in capsys.readouterr().out
 
@@ -221,7 +221,7 @@ def test_the_script_of_completion_is_printed(shell: str, capsys: pytest.CaptureF
         ("atdiff evaluate run --corrections dc", "dcw"),
     ],
 )
-def test_words_are_completed(words: str, expected: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_arguments_are_completed(words: str, expected: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     environment = {**os.environ, "_ATDIFF_COMPLETE": "bash_complete", "COMP_WORDS": words,
                    "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
     code = "import sys; from atdiff.cli import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"

@@ -1,4 +1,4 @@
-"""Messages come at once, are true, and name what exists."""
+"""Error messages are immediate, correct, and name things that exist."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ for words in json.load(sys.stdin):
     print("CODE", main(words))
     print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
 """
-# Each with its exit code.
+# Commands and their exit codes.
 COMMANDS: list[tuple[str, int]] = [
     ("--help", 0),
     ("train --help", 0),
@@ -117,7 +117,7 @@ def their_pipeline(folder: Path) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with somebody's pipeline, somebody's notes, and the beginning of a training run."""
+    """A folder with somebody's pipeline, somebody's notes and a barely started training run."""
     monkeypatch.chdir(tmp_path)
     their_pipeline(tmp_path / "theirs")
     (tmp_path / "used").mkdir()
@@ -127,7 +127,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_mistake_is_told_before_torch_is_imported(place: Path) -> None:
+def test_errors_are_reported_before_torch_is_imported(place: Path) -> None:
     before = sorted(place.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", LIGHT],
@@ -147,7 +147,7 @@ def test_a_mistake_is_told_before_torch_is_imported(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
 
 
-def test_light_names_are_those_of_the_registries() -> None:
+def test_lightweight_choices_match_the_registries() -> None:
     for light, heavy in (
         (choices.SAMPLERS, SAMPLERS),
         (choices.PRECISIONS, [*DTYPES, "auto"]),
@@ -193,7 +193,7 @@ def test_light_names_are_those_of_the_registries() -> None:
         ("evaluate run --corection none", "did you mean '--corrections'?"),
     ],
 )
-def test_an_unknown_option_is_told_the_nearest_of_any_depth(
+def test_unknown_options_suggest_the_nearest_at_any_depth(
     command: str, phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,7 +221,7 @@ def test_an_unknown_option_is_told_the_nearest_of_any_depth(
         ({"study": {"width": 1}}, "expected one of arms, seeds"),
     ],
 )
-def test_an_unknown_key_of_a_recipe_is_told_the_nearest_of_any_depth(
+def test_unknown_recipe_keys_suggest_the_nearest_at_any_depth(
     content: dict[str, Any], phrase: str, tmp_path: Path
 ) -> None:
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content))
@@ -230,7 +230,7 @@ def test_an_unknown_key_of_a_recipe_is_told_the_nearest_of_any_depth(
     assert phrase in str(caught.value)
 
 
-def test_the_suggested_key_exists(tmp_path: Path) -> None:
+def test_suggested_keys_exist(tmp_path: Path) -> None:
     from atdiff.study.recipe import StudyConfig, dotted_keys
     from atdiff.system.suggest import SYNONYMS
     from atdiff.training.config import TrainConfig
@@ -240,7 +240,7 @@ def test_the_suggested_key_exists(tmp_path: Path) -> None:
         assert all(key in keys or key.rpartition(".")[0] in keys for key in found), found
 
 
-def test_one_or_several_are_given_under_either_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_singular_and_plural_options_are_equivalent(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared = ["theirs", "--num", "2", "--steps", "2"]
     named = ["--samplers", "ddim", "--seeds", "3", "--corrections", "none"]
     assert main(["sample", *shared, *named, "--out", "one.npz"]) == 0
@@ -250,14 +250,14 @@ def test_one_or_several_are_given_under_either_name(place: Path, capsys: pytest.
     assert "`atdiff mismatch` takes one: use --sampler ddim" in capsys.readouterr().err
 
 
-def test_weights_of_an_unknown_network_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_an_unknown_network_are_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("weights.pt").write_bytes(b"")
     words = ["mismatch", "theirs", "--data", "digits", "--weights", "digits-clasifier=weights.pt", "--out", "x"]
     assert main(words) == 2
     assert "'digits-clasifier', which is not an extractor: did you mean 'digits-classifier'?" in capsys.readouterr().err
 
 
-# ---- local first, and a hub that does not answer
+# ---- local files first, and an unreachable hub
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_weights_of_an_unknown_network_are_refused(place: Path, capsys: pytest.C
         ("", False),
     ],
 )
-def test_what_looks_like_a_path_is_no_hub_id(
+def test_paths_are_not_taken_for_hub_ids(
     name: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -300,7 +300,7 @@ def test_what_looks_like_a_path_is_no_hub_id(
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A hub that does not answer and an empty cache of it; return the folder of the cache."""
+    """Make the hub unreachable with an empty cache; return the cache folder."""
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -310,13 +310,13 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(locate, "is_reachable", lambda url: False)
     monkeypatch.setattr(locate, "_work_offline", lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True))
     for name in ("ATDIFF_HUB_UNREACHABLE", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, "")  # so that they are put back
+        monkeypatch.setenv(name, "")  # so that they are restored
         monkeypatch.delenv(name)
     return cache
 
 
 def cached(cache: Path, kind: str, name: str) -> Path:
-    """Return the folder in which the hub's cache keeps a repository."""
+    """Create a repository in the hub's cache and return its snapshot folder."""
     repository = cache / f"{kind}s--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -325,7 +325,7 @@ def cached(cache: Path, kind: str, name: str) -> Path:
     return snapshot
 
 
-def test_a_hub_that_does_not_answer_is_told_in_a_sentence(no_hub: Path) -> None:
+def test_unreachable_hub_is_reported_in_one_sentence(no_hub: Path) -> None:
     with pytest.raises(
         UserError, match=r"https://\S+ cannot be reached; .* `hf download owner/name --local-dir"
     ) as caught:
@@ -337,19 +337,19 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence(no_hub: Path) -> None:
     assert hub_failure("no such repository") == "no such repository"
 
 
-def test_offline_by_choice_is_told_as_such(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set, so nothing is downloaded"):
         check_run("owner/name")
 
 
-def test_what_the_hub_has_cached_is_used_without_it(no_hub: Path) -> None:
+def test_cached_models_are_used_without_the_hub(no_hub: Path) -> None:
     their_pipeline(cached(no_hub, "model", "owner/name"))
     check_run("owner/name")
     assert load_denoiser("owner/name").image_shape == (1, 8, 8)
 
 
-def test_data_that_the_hub_has_cached_are_used_without_it(no_hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_cached_data_are_used_without_the_hub(no_hub: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import datasets
     from PIL import Image
 
@@ -365,7 +365,7 @@ def test_data_that_the_hub_has_cached_are_used_without_it(no_hub: Path, tmp_path
     assert load_data("owner/faces").images.flatten(1)[:, 0].tolist() == [3, 5]
 
 
-def test_weights_that_cannot_be_downloaded_are_told_before_anything(
+def test_unavailable_weights_are_reported_up_front(
     no_hub: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
@@ -382,7 +382,7 @@ def test_weights_that_cannot_be_downloaded_are_told_before_anything(
         locate.check_weights(network)
 
 
-def test_weights_are_looked_for_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_are_looked_up_where_libraries_keep_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -396,7 +396,7 @@ def test_weights_are_looked_for_where_they_are_kept(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_a_server_that_is_silent_does_not_hold_a_command_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_does_not_block_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
@@ -405,7 +405,7 @@ def test_a_server_that_is_silent_does_not_hold_a_command_up(monkeypatch: pytest.
         assert not locate.is_reachable.__wrapped__(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
-# ---- what an interrupted command says
+# ---- interrupted commands
 
 FEW = ["theirs", "mine", "--data", "digits", "--num", "4", "--steps", "2"]
 MISMATCH = ["mismatch", *FEW, "--out", "out"]
@@ -419,7 +419,7 @@ STUDY = ["study", "small.yaml", "--out", "out"]
 
 @pytest.fixture
 def interruptible(place: Path) -> Iterator[Path]:
-    """Two pipelines and a small recipe; Ctrl-C interrupts, also where the tests run in the background."""
+    """Two pipelines and a small recipe; Ctrl-C interrupts even if the tests run in the background."""
     their_pipeline(place / "mine")
     study = {"seeds": [0], "num": 4, "steps": [2], "metrics": ["energy"], "mismatch": False}
     small = {"model": {"name": "mlp", "args": {"width": 8, "num_blocks": 1}}, "arms": {"a": {}, "b": {}},
@@ -447,7 +447,7 @@ def interruptible(place: Path) -> Iterator[Path]:
         ("atdiff.study.study:publish", 0, STUDY, "out has 3 trained runs"),
     ],
 )
-def test_an_interrupted_command_says_what_is_saved(
+def test_interrupted_commands_report_what_is_saved(
     function: str,
     calls: int,
     words: list[str],

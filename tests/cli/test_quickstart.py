@@ -1,4 +1,4 @@
-"""The pair of networks that ``atdiff quickstart`` draws with, and its picture."""
+"""The two networks that ``atdiff quickstart`` samples from, and its picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atdiff.cli.quickstart import ARMS, PAIR
 from atdiff.pipelines.model import load_denoiser
 
 
-def test_the_pair_and_its_base_are_small_and_in_half_precision() -> None:
+def test_bundled_networks_are_small_and_in_half_precision() -> None:
     names = [*ARMS.values(), "cifar10-base"]
     assert {folder.name for folder in PAIR.iterdir()} == set(names)
     for name in names:
@@ -28,7 +28,7 @@ def test_the_pair_and_its_base_are_small_and_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("name", ARMS.values())
-def test_it_draws_what_an_euler_loop_on_its_network_draws(name: str) -> None:
+def test_samples_match_a_plain_euler_loop(name: str) -> None:
     network = UNet2DModel.from_pretrained(PAIR / name / "unet")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(PAIR / name / "scheduler")
     trained = load_denoiser(str(PAIR / name))
@@ -41,7 +41,7 @@ def test_it_draws_what_an_euler_loop_on_its_network_draws(name: str) -> None:
     torch.testing.assert_close(drawn, x, atol=2e-5, rtol=0)
 
 
-def test_the_picture_is_drawn_first_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_is_drawn_first_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "runs" / "first-cifar10.png"
     seen = []
     monkeypatch.setattr(atdiff.study.study, "run_study", lambda *_, **__: seen.append(picture.is_file()))

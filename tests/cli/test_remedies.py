@@ -1,4 +1,4 @@
-"""Every option, key, command, extra and variable that a message names exists, and the most important ones help."""
+"""Every option, key, command, extra and variable that a message names exists, and the suggested fixes work."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = sorted((ROOT / "src" / "atdiff").rglob("*.py"))
 SECTIONS = "data|model|scheduler|objective|consistency|lora|adversary|optimizer|training|study"
 KEYS = {*dotted_keys(TrainConfig()), *dotted_keys({"study": StudyConfig()})}
-# Options of other programs that messages name, by what the message says of them.
+# Options of other programs that messages name, with words that the message must contain.
 FOREIGN = {"--multi_gpu": "launch", "--repo-type": "hf download", "--local-dir": "--local-dir FOLDER`"}
 
 
 class Message(NamedTuple):
     place: str
-    text: str  # with {} where a value is put in
+    text: str  # with {} for interpolated values
 
 
 def _text(node: ast.expr) -> str:
-    """The text of an expression: literals as they are, anything else as {}."""
+    """Return an expression's text: literals as they are, anything else as {}."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else "{}"
     if isinstance(node, ast.JoinedStr):
@@ -46,7 +46,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _messages() -> Iterator[Message]:
-    """Yield every text of several words but docstrings: messages are put together in many places."""
+    """Yield every string of several words except docstrings: messages are built in many places."""
     for file in SOURCES:
         tree = ast.parse(file.read_text())
         described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -65,12 +65,12 @@ def _named(pattern: str) -> list[tuple[str, Message]]:
     return [(found, message) for message in MESSAGES for found in re.findall(pattern, message.text)]
 
 
-def test_the_messages_are_found() -> None:
+def test_messages_are_found() -> None:
     assert len(MESSAGES) > 400
     assert any("--unequal-passes" in message.text for message in MESSAGES)
 
 
-def test_options_that_messages_name_exist() -> None:
+def test_options_named_in_messages_exist() -> None:
     own = {option for command in COMMANDS.values() for option in command.spellings} | {"--version"}
     found = _named(r"(?<![\w-])--[a-z][\w.-]*\w")
     assert len(found) > 30
@@ -82,27 +82,27 @@ def test_options_that_messages_name_exist() -> None:
             assert option in own or option[2:] in KEYS or f"{inside}.args" in KEYS, message
 
 
-def test_keys_that_messages_name_exist() -> None:
+def test_keys_named_in_messages_exist() -> None:
     found = _named(rf"(?<![\w./-])((?:{SECTIONS})\.[a-z]\w*)(?![\w/(])")
     assert len(found) > 50
     files = {path.name for path in SOURCES} | {"data.json", "study.json"}
     for key, message in found:
         if message.place.startswith(
             "src/atdiff/pipelines/plain.py"
-        ):  # code for a card, of which the scheduler is diffusers'
+        ):  # the code of a model card, whose scheduler is diffusers'
             continue
         method = key.startswith("objective.") and hasattr(DenoisingObjective, key.partition(".")[2])
         assert key in KEYS or key in files or method, message
 
 
-def test_commands_that_messages_name_exist() -> None:
+def test_commands_named_in_messages_exist() -> None:
     found = _named(r"`atdiff ([\w-]+)")
     assert len(found) > 5
     for command, message in found:
         assert command in COMMANDS, message
 
 
-def test_extras_that_messages_name_exist() -> None:
+def test_extras_named_in_messages_exist() -> None:
     found = _named(r"pip install '(?:atdiff|\.)\[([^\]]+)\]'")
     assert len(found) > 4
     project = (ROOT / "pyproject.toml").read_text()
@@ -111,7 +111,7 @@ def test_extras_that_messages_name_exist() -> None:
         assert extra == "{}" or re.search(rf"^{extra} = ", extras, re.MULTILINE), message
 
 
-def test_variables_that_messages_name_are_read() -> None:
+def test_variables_named_in_messages_are_read() -> None:
     import huggingface_hub
 
     hub, distributed = Path(huggingface_hub.__file__).parent, Path(torch.distributed.__file__).parent
@@ -120,10 +120,10 @@ def test_variables_that_messages_name_are_read() -> None:
     found = _named(r"\b(?:[A-Z]{2,}_)+[A-Z]+\b")
     assert len(found) > 3
     for variable, message in found:
-        assert re.search(rf"""["']{variable}["']""", read), message  # alone, as in os.environ.get
+        assert re.search(rf"""["']{variable}["']""", read), message  # the whole string, as in os.environ.get
 
 
-# ---- tried: the command, what it says, and the command as that says
+# ---- tried: the wrong command, its message, and the command that the message suggests
 
 
 def _images(folder: Path, *sizes: int) -> None:
@@ -207,7 +207,9 @@ TRIED = [
 
 
 @pytest.mark.parametrize(("wrong", "said", "right"), TRIED, ids=[said for _, said, _ in TRIED])
-def test_the_remedy_helps(wrong: str, said: str, right: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggested_fixes_work(
+    wrong: str, said: str, right: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for run, passes in (("base", 2), ("longer", 3)):
         if run in wrong + right:
             assert main(["train", "small.yaml", "--training.passes", str(passes), "--out", run]) == 0
@@ -216,7 +218,7 @@ def test_the_remedy_helps(wrong: str, said: str, right: str, place: Path, capsys
     assert main(right.split()) == 0, capsys.readouterr().err
 
 
-def test_an_existing_page_is_replaced_where_asked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_page_is_replaced_with_overwrite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "small.yaml", "--out", "base"]) == 0
     words = f"compare a=base b=base-again {DRAWN} --metrics energy --no-mismatch --out page.html".split()
     assert main(["train", "small.yaml", "--training.seed", "1", "--out", "base-again"]) == 0
@@ -226,7 +228,7 @@ def test_an_existing_page_is_replaced_where_asked(place: Path, capsys: pytest.Ca
     assert main([*words, "--overwrite"]) == 0
 
 
-def test_a_run_that_is_not_finished_is_resumed_as_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_run_resumes_as_its_message_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "small.yaml", "--out", "run"]
     assert main([*train, "--max-time", "0.0001"]) == 75
     assert "the same command" in capsys.readouterr().err
