@@ -22,7 +22,7 @@ VP = {
 
 @pytest.mark.parametrize("args", VP.values(), ids=VP.keys())
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
-def test_vp_equals_the_schedulers_add_noise(name: str, args: dict[str, Any]) -> None:
+def test_vp_matches_the_schedulers_add_noise(name: str, args: dict[str, Any]) -> None:
     scheduler = getattr(diffusers, name)(**args)
     last = scheduler.config.num_train_timesteps - 1
     timesteps = torch.tensor([0, 1, last // 2, last - 1, last])
@@ -34,7 +34,7 @@ def test_vp_equals_the_schedulers_add_noise(name: str, args: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "HeunDiscreteScheduler"]
 )
-def test_solvers_share_the_schedule_of_ddpm(name: str) -> None:
+def test_solvers_share_the_ddpm_schedule(name: str) -> None:
     args = {"beta_schedule": "squaredcos_cap_v2"}
     ours = NoiseSchedule(getattr(diffusers, name)(**args))
     timesteps = torch.arange(1000)
@@ -42,7 +42,7 @@ def test_solvers_share_the_schedule_of_ddpm(name: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_euler_equals_the_scaled_input_of_the_scheduler() -> None:
+def test_euler_matches_the_schedulers_scaled_input() -> None:
     scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear")
     scheduler.set_timesteps(7)
     x0, noise = torch.randn(2, 1, 3, 4, 4)
@@ -56,7 +56,7 @@ def test_euler_equals_the_scaled_input_of_the_scheduler() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_equals_the_schedulers_scale_noise(shift: float) -> None:
+def test_flow_matches_the_schedulers_scale_noise(shift: float) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     timesteps = scheduler.timesteps[[0, 300, 700, 999]]
     x0, noise = torch.randn(2, 4, 3, 4, 4)
@@ -67,7 +67,7 @@ def test_flow_equals_the_schedulers_scale_noise(shift: float) -> None:
     torch.testing.assert_close(again, found)
 
 
-def test_edm_equals_the_schedulers_add_noise() -> None:
+def test_edm_matches_the_schedulers_add_noise() -> None:
     scheduler = diffusers.EDMEulerScheduler()
     scheduler.set_timesteps(10)
     timesteps = scheduler.timesteps[[0, 4, 9]]
@@ -76,12 +76,12 @@ def test_edm_equals_the_schedulers_add_noise() -> None:
     torch.testing.assert_close(found, scheduler.add_noise(x0, noise, timesteps), rtol=1e-5, atol=1e-5)
 
 
-def test_the_smallest_sigma_keeps_its_digits() -> None:
-    """1 - alphas_cumprod[0] is 1e-4; taken from float32 it would be off by 3e-4 of itself."""
+def test_smallest_sigma_keeps_its_precision() -> None:
+    """1 - alphas_cumprod[0] is 1e-4; computed in float32 its relative error would be 3e-4."""
     _, sigma = NoiseSchedule(diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4))(torch.tensor([0]))
     assert sigma.item() == pytest.approx(1e-2, rel=1e-6)
 
 
-def test_a_scheduler_of_another_kind_is_refused() -> None:
+def test_unsupported_schedulers_are_rejected() -> None:
     with pytest.raises(UserError, match="has no noise schedule"):
         NoiseSchedule(diffusers.VQDiffusionScheduler(num_vec_classes=4))

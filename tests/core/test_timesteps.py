@@ -1,4 +1,4 @@
-"""Timestep samplers: laws, unbiasedness, memory."""
+"""Timestep samplers: distributions, unbiasedness, history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_uniform_is_uniform() -> None:
     assert continuous.min() > 0
 
 
-def test_logit_normal_and_log_normal_have_their_laws() -> None:
+def test_logit_normal_and_log_normal_follow_their_distributions() -> None:
     torch.manual_seed(0)
     timesteps, _ = make_timestep_sampler("logit-normal", FLOW).sample(20_000, CPU)
     logits = torch.logit(timesteps.double() / 1000).numpy()
@@ -39,14 +39,14 @@ def test_logit_normal_and_log_normal_have_their_laws() -> None:
 
 
 def full_history(sampler: LossSecondMomentTimesteps) -> torch.Tensor:
-    """Give timestep t the loss t + 1, ten times."""
+    """Record the loss t + 1 for timestep t, ten times."""
     losses = torch.arange(1.0, 21.0)
     for _ in range(10):
         sampler.update(torch.arange(20), losses)
     return losses
 
 
-def test_beta_has_its_law() -> None:
+def test_beta_follows_its_distribution() -> None:
     torch.manual_seed(0)
     timesteps, weights = make_timestep_sampler("beta", FLOW).sample(20_000, CPU)
     assert stats.kstest(timesteps.numpy() / 1000, "beta", args=(1, 2)).pvalue > 1e-3
@@ -67,11 +67,11 @@ def test_second_moment_follows_the_losses_and_stays_unbiased() -> None:
     torch.testing.assert_close(law, (0.999 * losses / losses.sum() + 0.001 / 20).double(), rtol=1e-6, atol=0)
     timesteps, weights = sampler.sample(50_000, CPU)
     assert stats.chisquare(torch.bincount(timesteps, minlength=20).numpy(), 50_000 * law.numpy()).pvalue > 1e-3
-    # E[w f(t)] under the law is the plain mean of f.
+    # E[w f(t)] under these probabilities is the plain mean of f.
     assert (weights * losses[timesteps]).mean().item() == pytest.approx(losses.mean().item(), rel=0.01)
 
 
-def test_second_moment_keeps_the_last_ten() -> None:
+def test_second_moment_keeps_the_last_ten_losses() -> None:
     sampler = LossSecondMomentTimesteps(VP)
     full_history(sampler)
     for _ in range(10):
@@ -82,7 +82,7 @@ def test_second_moment_keeps_the_last_ten() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_second_moment_survives_losses_that_are_not_finite(bad: float) -> None:
+def test_second_moment_ignores_nonfinite_losses(bad: float) -> None:
     sampler = LossSecondMomentTimesteps(VP)
     full_history(sampler)
     before = sampler.probabilities()
@@ -90,7 +90,7 @@ def test_second_moment_survives_losses_that_are_not_finite(bad: float) -> None:
     assert torch.equal(sampler.probabilities(), before)
 
 
-def test_second_moment_state_goes_on() -> None:
+def test_second_moment_state_resumes() -> None:
     sampler, resumed = LossSecondMomentTimesteps(VP), LossSecondMomentTimesteps(VP)
     full_history(sampler)
     resumed.load_state_dict(sampler.state_dict())
@@ -108,6 +108,6 @@ def test_second_moment_state_goes_on() -> None:
         ("log-normal", VP, "use uniform or logit-normal"),
     ],
 )
-def test_mistakes_are_named(name: str, schedule: NoiseSchedule, message: str) -> None:
+def test_invalid_arguments_are_rejected(name: str, schedule: NoiseSchedule, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_timestep_sampler(name, schedule)
