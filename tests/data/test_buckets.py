@@ -13,12 +13,12 @@ from atdiff.data.buckets import Frame, bucket_counts, bucket_line, bucket_sizes,
 from atdiff.data.captions import CaptionedImages, load_captioned
 from atdiff.data.images import Decoding, header_size
 
-# What NovelAI and kohya make of 512 pixels in steps of 64.
+# The buckets of NovelAI and kohya for 512 pixels in steps of 64.
 UPRIGHT = [(256, 1024), (256, 960), (256, 896), (256, 832), (320, 768), (320, 704), (384, 640), (448, 576)]
 BUCKETS = bucket_sizes(64, 16)
 
 
-def test_the_buckets_of_512_pixels_are_those_of_kohya() -> None:
+def test_buckets_of_512_pixels_match_kohya() -> None:
     assert list(bucket_sizes(512, 64)) == [*UPRIGHT, (512, 512), *((height, width) for width, height in UPRIGHT[::-1])]
     assert bucket_sizes(512, 512) == ((512, 512),)
     assert max(max(size) for size in bucket_sizes(512, 64, most=700)) == 640
@@ -28,18 +28,18 @@ def test_the_buckets_of_512_pixels_are_those_of_kohya() -> None:
     ("size", "bucket"),
     [
         ((1000, 1000), (512, 512)),
-        ((4000, 3000), (576, 448)),  # 1.33 is nearer to 1.29 than to 1.67
+        ((4000, 3000), (576, 448)),  # 1.33 is closer to 1.29 than to 1.67
         ((3000, 4000), (448, 576)),
         ((1080, 1920), (384, 640)),  # 0.5625: 0.6 and 0.45
         ((90, 3000), (256, 1024)),
-        ((30, 20), (640, 384)),  # 1.5: by the logarithm 1.67 is nearer than 1.29
+        ((30, 20), (640, 384)),  # 1.5 is closer to 1.67 than to 1.29 in log ratio
     ],
 )
-def test_an_image_goes_to_the_bucket_of_the_nearest_ratio(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_images_go_to_the_bucket_of_nearest_ratio(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert nearest_bucket(size, bucket_sizes(512, 64)) == bucket
 
 
-def test_a_line_counts_the_images_of_each_bucket() -> None:
+def test_bucket_line_counts_the_images() -> None:
     counts = bucket_counts([(64, 64), (300, 100), (65, 64), (100, 300)], BUCKETS)
     assert bucket_line(counts) == "3 buckets (width x height: images): 32x96: 1, 64x64: 2, 96x32: 1"
 
@@ -49,11 +49,11 @@ def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("crop", ["bicubic", "adm"])
-def test_an_image_covers_its_bucket_and_is_cropped_to_its_middle(crop: str, tmp_path: Path) -> None:
+def test_images_are_resized_and_centre_cropped_to_their_bucket(crop: str, tmp_path: Path) -> None:
     image = photo((128, 64))
     image.save(tmp_path / "a.png")
     pixels, frame = Decoding(64, crop=crop, buckets=BUCKETS).framed(tmp_path / "a.png")  # type: ignore[arg-type]
-    if crop == "bicubic":  # of the middle alone, where that of ADM resizes all of the image
+    if crop == "bicubic":  # resizes the centre alone; ADM's crop resizes the whole image
         expected = image.resize((80, 48), Image.Resampling.BICUBIC, box=(32 / 3, 0, 128 - 32 / 3, 64))
     else:
         expected = image.resize((96, 48), Image.Resampling.BICUBIC).crop((8, 0, 88, 48))
@@ -83,7 +83,7 @@ def test_images_of_mixed_sizes_are_read_with_their_frames(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_headers_tell_the_size_that_a_viewer_shows(suffix: str, orientation: int, tmp_path: Path) -> None:
+def test_header_size_respects_exif_orientation(suffix: str, orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = tmp_path / f"a.{suffix}"
@@ -94,11 +94,11 @@ def test_headers_tell_the_size_that_a_viewer_shows(suffix: str, orientation: int
     assert pixels.shape[1:] == frame.target
 
 
-def test_what_is_no_image_has_no_size(tmp_path: Path) -> None:
+def test_non_images_have_no_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     assert header_size(tmp_path / "a.png") is None
 
 
-def test_arrays_of_one_size_have_no_buckets() -> None:
+def test_buckets_are_rejected_for_images_of_one_size() -> None:
     with pytest.raises(UserError, match="digits has images of one size: leave out data"):
         load_captioned("digits", image_size=64, captions=[str(i) for i in range(10)], buckets=BUCKETS)

@@ -25,7 +25,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def pixels_of(seed: int, size: tuple[int, int] = (8, 6)) -> np.ndarray:
-    """Return a random picture of (width, height), (H, W, 3)."""
+    """Return a random image (H, W, 3) of size (width, height)."""
     return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
@@ -50,7 +50,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def samples(seeds: range, json_field: str | None = None) -> list[tuple[str, bytes]]:
-    """Return members of one image and one caption a seed."""
+    """Return tar members: one image and one caption per seed."""
     members = []
     for seed in seeds:
         text = f"picture {seed}"
@@ -69,7 +69,7 @@ def image_cells(seeds: range) -> list[dict[str, Any]]:
 
 
 def check_pairs(data: CaptionedImages, seeds: list[int], captions: list[str]) -> None:
-    """Compare with the pictures of the seeds, twice, since data are iterated again and again."""
+    """Compare with the images of the seeds, twice, since data are iterated repeatedly."""
     assert len(data) == len(captions)
     assert data.captions == captions
     for _ in range(2):
@@ -93,7 +93,7 @@ def metadata_folder(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_metadata_gives_the_pairs_of_imagefolder(tmp_path: Path, kind: str) -> None:
+def test_metadata_pairs_match_imagefolder(tmp_path: Path, kind: str) -> None:
     metadata_folder(tmp_path / "set", kind)
     data = load_captioned(str(tmp_path / "set"), image_size=None)
     oracle = datasets.load_dataset(
@@ -104,7 +104,7 @@ def test_metadata_gives_the_pairs_of_imagefolder(tmp_path: Path, kind: str) -> N
     check_pairs(data, [0, 1, 2], CAPTIONS)
 
 
-def test_metadata_of_a_split_in_subfolders_with_a_column_of_lists(tmp_path: Path) -> None:
+def test_metadata_of_a_split_with_list_captions(tmp_path: Path) -> None:
     save_image(tmp_path / "test" / "x" / "1.png", 4)
     (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "x/1.png", "text": "no", "alt": ["yes", "also"]}')
     data = load_captioned(str(tmp_path), split="test", image_size=None, caption_column="alt")
@@ -112,13 +112,13 @@ def test_metadata_of_a_split_in_subfolders_with_a_column_of_lists(tmp_path: Path
     assert data.name == f"{tmp_path}[test]"
 
 
-def test_one_image_may_have_several_rows(tmp_path: Path) -> None:
+def test_image_can_have_several_rows(tmp_path: Path) -> None:
     save_image(tmp_path / "1.png", 4)
     (tmp_path / "metadata.csv").write_text("file_name,caption\n1.png,one\n1.png,two\n")
     check_pairs(load_captioned(str(tmp_path), image_size=None), [4, 4], ["one", "two"])
 
 
-def test_text_files_beside_images_in_the_order_of_load_data(tmp_path: Path) -> None:
+def test_text_file_captions_follow_the_order_of_load_data(tmp_path: Path) -> None:
     for seed, name in enumerate(NAMES):
         save_image(tmp_path / name, seed)
         (tmp_path / name).with_suffix(".txt").write_text(f" {name}\n")
@@ -132,7 +132,7 @@ def test_text_files_beside_images_in_the_order_of_load_data(tmp_path: Path) -> N
     assert len(load_captioned(str(tmp_path), image_size=None, limit=7)) == 3
 
 
-def test_captions_of_the_digits() -> None:
+def test_digits_are_captioned_by_class() -> None:
     data = load_captioned("digits", image_size=16, channels=1, captions=DIGITS, limit=50)
     oracle = load_data("digits", image_size=16)
     assert oracle.labels is not None
@@ -141,7 +141,7 @@ def test_captions_of_the_digits() -> None:
     assert next(iter(load_captioned("digits", image_size=None, captions=DIGITS)))[0].shape == (3, 8, 8)
 
 
-def test_images_of_some_classes_keep_numbers_and_captions() -> None:
+def test_selected_classes_keep_their_labels_and_captions() -> None:
     oracle = load_data("digits", image_size=16)
     assert oracle.labels is not None
     kept = (oracle.labels == 9) | (oracle.labels == 4)
@@ -151,7 +151,7 @@ def test_images_of_some_classes_keep_numbers_and_captions() -> None:
     assert torch.equal(some.labels, oracle.labels[kept])
     assert (some.num_classes, len(some.everything), oracle.everything) == (10, len(oracle), oracle)
     assert some.fingerprint() != oracle.fingerprint()
-    # A classifier tells the classes that were left out from the others all the same.
+    # The classifier is still trained on all classes.
     assert label_classifier_weights(some) == label_classifier_weights(oracle)
     options: dict[str, Any] = {"image_size": 16, "channels": 1, "captions": DIGITS}
     pairs = load_captioned("digits", labels=[9, 4], **options)
@@ -163,7 +163,7 @@ def test_images_of_some_classes_keep_numbers_and_captions() -> None:
 
 
 @pytest.mark.parametrize("labels", [[], [3, 12]])
-def test_classes_without_images_cannot_be_chosen(labels: list[int]) -> None:
+def test_classes_without_images_cannot_be_selected(labels: list[int]) -> None:
     said = "choose among these" if not labels else r"data.labels is \[3, 12\] and digits\[train\] has images of 0, 1"
     for load in (load_data, load_captioned):
         options = {} if load is load_data else {"image_size": 8, "captions": DIGITS}
@@ -171,7 +171,7 @@ def test_classes_without_images_cannot_be_chosen(labels: list[int]) -> None:
             load("digits", labels=labels, **options)
 
 
-def test_images_without_labels_have_none_to_choose(tmp_path: Path) -> None:
+def test_classes_of_unlabelled_images_cannot_be_selected(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     with pytest.raises(UserError, match="has no labels to choose from:"):
         load_data(str(tmp_path), labels=[0])
@@ -180,7 +180,7 @@ def test_images_without_labels_have_none_to_choose(tmp_path: Path) -> None:
         load_captioned(str(tmp_path), image_size=8, labels=[0])
 
 
-def test_captions_of_class_folders_are_read_lazily(tmp_path: Path) -> None:
+def test_captioned_class_folders_are_read_lazily(tmp_path: Path) -> None:
     for seed, name in enumerate(("cat/2.png", "cat/1.png", "dog/1.png", "dog/2.png")):
         save_image(tmp_path / name, seed)
     (tmp_path / "dog" / "2.png").write_bytes(b"damaged")
@@ -195,7 +195,7 @@ def test_captions_of_class_folders_are_read_lazily(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "TEXT", "captions"])
-def test_parquet(tmp_path: Path, column: str) -> None:
+def test_parquet_captions_are_read(tmp_path: Path, column: str) -> None:
     columns = {"picture": image_cells(range(3)), column: ["one", " two", "three"], "url": ["x", "y", "z"]}
     write_parquet(tmp_path / "a.parquet", columns, picture=datasets.Image())
     check_pairs(load_captioned(str(tmp_path / "a.parquet"), image_size=None), [0, 1, 2], ["one", "two", "three"])
@@ -203,13 +203,13 @@ def test_parquet(tmp_path: Path, column: str) -> None:
     check_pairs(data, [0, 1], ["x", "y"])
 
 
-def test_parquet_of_another_library_with_lists_of_captions(tmp_path: Path) -> None:
+def test_parquet_list_captions_are_read(tmp_path: Path) -> None:
     columns = {"image": image_cells(range(2)), "captions": [["first", "second"], ["third"]]}
     write_parquet(tmp_path / "a.parquet", columns)
     check_pairs(load_captioned(str(tmp_path), image_size=None), [0, 1], ["first", "third"])
 
 
-def test_parquet_with_classes_takes_captions(tmp_path: Path) -> None:
+def test_parquet_classes_can_be_captioned(tmp_path: Path) -> None:
     columns = {"image": image_cells(range(3)), "label": [1, 0, 1]}
     write_parquet(tmp_path / "a.parquet", columns, image=datasets.Image())
     data = load_captioned(str(tmp_path), image_size=None, captions=["nought", "one"])
@@ -217,7 +217,7 @@ def test_parquet_with_classes_takes_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", [None, "caption"])
-def test_webdataset_shards_in_order(tmp_path: Path, field: str | None) -> None:
+def test_webdataset_shards_are_read_in_order(tmp_path: Path, field: str | None) -> None:
     write_tar(tmp_path / "00001.tar", samples(range(3, 5), field))
     write_tar(tmp_path / "00000.tar", samples(range(3), field))
     expected = [f"picture {i}" for i in range(5)]
@@ -226,7 +226,7 @@ def test_webdataset_shards_in_order(tmp_path: Path, field: str | None) -> None:
     check_pairs(load_captioned(str(tmp_path), image_size=None, limit=4), [0, 1, 2, 3], expected[:4])
 
 
-def test_webdataset_gives_the_pairs_of_datasets(tmp_path: Path) -> None:
+def test_webdataset_pairs_match_datasets(tmp_path: Path) -> None:
     write_tar(tmp_path / "set" / "0.tar", samples(range(4)))
     oracle = datasets.load_dataset(
         "webdataset", data_files=str(tmp_path / "set" / "0.tar"), split="train", cache_dir=str(tmp_path / "cache")
@@ -236,7 +236,7 @@ def test_webdataset_gives_the_pairs_of_datasets(tmp_path: Path) -> None:
     assert all(np.array_equal(x.permute(1, 2, 0), o["png"]) for (x, _), o in zip(data, oracle, strict=True))
 
 
-def test_webdataset_members_as_img2dataset_writes_them(tmp_path: Path) -> None:
+def test_webdataset_members_of_img2dataset_are_read(tmp_path: Path) -> None:
     fields = json.dumps({"url": "u", "alt": ["from JSON"]}).encode()
     members = [
         ("./x/1.PNG", png(pixels_of(1))),
@@ -253,7 +253,7 @@ def test_webdataset_members_as_img2dataset_writes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("channels", "crop"), [(1, "bicubic"), (3, "adm")])
-def test_size_channels_and_crop_are_those_of_load_data(tmp_path: Path, channels: int, crop: Any) -> None:
+def test_image_options_match_load_data(tmp_path: Path, channels: int, crop: Any) -> None:
     members = []
     for seed, size in enumerate([(24, 8), (9, 20)]):
         save_image(tmp_path / "set" / f"{seed}.png", seed, size)
@@ -264,7 +264,7 @@ def test_size_channels_and_crop_are_those_of_load_data(tmp_path: Path, channels:
     assert torch.equal(torch.stack([image for image, _ in data]), oracle.images)
 
 
-def test_fingerprint_of_files(tmp_path: Path) -> None:
+def test_fingerprint_follows_files_and_options(tmp_path: Path) -> None:
     for seed, name in enumerate(NAMES):
         save_image(tmp_path / "set" / name, seed)
         (tmp_path / "set" / name).with_suffix(".txt").write_text(name)
@@ -284,7 +284,7 @@ def test_fingerprint_of_files(tmp_path: Path) -> None:
     assert len({first, second, fingerprint("moved")}) == 3
 
 
-def test_fingerprint_of_tables_shards_and_labelled_data(tmp_path: Path) -> None:
+def test_fingerprint_follows_tables_shards_and_arrays(tmp_path: Path) -> None:
     def table(seeds: range) -> str:
         write_parquet(tmp_path / "a.parquet", {"image": image_cells(seeds), "text": ["a", "b"]}, image=datasets.Image())
         return load_captioned(str(tmp_path / "a.parquet"), image_size=None).fingerprint()
@@ -323,7 +323,7 @@ def test_fingerprint_of_tables_shards_and_labelled_data(tmp_path: Path) -> None:
         ({}, "digits has no captions of its own: give captions, one per class"),
     ],
 )
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_captioned("digits", **{"image_size": None, **options})
 
@@ -336,12 +336,12 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
         ("mixture-ring", "mixture-ring contains points"),
     ],
 )
-def test_wrong_names(name: str, message: str) -> None:
+def test_unknown_names_are_rejected(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_captioned(name, image_size=None, captions=DIGITS)
 
 
-def test_a_name_of_nothing_is_said_without_captions_too() -> None:
+def test_unknown_names_are_rejected_without_captions() -> None:
     with pytest.raises(UserError, match="unknown dataset 'digit'"):
         load_captioned("digit", image_size=None)
 
@@ -368,7 +368,7 @@ def both_metadata(folder: Path) -> None:
     metadata_folder(folder, "jsonl")
 
 
-def test_one_caption_is_that_of_all_images_of_a_folder_without_classes(tmp_path: Path) -> None:
+def test_single_caption_applies_to_a_folder_without_classes(tmp_path: Path) -> None:
     for seed in range(3):
         save_image(tmp_path / f"{seed}.png", seed)
     check_pairs(
@@ -417,7 +417,9 @@ ROW = '{"file_name": "a.png", "text": "one"}\n'
         (both_metadata, {}, "has both metadata.jsonl and metadata.csv:"),
     ],
 )
-def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options: dict[str, Any], message: str) -> None:
+def test_invalid_folders_are_rejected(
+    tmp_path: Path, prepare: Callable[[Path], None], options: dict[str, Any], message: str
+) -> None:
     prepare(tmp_path)
     with pytest.raises(UserError, match=message):
         load_captioned(str(tmp_path), **{"image_size": None, **options})
@@ -437,13 +439,15 @@ def test_wrong_folders(tmp_path: Path, prepare: Callable[[Path], None], options:
         ({"text": ["a", "b"]}, {"split": "test"}, "has no split 'test'"),
     ],
 )
-def test_wrong_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_invalid_tables_are_rejected(
+    tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": image_cells(range(2)), **columns}, image=datasets.Image())
     with pytest.raises(UserError, match=message):
         load_captioned(str(tmp_path / "a.parquet"), **{"image_size": None, **options})
 
 
-def test_tables_without_images(tmp_path: Path) -> None:
+def test_tables_without_images_are_rejected(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
     with pytest.raises(UserError, match=r"has no image column among \['text'\]"):
         load_captioned(str(tmp_path / "a.parquet"), image_size=None)
@@ -471,7 +475,9 @@ GOOD = samples(range(2))
         (GOOD, {"split": "test"}, "has no split 'test'"),
     ],
 )
-def test_wrong_shards(tmp_path: Path, members: list[tuple[str, bytes]], options: dict[str, Any], message: str) -> None:
+def test_invalid_shards_are_rejected(
+    tmp_path: Path, members: list[tuple[str, bytes]], options: dict[str, Any], message: str
+) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(UserError, match=message):
         load_captioned(str(tmp_path / "a.tar"), **{"image_size": None, **options})
@@ -480,7 +486,7 @@ def test_wrong_shards(tmp_path: Path, members: list[tuple[str, bytes]], options:
 @pytest.mark.parametrize(
     "damage", [lambda c: c[:700], lambda c: c[:1024] + b"x" * 512 + c[1536:], lambda c: b"x" * 999]
 )
-def test_damaged_shards(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_shards_are_rejected(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     write_tar(tmp_path / "a.tar", samples(range(3)))
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(damage(content))
@@ -488,12 +494,12 @@ def test_damaged_shards(tmp_path: Path, damage: Callable[[bytes], bytes]) -> Non
         load_captioned(str(tmp_path / "a.tar"), image_size=None)
 
 
-def test_a_shard_that_is_not_there() -> None:
+def test_missing_shard_is_rejected() -> None:
     with pytest.raises(UserError, match=r"gone\.tar cannot be read as an uncompressed \.tar file"):
         load_captioned("nowhere/gone.tar", image_size=None)
 
 
-def test_a_damaged_image_and_mixed_sizes_name_the_member(tmp_path: Path) -> None:
+def test_damaged_and_mixed_size_members_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.png", b"damaged"), ("1.txt", b"text")])
     with pytest.raises(UserError, match=r"1\.png of \S+a\.tar cannot be read as an image"):
         list(load_captioned(str(tmp_path / "a.tar"), image_size=None))
@@ -503,8 +509,8 @@ def test_a_damaged_image_and_mixed_sizes_name_the_member(tmp_path: Path) -> None
         list(load_captioned(str(tmp_path / "b.tar"), image_size=None))
 
 
-def test_dotted_names_of_a_shard_are_pairs(tmp_path: Path) -> None:
-    """Of webdataset's convention alone, ``cam.01.jpg`` would be the field ``01.jpg`` of ``cam``."""
+def test_dotted_shard_names_form_pairs(tmp_path: Path) -> None:
+    """By webdataset's convention alone, ``cam.01.jpg`` would be the field ``01.jpg`` of ``cam``."""
     keys = ("a", "b", "cam.01", "x/v1.2/cam.02", "b.2", "c")
     members = []
     for seed, key in enumerate(keys):
@@ -514,14 +520,14 @@ def test_dotted_names_of_a_shard_are_pairs(tmp_path: Path) -> None:
     check_pairs(data, list(range(6)), [f"picture {key}" for key in keys])
 
 
-def test_members_in_no_pair_are_counted_and_named(tmp_path: Path) -> None:
+def test_unpaired_members_are_counted_and_named(tmp_path: Path) -> None:
     members = [
         *samples(range(1)),
-        ("0000.depth.png", png(pixels_of(7))),  # fields of a sample with an image of its own
+        ("0000.depth.png", png(pixels_of(7))),  # fields of a sample that has its own image
         ("0000.depth.json", b'{"near": 1}'),
         ("frame.01.png", png(pixels_of(8))),
         ("lost.txt", b"of no image"),
-        ("1.cls", b"3"),  # of no kind that is read
+        ("1.cls", b"3"),  # not a kind that is read
     ]
     write_tar(tmp_path / "a.tar", members)
     with pytest.warns(UserWarning, match=r"^4 members of \S+ belong to none of its 1 pairs") as said:
@@ -531,7 +537,7 @@ def test_members_in_no_pair_are_counted_and_named(tmp_path: Path) -> None:
         assert f"{name} of " in str(said[0].message)
 
 
-def test_dotted_names_with_json_captions(tmp_path: Path) -> None:
+def test_dotted_shard_names_have_json_captions(tmp_path: Path) -> None:
     text = json.dumps({"text": "one"}).encode()
     write_tar(tmp_path / "a.tar", [("cam.01.png", png(pixels_of(1))), ("cam.01.json", text)])
     check_pairs(load_captioned(str(tmp_path / "a.tar"), image_size=None), [1], ["one"])
@@ -541,7 +547,7 @@ def test_dotted_names_with_json_captions(tmp_path: Path) -> None:
 
 
 def _by_metadata(folder: Path) -> dict[str, Any]:
-    metadata_folder(folder / "set", "jsonl")  # whose rows are in another order than the names of the files
+    metadata_folder(folder / "set", "jsonl")  # its rows are not in the order of the file names
     return {"name": str(folder / "set")}
 
 
@@ -592,10 +598,10 @@ def _of_a_labelled_table(folder: Path) -> dict[str, Any]:
     [_by_metadata, _by_own_column, _by_texts, _of_classes, _unreadable, _of_a_table, _of_a_labelled_table],
 )
 @pytest.mark.parametrize("limit", [2, 9])
-def test_the_first_images_are_those_of_the_first_pairs(
+def test_limit_selects_the_same_images_with_and_without_captions(
     made: Callable[[Path], dict[str, Any]], limit: int, tmp_path: Path
 ) -> None:
-    """Of what a run is trained on, with captions, and of what it is held against, without."""
+    """A run trains on captioned images and is evaluated against images without captions."""
     options = made(tmp_path)
     pairs = [image for image, _ in load_captioned(image_size=None, limit=limit, **options)]
     captions = options.pop("captions", None)
@@ -605,7 +611,7 @@ def test_the_first_images_are_those_of_the_first_pairs(
     assert captions is None or len(data.labels) == len(pairs)  # type: ignore[arg-type]
 
 
-def test_the_first_images_keep_their_labels() -> None:
+def test_limited_images_keep_their_labels() -> None:
     whole, first = load_data("digits"), load_data("digits", limit=50)
     assert torch.equal(first.images, whole.images[:50])
     assert torch.equal(first.labels, whole.labels[:50])  # type: ignore[arg-type,index]

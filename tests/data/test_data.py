@@ -29,7 +29,7 @@ MNIST = Path(__file__).parent.parent / "data" / "mnist10k.npz"
 
 
 def save_image(path: Path, size: tuple[int, int] = (8, 6), mode: str = "RGB", seed: int = 0) -> np.ndarray:
-    """Write a random picture of (width, height) and return its array (H, W[, C])."""
+    """Write a random image of size (width, height) and return its array (H, W[, C])."""
     shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def test_digits_splits_are_disjoint_complete_and_real() -> None:
     train, test, everything = (load_data("digits", split=s) for s in ("train", "test", "all"))
     assert (len(train), len(test), len(everything)) == (1500, 297, 1797)
     assert everything.images.shape == (1797, 1, 8, 8)
-    # The pixel values of the source, 0 to 16, come back from bytes without loss.
+    # The source's pixel values, 0 to 16, are recovered from bytes without loss.
     assert np.array_equal(np.round(everything.images[:, 0].double().numpy() * 16 / 255), raw.images)
     assert everything.labels is not None
     assert np.array_equal(everything.labels.numpy(), raw.target)
@@ -54,7 +54,7 @@ def test_digits_splits_are_disjoint_complete_and_real() -> None:
     assert train.name == "digits[train]"
 
 
-def test_digits_split_is_the_same_each_time() -> None:
+def test_digits_split_is_deterministic() -> None:
     first, second = load_data("digits"), load_data("digits")
     assert torch.equal(first.images, second.images)
     assert first.labels is not None
@@ -62,7 +62,7 @@ def test_digits_split_is_the_same_each_time() -> None:
     assert torch.equal(first.labels, second.labels)
 
 
-def test_x0_and_to_uint8_are_inverse_for_every_byte() -> None:
+def test_to_uint8_inverts_x0_for_every_byte() -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
     x0 = ImageData(bytes_, None, "bytes").x0(torch.tensor([3, 0]))
     assert x0.dtype == torch.float32
@@ -70,14 +70,14 @@ def test_x0_and_to_uint8_are_inverse_for_every_byte() -> None:
     assert torch.equal(to_uint8(x0), bytes_[[3, 0]])
 
 
-def test_to_uint8_equals_the_png_export_of_diffusers(tmp_path: Path) -> None:
+def test_to_uint8_matches_diffusers_png_export(tmp_path: Path) -> None:
     x0 = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for i, image in enumerate(VaeImageProcessor().postprocess(x0, output_type="pil")):
         image.save(tmp_path / f"{i:02}.png")
     assert torch.equal(load_data(str(tmp_path)).images, to_uint8(x0))
 
 
-def test_flat_folder(tmp_path: Path) -> None:
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     expected = [save_image(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("abc")]
     (tmp_path / "notes.txt").write_text("not an image")
     save_image(tmp_path / ".hidden" / "x.png")
@@ -87,7 +87,7 @@ def test_flat_folder(tmp_path: Path) -> None:
     assert data.num_classes is None
 
 
-def test_class_folders_as_torchvision_reads_them(tmp_path: Path) -> None:
+def test_class_folders_match_torchvision(tmp_path: Path) -> None:
     for i, name in enumerate(("dog/1.png", "cat/2.png", "cat/deep/3.png", "eel/4.png")):
         save_image(tmp_path / name, mode="L", seed=i)
     data = load_data(str(tmp_path))
@@ -97,7 +97,7 @@ def test_class_folders_as_torchvision_reads_them(tmp_path: Path) -> None:
     assert np.array_equal(data.images[:, 0].numpy(), [np.asarray(Image.open(p)) for p, _ in oracle.samples])
 
 
-def test_folder_of_splits(tmp_path: Path) -> None:
+def test_splits_of_a_folder_are_read(tmp_path: Path) -> None:
     save_image(tmp_path / "train" / "a.png")
     test = save_image(tmp_path / "test" / "a.png", seed=1)
     assert len(load_data(str(tmp_path))) == 1
@@ -108,7 +108,7 @@ def test_folder_of_splits(tmp_path: Path) -> None:
         load_data(str(tmp_path / "train"), split="val")
 
 
-def test_mixed_sizes_name_the_first_two_and_image_size_cures_it(tmp_path: Path) -> None:
+def test_mixed_sizes_are_rejected_unless_resized(tmp_path: Path) -> None:
     for name, size in (("a", (8, 6)), ("b", (8, 6)), ("c", (12, 6)), ("d", (4, 4))):
         save_image(tmp_path / f"{name}.png", size)
     with pytest.raises(UserError, match=r"a\.png is 8x6 pixels in RGB but \S*c\.png is 12x6 pixels"):
@@ -116,7 +116,7 @@ def test_mixed_sizes_name_the_first_two_and_image_size_cures_it(tmp_path: Path) 
     assert load_data(str(tmp_path), image_size=5).images.shape == (4, 3, 5, 5)
 
 
-def test_mixed_channels_need_channels(tmp_path: Path) -> None:
+def test_mixed_channels_are_rejected_unless_converted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", mode="L")
     save_image(tmp_path / "b.png")
     with pytest.raises(UserError, match=r"a\.png is 8x6 pixels in greyscale but \S*b\.png is 8x6 pixels in RGB"):
@@ -139,12 +139,12 @@ def test_image_size_resizes_and_crops_the_centre(tmp_path: Path, size: tuple[int
     )
     with Image.open(tmp_path / "a.png") as image:
         found = load_data(str(tmp_path), image_size=image_size).images[0]
-        # One grey level, since the two round their horizontal and vertical passes in another order.
+        # One grey level: the two round their horizontal and vertical passes in a different order.
         torch.testing.assert_close(found.int(), oracle(image).int(), rtol=0, atol=1)
 
 
 def halved(pixels: np.ndarray) -> Image.Image:
-    """Return the means of 2x2 pixels, which is a box filter."""
+    """Return the means of 2x2 blocks, i.e. a box filter."""
     height, width, channels = pixels.shape
     means = pixels.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
     return Image.fromarray(np.floor(means + 0.5).astype(np.uint8))
@@ -154,18 +154,18 @@ def halved(pixels: np.ndarray) -> Image.Image:
     ("size", "image_size", "resized", "corner"),
     [((32, 16), 8, (16, 8), (4, 0)), ((24, 20), 8, (10, 8), (1, 0)), ((16, 40), 8, (8, 20), (0, 6))],
 )
-def test_crop_of_adm_halves_before_it_resizes(
+def test_adm_crop_halves_before_resizing(
     tmp_path: Path, size: tuple[int, int], image_size: int, resized: tuple[int, int], corner: tuple[int, int]
 ) -> None:
     pixels = save_image(tmp_path / "a.png", size)
     expected = halved(pixels).resize(resized, Image.Resampling.BICUBIC)
     expected = expected.crop((*corner, corner[0] + image_size, corner[1] + image_size))
     found = load_data(str(tmp_path), image_size=image_size, crop="adm").images[0]
-    # Two grey levels: the box filter rounds after each of its two directions, and the bicubic one amplifies that.
+    # Two grey levels: the box filter rounds after each direction, and the bicubic filter amplifies that.
     torch.testing.assert_close(found.permute(1, 2, 0).int(), torch.from_numpy(np.array(expected)).int(), rtol=0, atol=2)
 
 
-def test_crops_agree_where_nothing_is_halved() -> None:
+def test_crops_agree_unless_halved() -> None:
     crops: tuple[Crop, ...] = ("bicubic", "adm")
     first, second = (load_data("digits", split="test", image_size=12, crop=crop).images for crop in crops)
     assert torch.equal(first, second)
@@ -188,13 +188,13 @@ def test_truncated_image_is_named(tmp_path: Path) -> None:
         load_data(str(tmp_path))
 
 
-def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path: Path) -> None:
     values = np.array([[0, 128, 129], [40_000, 65_406, 65_535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     assert load_data(str(tmp_path)).images[0, 0].tolist() == [[0, 0, 1], [156, 254, 255]]
 
 
-def test_orientation_of_a_camera_is_applied(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = save_image(tmp_path / "a.png", (8, 6))
     image = Image.open(tmp_path / "a.png")
     exif = image.getexif()
@@ -217,14 +217,14 @@ def test_many_images_show_progress_on_stderr(
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
-def test_folder_without_images(tmp_path: Path, content: str | None) -> None:
+def test_folders_without_images_are_rejected(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / content).write_text("text")
     with pytest.raises(UserError, match="contains no images"):
         load_data(str(tmp_path))
 
 
-def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
+def test_images_beside_class_folders_are_rejected(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "cat" / "b.png")
     with pytest.raises(UserError, match=r"mixes images \(a\.png\) with class folders \(cat\)"):
@@ -242,7 +242,7 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
         (__file__, "is not a dataset: expected an .npz or .parquet file"),
     ],
 )
-def test_names_that_are_nothing(name: str, message: str) -> None:
+def test_unknown_names_are_rejected(name: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_data(name)
     assert message in str(caught.value)
@@ -257,12 +257,12 @@ def test_names_that_are_nothing(name: str, message: str) -> None:
         ({"crop": "centre"}, "crop is 'centre': expected one of bicubic, adm"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_data("digits", **options)
 
 
-def test_options_apply_to_arrays_too() -> None:
+def test_options_apply_to_arrays() -> None:
     data = load_data("digits", split="test", image_size=16, channels=3)
     assert data.images.shape == (297, 3, 16, 16)
     assert torch.equal(data.images[:, 0], data.images[:, 1])
@@ -272,7 +272,7 @@ def test_options_apply_to_arrays_too() -> None:
     ("images", "labels", "channels"),
     [("arr_0", "arr_1", 3), ("images", "labels", 3), ("arr_0", None, 1), ("images", "labels", None)],
 )
-def test_npz(tmp_path: Path, images: str, labels: str | None, channels: int | None) -> None:
+def test_npz_arrays_are_read(tmp_path: Path, images: str, labels: str | None, channels: int | None) -> None:
     shape = (5, 6, 8) if channels is None else (5, 6, 8, channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     classes = np.array([0, 2, 1, 2, 0])
@@ -284,7 +284,7 @@ def test_npz(tmp_path: Path, images: str, labels: str | None, channels: int | No
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_are_resized_and_recoloured_like_files(tmp_path: Path, channels: int) -> None:
+def test_arrays_are_resized_and_converted_like_files(tmp_path: Path, channels: int) -> None:
     pixels = save_image(tmp_path / "files" / "a.png", (20, 12), mode="L" if channels == 1 else "RGB")
     np.savez(tmp_path / "set.npz", images=pixels[None])
     for options in ({"image_size": 8}, {"channels": 4 - channels}, {"image_size": 8, "channels": 4 - channels}, {}):
@@ -293,7 +293,7 @@ def test_arrays_are_resized_and_recoloured_like_files(tmp_path: Path, channels: 
         assert torch.equal(by_file.images, by_array.images)
 
 
-def test_mnist_of_an_npz_file() -> None:
+def test_mnist_npz_is_read() -> None:
     data = load_data(str(MNIST))
     assert data.images.shape == (10_000, 1, 28, 28)
     assert data.num_classes == 10
@@ -314,14 +314,14 @@ def test_mnist_of_an_npz_file() -> None:
         ({"images": np.array([None])}, "cannot be read as an .npz file of plain arrays"),
     ],
 )
-def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+def test_invalid_npz_files_are_rejected(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(UserError, match=message):
         load_data(str(tmp_path / "set.npz"))
 
 
 @pytest.mark.parametrize("damage", ["nonsense", "a single array", "cut short", "a flipped byte"])
-def test_damaged_npz(tmp_path: Path, damage: str) -> None:
+def test_damaged_npz_files_are_rejected(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "set.npz"
     np.savez_compressed(file, images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
     whole = bytearray(file.read_bytes())
@@ -356,7 +356,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
     )
 
 
-def test_parquet(tmp_path: Path, table: datasets.Dataset) -> None:
+def test_parquet_tables_are_read(tmp_path: Path, table: datasets.Dataset) -> None:
     file = tmp_path / "set" / "train-00000-of-00001.parquet"
     file.parent.mkdir()
     table.to_parquet(file)
@@ -381,10 +381,10 @@ def test_parquet(tmp_path: Path, table: datasets.Dataset) -> None:
     ("plain_text/train-00000-of-00001.parquet", "img", (3, 32, 32)),
     ("mnist/train-00000-of-00001.parquet", "image", (1, 28, 28)),
 ])  # fmt: skip
-def test_layouts_of_the_hub(
+def test_hub_parquet_layouts_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, image: str, shape: tuple[int, ...]
 ) -> None:
-    """The files and columns of uoft-cs/cifar10 and ylecun/mnist, with and without the hub's column types."""
+    """Use the files and columns of uoft-cs/cifar10 and ylecun/mnist, with and without the hub's column types."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     pixels = np.random.default_rng(0).integers(0, 256, (4, *shape[1:], shape[0]), dtype=np.uint8)
     columns = {image: list(pixels if shape[0] == 3 else pixels[..., 0]), "label": [3, 0, 9, 3]}
@@ -402,7 +402,7 @@ def test_layouts_of_the_hub(
             assert data.labels.tolist() == [3, 0, 9, 3]
 
 
-def test_parquet_that_is_none(tmp_path: Path, table: datasets.Dataset) -> None:
+def test_invalid_parquet_is_rejected(tmp_path: Path, table: datasets.Dataset) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a parquet dataset"):
         load_data(str(tmp_path / "bad.parquet"))
@@ -411,7 +411,7 @@ def test_parquet_that_is_none(tmp_path: Path, table: datasets.Dataset) -> None:
         load_data(str(tmp_path / "bare.parquet"))
 
 
-def test_hub_name(monkeypatch: pytest.MonkeyPatch, table: datasets.Dataset) -> None:
+def test_hub_names_are_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch, table: datasets.Dataset) -> None:
     asked: list[tuple[str, str]] = []
 
     def load(name: str, split: str) -> datasets.Dataset:
@@ -451,7 +451,7 @@ def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_cifar_of_binary_files(tmp_path: Path) -> None:
+def test_cifar_binary_files_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-10-batches-bin"
     images, labels = write_cifar(folder)
     for split, rows in (("train", slice(20)), ("test", slice(20, 24)), ("all", slice(24))):
@@ -473,7 +473,7 @@ def test_cifar_of_binary_files(tmp_path: Path) -> None:
         (lambda f: f.unlink(), r"data_batch_3\.bin cannot be read \(No such file or directory\)"),
     ],
 )
-def test_damaged_cifar(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+def test_damaged_cifar_files_are_rejected(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
     write_cifar(tmp_path / "cifar")
     change(tmp_path / "cifar" / "data_batch_3.bin")
     with pytest.raises(UserError, match=message):
@@ -481,7 +481,7 @@ def test_damaged_cifar(tmp_path: Path, change: Callable[[Path], Any], message: s
 
 
 class Bomb:
-    """An object whose unpickling is noticed."""
+    """An object that fails the test if it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return pytest.fail, ("unpickled",)
@@ -492,14 +492,14 @@ class Bomb:
     ("train_data_batch_1", "contains pickled ImageNet batches"),
     ("val_data", "contains pickled ImageNet batches"),
 ])  # fmt: skip
-def test_pickles_are_refused_unread(tmp_path: Path, file: str, message: str) -> None:
+def test_pickles_are_rejected_without_unpickling(tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / file).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match=message):
         load_data(str(tmp_path))
 
 
 def write_imagenet(folder: Path, side: int = 64, batches: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Write a downsampled ImageNet, two images a file, and return images (N, H, W, 3) and labels from 0."""
+    """Write a downsampled ImageNet, two images per file, and return images (N, H, W, 3) and labels from 0."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(side)
     count = 2 * batches + 2
@@ -514,7 +514,7 @@ def write_imagenet(folder: Path, side: int = 64, batches: int = 10) -> tuple[np.
 
 
 @pytest.mark.parametrize(("side", "batches"), [(64, 10), (32, 10), (16, 2)])
-def test_imagenet_of_npz_batches(tmp_path: Path, side: int, batches: int) -> None:
+def test_imagenet_npz_batches_are_read(tmp_path: Path, side: int, batches: int) -> None:
     images, labels = write_imagenet(tmp_path, side, batches)
     train, validation = slice(2 * batches), slice(2 * batches, None)
     for split, rows in (("train", train), ("val", validation), ("test", validation), ("all", slice(None))):
@@ -552,7 +552,9 @@ DATA, LABELS = np.zeros((2, 768), np.uint8), np.array([1, 1000])
         ({"data": DATA, "labels": np.array([None, 3])}, "train_data_batch_2.npz cannot be read as an .npz file"),
     ],
 )
-def test_damaged_imagenet(tmp_path: Path, arrays: dict[str, np.ndarray] | bytes | None, message: str) -> None:
+def test_damaged_imagenet_batches_are_rejected(
+    tmp_path: Path, arrays: dict[str, np.ndarray] | bytes | None, message: str
+) -> None:
     write_imagenet(tmp_path, 16, 3)
     file = tmp_path / "train_data_batch_2.npz"
     if arrays is None:
@@ -566,20 +568,20 @@ def test_damaged_imagenet(tmp_path: Path, arrays: dict[str, np.ndarray] | bytes 
     assert "\n" not in str(caught.value)
 
 
-def test_class_folders_may_have_any_name(tmp_path: Path) -> None:
+def test_class_folders_can_have_any_name(tmp_path: Path) -> None:
     for name in ("val_data", "data_batch_1", "train_data_batch_1"):
         save_image(tmp_path / name / "a.png")
     assert load_data(str(tmp_path)).num_classes == 3
 
 
-def test_imagenet_cut_short_is_named(tmp_path: Path) -> None:
+def test_truncated_imagenet_batch_is_named(tmp_path: Path) -> None:
     write_imagenet(tmp_path, 16, 3)
     file = tmp_path / "train_data_batch_3.npz"
     whole = bytearray(file.read_bytes())
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"train_data_batch_3\.npz cannot be read as an \.npz file"):
         load_data(str(tmp_path))
-    whole[200] ^= 0xFF  # a pixel, which the checksum of the archive tells
+    whole[200] ^= 0xFF  # a pixel, which the archive's checksum catches
     file.write_bytes(whole)
     with pytest.raises(UserError, match=r"train_data_batch_3\.npz cannot be read as an \.npz file"):
         load_data(str(tmp_path))
@@ -587,12 +589,12 @@ def test_imagenet_cut_short_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["image_column", "label_column"])
 @pytest.mark.parametrize("name", ["digits", "mixture-ring", str(MNIST)])
-def test_columns_are_for_tables(name: str, option: str) -> None:
+def test_column_options_are_rejected_for_non_tables(name: str, option: str) -> None:
     with pytest.raises(UserError, match=f"is not a table and has no column 'kind': leave out {option}"):
         load_data(name, **{option: "kind"})
 
 
-def test_the_remedies_of_mixed_images_are_settings_of_a_recipe(
+def test_suggested_fixes_for_mixed_images_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i, (size, mode) in enumerate([((8, 8), "RGB"), ((8, 8), "L"), ((9, 8), "RGB")]):
@@ -607,7 +609,7 @@ def test_the_remedies_of_mixed_images_are_settings_of_a_recipe(
 
 
 def write_idx(folder: Path, *, gz: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Write MNIST's files, five images for training and three for tests; return images (N, H, W) and labels."""
+    """Write MNIST's files, five images for training and three for testing; return images (N, H, W) and labels."""
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (8, 6, 5), dtype=np.uint8), np.array([3, 1, 4, 1, 5, 9, 2, 6], np.uint8)
     for part, rows in (("train", slice(5)), ("t10k", slice(5, None))):
@@ -620,7 +622,7 @@ def write_idx(folder: Path, *, gz: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("gz", [False, True])
-def test_mnist_of_idx_files(tmp_path: Path, gz: bool) -> None:
+def test_mnist_idx_files_are_read(tmp_path: Path, gz: bool) -> None:
     images, labels = write_idx(tmp_path, gz=gz)
     oracle = torchvision_mnist(tmp_path, gz=gz)
     for split, rows in (("train", slice(5)), ("test", slice(5, None)), ("all", slice(None))):
@@ -633,7 +635,7 @@ def test_mnist_of_idx_files(tmp_path: Path, gz: bool) -> None:
 
 
 def torchvision_mnist(folder: Path, *, gz: bool) -> torch.Tensor:
-    """Return the training images as torchvision reads the files."""
+    """Return the training images as torchvision reads them."""
     file = folder / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     plain = folder / "plain"
     plain.write_bytes(gzip.decompress(file.read_bytes()) if gz else file.read_bytes())
@@ -652,7 +654,7 @@ def torchvision_mnist(folder: Path, *, gz: bool) -> torch.Tensor:
         ("train-images-idx3-ubyte", "gz", r"cannot be read"),
     ],
 )
-def test_damaged_idx_files(tmp_path: Path, name: str, change: Any, message: str) -> None:
+def test_damaged_idx_files_are_rejected(tmp_path: Path, name: str, change: Any, message: str) -> None:
     write_idx(tmp_path, gz=False)
     file = tmp_path / name
     content = file.read_bytes()
@@ -667,9 +669,9 @@ def test_damaged_idx_files(tmp_path: Path, name: str, change: Any, message: str)
         load_data(str(tmp_path), split="val")
 
 
-def test_the_registry_is_complete_and_needs_no_torch() -> None:
+def test_registry_is_complete_and_needs_no_torch() -> None:
     files = {path.stem for path in Path(registry.__file__).parent.glob("*.py")}
     code = "import sys, atdiff.data.sources.registry as r; print(len(r.SOURCES), 'torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    # The two that are bundled share a file.
+    # The two bundled sources share a file.
     assert printed == [str(len(files - {"__init__", "load", "registry", "source"}) + 1), "False"]

@@ -1,4 +1,4 @@
-"""Classes: their order, links, splits, what a run and its saved pipeline remember of them, and the null label."""
+"""Classes: order, links, splits, what a run and its saved pipeline remember, and the null label."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def class_folders(root: Path, names: list[str]) -> None:
         (["n01440764", "n01443537", "n00000001"], ["n00000001", "n01440764", "n01443537"]),
     ],
 )
-def test_classes_are_in_the_order_of_their_numbers(tmp_path: Path, names: list[str], expected: list[str]) -> None:
+def test_classes_are_ordered_by_number(tmp_path: Path, names: list[str], expected: list[str]) -> None:
     assert in_class_order(names) == expected
     class_folders(tmp_path, names)
     data = load_data(str(tmp_path))
@@ -63,14 +63,14 @@ def test_classes_are_in_the_order_of_their_numbers(tmp_path: Path, names: list[s
     assert labels_by_grey(data) == {10 * i: expected.index(name) for i, name in enumerate(names)}
 
 
-def test_names_without_numbers_are_as_torchvision_has_them(tmp_path: Path) -> None:
+def test_classes_without_numbers_match_torchvision(tmp_path: Path) -> None:
     class_folders(tmp_path, ["dog", "cat", "Eel", "a b", "_x", "Ägypten"])
     data, oracle = load_data(str(tmp_path)), ImageFolder(str(tmp_path))
     assert data.labels is not None
     assert (list(data.classes or ()), data.labels.tolist()) == (oracle.classes, oracle.targets)
 
 
-def test_links_are_followed_as_torchvision_does(tmp_path: Path) -> None:
+def test_links_are_followed_as_in_torchvision(tmp_path: Path) -> None:
     store, root = tmp_path / "store", tmp_path / "root"
     for i, name in enumerate("abc"):
         put(store / name, 50 * i, count=2)
@@ -84,14 +84,14 @@ def test_links_are_followed_as_torchvision_does(tmp_path: Path) -> None:
     (root / "c" / "readme.md").symlink_to(root / "nowhere.md")
     data = load_data(str(root))
     assert labels_by_grey(data) == {0: 0, 50: 1, 100: 2}
-    (root / "c" / "round").unlink()  # torchvision would go round until the system stops it
+    (root / "c" / "round").unlink()  # torchvision would loop until the OS stops it
     oracle = ImageFolder(str(root))
     assert data.labels is not None
     assert (len(data), list(data.classes or ())) == (len(oracle), oracle.classes)
     assert sorted(data.labels.tolist()) == sorted(oracle.targets)
 
 
-def test_two_links_round_each_other_end(tmp_path: Path) -> None:
+def test_cyclic_links_terminate(tmp_path: Path) -> None:
     put(tmp_path / "a", 1)
     put(tmp_path / "b", 2)
     (tmp_path / "a" / "x").symlink_to(tmp_path / "b")
@@ -99,7 +99,7 @@ def test_two_links_round_each_other_end(tmp_path: Path) -> None:
     assert load_data(str(tmp_path)).num_classes == 2
 
 
-def test_a_class_that_is_a_broken_link_is_said_and_shifts_no_label(tmp_path: Path) -> None:
+def test_broken_class_link_is_reported_and_shifts_no_label(tmp_path: Path) -> None:
     class_folders(tmp_path, ["a", "c"])
     (tmp_path / "b").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"1 of the 3 images of .*/b cannot be read as an image \(a broken link"):
@@ -110,7 +110,7 @@ def test_a_class_that_is_a_broken_link_is_said_and_shifts_no_label(tmp_path: Pat
     assert data.classes == ("a", "c")
 
 
-def test_captions_of_linked_classes(tmp_path: Path) -> None:
+def test_linked_classes_keep_their_captions(tmp_path: Path) -> None:
     store, root = tmp_path / "store", tmp_path / "root"
     class_folders(store, ["10", "9"])
     root.mkdir()
@@ -124,7 +124,7 @@ def test_captions_of_linked_classes(tmp_path: Path) -> None:
         load_captioned(str(root), image_size=None, captions=["nine"])
 
 
-def test_a_class_that_a_split_lacks_shifts_no_label(tmp_path: Path) -> None:
+def test_class_missing_from_a_split_shifts_no_label(tmp_path: Path) -> None:
     class_folders(tmp_path / "train", ["a", "b", "c"])
     put(tmp_path / "test" / "c", 99)
     data = load_data(str(tmp_path), split="test")
@@ -146,7 +146,7 @@ def text_table(texts: list[str | None]) -> datasets.Dataset:
     )
 
 
-def test_text_columns_are_counted_like_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_columns_are_labelled_like_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     (tmp_path / "set").mkdir()
     text_table(["10", "9", "1"]).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
@@ -164,7 +164,7 @@ def test_text_columns_are_counted_like_folders(tmp_path: Path, monkeypatch: pyte
         load_data(str(tmp_path / "none.parquet"), label_column="kind")
 
 
-def test_names_of_class_columns_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_column_names_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     table = text_table(["x", "y"]).cast_column("kind", datasets.ClassLabel(names=["y", "x", "w"]))
     table.to_parquet(tmp_path / "a.parquet")
@@ -185,14 +185,14 @@ def train(tmp_path: Path, data: Path, *words: str) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_and_its_pipeline_remember_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_and_pipeline_remember_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class_folders(tmp_path / "set" / "train", ["10", "9", "cat"])
     put(tmp_path / "set" / "test" / "cat", 200)
     out = train(tmp_path, tmp_path / "set", "--objective.label_dropout", "0.5")
     assert "3 classes: 0 = 9, 1 = 10, 2 = cat\n" in capsys.readouterr().out
     assert json.loads((out / "data.json").read_text())["classes"] == {"9": 0, "10": 1, "cat": 2}
     (out / "pipeline").rename(tmp_path / "elsewhere")
-    # Opened and saved by diffusers, which does not know of classes, and without a word of it.
+    # Loaded and saved again by diffusers, which does not know about classes.
     DDPMPipeline.from_pretrained(tmp_path / "elsewhere").save_pretrained(tmp_path / "again")
     for folder in ("elsewhere", "again"):
         denoiser = load_denoiser(str(tmp_path / folder))
@@ -213,7 +213,7 @@ def test_a_run_and_its_pipeline_remember_the_classes(tmp_path: Path, capsys: pyt
     assert main([*words, "--class-label", "3", "--out", str(tmp_path / "x.png")]) == 2, "the null label is no class"
 
 
-def test_reference_images_have_the_labels_of_the_run(tmp_path: Path) -> None:
+def test_reference_labels_match_those_of_the_run(tmp_path: Path) -> None:
     class_folders(tmp_path / "set", ["a", "b", "c"])
     out = train(tmp_path, tmp_path / "set")
     class_folders(tmp_path / "other", ["c"])
@@ -229,8 +229,8 @@ def test_reference_images_have_the_labels_of_the_run(tmp_path: Path) -> None:
         reference_data(denoiser)
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_its_own_order(tmp_path: Path) -> None:
-    """It sorted numbers as text, and stored neither classes nor a fingerprint."""
+def test_older_run_resumes_with_its_own_class_order(tmp_path: Path) -> None:
+    """Earlier versions sorted numbers as text, and stored neither classes nor a fingerprint."""
     class_folders(tmp_path / "set", ["10", "9"])
     out = train(tmp_path, tmp_path / "set")
     stored = json.loads((out / "data.json").read_text())
@@ -250,7 +250,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_own_order(tmp_path: Path) 
     train(tmp_path, tmp_path / "set", "--training.passes", "4")
 
 
-def test_classes_without_an_image_are_said(tmp_path: Path) -> None:
+def test_empty_classes_are_reported(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 3, 3, 1])
     with pytest.warns(UserWarning, match=r"1 of the 4 classes of .* have no image \(2\)"):
         train(tmp_path, tmp_path / "a.npz")
@@ -262,7 +262,7 @@ def save(folder: Path, network: UNet2DModel) -> str:
 
 
 @pytest.mark.parametrize(("embeds", "drawn"), [(11, 10), (101, 100), (1001, 1000), (10, 10), (12, 12)])
-def test_the_usual_null_label_of_others_is_no_class(tmp_path: Path, embeds: int, drawn: int) -> None:
+def test_conventional_null_label_is_not_a_class(tmp_path: Path, embeds: int, drawn: int) -> None:
     denoiser = load_denoiser(save(tmp_path / "p", small_unet(8, 8, num_class_embeds=embeds)))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -272,7 +272,7 @@ def test_the_usual_null_label_of_others_is_no_class(tmp_path: Path, embeds: int,
     assert torch.equal(labels, torch.arange(3 * embeds) % drawn)
     assert bool(said) == (drawn < embeds)
     if drawn < embeds:
-        # The remedy that the warning names.
+        # The fix that the warning suggests.
         assert "_null_label" in str(said[0].message)
         file = tmp_path / "p" / "unet" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "_null_label": None}))
@@ -281,7 +281,7 @@ def test_the_usual_null_label_of_others_is_no_class(tmp_path: Path, embeds: int,
         assert labels.unique().tolist() == list(range(embeds))
 
 
-def test_the_pipeline_folder_of_an_earlier_run_knows_its_null_label(tmp_path: Path) -> None:
+def test_pipeline_of_an_older_run_knows_its_null_label(tmp_path: Path) -> None:
     save(tmp_path / "run" / "pipeline", small_unet(8, 8, num_class_embeds=5))
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({"objective": {"label_dropout": 0.1}}))
     for run in (tmp_path / "run", tmp_path / "run" / "pipeline"):

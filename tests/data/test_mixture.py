@@ -24,7 +24,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
 
 def law(mixture: Mixture, alpha: float, sigma: float) -> MixtureSameFamily:
-    """The noised mixture as torch.distributions has it."""
+    """Return the noised mixture as a torch distribution."""
     std = torch.full_like(mixture.means, math.hypot(alpha * mixture.std, sigma))
     return MixtureSameFamily(Categorical(mixture.weights), Independent(Normal(alpha * mixture.means, std), 1))
 
@@ -48,7 +48,7 @@ def test_score_is_the_gradient_of_the_log_density(mixture: Mixture, alpha: float
     torch.testing.assert_close(mixture.score(x_t.detach(), *levels), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_score_of_images_with_a_level_each() -> None:
+def test_score_of_images_at_different_levels() -> None:
     mixture = uneven()
     x_t = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     alpha, sigma = torch.tensor([1.0, 0.6, 0.1]), torch.tensor([0.1, 0.8, 0.99])
@@ -58,7 +58,7 @@ def test_score_of_images_with_a_level_each() -> None:
         torch.testing.assert_close(found[i].flatten(), one[0], rtol=1e-12, atol=1e-12)
 
 
-def test_conditional_means_are_averages_over_the_posterior() -> None:
+def test_conditional_means_match_importance_sampling() -> None:
     """Importance sampling: E[x0 | x_t] = E[x0 p(x_t | x0)] / E[p(x_t | x0)] over x0 of the mixture."""
     mixture, alpha, sigma = uneven(), 0.6, 0.8
     x0 = draw(mixture, 400_000)
@@ -79,8 +79,8 @@ def test_conditional_means_are_averages_over_the_posterior() -> None:
     ],
     ids=["epsilon", "sample", "v_prediction", "flow"],
 )
-def test_no_function_of_x_t_has_a_lower_loss(scheduler: Any) -> None:
-    """The error of a conditional mean is uncorrelated with every function of x_t; here with some of them."""
+def test_exact_denoiser_minimises_the_loss(scheduler: Any) -> None:
+    """The error of a conditional mean is uncorrelated with every function of x_t; a few are tried."""
     mixture = uneven()
     x0 = draw(mixture, 20_000).float()[..., None, None]
     torch.manual_seed(0)
@@ -95,19 +95,19 @@ def test_no_function_of_x_t_has_a_lower_loss(scheduler: Any) -> None:
 
 
 def mode_balance(mixture: Mixture, points: Tensor) -> float:
-    """1 less the total variation between the shares of points nearest to each mode and the weights."""
+    """Return 1 minus the total variation between the shares of points nearest to each mode and the weights."""
     nearest = torch.cdist(points.double().flatten(1), mixture.means).argmin(dim=1)
     shares = torch.bincount(nearest, minlength=len(mixture.weights)).double() / len(points)
     return 1.0 - 0.5 * (shares - mixture.weights).abs().sum().item()
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_the_exact_denoiser_samples_the_law(name: str) -> None:
+def test_exact_denoiser_samples_the_mixture(name: str) -> None:
     mixture, scheduler = MIXTURES[name], DDPMScheduler(**COSINE)
     options = {"sampler": "ddim", "num": 2048, "shape": (2, 1, 1), "batch_size": 2048}
     points = generate(ExactDenoiser(mixture, scheduler), scheduler, steps=200, **options)
     few = generate(ExactDenoiser(mixture, scheduler), scheduler, steps=5, **options)
-    # 4 standard errors, and 0.002 of the sampler's own error.
+    # 4 standard errors, plus 0.002 for the sampler's own error.
     assert mixture.on_mode(points) == pytest.approx(TRUE_ON_MODE, abs=0.002 + 4 * (0.0109 / 2048) ** 0.5)
     assert mixture.on_mode(few) < 0.5
     assert mode_balance(mixture, points) > 0.9
@@ -118,14 +118,14 @@ def test_the_exact_denoiser_samples_the_law(name: str) -> None:
     assert crude > 2.0 * max(floors)
 
 
-def test_the_exact_flow_arrives_too() -> None:
+def test_exact_flow_samples_the_mixture() -> None:
     mixture, scheduler = MIXTURES["mixture-ring"], FlowMatchEulerDiscreteScheduler()
     model = ExactDenoiser(mixture, scheduler)
     points = generate(model, scheduler, sampler="flow-euler", steps=200, num=1024, shape=(2, 1, 1), batch_size=1024)
     assert mixture.on_mode(points) > 0.96
 
 
-def test_the_exact_denoiser_is_called_as_a_network_is() -> None:
+def test_exact_denoiser_has_the_interface_of_a_network() -> None:
     model = ExactDenoiser(MIXTURES["mixture-ring"], DDPMScheduler(**COSINE))
     x_t = torch.zeros(3, 2, 1, 1)
     (as_tuple,) = model(x_t, 5, return_dict=False)
@@ -137,13 +137,13 @@ def test_the_exact_denoiser_is_called_as_a_network_is() -> None:
 @pytest.mark.parametrize(
     "scheduler", [EDMEulerScheduler(), DDPMScheduler(prediction_type="nonsense")], ids=["edm", "unknown"]
 )
-def test_the_exact_denoiser_refuses_what_it_cannot_predict(scheduler: Any) -> None:
+def test_exact_denoiser_rejects_unsupported_predictions(scheduler: Any) -> None:
     with pytest.raises(UserError, match="the exact denoiser cannot predict"):
         ExactDenoiser(MIXTURES["mixture-ring"], scheduler)
 
 
 @pytest.mark.parametrize(("name", "modes"), [("mixture-ring", 8), ("mixture-grid", 25), ("mixture-spiral", 16)])
-def test_load_data(name: str, modes: int) -> None:
+def test_mixtures_are_loaded_as_data(name: str, modes: int) -> None:
     train, test, everything = (load_data(name, split=split) for split in ("train", "test", "all"))
     assert (len(train), len(test), len(everything)) == (50_000, 10_000, 60_000)
     assert (train.images.dtype, train.images.shape[1:]) == (torch.float32, (2, 1, 1))
@@ -156,7 +156,7 @@ def test_load_data(name: str, modes: int) -> None:
     mixture = mixture_of(train.name)
     assert mixture is MIXTURES[name]
     assert train.labels is not None
-    # Labels, shares and widths are those of the law.
+    # Labels, shares and widths match the mixture.
     assert (train.labels == torch.cdist(train.images.flatten(1).double(), mixture.means).argmin(dim=1)).all()
     counts = torch.bincount(train.labels).double()
     assert ((counts - 50_000 * mixture.weights).abs() < 4.5 * (50_000 * mixture.weights).sqrt()).all()
@@ -175,29 +175,29 @@ def test_load_data(name: str, modes: int) -> None:
         ("mixture-grid", {"channels": 3}, "leave out image_size and channels"),
     ],
 )
-def test_bad_names_and_options(name: str, options: dict[str, Any], message: str) -> None:
+def test_invalid_names_and_options_are_rejected(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_data(name, **options)
     assert message in str(caught.value)
 
 
-def test_other_data_have_no_law() -> None:
+def test_only_mixtures_have_a_known_distribution() -> None:
     assert mixture_of("digits[train]") is None
     assert mixture_of("mixture-grid") is MIXTURES["mixture-grid"]
 
 
-def test_on_mode_and_mode_balance_of_points_in_known_places() -> None:
+def test_on_mode_and_mode_balance_of_known_points() -> None:
     mixture = uneven()
     at_modes = mixture.means[[0, 0, 0, 0, 0, 0, 1, 1, 1, 2]]
     assert mixture.on_mode(at_modes[..., None, None]) == 1.0
     assert mode_balance(mixture, at_modes) == pytest.approx(1.0)
     off = torch.tensor([[0.5 + 0.61, 0.0], [0.5 + 0.59, 0.0], [5.0, 5.0], [0.5, 0.0]])
     assert mixture.on_mode(off) == 0.5
-    # All at the second mode: 0.7 of the weight is amiss.
+    # All at the second mode: 0.7 of the weight is misplaced.
     assert mode_balance(mixture, mixture.means[[1, 1]]) == pytest.approx(0.3)
 
 
-def test_density_picture_puts_points_where_they_are() -> None:
+def test_density_picture_places_points_correctly() -> None:
     points = torch.tensor([[0.99, 0.99], [0.99, 0.99], [-1.0, -1.0], [-0.1, 0.9]])
     picture = density_picture(points[..., None, None], pixels=4)
     assert picture.shape == (1, 4, 4)
@@ -206,7 +206,7 @@ def test_density_picture_puts_points_where_they_are() -> None:
     assert torch.equal(picture[0], expected)
 
 
-def test_every_arm_of_the_recipe_has_the_same_budget() -> None:
+def test_arms_of_the_mixture_recipe_have_equal_budgets() -> None:
     recipe = load_recipe("toy-mixture")
     configs = [resolve(recipe, arm) for arm in recipe.study.arms]
     assert all(config.training == configs[0].training for config in configs)

@@ -1,4 +1,4 @@
-"""Images beyond a share of the memory are mapped from the disk: the same bytes, order, losses and resume."""
+"""Images beyond a share of the memory are memory-mapped: same bytes, order, losses and resuming."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from atdiff.training.loop import train
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Nothing fits the memory; return the folder of the mapped files."""
+    """Let nothing fit into memory; return the folder of the mapped files."""
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "MEMORY_SHARE", 0.0)
     return tmp_path / "cache" / "images"
@@ -68,7 +68,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("options", [{}, {"image_size": 5, "channels": 1, "crop": "adm"}], ids=["as-is", "decoded"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_mapped_images_are_those_in_memory(
+def test_mapped_images_equal_those_in_memory(
     small_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
@@ -88,7 +88,7 @@ def test_mapped_images_are_those_in_memory(
     assert torch.equal(torch.cat(list(mapped.batches(4))), whole.images)
 
 
-def test_the_file_is_made_once_and_anew_when_anything_changed(
+def test_mapped_file_is_rebuilt_only_after_a_change(
     small_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_folder(tmp_path / "set")
@@ -103,10 +103,10 @@ def test_the_file_is_made_once_and_anew_when_anything_changed(
         for options in ({"image_size": 4}, {"channels": 1}, {"background": None}):
             with pytest.raises(AssertionError, match="decoded again"):
                 load_data(str(tmp_path / "set"), **options)
-        shutil.copytree(tmp_path / "set", tmp_path / "other")  # with the times of change
+        shutil.copytree(tmp_path / "set", tmp_path / "other")  # with the modification times
         with pytest.raises(AssertionError, match="decoded again"):
             load_data(str(tmp_path / "other"))
-    # Another picture of the same size and time.
+    # Another image with the same file size and modification time.
     file = tmp_path / "set" / "0" / "0.png"
     status = file.stat()
     pixels = np.asarray(Image.open(file)).copy()
@@ -130,7 +130,7 @@ def test_many_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (first.mapped is None, again.mapped is None) == (True, False)
     assert torch.equal(first.images, again.images)
     assert first.fingerprint() == again.fingerprint()
-    # Fewer are decoded anew, and so is what a cache that cannot be written does not take.
+    # Fewer images are decoded each time, as are all images if the cache cannot be written.
     monkeypatch.setattr(store, "DECODED_ONCE", 100)
     assert load_data(str(tmp_path / name), image_size=8).mapped is None
     monkeypatch.setattr(store, "DECODED_ONCE", 6)
@@ -140,7 +140,7 @@ def test_many_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_data(str(tmp_path / name)).mapped is None
 
 
-def test_a_damaged_file_is_said_and_made_anew(small_memory: Path, tmp_path: Path) -> None:
+def test_damaged_mapped_file_is_reported_and_rebuilt(small_memory: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "set")
     first = load_data(str(tmp_path / "set")).images.clone()
     (pixels,) = small_memory.glob("*/pixels.bin")
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_said_and_made_anew(small_memory: Path, tmp_path: Path
         assert torch.equal(load_data(str(tmp_path / "set")).images, first)
 
 
-def test_unreadable_images_are_left_out_of_the_file(small_memory: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_of_the_mapped_file(small_memory: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "set")
     (tmp_path / "set" / "1" / "1.png").write_bytes(b"damaged")
     with pytest.raises(UserError, match="are unreadable"):
@@ -163,7 +163,7 @@ def test_unreadable_images_are_left_out_of_the_file(small_memory: Path, tmp_path
         assert data.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
 
-def test_too_little_room_is_one_sentence_before_anything_is_written(
+def test_too_little_space_is_reported_before_writing(
     small_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_folder(tmp_path / "set")
@@ -180,7 +180,7 @@ def test_too_little_room_is_one_sentence_before_anything_is_written(
     assert not list(small_memory.glob("*")) if small_memory.exists() else True
 
 
-def test_what_is_left_is_the_least_of_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_the_tightest_cgroup_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = tmp_path / "job" / "inner"
     group.mkdir(parents=True)
     (tmp_path / "job" / "memory.max").write_text("1000\n")
@@ -209,7 +209,7 @@ print(address_space_left(), memory_left())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is not kept elsewhere")
-def test_a_limit_of_the_address_space_counts() -> None:
+def test_address_space_limit_is_respected() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
     space, left = map(int, done.stdout.split())
     assert 200_000_000 < space < 300_000_001
@@ -228,7 +228,7 @@ def run(tmp_path: Path, out: str, *, stop: StopAt | None = None, passes: int = 7
     return train(resolve(load_recipe(str(recipe))), tmp_path / out, progress=False, stop=stop)
 
 
-def test_training_on_mapped_images_is_training_in_memory_and_resumes(
+def test_training_on_mapped_images_equals_training_in_memory(
     small_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_folder(tmp_path / "set")
@@ -251,7 +251,7 @@ def flip_pixel(folder: Path) -> None:
 
 
 def move_label(folder: Path) -> None:
-    # The same pixels in the same order, one of them of another class.
+    # The same pixels in the same order, but one has another class.
     (folder / "0" / "9.png").rename(folder / "1" / "0.png")
 
 
@@ -275,7 +275,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["memory", "mapped"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_does_not_resume_on_other_data_of_the_same_number(
+def test_run_does_not_resume_on_changed_data_of_equal_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, mapped: bool
 ) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
@@ -291,7 +291,7 @@ def test_a_run_does_not_resume_on_other_data_of_the_same_number(
     assert run_config(str(tmp_path / "run"))["training"]["passes"] == 2
 
 
-def test_a_run_without_a_fingerprint_resumes_and_has_one_then(tmp_path: Path) -> None:
+def test_run_without_a_fingerprint_resumes_and_gets_one(tmp_path: Path) -> None:
     make_folder(tmp_path / "set")
     file = run(tmp_path, "run", passes=2) / "data.json"
     stored = json.loads(file.read_text())
@@ -300,15 +300,15 @@ def test_a_run_without_a_fingerprint_resumes_and_has_one_then(tmp_path: Path) ->
     assert json.loads(file.read_text()) == {**stored, "published": 3}
 
 
-def test_captions_of_rows_and_shards_are_read_as_they_come(small_memory: Path, tmp_path: Path) -> None:
-    """What is held of a source is where its pictures are, not their bytes."""
+def test_captioned_images_need_no_memory_map(small_memory: Path, tmp_path: Path) -> None:
+    """Captioned data hold the locations of their images, not the bytes."""
     make_folder(tmp_path / "set")
     captioned = load_captioned(str(tmp_path / "set"), image_size=4, captions=["a", "b", "c"])
     oracle = load_data(str(tmp_path / "set"), image_size=4)
     assert torch.equal(torch.stack([image for image, _ in captioned]), oracle.images)
 
 
-def test_reference_statistics_of_mapped_images_are_those_in_memory(small_memory: Path, tmp_path: Path) -> None:
+def test_mapped_images_have_the_same_reference_statistics(small_memory: Path, tmp_path: Path) -> None:
     digits = load_data("digits", split="test")
     np.savez(tmp_path / "set.npz", images=digits.images[:, 0].numpy())
     mapped = load_data(str(tmp_path / "set.npz"))

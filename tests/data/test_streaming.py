@@ -1,4 +1,4 @@
-"""Pairs that are read once, one by one, are those of data that are listed first."""
+"""Streamed pairs equal those of data that are listed first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_shards(folder: Path) -> str:
-    """Write five pairs in two shards, and a member without a pair in each."""
+    """Write five pairs in two shards, and an unpaired member in each."""
     for number, seeds in enumerate((range(3), range(3, 5))):
         write_tar(folder / f"{number}.tar", [*samples(seeds), (f"alone-{number}.txt", b"no image")])
     return str(folder)
@@ -51,7 +51,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
 @pytest.mark.filterwarnings("ignore:.*belong to none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_streamed_pairs_are_those_that_are_listed(tmp_path: Path, kind: str, limit: int | None) -> None:
+def test_streamed_pairs_equal_listed_pairs(tmp_path: Path, kind: str, limit: int | None) -> None:
     name = KINDS[kind](tmp_path / "set")
     listed = list(load_captioned(name, image_size=4, limit=limit))
     streamed = stream_captioned(name, image_size=4, limit=limit)
@@ -62,7 +62,7 @@ def test_streamed_pairs_are_those_that_are_listed(tmp_path: Path, kind: str, lim
         assert all(torch.equal(image, other) for (image, _), (other, _) in zip(found, listed, strict=True))
 
 
-def test_a_table_on_the_hub_is_streamed_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_table_is_streamed_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = write_table(tmp_path / "set")
     monkeypatch.setattr(hub, "hub_location", lambda *_: name)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
@@ -72,7 +72,7 @@ def test_a_table_on_the_hub_is_streamed_without_a_copy(tmp_path: Path, monkeypat
     assert not list(tmp_path.rglob("*.arrow"))
 
 
-def test_the_fingerprint_is_of_the_files_and_how_they_are_read(tmp_path: Path) -> None:
+def test_fingerprint_covers_files_and_options(tmp_path: Path) -> None:
     name = write_shards(tmp_path / "set")
     options: list[dict[str, Any]] = [{}, {"image_size": 5}, {"limit": 2}, {"caption_column": "text"}, {"crop": "adm"}]
     found = [stream_captioned(name, **{"image_size": 4, **one}).fingerprint() for one in options]
@@ -82,13 +82,13 @@ def test_the_fingerprint_is_of_the_files_and_how_they_are_read(tmp_path: Path) -
     assert stream_captioned(name, image_size=4).fingerprint() != found[0]
 
 
-def test_members_without_a_pair_are_counted_once(tmp_path: Path) -> None:
+def test_unpaired_members_are_counted_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"2 members of \S+ belong to none of its 5 pairs .*: alone-0\.txt of") as said:
         list(stream_captioned(write_shards(tmp_path / "set"), image_size=None))
     assert len(said) == 1
 
 
-def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
+def test_damaged_shard_is_not_read_as_a_shorter_one(tmp_path: Path) -> None:
     name = write_shards(tmp_path / "set")
     file = tmp_path / "set" / "1.tar"
     file.write_bytes(file.read_bytes()[:700])
@@ -98,7 +98,7 @@ def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
         next(pairs)
 
 
-def test_unreadable_images_are_refused_or_skipped(tmp_path: Path) -> None:
+def test_unreadable_images_are_rejected_or_skipped(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*samples(range(2)), ("9.png", b"damaged"), ("9.txt", b"text")])
     with pytest.raises(UserError, match=r"1 of the 3 images of \S+ are unreadable: 9\.png"):
         list(stream_captioned(str(tmp_path / "a.tar"), image_size=None))
@@ -108,7 +108,7 @@ def test_unreadable_images_are_refused_or_skipped(tmp_path: Path) -> None:
     assert [name for name, _ in skipping.unreadable.found] == [f"9.png of {tmp_path / 'a.tar'}"]
 
 
-def test_what_is_not_streamed_is_said(tmp_path: Path) -> None:
+def test_unstreamable_data_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "a.png")
     with pytest.raises(UserError, match=r"folder cannot be streamed, .* leave out data\.streaming"):
@@ -119,13 +119,13 @@ def test_what_is_not_streamed_is_said(tmp_path: Path) -> None:
         list(stream_captioned(write_table(tmp_path / "none", text=["a", None, "b", "c", "d"]), image_size=None))
 
 
-# ---- shards of the hub
+# ---- shards on the hub
 
 ADDRESS = "hf://datasets/owner/name@{commit}/{name}"
 
 
 class Hub:
-    """A data set of shards on the hub, whose files are on the disk and are downloaded through the hub's file system."""
+    """A dataset of shards on the hub: local files, which are downloaded through the hub's file system."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.commit = folder, "0123abc"
@@ -164,7 +164,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.mark.filterwarnings("ignore:.*belong to none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
-def test_shards_of_the_hub_are_those_of_a_disk(shards: Hub, limit: int | None) -> None:
+def test_hub_shards_are_streamed_like_local_ones(shards: Hub, limit: int | None) -> None:
     listed = list(load_captioned(str(shards.folder), image_size=4, limit=limit))
     streamed = stream_captioned("owner/name", image_size=4, limit=limit)
     for passes in (1, 2):
@@ -175,7 +175,7 @@ def test_shards_of_the_hub_are_those_of_a_disk(shards: Hub, limit: int | None) -
     assert not any(file.exists() or file.parent.exists() for file in shards.here)
 
 
-def test_the_commit_tells_shards_of_the_hub_apart(shards: Hub) -> None:
+def test_fingerprint_of_hub_shards_follows_the_commit(shards: Hub) -> None:
     def fingerprint() -> str:
         return stream_captioned("owner/name", image_size=4).fingerprint()
 
@@ -186,7 +186,7 @@ def test_the_commit_tells_shards_of_the_hub_apart(shards: Hub) -> None:
     assert shards.downloads == []
 
 
-def test_what_is_wrong_with_a_shard_of_the_hub_is_said(shards: Hub) -> None:
+def test_hub_shard_errors_are_reported(shards: Hub) -> None:
     with pytest.raises(UserError, match="split 'test' of owner/name does not exist: expected one of train"):
         stream_captioned("owner/name", image_size=None, split="test")
     file = shards.folder / "1.tar"
@@ -204,7 +204,7 @@ def test_what_is_wrong_with_a_shard_of_the_hub_is_said(shards: Hub) -> None:
     assert not any(file.parent.exists() for file in shards.here)
 
 
-def test_shards_in_the_cache_of_the_hub_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hub_shards_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "shards" / "0.tar", samples(range(3)))
     monkeypatch.setattr(hub, "hub_location", lambda *_: str(tmp_path / "shards"))
     streamed = stream_captioned("owner/name", image_size=None)

@@ -1,4 +1,4 @@
-"""Transparent images are seen as a viewer shows them: composed on a background, whatever colours are hidden."""
+"""Transparent images are composited on a background, as a viewer shows them, whatever colours are hidden."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.parametrize("background", ["white", "#102030"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_transparent_shows_the_background(tmp_path: Path, name: str, background: str) -> None:
+def test_transparent_pixels_show_the_background(tmp_path: Path, name: str, background: str) -> None:
     make, options = CASES[name]
     save(make(), tmp_path / name, **options)
     with Image.open(tmp_path / name) as opened:
@@ -71,7 +71,7 @@ def test_grey_stays_grey_on_white(tmp_path: Path) -> None:
     assert load_data(str(tmp_path)).images.shape == (2, 1, 6, 6)
 
 
-def test_sixteen_bits_with_a_transparent_value(tmp_path: Path) -> None:
+def test_transparent_value_of_16_bit_images(tmp_path: Path) -> None:
     values = np.array([[1000, 1001], [65_535, 0]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
     with Image.open(tmp_path / "a.png") as opened:
@@ -80,7 +80,7 @@ def test_sixteen_bits_with_a_transparent_value(tmp_path: Path) -> None:
     assert load_data(str(tmp_path), background="#404040").images[0, 0].tolist() == [[0x40, 4], [255, 0]]
 
 
-def test_premultiplied_colours(tmp_path: Path) -> None:
+def test_premultiplied_colours_are_composited(tmp_path: Path) -> None:
     from atdiff.data.images import Decoding, _composed
 
     image = RGBA.convert("RGBa")
@@ -89,7 +89,7 @@ def test_premultiplied_colours(tmp_path: Path) -> None:
     assert Decoding().background == "white"
 
 
-def test_null_drops_the_transparency_as_before(tmp_path: Path) -> None:
+def test_null_background_drops_the_alpha_channel(tmp_path: Path) -> None:
     save(RGBA, tmp_path / "a.png")
     data = load_data(str(tmp_path), background=None).images[0]
     assert np.array_equal(data.permute(1, 2, 0), np.asarray(RGBA)[..., :3])
@@ -97,11 +97,11 @@ def test_null_drops_the_transparency_as_before(tmp_path: Path) -> None:
 
 def test_hidden_colours_do_not_bleed_when_resized(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8, 4), np.uint8)
-    pixels[:, :, 1] = 255  # green, all of it hidden
+    pixels[:, :, 1] = 255  # green, fully hidden
     Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
     assert load_data(str(tmp_path), image_size=3).images.unique().tolist() == [255]
 
 
-def test_an_unknown_colour_is_one_sentence(tmp_path: Path) -> None:
+def test_unknown_colour_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"background is 'whit': expected a colour such as white, black or #808080"):
         load_data("digits", background="whit")

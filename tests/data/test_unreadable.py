@@ -1,4 +1,4 @@
-"""Twenty kinds of bad file among good ones: all found before training, listed, and left out only when asked."""
+"""22 kinds of bad files among good ones: found before training, listed, and left out only on request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG that claims this size and has next to no pixels."""
+    """Return a PNG that claims this size but has hardly any pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 100)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -83,7 +83,7 @@ BAD: dict[str, Callable[[], bytes]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Good images, all bad ones, and a link to nowhere."""
+    """Good images, all bad ones, and a broken link."""
     path = tmp_path / "pictures"
     path.mkdir()
     for i in range(GOOD):
@@ -95,19 +95,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_each_kind_is_found(tmp_path: Path, name: str) -> None:
+def test_each_kind_of_bad_file_is_found(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BAD[name]())
     with pytest.raises(UserError, match=rf"1 of the 1 images of .*{name} cannot be read as an image \(.+\)") as caught:
         load_data(str(tmp_path), image_size=32)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_all_are_listed_at_once(folder: Path) -> None:
+def test_all_bad_files_are_listed_at_once(folder: Path) -> None:
     with pytest.raises(UserError, match=rf"^{len(BAD) + 1} of the {GOOD + len(BAD) + 1} images of .*; and 18 more\."):
         load_data(str(folder))
 
 
-def test_they_are_left_out_where_asked(folder: Path) -> None:
+def test_bad_files_are_skipped_on_request(folder: Path) -> None:
     with pytest.warns(UserWarning, match=rf"^{len(BAD) + 1} of the .* They are left out\."):
         data = load_data(str(folder), unreadable="skip")
     assert data.images.shape == (GOOD, 3, 32, 32)
@@ -128,7 +128,7 @@ def test_labels_stay_with_their_images(folder: Path) -> None:
     assert [value // 20 % 3 for value in data.images[:, 0, 0, 0].tolist()] == data.labels.tolist()
 
 
-def test_nothing_but_bad_files_is_refused_anyhow(tmp_path: Path) -> None:
+def test_folder_of_bad_files_only_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="1 of the 1 images"):
         load_data(str(tmp_path), unreadable="skip")
@@ -170,7 +170,7 @@ def test_images_of_odd_sizes_are_cropped(tmp_path: Path) -> None:
     assert data.images[:, 0, 0, 0].tolist() == list(range(5))
 
 
-def test_training_finds_them_before_anything_is_written(
+def test_training_reports_bad_files_before_writing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -191,7 +191,7 @@ def test_training_finds_them_before_anything_is_written(
     stored = json.loads((tmp_path / "run" / "data.json").read_text())
     assert stored["images"] == GOOD
     assert len(stored["skipped"]) == len(BAD) + 1
-    # A run does not go on with other data.
+    # A run does not resume on other data.
     AcceleratorState._reset_state(reset_partial_state=True)
     (folder / "good-0.png").unlink()
     with pytest.warns(UserWarning, match="are left out"):
