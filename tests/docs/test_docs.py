@@ -1,4 +1,4 @@
-"""The documentation: every block of code in it runs, and the site builds without a warning."""
+"""The documentation: every code block runs, and the site builds without a warning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from conftest import small_unet
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Long work is cut short by further options, of which the last counts; all else is as it is printed.
+# Long commands are cut short by extra options, which override earlier ones; the rest runs as printed.
 SHORT: dict[str, list[str]] = {
     "train": ["--training.passes", "4", "--training.sample_every", "0", "--optimizer.warmup_passes", "0"],
     "study": [
@@ -43,7 +43,7 @@ SHORT: dict[str, list[str]] = {
 }  # fmt: skip
 # Widths of networks that pages define.
 NARROW = {"[32, 64, 96]": "[8, 8, 8]", "attention_head_dim: 32": "attention_head_dim: 8"}
-# On networks that are large on a CPU, and for pages whose training is that of a recipe for many GPUs.
+# For networks that are large on a CPU, and for pages that train a recipe for many GPUs.
 SMALLER = {"sd15-lcm-lora-at": ["--lora.rank", "2"], "sd3-flow-at-lora": ["--lora.rank", "2"]}
 BATCH = {
     name: ["--training.batch_size", "2", "--training.accumulate", "1", "--training.checkpoint_every", "4"]
@@ -61,7 +61,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The commands of atdiff in a block for a shell, without what launches them in many processes."""
+    """Return the atdiff commands of a shell block, except those that run under a launcher."""
     lines = code.replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[1:] for line in words if line and line[0] == "atdiff"]
@@ -76,7 +76,7 @@ TUTORIALS = sorted(
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take for granted: images, captions, pipelines, and the quickstart's folder."""
+    """What the pages assume: images, captions, pipelines, and the quickstart's folder."""
     folder = tmp_path_factory.mktemp("workplace")
     rng = np.random.default_rng(0)
     for name, side, channels in (("my-images", 16, 1), ("my-colour-images", 32, 3), ("my-captioned-images", 64, 3)):
@@ -111,7 +111,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quickstart(workplace: Path) -> Path:
-    """The runs of the study that some pages go on from, cut short."""
+    """Shortened runs of the study that some pages build on."""
     out = workplace / "runs" / "quickstart"
     for arm in ("plain", "auto8"):
         run = str(out / "seed-0" / arm)
@@ -120,7 +120,7 @@ def quickstart(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_code_runs(
+def test_tutorial_code_runs(
     page: Path,
     workplace: Path,
     quickstart: Path,
@@ -128,7 +128,7 @@ def test_code_runs(
     monkeypatch: pytest.MonkeyPatch,
     study_in_process: None,
 ) -> None:
-    """One page after the other as its reader would, in a folder of its own."""
+    """Run each page as a reader would, in a folder of its own."""
     place = tmp_path / "reader"
     shutil.copytree(workplace, place)
     monkeypatch.chdir(place)
@@ -151,16 +151,16 @@ def run_short(words: list[str]) -> None:
     if command == "quickstart":  # the fixture
         return
     more = list(SHORT[command])
-    if command == "study" and "--study.start" not in words:  # else there is no base to train, and all arms are
+    if command == "study" and "--study.start" not in words:  # with a start there is no base to train, only the arms
         more += ["--study.arms", "[plain]"]
     if command == "train":
         more += [*SMALLER.get(words[1], []), *BATCH.get(words[1], [])]
-    AcceleratorState._reset_state(reset_partial_state=True)  # to a reader each command is a process of its own
+    AcceleratorState._reset_state(reset_partial_state=True)  # a reader runs each command in its own process
     assert main([*words, *more]) == 0, shlex.join(words)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TUTORIALS], ids=lambda page: page.stem)
-def test_commands_of_other_pages_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_and_imports_of_other_pages_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their options, recipes, arms and keys exist; their Python compiles, and what it imports exists."""
     for language, code in blocks(page):
         if language == "python":
@@ -177,9 +177,9 @@ def test_commands_of_other_pages_are_understood(page: Path, capsys: pytest.Captu
                 assert all(flag in offered for flag in flags), (shlex.join(words), flags)
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's word about its successor
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's notice about its successor
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr

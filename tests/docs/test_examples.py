@@ -34,7 +34,7 @@ def test_example_runs(
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
-def test_a_pipeline_of_others_is_looked_at(
+def test_pipeline_evaluation_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)

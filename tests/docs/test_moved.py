@@ -1,4 +1,4 @@
-"""Modules keep their earlier names."""
+"""Moved modules can still be imported under their earlier names."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from atdiff._moved import MOVED
 
 
 @pytest.mark.parametrize(("before", "now"), MOVED.items())
-def test_a_module_is_found_under_its_earlier_name(before: str, now: str) -> None:
+def test_moved_module_is_found_under_its_earlier_name(before: str, now: str) -> None:
     module = importlib.import_module(f"atdiff.{now}")
     for name in [name for name in sys.modules if name == f"atdiff.{before}"]:
         del sys.modules[name]
@@ -21,7 +21,7 @@ def test_a_module_is_found_under_its_earlier_name(before: str, now: str) -> None
     assert module.__spec__.name == f"atdiff.{now}"
 
 
-def test_the_public_names_are_listed_and_found() -> None:
+def test_public_names_are_listed_and_found() -> None:
     assert set(atdiff.__all__) <= set(dir(atdiff))
     for name in atdiff.__all__:
         assert getattr(atdiff, name).__name__ == name

@@ -1,4 +1,4 @@
-"""Public names: listed, typed, and shown as the calls that make them."""
+"""Public names: listed, typed, and with a repr that is the call that creates them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def half(x: Any, t: Any) -> Any:
     return x / 2
 
 
-def test_completion_lists_the_public_names_and_no_others() -> None:
+def test_dir_lists_exactly_the_public_names() -> None:
     code = "import atdiff; print(*[name for name in dir(atdiff) if name[:2] != '__'])"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert listed == sorted(atdiff.__all__)
@@ -52,7 +52,7 @@ atdiff.Advesary
 """
 
 
-# What is checked is this package's own types; those of the libraries take a minute to read.
+# Only this package's own types are checked; reading those of the libraries takes a minute.
 SETTINGS = """
 [mypy]
 follow_imports = silent
@@ -61,7 +61,7 @@ follow_imports = skip
 """
 
 
-def test_types_are_seen_by_a_checker(tmp_path: Path) -> None:
+def test_types_are_visible_to_mypy(tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(SNIPPET)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-version", "3.10", "snippet.py"]
@@ -105,19 +105,19 @@ def test_types_are_seen_by_a_checker(tmp_path: Path) -> None:
          "ConsistencyObjective(EDMEulerScheduler(), prediction_type='edm', pairs=ImprovedPairs)"),
     ],
 )  # fmt: skip
-def test_objects_show_what_is_not_the_default(one: Any, text: str) -> None:
+def test_repr_shows_non_default_settings(one: Any, text: str) -> None:
     assert repr(one) == text or (repr(one).startswith(type(one).__name__) and repr(one).endswith(text))
     assert len(repr(one)) < 200
 
 
-def test_what_an_adversary_shows_makes_the_same_one() -> None:
+def test_repr_of_an_adversary_recreates_it() -> None:
     for one in (Adversary(steps=4), Adversary("l1", radius=2.0, noise_levels=(0.1, 1.0)), Adversary(passes=1)):
         made = eval(repr(one), {"Adversary": Adversary})
         kept = ("norm", "step_size", "num_passes", "radius", "method", "direction", "steps", "dose", "noise_levels")
         assert [getattr(made, name) for name in kept] == [getattr(one, name) for name in kept]
 
 
-def test_aliases_are_those_that_a_checker_knows() -> None:
+def test_aliases_match_their_type() -> None:
     assert set(ALIASES) == set(get_args(PredictionAlias))
     assert not set(ALIASES) & set(get_args(PredictionType))
 
@@ -127,7 +127,7 @@ def test_aliases_are_those_that_a_checker_knows() -> None:
     [("eps", "epsilon"), ("x0", "sample"), ("X-0", "sample"), ("velocity", "flow"), ("v", "v"), ("v_pred", "v"),
      ("epsilon", "epsilon"), ("edm", "edm"), (None, None), ("score", "score"), (3, 3)],
 )  # fmt: skip
-def test_words_of_a_prediction(word: Any, stored: Any) -> None:
+def test_prediction_aliases_are_resolved(word: Any, stored: Any) -> None:
     assert prediction_word(word) == stored
     assert ObjectiveConfig(prediction_type=word).prediction_type == stored
 
@@ -145,7 +145,7 @@ def test_words_of_a_prediction(word: Any, stored: Any) -> None:
         ({"name": "DDPMScheduler", "args": {"prediction_type": "v"}}, None, "v_prediction", "v_prediction"),
     ],
 )  # fmt: skip
-def test_a_recipe_stores_the_canonical_name(
+def test_recipe_stores_the_canonical_name(
     scheduler: dict[str, Any], word: str | None, stored: str, predicts: str | None, tmp_path: Path
 ) -> None:
     import yaml

@@ -1,4 +1,4 @@
-"""Every promise of docs/reliability.md names tests, and they exist."""
+"""Every promise in docs/reliability.md names tests that exist."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ def module(path: Path) -> ModuleType:
         ("git@example.org:lab/atdiff.git", "https://example.org/lab/atdiff"),
         ("ssh://git@example.org/lab/atdiff", "https://example.org/lab/atdiff"),
         ("/srv/git/atdiff", None),
-        ("https://name:secret@example.org/lab/atdiff.git", None),  # a secret is not for a page
+        ("https://name:secret@example.org/lab/atdiff.git", None),  # a secret must not be published
         (None, None),
     ],
 )
-def test_the_site_links_to_a_repository_that_has_a_page(
+def test_site_links_to_repositories_with_a_web_page(
     origin: str | None, page: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mkdocs")
@@ -49,7 +49,7 @@ def test_the_site_links_to_a_repository_that_has_a_page(
     assert repository(tmp_path) == "https://example.org/other"
 
 
-def test_what_pages_install_is_the_clone_with_extras_that_exist() -> None:
+def test_pages_install_the_clone_with_existing_extras() -> None:
     extras = set(
         re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("[project.optional")[2], re.M)
     )
@@ -61,7 +61,7 @@ def test_what_pages_install_is_the_clone_with_extras_that_exist() -> None:
     assert {"lcm", "clip", "trackers"} <= set(found) <= extras
 
 
-def test_findings_are_numbered_in_order_and_their_charts_are_there() -> None:
+def test_findings_are_numbered_and_have_their_charts() -> None:
     text = (DOCS / "results" / "README.md").read_text()
     numbers = [int(a or b) for a, b in re.findall(r"^(?:<summary>(\d+)\. |(\d+)\. \*\*)", text, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -71,7 +71,7 @@ def test_findings_are_numbered_in_order_and_their_charts_are_there() -> None:
     assert text.count("<details") == text.count("</details>")
 
 
-def test_bars_of_a_chart_are_the_figures_of_its_page() -> None:
+def test_chart_bars_match_the_figures_of_their_page() -> None:
     draw = module(ROOT / "studies" / "draw_findings.py")
     for _, panels in draw.FOUND.values():
         for panel in panels:
@@ -82,7 +82,7 @@ def test_bars_of_a_chart_are_the_figures_of_its_page() -> None:
     assert "plain" not in found[5]
 
 
-def test_every_page_is_in_the_navigation_once() -> None:
+def test_every_page_is_in_the_navigation_exactly_once() -> None:
     content = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r"([\w/-]+\.md)$", content.partition("nav:")[2], re.MULTILINE)
     made = {"reference/commands.md", "reference/recipe-keys.md"}
