@@ -66,7 +66,7 @@ def isotropic(std: float) -> Tensor:
     return torch.full(SHAPE, std)
 
 
-def test_the_gradient_of_epsilon_points_at_the_truth_and_the_worst_case_away() -> None:
+def test_epsilon_gradient_points_at_the_truth_and_worst_case_away() -> None:
     """For epsilon J > 0, and J - 1 / sigma < 0: cosines 1 and -1 at every level and for every variance."""
     for std in (0.5, 2.0):
         records, _ = measured("epsilon", isotropic(std))
@@ -77,8 +77,8 @@ def test_the_gradient_of_epsilon_points_at_the_truth_and_the_worst_case_away() -
                 assert record["cosine_p90"] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_the_gradient_of_v_turns_with_the_variance_of_the_data() -> None:
-    """For v, J = alpha sigma (1 - s^2) / (alpha^2 s^2 + sigma^2); the worst case points away from the truth always."""
+def test_sign_of_the_v_gradient_depends_on_the_data_variance() -> None:
+    """For v, J = alpha sigma (1 - s^2) / (alpha^2 s^2 + sigma^2); the worst case always points away from the truth."""
     for std, sign in ((0.5, 1.0), (2.0, -1.0)):
         records, _ = measured("v_prediction", isotropic(std))
         for record in by_direction(records, "gradient"):
@@ -87,7 +87,7 @@ def test_the_gradient_of_v_turns_with_the_variance_of_the_data() -> None:
             assert record["cosine"] == pytest.approx(-1.0, abs=1e-5)
 
 
-def test_the_gradient_of_a_flow_turns_with_the_level() -> None:
+def test_sign_of_the_flow_gradient_depends_on_the_level() -> None:
     """For a flow, J = (sigma - alpha s^2) / (alpha^2 s^2 + sigma^2): with s = 1 its sign turns at level 0.5."""
     records, _ = measured("flow", isotropic(1.0))
     cosines = [record["cosine"] for record in by_direction(records, "gradient")]
@@ -95,8 +95,8 @@ def test_the_gradient_of_a_flow_turns_with_the_level() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow", "sample"])
-def test_cosines_and_losses_of_pixels_of_unequal_variance(kind: str) -> None:
-    """With error e, the gradient is J e, that of the full loss (J - c) e, c the slope of the target."""
+def test_cosines_and_losses_match_closed_form_for_unequal_variances(kind: str) -> None:
+    """With error e, the gradient is J e and the full gradient (J - c) e, where c is the slope of the target."""
     std = torch.linspace(0.1, 2.5, 12).view(SHAPE)
     records, x0 = measured(kind, std, step=1.5)
     objective, config = DenoisingObjective(SCHEDULERS[kind]), DirectionsConfig()
@@ -139,7 +139,7 @@ def away_from_estimate(kind: str, batch: DenoisingBatch, slope: Tensor) -> tuple
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow", "edm"])
-def test_the_residual_is_a_positive_multiple_of_what_is_missing(kind: str) -> None:
+def test_residual_points_from_the_estimate_to_the_truth(kind: str) -> None:
     scheduler = EDMEulerScheduler() if kind == "edm" else SCHEDULERS[kind]
     objective = DenoisingObjective(scheduler)
     timestep = objective.schedule.timestep_at(0.4)
@@ -156,7 +156,7 @@ def test_the_residual_is_a_positive_multiple_of_what_is_missing(kind: str) -> No
     torch.testing.assert_close(cosine, torch.ones(6), rtol=0, atol=1e-5)
 
 
-def test_a_step_along_the_residual_eases_and_the_worst_case_hardens() -> None:
+def test_residual_step_lowers_the_loss_and_worst_case_raises_it() -> None:
     """With J scalar, the step of norm k sigma turns the error e into e (1 -+ (1 - J sigma) k / |e|)."""
     step = 2.0
     records, x0 = measured("epsilon", isotropic(0.7), step=step)
@@ -173,14 +173,14 @@ def test_a_step_along_the_residual_eases_and_the_worst_case_hardens() -> None:
     assert all(record["harder"] == 1.0 for record in by_direction(records, "gradient_full"))
 
 
-def test_a_random_direction_points_nowhere() -> None:
-    """The step adds, on average, the square of (J - 1 / sigma) delta, |delta| = step sigma, to that of the error."""
+def test_random_direction_is_uncorrelated_with_the_truth() -> None:
+    """On average the step adds the square of (J - 1 / sigma) delta, |delta| = step sigma, to the squared error."""
     num, pixels, step = 500, 12, 2.0
     x0 = torch.randn(num, *SHAPE, generator=torch.Generator().manual_seed(3))
     config = DirectionsConfig(levels=(0.3, 0.7), step=step)
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     records = measure_directions(objective, Exact("epsilon", isotropic(1.0)), x0, config)
-    spread = pixels**-0.5  # of the cosine of random directions
+    spread = pixels**-0.5  # standard deviation of the cosine of random directions
     for record in (record for record in records if record["direction"] == "random"):
         assert abs(record["cosine"]) < 4 * spread / math.sqrt(num)
         assert record["cosine_p90"] == pytest.approx(1.2816 * spread, abs=0.1)
@@ -191,7 +191,7 @@ def test_a_random_direction_points_nowhere() -> None:
         assert added == pytest.approx(moved**2, abs=4 * 2 * error * moved * spread / math.sqrt(num))
 
 
-def test_neither_batch_size_nor_mode_matters_and_weights_are_left_alone() -> None:
+def test_results_do_not_depend_on_batch_size_or_mode() -> None:
     x0 = torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(3))
     objective, model = DenoisingObjective(SCHEDULERS["flow"]), Exact("flow", isotropic(0.8)).train()
     calls: list[tuple[int, int]] = []
@@ -215,7 +215,7 @@ def test_neither_batch_size_nor_mode_matters_and_weights_are_left_alone() -> Non
     assert other_seed[-1]["loss"] != pytest.approx(whole[-1]["loss"], rel=1e-3)
 
 
-def test_a_broken_network_is_named() -> None:
+def test_nonfinite_predictions_are_rejected() -> None:
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     with pytest.raises(FloatingPointError, match="is not finite"):
         measure_directions(
@@ -223,7 +223,7 @@ def test_a_broken_network_is_named() -> None:
         )
 
 
-def test_runs_are_measured_once_each(tmp_path: Path) -> None:
+def test_runs_are_measured_only_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = MLP2DModel(width=8, num_blocks=1, out_channels=2, num_class_embeds=10)
     save_pipeline(tmp_path / "run", model, DDPMScheduler(**COSINE, variance_type="learned_range"))
@@ -241,12 +241,12 @@ def test_runs_are_measured_once_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.inf, math.nan])
-def test_bad_steps_are_named(step: float, tmp_path: Path) -> None:
+def test_invalid_steps_are_rejected(step: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be above 0 and finite"):
         directions_of_runs(["/no/such/run"], DirectionsConfig(step=step), tmp_path)
 
 
-def test_curves_have_a_column_a_run_and_are_repeatable() -> None:
+def test_curves_have_a_column_per_run_and_are_deterministic() -> None:
     records, _ = measured("epsilon", isotropic(1.0))
     by_run = {"runs/a": records, "runs/b": records}
     svg = direction_curves(by_run)

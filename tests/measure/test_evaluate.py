@@ -1,4 +1,4 @@
-"""`atdiff evaluate`: interrupted at any moment, and given what it cannot use."""
+"""`atdiff evaluate`: interruptions at any moment, and unusable input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from conftest import small_unet
 
 
 class Interrupter:
-    """Stops the evaluation at its n-th moment: around every batch of pictures and around every write."""
+    """Interrupts the evaluation at its n-th moment: before or after a batch of images or a write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.generate = 0, atdiff.pipelines.trained.iter_generate
@@ -47,7 +47,7 @@ class Interrupter:
         self.moment()
 
 
-def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
+def test_interruptions_lose_or_duplicate_no_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def words(name: str) -> list[str]:
@@ -59,7 +59,7 @@ def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
     assert len(whole) == 4
     interrupter = Interrupter(monkeypatch)
     interruptions = 0
-    # Every start gets one moment further than the one before, so that each kind of moment is met.
+    # Each start gets one moment further than the last, so that every kind of moment is interrupted.
     for moment in range(1, 100):
         interrupter.left = moment
         if main(words("cells.json")) == 0:
@@ -89,7 +89,7 @@ def test_no_cell_is_lost_or_counted_twice_wherever_it_is_interrupted(
         (["--out", "notes.json"], "contains no evaluation"),
     ],
 )
-def test_what_it_cannot_use_is_one_sentence_and_spoils_nothing(
+def test_unusable_input_is_one_sentence_and_changes_nothing(
     words: list[str],
     message: str,
     finished: tuple[Path, Path],
@@ -114,7 +114,7 @@ def test_what_it_cannot_use_is_one_sentence_and_spoils_nothing(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
+def test_nonfinite_images_are_reported_and_leave_no_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*args: Any, num: int, shape: tuple[int, ...], **options: Any) -> Iterator[torch.Tensor]:
@@ -127,7 +127,7 @@ def test_pictures_that_are_not_finite_are_said_and_leave_no_cell(
     assert not out.exists()
 
 
-def test_without_a_file_the_table_is_printed(
+def test_table_is_printed_without_an_output_file(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -143,10 +143,10 @@ def test_without_a_file_the_table_is_printed(
     assert not list(tmp_path.iterdir())
 
 
-def test_images_of_another_size_are_read_by_the_remedy_that_is_named(
+def test_suggested_fix_for_other_image_sizes_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pipeline of 16 grey pixels against larger photographs in colour; the oracle is the same images saved so."""
+    """A 16-pixel greyscale pipeline against larger colour photos; the oracle is the same images saved in that form."""
     monkeypatch.chdir(tmp_path)
     network = small_unet(8, 8)
     network.register_to_config(sample_size=16)

@@ -46,13 +46,13 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "lumina2": tiny_lumina2, "qwen": tiny_qwen, "cogview4": tiny_cogview4, "auraflow": tiny_auraflow,
     "wan": tiny_wan,
 }  # fmt: skip
-COMMANDS = ("sd", "sdxl", "sd3", "flux", "dit")  # the commands find no difference between the others and these
+COMMANDS = ("sd", "sdxl", "sd3", "flux", "dit")  # the commands treat the others alike
 NUM, STEPS = 3, 2
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of each kind that commands are given, labelled images and captioned ones."""
+    """A pipeline of each kind in COMMANDS, labelled images and captioned images."""
     root = tmp_path_factory.mktemp("latents")
     for kind in COMMANDS:
         MAKERS[kind](root / kind)
@@ -87,8 +87,8 @@ def pipeline_of(run: LatentRun) -> LatentPipeline:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_the_trajectory_is_that_of_diffusers_own_pipeline(kind: str, places: Path) -> None:
-    """Guided, with the same noise, prompts and steps: the latents decode to the pictures that the pipeline draws."""
+def test_trajectory_matches_the_diffusers_pipeline(kind: str, places: Path) -> None:
+    """Guided, with the same noise, prompts and steps, the latents decode to the pipeline's images."""
     run, true = subject(places, kind, guided=True)
     config = MismatchConfig(None, STEPS, num=NUM, seed=3)
     images = module._TrueImages(run, true, config, 0, "cpu")
@@ -105,8 +105,8 @@ def test_the_trajectory_is_that_of_diffusers_own_pipeline(kind: str, places: Pat
     assert len(probe.seen) == STEPS
 
 
-def test_records_are_those_computed_by_hand_with_diffusers(places: Path) -> None:
-    """Tiny Stable Diffusion: sampled latents by the pipeline's callback, true ones noised by its scheduler."""
+def test_mismatch_records_match_a_manual_computation(places: Path) -> None:
+    """Tiny Stable Diffusion: sampled latents from the pipeline's callback, true ones noised by its scheduler."""
     run, true = subject(places, "sd", guided=True, prompts=("a cat", "the dog"))
     records = measure_mismatch(run, true, MismatchConfig("ddim", STEPS, num=NUM, seed=1))
     text: TextToImage = replace(run.run, prompts=("a cat", "the dog"))
@@ -169,8 +169,8 @@ def test_records_are_those_computed_by_hand_with_diffusers(places: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "dit"])
-def test_the_clean_loss_is_that_of_diffusers_networks(kind: str, places: Path) -> None:
-    """Unguided, as in training: of the noise, of the velocity, and of the noise beside a learned variance."""
+def test_clean_loss_matches_diffusers_networks(kind: str, places: Path) -> None:
+    """Unguided, as in training: the loss of the noise, of the velocity, and of the noise with a learned variance."""
     run, true = subject(places, kind, guided=False)
     config = RobustnessConfig(levels=(0.5,), radii=(0.1,), num=NUM, steps=1, restarts=1)
     x0, conditions = draw_images(run, true, config)
@@ -197,7 +197,7 @@ def test_the_clean_loss_is_that_of_diffusers_networks(kind: str, places: Path) -
 
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])
-def test_the_commands_end_with_figures(command: str, kind: str, places: Path, tmp_path: Path, capsys: Any) -> None:
+def test_commands_produce_finite_figures(command: str, kind: str, places: Path, tmp_path: Path, capsys: Any) -> None:
     options = {
         "mismatch": ["--steps", "2", "--num", "2"],
         "robustness": ["--num", "2", "--pgd-steps", "1", "--restarts", "1", "--levels", "0.5", "--radii", "0.5"],
@@ -218,7 +218,7 @@ def test_the_commands_end_with_figures(command: str, kind: str, places: Path, tm
         assert all(np.isfinite(record["loss"]).all() for record in entry["records"])
 
 
-def test_images_get_their_captions_or_the_prompt_of_their_class_or_prompts_in_turn(places: Path) -> None:
+def test_images_get_captions_class_prompts_or_prompts_in_turn(places: Path) -> None:
     prompts = ("a cat", "the dog")
 
     def captions(data: str, prompts: tuple[str, ...] | None) -> list[str]:
@@ -232,16 +232,14 @@ def test_images_get_their_captions_or_the_prompt_of_their_class_or_prompts_in_tu
     assert prompted(reversed_labels, prompts).captions == ["the dog", "the dog", "a cat", "a cat"]
 
 
-def test_only_a_guided_network_has_a_guidance_scale_in_its_recipe(places: Path) -> None:
+def test_only_guided_recipes_have_a_guidance_scale(places: Path) -> None:
     run = load_denoiser(str(places / "sd"))
     assert latent_run(run, guided=True).recipe == {"guidance_scale": 7.5, "images": "latents"}
     assert latent_run(run, guided=False).recipe == {"images": "latents"}
 
 
-def test_the_mismatch_of_a_comparison_is_of_the_guidance_and_the_prompts_of_its_figures(
-    places: Path, tmp_path: Path
-) -> None:
-    """A pipeline of others has no prompts of its own, and its usual guidance scale is 7.5."""
+def test_comparison_mismatch_uses_the_guidance_and_prompts_of_its_figures(places: Path, tmp_path: Path) -> None:
+    """A third-party pipeline has no prompts of its own, and its default guidance scale is 7.5."""
     config = EvaluationConfig(("ddim",), (2,), prompts=("a cat", "the dog"), guidance_scale=3.0)
     cell = {"sampler": "ddim", "steps": 2, "num": 2, "sample_seed": 0, "extractor": "x", "metrics": {}}
     asked = replace(_measurements(cell, config), data=str(places / "labelled.npz"), num=NUM)
@@ -267,7 +265,7 @@ def test_the_mismatch_of_a_comparison_is_of_the_guidance_and_the_prompts_of_its_
     ],
 )
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])
-def test_what_is_missing_is_one_sentence(
+def test_data_and_prompt_errors_are_one_sentence(
     command: str, words: list[str], message: str, places: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(places)

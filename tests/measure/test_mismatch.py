@@ -1,4 +1,4 @@
-"""Mismatch on Gaussian data: the exact denoiser is linear, so every law along a trajectory is known in closed form."""
+"""Mismatch on Gaussian data: the exact denoiser is linear, so all distributions have a closed form."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ VARIANCE = (DATA.images.double() / 127.5 - 1).flatten(1).var(0).numpy()
 
 
 def posterior(alpha: float, sigma: float, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
-    """Slopes and intercepts of noise_hat and x0_hat as functions of x_t, (4, D).
+    """Return slopes and intercepts of noise_hat and x0_hat as functions of x_t, (4, D).
 
     The noise is the exact one times ``factor`` plus ``offset``; without an error, x0_hat also exists at alpha = 0.
     """
@@ -87,7 +87,7 @@ def posterior(alpha: float, sigma: float, factor: float = 1.0, offset: float = 0
 
 
 class Linear:
-    """The exact denoiser of Gaussian data, or one of a known error, for any parametrisation."""
+    """The exact denoiser of Gaussian data, or one with a known error, for any parametrisation."""
 
     config = FrozenDict(sample_size=2, in_channels=1, num_class_embeds=None)
 
@@ -118,7 +118,7 @@ def denoiser(scheduler: Any, **error: float) -> Denoiser:
 
 
 def law_of_ddim(scheduler: Any, timesteps: list[float], **error: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean and standard deviation of x_t at each timestep of DDIM (Euler for flows), and at the end."""
+    """Return mean and standard deviation of x_t at each timestep of DDIM (Euler for flows), and at the end."""
     schedule = NoiseSchedule(scheduler)
     points = [tuple(float(s) for s in schedule(torch.tensor([t]))) for t in timesteps]
     mean, std = np.zeros(4), np.ones(4)
@@ -139,7 +139,7 @@ def norm_of_noise(lines: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float
 
 @pytest.fixture(autouse=True)
 def few_projections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorting 256 projections is most of the time of a record."""
+    """Sorting all 256 projections would take most of the time of a record."""
     exact = module.sliced_wasserstein
     monkeypatch.setattr(module, "sliced_wasserstein", lambda a, b: exact(a, b, projections=8))
 
@@ -155,7 +155,7 @@ def few_projections(monkeypatch: pytest.MonkeyPatch) -> None:
         (vp(), "heun", 16),
         (FLOW, "flow-euler", 25),
         (EDM, "edm-euler", 25),
-        (CM, "edm-euler", 25),  # its networks know 250 log(sigma), the sampler says log(sigma) / 4
+        (CM, "edm-euler", 25),  # its networks take 250 log(sigma), the sampler passes log(sigma) / 4
     ],
 )
 def test_exact_denoiser_in_fine_steps_has_no_mismatch(scheduler: Any, sampler: str, steps: int) -> None:
@@ -164,7 +164,7 @@ def test_exact_denoiser_in_fine_steps_has_no_mismatch(scheduler: Any, sampler: s
     assert [record["t"] for record in records] == [*timesteps.tolist(), None]
     assert [record["level"] for record in records] == sorted((r["level"] for r in records), reverse=True)
     for record in records:
-        if record["level"] < 0.2:  # where what is left of the discretisation lies
+        if record["level"] < 0.2:  # where the remaining discretisation error lies
             continue
         std = np.sqrt((record["alpha"] ** 2 * VARIANCE + record["sigma"] ** 2).mean())
         for suffix in ("", "_floor"):
@@ -187,24 +187,24 @@ def test_exact_denoiser_in_fine_steps_has_no_mismatch(scheduler: Any, sampler: s
         (FLOW, "flow-euler", {}),
     ],
 )
-def test_law_along_the_trajectory_is_that_in_closed_form(scheduler: Any, sampler: str, error: dict[str, float]) -> None:
-    """A linear denoiser and DDIM keep Gaussians Gaussian, and move mean and variance by hand-made formulas."""
+def test_trajectory_distribution_matches_the_closed_form(scheduler: Any, sampler: str, error: dict[str, float]) -> None:
+    """A linear denoiser and DDIM keep Gaussians Gaussian, with known mean and variance."""
     records = measure_mismatch(denoiser(scheduler, **error), DATA, MismatchConfig(sampler, 4, num=4000))
     laws = law_of_ddim(scheduler, [record["t"] for record in records[:-1]], **error)
     for record, (mean, std) in zip(records, laws, strict=True):
         alpha, sigma = record["alpha"], record["sigma"]
         true_mean, true_variance = alpha * MEAN, alpha**2 * VARIANCE + sigma**2
         if record["t"] is None and np.abs(mean).max() + 3 * std.max() > 1:
-            continue  # the final pictures are clipped
+            continue  # the final images are clipped
         bias = np.sqrt(((mean - true_mean) ** 2).mean())
-        noise = np.sqrt((std**2 + true_variance).mean() / 4000)  # of the difference of two means
+        noise = np.sqrt((std**2 + true_variance).mean() / 4000)  # standard error of the difference of two means
         assert abs(record["mean_bias"] - bias) < 2.5 * noise
         ratio = (std**2).mean() / true_variance.mean()
         assert record["variance_ratio"] == pytest.approx(ratio, rel=0.05)
         gap = (std**2 - true_variance).mean()
         assert record["variance_bias"] == pytest.approx(gap, abs=0.05 * true_variance.mean())
         frechet = ((mean - true_mean) ** 2).sum() + ((std - np.sqrt(true_variance)) ** 2).sum()
-        # A metric: what it is off by is at most the distance of the samples from their laws, 2 to 3 noise.
+        # A metric: its error is at most the distance of the samples from their distributions, 2 to 3 noise.
         assert abs(record["frechet_pixels"] ** 0.5 - frechet**0.5) < 4 * noise
         if record["t"] is not None:
             lines = posterior(alpha, sigma, **error)
@@ -212,7 +212,7 @@ def test_law_along_the_trajectory_is_that_in_closed_form(scheduler: Any, sampler
             assert record["noise_norm_ratio"] == pytest.approx(norms, rel=0.03)
 
 
-def test_distances_of_fewer_samples_than_dimensions_are_left_out() -> None:
+def test_frechet_distances_need_as_many_samples_as_dimensions() -> None:
     few = measure_mismatch(denoiser(vp()), DATA, MismatchConfig("ddim", 2, num=3), PIXELS)
     enough = measure_mismatch(denoiser(vp()), DATA, MismatchConfig("ddim", 2, num=4), PIXELS)
     for name in ("frechet_pixels", "frechet_features"):
@@ -221,8 +221,8 @@ def test_distances_of_fewer_samples_than_dimensions_are_left_out() -> None:
     assert all({"mean_bias", "variance_ratio", "sliced_wasserstein"} <= record.keys() for record in few)
 
 
-def test_the_distances_take_less_time_than_the_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 pictures of 3,072 values: the Frechet distance of their pixels alone took many times the sampling."""
+def test_distances_take_less_time_than_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 64 images of 3,072 values, an exact Frechet distance of the pixels takes many times the sampling."""
     monkeypatch.undo()  # all projections
     spent = {"generate": 0.0, "_compare": 0.0}
 
@@ -249,7 +249,7 @@ def test_the_distances_take_less_time_than_the_sampling(monkeypatch: pytest.Monk
     assert spent["_compare"] < spent["generate"]
 
 
-def test_features_are_those_of_the_clean_estimate() -> None:
+def test_features_come_from_the_clean_estimate() -> None:
     """Pixels of x0_hat are linear in x_t: Gaussians of known mean and variance, in units of 8 bits."""
     error = {"offset": 0.2}
     records = measure_mismatch(denoiser(vp(), **error), DATA, MismatchConfig("ddim", 4, num=4000), PIXELS)
@@ -265,7 +265,7 @@ def test_features_are_those_of_the_clean_estimate() -> None:
     assert "noise_norm_ratio" not in records[-1]
 
 
-def test_pictures_are_those_of_generate_and_records_do_not_depend_on_the_batch_size() -> None:
+def test_records_match_generate_at_any_batch_size() -> None:
     config = MismatchConfig("iddpm", 3, num=100, seed=5)
     whole = measure_mismatch(denoiser(vp()), DATA, config)
     parts = measure_mismatch(denoiser(vp()), DATA, MismatchConfig("iddpm", 3, num=100, seed=5, batch_size=33))
@@ -278,8 +278,8 @@ def test_pictures_are_those_of_generate_and_records_do_not_depend_on_the_batch_s
     assert whole[-1]["mean_bias"] == pytest.approx(bias, rel=1e-6)
 
 
-def test_correction_is_measured_in_effect() -> None:
-    """Epsilon scaling undoes an error of the noise's scale, and the norm of the predicted noise shows it."""
+def test_corrections_are_applied_while_measuring() -> None:
+    """Epsilon scaling undoes a scale error of the noise, and the norm of the predicted noise shows it."""
     error = {"factor": 1.05}
     plain = measure_mismatch(denoiser(vp(), **error), DATA, MismatchConfig("ddim", 10, num=1000))
     scaled = measure_mismatch(
@@ -314,7 +314,7 @@ def unet(classes: int | None = None) -> UNet2DModel:
     )  # fmt: skip
 
 
-def test_conditional_network_is_given_the_labels_of_the_images() -> None:
+def test_conditional_network_gets_the_image_labels() -> None:
     seen: list[Tensor] = []
     model = unet(classes=3)
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True)
@@ -342,7 +342,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 CONFIG = MismatchConfig("ddim", 2, num=20, extractor=None, data="digits")
 
 
-def test_interrupted_measurement_goes_on(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_measurement_resumes(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     real = module.measure_mismatch
 
@@ -389,7 +389,7 @@ def test_interrupted_measurement_goes_on(runs: list[str], tmp_path: Path, monkey
         ({"extractor": "digit-classifier"}, "extractor"),
     ],
 )
-def test_mistakes_are_found_before_any_compute(
+def test_invalid_settings_are_rejected_before_sampling(
     options: dict[str, Any], message: str, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("sampled"))
@@ -401,7 +401,7 @@ def test_mistakes_are_found_before_any_compute(
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_another_size_are_refused(runs: list[str], tmp_path: Path) -> None:
+def test_images_of_another_size_are_rejected(runs: list[str], tmp_path: Path) -> None:
     np.savez(tmp_path / "small.npz", images=np.zeros((4, 2, 2), np.uint8))
     config = MismatchConfig("ddim", 2, extractor=None, data=str(tmp_path / "small.npz"))
     with pytest.raises(UserError, match=r"\(1, 2, 2\)"):
@@ -430,7 +430,7 @@ def a_broken_json(out: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [a_file, a_used_folder, another_json, a_broken_json])
-def test_what_is_not_ours_is_left_alone(make: Callable[[Path], None], runs: list[str], tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(make: Callable[[Path], None], runs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(out)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -439,11 +439,11 @@ def test_what_is_not_ours_is_left_alone(make: Callable[[Path], None], runs: list
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_curves_show_every_run_and_leave_out_what_was_not_measured() -> None:
+def test_curves_show_every_run_but_only_what_was_measured() -> None:
     records = measure_mismatch(denoiser(vp()), DATA, MismatchConfig("heun", 3, num=50))
     picture = mismatch_curves({"runs/a/plain": records, "runs/a/$at": records}).decode()
     for text in ("plain", "$at", "floor", "variance of x_t", "Fréchet distance of x_t"):
-        assert f"<!-- {text}" in picture  # matplotlib's comments, beside the outlines of the letters
+        assert f"<!-- {text}" in picture  # matplotlib writes text as comments beside the glyph outlines
     assert "runs/a" not in picture
     assert "features" not in picture
     with pytest.raises(UserError, match="no mismatch was measured"):

@@ -1,4 +1,4 @@
-"""The worst case of linear denoisers, known in closed form, and what a measurement of runs may not spoil."""
+"""The worst case of linear denoisers, known in closed form, and the side effects of measuring runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SCHEDULERS: dict[str, Any] = {
 
 
 class Linear(nn.Module):
-    """``A x`` of flattened images, with a part that behaves otherwise in training."""
+    """``A x`` of flattened images, with dropout in training mode."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
@@ -135,9 +135,9 @@ def test_linf_and_l1_reach_the_best_corner() -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("target", ["equivariant", "invariant"])
-def test_l2_with_either_target_of_a_multiple_of_the_identity(kind: str, target: Any) -> None:
-    """The error moves by (a - c) delta, c what the target moves by: 1 / sigma, for v alpha / sigma."""
-    a = 0.6  # where the target moves, the error mostly does the opposite of the prediction
+def test_l2_matches_the_closed_form_for_either_target(kind: str, target: Any) -> None:
+    """The error moves by (a - c) delta, where c is the slope of the target: 1 / sigma, or alpha / sigma for v."""
+    a = 0.6  # if the target moves, the error mostly moves against the prediction
     objective, batch = drawn(kind)
     alpha = batch.alpha.view(-1, 1, 1, 1)
     clean_target = {
@@ -155,7 +155,7 @@ def test_l2_with_either_target_of_a_multiple_of_the_identity(kind: str, target: 
     torch.testing.assert_close(found, (error + slope * radius).square() / PIXELS, rtol=0.01, atol=0)
 
 
-def test_radius_zero_is_the_clean_loss_beside_others() -> None:
+def test_radius_zero_gives_the_clean_loss() -> None:
     objective, batch = drawn()
     model = Linear(torch.eye(PIXELS)).eval()
     clean = objective.compute(model, batch).terms["mse"].detach()
@@ -167,8 +167,8 @@ def test_radius_zero_is_the_clean_loss_beside_others() -> None:
     assert ((found > clean) == (mixed > 0)).all()
 
 
-def test_random_starts_leave_a_point_without_gradient() -> None:
-    """A network that is right at x_t: its loss has a minimum there, so that only another start can climb."""
+def test_random_starts_escape_a_point_without_gradient() -> None:
+    """A network that is exact at x_t has a minimum of the loss there, so only another start can climb."""
     objective, batch = drawn()
     alpha, sigma = (value.view(-1, 1, 1, 1) for value in (batch.alpha, batch.sigma))
     x_t = alpha * batch.x0 + sigma * batch.noise
@@ -183,10 +183,10 @@ def test_random_starts_leave_a_point_without_gradient() -> None:
     torch.testing.assert_close(free, torch.full((5,), (0.5 * 2.0) ** 2 / PIXELS), rtol=0.01, atol=0)
 
 
-def test_a_given_start_is_never_lost() -> None:
+def test_given_start_is_never_lost() -> None:
     objective, batch = drawn()
 
-    def spiked(x: Tensor, t: Tensor) -> Tensor:  # nothing shows the way to where the loss is high
+    def spiked(x: Tensor, t: Tensor) -> Tensor:  # no gradient points to where the loss is high
         return torch.where((x[:, :, :1, :1] > 100), 100.0, 0.0) + 0.0 * x
 
     start = torch.zeros_like(batch.x0)
@@ -202,7 +202,7 @@ def test_a_given_start_is_never_lost() -> None:
 def test_weights_and_mode_are_left_alone() -> None:
     objective, batch = drawn()
     model = Linear(torch.eye(PIXELS)).train()
-    with torch.no_grad():  # a caller's own setting does not stop the ascent
+    with torch.no_grad():  # the caller's no_grad does not stop the ascent
         found, delta = worst_case_loss(objective, model, batch, batch.sigma, generator=generator())
     assert model.matrix.grad is None
     assert model.matrix.requires_grad
@@ -215,7 +215,7 @@ def test_weights_and_mode_are_left_alone() -> None:
     torch.testing.assert_close(found, again, rtol=0, atol=0)  # dropout was off
 
 
-def test_doubling_radius() -> None:
+def test_doubling_radius_is_interpolated() -> None:
     radii = [0.0, 0.5, 1.0, 3.0]
     assert doubling_radius(radii, [3.0 * math.exp(0.4 * r) for r in radii]) == pytest.approx(math.log(2) / 0.4)
     assert doubling_radius(radii, [1.0, 1.5, 2.0, 9.0]) == pytest.approx(1.0)
@@ -226,7 +226,7 @@ def test_doubling_radius() -> None:
 @pytest.mark.parametrize(
     "scheduler", [*SCHEDULERS.values(), DDPMScheduler(), EDMEulerScheduler(), CMStochasticIterativeScheduler()]
 )
-def test_levels_find_their_timesteps(scheduler: Any) -> None:
+def test_timestep_at_inverts_the_noise_level(scheduler: Any) -> None:
     schedule = NoiseSchedule(scheduler)
     for level in (0.05, 0.3, 0.5, 0.95):
         alpha, sigma = schedule(schedule.timestep_at(level).reshape(1))
@@ -237,7 +237,7 @@ def images(num: int = 7) -> Tensor:
     return torch.randn(num, *SHAPE, generator=torch.Generator().manual_seed(5))
 
 
-def test_records_are_the_mean_of_the_closed_form_in_both_units() -> None:
+def test_records_match_the_closed_form_in_both_units() -> None:
     a, config = 0.3, RobustnessConfig(levels=(0.2, 0.8), radii=(2.0, 0.5))
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     calls: list[tuple[int, int]] = []
@@ -261,8 +261,8 @@ def test_records_are_the_mean_of_the_closed_form_in_both_units() -> None:
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
-def test_curves_never_fall_and_do_not_depend_on_the_batch_size(norm: Any) -> None:
-    """A landscape of many narrow hills, in which a single step of ascent ends anywhere."""
+def test_curves_are_monotonic_at_any_batch_size(norm: Any) -> None:
+    """A loss with many narrow hills, where a single ascent step may end anywhere."""
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
 
     def measured(batch_size: int) -> list[dict[str, Any]]:
@@ -277,7 +277,7 @@ def test_curves_never_fall_and_do_not_depend_on_the_batch_size(norm: Any) -> Non
         assert record["loss"][-1] > record["loss"][0]
 
 
-def test_a_loss_that_does_not_double_is_none() -> None:
+def test_doubling_radius_is_none_if_the_loss_does_not_double() -> None:
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     config = RobustnessConfig(levels=(0.5,), radii=(0.001,), steps=2)
     (record,) = measure_robustness(objective, Linear(torch.eye(PIXELS)), images(), config)
@@ -285,7 +285,7 @@ def test_a_loss_that_does_not_double_is_none() -> None:
     assert record["doubling_radius"] is None
 
 
-def test_a_broken_network_is_named() -> None:
+def test_nonfinite_predictions_are_rejected() -> None:
     objective = DenoisingObjective(SCHEDULERS["epsilon"])
     config = RobustnessConfig(levels=(0.5,), radii=(1.0,), steps=2)
     with pytest.raises(FloatingPointError, match=r"timestep \d+ is not finite"):
@@ -310,7 +310,7 @@ def test_a_broken_network_is_named() -> None:
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_bad_settings_are_named_before_a_run_is_loaded(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected_before_loading(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         robustness_of_runs(["/no/such/run"], RobustnessConfig(**changed), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -331,7 +331,7 @@ def runs(tmp_path: Path) -> list[str]:
 SMALL = RobustnessConfig(levels=(0.3, 0.7), radii=(1.0,), num=6, steps=2, data="digits")
 
 
-def test_runs_are_measured_once_each(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_measured_only_once(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, calls = tmp_path / "out", []
     measure = robustness.measure_robustness
 
@@ -358,16 +358,16 @@ def test_runs_are_measured_once_each(runs: list[str], tmp_path: Path, monkeypatc
     save_measured("robustness", entries, out)
     assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
     robustness_of_runs(runs[:1], RobustnessConfig(**{**vars(SMALL), "norm": "linf"}), out)
-    assert len(json.loads((out / "robustness.json").read_text())) == 4  # other settings stand beside them
+    assert len(json.loads((out / "robustness.json").read_text())) == 4  # other settings are kept beside them
 
 
-def test_progress_runs_through_all_runs(runs: list[str], tmp_path: Path) -> None:
+def test_progress_counts_all_runs(runs: list[str], tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     robustness_of_runs(runs[:2], SMALL, tmp_path / "out", notify=lambda *call: calls.append(call))
     assert calls == [(i + 1, 8) for i in range(8)]
 
 
-def test_folders_and_data_that_do_not_fit(runs: list[str], tmp_path: Path) -> None:
+def test_unsuitable_folders_and_data_are_rejected(runs: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="name them with --data"):
         robustness_of_runs(runs, RobustnessConfig(num=2), out)
@@ -394,7 +394,7 @@ def test_curves_need_records() -> None:
         robustness_curves({"run": []})
 
 
-def test_curves_hold_a_line_a_run_and_are_repeatable() -> None:
+def test_curves_have_a_line_per_run_and_are_deterministic() -> None:
     record = {"level": 0.5, "radius_sigma": [0.0, 0.5, 2.0], "loss": [0.1, 0.15, 0.4]}
     by_run = {"runs/a": [record, {**record, "level": 0.9}], "runs/b$x": [record]}
     svg = robustness_curves(by_run)

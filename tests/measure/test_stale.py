@@ -1,6 +1,6 @@
-"""Figures follow what they depend on: what is kept and no longer true is said and computed anew.
+"""Figures follow what they depend on: outdated ones are reported and computed again.
 
-The oracle is always the same: the figures of a fresh file.
+The oracle is always the figures of a fresh file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def images(seed: int = 0) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pipeline, reference images and a classifier's weights, under the names that the commands are given."""
+    """A pipeline, reference images and a classifier's weights, under the names that the commands use."""
     monkeypatch.chdir(tmp_path)
     save_pipeline(tmp_path / "run", network(0), DDPMScheduler(**COSINE))
     np.savez(tmp_path / "images.npz", **images())
@@ -83,7 +83,7 @@ def one_pixel(folder: Path) -> None:
 
 
 def reclassified(folder: Path) -> None:
-    """Another classifier under the same name, of the same size and date."""
+    """Replace the classifier with one of the same name, size and date."""
     file = folder / "classifier.safetensors"
     before = file.stat()
     weights = load_file(file)
@@ -110,7 +110,9 @@ def evaluated(out: str, *words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_cell_follows_what_it_depends_on(change: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_are_recomputed_when_an_input_changes(
+    change: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     apply, reason = CHANGES[change]
     before = evaluated("cells.json", "--steps", "2,3")
     assert evaluated("cells.json", "--steps", "2,3") == before
@@ -124,8 +126,8 @@ def test_a_cell_follows_what_it_depends_on(change: str, folder: Path, capsys: py
     assert evaluated("cells.json", "--steps", "2,3") == after
 
 
-def test_a_labels_classifier_follows_the_labels(folder: Path) -> None:
-    """Trained on the labels of the reference images, so other labels are other features."""
+def test_label_classifier_follows_the_labels(folder: Path) -> None:
+    """It is trained on the labels of the reference images, so other labels give other features."""
 
     def distance(out: str) -> Any:
         words = ["--data", "images.npz", "--extractor", "label-classifier", "--num", "16", "--metrics", "fid"]
@@ -137,7 +139,7 @@ def test_a_labels_classifier_follows_the_labels(folder: Path) -> None:
     assert distance("cells.json") == distance("new.json") != before
 
 
-def test_cells_that_are_not_asked_for_are_marked_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stale_cells_not_requested_are_marked_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated("cells.json", "--steps", "2,3")
     reweighed(folder)
     capsys.readouterr()
@@ -146,7 +148,7 @@ def test_cells_that_are_not_asked_for_are_marked_and_left_out(folder: Path, caps
     assert "run ddim 3: the weights changed since; marked as stale" in shown.err
     assert "1 cells in" in shown.out
     assert [cell.get("stale") for cell in cells] == [None, "the weights changed since"]
-    # Asked for again it is a cell as any other; so it is if the weights come back.
+    # Once requested again, it is an ordinary cell.
     again = evaluated("cells.json", "--steps", "2,3")
     assert all("stale" not in cell for cell in again)
     assert [cell["metrics"] for cell in again] == [cell["metrics"] for cell in evaluated("new.json", "--steps", "2,3")]
@@ -163,7 +165,7 @@ def test_cells_of_earlier_versions_are_not_trusted(folder: Path, capsys: pytest.
     assert "run ddim 2: an earlier version did not note" in capsys.readouterr().err
 
 
-def test_a_search_follows_the_weights(folder: Path) -> None:
+def test_search_follows_the_weights(folder: Path) -> None:
     words = ["--steps", "3", "--corrections", "epsilon-scaling:search", "--search-num", "8"]
     evaluated("cells.json", *words)
     reweighed(folder)
@@ -172,8 +174,8 @@ def test_a_search_follows_the_weights(folder: Path) -> None:
         assert cell[name] == fresh[name]
 
 
-def test_two_runs_against_other_parts_of_the_same_data_do_not_share_them(tmp_path: Path) -> None:
-    """Both are called digits; each is held against what it was trained on."""
+def test_runs_on_different_splits_have_separate_references(tmp_path: Path) -> None:
+    """Both name digits; each is evaluated against what it was trained on."""
     for name, split in (("a", "train"), ("b", "test")):
         save_pipeline(tmp_path / name / "pipeline", network(0), DDPMScheduler(**COSINE))
         (tmp_path / name / "config.yaml").write_text(json.dumps({"data": {"name": "digits", "split": split}}))
@@ -185,8 +187,8 @@ def test_two_runs_against_other_parts_of_the_same_data_do_not_share_them(tmp_pat
     assert alone[0]["metrics"] != alone[1]["metrics"]
 
 
-def test_a_run_is_held_against_the_images_that_it_was_trained_on(tmp_path: Path) -> None:
-    """The first of a data set, with data.limit; data or a split that are named are taken whole."""
+def test_run_is_evaluated_against_its_training_images(tmp_path: Path) -> None:
+    """With data.limit these are the first images; data or a split that is named is used whole."""
     save_pipeline(tmp_path / "run" / "pipeline", network(0), DDPMScheduler(**COSINE))
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({"data": {"name": "digits", "limit": 60}}))
     digits = load_data("digits")
@@ -208,7 +210,7 @@ def test_a_run_is_held_against_the_images_that_it_was_trained_on(tmp_path: Path)
 
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])
 @pytest.mark.parametrize("change", ["weights", "scheduler", "one pixel"])
-def test_measurements_follow_what_they_depend_on(
+def test_measurements_are_recomputed_when_an_input_changes(
     command: str, change: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     apply, reason = CHANGES[change]
@@ -233,7 +235,7 @@ def test_measurements_follow_what_they_depend_on(
     assert after == measured("new") != before
 
 
-def test_features_of_a_mismatch_follow_the_weights_of_their_network(folder: Path) -> None:
+def test_mismatch_features_follow_the_extractor_weights(folder: Path) -> None:
     def features(out: str) -> Any:
         words = ["--steps", "2", "--num", "70", "--extractor", "label-classifier", *WORDS]
         assert main(["mismatch", "run", *words, "--out", out]) == 0
@@ -245,7 +247,7 @@ def test_features_of_a_mismatch_follow_the_weights_of_their_network(folder: Path
     assert features("out") == features("new") != before
 
 
-def test_what_changed_is_said_in_words() -> None:
+def test_changes_are_described_in_words() -> None:
     now = {"weights": "1", "reference": "2", "features": "3"}
     assert what_changed(now, now) is None
     assert what_changed({**now, "weights": "0"}, now) == "the weights changed since"
@@ -255,7 +257,7 @@ def test_what_changed_is_said_in_words() -> None:
     assert "did not note" in str(what_changed(None, now))
 
 
-# Pipelines of latents: every part counts.
+# Latent pipelines: every part counts.
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def reset(folder: Path, file: str, **settings: Any) -> None:
 
 
 def remerged(tokenizer: Path) -> None:
-    """The same vocabulary, put together in another way."""
+    """Keep the vocabulary, but change the merges."""
     (tokenizer / "merges.txt").write_text("#version: 0.2\nt h\n")
     fast = json.loads((tokenizer / "tokenizer.json").read_text())
     fast["model"]["merges"] = fast["model"]["merges"][:1]
@@ -297,17 +299,17 @@ PARTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_of_a_pipeline_is_in_its_fingerprints(part: str, sd: Path, tmp_path: Path) -> None:
+def test_fingerprints_cover_every_part_of_a_pipeline(part: str, sd: Path, tmp_path: Path) -> None:
     before = load_denoiser(str(sd)).fingerprints()
     shutil.copytree(sd, tmp_path / "copy")
-    assert load_denoiser(str(tmp_path / "copy")).fingerprints() == before  # wherever it lies
+    assert load_denoiser(str(tmp_path / "copy")).fingerprints() == before  # wherever it is
     change, name = PARTS[part]
     change(tmp_path / "copy")
     after = load_denoiser(str(tmp_path / "copy")).fingerprints()
     assert [key for key in after if after[key] != before[key]] == [name]
 
 
-def test_a_lora_is_in_the_fingerprints_of_its_run(sd: Path, tmp_path: Path) -> None:
+def test_fingerprints_of_a_run_cover_its_lora(sd: Path, tmp_path: Path) -> None:
     def saved(seed: int) -> dict[str, str]:
         latent = load_latent_pipeline(str(sd))
         unet = latent.network
@@ -327,7 +329,7 @@ def test_a_lora_is_in_the_fingerprints_of_its_run(sd: Path, tmp_path: Path) -> N
     assert saved(1)["weights"] != first["weights"] != load_denoiser(str(sd)).fingerprints()["weights"]
 
 
-def test_cells_of_a_pipeline_follow_its_autoencoder_and_prompts(
+def test_pipeline_cells_follow_autoencoder_and_prompts(
     sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -342,7 +344,7 @@ def test_cells_of_a_pipeline_follow_its_autoencoder_and_prompts(
         return [cell["metrics"] for cell in json.loads(Path(out).read_text())]
 
     cat = distances("cells.json", "a cat")
-    assert distances("cells.json", "the dog") == [*cat, *distances("dog.json", "the dog")]  # beside each other
+    assert distances("cells.json", "the dog") == [*cat, *distances("dog.json", "the dog")]  # kept side by side
     scaled(tmp_path / "sd", "vae")
     after = distances("cells.json", "a cat")
     assert after[0] == distances("new.json", "a cat")[0] != cat[0]
@@ -361,7 +363,7 @@ def _reweigh(run: Path) -> None:
     save_file({name: value * 1.1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
-def test_a_comparison_never_takes_the_cells_of_other_weights(
+def test_comparison_never_uses_cells_of_other_weights(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = study / "seed-0" / "at"
@@ -377,7 +379,7 @@ def test_a_comparison_never_takes_the_cells_of_other_weights(
     assert found != [cell["metrics"] for cell in before]
 
 
-def test_a_card_shows_cells_of_the_weights_beside_it_alone(study: Path) -> None:
+def test_card_shows_only_cells_of_its_own_weights(study: Path) -> None:
     run = study / "seed-0" / "at"
     figure = f"{json.loads((run / 'cells.json').read_text())[0]['metrics']['fd']:.4g}"
     assert figure in model_card(run)
@@ -385,7 +387,7 @@ def test_a_card_shows_cells_of_the_weights_beside_it_alone(study: Path) -> None:
     assert "Not evaluated yet" in model_card(run)
 
 
-def test_arms_of_another_base_are_refused(
+def test_arms_of_another_base_are_rejected(
     study: Path, finished: tuple[Path, Path], study_in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]
@@ -396,7 +398,7 @@ def test_arms_of_another_base_are_refused(
     assert str(study / "seed-0" / "plain") in error or str(study / "seed-0" / "at") in error
 
 
-def test_a_base_is_not_trained_further_under_its_arms(
+def test_base_is_not_extended_once_arms_started_from_it(
     study: Path, tmp_path: Path, study_in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = {**RECIPE, "training": {**RECIPE["training"], "passes": 25}}
@@ -407,9 +409,7 @@ def test_a_base_is_not_trained_further_under_its_arms(
     assert (study / "seed-0" / "base" / "config.yaml").read_text() == before
 
 
-def test_the_time_of_a_study_grows_with_what_is_done(
-    study: Path, finished: tuple[Path, Path], study_in_process: None
-) -> None:
+def test_study_time_accumulates(study: Path, finished: tuple[Path, Path], study_in_process: None) -> None:
     before = json.loads((study / "summary.json").read_text())["wall_seconds"]
     _reweigh(study / "seed-1" / "plain")
     words = ["study", str(finished[0]), "--out", str(study), "--jobs", "1", "--study.mismatch", "false"]
@@ -417,11 +417,11 @@ def test_the_time_of_a_study_grows_with_what_is_done(
     assert json.loads((study / "summary.json").read_text())["wall_seconds"] > before
 
 
-# Files that look as they did.
+# Files whose size and date did not change.
 
 
-def test_captioned_files_are_told_apart_by_their_contents(tmp_path: Path) -> None:
-    """Of the same name, size and date, as `rsync -t` or a restored backup leaves them."""
+def test_captioned_files_are_distinguished_by_content(tmp_path: Path) -> None:
+    """They have the same name, size and date, as after `rsync -t` or a restored backup."""
     folder = tmp_path / "set"
     folder.mkdir()
     for name, value in (("a", 10), ("b", 200)):
@@ -442,8 +442,8 @@ def test_captioned_files_are_told_apart_by_their_contents(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("place", ["a.parquet", "set"])
-def test_tables_are_told_apart_by_their_contents(place: str, tmp_path: Path) -> None:
-    """`datasets` alone goes on giving the rows of a file that was replaced by one of the same date."""
+def test_tables_are_distinguished_by_content(place: str, tmp_path: Path) -> None:
+    """`datasets` alone keeps returning the rows of a file that was replaced by one of the same date."""
     import datasets
 
     file = tmp_path / place / "a.parquet" if place == "set" else tmp_path / place
@@ -465,9 +465,7 @@ def test_tables_are_told_apart_by_their_contents(place: str, tmp_path: Path) -> 
     assert written(10)[0] == 10
 
 
-def test_contents_are_read_again_only_where_they_may_have_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contents_are_reread_only_if_they_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tmp_path / name for name in ("a", "b")]
     for file in files:
         file.write_text(file.name)
@@ -475,7 +473,7 @@ def test_contents_are_read_again_only_where_they_may_have_changed(
     real = contents.content_hash
     monkeypatch.setattr(contents, "content_hash", lambda file: read.append(file.name) or real(file))
     first = contents.content_hashes(files)
-    assert contents.content_hashes(files) == first  # of files just written nothing is kept
+    assert contents.content_hashes(files) == first  # hashes of files just written are not kept
     assert read == ["a", "b", "a", "b"]
     monkeypatch.setattr(contents, "SETTLED_AFTER", -1.0)
     contents.content_hashes(files)
