@@ -21,7 +21,7 @@ MNIST = str(Path(__file__).parent.parent / "data" / "mnist10k.npz")
 
 @pytest.fixture(scope="module")
 def mnist() -> tuple[ImageData, ImageData]:
-    """Return images to train on and others; a part of the file, so that training takes seconds."""
+    """Return training and held-out images, few enough for training to take seconds."""
     data = load_data(MNIST)
     assert data.labels is not None
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def weights(mnist: tuple[ImageData, ImageData]) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Train for three updates, into a cache of its own."""
+    """Train for three updates, with a separate cache."""
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     for key, value in {"epochs": 1, "min_updates": 3, "batch": 8}.items():
         monkeypatch.setitem(labels.RECIPE, key, value)
@@ -58,7 +58,7 @@ def opened(weights: Path) -> LabelClassifier:
 
 
 @torch.no_grad()
-def test_it_knows_digits_that_it_has_not_seen(mnist: tuple[ImageData, ImageData], weights: Path) -> None:
+def test_generalises_to_held_out_digits(mnist: tuple[ImageData, ImageData], weights: Path) -> None:
     held_out = mnist[1]
     found = opened(weights)(held_out.images)[1].argmax(1)
     # 97.7 % after training on 9,000 images; logistic regression on the pixels reaches 90 % with these 2,500.
@@ -73,10 +73,10 @@ def test_features_do_not_depend_on_the_batch(mnist: tuple[ImageData, ImageData],
         torch.testing.assert_close(features, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_make_extractor_takes_the_data_or_the_file(mnist: tuple[ImageData, ImageData], weights: Path) -> None:
+def test_make_extractor_accepts_data_or_weights(mnist: tuple[ImageData, ImageData], weights: Path) -> None:
     images = mnist[1].images[:10]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(labels.RECIPE, "min_updates", 1)  # as the fixture's
+        patch.setitem(labels.RECIPE, "min_updates", 1)  # as in the fixture
         by_data = extract(images, make_extractor(LABEL_CLASSIFIER, data=mnist[0]))
     by_file = extract(images, make_extractor(LABEL_CLASSIFIER, weights=weights))
     assert {name: value.shape for name, value in by_data.items()} == {"64": (10, 64), "logits": (10, 10)}
@@ -87,7 +87,7 @@ def test_make_extractor_takes_the_data_or_the_file(mnist: tuple[ImageData, Image
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 8), (3, 16, 16), (3, 20, 13), (1, 28, 28), (3, 64, 64)])
-def test_any_size_in_grey_and_colour(shape: tuple[int, int, int]) -> None:
+def test_any_size_works_in_grey_and_colour(shape: tuple[int, int, int]) -> None:
     data = images_of(10, *shape)
     path = label_classifier_weights(data)
     network = opened(path)
@@ -101,7 +101,7 @@ def test_any_size_in_grey_and_colour(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_training_is_deterministic_cached_and_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_deterministic_cached_and_keeps_the_rng_state(monkeypatch: pytest.MonkeyPatch) -> None:
     data = images_of(20, 1, 9, 9)
     before = torch.get_rng_state()
     path = label_classifier_weights(data)
@@ -130,7 +130,7 @@ def test_training_is_deterministic_cached_and_leaves_the_random_state(monkeypatc
 
 
 @pytest.mark.usefixtures("quick")
-def test_long_training_shows_a_bar_on_stderr(
+def test_long_training_shows_progress_on_stderr(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
@@ -154,12 +154,12 @@ GREY = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         (GREY.float(), torch.arange(4), "faces contains torch.float32 values"),
     ],
 )
-def test_data_that_it_cannot_learn(images: Tensor, labels: Tensor | None, message: str) -> None:
+def test_unsuitable_data_are_rejected(images: Tensor, labels: Tensor | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         label_classifier_weights(ImageData(images, labels, "faces"))
 
 
-def test_weights_that_are_none(tmp_path: Path, weights: Path) -> None:
+def test_invalid_weights_are_rejected(tmp_path: Path, weights: Path) -> None:
     with pytest.raises(UserError, match="label-classifier has no weights"):
         LabelClassifier(LABEL_CLASSIFIER, ["64"])
     bad = tmp_path / "bad.safetensors"
@@ -174,7 +174,7 @@ def test_weights_that_are_none(tmp_path: Path, weights: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_cache_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written.*set by ATDIFF_CACHE"):

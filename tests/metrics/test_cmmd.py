@@ -26,7 +26,7 @@ def rows(count: int, seed: int) -> Tensor:
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_it_is_the_squared_mmd_of_unit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cmmd_is_the_squared_mmd_of_unit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = rows(70, 0), rows(50, 1) + 0.5
     expected = plain_mmd(a, b)
     assert expected > 0.1
@@ -38,7 +38,7 @@ def test_it_is_the_squared_mmd_of_unit_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Flat(FeatureExtractorBase):
-    """The pixels of the first channel."""
+    """Features are the pixels of the first channel."""
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         return (input[:, 0].flatten(1).double(),)
@@ -48,7 +48,7 @@ class Flat(FeatureExtractorBase):
         return ("clip",)
 
 
-def test_it_is_taken_of_clip_beside_other_metrics_of_that_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cmmd_shares_clip_features_with_other_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def make(name: str, *, layers: Sequence[str], **_: Any) -> FeatureExtractorBase:

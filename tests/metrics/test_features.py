@@ -64,7 +64,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
     torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
 
 
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file" / "folder"))
     monkeypatch.setattr(label_features, "train_classifier", lambda *_: torch.nn.Linear(1, 1))
@@ -72,7 +72,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         make_extractor("digits-classifier")
 
 
-def test_weights_of_the_classifier_from_a_file(tmp_path: Path) -> None:
+def test_classifier_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
     trained = make_extractor("digits-classifier")
     (cached,) = classifier_files()
     copy = tmp_path / "w.safetensors"
@@ -90,7 +90,7 @@ def test_unknown_extractor_names_the_nearest() -> None:
         make_extractor("inception")
 
 
-def test_inception_without_network_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_offline_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise URLError("no network")
 
@@ -101,7 +101,7 @@ def test_inception_without_network_says_what_to_fetch(monkeypatch: pytest.Monkey
     assert "weights-inception-2015-12-05-6726825d.pth" in str(caught.value)
 
 
-def test_bad_inception_weights(tmp_path: Path) -> None:
+def test_invalid_inception_weights_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pth of inception-v3-compat do not exist"):
         make_extractor("inception-v3-compat", weights=tmp_path / "absent.pth")
     (tmp_path / "bad.pth").write_bytes(b"nonsense")
@@ -112,7 +112,7 @@ def test_bad_inception_weights(tmp_path: Path) -> None:
         make_extractor("inception-v3-compat", weights=tmp_path / "other.pth")
 
 
-def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
+def test_weights_that_run_code_are_rejected(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -123,7 +123,7 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_label_classifier_by_name(tmp_path: Path) -> None:
+def test_label_classifier_is_made_by_name(tmp_path: Path) -> None:
     from atdiff.metrics.features.labels import label_classifier_weights
 
     digits = load_data("digits", split="test")
@@ -137,7 +137,7 @@ def test_label_classifier_by_name(tmp_path: Path) -> None:
 
 
 def dinov2_tensors(width: int, grid: int, patch: int = 2, blocks: int = 2) -> dict[str, Tensor]:
-    """Random weights under the published names."""
+    """Return random weights under the published names."""
     shapes = {
         "cls_token": (1, 1, width),
         "mask_token": (1, width),
@@ -172,7 +172,7 @@ def dinov2_tensors(width: int, grid: int, patch: int = 2, blocks: int = 2) -> di
 
 
 def dinov2_forward(tensors: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """The published network, written down once more from its paper and names."""
+    """Run the published network, reimplemented from its paper and weight names."""
     p, f = tensors, nn.functional
     width = p["cls_token"].shape[-1]
     x = f.conv2d(pixels, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=2)
@@ -202,8 +202,8 @@ def dinov2_forward(tensors: dict[str, Tensor], pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", [16, 37])
-def test_dinov2_from_a_local_file(grid: int, tmp_path: Path) -> None:
-    """A narrow network with patches of 2 pixels, hence 32 x 32 images in the place of 224 x 224."""
+def test_dinov2_matches_a_reimplementation(grid: int, tmp_path: Path) -> None:
+    """A narrow network with patches of 2 pixels, hence 32 x 32 images instead of 224 x 224."""
     tensors = dinov2_tensors(128, grid)
     torch.save(tensors, tmp_path / "w.pth")
     extractor = make_extractor("dinov2-vit-l-14", weights=tmp_path / "w.pth")
@@ -211,7 +211,7 @@ def test_dinov2_from_a_local_file(grid: int, tmp_path: Path) -> None:
     torch.testing.assert_close(extractor.model(pixels), dinov2_forward(tensors, pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_dinov2_prepares_pictures_as_torch_fidelity(tmp_path: Path) -> None:
+def test_dinov2_normalises_images_like_torch_fidelity(tmp_path: Path) -> None:
     torch.save(dinov2_tensors(64, 16, patch=14), tmp_path / "w.pth")
     extractor = make_extractor("dinov2-vit-l-14", weights=tmp_path / "w.pth")
     images = torch.randint(256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -222,7 +222,7 @@ def test_dinov2_prepares_pictures_as_torch_fidelity(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_clip_from_local_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_is_loaded_from_local_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     oracle = CLIPVisual(16, 64, 2, 64, 32)
     tensors = {f"visual.{name}": value for name, value in oracle.visual.state_dict().items()}
@@ -247,7 +247,9 @@ def test_clip_from_local_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found[0], oracle.eval().visual(seen[0]).detach().double(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_program_is_opened_only_if_it_is_the_published_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchscript_is_opened_only_if_it_is_the_published_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ViT-B-32.pt"
     torch.jit.script(nn.Linear(2, 2)).save(path)
     with pytest.raises(UserError, match=r"ViT-B-32\.pt cannot be read as weights: expected the file of https"):
@@ -259,7 +261,7 @@ def test_a_program_is_opened_only_if_it_is_the_published_clip(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["dinov2-vit-l-14", "clip-vit-b-32", "inception-v3-spatial"])
-def test_bad_weights(name: str, tmp_path: Path) -> None:
+def test_invalid_weights_are_rejected(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"absent of {name} do not exist"):
         make_extractor(name, weights=tmp_path / "absent")
     (tmp_path / "bad").write_bytes(b"nonsense")
@@ -280,7 +282,7 @@ def test_bad_weights(name: str, tmp_path: Path) -> None:
         ("clip-vit-b-32", "torch_fidelity.feature_extractor_clip.load_state_dict_from_url", "ViT-B-32.pt"),
     ],
 )
-def test_without_network_it_says_what_to_fetch(
+def test_offline_error_says_what_to_download(
     name: str, loader: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -1,5 +1,5 @@
-# ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Inception's metrics, with random weights; `tests/long/test_fid.py` has torch-fidelity's FID of two folders."""
+# ruff: noqa: F811  (arguments named like the imported fixtures)
+"""Inception metrics with random weights; `tests/long/test_fid.py` has torch-fidelity's FID of two folders."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ register_feature_extractor("test-pixels", Pixels)
 
 
 class Bytes(Dataset):
-    """Images as torch-fidelity wants them."""
+    """Images as torch-fidelity expects them."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -74,7 +74,7 @@ def noisy(data: ImageData, scale: float, count: int = 600) -> Tensor:
 
 
 def measured(images: Tensor, real: Tensor | ImageData, metrics: Sequence[str], batch: int = 100) -> dict[str, float]:
-    """Return the metrics in the features of Pixels."""
+    """Return the metrics on the features of Pixels."""
     data = real if isinstance(real, ImageData) else ImageData(real, None, "real")
     return Metrics(data, metrics, extractor="test-pixels")(images.split(batch), num=len(images))
 
@@ -90,7 +90,7 @@ def quick() -> Metrics:
     return Metrics(load_data("digits"))
 
 
-def test_frechet_distance_of_a_shift_and_of_a_scale_in_closed_form() -> None:
+def test_frechet_distance_of_shift_and_scale_matches_closed_form() -> None:
     images = random_bytes(500, 5, seed=0, high=101)
     shift = torch.tensor([3, 0, 50, 7, 1], dtype=torch.uint8)
     out = measured(images + shift, images, ("fid",))
@@ -102,7 +102,7 @@ def test_frechet_distance_of_a_shift_and_of_a_scale_in_closed_form() -> None:
     assert out["fd"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_of_general_gaussians() -> None:
+def test_frechet_distance_of_general_gaussians_matches_scipy() -> None:
     a, b = random_bytes(400, 6, seed=0), random_bytes(300, 6, seed=1)
     x, y = (t.reshape(len(t), 6).double().numpy() for t in (a, b))
     covariances = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -122,7 +122,7 @@ def test_kid_of_few_images_is_the_unbiased_mmd() -> None:
     assert out["kid"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_manifold_metrics_against_their_definitions() -> None:
+def test_manifold_metrics_match_their_definitions() -> None:
     a, b = random_bytes(90, 4, seed=0), random_bytes(70, 4, seed=0, high=200)
     x, y = (t.reshape(len(t), 4).double().numpy() for t in (a, b))
 
@@ -142,7 +142,7 @@ def test_manifold_metrics_against_their_definitions() -> None:
     assert out == pytest.approx(expected, rel=1e-12)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifold_metrics_do_not_depend_on_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     fake, real = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (130, 170))
     radii = neighbour_radii(real)
@@ -152,7 +152,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert manifold_metrics(fake, real, radii) == pytest.approx(expected, abs=1e-12)
 
 
-def test_agrees_with_torch_fidelity(digits: tuple[Metrics, ImageData]) -> None:
+def test_metrics_match_torch_fidelity(digits: tuple[Metrics, ImageData]) -> None:
     metrics, data = digits
     images = to_uint8(noisy(data, 0.3, 400))
     oracle = torch_fidelity.calculate_metrics(
@@ -183,7 +183,7 @@ def test_agrees_with_torch_fidelity(digits: tuple[Metrics, ImageData]) -> None:
     assert list(out) == ["fd", "kid", "isc", "precision", "recall", "density", "coverage"]
 
 
-def test_precision_and_recall_equal_torch_fidelity_on_odd_sizes(quick: Metrics) -> None:
+def test_precision_and_recall_match_torch_fidelity_on_odd_sizes(quick: Metrics) -> None:
     data, extractor = load_data("digits"), make_extractor("digits-classifier")
     images = to_uint8(noisy(data, 0.5, 333))
     fake, real = (extract(x, extractor)["64"] for x in (images, data.images))
@@ -192,7 +192,7 @@ def test_precision_and_recall_equal_torch_fidelity_on_odd_sizes(quick: Metrics) 
     assert (out["precision"], out["recall"]) == pytest.approx((oracle["precision"], oracle["recall"]), rel=1e-6)
 
 
-def test_figures_do_not_depend_on_the_batches(digits: tuple[Metrics, ImageData]) -> None:
+def test_metrics_do_not_depend_on_the_batches(digits: tuple[Metrics, ImageData]) -> None:
     metrics, data = digits
     images = noisy(data, 0.3, 200)
     whole = pytest.approx(metrics([images], num=200), rel=1e-9)
@@ -201,7 +201,7 @@ def test_figures_do_not_depend_on_the_batches(digits: tuple[Metrics, ImageData])
     assert metrics((batch for batch in to_uint8(images).split(130)), num=200) == whole
 
 
-def test_batches_are_let_go(quick: Metrics) -> None:
+def test_batches_are_released(quick: Metrics) -> None:
     alive: list[int] = []
 
     held: WeakSet[Tensor] = WeakSet()
@@ -218,14 +218,14 @@ def test_batches_are_let_go(quick: Metrics) -> None:
     assert max(alive) <= 3
 
 
-def test_identical_sets(quick: Metrics) -> None:
+def test_identical_sets_score_perfectly(quick: Metrics) -> None:
     data = load_data("digits")
     out = quick([data.images], num=len(data))
     assert abs(out["fd"]) < 1e-9
     assert out["precision"] == out["recall"] == out["coverage"] == 1.0
 
 
-def test_noise_and_shuffled_pixels_cost(quick: Metrics) -> None:
+def test_noise_and_shuffled_pixels_worsen_the_metrics(quick: Metrics) -> None:
     data = load_data("digits")
     by_noise = [quick([noisy(data, s)], num=600) for s in (0.0, 0.2, 0.5, 1.0)]
     distances = [out["fd"] for out in by_noise]
@@ -237,7 +237,7 @@ def test_noise_and_shuffled_pixels_cost(quick: Metrics) -> None:
     assert quick([shuffled], num=600)["fd"] > 20 * distances[0]
 
 
-def test_a_missing_class_costs_recall_and_coverage(quick: Metrics) -> None:
+def test_missing_class_lowers_recall_and_coverage(quick: Metrics) -> None:
     data = load_data("digits")
     assert data.labels is not None
     whole = quick([data.images[:750]], num=750)
@@ -248,19 +248,19 @@ def test_a_missing_class_costs_recall_and_coverage(quick: Metrics) -> None:
     assert some["coverage"] < 0.3 < whole["coverage"]
 
 
-def test_floats_give_the_figures_of_their_saved_pictures(quick: Metrics, tmp_path: Path) -> None:
+def test_float_images_score_like_their_saved_files(quick: Metrics, tmp_path: Path) -> None:
     images = noisy(load_data("digits"), 0.3, 100)
     np.savez(tmp_path / "samples.npz", arr_0=to_uint8(images).permute(0, 2, 3, 1).numpy())
     saved = load_data(str(tmp_path / "samples.npz")).images
     assert quick([images], num=100) == pytest.approx(quick([saved], num=100), rel=1e-9)
 
 
-def test_few_images_still_give_every_metric(digits: tuple[Metrics, ImageData]) -> None:
+def test_three_images_give_finite_metrics(digits: tuple[Metrics, ImageData]) -> None:
     metrics, data = digits
     assert all(np.isfinite(value) for value in metrics([data.images[:3]], num=3).values())
 
 
-def test_metrics_leave_the_random_state_alone(digits: tuple[Metrics, ImageData]) -> None:
+def test_metrics_keep_the_rng_state(digits: tuple[Metrics, ImageData]) -> None:
     metrics, data = digits
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     metrics([data.images[:100]], num=100)
@@ -297,7 +297,7 @@ def test_pixel_metrics_of_bytes_are_in_units_of_x0() -> None:
     assert out["sliced_wasserstein"] == pytest.approx(2.0, rel=0.1)  # |x - y| / sqrt(D)
 
 
-def test_share_of_points_on_a_mode() -> None:
+def test_on_mode_is_the_share_of_points_near_a_mode() -> None:
     data = load_data("mixture-ring", split="test")
     metrics = Metrics(data, ("on_mode",))
     out = metrics(data.images.split(1000), num=len(data))
@@ -350,7 +350,7 @@ def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
     assert metrics(images.split(9), num=70, labels=labels)["clip_score"] == pytest.approx(max(expected, 0), abs=1e-4)
     best = int(cosines.mean(0).argmax())
     one = Metrics(load_data("digits"), ("clip_score",), prompts=[prompts[best]], **options)
-    for _ in range(2):  # nothing stays from one set of images to the next
+    for _ in range(2):  # no state carries over between sets of images
         found = one([images], num=70)["clip_score"]
         assert found == pytest.approx(100 * cosines[:, best].mean().item(), abs=1e-4)
     with pytest.raises(UserError, match="10 prompts need a class label for each of the 70 images"):
@@ -360,7 +360,7 @@ def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
         few([images], num=70, labels=labels)
 
 
-def test_bad_clip_models(tmp_path: Path, clip_folder: Path) -> None:
+def test_invalid_clip_models_are_rejected(tmp_path: Path, clip_folder: Path) -> None:
     def metrics(folder: Path) -> Metrics:
         return Metrics(load_data("digits"), ("clip_score",), weights={"clip-score": folder}, prompts=["a"])
 
@@ -408,13 +408,13 @@ def test_warns_under_2048_samples(quick: Metrics, recwarn: pytest.WarningsRecord
         (lambda x: torch.cat([x, x]), "the batches contain 150 images or more: expected num=100"),
     ],
 )
-def test_bad_images(quick: Metrics, change: Any, message: str) -> None:
+def test_invalid_images_are_rejected(quick: Metrics, change: Any, message: str) -> None:
     x0 = load_data("digits").x0(torch.arange(50))
     with pytest.raises(UserError, match=message):
         quick([x0, change(x0)], num=100)
 
 
-def test_too_few_images(quick: Metrics) -> None:
+def test_too_few_images_are_rejected(quick: Metrics) -> None:
     data = load_data("digits")
     with pytest.raises(UserError, match="num=1 images are too few for metrics"):
         quick([data.images[:1]], num=1)
@@ -442,7 +442,7 @@ def test_too_few_images(quick: Metrics) -> None:
         (("clip_score",), {}, "clip_score compares samples with prompts: give one for all of them, or one per class"),
     ],
 )
-def test_check_metrics(metrics: Sequence[str], options: dict[str, Any], message: str) -> None:
+def test_check_metrics_rejects_invalid_choices(metrics: Sequence[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_metrics(metrics, **{"extractor": "digits-classifier", **options})
 
@@ -454,8 +454,8 @@ def test_check_metrics_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) 
         check_metrics(("fid", "fd_dinov2"), extractor="digits-classifier")
 
 
-def test_frechet_distances_in_other_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each goes to its own network with its own weights, beside the extractor of ``fid``."""
+def test_frechet_distances_use_their_own_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each uses its own network and weights, beside the extractor of ``fid``."""
     made: list[tuple[str, Path | None]] = []
 
     def make(name: str, *, weights: Path | None, layers: Sequence[str], **_: object) -> FeatureExtractorBase:

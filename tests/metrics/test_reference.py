@@ -19,7 +19,7 @@ from atdiff.metrics.reference import Reference, load_reference
 
 
 class Linear(FeatureExtractorBase):
-    """Three features, linear in the pixels, and a count of its calls."""
+    """Three features, linear in the pixels; counts its calls."""
 
     def __init__(self, seed: int = 0, name: str = "test-linear") -> None:
         super().__init__(name, ["three"])
@@ -60,7 +60,7 @@ def assert_same(found: Reference, expected: Reference) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 500])
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_moments_equal_torch_fidelity_at_any_batch_size(batch: int, offset: float) -> None:
+def test_moments_match_torch_fidelity_at_any_batch_size(batch: int, offset: float) -> None:
     features = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + offset
     moments = Moments()
     for rows in features.split(batch):
@@ -70,7 +70,7 @@ def test_moments_equal_torch_fidelity_at_any_batch_size(batch: int, offset: floa
     torch.testing.assert_close(moments.covariance, torch.from_numpy(expected["sigma"]), rtol=1e-9, atol=1e-9)
 
 
-def test_moments_do_not_grow() -> None:
+def test_moments_take_constant_memory() -> None:
     moments = Moments()
     sizes = []
     for _ in range(5):
@@ -79,7 +79,7 @@ def test_moments_do_not_grow() -> None:
     assert sizes == [[4, 16]] * 5
 
 
-def test_rows_are_kept_in_order_and_in_a_file() -> None:
+def test_rows_are_kept_in_order() -> None:
     rows = Rows(10)
     features = torch.rand(10, 3)
     for part in features.split(4):
@@ -87,7 +87,7 @@ def test_rows_are_kept_in_order_and_in_a_file() -> None:
     assert torch.equal(rows.rows, features.double())
 
 
-def test_statistics_and_their_cache(own_cache: Path) -> None:
+def test_statistics_are_correct_and_cached(own_cache: Path) -> None:
     extractor, data = Linear(), real()
     first = load_reference(data, extractor, "three", with_features=True)
     features = data.images[:, 0].flatten(1).double() @ extractor.matrix.detach()
@@ -102,7 +102,7 @@ def test_statistics_and_their_cache(own_cache: Path) -> None:
     assert [file.suffix for file in own_cache.iterdir()] == [".safetensors"], "one file, and nothing left aside"
 
 
-def test_the_cache_tells_data_weights_and_versions_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_key_covers_data_weights_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = Linear()
     first = load_reference(real(), extractor, "three")
     assert first.features is None
@@ -122,7 +122,7 @@ def test_the_cache_tells_data_weights_and_versions_apart(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "a bit", "another", "no checksum"])
-def test_a_damaged_cache_is_said_and_made_anew(damage: str, own_cache: Path) -> None:
+def test_damaged_cache_is_reported_and_rebuilt(damage: str, own_cache: Path) -> None:
     extractor = Linear()
     expected = load_reference(real(), extractor, "three")
     (file,) = own_cache.iterdir()
@@ -145,13 +145,13 @@ def test_a_damaged_cache_is_said_and_made_anew(damage: str, own_cache: Path) -> 
         assert_same(load_reference(real(), extractor, "three"), expected)
 
 
-def test_floats_are_quantised_as_pictures_are() -> None:
+def test_float_images_are_quantised_like_saved_images() -> None:
     data = real()
     floats = ImageData(data.images.float() / 127.5 - 1, None, "floats")
     assert_same(load_reference(floats, Linear(), "three"), load_reference(data, Linear(), "three"))
 
 
-def test_bad_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_references_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="test images has 1 image: expected at least 2 as a reference"):
         load_reference(real(1), Linear(), "three")
     (tmp_path / "file").write_text("")

@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_every_metric_has_a_home_and_is_documented(name: str) -> None:
+def test_every_metric_is_implemented_and_documented(name: str) -> None:
     metric = METRICS[name]
     assert metric.name == name
     assert issubclass(class_at(f"atdiff.metrics.{metric.home}"), Accumulator)
@@ -36,12 +36,12 @@ def test_every_figure_has_one_good_direction() -> None:
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_every_extractor_has_a_home_and_weights(name: str) -> None:
+def test_every_extractor_is_implemented_and_has_weights(name: str) -> None:
     assert issubclass(extractor_class(name), FeatureExtractorBase)
     assert [EXTRACTORS[name].trained, EXTRACTORS[name].bundled, name in URLS].count(True) == 1
 
 
-def test_needed_networks() -> None:
+def test_needed_networks_are_listed() -> None:
     assert needed_networks(("fid", "kid", "sfid", "energy"), "dinov2-vit-l-14") == [
         "dinov2-vit-l-14",
         "inception-v3-spatial",
@@ -51,7 +51,7 @@ def test_needed_networks() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_correction_has_a_home_an_example_and_a_neutral_value(name: str) -> None:
+def test_every_correction_has_an_example_and_a_neutral_value(name: str) -> None:
     family = FAMILIES[name]
     assert family.neutral in family.grid
     assert make_correction(f"{name}:{family.neutral}") is None
@@ -59,6 +59,6 @@ def test_every_correction_has_a_home_an_example_and_a_neutral_value(name: str) -
     check_correction(f"{name}:search")
 
 
-def test_the_registries_need_no_torch() -> None:
+def test_registries_need_no_torch() -> None:
     code = "import sys, atdiff.metrics.registry, atdiff.core.specs; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
