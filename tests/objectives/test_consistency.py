@@ -46,7 +46,7 @@ def spread(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Te
 
 
 class GaussianDenoiser:
-    """What a perfect diffusion model of N(MEAN, STD^2) predicts."""
+    """The predictions of a perfect diffusion model of N(MEAN, STD^2)."""
 
     def __init__(self, schedule: NoiseSchedule, prediction_type: str) -> None:
         self.schedule, self.prediction_type = schedule, prediction_type
@@ -107,7 +107,7 @@ def gaussian_case(kind: str, solver: str = "ddim", teacher: bool = True) -> tupl
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 @pytest.mark.parametrize("kind", ["v_prediction", "sample", "edm"])
-def test_the_consistency_function_of_gaussians_is_a_fixed_point_of_distillation(kind: str, solver: str) -> None:
+def test_gaussian_consistency_function_is_a_fixed_point_of_distillation(kind: str, solver: str) -> None:
     objective, network, x0 = gaussian_case(kind, solver)
     batch = objective.draw(x0)
     if kind != "edm" and solver == "heun":  # the last steps to pure noise are singular in sigma / alpha
@@ -118,17 +118,17 @@ def test_the_consistency_function_of_gaussians_is_a_fixed_point_of_distillation(
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "edm"])
-def test_the_consistency_function_of_gaussians_is_a_fixed_point_of_training(kind: str) -> None:
+def test_gaussian_consistency_function_is_a_fixed_point_of_training(kind: str) -> None:
     objective, network, x0 = gaussian_case(kind, teacher=False)
     batch = objective.draw(x0)
     assert objective.loss(network, batch).mean() < 1e-6
     moved = objective.replaced(batch, timesteps=batch.timesteps // 2 if kind != "edm" else batch.timesteps - 100.0)
-    assert objective.loss(network, moved).mean() > 1e-3  # another t breaks it
+    assert objective.loss(network, moved).mean() > 1e-3  # a wrong t breaks it
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_the_teachers_step_is_ddims(prediction_type: str, clip: bool) -> None:
+def test_teacher_step_matches_ddim(prediction_type: str, clip: bool) -> None:
     options = {**LINEAR, "prediction_type": prediction_type, "clip_sample": clip}
     scheduler = DDIMScheduler(**options, timestep_spacing="trailing", set_alpha_to_one=False)
     scheduler.set_timesteps(40)
@@ -146,7 +146,7 @@ def test_the_teachers_step_is_ddims(prediction_type: str, clip: bool) -> None:
         torch.testing.assert_close(batch.x_s, expected.prev_sample, rtol=1e-4, atol=1e-4)
 
 
-def test_the_teachers_heun_step_is_diffusers() -> None:
+def test_teacher_heun_step_matches_diffusers() -> None:
     options = {**LINEAR, "prediction_type": "epsilon"}
     scheduler = HeunDiscreteScheduler(**options)
     scheduler.set_timesteps(timesteps=[700, 600, 500])
@@ -169,7 +169,7 @@ def test_the_teachers_heun_step_is_diffusers() -> None:
 @pytest.mark.parametrize(
     "scheduler", [lcm(), lcm(**LINEAR, prediction_type="epsilon"), CMStochasticIterativeScheduler()]
 )
-def test_the_end_of_the_trajectory_is_where_it_is(scheduler: Any) -> None:
+def test_consistency_function_is_the_identity_at_the_end(scheduler: Any) -> None:
     objective = ConsistencyObjective(scheduler)
     end = torch.zeros(4) if objective.schedule.kind == "vp" else torch.full((4,), 250 * math.log(0.002))
     x = torch.randn(4, 1, 8, 8)
@@ -178,7 +178,7 @@ def test_the_end_of_the_trajectory_is_where_it_is(scheduler: Any) -> None:
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
 
 
-def test_boundary_factors_are_those_of_the_schedulers_that_sample() -> None:
+def test_boundary_factors_match_the_sampling_schedulers() -> None:
     scheduler = lcm()
     c_skip, c_out = ConsistencyObjective(scheduler).boundary(torch.tensor([0, 19, 500, 999]))
     for i, t in enumerate((0, 19, 500, 999)):
@@ -206,9 +206,7 @@ def gradients(network: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("target", ["invariant", "equivariant"])
 @pytest.mark.parametrize("site", ["student", "teacher"])
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_free_pass_has_the_weight_gradients_of_an_ordinary_one_at_the_same_input(
-    site: str, target: Any, ema: bool
-) -> None:
+def test_free_pass_gradients_match_a_plain_pass_at_the_same_input(site: str, target: Any, ema: bool) -> None:
     objective, network, batch = case(site)
     if ema:
         average = EMA(network, 0.5)
@@ -229,7 +227,7 @@ def test_a_free_pass_has_the_weight_gradients_of_an_ordinary_one_at_the_same_inp
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_the_teacher_site_leaves_its_gradient_in_delta_alone(ema: bool) -> None:
+def test_teacher_site_leaves_its_gradient_only_in_delta(ema: bool) -> None:
     objective, network, batch = case("teacher")
     if ema:
         objective.target = EMA(network, 0.9).module
@@ -237,7 +235,7 @@ def test_the_teacher_site_leaves_its_gradient_in_delta_alone(ema: bool) -> None:
     objective.compute(network, batch, delta, target="invariant").loss.mean().backward()
     assert delta.grad is not None
     assert delta.grad.norm() > 0
-    # The weights learn from f(x_t, t) alone, with the target a constant.
+    # The weights learn from f(x_t, t) alone; the target is constant.
     found = gradients(network)
     network.zero_grad()
     with torch.no_grad():
@@ -252,7 +250,7 @@ def test_the_teacher_site_leaves_its_gradient_in_delta_alone(ema: bool) -> None:
 
 
 @pytest.mark.parametrize("site", ["student", "teacher"])
-def test_deltas_gradient_is_that_of_finite_differences(site: str) -> None:
+def test_delta_gradient_matches_finite_differences(site: str) -> None:
     objective, network, batch = case(site, distance="l2")
     network.double()
     assert objective.teacher is not None
@@ -276,7 +274,7 @@ def test_deltas_gradient_is_that_of_finite_differences(site: str) -> None:
     torch.testing.assert_close((delta.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-4, atol=1e-8)
 
 
-def test_the_equivariant_target_of_the_student_is_that_of_the_moved_input() -> None:
+def test_equivariant_student_target_is_that_of_the_moved_input() -> None:
     objective, network, batch = case("student")
     delta = 0.5 * torch.randn_like(batch.x0)
     found = objective.compute(network, batch, delta, target="equivariant").loss
@@ -285,9 +283,9 @@ def test_the_equivariant_target_of_the_student_is_that_of_the_moved_input() -> N
     torch.testing.assert_close(found, objective.compute(network, moved).loss, rtol=1e-4, atol=1e-5)
 
 
-def test_the_equivariant_student_of_the_teacher_site_moves_with_the_estimate() -> None:
+def test_equivariant_teacher_site_moves_the_student_too() -> None:
     objective, network, batch = case("teacher")
-    objective.teacher = None  # x_s then has the noise of x_t, and both move with it
+    objective.teacher = None  # then x_s has the noise of x_t, and both move with it
     batch = objective.draw(batch.x0, noise=batch.noise, timesteps=batch.timesteps, next_timesteps=batch.next_timesteps)
     delta = 0.5 * torch.randn_like(batch.x0) * expand(batch.sigma, batch.x0)
     found = objective.compute(network, batch, delta, target="equivariant").loss
@@ -296,7 +294,7 @@ def test_the_equivariant_student_of_the_teacher_site_moves_with_the_estimate() -
     torch.testing.assert_close(found, objective.compute(network, moved).loss, rtol=1e-4, atol=1e-5)
 
 
-def test_the_residual_is_the_predicted_minus_the_true_noise_up_to_a_positive_factor() -> None:
+def test_residual_is_a_positive_multiple_of_the_noise_error() -> None:
     for site in ("student", "teacher"):
         objective, network, batch = case(site)
         output = objective.compute(network, batch)
@@ -316,12 +314,12 @@ def test_the_residual_is_the_predicted_minus_the_true_noise_up_to_a_positive_fac
         ("pseudo-huber", lambda d: (d.square().sum(dim=1) + (0.00054 * 8) ** 2).sqrt() - 0.00054 * 8),
     ],
 )
-def test_distances(distance: Any, by_hand: Any) -> None:
+def test_distances_match_their_formulas(distance: Any, by_hand: Any) -> None:
     difference = torch.randn(5, 64)
     torch.testing.assert_close(DISTANCES[distance](difference, None), by_hand(difference))
 
 
-def test_both_networks_drop_the_same_units() -> None:
+def test_both_networks_use_the_same_dropout_mask() -> None:
     objective, _, batch = case("student", distance="l2")
     batch = objective.replaced(batch, x_s=batch.x_t, next_timesteps=batch.timesteps)
 
@@ -334,15 +332,15 @@ def test_both_networks_drop_the_same_units() -> None:
             return self.dropout(x)
 
     network = Net().train()
-    objective.target = Net().eval()  # as an average is kept
+    objective.target = Net().eval()  # like an EMA
     assert objective.loss(network, batch).max() == 0
-    assert objective.loss(lambda x, t: network(x, t), batch).max() > 0  # no module: nothing says that it drops units
+    assert objective.loss(lambda x, t: network(x, t), batch).max() > 0  # not a module, so its dropout goes unnoticed
     first = objective.consistency(network, batch.x_t, batch.timesteps, {})
     second = objective.consistency(network, batch.x_t, batch.timesteps, {})
-    assert (first != second).any()  # from pass to pass the units differ
+    assert (first != second).any()  # the mask differs from pass to pass
 
 
-def test_even_pairs_are_the_grid_of_lcm_scheduler() -> None:
+def test_even_pairs_match_the_grid_of_lcm_scheduler() -> None:
     scheduler = lcm(original_inference_steps=40)
     scheduler.set_timesteps(40)
     schedule = NoiseSchedule(scheduler)
@@ -351,7 +349,7 @@ def test_even_pairs_are_the_grid_of_lcm_scheduler() -> None:
     assert (pairs.next_timesteps == (pairs.timesteps - 25).clamp(min=0)).all()
 
 
-def test_even_pairs_of_edm_are_the_grid_of_cm_scheduler() -> None:
+def test_even_pairs_of_edm_match_the_grid_of_cm_scheduler() -> None:
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=18)
     schedule = NoiseSchedule(scheduler)
     pairs = EvenPairs(schedule, Levels.of(scheduler, schedule), 17).sample(2000, torch.device("cpu"), 0.0)
@@ -359,7 +357,7 @@ def test_even_pairs_of_edm_are_the_grid_of_cm_scheduler() -> None:
     torch.testing.assert_close(found, scheduler.timesteps.float().flip(0), rtol=1e-4, atol=1e-2)
 
 
-def test_the_curriculum_of_ict() -> None:
+def test_ict_pairs_double_and_follow_the_log_normal() -> None:
     scheduler = CMStochasticIterativeScheduler()
     schedule = NoiseSchedule(scheduler)
     pairs = ImprovedPairs(schedule, Levels.of(scheduler, schedule), 1280)
@@ -373,7 +371,7 @@ def test_the_curriculum_of_ict() -> None:
     assert sigma_t.log().std() == pytest.approx(2.0, abs=0.1)
 
 
-def test_the_curriculum_of_ect() -> None:
+def test_ect_curriculum_matches_the_paper() -> None:
     scheduler = CMStochasticIterativeScheduler()
     schedule = NoiseSchedule(scheduler)
     pairs = EasyPairs(schedule, Levels.of(scheduler, schedule), stages=8)
@@ -395,8 +393,8 @@ PAIR_SCHEDULERS = {
 
 @pytest.mark.parametrize("name", ["ict", "ect"])
 @pytest.mark.parametrize("scheduler", PAIR_SCHEDULERS.values(), ids=PAIR_SCHEDULERS)
-def test_weights_are_those_of_the_pair_that_is_drawn(scheduler: Any, name: str) -> None:
-    """1 / (u_t - u_s) in float64, of diffusers' own betas: Song and Dhariwal, eq. 15; Geng et al., section 3.3."""
+def test_weights_match_the_drawn_pair(scheduler: Any, name: str) -> None:
+    """1 / (u_t - u_s) in float64, from diffusers' own betas: Song and Dhariwal, eq. 15; Geng et al., section 3.3."""
 
     def u(t: Tensor) -> Tensor:
         if isinstance(scheduler, CMStochasticIterativeScheduler):
@@ -412,11 +410,11 @@ def test_weights_are_those_of_the_pair_that_is_drawn(scheduler: Any, name: str) 
         torch.testing.assert_close(weights.double(), 1 / (u(t) - u(s)), rtol=1e-3, atol=1e-9)
 
 
-def test_no_few_samples_hold_the_weight_of_a_batch() -> None:
+def test_no_few_samples_dominate_a_batch() -> None:
     torch.manual_seed(0)
     schedule = NoiseSchedule(lcm())
     t, _, weights = make_pairs("ect", lcm(), schedule, intervals=40).sample(100_000, torch.device("cpu"), 0.5)
-    # What is drawn below timestep 1 is moved there; 1 / (u_1 - u_0) is 342 on cosine betas.
+    # Draws below timestep 1 are moved to it; 1 / (u_1 - u_0) is 342 on cosine betas.
     assert weights[t == 1].unique().tolist() == pytest.approx([341.87], abs=0.01)
     assert weights[t == 1].sum() / weights.sum() < 0.25
     scheduler = CMStochasticIterativeScheduler()
@@ -427,7 +425,7 @@ def test_no_few_samples_hold_the_weight_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("intervals", [5, 10, 15, 20, 25, 30, 50, 64, 100, 150, 640, 1280])
-def test_the_curriculum_of_ict_is_the_papers(intervals: int) -> None:
+def test_ict_curriculum_matches_the_paper(intervals: int) -> None:
     """N(k) = min(s0 2^floor(k / K'), s1), K' = floor(K / (log2 floor(s1 / s0) + 1)): Song and Dhariwal, eq. 13."""
     scheduler, total = CMStochasticIterativeScheduler(), 1_000_000
     pairs = make_pairs("ict", scheduler, NoiseSchedule(scheduler), intervals=intervals)
@@ -440,7 +438,7 @@ def test_the_curriculum_of_ict_is_the_papers(intervals: int) -> None:
         assert pairs.intervals_at(1 - 1e-6) == intervals
 
 
-def test_the_curriculum_of_ect_ends_with_its_last_stage() -> None:
+def test_ect_curriculum_ends_with_its_last_stage() -> None:
     scheduler = lcm()
     pairs = make_pairs("ect", scheduler, NoiseSchedule(scheduler), intervals=40, stages=4)
     drawn = []
@@ -450,7 +448,7 @@ def test_the_curriculum_of_ect_ends_with_its_last_stage() -> None:
     assert torch.equal(*drawn)
 
 
-def test_a_grid_as_fine_as_the_timesteps_has_no_pair_of_one_timestep_that_counts() -> None:
+def test_pairs_of_equal_timesteps_have_zero_weight() -> None:
     scheduler = lcm(num_train_timesteps=20, original_inference_steps=20)
     t, s, weights = make_pairs("even", scheduler, NoiseSchedule(scheduler), intervals=20).sample(
         500, torch.device("cpu"), 0.0
@@ -460,7 +458,7 @@ def test_a_grid_as_fine_as_the_timesteps_has_no_pair_of_one_timestep_that_counts
 
 
 @pytest.mark.parametrize("name", ["even", "ict", "ect"])
-def test_pairs_of_integer_timesteps_are_distinct_and_within_the_schedule(name: Any) -> None:
+def test_integer_timestep_pairs_are_distinct_and_in_range(name: Any) -> None:
     objective = ConsistencyObjective(lcm(), pairs=name, intervals=160)
     for progress in (0.0, 0.3, 1.0):
         t, s, weights = objective.pairs.sample(2000, torch.device("cpu"), progress)
@@ -489,7 +487,7 @@ def test_pairs_of_integer_timesteps_are_distinct_and_within_the_schedule(name: A
     ],
     ids=lambda one: type(one).__name__,
 )
-def test_a_consistency_model_has_the_betas_of_its_denoiser(source: Any, tmp_path: Path) -> None:
+def test_consistency_model_has_the_betas_of_its_denoiser(source: Any, tmp_path: Path) -> None:
     grid = consistency_scheduler(source, 25)
     grid.save_pretrained(tmp_path)
     for made in (grid, LCMScheduler.from_pretrained(tmp_path)):
@@ -501,7 +499,7 @@ def test_a_consistency_model_has_the_betas_of_its_denoiser(source: Any, tmp_path
         assert torch.allclose(NoiseSchedule(made).alphas_cumprod(t), NoiseSchedule(source).alphas_cumprod(t))
 
 
-def test_timesteps_are_found_by_their_noise() -> None:
+def test_timesteps_at_inverts_the_schedule() -> None:
     for scheduler in (
         lcm(),
         DDPMScheduler(),
@@ -535,13 +533,13 @@ def test_timesteps_are_found_by_their_noise() -> None:
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, EDMEulerScheduler())), "noise schedule"),
     ],
 )
-def test_mistakes(make: Any, says: str) -> None:
+def test_invalid_arguments_are_rejected(make: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
         make()
     assert says in str(error.value)
 
 
-def test_a_network_of_other_channels_is_refused() -> None:
+def test_wrong_channel_count_is_rejected() -> None:
     objective, _, batch = case("student")
     with pytest.raises(UserError, match="returned 3 channels: expected 1"):
         objective.loss(lambda x, t: x.expand(-1, 3, -1, -1), batch)

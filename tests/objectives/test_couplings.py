@@ -1,4 +1,4 @@
-"""Couplings of noise and samples against brute force, recomputed draws and losses taken by hand."""
+"""Couplings of noise and samples against brute force, recomputed draws and manual losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPE = (1, 4, 4)
 
 
 class Net(nn.Module):
-    """A small network of the input and the class, which counts its forwards; ``times`` as many channels come out."""
+    """A small class-conditional network that records its forwards and returns ``times`` as many channels."""
 
     def __init__(self, times: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def noises_of(x0: Tensor, count: int, seed: int = 7) -> list[Tensor]:
 
 
 def brute_force(x0: Tensor, noise: Tensor, labels: list[int]) -> Tensor:
-    """Return the best of all permutations that keep each noise within the labels of its sample."""
+    """Return the noise in the best order that swaps it only between samples of equal labels."""
 
     def cost(order: tuple[int, ...]) -> float:
         return float((x0 - noise[list(order)]).double().square().sum())
@@ -84,7 +84,7 @@ def brute_force(x0: Tensor, noise: Tensor, labels: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("labels", [[0] * 6, [0, 1, 0, 1, 0, 1], [2, 2, 2, 2, 1, 0]])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ot_is_the_best_permutation_within_equal_labels(labels: list[int], seed: int) -> None:
+def test_ot_finds_the_best_permutation_within_equal_labels(labels: list[int], seed: int) -> None:
     x0 = samples(6, seed)
     (noise,) = noises_of(x0, 1)
     batch = drawn(objective_of(ot=True), x0, class_labels=torch.tensor(labels))
@@ -92,7 +92,7 @@ def test_ot_is_the_best_permutation_within_equal_labels(labels: list[int], seed:
     assert torch.equal(batch.input_noise, batch.noise)
 
 
-def test_ot_permutes_what_was_drawn_and_brings_noise_nearer() -> None:
+def test_ot_permutes_the_noise_and_brings_it_nearer() -> None:
     x0 = samples(64)
     (noise,) = noises_of(x0, 1)
     batch = drawn(objective_of(ot=True), x0)
@@ -101,7 +101,7 @@ def test_ot_permutes_what_was_drawn_and_brings_noise_nearer() -> None:
 
 
 def test_ot_groups_by_all_conditions_together() -> None:
-    """Labels 0 0 1 1 and embeddings a b a b tell four samples apart; a condition that is the same for all does not."""
+    """Labels 0 0 1 1 and embeddings a b a b distinguish four samples; a condition shared by all does not."""
     x0 = samples(4)
     (noise,) = noises_of(x0, 1)
     embeddings = torch.randn(2, 3, 5)[[0, 1, 0, 1]].to(torch.bfloat16)
@@ -111,8 +111,8 @@ def test_ot_groups_by_all_conditions_together() -> None:
     assert torch.equal(drawn(objective_of(ot=True), x0, **alike).noise, brute_force(x0, noise, [0, 1, 0, 1]))
 
 
-def test_ot_goes_by_the_labels_after_label_dropout() -> None:
-    """With most labels dropped, dropped samples trade their noises whatever they were, the others as labelled."""
+def test_ot_uses_the_labels_after_label_dropout() -> None:
+    """Samples with dropped labels swap noise with each other, the others within their label."""
     objective, x0 = objective_of(ot=True, label_dropout=0.7, null_label=3), samples(6)
     batch = drawn(objective, x0, class_labels=torch.tensor([0, 1, 2, 0, 1, 2]))
     torch.manual_seed(7)
@@ -123,7 +123,7 @@ def test_ot_goes_by_the_labels_after_label_dropout() -> None:
     assert torch.equal(batch.noise, brute_force(x0, noise, labels))
 
 
-def test_ot_is_float32_under_autocast_and_bears_what_is_not_finite() -> None:
+def test_ot_is_float32_under_autocast_and_tolerates_nan() -> None:
     x0 = samples(6)
     (noise,) = noises_of(x0, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -134,7 +134,7 @@ def test_ot_is_float32_under_autocast_and_bears_what_is_not_finite() -> None:
     assert drawn(objective, x0).noise.isfinite().all()
 
 
-def test_ot_says_once_that_it_couples_nothing() -> None:
+def test_ot_warns_once_if_it_couples_nothing() -> None:
     objective, x0, captions = objective_of(ot=True), samples(4), torch.arange(4.0)[:, None, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,7 +153,7 @@ def test_ot_says_once_that_it_couples_nothing() -> None:
 
 
 @pytest.mark.parametrize("draws", [2, 5])
-def test_nearest_is_the_nearest_of_its_own_draws(draws: int) -> None:
+def test_nearest_picks_the_nearest_draw_of_each_sample(draws: int) -> None:
     x0 = samples(8)
     noises = noises_of(x0, draws)
     found = drawn(objective_of(nearest=draws), x0, class_labels=torch.arange(8) % 4).noise
@@ -161,7 +161,7 @@ def test_nearest_is_the_nearest_of_its_own_draws(draws: int) -> None:
         assert torch.equal(found[i], min((noise[i] for noise in noises), key=lambda noise: float((noise - one).norm())))
 
 
-def test_input_perturbation_comes_after_a_coupling() -> None:
+def test_input_perturbation_is_added_after_coupling() -> None:
     x0 = samples(6)
     for option in ({"ot": True}, {"nearest": 3}):
         plain = drawn(objective_of("epsilon", **option), x0)
@@ -170,7 +170,7 @@ def test_input_perturbation_comes_after_a_coupling() -> None:
         assert 0.2 < (moved.input_noise - moved.noise).std().item() < 0.8
 
 
-# What the network chooses
+# Noise chosen by the network
 
 
 def by_hand(objective: DenoisingObjective, net: Net, batch: DenoisingBatch, noise: Tensor, told: Tensor) -> Tensor:
@@ -193,8 +193,8 @@ def by_hand(objective: DenoisingObjective, net: Net, batch: DenoisingBatch, nois
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("draws", [2, 3, 5])
-def test_explorative_trains_at_the_noise_of_least_loss(kind: str, draws: int) -> None:
-    """It is found by hand, and the gradient is that of the plain loss there."""
+def test_explorative_trains_on_the_noise_of_least_loss(kind: str, draws: int) -> None:
+    """The noise matches a manual search, and the gradient is that of the plain loss there."""
     objective, net, x0 = objective_of(kind, explorative=draws, weighting="min-snr"), Net(), samples(16)
     labels = torch.arange(16) % 4
     adversary = Adversary(passes=1, step_size=0.0)
@@ -223,7 +223,7 @@ def test_explorative_trains_at_the_noise_of_least_loss(kind: str, draws: int) ->
     assert all(torch.equal(one, weight.grad) for one, weight in zip(gradients, net.parameters(), strict=True))
 
 
-def test_explorative_goes_by_the_mean_alone_where_the_variance_is_learned() -> None:
+def test_explorative_ignores_a_learned_variance() -> None:
     objective, net, x0 = objective_of("epsilon", explorative=3, variance="learned_range"), Net(times=2), samples(12)
     torch.manual_seed(5)
     batch = objective.draw(x0)
@@ -234,8 +234,8 @@ def test_explorative_goes_by_the_mean_alone_where_the_variance_is_learned() -> N
     assert torch.equal(chosen.noise, noises[errors.argmin(dim=0), torch.arange(12)])
 
 
-def test_explorative_judges_the_input_that_is_trained_on() -> None:
-    """The noise that is added to the input alone goes with the noise that it was judged with."""
+def test_explorative_judges_the_perturbed_input() -> None:
+    """The perturbation of the input stays with the noise that it was judged with."""
     objective, net, x0 = objective_of("epsilon", explorative=4, input_perturbation=0.5), Net(), samples(12)
     seen: list[DenoisingBatch] = []
     compute = objective.compute
@@ -266,7 +266,7 @@ def test_explorative_comes_before_the_perturbation() -> None:
     assert (adversary.delta.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_micro_batches_choose_as_the_batch_does() -> None:
+def test_micro_batches_choose_the_same_noise_as_the_batch() -> None:
     objective, net, x0 = objective_of(explorative=3), Net(), samples(8)
     chosen = []
     for accumulate in (1, 4):
@@ -278,7 +278,7 @@ def test_micro_batches_choose_as_the_batch_does() -> None:
     assert torch.equal(*chosen)
 
 
-def test_every_noise_is_judged_under_the_dropout_it_is_trained_with() -> None:
+def test_noise_is_judged_under_the_dropout_mask_of_training() -> None:
     objective, net, x0 = objective_of(explorative=3), Net(dropout=0.5), samples(16)
     adversary = Adversary(passes=1)
     torch.manual_seed(4)
@@ -295,7 +295,7 @@ def test_every_noise_is_judged_under_the_dropout_it_is_trained_with() -> None:
     assert loss.item() == pytest.approx(torch.stack(errors).amin(dim=0).mean().item() / 16, rel=1e-5)
 
 
-def test_explorative_passes_over_a_loss_that_is_not_a_number() -> None:
+def test_explorative_skips_nan_losses() -> None:
     objective, x0 = objective_of(explorative=2), samples(4)
     calls = itertools.count()
 
@@ -310,7 +310,7 @@ def test_explorative_passes_over_a_loss_that_is_not_a_number() -> None:
     assert not torch.equal(first.noise, second)
 
 
-def test_no_wrapper_waits_for_gradients_while_noise_is_chosen() -> None:
+def test_noise_is_chosen_under_no_sync() -> None:
     class Wrapped(Net):
         waits = True
 
@@ -336,8 +336,8 @@ def test_no_wrapper_waits_for_gradients_while_noise_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("options", [{"explorative": 3}, {"ot": True}, {"nearest": 4}])
-def test_weights_learn_under_autocast(options: dict[str, Any]) -> None:
-    """Weights that were cast without gradient are cast anew for the pass."""
+def test_weights_get_gradients_under_autocast(options: dict[str, Any]) -> None:
+    """Weights that were cast without gradient are cast again for the pass."""
     net = Net()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for loss in Adversary(passes=1).passes(objective_of(**options), net, samples(4)):
@@ -345,7 +345,7 @@ def test_weights_learn_under_autocast(options: dict[str, Any]) -> None:
     assert all(weight.grad is not None and weight.grad.any() for weight in (net.conv1.weight, net.conv2.weight))
 
 
-def test_what_is_given_stays() -> None:
+def test_given_noise_is_kept() -> None:
     objective, net, x0 = objective_of(explorative=3), Net(), samples(4)
     noise = torch.randn_like(x0)
     adversary = Adversary(passes=1)
@@ -357,14 +357,14 @@ def test_what_is_given_stays() -> None:
     assert torch.equal(objective_of(ot=True).draw(x0, noise=noise).noise, noise)
 
 
-def test_a_consistency_objective_keeps_its_batch() -> None:
+def test_consistency_objectives_keep_their_batch() -> None:
     objective = ConsistencyObjective(DDPMScheduler(**COSINE), "v_prediction", pairs="ect")
     batch = objective.draw(samples(4))
     assert objective.couple(Net(), batch) is batch
     assert objective.coupling_passes == 0
 
 
-# What is refused
+# Rejected settings
 
 
 @pytest.mark.parametrize(
@@ -381,13 +381,13 @@ def test_a_consistency_objective_keeps_its_batch() -> None:
         ({"nearest": 4, "explorative": 3}, r"nearest=4 and explorative=3 both couple noise and samples"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         objective_of(**options)
 
 
 @pytest.mark.parametrize("order", ["authors", "staggered"])
-def test_explorative_is_refused_where_a_batch_has_several_updates(order: Any) -> None:
+def test_explorative_rejects_several_updates_per_batch(order: Any) -> None:
     adversary = Adversary(passes=2, step_size=1.0, order=order)
     message = (
         r"explorative chooses the noise for a single weight update, but .* passes=2 makes 2 per batch; use method='pgd'"
@@ -398,7 +398,7 @@ def test_explorative_is_refused_where_a_batch_has_several_updates(order: Any) ->
         resolved("explorative", "--adversary.passes", "2", "--adversary.order", order)
 
 
-def test_settings_are_refused_before_training(tmp_path: Path) -> None:
+def test_settings_are_rejected_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ot=True and explorative=3 both couple noise and samples"):
         Trainer(resolved("explorative", "--objective.ot", "true"))
     with pytest.raises(UserError, match=r"objective.nearest=-1 must not be negative"):
@@ -440,7 +440,7 @@ def resolved(arm: str, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_run_makes_the_updates_that_it_is_charged(arm: str) -> None:
+def test_runs_make_the_updates_that_they_are_charged(arm: str) -> None:
     trainer = Trainer(resolved(arm))
     trainer.open(Path("run"))
     updates = sum(1 for _ in trainer.passes())
@@ -457,11 +457,11 @@ def vars_of(trainer: Trainer) -> dict[str, Any]:
     return {name: dict(vars(getattr(config, name))) for name in ("training", "adversary", "objective")}
 
 
-def test_forwards_are_charged_whole_passes_rounded_up() -> None:
+def test_forwards_are_charged_as_whole_passes() -> None:
     assert [passes_of_forwards(draws) for draws in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
     assert [objective_of(explorative=draws).coupling_passes for draws in (0, 2, 3, 4, 7)] == [0, 1, 1, 2, 3]
     assert objective_of(ot=True).coupling_passes == objective_of(nearest=8).coupling_passes == 0
-    assert charge_of({"training": {"passes": 3}}) == (1, 1, 0)  # as a run of before stored it
+    assert charge_of({"training": {"passes": 3}}) == (1, 1, 0)  # as older runs stored it
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "plain"])
@@ -478,6 +478,6 @@ def test_resuming_is_exact(arm: str) -> None:
         assert all(torch.equal(value, found[part][name]) for name, value in whole[part].items())
 
 
-def test_a_coupled_run_differs_from_a_plain_one() -> None:
+def test_coupled_run_differs_from_a_plain_one() -> None:
     runs = {arm: everything(train(resolved(arm), Path(arm), progress=False))["weights"] for arm in ("plain", "nearest")}
     assert any(not torch.equal(value, runs["nearest"][name]) for name, value in runs["plain"].items())

@@ -1,4 +1,4 @@
-"""Where a schedule has no data (alpha = 0) or no noise (sigma = 0), everything is finite, or refused in a sentence."""
+"""Where a schedule has no data (alpha = 0) or no noise (sigma = 0), everything is finite or raises an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def betas(**options: Any) -> DDPMScheduler:
 
 
 def noiseless(**options: Any) -> DDPMScheduler:
-    """Its first timestep adds no noise."""
+    """Return a scheduler whose first timestep adds no noise."""
     return DDPMScheduler(20, trained_betas=[0.0, *torch.linspace(0.01, 0.5, 19).tolist()], **options)
 
 
@@ -100,12 +100,12 @@ def test_losses_gradients_and_perturbations_are_finite(name: str, kind: str, arm
         assert adversary.output is not None
         assert adversary.output.residual.isfinite().all()
     assert all(weight.grad.isfinite().all() for weight in net.parameters() if weight.grad is not None)
-    assert arm == "unbounded" or adversary.nonfinite == 0  # there, delta stays where it was
+    assert arm == "unbounded" or adversary.nonfinite == 0  # non-finite steps leave delta unchanged
 
 
 @pytest.mark.parametrize("option", [{"input_perturbation": 0.1}, {"slowed_interpolation": 1.0}])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_rivals_are_finite(name: str, kind: str, option: dict[str, float]) -> None:
+def test_noising_options_are_finite(name: str, kind: str, option: dict[str, float]) -> None:
     if kind == "edm" and "slowed_interpolation" in option:
         pytest.skip("refused")
     objective, batch = at_ends(name, kind, weighting="min-snr", **option)
@@ -116,7 +116,7 @@ def test_rivals_are_finite(name: str, kind: str, option: dict[str, float]) -> No
     assert delta.grad.isfinite().all()
 
 
-def test_without_noise_the_target_stays() -> None:
+def test_target_does_not_move_without_noise() -> None:
     objective, batch = at_ends("flow", "flow")
     still = batch.narrow(0, 1)
     delta = torch.randn_like(still.x0)
@@ -129,7 +129,7 @@ def test_without_noise_the_target_stays() -> None:
     torch.testing.assert_close(adversary.delta.flatten(1).norm(dim=1), 0.2 * batch.sigma)
 
 
-def test_division_by_no_noise_has_finite_gradients() -> None:
+def test_divide_by_zero_has_finite_gradients() -> None:
     value, by = torch.ones(2, requires_grad=True), torch.tensor([0.0, 2.0])
     divide(value, by).sum().backward()
     assert value.grad is not None
@@ -138,7 +138,7 @@ def test_division_by_no_noise_has_finite_gradients() -> None:
 
 @pytest.mark.parametrize("kind", VP)
 @pytest.mark.parametrize("scheduler", [zero_snr(), noiseless(), betas()])
-def test_min_snr_is_diffusers_formula_and_its_limits(kind: Any, scheduler: Any) -> None:
+def test_min_snr_matches_diffusers_formula_and_its_limits(kind: Any, scheduler: Any) -> None:
     t = torch.arange(20)
     found = DenoisingObjective(scheduler, kind, weighting="min-snr").draw(torch.randn(20, 1, 2, 2), timesteps=t).weights
     snr = compute_snr(scheduler, t).double()
@@ -150,7 +150,7 @@ def test_min_snr_is_diffusers_formula_and_its_limits(kind: Any, scheduler: Any) 
 
 
 @pytest.mark.parametrize("scheduler", [zero_snr(), noiseless(), betas()])
-def test_high_noise_weights_at_the_ends(scheduler: Any) -> None:
+def test_high_noise_weights_are_clipped_at_the_ends(scheduler: Any) -> None:
     objective = DenoisingObjective(scheduler, weighting="high-noise")
     found = objective.draw(torch.randn(20, 1, 2, 2), timesteps=torch.arange(20)).weights
     inverse = 1.0 / compute_snr(scheduler, torch.arange(20)).double()  # infinite without data
@@ -158,7 +158,7 @@ def test_high_noise_weights_at_the_ends(scheduler: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", VP)
-def test_the_bound_of_a_learned_variance_at_pure_noise(kind: Any) -> None:
+def test_variational_bound_at_pure_noise_matches_ddpm(kind: Any) -> None:
     """DDPM's posterior at alpha_t = 0: mean sqrt(abar_{t-1}) x0, variance 1 - abar_{t-1}; beta_t is 1."""
     scheduler = zero_snr()
     objective = DenoisingObjective(scheduler, kind, variance="learned_range")
@@ -176,7 +176,7 @@ def test_the_bound_of_a_learned_variance_at_pure_noise(kind: Any) -> None:
     torch.testing.assert_close(terms["vb"][2].double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_loss_second_moment_sampler_learns_of_every_timestep() -> None:
+def test_loss_second_moment_sampler_sees_every_timestep() -> None:
     objective = DenoisingObjective(zero_snr(), variance="learned_range", weighting="min-snr")
     sampler = LossSecondMomentTimesteps(objective.schedule, history=1)
     objective.timestep_sampler = sampler
@@ -201,7 +201,7 @@ class Denoiser:
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_heun_is_heuns_method_and_at_the_ends_ddim(kind: str, clip: bool) -> None:
+def test_heun_matches_heuns_method_and_ddim_at_the_ends(kind: str, clip: bool) -> None:
     scheduler = zero_snr(prediction_type=kind, clip_sample=clip)
     schedule = NoiseSchedule(scheduler)
     torch.manual_seed(0)
@@ -223,7 +223,7 @@ def test_heun_is_heuns_method_and_at_the_ends_ddim(kind: str, clip: bool) -> Non
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
 @pytest.mark.parametrize("kind", VP)
-def test_a_step_to_pure_data_ends_at_the_estimate(kind: str, solver: Any) -> None:
+def test_step_to_pure_data_ends_at_the_estimate(kind: str, solver: Any) -> None:
     scheduler = noiseless(prediction_type=kind, clip_sample=False)
     schedule, x_t = NoiseSchedule(scheduler), torch.randn(2, 1, 4, 4)
     t, s = torch.tensor([10, 0]), torch.tensor([0, 0])
@@ -301,7 +301,7 @@ def test_epsilon_scaling_is_finite(name: str, kind: str) -> None:
         (lambda: NoiseSchedule(DDPMScheduler(2, trained_betas=[0.1, math.nan])), "expected numbers in [0, 1]"),
     ],
 )
-def test_what_has_no_limit_is_refused_at_construction(make: Any, says: str) -> None:
+def test_cases_without_a_limit_are_rejected_at_construction(make: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
         make()
     assert says in str(error.value)

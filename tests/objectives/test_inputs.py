@@ -1,4 +1,4 @@
-"""What users hand to the three lines: taken where its meaning is clear, one sentence elsewhere."""
+"""User input to the three lines: accepted if its meaning is clear, otherwise a one-sentence error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ OBJECTIVES = [denoising, consistency]
         (EDMEulerScheduler(), "EDM", "edm"),
     ],
 )
-def test_other_names_of_a_prediction(scheduler: Any, word: Any, means: str) -> None:
+def test_prediction_aliases_are_accepted(scheduler: Any, word: Any, means: str) -> None:
     assert DenoisingObjective(scheduler, word).prediction_type == means
     if means in ("sample", "v_prediction") and not callable(scheduler):
         assert ConsistencyObjective(scheduler, word).prediction_type == means
@@ -88,7 +88,7 @@ def test_other_names_of_a_prediction(scheduler: Any, word: Any, means: str) -> N
 @pytest.mark.parametrize(
     ("scheduler", "word"),
     [
-        (DDPMScheduler(), "velocity"),  # of the forward process, or v?
+        (DDPMScheduler(), "velocity"),  # of the flow, or v?
         (DDPMScheduler(), "flow"),
         (DDPMScheduler(), "score"),
         (DDPMScheduler(), ""),
@@ -100,7 +100,7 @@ def test_other_names_of_a_prediction(scheduler: Any, word: Any, means: str) -> N
         (FLOW(), 5),
     ],
 )
-def test_names_that_do_not_fit_are_refused(scheduler: Any, word: Any) -> None:
+def test_prediction_names_that_do_not_fit_are_rejected(scheduler: Any, word: Any) -> None:
     if not word:
         assert DenoisingObjective(scheduler, word).prediction_type == "epsilon"
         return
@@ -109,7 +109,7 @@ def test_names_that_do_not_fit_are_refused(scheduler: Any, word: Any) -> None:
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_bytes_are_taken_to_minus_one_to_one(make: Callable[..., Any]) -> None:
+def test_bytes_are_scaled_to_minus_one_to_one(make: Callable[..., Any]) -> None:
     x0 = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
     torch.testing.assert_close(make().draw(x0).x0.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
@@ -143,14 +143,14 @@ def image_mistakes() -> list[tuple[Any, str]]:
 
 @pytest.mark.parametrize(("x0", "says"), image_mistakes(), ids=lambda one: one if isinstance(one, str) else "")
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_images_of_no_clear_meaning_are_refused(make: Callable[..., Any], x0: Any, says: str) -> None:
+def test_ambiguous_images_are_rejected(make: Callable[..., Any], x0: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
         list(Adversary(passes=1).passes(make(), half, x0))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_one_image_is_no_batch() -> None:
+def test_image_without_a_batch_axis_is_rejected() -> None:
     with pytest.raises(UserError, match=r"the images are \(1, 8, 8\), expected \(B, C, H, W\)"):
         next(Adversary(passes=1).passes(denoising(), unet(), images()[0]))
 
@@ -162,7 +162,7 @@ def test_one_image_is_no_batch() -> None:
         ((4, 8, 8, 1), "but the network has in_channels=1; use x0.permute(0, 3, 1, 2)"),
     ],
 )
-def test_images_of_other_channels_than_the_network_knows(shape: tuple[int, ...], says: str) -> None:
+def test_images_of_wrong_channel_count_are_rejected(shape: tuple[int, ...], says: str) -> None:
     with pytest.raises(UserError) as error:
         next(Adversary(passes=1).passes(denoising(), unet(), torch.rand(shape) * 2 - 1))
     assert str(shape) in str(error.value)
@@ -178,7 +178,7 @@ def test_images_of_other_channels_than_the_network_knows(shape: tuple[int, ...],
         (EDMEulerScheduler(), "a schedule of kind 'edm', not 'vp'"),
     ],
 )
-def test_a_teacher_of_another_schedule_says_what_differs(teacher: Any, says: str) -> None:
+def test_teacher_schedule_differences_are_named(teacher: Any, says: str) -> None:
     with pytest.raises(UserError, match="of teacher and student differ") as error:
         ConsistencyObjective(V, teacher=Teacher(half, teacher))
     assert says in str(error.value)
@@ -203,7 +203,7 @@ def batch_mistakes() -> list[tuple[dict[str, Any], str]]:
 
 @pytest.mark.parametrize(("given", "says"), batch_mistakes(), ids=lambda one: one if isinstance(one, str) else "")
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_what_does_not_belong_to_the_samples_is_refused(
+def test_inputs_that_do_not_match_the_samples_are_rejected(
     make: Callable[..., Any], given: dict[str, Any], says: str
 ) -> None:
     if make is consistency and "timesteps" in given:
@@ -222,30 +222,30 @@ def test_what_does_not_belong_to_the_samples_is_refused(
         (EDMEulerScheduler(), torch.full((4,), -torch.inf), "expected finite numbers"),
     ],
 )
-def test_timesteps_beyond_a_schedule_are_refused(scheduler: Any, timesteps: Tensor, says: str) -> None:
+def test_timesteps_outside_the_schedule_are_rejected(scheduler: Any, timesteps: Tensor, says: str) -> None:
     with pytest.raises(UserError) as error:
         DenoisingObjective(scheduler, "flow" if callable(scheduler) else None).draw(images(), timesteps=timesteps)
     assert says in str(error.value)
 
 
-def test_one_timestep_is_that_of_all() -> None:
+def test_scalar_timestep_applies_to_all_samples() -> None:
     for one in (7, torch.tensor(7)):
         assert denoising().draw(images(), timesteps=one).timesteps.tolist() == [7] * 4  # type: ignore[arg-type]
 
 
-def test_half_of_a_pair_is_refused() -> None:
+def test_timesteps_without_next_timesteps_are_rejected() -> None:
     with pytest.raises(UserError, match="given together"):
         consistency().draw(images(), timesteps=torch.full((4,), 500))
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_a_perturbation_of_another_shape_is_refused(make: Callable[..., Any]) -> None:
+def test_perturbation_of_wrong_shape_is_rejected(make: Callable[..., Any]) -> None:
     objective = make()
     with pytest.raises(UserError, match=r"delta is \(4, 1, 1, 1\), expected"):
         objective.compute(half, objective.draw(images()), torch.zeros(4, 1, 1, 1))
 
 
-def test_conditions_do_not_come_too_late() -> None:
+def test_conditions_cannot_be_added_to_a_batch() -> None:
     objective = denoising()
     with pytest.raises(UserError, match="class_labels cannot be added to a batch"):
         next(Adversary().passes(objective, half, objective.draw(images()), class_labels=torch.zeros(4).long()))
@@ -265,14 +265,14 @@ def test_conditions_do_not_come_too_late() -> None:
     ],
 )
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_whatever_holds_the_prediction_is_read(make: Callable[..., Any], wrapped: Callable[[Tensor], Any]) -> None:
+def test_common_output_types_are_read(make: Callable[..., Any], wrapped: Callable[[Tensor], Any]) -> None:
     objective = make()
     batch = objective.draw(images())
     found = objective.loss(lambda x, t: wrapped(half(x, t)), batch)
     torch.testing.assert_close(found, objective.loss(half, batch))
 
 
-def test_an_output_without_sample_is_read_by_its_first_entry() -> None:
+def test_first_entry_of_an_output_without_sample_is_read() -> None:
     from dataclasses import dataclass
 
     @dataclass
@@ -302,7 +302,7 @@ OUTPUTS: list[tuple[Callable[[Tensor], Any], str]] = [
 
 @pytest.mark.parametrize(("output", "says"), OUTPUTS, ids=[says for _, says in OUTPUTS])
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_other_outputs_are_refused(make: Callable[..., Any], output: Callable[[Tensor], Any], says: str) -> None:
+def test_other_outputs_are_rejected(make: Callable[..., Any], output: Callable[[Tensor], Any], says: str) -> None:
     objective = make()
     with pytest.raises(UserError) as error:
         objective.loss(lambda x, t: output(x), objective.draw(images()))
@@ -323,7 +323,7 @@ def test_other_outputs_are_refused(make: Callable[..., Any], output: Callable[[T
 )
 @pytest.mark.parametrize("wrap", [lambda net: net, functools.partial, torch.compile])
 @pytest.mark.parametrize("make", OBJECTIVES)
-def test_labels_that_the_network_does_not_know_are_refused(
+def test_labels_unknown_to_the_network_are_rejected(
     make: Callable[..., Any], wrap: Callable[[Any], Any], labels: Tensor, says: str
 ) -> None:
     objective = make()
@@ -332,7 +332,7 @@ def test_labels_that_the_network_does_not_know_are_refused(
     assert says in str(error.value)
 
 
-def test_small_integers_are_labels_too() -> None:
+def test_small_integer_labels_are_accepted() -> None:
     objective, labels = denoising(), torch.tensor([0, 1, 2, 0])
     batch = objective.draw(images(), class_labels=labels)
     expected = objective.loss(CLASSES, batch)
@@ -341,13 +341,13 @@ def test_small_integers_are_labels_too() -> None:
         torch.testing.assert_close(objective.loss(CLASSES, batch), expected)
 
 
-def test_the_null_label_needs_its_embedding() -> None:
+def test_null_label_needs_an_embedding() -> None:
     objective = denoising(label_dropout=0.1, null_label=3)
     with pytest.raises(UserError, match="null_label=3 is outside the network's labels 0 to 2;"):
         objective.loss(CLASSES, objective.draw(images(), class_labels=torch.zeros(4).long()))
 
 
-def test_images_from_0_to_1_are_told_once() -> None:
+def test_images_from_0_to_1_warn_once() -> None:
     objective = denoising()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -361,11 +361,11 @@ def test_images_from_0_to_1_are_told_once() -> None:
             objective.draw(images())
 
 
-def test_values_are_read_at_the_start_alone() -> None:
+def test_values_are_only_checked_at_the_start() -> None:
     objective = denoising()
     for _ in range(2):
         objective.draw(images())
-    objective.draw(torch.full((4, 1, 8, 8), float("nan")))  # what a gradient scaler or a skipped step is for
+    objective.draw(torch.full((4, 1, 8, 8), float("nan")))  # left to a gradient scaler or a skipped step
 
 
 # --- weights in another dtype than the images, without autocast ---

@@ -1,4 +1,4 @@
-"""Targets and losses against diffusers' formulas, closed forms and hand-made passes."""
+"""Targets and losses against diffusers' formulas, closed forms and manual computations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
 
 class Affine(nn.Module):
-    """A network of two numbers, to differentiate by hand."""
+    """A network with two parameters, to differentiate by hand."""
 
     def __init__(self, a: float = 0.7, b: float = 0.1) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_perturbed_target_is_the_clean_target_of_the_shifted_noise(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_clean_target_equals_diffusers(kind: str) -> None:
+def test_clean_target_matches_diffusers(kind: str) -> None:
     objective, scheduler, model = objective_of(kind), DDPMScheduler(**COSINE), Affine()
     batch = drawn(objective)
     x_t = scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
@@ -92,7 +92,7 @@ def test_flow_target_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_slowed_interpolation_by_hand(kind: str) -> None:
-    """MixFlow: the input of a noisier timestep, the timestep and the target of the own one."""
+    """MixFlow: the input is that of a noisier timestep; timestep and target stay the same."""
     gamma = 0.4
     objective, plain = objective_of(kind, slowed_interpolation=gamma), objective_of(kind)
     told, x0 = drawn(plain).timesteps, torch.randn(6, 2, 4, 4)
@@ -126,7 +126,7 @@ def test_slowed_interpolation_by_hand(kind: str) -> None:
     assert abs(found.mean().item() - gamma / 2) < 0.03
 
 
-def test_edm_loss_equals_the_schedulers_preconditioning() -> None:
+def test_edm_loss_matches_the_schedulers_preconditioning() -> None:
     """The weight 1 / c_out^2 of EDM times the squared error of D(x; sigma), with diffusers' own D."""
     scheduler, objective, model = EDMEulerScheduler(), objective_of("edm"), Affine()
     batch = drawn(objective)
@@ -167,8 +167,8 @@ def test_residual_points_from_the_true_to_the_predicted_noise(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_delta_equals_finite_differences(kind: str) -> None:
-    """Detached: the target stands still while the input moves. Full: both move."""
+def test_delta_gradient_matches_finite_differences(kind: str) -> None:
+    """Detached: the target is fixed while the input moves. Full: both move."""
     objective = objective_of(kind)
     model = Affine().double()
     batch = drawn(objective)
@@ -215,7 +215,7 @@ def test_invariant_target_ignores_delta() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_equals_the_published_weights(kind: str) -> None:
+def test_min_snr_matches_the_published_weights(kind: str) -> None:
     scheduler = DDPMScheduler(**COSINE)
     objective = objective_of(kind, weighting="min-snr", snr_gamma=5.0)
     batch = drawn(objective)
@@ -232,7 +232,7 @@ def test_high_noise_weights_are_clipped() -> None:
     assert batch.weights[-1] == 5.0
 
 
-def test_input_perturbation_moves_the_input_alone() -> None:
+def test_input_perturbation_changes_only_the_input() -> None:
     """The input's noise has variance 1 + gamma^2; the target stays the noise of variance 1."""
     objective = objective_of("epsilon", input_perturbation=0.5)
     batch = objective.draw(torch.zeros(256, 1, 8, 8), timesteps=torch.full((256,), 500))
@@ -264,7 +264,7 @@ def test_variational_bound_of_a_perfect_prediction_is_zero() -> None:
     assert bound[0] > 0.1
 
 
-def test_variational_bound_trains_the_variance_alone() -> None:
+def test_variational_bound_trains_only_the_variance() -> None:
     objective = objective_of("epsilon", variance="learned_range")
     batch = drawn(objective)
     mean, variance = torch.zeros(2, *batch.x0.shape).requires_grad_().unbind()
@@ -275,7 +275,7 @@ def test_variational_bound_trains_the_variance_alone() -> None:
     assert gradients[1].abs().sum() > 0
 
 
-def test_gaussian_data_has_the_known_loss() -> None:
+def test_gaussian_loss_matches_the_closed_form() -> None:
     """x0 ~ N(0, s^2): the best epsilon is sigma x_t / (alpha^2 s^2 + sigma^2), its error alpha^2 s^2 of that."""
     objective, s = objective_of("epsilon"), 0.5
     x0 = s * torch.randn(400, 1, 16, 16)
@@ -300,19 +300,19 @@ def test_gaussian_data_has_the_known_loss() -> None:
         ({"input_perturbation": -1.0}, "input_perturbation=-1.0"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DenoisingObjective(DDPMScheduler(), **options)
 
 
-def test_wrong_number_of_channels_is_named() -> None:
+def test_wrong_channel_count_is_rejected() -> None:
     objective = objective_of("epsilon", variance="learned_range")
     with pytest.raises(UserError, match="returned 2 channels, expected 4"):
         objective.loss(Affine(), drawn(objective))
 
 
 class Nearer(Noising):
-    """The nearer of two noises to each sample."""
+    """Chooses the nearer of two noises for each sample."""
 
     name = "nearer"
 
@@ -322,8 +322,8 @@ class Nearer(Noising):
         return torch.where(nearer.view(-1, 1, 1, 1), first, second)
 
 
-def test_a_further_noising_is_a_class_and_a_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It composes with the others, and what a caller gives stays as it is."""
+def test_custom_noisings_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It composes with the others, and noise given by the caller is kept."""
     monkeypatch.setitem(NOISINGS, "nearer", Nearer)
     objective, plain = objective_of("flow", nearer=1.0, input_perturbation=0.5), objective_of("flow")
     x0, t = torch.randn(512, 2, 4, 4), torch.full((512,), 500.0)
@@ -334,7 +334,7 @@ def test_a_further_noising_is_a_class_and_a_line_of_the_registry(monkeypatch: py
     assert torch.equal(objective.draw(x0, timesteps=t, noise=given).noise, given)
 
 
-def test_registries_hold_what_settings_take() -> None:
+def test_registries_match_the_settings() -> None:
     assert tuple(WEIGHTINGS) == get_args(Weighting)
     assert set(NOISINGS) <= set(ObjectiveConfig.__dataclass_fields__)
     for kind, traits in TRAITS.items():
@@ -344,7 +344,7 @@ def test_registries_hold_what_settings_take() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prediction_is_consistent_with_itself(kind: str) -> None:
+def test_prediction_conversions_are_consistent(kind: str) -> None:
     """The target implies the x0 and the noise that made it, and the noise implies the target."""
     objective = objective_of(kind)
     batch, prediction = drawn(objective), objective.prediction
