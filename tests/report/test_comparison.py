@@ -1,4 +1,4 @@
-"""Oracles: scipy's own t tests, examples worked by hand, and the simulated worth of pairing."""
+"""Comparisons of arms against scipy's t tests, worked examples and simulations of pairing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cells_of(values: dict[str, list[float]], **more: object) -> list[Cell]:
     return [cell(arm, seed, v, **more) for arm, vs in values.items() for seed, v in enumerate(vs)]
 
 
-def test_intervals_and_p_value_equal_scipy() -> None:
+def test_intervals_and_p_value_match_scipy() -> None:
     a, b = [20.0, 26.0, 21.5, 30.0], [31.0, 35.0, 36.0, 44.0]
     row = compare(cells_of({"plain": b, "at": a}), confidence=0.9)[1]
     mean_interval = stats.ttest_1samp(a, 0).confidence_interval(0.9)
@@ -81,15 +81,15 @@ def test_pairing_finds_a_constant_gain_under_seed_noise() -> None:
     row = compare(cells_of({"plain": list(base), "at": list(arm)}))[1]
     assert row.verdict == "better"
     assert row.change == pytest.approx(-10, abs=2)
-    assert stats.ttest_ind(np.log(arm), np.log(base)).pvalue > 0.3  # unpaired, the same gain drowns
+    assert stats.ttest_ind(np.log(arm), np.log(base)).pvalue > 0.3  # unpaired, the same gain is lost in the noise
 
 
-def test_the_order_of_the_cells_does_not_matter_to_the_pairs() -> None:
+def test_pairs_do_not_depend_on_the_order_of_cells() -> None:
     cells = cells_of({"plain": [10.0, 20.0, 40.0], "at": [9.0, 18.5, 35.0]})
     assert compare(cells[:3] + cells[:2:-1])[1] == compare(cells)[1]
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(1)
     trials, hits = 400, 0
     for _ in range(trials):
@@ -106,14 +106,14 @@ def test_holm_by_hand() -> None:
     # sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04 -> running maximum
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.7, 0.6]) == [1.0, 1.0]
-    with_gap = holm([0.01, math.nan, 0.04])  # nan is no member of the family
+    with_gap = holm([0.01, math.nan, 0.04])  # nan does not belong to the family
     assert with_gap[0] == pytest.approx(0.02)
     assert math.isnan(with_gap[1])
     assert with_gap[2] == pytest.approx(0.04)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
-def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float], level: float) -> None:
+def test_holm_matches_the_step_down_procedure(p_values: list[float], level: float) -> None:
     rejected = set()
     for position, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] * (len(p_values) - position) > level:
@@ -122,7 +122,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]
     assert {i for i, p in enumerate(holm(p_values)) if p <= level} == rejected
 
 
-def test_holm_runs_over_the_cells_of_one_arm() -> None:
+def test_holm_corrects_over_the_cells_of_one_arm() -> None:
     cells = [
         cell(arm, seed, value * seed**0.5, steps=steps)
         for seed in (1, 2, 3)
@@ -159,8 +159,8 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("message", CONDITIONS)
-def test_arms_that_were_evaluated_otherwise_are_not_compared(message: str) -> None:
-    """Nor are the seeds of an arm, of which the mean is taken."""
+def test_arms_evaluated_differently_are_not_compared(message: str) -> None:
+    """The same holds for the seeds of an arm, since their mean is taken."""
     first, then = CONDITIONS[message]
     plain = [{**one, **first} for one in cells_of({"plain": [10.0, 20.0]})]
     at = cells_of({"at": [9.0, 18.0]})
@@ -170,7 +170,7 @@ def test_arms_that_were_evaluated_otherwise_are_not_compared(message: str) -> No
     assert len(compare([*plain, *({**one, **first} for one in at)])) == 2
 
 
-def test_the_extractor_is_of_no_consequence_to_distances_of_pixels() -> None:
+def test_extractor_does_not_matter_for_pixel_distances() -> None:
     cells = cells_of({"plain": [10.0, 20.0], "at": [9.0, 18.0]}, metric="energy")
     assert len(compare([{**one, "extractor": one["arm"]} for one in cells], metric="energy")) == 2
 
@@ -187,13 +187,13 @@ def test_one_seed_gives_an_estimate_without_a_verdict() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, None, math.inf, 0.0, -1.0])
-def test_a_diverged_seed_is_not_dropped(bad: float | None) -> None:
+def test_diverged_seed_is_not_dropped(bad: float | None) -> None:
     row = compare(cells_of({"plain": [10.0, 20.0, 40.0], "at": [5.0, 10.0, bad]}))[1]
     assert (row.n, row.pairs, row.verdict) == (3, 3, "unclear")
     assert math.isnan(row.change)
 
 
-def test_rows_come_baseline_first_and_by_steps() -> None:
+def test_rows_start_with_the_baseline_and_are_sorted_by_steps() -> None:
     cells = [
         cell(arm, seed, 5.0 + seed + steps, sampler, steps)
         for arm in ("at", "plain")
@@ -204,7 +204,7 @@ def test_rows_come_baseline_first_and_by_steps() -> None:
     assert [(r.arm, *r.setting) for r in compare(cells)] == [(a, *s) for a in ("plain", "at") for s in order]
 
 
-def test_a_cell_missing_from_the_baseline_is_unclear() -> None:
+def test_cell_missing_from_the_baseline_is_unclear() -> None:
     cells = cells_of({"plain": [10.0, 20.0], "at": [9.0, 18.0]}) + cells_of({"at": [5.0, 6.0]}, steps=10)
     row = compare(cells)[2]
     assert (row.steps, row.n, row.pairs, row.verdict) == (10, 2, 0, "unclear")
@@ -254,7 +254,7 @@ def test_conclusions_name_gains_and_losses() -> None:
     ]
 
 
-def test_conclusions_turn_their_words_for_metrics_that_should_rise() -> None:
+def test_conclusions_adapt_to_metrics_that_should_rise() -> None:
     values = {"plain": [0.5, 0.6, 0.7], "at": [0.4, 0.481, 0.562]}
     said = conclusions(compare(cells_of(values, metric="recall"), metric="recall"))
     assert said[1].startswith("at raises recall against plain in none of 1 cell, lowers it in 1 (ddim 5: −20%)")
@@ -272,7 +272,7 @@ def test_conclusions_turn_their_words_for_metrics_that_should_rise() -> None:
         (math.nan, "n/a"),
     ],
 )
-def test_percent(value: float, text: str) -> None:
+def test_percent_formatting(value: float, text: str) -> None:
     assert percent(value) == text
 
 
@@ -291,7 +291,7 @@ def test_percent(value: float, text: str) -> None:
         ({"sample_seed": 7}, {}, "evaluate all arms alike"),
     ],
 )
-def test_mistakes_are_named(change: Cell, options: dict[str, Any], words: str) -> None:
+def test_invalid_arguments_are_rejected(change: Cell, options: dict[str, Any], words: str) -> None:
     cells = cells_of({"plain": [10.0, 20.0], "at": [9.0, 18.0]})
     cells[-1] = {**cells[-1], **change}
     with pytest.raises(UserError, match=words):
@@ -305,13 +305,13 @@ def test_conclusions_need_the_baseline() -> None:
 
 
 def bootstrap_by_hand(values: list[float], confidence: float) -> tuple[float, float]:
-    """The exact law of the mean of a resample, by listing all n^n of them."""
+    """Return the exact interval of the mean of a resample, by listing all n^n of them."""
     means = np.array([np.mean(resample) for resample in itertools.product(values, repeat=len(values))])
     tail = (1 - confidence) / 2
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
 
 
-def test_bootstrap_interval_is_that_of_all_resamples() -> None:
+def test_bootstrap_interval_matches_all_resamples() -> None:
     ratios = [0.7, 0.75, 0.9, 0.78, 1.1, 0.85]
     base = [10.0, 12.0, 9.0, 20.0, 15.0, 11.0]
     cells = cells_of({"plain": base, "at": list(np.multiply(ratios, base))})
@@ -331,7 +331,7 @@ def test_bootstrap_interval_is_that_of_all_resamples() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "warned"), [(3, True), (5, False)])
-def test_bootstrap_of_few_seeds_is_said_to_be_too_narrow(seeds: int, warned: bool) -> None:
+def test_bootstrap_warns_on_few_seeds(seeds: int, warned: bool) -> None:
     values = {"plain": [10.0 + i for i in range(seeds)], "at": [9.0 + i * 1.1 for i in range(seeds)]}
     said = conclusions(compare(cells_of(values), interval="bootstrap"))[0]
     assert "95% bootstrap interval" in said
@@ -340,7 +340,7 @@ def test_bootstrap_of_few_seeds_is_said_to_be_too_narrow(seeds: int, warned: boo
     assert "bootstrap" not in conclusions(compare(cells_of(values)))[0]
 
 
-def test_bootstrap_of_one_seed_or_equal_ratios_or_a_diverged_one() -> None:
+def test_bootstrap_of_degenerate_seeds() -> None:
     def row(base: list[float], arm: list[float]) -> Row:
         return compare(cells_of({"plain": base, "at": arm}), interval="bootstrap")[1]
 
@@ -359,7 +359,7 @@ def test_minimum_is_the_best_finite_seed(metric: str, best: float) -> None:
 
 
 def corrected_cells() -> list[Cell]:
-    """One cell of two arms: plain 10, 20, 40; at 0.8 of it; with epsilon scaling 0.9 of both, less at's gain."""
+    """One cell of two arms: plain 10, 20, 40; at 0.8 of it; epsilon scaling brings both to 0.9 of plain."""
     base = np.array([10.0, 20.0, 40.0])
     jitter = np.array([0.99, 1.0, 1.01])
     cells = cells_of({"plain": list(base), "at": list(0.8 * base * jitter)})
@@ -370,7 +370,7 @@ def corrected_cells() -> list[Cell]:
     return cells
 
 
-def test_a_correction_is_compared_with_the_same_and_with_none() -> None:
+def test_corrections_are_compared_with_the_same_and_with_none() -> None:
     cells = corrected_cells()
     assert corrections_of(cells[::-1]) == ["none", "epsilon-scaling:search"]
     rows = {(one.row.correction, one.row.arm): one for one in compare_corrected(cells)}
@@ -380,7 +380,7 @@ def test_a_correction_is_compared_with_the_same_and_with_none() -> None:
     for correction in corrections_of(cells):
         expected = compare(cells, correction=correction)
         found = [one.row for one in rows.values() if one.row.correction == correction]
-        assert str(found) == str(expected)  # nan equals itself in print only
+        assert str(found) == str(expected)  # nan equals itself only as text
     none, alone = rows["none", "at"], rows["epsilon-scaling:search", "plain"]
     assert (none.uncorrected, none.values) == (none.row, ())
     assert (alone.row.verdict, alone.uncorrected.verdict, alone.values) == ("baseline", "better", (1.0, 1.01, 1.02))
@@ -393,7 +393,7 @@ def test_a_correction_is_compared_with_the_same_and_with_none() -> None:
         assert (found.change, found.change_low, found.p_holm) == (by_hand.change, by_hand.change_low, by_hand.p_holm)
 
 
-def test_conclusions_say_what_holds_with_a_correction() -> None:
+def test_conclusions_cover_corrections() -> None:
     cells = corrected_cells()
     label = "searched epsilon-scaling"
     said = corrected_conclusions(compare_corrected(cells))
@@ -426,7 +426,7 @@ def test_corrections_without_an_uncorrected_column() -> None:
         ("time-shift:search", "searched time-shift"), ("time-shift:40:300", "time-shift 40, 300"),
     ],
 )  # fmt: skip
-def test_correction_label(correction: str, label: str) -> None:
+def test_correction_label_formatting(correction: str, label: str) -> None:
     assert correction_label(correction) == label
 
 
@@ -434,7 +434,7 @@ def test_correction_label(correction: str, label: str) -> None:
     ("metric", "better"),
     [("sliced_wasserstein", 0.5), ("energy", 0.5), ("clip_fid", 0.5), ("on_mode", 2), ("clip_score", 2)],
 )  # fmt: skip
-def test_good_directions_and_names_of_the_metrics(metric: str, better: float) -> None:
+def test_metrics_have_a_direction_and_a_label(metric: str, better: float) -> None:
     values = {"plain": [10.0, 20.0, 40.0], "at": [10.0 * better, 20.0 * better, 40.1 * better]}
     assert compare(cells_of(values, metric=metric), metric=metric)[1].verdict == "better"
     assert "_" not in metric_label(metric)

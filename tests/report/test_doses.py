@@ -1,4 +1,4 @@
-"""The logs of doses, gathered over seeds and drawn on the page."""
+"""Dose logs, averaged over seeds and drawn on the page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def runs(tmp_path: Path) -> dict[str, list[str]]:
     }
 
 
-def test_doses_are_means_over_seeds_at_their_common_passes(runs: dict[str, list[str]]) -> None:
+def test_doses_are_averaged_over_seeds_at_common_passes(runs: dict[str, list[str]]) -> None:
     found = doses_of_runs(runs)
     assert found is not None
     assert set(found["by_run"]) == {"fixed", "auto"}
@@ -48,14 +48,14 @@ def test_doses_are_means_over_seeds_at_their_common_passes(runs: dict[str, list[
     assert doses_of_runs({"plain": runs["plain"]}) is None
 
 
-def test_doses_are_drawn(runs: dict[str, list[str]], tmp_path: Path) -> None:
+def test_doses_are_drawn_on_the_page(runs: dict[str, list[str]], tmp_path: Path) -> None:
     found = doses_of_runs(runs)
     assert found is not None
     by_run = found["by_run"]
     assert dose_curves(by_run) == dose_curves(by_run)
     save_measured("dose", [{"run": arm, "records": records} for arm, records in by_run.items()], tmp_path / "out")
     assert (tmp_path / "out" / "dose.png").read_bytes().startswith(b"\x89PNG")
-    assert dose_curves({"fixed": by_run["fixed"]}).count(b'<g id="axes_') == 3  # those of the noise alone
+    assert dose_curves({"fixed": by_run["fixed"]}).count(b'<g id="axes_') == 3  # the axes of the noise alone
     cell = {"seed": 0, "sampler": "ddim", "steps": 5, "metrics": {"fd": 1.0}}
     cells = [{"arm": arm, **cell} for arm in ("plain", "auto")]
     write_report({"cells": cells, "dose": found}, tmp_path / "r.html")

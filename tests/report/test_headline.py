@@ -1,4 +1,4 @@
-"""The sentence at the top of a report, and what its arms are in words."""
+"""The headline of a report, and the descriptions of its arms."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def scaled(*factors: float) -> list[dict[int, float]]:
     return [{steps: figure * factor for steps, figure in CURVE.items()} for factor in factors]
 
 
-def test_the_best_arm_its_cell_and_what_it_saves() -> None:
+def test_headline_names_the_best_arm_its_cell_and_steps_saved() -> None:
     at = [{**curve, 4: 8.0 * factor} for curve, factor in zip(scaled(0.9, 0.91), (1.0, 1.01), strict=True)]
     plain = scaled(1.0, 1.0)
     text = said({"plain": plain, "ip": scaled(0.99, 1.02), "at": at})
-    # 8 is what plain has in 8 steps, and 8.08 in a little less.
+    # plain reaches 8 in 8 steps, and 8.08 in slightly fewer.
     assert text.startswith(
         "at lowers FD by 75% against plain with ddim at 4 steps (8.04 against 32; 95% t interval of the change [−76%, "
         "−73%], 2 seeds): plain needs 7.98 steps to match this, so 3.98 steps are saved. Of 3 cells (sampler and "
@@ -41,12 +41,12 @@ def test_the_best_arm_its_cell_and_what_it_saves() -> None:
     assert "clearly worse in none" in text
 
 
-def test_beyond_what_was_measured_it_saves_more_than_that() -> None:
+def test_unmeasured_steps_give_a_lower_bound() -> None:
     text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.01, 0.0101)})
     assert ": plain does not match this in 16 steps, so more than" in text
 
 
-def test_a_bound_from_above_saves_nothing_that_is_known() -> None:
+def test_upper_bound_reports_no_steps_saved() -> None:
     """One seed of the arm is worse than the baseline at the fewest steps that were measured."""
     at = [{**curve, 4: 32.0 * factor} for curve, factor in zip(scaled(*6 * [1.0]), [1.001, *5 * [0.5]], strict=True)]
     found = cells({"plain": scaled(*6 * [1.0]), "at": at}, "fd")
@@ -57,13 +57,13 @@ def test_a_bound_from_above_saves_nothing_that_is_known() -> None:
     assert "saved" not in text
 
 
-def test_a_metric_that_rises_saves_no_steps() -> None:
+def test_rising_metric_reports_no_steps_saved() -> None:
     text = said({"plain": scaled(0.01, 0.01), "at": scaled(0.02, 0.0201)}, "recall")
     assert text.startswith("at raises recall by 100% against plain with ddim at")
     assert "saved" not in text
 
 
-def test_nothing_clear_is_said_to_be_so() -> None:
+def test_headline_says_if_nothing_is_clear() -> None:
     text = said({"plain": scaled(1.0, 1.0), "at": scaled(0.8, 1.1)})
     assert text.startswith("No arm is clearly better than plain in any of 3 cells")
     assert text.endswith("an interval that includes zero.")
@@ -78,7 +78,7 @@ def test_arms_are_ranked_by_wins_then_by_change() -> None:
     assert ranked(rows) == ["plain", "at", "ip", "worse"]
 
 
-def test_the_lines_that_load_a_run(tmp_path: Any) -> None:
+def test_load_code_matches_the_run(tmp_path: Any) -> None:
     run = tmp_path / "seed-0" / "at"
     (run / "pipeline").mkdir(parents=True)
     (run / "pipeline" / "model_index.json").write_text('{"unet": ["atdiff.models.mlp", "MLP2DModel"]}')
@@ -99,7 +99,7 @@ def test_the_lines_that_load_a_run(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
-def test_every_arm_of_every_recipe_has_words_of_its_own(name: str) -> None:
+def test_arm_descriptions_are_unique_within_a_recipe(name: str) -> None:
     recipe = load_recipe(name)
     try:
         words = describe_arms({arm: asdict(resolve(recipe, arm)) for arm in recipe.arms})
@@ -109,7 +109,7 @@ def test_every_arm_of_every_recipe_has_words_of_its_own(name: str) -> None:
     assert len(set(words.values())) == len(words), words
 
 
-def test_arms_in_words() -> None:
+def test_arm_descriptions() -> None:
     recipe = load_recipe("digits-couplings")
     words = describe_arms({arm: asdict(resolve(recipe, arm)) for arm in recipe.arms})
     assert words["plain"] == "plain training, no perturbation"

@@ -1,4 +1,4 @@
-"""The page is read back with html.parser: balanced, self-contained, and its figures are those of the rows."""
+"""The page, read back with html.parser, is balanced and self-contained, and shows the figures of the rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def picture(shade: int) -> bytes:
 
 
 def fake_grids(arms: Sequence[str] = ("plain", *GAINS)) -> Grids:
-    """Three numbers of steps of ddim and two of iddpm; every grid another picture."""
+    """Three step counts of ddim and two of iddpm, each grid a different image."""
     places = [("ddim", 5), ("ddim", 10), ("ddim", 20), ("iddpm", 10), ("iddpm", 20)]
     grids: Grids = {}
     for number, (sampler, steps) in enumerate(places):
@@ -88,7 +88,7 @@ def fake_grids(arms: Sequence[str] = ("plain", *GAINS)) -> Grids:
 
 
 def with_corrections(summary: Summary) -> Summary:
-    """Every cell again with two corrections, which gain 10% and 5%; the searched value differs between seeds."""
+    """Add every cell with two corrections, which gain 10% and 5%; the searched value differs between seeds."""
     cells = [{**cell, "correction": "none"} for cell in summary["cells"]]
     for cell in summary["cells"]:
         for correction, factor in (("epsilon-scaling:search", 0.9), ("time-shift:40", 0.95)):
@@ -99,7 +99,7 @@ def with_corrections(summary: Summary) -> Summary:
 
 
 def with_measurements(summary: Summary, arms: Sequence[str] = ("plain", "at")) -> Summary:
-    """Records of mismatch, robustness and directions: at's mismatch is below plain's at two of three levels."""
+    """Add records of mismatch, robustness and directions: at's mismatch is below plain's at two of three levels."""
     recipe = {"sampler": "ddim", "steps": 10, "num": 64, "extractor": None, "norm": "l2", "versions": {"torch": "2"}}
     attack = {key: value for key, value in recipe.items() if key != "sampler"}
     distances = {"plain": (0.3, 0.4, 0.2, 0.1), "at": (0.2, 0.5, 0.1, 0.05)}
@@ -124,8 +124,8 @@ def with_measurements(summary: Summary, arms: Sequence[str] = ("plain", "at")) -
     }
 
 
-def test_the_page_says_what_arms_share_where_that_is_known() -> None:
-    """A comparison of runs knows of no base model, and its arms may have other seeds."""
+def test_page_says_what_arms_share_if_known() -> None:
+    """A comparison of runs knows of no base model, and its arms may have different seeds."""
 
     def said(summary: Summary) -> str:
         rows = compare(summary["cells"], baseline="plain", metric="fd")
@@ -146,7 +146,7 @@ def test_the_page_says_what_arms_share_where_that_is_known() -> None:
 
 
 class Page(HTMLParser):
-    """Tags with their balance, the text of table cells, and the addresses a browser would load."""
+    """Collects tags, text and table cells, and checks that tags are balanced."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def source(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the curves once, on the page of ``source``: they are most of the time of a page."""
+    """Draw real curves only on the page of ``source``: they take most of the time."""
     metric_curves = lambda rows, leading: f"<svg><!-- {rows[0].metric} --></svg>".encode()  # noqa: E731
     monkeypatch.setattr(page_module, "metric_curves", metric_curves)
     monkeypatch.setattr(page_module, "seed_dots", lambda rows, order: f"<svg><!-- {order} --></svg>".encode())
@@ -211,7 +211,7 @@ def page(source: str) -> Page:
     return Page(source)
 
 
-def test_samples_are_said_to_be_drawn_in_float32_whatever_the_figures(summary: Summary, tmp_path: Path) -> None:
+def test_samples_are_labelled_float32_at_any_dtype_of_figures(summary: Summary, tmp_path: Path) -> None:
     cells = [{**cell, "weights": "EMA 0.999", "dtype": "bf16 autocast"} for cell in summary["cells"]]
     write_report({**summary, "cells": cells}, tmp_path / "report.html", fake_grids())
     text = " ".join((tmp_path / "report.html").read_text("utf-8").split())
@@ -230,7 +230,7 @@ def test_page_loads_nothing(source: str, page: Page) -> None:
     assert not {"iframe", "object"} & {tag for tag, _ in page.tags}
     names = ("src", "href", "srcset")
     loads = [attrs[name] for tag, attrs in page.tags for name in names if name in attrs and tag != "a"]
-    assert loads[0] == "data:,"  # an empty icon, or a browser asks for one
+    assert loads[0] == "data:,"  # an empty icon, so that no browser requests one
     # curves of two metrics, seeds of three samplers, recall beside FD, steps saved, losses, grids
     assert len(loads) == 1 + 2 + 3 + 1 + 1 + 1 + 5 * 5
     assert all(str(address).startswith("data:image/") for address in loads[1:])
@@ -238,7 +238,7 @@ def test_page_loads_nothing(source: str, page: Page) -> None:
     assert "@import" not in source
 
 
-def test_links_lead_into_the_page_or_to_the_figures(summary: Summary, page: Page) -> None:
+def test_links_point_into_the_page_or_to_figures(summary: Summary, page: Page) -> None:
     links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a"]
     places = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert {link[1:] for link in links if link.startswith("#")} == places
@@ -254,7 +254,7 @@ def test_links_lead_into_the_page_or_to_the_figures(summary: Summary, page: Page
             assert float(line["fd"]) == cell["metrics"]["fd"]
 
 
-def test_runs_are_linked_to_and_the_best_is_loaded(tmp_path: Path) -> None:
+def test_runs_are_linked_and_the_best_has_load_code(tmp_path: Path) -> None:
     summary = fake_summary(seeds=2)
     for cell in summary["cells"]:
         cell["run"] = str(tmp_path / f"study of/seed-{cell['seed']}/{cell['arm']}")
@@ -275,13 +275,13 @@ def test_runs_are_linked_to_and_the_best_is_loaded(tmp_path: Path) -> None:
     assert page.stack == []
 
 
-def test_every_picture_has_words(page: Page) -> None:
+def test_every_image_has_alt_text(page: Page) -> None:
     alts = [attrs.get("alt") for tag, attrs in page.tags if tag == "img"]
     assert all(alts)
     assert "Samples of at-residual: iddpm, 20 steps" in alts
 
 
-def test_table_shows_the_rows_and_nothing_else(page: Page, rows: list[Row]) -> None:
+def test_table_shows_exactly_the_rows(page: Page, rows: list[Row]) -> None:
     best, order = winners(rows), ranked(rows)
     assert order[:2] == ["plain", "at-residual"]
     expected = []
@@ -293,10 +293,10 @@ def test_table_shows_the_rows_and_nothing_else(page: Page, rows: list[Row]) -> N
         expected.append(text)
     shown = [squeeze(text) for text in page.cells if "±" in text]
     assert shown[: len(rows)] == expected
-    assert {"better", "worse", "unclear"} <= {row.verdict for row in rows}  # else the page shows too little
+    assert {"better", "worse", "unclear"} <= {row.verdict for row in rows}  # otherwise the page covers too little
 
 
-def test_page_tells_conclusions_and_recipe(page: Page, rows: list[Row]) -> None:
+def test_page_shows_conclusions_and_recipe(page: Page, rows: list[Row]) -> None:
     text = squeeze(page.text)
     for sentence in conclusions(rows):
         assert sentence in text
@@ -308,14 +308,14 @@ def test_page_tells_conclusions_and_recipe(page: Page, rows: list[Row]) -> None:
         assert words in text, words
 
 
-def test_the_metric_of_the_summary_comes_first(summary: Summary, tmp_path: Path) -> None:
+def test_metric_of_the_summary_comes_first(summary: Summary, tmp_path: Path) -> None:
     write_report(summary | {"metric": "recall"}, tmp_path / "r.html")
     text = squeeze(Page((tmp_path / "r.html").read_text("utf-8")).text)
     assert "Recall by sampler and steps" in text
     assert conclusions(compare(summary["cells"], metric="recall"))[1] in text
 
 
-def test_only_its_own_script_may_run(source: str, page: Page) -> None:
+def test_only_the_pages_own_script_may_run(source: str, page: Page) -> None:
     script = source.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)
@@ -323,7 +323,7 @@ def test_only_its_own_script_may_run(source: str, page: Page) -> None:
     assert script.count("\n") < 60
 
 
-def test_without_a_script_all_grids_are_shown_in_order(page: Page) -> None:
+def test_all_grids_are_shown_in_order_without_a_script(page: Page) -> None:
     sheets = [attrs for tag, attrs in page.tags if attrs.get("class") == "sheet"]
     assert [(a["data-sampler"], a["data-steps"]) for a in sheets] == [
         ("ddim", "5"), ("ddim", "10"), ("ddim", "20"), ("iddpm", "10"), ("iddpm", "20")
@@ -334,7 +334,7 @@ def test_without_a_script_all_grids_are_shown_in_order(page: Page) -> None:
     assert [base64.b64decode(address.partition(",")[2]) for address in found] == expected
 
 
-def test_without_samples_no_script(summary: Summary, tmp_path: Path) -> None:
+def test_page_without_samples_has_no_script(summary: Summary, tmp_path: Path) -> None:
     write_report(summary, tmp_path / "r.html")
     source = (tmp_path / "r.html").read_text("utf-8")
     assert "<script" not in source
@@ -356,12 +356,12 @@ def test_corrections_have_their_columns(summary: Summary, tmp_path: Path) -> Non
         "95% bootstrap interval", "searched on sampling seed 999", "Curves with time-shift 40 on all arms",
     ):  # fmt: skip
         assert words in text, words
-    # The first column is that of no correction, as the table of the whole page.
+    # The first column has no correction, like the main table of the page.
     for row in compare(corrected["cells"], interval="bootstrap"):
         assert sum(mean_text(row) in squeeze(cell) for cell in page.cells) >= 2
 
 
-def test_correction_tables(summary: Summary) -> None:
+def test_correction_tables_show_every_row(summary: Summary) -> None:
     cells = with_corrections(summary)["cells"]
     text = correction_markdown(cells, baseline="plain", metric="fd")
     lines = text.partition("\n\n")[0].splitlines()
@@ -419,7 +419,7 @@ def test_every_figure_has_its_recipe(tmp_path: Path) -> None:
     assert text.count(recipe.format("pixels")) == 1
 
 
-def test_commands_may_be_several(summary: Summary, tmp_path: Path) -> None:
+def test_page_can_show_several_commands(summary: Summary, tmp_path: Path) -> None:
     write_report(summary | {"command": ["atdiff study a", "atdiff compare a"]}, tmp_path / "r.html")
     assert "<pre>atdiff study a\natdiff compare a</pre>" in (tmp_path / "r.html").read_text("utf-8")
 
@@ -431,7 +431,7 @@ def network(folder: Path, channels: int, size: int, seed: int) -> str:
     return str(folder)
 
 
-def test_grids_hold_the_same_seeds_in_the_same_places(tmp_path: Path) -> None:
+def test_grids_show_equal_seeds_in_equal_places(tmp_path: Path) -> None:
     runs = {arm: network(tmp_path / arm, 1, 8, seed) for seed, arm in enumerate(("plain", "at"))}
     grids = sample_grids(runs, ["ddim", "dpmsolver++"], [2, 3], seed=5)
     assert [(s, n, a) for s, x in grids.items() for n, y in x.items() for a in y] == [
@@ -453,17 +453,17 @@ def test_grids_hold_the_same_seeds_in_the_same_places(tmp_path: Path) -> None:
     assert sheet.height > 300
 
 
-def test_large_pictures_make_smaller_grids(tmp_path: Path) -> None:
+def test_large_images_make_smaller_grids(tmp_path: Path) -> None:
     run = network(tmp_path / "run", 3, 64, 0)
     by_sampler = sample_grids({"plain": run}, ["ddim", "iddpm"], {"ddim": [2, 3], "iddpm": [2]}, columns=2)
     assert {sampler: list(counts) for sampler, counts in by_sampler.items()} == {"ddim": [2, 3], "iddpm": [2]}
     grids = sample_grids({f"arm{i}": run for i in range(10)}, ["ddim"], [2])
     pictures = [png for by_arm in grids["ddim"].values() for png in by_arm.values()]
-    assert sum(map(len, pictures)) * 4 / 3 < 5e6  # of noise, which no PNG can shrink
+    assert sum(map(len, pictures)) * 4 / 3 < 5e6  # noise, which PNG cannot compress
     assert Image.open(io.BytesIO(pictures[0])).size == (4 * 65 + 1, 4 * 65 + 1)
 
 
-def test_points_of_the_plane_are_drawn_and_other_channels_refused(tmp_path: Path) -> None:
+def test_2d_points_are_drawn_and_other_channels_rejected(tmp_path: Path) -> None:
     grids = sample_grids({"plain": network(tmp_path / "plane", 2, 1, 0)}, ["ddim"], [2])
     image = np.asarray(Image.open(io.BytesIO(grids["ddim"][2]["plain"])))
     assert image.shape == (96, 96)
@@ -486,7 +486,7 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert hostile in page.cells
 
 
-def test_a_bare_summary_of_one_seed_is_enough(tmp_path: Path) -> None:
+def test_minimal_summary_of_one_seed_is_enough(tmp_path: Path) -> None:
     write_report({"cells": fake_summary(seeds=1)["cells"]}, tmp_path / "new" / "r.html")
     page = Page((tmp_path / "new" / "r.html").read_text("utf-8"))
     assert page.stack == []
@@ -494,7 +494,7 @@ def test_a_bare_summary_of_one_seed_is_enough(tmp_path: Path) -> None:
     assert "nan" not in squeeze(page.text).lower().split()
 
 
-def test_same_summary_same_bytes(summary: Summary, rows: list[Row], tmp_path: Path) -> None:
+def test_report_is_deterministic(summary: Summary, rows: list[Row], tmp_path: Path) -> None:
     for name in ("first.html", "again.html"):
         write_report(copy.deepcopy(summary), tmp_path / name, fake_grids())
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "first.html").read_bytes()
@@ -502,7 +502,7 @@ def test_same_summary_same_bytes(summary: Summary, rows: list[Row], tmp_path: Pa
     assert metric_curves(few) == metric_curves(few)
 
 
-def test_nothing_is_written_on_a_mistake(summary: Summary, tmp_path: Path) -> None:
+def test_nothing_is_written_on_an_error(summary: Summary, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not among the arms"):
         write_report(summary | {"baseline": "other"}, tmp_path / "r.html")
     with pytest.raises(UserError, match="is a folder"):
@@ -537,7 +537,7 @@ def test_terminal_table_marks_only_winners(rows: list[Row]) -> None:
     assert "lowest mean" in squeeze(legend)
 
 
-def test_cells_table_has_a_line_a_cell_and_a_column_a_metric() -> None:
+def test_cells_table_has_a_row_per_cell_and_a_column_per_metric() -> None:
     shared = {"sampler": "ddim", "steps": 5, "sample_seed": 3}
     cells = [
         {"run": "runs/[red]a", **shared, "metrics": {"fd": 12.345, "recall": 0.7}},
@@ -554,7 +554,7 @@ def test_cells_table_has_a_line_a_cell_and_a_column_a_metric() -> None:
     ]
 
 
-def test_tables_do_not_read_arm_names_as_markup() -> None:
+def test_tables_escape_markup_in_arm_names() -> None:
     rows = compare(fake_summary(("plain", "[bold]a|b"), seeds=2)["cells"])
     assert "[bold]a|b" in render(rows, 100)
     assert "| [bold]a\\|b |" in markdown_table(rows)
@@ -573,7 +573,7 @@ def test_markdown_table_is_rectangular_and_complete(rows: list[Row]) -> None:
     assert legend.startswith("±: half-width of the 95% t interval of the mean; %: paired change against plain; ?")
 
 
-def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
+def test_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
     gone = ("at", "ddim", 50)
     cells = [c for c in summary["cells"] if (c["arm"], c["sampler"], c["steps"]) != gone]
     rows = compare(cells)
@@ -584,7 +584,7 @@ def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
     page = Page((tmp_path / "r.html").read_text("utf-8"))
     assert [attrs.get("class") for tag, attrs in page.tags].count(
         "absent"
-    ) == 3  # one a metric, and one of the steps saved
+    ) == 3  # one per metric, and one of the steps saved
 
 
 @pytest.mark.parametrize(
@@ -594,11 +594,11 @@ def test_a_missing_cell_leaves_a_gap(tmp_path: Path, summary: Summary) -> None:
         (6.614, float("nan"), "6.61"), (0.0, 0.0, "0.00 ± 0.00"), (float("nan"), float("nan"), "nan"),
     ],
 )  # fmt: skip
-def test_mean_text(rows: list[Row], mean: float, half: float, text: str) -> None:
+def test_mean_text_formatting(rows: list[Row], mean: float, half: float, text: str) -> None:
     assert mean_text(Row(**{**vars(rows[0]), "mean": mean, "half_width": half})) == text
 
 
-def test_curves_draw_the_rows_and_leave_matplotlib_alone(rows: list[Row], tmp_path: Path) -> None:
+def test_curves_draw_the_rows_and_keep_matplotlib_settings(rows: list[Row], tmp_path: Path) -> None:
     rows = [row for row in rows if row.sampler == "ddim"]
     with mpl.rc_context({"font.size": 7, "svg.hashsalt": "mine"}):
         before = dict(mpl.rcParams)
@@ -620,7 +620,7 @@ def test_loss_curves_are_optional(summary: Summary) -> None:
     assert loss_curves(summary["training"], ["plain", "at"], file_format="png") is not None
 
 
-def test_an_arm_far_worse_than_the_baseline_leaves_the_others_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_worse_arm_does_not_squash_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(plots, "rendered", lambda figure, file_format: drawn.append(figure) or b"")
     values = {"plain": [10.0, 11.0, 12.0], "good": [5.0, 5.5, 6.0], "bad": [300.0, 320.0, 340.0]}

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: no error, no request, pictures shown, the slider works, a phone is wide enough."""
+"""The page in headless Chromium: no errors or requests, all images, a working slider, a layout that fits phones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="needs chromium
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a page that has every section."""
+    """Write a page with every section and return its address."""
     path = tmp_path_factory.mktemp("browser") / "report.html"
     summary = with_measurements(with_corrections(fake_summary()))
     summary["cells"] = [cell for cell in summary["cells"] if cell["sampler"] != "iddpm"]
@@ -36,14 +36,14 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    browser.get("about:blank")  # what the browser's own first page asks for is over
+    browser.get("about:blank")  # the requests of the browser's own start page are over
     yield browser
     browser.quit()
 
 
 @pytest.fixture
 def browser(driver: Any, page: str) -> Any:
-    """The page, freshly opened on a desktop."""
+    """Open the page anew at desktop size."""
     resize(driver, 1200)
     driver.get_log("browser")
     driver.get_log("performance")
@@ -68,7 +68,7 @@ def choose(browser: Any, sampler: str) -> None:
     Select(browser.find_element("css selector", "#viewer select")).select_by_visible_text(sampler)
 
 
-def test_no_error_and_no_request(browser: Any, page: str) -> None:
+def test_page_logs_no_errors_and_sends_no_requests(browser: Any, page: str) -> None:
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -76,7 +76,7 @@ def test_no_error_and_no_request(browser: Any, page: str) -> None:
     assert {url.partition(":")[0] for url in sent if url != page} <= {"data"}
 
 
-def test_every_picture_is_shown_and_has_words(browser: Any) -> None:
+def test_every_image_is_shown_with_alt_text(browser: Any) -> None:
     browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
     pictures = browser.execute_script(
         "return Promise.all([...document.images].map(i => i.decode().then(() => [i.alt, i.naturalWidth])))"
@@ -86,7 +86,7 @@ def test_every_picture_is_shown_and_has_words(browser: Any) -> None:
     assert all(alt and width > 0 for alt, width in pictures)
 
 
-def test_the_slider_moves_by_keyboard_and_says_where_it_is(browser: Any) -> None:
+def test_slider_moves_by_keyboard_and_announces_its_value(browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     slider = browser.find_element("css selector", "#viewer input[type=range]")
@@ -101,7 +101,7 @@ def test_the_slider_moves_by_keyboard_and_says_where_it_is(browser: Any) -> None
     assert shown(browser) == [("ddim", "5")]
 
 
-def test_the_slider_moves_by_pointer(browser: Any) -> None:
+def test_slider_moves_by_pointer(browser: Any) -> None:
     from selenium.webdriver import ActionChains
 
     slider = browser.find_element("css selector", "#viewer input[type=range]")
@@ -112,7 +112,7 @@ def test_the_slider_moves_by_pointer(browser: Any) -> None:
     assert shown(browser) == [("ddim", "20")]
 
 
-def test_another_sampler_keeps_the_steps_where_it_has_them(browser: Any) -> None:
+def test_changing_the_sampler_keeps_the_steps_if_available(browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     slider = browser.find_element("css selector", "#viewer input[type=range]")
@@ -148,7 +148,7 @@ def test_two_arms_flip_at_equal_seeds(browser: Any) -> None:
     first.select_by_visible_text("real images")
     assert flipped() == ("A: real images", grid(""))
     second.select_by_visible_text("at")
-    ActionChains(browser).send_keys("f").perform()  # which an open list would take as a letter
+    ActionChains(browser).send_keys("f").perform()  # an open list would take the key as a letter
     face.click()
     before = flipped()
     choose(browser, "iddpm")
@@ -158,7 +158,7 @@ def test_two_arms_flip_at_equal_seeds(browser: Any) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("kind", ["chart", "samples"])
-def test_a_click_enlarges_an_image_and_another_brings_it_back(browser: Any, width: int, kind: str) -> None:
+def test_clicks_enlarge_and_restore_an_image(browser: Any, width: int, kind: str) -> None:
     resize(browser, width)
     image = browser.execute_script(
         f"const i = [...document.querySelectorAll('img.{kind}')].find(i => i.offsetHeight > 0);"
@@ -177,7 +177,7 @@ def test_a_click_enlarges_an_image_and_another_brings_it_back(browser: Any, widt
     assert image.size == small
 
 
-def test_on_a_phone_the_steps_stay_and_the_best_arm_is_in_sight(browser: Any) -> None:
+def test_phone_layout_keeps_steps_and_best_arm_in_view(browser: Any) -> None:
     resize(browser, 390)
     left, right = browser.execute_script(
         "const t = document.querySelector('#table table'); const h = t.tHead.rows[0].cells;"
@@ -196,7 +196,7 @@ def test_on_a_phone_the_steps_stay_and_the_best_arm_is_in_sight(browser: Any) ->
     assert moved[2] > 0
 
 
-def test_the_contents_lead_to_their_sections(browser: Any) -> None:
+def test_table_of_contents_leads_to_its_sections(browser: Any) -> None:
     for link in browser.find_elements("css selector", ".contents a[href^='#']"):
         link.click()
         place = browser.execute_script("return document.querySelector(':target').getBoundingClientRect().top")
@@ -215,7 +215,7 @@ def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
     assert max(grids) >= 90
 
 
-def test_in_print_all_grids_and_details_are_shown(browser: Any) -> None:
+def test_print_shows_all_grids_and_details(browser: Any) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
         assert len(shown(browser)) == 5
@@ -230,7 +230,7 @@ def test_in_print_all_grids_and_details_are_shown(browser: Any) -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-def test_without_scripts_everything_is_there(browser: Any, page: str) -> None:
+def test_page_is_complete_without_scripts(browser: Any, page: str) -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         browser.get(page)
@@ -241,7 +241,7 @@ def test_without_scripts_everything_is_there(browser: Any, page: str) -> None:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_a_dark_page_is_dark(browser: Any) -> None:
+def test_dark_mode_is_dark(browser: Any) -> None:
     feature = {"name": "prefers-color-scheme", "value": "dark"}
     background = "return getComputedStyle(document.body).backgroundColor"
     light = browser.execute_script(background)

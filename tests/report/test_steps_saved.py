@@ -1,4 +1,4 @@
-"""Steps of the baseline that an arm's steps replace, against numbers by hand and a closed form."""
+"""Baseline steps that an arm saves, against worked examples and a closed form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cells(figures: dict[str, list[dict[int, float]]], metric: str = "fd") -> lis
 @pytest.mark.parametrize(
     ("figure", "expected"),
     [
-        # The logarithm of the figure halves its way from 32 to 8 at 16, and that of the steps from 4 to 8 at sqrt(32).
+        # In logarithms, 16 is halfway from 32 to 8, and sqrt(32) is halfway from 4 to 8 steps.
         (16.0, (math.sqrt(32), "")), (32.0, (4.0, "")), (8.0, (8.0, "")), (2.0, (16.0, "")),
         (1.9, (16.0, ">")), (33.0, (4.0, "<")), (0.0, (math.nan, "")), (math.inf, (math.nan, "")),
     ],
@@ -40,14 +40,14 @@ def test_steps_needed_by_hand(figure: float, expected: tuple[float, str]) -> Non
     assert bound == expected[1]
 
 
-def test_a_curve_that_rises_keeps_its_best_figure() -> None:
+def test_rising_curve_keeps_its_best_figure() -> None:
     curve = {4: 32.0, 8: 8.0, 16: 12.0, 32: 2.0}
     assert steps_needed(10.0, curve)[0] < 8  # not between 16 and 32
-    # From 16, where the best so far is still 8, to 2 at 32: 4 is half of the way.
+    # From 8, still the best at 16 steps, to 2 at 32: 4 is halfway.
     assert steps_needed(4.0, curve) == (pytest.approx(math.sqrt(16 * 32)), "")
 
 
-def test_a_figure_of_c_by_steps_needs_the_ratio() -> None:
+def test_figures_inverse_to_steps_need_the_ratio() -> None:
     ratios = [2.0, 2.5, 3.0]
     plain = [{n: c / n for n in (5, 10, 20, 50, 100)} for c in (30.0, 50.0, 70.0)]
     at = [
@@ -64,7 +64,7 @@ def test_a_figure_of_c_by_steps_needs_the_ratio() -> None:
         assert row.verdict == "better"
 
 
-def test_seeds_beyond_the_measured_steps_make_bounds() -> None:
+def test_seeds_beyond_the_measured_steps_give_bounds() -> None:
     at = [{4: 1.0, 8: 16.0, 16: 1.0}, {4: 1.0, 8: 1.0, 16: 33.0}]
     rows = steps_saved(cells({"plain": [CURVE, CURVE], "at": at}))
     assert [saved_text(row) for row in rows] == ["> 16", f"> {math.sqrt(math.sqrt(32) * 16):.3g}", "n/a"]
@@ -75,7 +75,7 @@ def test_seeds_beyond_the_measured_steps_make_bounds() -> None:
     assert saved_curves(rows).startswith(b"<?xml")
 
 
-def test_only_where_a_curve_should_fall_and_has_two_points() -> None:
+def test_steps_saved_need_a_falling_metric_and_two_points() -> None:
     one = cells({"plain": [{4: 8.0}], "at": [{4: 4.0}]})
     assert steps_saved(one) == []
     rising = cells({"plain": [CURVE], "at": [CURVE]}, "recall")
