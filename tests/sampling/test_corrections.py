@@ -1,4 +1,4 @@
-"""Epsilon scaling and time shift against the papers' formulas by hand and diffusers' own conversions."""
+"""Epsilon scaling, time shift and DCW against the papers' formulas and diffusers' own conversions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _pair(seed: int = 0) -> tuple[Tensor, Tensor]:
     return prediction, x_t
 
 
-def test_epsilon_network_is_divided() -> None:
+def test_epsilon_prediction_is_divided_by_the_scale() -> None:
     prediction, x_t = _pair()
     timesteps = _timesteps("epsilon")
     scaled = EpsilonScaling(1.017, 1e-4)(prediction, x_t, timesteps, NoiseSchedule(_scheduler("epsilon")), "epsilon")
@@ -64,7 +64,7 @@ def test_epsilon_network_is_divided() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-def test_vp_networks_imply_the_noise_that_ddim_reads(prediction_type: str) -> None:
+def test_vp_noise_matches_that_of_ddim(prediction_type: str) -> None:
     """DDIM from t to its own level recovers x0 and noise by diffusers' formulas; their scaled mix must be ours."""
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
     scheduler.set_timesteps(10)
@@ -82,7 +82,7 @@ def test_vp_networks_imply_the_noise_that_ddim_reads(prediction_type: str) -> No
     torch.testing.assert_close(noise_of(scaled), noise_of(prediction) / 1.05, rtol=1e-4, atol=1e-5)
 
 
-def test_flow_network_implies_the_noise_of_the_straight_path() -> None:
+def test_flow_noise_matches_the_straight_path() -> None:
     """At x_t = (1 - t) x0 + t eps with v = eps - x0, scaling must give (x0', eps / b) on the same x_t."""
     x0, noise = _pair()
     t = 0.6
@@ -93,7 +93,7 @@ def test_flow_network_implies_the_noise_of_the_straight_path() -> None:
     torch.testing.assert_close(scaled, noise / 1.1 - x0_after, rtol=1e-5, atol=1e-5)
 
 
-def test_edm_network_implies_the_noise_of_diffusers_preconditioning() -> None:
+def test_edm_noise_matches_diffusers_preconditioning() -> None:
     scheduler = _scheduler("edm")
     output, x_t = _pair()
     sigma = 1.7
@@ -105,7 +105,7 @@ def test_edm_network_implies_the_noise_of_diffusers_preconditioning() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_truth_converts_to_its_own_noise(prediction_type: str) -> None:
+def test_exact_prediction_converts_to_its_noise(prediction_type: str) -> None:
     x0, noise = _pair()
     schedule = NoiseSchedule(_scheduler(prediction_type))
     timesteps = _timesteps(prediction_type)
@@ -119,7 +119,7 @@ def test_truth_converts_to_its_own_noise(prediction_type: str) -> None:
         "flow": noise - x0,
         "edm": (x0 - c_skip * x_t) / (0.5 * sigma / (sigma**2 + 0.25).sqrt()),
     }[prediction_type]
-    # In float32 what is subtracted grows as 1 / sigma.
+    # In float32 the subtracted terms grow as 1 / sigma.
     tolerance = 1e-5 * float((1 / sigma).max().clamp(min=1))
     converted = to_noise(target, x_t, timesteps, schedule, prediction_type)
     torch.testing.assert_close(converted, noise, rtol=tolerance, atol=tolerance)
@@ -149,7 +149,7 @@ def test_scale_one_changes_nothing(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow"])
-def test_nothing_but_noise_leaves_the_prediction(prediction_type: str) -> None:
+def test_prediction_at_pure_noise_is_unchanged(prediction_type: str) -> None:
     prediction, x_t = _pair()
     if prediction_type == "flow":
         schedule, last = NoiseSchedule(FlowMatchEulerDiscreteScheduler()), 1000.0
@@ -163,12 +163,12 @@ def test_nothing_but_noise_leaves_the_prediction(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(0.0,), (-1.0,), (float("nan"),), (1.0, float("inf"))])
-def test_bad_scale_is_refused(arguments: tuple[float, ...]) -> None:
+def test_invalid_scale_is_rejected(arguments: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=r"epsilon (scale|slope)="):
         EpsilonScaling(*arguments)
 
 
-def test_slope_that_reaches_zero_is_refused() -> None:
+def test_slope_that_reaches_zero_is_rejected() -> None:
     prediction, x_t = _pair()
     correction = EpsilonScaling(1.0, -0.002)
     with pytest.raises(UserError, match=r"b=-0.996 at timestep 998"):
@@ -186,7 +186,7 @@ def _training(sampler: str, prediction_type: str = "epsilon", **options: object)
 
 
 def _as(prediction_type: str, noise_of: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule) -> Callable:
-    """A network of any parametrisation that implies the noise ``noise_of(x, t)``."""
+    """Return a network of any parametrisation that implies the noise ``noise_of(x, t)``."""
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (expand(s.double(), x) for s in schedule(t))
@@ -199,7 +199,7 @@ def _as(prediction_type: str, noise_of: Callable[[Tensor, Tensor], Tensor], sche
 
 
 def _exact(schedule: NoiseSchedule) -> Callable[[Tensor, Tensor], Tensor]:
-    """The noise in x_t of data N(MEAN, STD^2), whose x_t is N(alpha MEAN, alpha^2 STD^2 + sigma^2)."""
+    """Return the exact noise for data N(MEAN, STD^2), with x_t ~ N(alpha MEAN, alpha^2 STD^2 + sigma^2)."""
 
     def noise_of(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (expand(s.double(), x) for s in schedule(t))
@@ -213,7 +213,7 @@ def _wavy(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _states(variances: list[float], size: int = 16) -> Tensor:
-    """Noise whose variance over pixels is exactly as told."""
+    """Return noise with exactly the given variances over pixels."""
     x = torch.randn(len(variances), 1, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (x - x.mean(dim=(1, 2, 3), keepdim=True)) / x.flatten(1).std(dim=1).view(-1, 1, 1, 1)
     return x * torch.tensor(variances, dtype=torch.float64).sqrt().view(-1, 1, 1, 1)
@@ -225,7 +225,7 @@ def _cosine_alphas_cumprod() -> np.ndarray:
 
 
 def _nearest(x: np.ndarray, t: int, expected: np.ndarray, window: int, cutoff: float) -> np.ndarray:
-    """Algorithm 3 of the time-shift paper, in numpy: t_s of each sample."""
+    """Return t_s of each sample by algorithm 3 of the time-shift paper, in numpy."""
     if t <= cutoff:
         return np.full(len(x), t)
     first, last = max(t - window // 2, 0), min(t + window // 2, 999)
@@ -235,7 +235,7 @@ def _nearest(x: np.ndarray, t: int, expected: np.ndarray, window: int, cutoff: f
 
 @pytest.mark.parametrize("sampler", WITH_TIMESTEPS)
 @pytest.mark.parametrize("window", [0, 1])
-def test_no_window_is_no_correction(sampler: str, window: int) -> None:
+def test_empty_window_disables_time_shift(sampler: str, window: int) -> None:
     training = _training(sampler)
     network = _as("flow" if sampler.startswith("flow") else "epsilon", _wavy, NoiseSchedule(training))
     options = {"sampler": sampler, "steps": 7, "num": 3, "shape": (1, 8, 8)}
@@ -245,7 +245,7 @@ def test_no_window_is_no_correction(sampler: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", [_training("ddim"), DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
-def test_true_states_stay_within_the_estimation_error(schedule: SchedulerMixin) -> None:
+def test_true_states_shift_only_by_the_estimation_error(schedule: SchedulerMixin) -> None:
     """Four standard errors of the variance of n normal pixels, V sqrt(2 / n), over |dV / dt|."""
     noising = NoiseSchedule(schedule)
     timesteps = torch.tensor([320, 400, 480, 520]).to(torch.float32 if noising.kind == "flow" else torch.int64)
@@ -307,7 +307,7 @@ def test_window_and_cutoff_bound_the_shift() -> None:
     assert everything.tolist() == [0, 999]
 
 
-def test_a_timestep_without_data_is_never_chosen() -> None:
+def test_timestep_without_data_is_never_chosen() -> None:
     schedule = NoiseSchedule(DDPMScheduler(20, rescale_betas_zero_snr=True))
     shifted = TimeShift(6).shift(_states([1.5]), torch.tensor([17]), schedule)
     assert shifted.tolist() == [18]
@@ -364,7 +364,7 @@ def test_time_shift_through_euler_by_hand() -> None:
         shifted = _nearest(state, t, levels**2, 90, 250) if t < 1000 else np.full(3, t)
         noise = _wavy(torch.from_numpy(state), torch.from_numpy(shifted)).numpy()
         s, following = shifted.reshape(-1, 1, 1, 1) / 1000, (t - 125) / 1000
-        if t == 1000:  # nothing but noise, of which the network makes v = noise - 0
+        if t == 1000:  # pure noise, where the network returns v = noise - 0
             state = state - 0.125 * noise
             continue
         moved += (shifted != t).sum()
@@ -404,7 +404,7 @@ def test_time_shift_through_heun_by_hand() -> None:
 
 
 def _std(sampler: str, correction: Correction) -> float:
-    """Of 16 pictures of 32^2 pixels in 10 steps by the exact denoiser; STD for an exact sampler."""
+    """Return the std of 16 images of 32^2 pixels after 10 steps of the exact denoiser; STD if the sampler is exact."""
     training = _training(sampler) if sampler.startswith("flow") else _training(sampler, clip_sample=False)
     noising = NoiseSchedule(training)
     network = _as("flow" if noising.kind == "flow" else "epsilon", _exact(noising), noising)
@@ -416,10 +416,10 @@ def _std(sampler: str, correction: Correction) -> float:
     return x.std().item()
 
 
-# That of consistency models draws new noise at every step, so that the variance says nothing of the steps before.
+# LCM draws new noise at every step, so its variance says nothing about earlier steps.
 @pytest.mark.parametrize("sampler", [name for name in WITH_TIMESTEPS if name != "lcm"])
-def test_every_sampler_takes_shifted_steps(sampler: str) -> None:
-    """Steps of first order leave too little variance, and time shift sees that; the others were near it before."""
+def test_time_shift_restores_the_variance_of_first_order_samplers(sampler: str) -> None:
+    """First-order steps leave too little variance, which time shift corrects; the others were close before."""
     plain, shifted = (_std(sampler, TimeShift(window, data_variance=STD**2)) for window in (0, 40))
     assert shifted == pytest.approx(STD, abs=0.12)
     if sampler in ("iddpm", "ddim", "ddim-trailing", "flow-euler"):
@@ -429,7 +429,7 @@ def test_every_sampler_takes_shifted_steps(sampler: str) -> None:
 
 
 def _haar(size: int) -> np.ndarray:
-    """The orthonormal one-level Haar transform of a line, low band first."""
+    """Return the orthonormal one-level Haar transform of a line, low band first."""
     rows = np.zeros((size, size))
     for i in range(size // 2):
         rows[i, 2 * i : 2 * i + 2] = rows[size // 2 + i, 2 * i] = 0.5**0.5
@@ -449,7 +449,7 @@ def _dcw(x: np.ndarray, x0: np.ndarray, low: float, high: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("sampler", "kind"), [("ddim", "v_prediction"), ("flow-euler", "flow"), ("edm-euler", "edm")])
 def test_dcw_by_hand(sampler: str, kind: str) -> None:
-    """Each step of the exact denoiser, then the correction in a Haar transform of its own."""
+    """Each step of the exact denoiser, then the correction by an independent Haar transform."""
     training = _scheduler(kind)
     if kind == "v_prediction":
         training = _training("ddim", kind, clip_sample=False)
@@ -474,13 +474,13 @@ def test_dcw_by_hand(sampler: str, kind: str) -> None:
     for (alpha, sigma), (after, left), seen in zip(levels, ends, found, strict=True):
         a, s, b, r = (float(value) for value in (alpha, sigma, after, left))
         noise = s * (x - a * MEAN) / (a**2 * STD**2 + s**2)
-        x0 = (x - s * noise) / a if a > 0 else np.zeros_like(x)  # as _as has it
+        x0 = (x - s * noise) / a if a > 0 else np.zeros_like(x)  # as in _as
         share = s / (80.0 if kind == "edm" else 1.0)
         x = _dcw(b * x0 + r * noise, x0, 0.1 * share, 0.05 * (1 - share))
         np.testing.assert_allclose(seen.numpy(), x, rtol=2e-3, atol=2e-3)
 
 
-def test_dcw_of_odd_sizes_and_of_nothing() -> None:
+def test_dcw_handles_odd_sizes_and_zero_strength() -> None:
     noising, t = NoiseSchedule(_scheduler("flow")), torch.full((2,), 400.0)
     x, x0 = torch.randn(2, 2, 3, 5, 7)
     even = torch.nn.functional.pad(x, (0, 1, 0, 1)), torch.nn.functional.pad(x0, (0, 1, 0, 1))
@@ -494,8 +494,8 @@ def test_dcw_of_odd_sizes_and_of_nothing() -> None:
         make_correction("dcw:nan")
 
 
-def test_dcw_leaves_heuns_inner_evaluations_alone() -> None:
-    """A step of second order has its end corrected once."""
+def test_dcw_skips_heuns_trial_steps() -> None:
+    """A second-order step is corrected once, at its end."""
     training = _training("flow-heun")
     network = _as("flow", _wavy, NoiseSchedule(training))
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -505,8 +505,8 @@ def test_dcw_leaves_heuns_inner_evaluations_alone() -> None:
     assert not torch.equal(plain[1], moved[1])
 
 
-def test_heun_shifts_an_exact_model_by_the_estimation_error_alone() -> None:
-    """50 steps of order 2 keep the law of x_t, and a standard error of 128^2 pixels is about 6 timesteps."""
+def test_heun_shifts_an_exact_model_only_by_the_estimation_error() -> None:
+    """50 second-order steps keep the distribution of x_t; the standard error of 128^2 pixels is about 6 timesteps."""
     training = _training("heun", clip_sample=False)
     noising = NoiseSchedule(training)
     network = _as("epsilon", _exact(noising), noising)
@@ -525,7 +525,7 @@ def test_heun_shifts_an_exact_model_by_the_estimation_error_alone() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["iddpm", "ddim", "heun"])
-def test_networks_of_a_learned_variance_are_shifted_alike(sampler: str) -> None:
+def test_time_shift_ignores_a_learned_variance(sampler: str) -> None:
     """A variance of v = -1 is that of fixed_small. (Improved DDPM, eq. 15)"""
     images = []
     for variance_type in ("fixed_small", "learned_range"):
@@ -543,7 +543,7 @@ def test_networks_of_a_learned_variance_are_shifted_alike(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", [*VP, "flow"])
-def test_realigned_states_hold_the_same_picture_and_noise(prediction_type: str) -> None:
+def test_realigned_states_keep_their_image_and_noise(prediction_type: str) -> None:
     prediction, x_t = (x.double() for x in _pair())
     schedule = NoiseSchedule(_scheduler(prediction_type))
     seen, timesteps = torch.tensor([60, 480, 700, 900]), torch.tensor([40, 500, 700, 850])
@@ -572,7 +572,7 @@ def test_realigned_states_hold_the_same_picture_and_noise(prediction_type: str) 
         ({"window": 40, "data_variance": float("nan")}, "data_variance=nan must lie"),
     ],
 )
-def test_bad_time_shifts_are_refused(options: dict, message: str) -> None:
+def test_invalid_time_shifts_are_rejected(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TimeShift(**options)
 
@@ -584,7 +584,7 @@ def test_bad_time_shifts_are_refused(options: dict, message: str) -> None:
         ("ddim", _training("ddim"), TimeShift(40, 1000), "cutoff=1000 must be less than num_train_timesteps=1000"),
     ],
 )
-def test_time_shifts_that_do_not_fit_are_refused_before_any_compute(
+def test_unsuitable_time_shifts_are_rejected_before_sampling(
     sampler: str, training: SchedulerMixin, shift: TimeShift, message: str
 ) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -606,7 +606,7 @@ def test_time_shifts_that_do_not_fit_are_refused_before_any_compute(
         ("time-shift:40:200", CorrectionSpec("time-shift", (40.0, 200.0)), TimeShift(40, 200.0, 0.3)),
     ],
 )
-def test_specs(spec: str, parsed: CorrectionSpec, made: Correction | None) -> None:
+def test_correction_specs_are_parsed(spec: str, parsed: CorrectionSpec, made: Correction | None) -> None:
     assert parse_correction(spec) == parsed
     assert repr(make_correction(spec, data_variance=0.3)) == repr(made)
     check_correction(spec, NoiseSchedule(_training("ddim")))
@@ -641,7 +641,7 @@ def test_searches_are_specs_without_a_value() -> None:
         ("time-shift:40:-3", "cutoff=-3.0"),
     ],
 )
-def test_bad_specs_are_refused(spec: str, message: str) -> None:
+def test_invalid_specs_are_rejected(spec: str, message: str) -> None:
     for check in (check_correction, make_correction):
         with pytest.raises(UserError, match=message):
             check(spec)

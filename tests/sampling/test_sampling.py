@@ -95,7 +95,7 @@ def _inject(noises: Iterable[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["iddpm", "ddim"])
-def test_golden_sampler(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_match_golden_values(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, tensors, meta = _golden(f"{sampler}10")
     _inject(tensors["noise"], monkeypatch)
     training = _training_scheduler(variance_type="learned_range", clip_sample_range=meta["clip_sample"])
@@ -127,7 +127,7 @@ def _ancestral_oracle(net: nn.Module, x: Tensor, noises: list[Tensor], steps: in
 
 
 @pytest.mark.parametrize("steps", [5, 20, 50, 100])
-def test_iddpm_with_scaling_equals_a_float64_oracle(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iddpm_with_scaling_matches_a_float64_oracle(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, _, _ = _golden("iddpm10")
     x_last, *noises = torch.randn(steps + 1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     _inject(noises, monkeypatch)
@@ -188,7 +188,7 @@ def _cosine_alphas_cumprod(train_steps: int = 1000) -> np.ndarray:
 
 
 def _euler_levels(name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha, sigma) that a first-order sampler visits, the clean end included."""
+    """Return the (alpha, sigma) that a first-order sampler visits, including the clean end."""
     if name == "ddim":
         acp = np.append(_cosine_alphas_cumprod()[np.arange(steps)[::-1] * (1000 // steps)], 1.0)
         return np.sqrt(acp), np.sqrt(1 - acp)
@@ -213,7 +213,7 @@ def _euler_levels(name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     ],
 )
 def test_first_order_samplers_on_gaussian_data(name: str, sampler: str, training: SchedulerMixin, steps: int) -> None:
-    """x' = alpha' x0_hat + sigma' noise_hat is affine: distances to alpha MEAN shrink by a known factor a step."""
+    """x' = alpha' x0_hat + sigma' noise_hat is affine: distances to alpha MEAN shrink by a known factor per step."""
     alpha, sigma = _euler_levels(name, steps)
     total = alpha**2 * STD**2 + sigma**2
     factor = np.prod((alpha[1:] * alpha[:-1] * STD**2 + sigma[1:] * sigma[:-1]) / total[:-1])
@@ -254,7 +254,7 @@ def test_iddpm_on_gaussian_data(steps: int) -> None:
     ],
 )
 def test_second_order_samplers_on_gaussian_data(sampler: str, training: SchedulerMixin) -> None:
-    """Within 0.005 at 50 steps (first-order ones miss by 0.015 and more), and falling as steps^-2 or faster."""
+    """The error is within 0.005 at 50 steps (0.015 or more for first order) and falls as steps^-2 or faster."""
     (_, coarse), (mean, fine) = (_gaussian_statistics(sampler, training, steps) for steps in (20, 50))
     assert mean == pytest.approx(MEAN, abs=0.005)
     assert fine == pytest.approx(STD, abs=0.005)
@@ -300,7 +300,7 @@ def test_every_number_of_steps_has_distinct_timesteps(
         assert timesteps.max() < train_steps
 
 
-def test_logsnr_steps_are_even_where_integers_allow() -> None:
+def test_logsnr_steps_are_even_up_to_rounding() -> None:
     alphas_cumprod = torch.from_numpy(_cosine_alphas_cumprod())
     timesteps = logsnr_timesteps(alphas_cumprod, 10)
     assert timesteps[0] == 991
@@ -310,7 +310,7 @@ def test_logsnr_steps_are_even_where_integers_allow() -> None:
 
 
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
-def test_pipelines_reset_the_same_timesteps(sampler: str) -> None:
+def test_set_timesteps_restores_the_same_timesteps(sampler: str) -> None:
     scheduler = make_scheduler(sampler, _training_scheduler(), 10)
     timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
     scheduler.set_timesteps(10)
@@ -320,7 +320,7 @@ def test_pipelines_reset_the_same_timesteps(sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
 def test_clipping_follows_the_training_scheduler(sampler: str) -> None:
-    """A network that says x0 = 5 everywhere ends at 1 with clipping, at 5 without."""
+    """A network that predicts x0 = 5 everywhere ends at 1 with clipping, at 5 without."""
     for clip, expected in ((True, 1.0), (False, 5.0)):
         training = _training_scheduler(prediction_type="sample", clip_sample=clip)
         scheduler = make_scheduler(sampler, training, 10)
@@ -332,7 +332,7 @@ def test_clipping_follows_the_training_scheduler(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
 @pytest.mark.parametrize("channels", [1, 4])
 def test_learned_variance_networks_work_with_every_sampler(sampler: str, channels: int) -> None:
-    """Samplers without a use for the variance must give what the same network without one gives."""
+    """Samplers that do not use the variance must match the same network without one."""
     network = _gaussian_denoiser(NoiseSchedule(_training_scheduler()), "epsilon", outputs=2)
     training = _training_scheduler(variance_type="learned_range")
     scheduler = make_scheduler(sampler, training, 10)
@@ -349,9 +349,9 @@ def test_learned_variance_networks_work_with_every_sampler(sampler: str, channel
 
 
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
-def test_a_picture_does_not_depend_on_the_batch_size(sampler: str, unet: UNet2DModel) -> None:
+def test_images_do_not_depend_on_the_batch_size(sampler: str, unet: UNet2DModel) -> None:
     options = {"sampler": sampler, "steps": 5, "num": 8, "shape": (1, 8, 8), "seed": 7}
-    unet = copy.deepcopy(unet).double()  # products of other sizes round differently, and heun starts at 157
+    unet = copy.deepcopy(unet).double()  # matrix products of other sizes round differently, and heun starts at 157
     together = generate(unet, _training_scheduler(), batch_size=8, **options)
     assert together.shape == (8, 1, 8, 8)
     assert together.dtype == torch.float32
@@ -372,7 +372,7 @@ def _pipeline_images(pipe: DiffusionPipeline, scheduler: SchedulerMixin, steps: 
 
 
 @pytest.mark.parametrize("sampler", ["iddpm", "ddim", "dpmsolver++", "sasolver"])
-def test_generate_equals_a_diffusers_pipeline(sampler: str, unet: UNet2DModel) -> None:
+def test_generate_matches_a_diffusers_pipeline(sampler: str, unet: UNet2DModel) -> None:
     training = _training_scheduler()
     ours = generate(unet, training, sampler=sampler, steps=10, num=3, shape=(1, 8, 8), seed=2)
     pipe = DDPMPipeline(unet, training)
@@ -380,8 +380,8 @@ def test_generate_equals_a_diffusers_pipeline(sampler: str, unet: UNet2DModel) -
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_iddpm_and_ddim_equal_plain_diffusers_schedulers(unet: UNet2DModel) -> None:
-    """Nothing of atdiff in the pipeline; float32 coefficients of diffusers set the tolerance."""
+def test_iddpm_and_ddim_match_plain_diffusers_schedulers(unet: UNet2DModel) -> None:
+    """The pipeline uses diffusers alone, whose float32 coefficients set the tolerance."""
     training = _training_scheduler()
     options = {"steps": 10, "num": 3, "shape": (1, 8, 8), "seed": 2}
     plain = DDPMScheduler.from_config(training.config, timestep_spacing="linspace")
@@ -410,7 +410,7 @@ def test_class_labels_reach_the_network() -> None:
 
 
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
-def test_a_correction_acts_on_v_networks_as_on_epsilon_networks(sampler: str) -> None:
+def test_corrections_act_alike_on_v_and_epsilon_networks(sampler: str) -> None:
     images = []
     for prediction_type in ("epsilon", "v_prediction"):
         training = _training_scheduler(prediction_type=prediction_type)
@@ -465,7 +465,7 @@ def test_sasolver_draws_noise_in_the_middle(train_steps: int) -> None:
 
 
 @pytest.mark.parametrize("sampler", VP_SAMPLERS)
-def test_every_timestep_of_a_short_zero_snr_schedule(sampler: str) -> None:
+def test_short_zero_snr_schedule_visits_every_timestep(sampler: str) -> None:
     training = DDPMScheduler(20, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     scheduler = make_scheduler(sampler, training, 20)
     assert torch.unique_consecutive(scheduler.timesteps).tolist() == list(range(20))[::-1]
@@ -474,8 +474,8 @@ def test_every_timestep_of_a_short_zero_snr_schedule(sampler: str) -> None:
     assert all(x.isfinite().all() for x in denoise_steps(model, scheduler, x))
 
 
-def test_schedulers_of_diffusers_need_no_make_scheduler() -> None:
-    """diffusers' own would keep three channels of a learned variance's output, whatever the picture has."""
+def test_plain_diffusers_schedulers_are_supported() -> None:
+    """diffusers itself would keep three channels of a learned variance's output, whatever the image has."""
     network = _gaussian_denoiser(NoiseSchedule(_training_scheduler()), "epsilon", outputs=2)
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", variance_type="learned_range", lambda_min_clipped=-5.1
@@ -486,7 +486,7 @@ def test_schedulers_of_diffusers_need_no_make_scheduler() -> None:
     assert x.isfinite().all()
 
 
-def test_the_model_is_left_as_it_was(unet: UNet2DModel) -> None:
+def test_generate_restores_the_model_mode(unet: UNet2DModel) -> None:
     unet.train()
     unet.mid_block.eval()
     before = [module.training for module in unet.modules()]
@@ -500,7 +500,7 @@ def test_the_model_is_left_as_it_was(unet: UNet2DModel) -> None:
     unet.eval()
 
 
-def test_broken_networks_are_named() -> None:
+def test_nonfinite_samples_are_reported() -> None:
     def broken(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(x.mean(dim=(1, 2, 3), keepdim=True) > 0, x, x * float("nan"))
 
@@ -525,13 +525,13 @@ def test_broken_networks_are_named() -> None:
         ("edm-euler", EDMEulerScheduler(prediction_type="v_prediction"), 10, "not supported for EDM"),
     ],
 )
-def test_bad_samplers_are_refused(sampler: str, training: SchedulerMixin, steps: int, message: str) -> None:
+def test_unsuitable_samplers_are_rejected(sampler: str, training: SchedulerMixin, steps: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_scheduler(sampler, training, steps)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("iddpm", "ddim")])
-def test_one_step_where_it_makes_sense(sampler: str) -> None:
+def test_one_step_ends_at_the_mean_of_the_data(sampler: str) -> None:
     training = {
         "flow-euler": FlowMatchEulerDiscreteScheduler(),
         "flow-heun": FlowMatchEulerDiscreteScheduler(),
@@ -559,7 +559,7 @@ def test_one_step_where_it_makes_sense(sampler: str) -> None:
         ({"num": 1_000_001}, "sample 1000000 is out of range"),
     ],
 )
-def test_bad_requests_are_refused_before_any_compute(options: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_rejected_before_sampling(options: dict[str, Any], message: str) -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         raise AssertionError("computed")
 
@@ -571,13 +571,13 @@ def test_bad_requests_are_refused_before_any_compute(options: dict[str, Any], me
 @pytest.mark.parametrize(
     ("channels", "variance_type"), [(3, "fixed_small"), (1, "learned_range"), (3, "learned_range")]
 )
-def test_networks_of_other_channels_are_refused(channels: int, variance_type: str) -> None:
+def test_wrong_channel_counts_are_rejected(channels: int, variance_type: str) -> None:
     training = _training_scheduler(variance_type=variance_type)
     with pytest.raises(UserError, match=f"returned {channels} channels for images of 1"):
         generate(lambda x, t: x.repeat(1, channels, 1, 1), training, sampler="iddpm", steps=5, num=1, shape=(1, 8, 8))
 
 
-def test_image_generators_are_those_anyone_can_make() -> None:
+def test_image_generators_are_plain_seeded_generators() -> None:
     (ours,) = image_generators(12, [34])
     theirs = torch.Generator().manual_seed(12_000_034)
     assert torch.equal(torch.randn(5, generator=ours), torch.randn(5, generator=theirs))
@@ -613,13 +613,13 @@ def test_save_grid(images: Tensor, tmp_path: Path) -> None:
     save_images(images, tmp_path / "samples.png")
     grid = np.array(Image.open(tmp_path / "samples.png"))
     assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
-    # Pixel (1, 1) of the second picture, eight times enlarged, after the borders.
+    # Pixel (1, 1) of the second image, enlarged eight times, after the borders.
     block = grid[2 + 8 : 2 + 16, 68 + 8 : 68 + 16]
     expected = ((images[1, :, 1, 1] + 1) * 127.5).round().numpy()
     assert (block == expected).all()
 
 
-def test_save_refuses_and_leaves_nothing(images: Tensor, tmp_path: Path) -> None:
+def test_save_errors_leave_nothing_behind(images: Tensor, tmp_path: Path) -> None:
     taken = tmp_path / "samples.png"
     taken.write_text("mine")
     for path, pictures, message in (

@@ -1,4 +1,4 @@
-"""Schedules as their pipelines mean them: every setting that moves a step, against diffusers and by hand."""
+"""Schedules as their pipelines use them: every setting that moves a step, against diffusers and by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _shifted(t: Tensor, shift: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SHIFTED)
-def test_the_shift_of_every_flow_scheduler_is_read(name: str) -> None:
+def test_shift_of_every_flow_scheduler_is_used(name: str) -> None:
     training = _scheduler(name, **SHIFTED[name])
     even = torch.linspace(1, 0, 6)
     torch.testing.assert_close(make_scheduler("flow-euler", training, 5).sigmas, _shifted(even, 3.0))
@@ -69,24 +69,24 @@ def test_the_shift_of_every_flow_scheduler_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_a_dynamic_shift_is_that_of_the_pipelines(kind: str, tokens: int) -> None:
+def test_dynamic_shift_matches_the_pipelines(kind: str, tokens: int) -> None:
     settings = {"base_shift": 0.6, "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192}
-    kinds = {"time_shift_type": kind} if kind == "linear" else {}  # older versions know the other alone
+    kinds = {"time_shift_type": kind} if kind == "linear" else {}  # older versions know only the other
     training = _scheduler("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, **kinds, **settings)
     mu = calculate_shift(tokens, 256, 8192, 0.6, 0.9)
     training.set_timesteps(sigmas=np.linspace(1.0, 1 / 5, 5).tolist(), mu=mu)
     ours = make_scheduler("flow-euler", training, 5, tokens=tokens)
     torch.testing.assert_close(ours.sigmas, training.sigmas)
     torch.testing.assert_close(ours.timesteps, training.timesteps)
-    # Training draws logit-normal times through the same map: that of 0.5 is the shift of the middle.
+    # Training maps logit-normal times in the same way: 0.5 goes to the shifted middle.
     shift = FAMILIES["FluxPipeline"].timestep_shift(training, (16, 2, 2 * tokens))
     assert shift == pytest.approx(NoiseSchedule(training, tokens).shift)
     middle = torch.tensor(training.time_shift(mu, 1.0, np.array([0.5])))
     torch.testing.assert_close(_shifted(torch.tensor([0.5]), shift).double(), middle)
 
 
-def test_images_of_pixels_have_tokens_of_two_by_two(tmp_path: Path) -> None:
-    """The 8 x 8 digits have 16: in sampling, and in training's logit-normal times."""
+def test_pixel_images_have_two_by_two_tokens(tmp_path: Path) -> None:
+    """The 8 x 8 digits have 16 tokens, in sampling and in the logit-normal times of training."""
     training = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     seen: list[float] = []
 
@@ -120,7 +120,7 @@ def test_images_of_pixels_have_tokens_of_two_by_two(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_spaces_the_steps_of_a_flow_is_read(settings: dict[str, Any]) -> None:
+def test_step_spacing_settings_of_flows_are_used(settings: dict[str, Any]) -> None:
     training = FlowMatchEulerDiscreteScheduler(**settings)
     training.set_timesteps(sigmas=np.linspace(1.0, 1 / 6, 6).tolist())
     torch.testing.assert_close(make_scheduler("flow-euler", training, 6).sigmas, training.sigmas)
@@ -144,18 +144,18 @@ def test_what_spaces_the_steps_of_a_flow_is_read(settings: dict[str, Any]) -> No
         ("ddim", DDPMScheduler(steps_offset=1), 1, "would only visit timestep 1;"),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_refused_by_its_name(sampler: str, training: Any, steps: int, message: str) -> None:
+def test_unsupported_scheduler_settings_are_named(sampler: str, training: Any, steps: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_scheduler(sampler, training, steps)
 
 
-def test_betas_that_are_not_those_of_the_noise_are_refused() -> None:
-    """CogVideoX shifts alphas_cumprod and leaves the betas."""
+def test_betas_that_contradict_the_noise_are_rejected() -> None:
+    """CogVideoX shifts alphas_cumprod but leaves the betas."""
     with pytest.raises(UserError, match=r"snr_shift_scale=3.0"):
         NoiseSchedule(_scheduler("CogVideoXDDIMScheduler"))
 
 
-def test_an_edm_sampler_ends_where_its_scheduler_does() -> None:
+def test_edm_samplers_end_where_their_scheduler_does() -> None:
     training = _scheduler("EDMEulerScheduler", final_sigmas_type="sigma_min")
     for sampler in ("edm-euler", "dpmsolver++"):
         assert make_scheduler(sampler, training, 5).sigmas[-1].item() == pytest.approx(0.002, rel=1e-5)
@@ -168,7 +168,7 @@ NAMES = (
 )  # fmt: skip
 WAYS: list[dict[str, Any]] = [{"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}]
 WAYS += [{"timestep_spacing": "leading", "steps_offset": 1}]
-RUNGE_KUTTA = {"PNDMScheduler": {"skip_prk_steps": True}}  # which repeats timesteps, as published for SD
+RUNGE_KUTTA = {"PNDMScheduler": {"skip_prk_steps": True}}  # repeats timesteps, as published for SD
 SPACED = [(name, {**RUNGE_KUTTA.get(name, {}), **way}) for name in NAMES for way in WAYS]
 SPACED += [
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -180,13 +180,13 @@ SPACED += [
 
 
 @pytest.mark.parametrize(("name", "settings"), SPACED, ids=str)
-def test_ddim_steps_where_the_networks_own_scheduler_does(name: str, settings: dict[str, Any]) -> None:
+def test_ddim_uses_the_timesteps_of_the_networks_scheduler(name: str, settings: dict[str, Any]) -> None:
     for steps in (2, 4, 7):
         training = _scheduler(name, **settings)
         ours = make_scheduler("ddim", training, steps)
         training.set_timesteps(steps)
         own = training.timesteps.double().numpy().round().astype(int).tolist()
-        if name == "KDPM2DiscreteScheduler":  # with others in between
+        if name == "KDPM2DiscreteScheduler":  # it has others in between
             own = [t for t in ours.timesteps.tolist() if t in own]
         assert ours.timesteps.tolist() == sorted(set(own), reverse=True)
         assert len(ours.timesteps) == steps
@@ -196,7 +196,7 @@ def test_ddim_steps_where_the_networks_own_scheduler_does(name: str, settings: d
 
 @pytest.mark.parametrize("train_steps", [100, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_a_step_of_ddim_ends_where_the_next_begins(spacing: str, train_steps: int) -> None:
+def test_ddim_steps_end_where_the_next_begins(spacing: str, train_steps: int) -> None:
     """DDIM, eq. 12 with eta 0, for every number of steps; also where diffusers' trailing has one timestep too many."""
     training = DDPMScheduler(train_steps, timestep_spacing=spacing, clip_sample=False)
     acp = training.alphas_cumprod.double()
@@ -219,7 +219,7 @@ def test_a_step_of_ddim_ends_where_the_next_begins(spacing: str, train_steps: in
 
 
 class _Spy(WaveletCorrection):
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self, low: float) -> None:
         super().__init__(low)
@@ -242,7 +242,7 @@ class _Spy(WaveletCorrection):
     ],
 )
 @pytest.mark.parametrize("steps", [2, 3, 5])
-def test_a_correction_of_steps_is_told_where_each_began(sampler: str, training: Any, steps: int) -> None:
+def test_step_correction_receives_the_start_of_each_step(sampler: str, training: Any, steps: int) -> None:
     scheduler, spy = make_scheduler(sampler, training, steps), _Spy(0.1)
     # Heun's method evaluates its steps' ends as well, and the last step once.
     begins = torch.unique_consecutive(scheduler.timesteps).tolist()
@@ -253,8 +253,8 @@ def test_a_correction_of_steps_is_told_where_each_began(sampler: str, training: 
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_unipc_takes_the_steps_of_flow_euler_as_diffusers_own_solver_does(shift: float) -> None:
-    """Told the same noise levels, diffusers' UniPC of flows makes the same images."""
+def test_flow_unipc_matches_diffusers_unipc(shift: float) -> None:
+    """At the same noise levels, diffusers' UniPC for flows gives the same images."""
     training = FlowMatchEulerDiscreteScheduler(shift=shift)
     ours, euler = (make_scheduler(sampler, training, 6) for sampler in ("flow-unipc", "flow-euler"))
     torch.testing.assert_close(ours.sigmas, euler.sigmas, atol=2e-6, rtol=0.0)
@@ -272,7 +272,7 @@ def test_flow_unipc_takes_the_steps_of_flow_euler_as_diffusers_own_solver_does(s
 
 
 def test_dcw_under_flow_heun_by_hand() -> None:
-    """The trapezoid, then its end moved by what the start predicts and how noisy the start is."""
+    """The trapezoid, then its end corrected by the prediction and the noise level of its start."""
     scheduler, low = make_scheduler("flow-heun", FlowMatchEulerDiscreteScheduler(), 4), 0.2
     start = torch.randn(2, 1, 4, 4)
     *_, found = denoise_steps(lambda x, t: x.tanh(), scheduler, start, correction=WaveletCorrection(low))

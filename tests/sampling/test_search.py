@@ -32,7 +32,7 @@ def _window(correction: Correction | None) -> float:
     ("minimum", "found"),
     [(1.02, 1.02), (1.0161, 1.015), (0.9862, 0.99), (1.0, 1.0), (1.2, 1.06), (0.5, 0.92)],
 )
-def test_the_minimum_of_a_quadratic_is_found_to_half_the_spacing(minimum: float, found: float) -> None:
+def test_minimum_of_a_quadratic_is_found_to_half_the_spacing(minimum: float, found: float) -> None:
     value, distances = search_correction("epsilon-scaling", lambda c: (_scale(c) - minimum) ** 2)
     assert value == found
     assert distances == pytest.approx({v: (v - minimum) ** 2 for v in distances})
@@ -46,21 +46,21 @@ def test_windows_are_not_refined() -> None:
     assert tuple(distances) == FAMILIES["time-shift"].grid
 
 
-def test_the_grid_may_be_given() -> None:
+def test_grid_can_be_given() -> None:
     value, distances = search_correction("epsilon-scaling", lambda c: (_scale(c) - 1.3) ** 2, grid=[1.5, 1.1, 1.1])
     assert value == 1.3
     assert set(distances) == {1.1, 1.3, 1.5}
     assert search_correction("time-shift", lambda c: 1.0, grid=(30,)) == (30, {30: 1.0})
 
 
-def test_of_equal_distances_the_smaller_correction_is_taken() -> None:
+def test_ties_go_to_the_smaller_correction() -> None:
     assert search_correction("epsilon-scaling", lambda c: 3.0)[0] == 1.0
     assert search_correction("time-shift", lambda c: 3.0)[0] == 0.0
     value, _ = search_correction("epsilon-scaling", lambda c: 1.0 if _scale(c) in (0.98, 1.03) else 2.0)
     assert value == 0.98
 
 
-def test_diverged_values_are_infinitely_far() -> None:
+def test_diverged_values_count_as_infinite() -> None:
     def distance(correction: Correction | None) -> float:
         scale = _scale(correction)
         if scale < 1.0:
@@ -73,7 +73,7 @@ def test_diverged_values_are_infinitely_far() -> None:
 
 
 @pytest.mark.parametrize("found", [math.nan, math.inf])
-def test_no_finite_distance_is_refused(found: float) -> None:
+def test_search_without_a_finite_distance_is_rejected(found: float) -> None:
     with pytest.raises(UserError, match=r"no value of time-shift from 0 to 320 gave finite samples"):
         search_correction("time-shift", lambda c: found)
 
@@ -88,7 +88,7 @@ def test_no_finite_distance_is_refused(found: float) -> None:
         ("time-shift", (20, 2.5), "window=2.5"),
     ],
 )
-def test_bad_searches_are_refused_before_any_sampling(
+def test_invalid_searches_are_rejected_before_sampling(
     family: str, grid: tuple[float, ...] | None, message: str
 ) -> None:
     def distance(correction: Correction | None) -> float:
@@ -98,7 +98,7 @@ def test_bad_searches_are_refused_before_any_sampling(
         search_correction(family, distance, grid=grid)
 
 
-def test_errors_of_the_distance_are_not_hidden() -> None:
+def test_errors_of_the_distance_propagate() -> None:
     def distance(correction: Correction | None) -> float:
         raise ZeroDivisionError
 
