@@ -30,7 +30,7 @@ def runs(study: Path) -> list[str]:
     return [str(study / f"seed-{seed}" / arm) for seed in (0, 1) for arm in ("plain", "at")]
 
 
-def test_a_study_is_compared_by_the_figures_that_it_left(
+def test_study_comparison_reuses_stored_figures(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: object, **options: object) -> None:
@@ -46,7 +46,7 @@ def test_a_study_is_compared_by_the_figures_that_it_left(
     assert "atdiff compare" in page.read_text()
 
 
-def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
+def test_interrupted_comparison_resumes(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -69,7 +69,7 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     summary = json.loads((tmp_path / "page.summary.json").read_text())
     places = [(c["arm"], c["seed"], c["steps"]) for c in summary["cells"]]
     assert sorted(places) == sorted((arm, seed, n) for arm in ("plain", "at") for seed in (0, 1) for n in (2, 4))
-    # The paired change on the page is that of the cells, by hand.
+    # The paired change on the page matches the cells, by hand.
     fd = {place: c["metrics"]["fd"] for place, c in zip(places, summary["cells"], strict=True)}
     ratios = [np.log(fd["at", seed, 4] / fd["plain", seed, 4]) for seed in (0, 1)]
     change = 100 * np.expm1(np.mean(ratios))
@@ -79,7 +79,7 @@ def test_runs_are_evaluated_alike_and_an_interrupted_comparison_goes_on(
     assert f"{abs(change):.0f}" in row or f"{abs(change):.1f}" in row
 
 
-def test_samples_are_of_the_prompts_of_the_figures(
+def test_samples_use_the_prompts_of_the_figures(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
@@ -97,7 +97,7 @@ def test_samples_are_of_the_prompts_of_the_figures(
     assert asked == [("one", "two")]
 
 
-def test_a_run_that_is_two_arms_is_shown_as_both(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_run_given_as_two_arms_is_shown_as_both(finished: tuple[Path, Path], tmp_path: Path) -> None:
     plain, at = (str(finished[1] / "seed-0" / arm) for arm in ("plain", "at"))
     words = ["compare", f"plain={plain}", f"one={at}", f"two={at}", "--steps", "2", "--num", "40", "--no-mismatch"]
     assert main([*words, "--out", str(tmp_path / "page.html")]) == 0
@@ -107,7 +107,7 @@ def test_a_run_that_is_two_arms_is_shown_as_both(finished: tuple[Path, Path], tm
     assert figures["one"] == figures["two"] != figures["plain"]
 
 
-def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_corrections_are_searched_on_held_out_noise(finished: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["compare", *runs(finished[1]), "--samplers", "ddim", "--steps", "3", "--num", "40", "--no-mismatch",
              "--corrections", "none,epsilon-scaling:search,time-shift:40", "--search-num", "30",
              "--out", str(tmp_path / "page.html")]  # fmt: skip
@@ -121,7 +121,7 @@ def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tup
         assert tried[str(cell["correction_value"])] == min(tried.values())
         assert len(tried) > 5
     assert "epsilon-scaling" in (tmp_path / "page.table.md").read_text()
-    # The chosen value, asked for by name, gives the same figure.
+    # The chosen value, given explicitly, yields the same figure.
     run, value = searched[0]["run"], searched[0]["correction_value"]
     again = ["evaluate", run, "--samplers", "ddim", "--steps", "3", "--num", "40", "--corrections",
              f"epsilon-scaling:{value}", "--out", str(tmp_path / "again.json")]  # fmt: skip
@@ -130,7 +130,7 @@ def test_corrections_are_chosen_on_held_out_noise_and_shown_beside(finished: tup
     assert cell["metrics"] == pytest.approx(searched[0]["metrics"], rel=1e-9)
 
 
-def test_mismatch_and_robustness_are_on_the_page_where_they_are_asked_for(
+def test_mismatch_and_robustness_are_shown_on_request(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few: dict[str, Any] = {"num": 16, "levels": (0.5,)}
@@ -144,7 +144,7 @@ def test_mismatch_and_robustness_are_on_the_page_where_they_are_asked_for(
         assert all(summary[part]["by_run"].values())
 
 
-def test_arms_are_called_after_their_folders_less_the_seed(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_arms_are_named_by_folder_without_the_seed(finished: tuple[Path, Path], tmp_path: Path) -> None:
     for seed in (0, 1):
         for arm in ("plain", "at"):
             shutil.copytree(finished[1] / f"seed-{seed}" / arm, tmp_path / f"{arm}-seed{seed}")
@@ -166,7 +166,7 @@ def test_arms_are_called_after_their_folders_less_the_seed(finished: tuple[Path,
         ("steps-12", 2, "steps-12"),
     ],
 )
-def test_a_number_of_a_folder_is_not_cut_as_a_seed(folder: str, seed: int, arm: str, tmp_path: Path) -> None:
+def test_folder_numbers_other_than_the_seed_are_kept(folder: str, seed: int, arm: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.yaml").write_text(json.dumps({"training": {"seed": seed}}))
     assert [one.arm for one in find_runs([str(tmp_path / folder)])] == [arm]
@@ -189,7 +189,7 @@ def test_a_number_of_a_folder_is_not_cut_as_a_seed(folder: str, seed: int, arm: 
         (["STUDY", "--num", "40", "--metrics", "clip_score", "--out", "x.html"], "prompts"),
     ],
 )
-def test_mistakes_cost_nothing(
+def test_user_errors_are_one_sentence_and_write_nothing(
     words: list[str],
     message: str,
     finished: tuple[Path, Path],
@@ -208,7 +208,7 @@ def test_mistakes_cost_nothing(
     assert Path("there.html").read_text() == "mine"
 
 
-def test_a_study_of_which_a_part_is_evaluated_is_not_evaluated_in_another_way(
+def test_partly_evaluated_study_is_not_compared(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, page = tmp_path / "study", tmp_path / "page.html"
@@ -218,16 +218,16 @@ def test_a_study_of_which_a_part_is_evaluated_is_not_evaluated_in_another_way(
     assert main(["compare", str(study), "--no-mismatch", "--out", str(page)]) == 2
     assert f"{study} is not finished: {left} is not evaluated yet; run its command" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["study"]
-    for cells in study.glob("seed-*/*/cells.json"):  # none is: nothing contradicts the defaults of the command
+    for cells in study.glob("seed-*/*/cells.json"):  # none is evaluated: nothing contradicts the command's defaults
         cells.unlink()
     words = ["--samplers", "ddim", "--steps", "3", "--num", "64", "--no-mismatch", "--out", str(page)]
     assert main(["compare", str(study), *words]) == 0
 
 
-def test_measurements_of_a_page_do_not_go_into_a_run_or_study(
+def test_measurements_of_a_page_do_not_overwrite_a_study(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A study's own mismatch is in its folder, where that of a page of the same name would replace it."""
+    """A study's own mismatch is in its folder, where a page of the same name would overwrite it."""
     study = tmp_path / "study"
     shutil.copytree(finished[1], study)
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
@@ -239,10 +239,10 @@ def test_measurements_of_a_page_do_not_go_into_a_run_or_study(
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
 
 
-def test_no_file_beside_a_page_is_replaced_unasked(
+def test_files_beside_a_page_are_not_overwritten(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A report.html has a samples.png beside it, as `atdiff sample --out samples.png` may have left there."""
+    """A report.html comes with a samples.png, which may already exist from `atdiff sample --out samples.png`."""
     mine = tmp_path / "samples.png"
     mine.write_bytes(b"mine")
     words = ["compare", str(finished[1]), "--no-mismatch", "--out", str(tmp_path / "report.html")]
@@ -254,10 +254,10 @@ def test_no_file_beside_a_page_is_replaced_unasked(
     assert mine.read_bytes() != b"mine"
 
 
-def test_arms_are_held_against_the_same_images(
+def test_arms_are_evaluated_against_the_same_images(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each run is held against its own training images unless some are named, so these must be the same."""
+    """Each run is evaluated against its own training images unless others are named, so these must be the same."""
     one, other = finished[1] / "seed-0" / "plain", tmp_path / "other"
     shutil.copytree(finished[1] / "seed-0" / "at", other)
     config = other / "config.yaml"
@@ -291,20 +291,20 @@ def test_arms_are_held_against_the_same_images(
         ({"name": "images.npz"}, "digits", {}, None),
     ],
 )
-def test_what_arms_are_held_against_is_told_by_their_settings(
+def test_reference_settings_of_arms_must_agree(
     theirs: dict[str, Any], data: str | None, reading: dict[str, Any], message: str | None
 ) -> None:
-    """Naming the images is not enough where the rest of how they are read is each run's own."""
+    """Naming the images is not enough if runs differ in how they read them."""
     own = {"name": "digits", "split": "train"}
     runs = [ArmRun("a", 0, "a", {"data": own}), ArmRun("b", 0, "b", {"data": {**own, **theirs}})]
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
         check_arms(runs, data=data, reading=DataOptions(**reading))
 
 
-def test_arms_are_trained_on_the_same_images(
+def test_arms_trained_on_different_images_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One image of the same file changed between two runs, which are compared only where --data says with which."""
+    """One image of the same file changed between two runs, which are compared only if --data is given."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(json.dumps({**RECIPE, "data": {"name": "images.npz"}}))
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
@@ -326,7 +326,7 @@ def test_arms_are_trained_on_the_same_images(
     check_arms(find_runs(["one", "other"]), data="images.npz")
 
 
-def test_measurements_say_of_how_many_seeds_they_are() -> None:
+def test_measurements_report_their_number_of_seeds() -> None:
     entries = [{"run": run, "steps": 4, "records": [{"level": 0.5, "x": float(i)}]} for i, run in enumerate("abcd")]
     found = _by_arm({"plain": ["a", "b", "c"], "at": ["d"]}, entries)
     assert found["recipe"] == {"steps": 4, "training seeds": "1 to 3"}
@@ -334,7 +334,7 @@ def test_measurements_say_of_how_many_seeds_they_are() -> None:
     assert _by_arm({"plain": ["a", "b"], "at": ["c", "d"]}, entries)["recipe"]["training seeds"] == 2
 
 
-def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path: Path) -> None:
+def test_arms_must_match_in_joint_passes_and_start(tmp_path: Path) -> None:
     def run(name: str, passes: int, init: str | None = None, **stored: int) -> str:
         (tmp_path / name).mkdir()
         training = {"passes": passes, "batch_size": 32, "seed": 0, "init": init and str(tmp_path / init)}
@@ -353,16 +353,16 @@ def test_passes_are_of_the_images_of_all_processes_and_arms_start_alike(tmp_path
         check_arms(find_runs([one, tuned]))
     with pytest.raises(UserError, match=r"1,600 images in all and .*further from weights trained on 3,200"):
         check_arms(find_runs([tuned, further]))
-    check_arms(find_runs([one, elsewhere]))  # of which nothing is known
+    check_arms(find_runs([one, elsewhere]))  # its start is unknown
 
 
-def test_figures_of_studies_in_other_features_are_not_compared(
+def test_figures_of_different_extractors_are_not_compared(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other" / "at"
     shutil.copytree(finished[1] / "seed-0" / "at", other)
     cells = json.loads((other / "cells.json").read_text())
-    # As a study with --study.extractor label-classifier leaves them; they are computed again, in those features.
+    # As a study with --study.extractor label-classifier leaves them.
     (other / "cells.json").write_text(json.dumps([{**one, "extractor": "label-classifier"} for one in cells]))
     words = ["compare", str(finished[1] / "seed-0" / "plain"), str(other), "--no-mismatch"]
     assert main([*words, "--out", str(tmp_path / "x.html")]) == 2
@@ -371,7 +371,7 @@ def test_figures_of_studies_in_other_features_are_not_compared(
 
 
 @pytest.mark.parametrize("option", [["--extractor", "label-classifier"], ["--search-num", "40"]])
-def test_no_option_of_evaluation_is_passed_over_for_the_figures_of_a_study(
+def test_evaluation_options_override_stored_figures(
     option: list[str], finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs: list[Any] = []

@@ -1,4 +1,4 @@
-"""The feature network that suits the images, where none is asked for, and a word before anything is downloaded."""
+"""The default feature network for the images, and the notice before a download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from atdiff.study.extractor import choose_extractor, extractor_for
         ("batches", None, "cifar-resnet56"),
     ],
 )
-def test_the_images_choose_the_network(
+def test_default_extractor_depends_on_the_images(
     name: str, image_size: int | None, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def _run(folder: Path, **data: object) -> str:
     return str(folder)
 
 
-def test_runs_choose_by_the_data_of_their_training_or_those_that_are_named(tmp_path: Path) -> None:
+def test_default_extractor_follows_training_or_given_data(tmp_path: Path) -> None:
     digits = _run(tmp_path / "a", name="digits")
     large = _run(tmp_path / "b", name="digits", image_size=16)
     fid = ("fid", "prc")
@@ -58,12 +58,12 @@ def test_runs_choose_by_the_data_of_their_training_or_those_that_are_named(tmp_p
     assert choose_extractor([digits], fid, "ylecun/mnist", AS_TRAINED) == "label-classifier"
     with pytest.raises(UserError, match=r"digits-classifier for \S+, label-classifier for .* with --extractor"):
         choose_extractor([digits, large], fid, None, AS_TRAINED)
-    # Where no metric takes features nothing is chosen, and nothing refused.
+    # If no metric uses features, runs that disagree are not rejected.
     assert choose_extractor([digits, large], ("sliced_wasserstein",), None, AS_TRAINED) == "digits-classifier"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "mismatch"])
-def test_a_download_is_announced_with_what_avoids_it(
+def test_downloads_are_announced_with_alternatives(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -91,7 +91,7 @@ def test_a_download_is_announced_with_what_avoids_it(
 
 
 class _Stub:
-    """Finds an extractor's class, whose instances cannot be made."""
+    """Finds an extractor's class, but fails to instantiate it."""
 
     def __init__(self, find: object, make: object) -> None:
         self.find, self.make = find, make

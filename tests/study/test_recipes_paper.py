@@ -1,4 +1,4 @@
-"""The recipes of the paper's data sets, on stand-ins of the same formats."""
+"""The recipes for the paper's datasets, on stand-ins of the same formats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _fresh_accelerator() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the last grid of a run with two pictures in two steps; its 64 in 20 steps take a minute here."""
+    """Draw a run's last grid with two images in two steps; its 64 in 20 steps would take a minute."""
 
     def two(*args: Any, class_labels: torch.Tensor | None, **options: Any) -> torch.Tensor:
         labels = None if class_labels is None else class_labels[:2]
@@ -60,7 +60,7 @@ def cifar(tmp_path: Path) -> str:
 
 @pytest.fixture
 def cifar_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Write 8 images as the hub keeps uoft-cs/cifar10."""
+    """Write 8 images in the hub's layout of uoft-cs/cifar10."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "hf")
     columns = {"img": list(random_bytes(8, 32, 32, 3)), "label": [*range(8)]}
     features = Features({"img": Image(), "label": ClassLabel(num_classes=10)})
@@ -90,7 +90,7 @@ def imagenet(tmp_path: Path) -> str:
         ("imagenet64-adm-at", "at", "imagenet"),
     ],
 )
-def test_a_few_passes_on_a_stand_in(
+def test_paper_recipes_train_on_a_stand_in(
     recipe: str, arm: str | None, data: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     name = request.getfixturevalue(data)
@@ -116,7 +116,7 @@ def test_dry_run_prints_the_settings(recipe: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
-def test_the_small_recipes_train_on_the_same_stand_in(cifar_of_the_hub: str, tmp_path: Path) -> None:
+def test_small_recipes_train_on_a_stand_in(cifar_of_the_hub: str, tmp_path: Path) -> None:
     words = ["--data.name", cifar_of_the_hub, "--training.passes", "2", "--training.batch_size", "2",
              "--training.precision", "no", "--training.log_every", "1"]  # fmt: skip
     base = tmp_path / "base"
@@ -140,7 +140,7 @@ def test_the_small_recipes_train_on_the_same_stand_in(cifar_of_the_hub: str, tmp
     ("recipe", "parameters", "cost"),
     [("cifar10-small", 2.5, 2.2), ("cifar10-small-cd", 2.5, 2.2), ("cifar10-small-flow", 1.7, 1.8)],
 )
-def test_the_small_recipes_have_a_network_that_trains_on_a_cpu(recipe: str, parameters: float, cost: float) -> None:
+def test_small_recipes_have_networks_for_a_cpu(recipe: str, parameters: float, cost: float) -> None:
     settings = load_recipe(recipe)
     base = resolve(settings)
     if parameters == 2.5:
@@ -156,13 +156,13 @@ def test_the_small_recipes_have_a_network_that_trains_on_a_cpu(recipe: str, para
     assert len({(arm.training.passes, arm.training.batch_size, arm.optimizer.lr) for arm in arms}) == 1
 
 
-# Parameters in millions, 296 of them published for ImageNet-64 (https://arxiv.org/abs/2105.05233), and 10^9 operations
-# of a forward and backward pass, of which the recipe's cost is made.
+# Parameters in millions (296 is published for ImageNet-64, https://arxiv.org/abs/2105.05233), and GFLOP per forward and
+# backward pass, from which the recipe's cost is computed.
 @pytest.mark.parametrize(
     ("recipe", "shape", "classes", "parameters", "cost"),
     [("cifar10-adm-at", (3, 32, 32), None, 57, 56), ("imagenet64-adm-at", (3, 64, 64), 1000, 296, 658)],
 )
-def test_the_networks_have_the_published_size_and_the_stated_cost(
+def test_networks_have_the_published_size_and_the_stated_cost(
     recipe: str, shape: tuple[int, int, int], classes: int | None, parameters: int, cost: int
 ) -> None:
     settings = load_recipe(recipe)
@@ -178,10 +178,10 @@ def test_the_networks_have_the_published_size_and_the_stated_cost(
 
 
 @pytest.mark.parametrize("recipe", ["cifar10-adm-at", "imagenet64-adm-at"])
-def test_arms_see_as_many_images(recipe: str) -> None:
+def test_arms_see_equally_many_images(recipe: str) -> None:
     settings = load_recipe(recipe)
     arms = [resolve(settings, arm) for arm in settings.arms]
     assert len({(arm.training.passes, arm.training.batch_size, arm.optimizer.lr) for arm in arms}) == 1
-    # The authors' radius is a tenth of the root of the number of values.
+    # The authors' radius is a tenth of the square root of the number of values.
     side = 64 if recipe.startswith("imagenet") else 32
     assert resolve(settings, "at").adversary.radius == pytest.approx(0.1 * (3 * side * side) ** 0.5, abs=5e-3)

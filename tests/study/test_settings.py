@@ -1,4 +1,4 @@
-"""Wrong settings end in one sentence with the nearest valid choice, before anything is loaded."""
+"""Invalid settings give one sentence with the nearest valid choice, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CHOICES = {key: choices for key, choices in CHOICES.items() if choices}
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Give a command that must fail; return its sentence."""
+    """Run a command that must fail, and return its message."""
     assert main(["train", *words, "--out", "out", "--dry-run"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("atdiff: ")
@@ -67,9 +67,9 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_misspelt_key_is_told_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_keys_suggest_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section, name = key.split(".")
-    wrong = f"{name[:2]}{name[1:]}"  # one letter twice
+    wrong = f"{name[:2]}{name[1:]}"  # one letter doubled
     if name == "args":
         assert f"option '--{section}.{wrong}' is unknown; " in mistake(
             capsys, "quickstart", f"--{section}.{wrong}.width=3"
@@ -82,7 +82,7 @@ def test_a_misspelt_key_is_told_the_right_one(key: str, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("key", [*KEYS, *STUDY_KEYS])
-def test_a_wrong_type_is_told_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_types_name_the_right_one(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section, name = key.split(".")
     value = [1, 2, 3] if str({**KEYS, **STUDY_KEYS}[key]).startswith(("dict", "<class 'dict")) else {"a": "b"}
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({section: {name: value}}))
@@ -92,7 +92,7 @@ def test_a_wrong_type_is_told_the_right_one(key: str, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("key", [*KEYS, *STUDY_KEYS])
-def test_null_is_for_keys_that_take_it(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_null_is_accepted_only_for_optional_keys(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section, name = key.split(".")
     (tmp_path / "null.yaml").write_text(yaml.safe_dump({section: {name: None}}))
     if type(None) in get_args({**KEYS, **STUDY_KEYS}[key]):
@@ -103,7 +103,7 @@ def test_null_is_for_keys_that_take_it(key: str, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(("key", "choice"), [(key, choice) for key, choices in CHOICES.items() for choice in choices])
-def test_a_misspelt_choice_is_told_the_right_one(key: str, choice: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_choices_suggest_the_right_one(key: str, choice: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = choice + choice[-1]
     error = mistake(capsys, "quickstart", f"--{key}={wrong}")
     assert f"{key}='{wrong}' is unknown; did you mean '{choice}'?" in error
@@ -157,13 +157,13 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("words", "message"), CONTRADICTIONS, ids=[" ".join(words) for words, _ in CONTRADICTIONS])
-def test_a_contradiction_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contradictions_are_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in mistake(capsys, "quickstart", *words)
 
 
 PERTURBS, DISTILS = ["--adversary.passes=2", "--adversary.step_size=3"], ["--consistency.mode=distillation"]
 PIPELINE = ["--model.name=pipeline", "--training.init=base"]
-IDLE: dict[str, tuple[str, list[str]]] = {  # a value of each setting that has no effect on plain training, and has then
+IDLE: dict[str, tuple[str, list[str]]] = {  # a value without effect on plain training, and options that give it one
     "adversary.step_size": ("3", ["--adversary.passes=2"]),
     "adversary.norm": ("linf", PERTURBS),
     "adversary.radius": ("9", PERTURBS),
@@ -198,7 +198,7 @@ IDLE: dict[str, tuple[str, list[str]]] = {  # a value of each setting that has n
 
 
 @pytest.mark.parametrize("key", IDLE)
-def test_a_setting_that_does_nothing_is_refused_until_it_does(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_without_effect_are_rejected(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     value, live = IDLE[key]
     error = mistake(capsys, "quickstart", f"--{key}={value}")
     assert error.startswith(f"atdiff: {key}=")
@@ -207,7 +207,7 @@ def test_a_setting_that_does_nothing_is_refused_until_it_does(key: str, capsys: 
     assert main(["train", "quickstart", "--out", "out", "--dry-run", f"--{key}={value}", *live]) == 0
 
 
-def test_every_row_of_the_table_is_tried() -> None:
+def test_every_setting_that_can_have_no_effect_is_covered() -> None:
     assert {f"{row.section}.{name}" for row in TABLE for name in row.names} == set(IDLE)
 
 
@@ -221,11 +221,11 @@ def test_every_row_of_the_table_is_tried() -> None:
         ([*DISTILS, "--consistency.guidance=[2, 3]"], "a network of pixels without guidance: use a latent"),
     ],
 )
-def test_what_makes_a_setting_idle_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cause_of_having_no_effect_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in mistake(capsys, "quickstart", *words)
 
 
-def test_what_is_switched_off_later_on_is_the_default(tmp_path: Path) -> None:
+def test_switched_off_settings_fall_back_to_the_default(tmp_path: Path) -> None:
     perturbed = {"adversary": {"passes": 2, "step_size": 3.0, "direction": "residual", "scale": "high"}}
     arms = {"at": perturbed, "plain": {}, "soar": {"adversary": {"method": "soar", "passes": 2}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"arms": arms}))
@@ -235,12 +235,12 @@ def test_what_is_switched_off_later_on_is_the_default(tmp_path: Path) -> None:
     assert resolve(recipe, "at", ["--adversary.step_size", "0"]).adversary.direction == "gradient"
     with pytest.raises(UserError, match=r"direction='residual' has no effect with adversary.passes=1"):
         resolve(recipe, "at", ["--adversary.passes", "1", "--adversary.direction", "residual"])
-    written = {"adversary": {**dataclasses.asdict(plain)["adversary"], "scale": "constant"}}  # as a folder has it
+    written = {"adversary": {**dataclasses.asdict(plain)["adversary"], "scale": "constant"}}  # as a run folder has it
     (tmp_path / "folder.yaml").write_text(yaml.safe_dump(written))
     assert resolve(load_recipe(str(tmp_path / "folder.yaml"))).adversary == plain.adversary
 
 
-def test_what_arms_share_has_an_effect_on_one_of_them(tmp_path: Path) -> None:
+def test_shared_settings_must_affect_some_arm(tmp_path: Path) -> None:
     at = {"adversary": {"passes": 2, "step_size": 3.0}}
     content = {"objective": {"weighting": "min-snr"}, "arms": {"plain": {}, "at": at}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
@@ -251,7 +251,7 @@ def test_what_arms_share_has_an_effect_on_one_of_them(tmp_path: Path) -> None:
     for words in (["--consistency.solver", "heun"], ["--adversary.weight", "2"]):
         with pytest.raises(UserError, match="has no effect with"):
             check_study(recipe, tmp_path / "out", words)
-    # A recipe says for all of its runs what some of them use.
+    # A recipe may set for all of its runs what only some of them use.
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**content, "adversary": {"direction": "residual"}}))
     recipe = load_recipe(str(tmp_path / "own.yaml"))
     assert [resolve(recipe, arm).adversary.direction for arm in (None, "plain", "at")] == ["gradient"] * 2 + [
@@ -262,7 +262,7 @@ def test_what_arms_share_has_an_effect_on_one_of_them(tmp_path: Path) -> None:
         resolve(load_recipe(str(tmp_path / "own.yaml")), "at")
 
 
-def test_a_variant_is_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+def test_variant_needs_a_starting_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", "--out", "out", "--model.variant", "fp16"]) == 2
     assert "model.variant='fp16' has no effect without training.init" in capsys.readouterr().err
 
@@ -281,15 +281,15 @@ def test_a_variant_is_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
         ("armss: {}", "key 'armss' is unknown; did you mean"),
     ],
 )
-def test_a_recipe_of_another_shape_is_one_sentence(
+def test_malformed_recipes_are_one_sentence(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "wrong.yaml").write_text(content)
     assert message in mistake(capsys, "wrong.yaml")
 
 
-def test_every_combination_of_the_adversary_works_or_says_why() -> None:
-    """Whatever passes the check of the settings makes an adversary, and what does not is told before."""
+def test_every_adversary_combination_works_or_is_explained() -> None:
+    """Settings that pass the check build an adversary; the check rejects all others."""
     recipe, good, bad = load_recipe("quickstart"), 0, []
     names = ("norm", "method", "direction", "order", "target")
     own = {"soar": (2, 0, 1), "adr": (2, 0, 1), "contrastive": (1, 0, 0.05), "mac": (2, 0, 2)}
@@ -323,7 +323,7 @@ def test_every_combination_of_the_adversary_works_or_says_why() -> None:
             assert ("needs target='equivariant'" if target == "invariant" else f"direction='{direction}'") in why
 
 
-def test_the_schema_is_that_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_matches_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("schema", ROOT / "docs" / "schema.py")
     assert spec is not None
     assert spec.loader is not None
@@ -354,7 +354,7 @@ def test_every_key_of_the_schema_is_described() -> None:
 
 
 @pytest.mark.parametrize(("text", "lr"), [("1e-4", 1e-4), ("1", 1.0), ("+2E-3", 2e-3), ("0.5", 0.5)])
-def test_numbers_are_numbers_however_they_are_written(text: str, lr: float, tmp_path: Path) -> None:
+def test_numbers_are_parsed_in_any_notation(text: str, lr: float, tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(f"optimizer: {{lr: {text}}}")
     for config in (
         resolve(load_recipe("one.yaml")),
@@ -364,19 +364,19 @@ def test_numbers_are_numbers_however_they_are_written(text: str, lr: float, tmp_
         assert isinstance(config.optimizer.lr, float)
 
 
-def test_an_option_needs_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_need_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "option '--training.passes' needs a value" in mistake(capsys, "quickstart", "--training.passes")
     assert "got unexpected extra argument (4)" in mistake(capsys, "quickstart", "--training.passes", "3", "4")
 
 
-def test_words_replace_a_mapping_and_dots_reach_into_it() -> None:
+def test_overrides_replace_mappings_and_dotted_keys_merge() -> None:
     recipe = load_recipe("quickstart")
     assert resolve(recipe, None, ["--model.args", "{width: 3}"]).model.args == {"width": 3}
     assert resolve(recipe, None, ["--model.args.width=3"]).model.args == {"width": 3, "num_blocks": 3}
     assert resolve(recipe, None, ["--data.name", "123", "--training.init", "null"]).data.name == "123"
 
 
-def test_a_base_that_no_study_trains_is_not_asked_for(tmp_path: Path) -> None:
+def test_base_evaluation_needs_a_base_that_the_study_trains(tmp_path: Path) -> None:
     recipe = load_recipe("digits-converged", ["--study.start", "runs/base"])
     with pytest.raises(UserError, match=r"study.base=true evaluates .* start from runs/base: set study.base to false"):
         check_study(recipe, tmp_path / "out", [])
@@ -385,7 +385,7 @@ def test_a_base_that_no_study_trains_is_not_asked_for(tmp_path: Path) -> None:
         check_study(without, tmp_path / "out", [])
 
 
-def test_a_word_on_the_arms_changes_one_of_them(tmp_path: Path) -> None:
+def test_finetune_overrides_must_affect_some_arm(tmp_path: Path) -> None:
     arms = {"low": {"optimizer": {"lr": 1e-4}}, "high": {"optimizer": {"lr": 1e-3}}, "plain": {}}
     content = {"finetune": {"training": {"passes": 5}}, "arms": arms, "study": {"arms": ["low", "high"]}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_study_leaves_table_pictures_and_report(finished: tuple[Path, Path]) -> None:
+def test_study_writes_summary_samples_and_report(finished: tuple[Path, Path]) -> None:
     _, out = finished
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["cells"]) == 2 * 2 * 2 * 2
@@ -55,8 +55,8 @@ def test_a_study_leaves_table_pictures_and_report(finished: tuple[Path, Path]) -
         assert min(picture.size) > 100
 
 
-def test_arms_differ_in_nothing_but_the_arm(finished: tuple[Path, Path]) -> None:
-    """Equal passes, batches, base and noise: the configurations of two arms differ where the recipe says so."""
+def test_arms_differ_only_in_the_arm(finished: tuple[Path, Path]) -> None:
+    """Passes, batches, base and noise are equal: the settings of two arms differ only where the recipe says so."""
     _, out = finished
     plain, at = (yaml.safe_load((out / "seed-1" / arm / "config.yaml").read_text()) for arm in ("plain", "at"))
     assert at.pop("adversary") != plain.pop("adversary")
@@ -66,7 +66,7 @@ def test_arms_differ_in_nothing_but_the_arm(finished: tuple[Path, Path]) -> None
     assert {(cell["seed"], cell["sample_seed"]) for cell in cells} == {(0, 1), (1, 2)}
 
 
-def test_a_finished_study_is_found_finished(
+def test_finished_study_is_not_run_again(
     finished: tuple[Path, Path], study_in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = finished
@@ -80,7 +80,7 @@ def test_a_finished_study_is_found_finished(
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_a_folder_with_another_study_is_left_alone(
+def test_folder_with_another_study_is_left_alone(
     finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = finished
@@ -100,7 +100,7 @@ def test_a_folder_with_another_study_is_left_alone(
         ({}, ["--training.seed", "3"], "--study.seeds"),
     ],
 )
-def test_arms_are_compared_as_equals_or_not_at_all(
+def test_unequal_arms_are_rejected(
     arm: dict[str, Any], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = {**RECIPE, "arms": {**RECIPE["arms"], "at": {**RECIPE["arms"]["at"], **arm}}}
@@ -122,7 +122,7 @@ def test_arms_are_compared_as_equals_or_not_at_all(
         ({"colour": "blue"}, "'study.colour' is unknown"),
     ],
 )
-def test_a_study_that_cannot_end_does_not_begin(
+def test_study_that_would_fail_does_not_start(
     change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.yaml").write_text(json.dumps({**RECIPE, "study": {**RECIPE["study"], **change}}))
@@ -131,7 +131,7 @@ def test_a_study_that_cannot_end_does_not_begin(
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_goes_on_cell_by_cell(
+def test_evaluate_resumes_cell_by_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, int]] = []
@@ -153,13 +153,13 @@ def test_evaluate_goes_on_cell_by_cell(
     assert main(words) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert made == [("ddim", 3), ("ddim", 5), ("iddpm", 3)]
-    # The same cells as in the study, whatever process made them.
+    # The same cells as in the study, whichever process computed them.
     expected = json.loads((out / "seed-0" / "at" / "cells.json").read_text())
     assert [c["metrics"]["fd"] for c in cells] == pytest.approx([c["metrics"]["fd"] for c in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pictures.png", "pictures.npz", "pictures"])
-def test_sample_writes_what_the_path_says_and_never_over_it(
+def test_sample_follows_the_path_and_never_overwrites_it(
     finished: tuple[Path, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out = finished
@@ -197,7 +197,7 @@ def test_sample_writes_what_the_path_says_and_never_over_it(
         (["quickstart", "--jobs", "0", "--out", "x"], "--jobs 0"),
     ],
 )
-def test_mistakes_are_one_sentence_exit_2_and_nothing_written(
+def test_user_errors_exit_2_with_one_sentence_and_write_nothing(
     words: list[str],
     message: str,
     finished: tuple[Path, Path],
@@ -215,7 +215,7 @@ def test_mistakes_are_one_sentence_exit_2_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_samplers_default_to_what_fits(tmp_path: Path) -> None:
+def test_default_sampler_fits_the_run(tmp_path: Path) -> None:
     settings = {k: RECIPE[k] for k in ("model", "training")}
     settings["scheduler"] = {"name": "FlowMatchEulerDiscreteScheduler", "args": {}}
     (tmp_path / "flow.yaml").write_text(json.dumps(settings))
@@ -226,13 +226,11 @@ def test_samplers_default_to_what_fits(tmp_path: Path) -> None:
     assert [cell["sampler"] for cell in json.loads(cells.read_text())] == ["flow-euler"]
 
 
-def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imported_adm_pipeline_equals_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     golden = np.load(DATA / "guided_unet.npz")
     out = tmp_path / "adm"
     words = ["import-adm", str(DATA / "guided_unet.npz"), "--out", str(out)]
-    assert main(words) == 2  # no network of its widths is published, and the file does not tell its betas
+    assert main(words) == 2  # no published network has its widths, and the file does not store its betas
     assert "give --noise-schedule linear or cosine" in capsys.readouterr().err
     assert not out.exists()
     assert main([*words, "--noise-schedule", "linear"]) == 0
@@ -248,7 +246,7 @@ def test_import_adm_makes_a_pipeline_that_equals_the_checkpoint(
                  "--out", str(tmp_path / "one.png")]) == 0  # fmt: skip
 
 
-def test_bundled_recipes_resolve_in_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bundled_recipes_resolve_for_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     for name in bundled_recipes():
@@ -267,7 +265,7 @@ def test_bundled_recipes_resolve_in_every_arm(capsys: pytest.CaptureFixture[str]
             assert config.training.passes % config.adversary.passes == 0
 
 
-def test_the_list_of_recipes_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_one_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[: len(bundled_recipes())]] == list(bundled_recipes())
@@ -277,7 +275,7 @@ def test_the_list_of_recipes_is_a_line_each(capsys: pytest.CaptureFixture[str]) 
     assert not set(titles) & set(bundled_recipes())
 
 
-def test_one_recipe_is_shown_whole_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_is_shown_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe("quickstart")
     assert main(["recipes", "quickstart"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -294,22 +292,22 @@ def test_one_recipe_is_shown_whole_and_as_json(capsys: pytest.CaptureFixture[str
     assert "did you mean 'quickstart'?" in capsys.readouterr().err
 
 
-def test_help_and_mistakes_answer_without_loading_torch(tmp_path: Path) -> None:
+def test_usage_errors_do_not_import_torch(tmp_path: Path) -> None:
     """The command line imports nothing heavy until a command needs it."""
     code = "import sys; from atdiff.cli import main; main(['recipes', '--x']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
 
-def test_a_run_that_fails_ends_the_study(tmp_path: Path, study_in_process: None) -> None:
-    """In this process; `tests/long/test_child_processes.py` has it in a worker."""
+def test_failed_run_ends_the_study(tmp_path: Path, study_in_process: None) -> None:
+    """In this process; `tests/long/test_child_processes.py` covers workers."""
     recipe = {**RECIPE, "optimizer": {"lr": 1e30}}
     (tmp_path / "bad.yaml").write_text(json.dumps(recipe))
     assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 1
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
+def test_widened_study_computes_only_what_is_missing(
     finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     recipe, out = finished
@@ -325,7 +323,7 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
     summary = json.loads((wider / "summary.json").read_text())
     assert {cell["arm"] for cell in summary["cells"]} == {"plain", "at", "base"}
     assert {cell["steps"] for cell in summary["cells"]} == {3, 5, 7}
-    # And narrowed: cells that are not asked for stay in the runs and out of the table.
+    # Narrowed again: cells that are not requested stay in the runs but not in the table.
     assert main(["study", str(recipe), "--out", str(wider), "--study.steps", "[3]", "--study.mismatch", "false"]) == 0
     assert {cell["steps"] for cell in json.loads((wider / "summary.json").read_text())["cells"]} == {3}
 
@@ -352,7 +350,7 @@ def test_a_study_is_widened_in_place_and_only_what_is_missing_is_made(
         (["--finetune.training.passes", "-5"], "training.passes=-5"),
     ],
 )
-def test_study_settings_are_checked(
+def test_invalid_study_settings_are_rejected(
     words: list[str], message: str, finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", str(finished[0]), "--out", str(tmp_path / "out"), *words]) == 2
@@ -360,7 +358,7 @@ def test_study_settings_are_checked(
     assert not (tmp_path / "out").exists()
 
 
-def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_own(
+def test_study_supports_a_common_start_and_steps_per_sampler(
     finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     recipe, before = finished
@@ -371,7 +369,7 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
     assert not list(out.glob("seed-*/base"))
     runs = [yaml.safe_load(file.read_text())["training"]["init"] for file in out.glob("seed-*/*/config.yaml")]
     assert runs == 4 * [str(start)]
-    # An arm of the seed of that base is the arm of its own study.
+    # The arm of the base's own seed equals that of the base's study.
     weights = [load_file(next((one / "seed-0" / "at").glob("pipeline/unet/*.safetensors"))) for one in (before, out)]
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     summary = json.loads((out / "summary.json").read_text())
@@ -379,7 +377,7 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
     assert {cell["dtype"] for cell in summary["cells"]} == {"bf16 autocast"}
     said = summary["recipe"]["evaluation"]
     assert (said["start"], said["dtype"], summary["passes"]["base"]) == (str(start), "bf16 autocast", 20)
-    # Its figures are taken as they are.
+    # A comparison reuses its figures.
     arms = [str(out / "seed-0" / arm) for arm in ("plain", "at")]
     assert main(["compare", *arms, "--out", str(tmp_path / "page.html")]) == 0
     compared = json.loads((tmp_path / "page.summary.json").read_text())["cells"]
@@ -388,7 +386,7 @@ def test_arms_of_all_seeds_start_from_one_run_and_samplers_have_steps_of_their_o
 
 
 def offline_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return where the cache of a hub that does not answer keeps ``owner/start``."""
+    """Make the hub offline, and return the cache folder of ``owner/start``."""
     cache = folder / "hub"
     repository = cache / "models--owner--start"
     (repository / "refs").mkdir(parents=True)
@@ -399,7 +397,7 @@ def offline_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("what", ["training folder", "pipeline", "hub id"])
-def test_seeds_of_a_study_do_not_start_from_different_weights(
+def test_seeds_of_a_study_must_start_from_the_same_weights(
     finished: tuple[Path, Path],
     what: str,
     tmp_path: Path,
@@ -432,7 +430,7 @@ def test_seeds_of_a_study_do_not_start_from_different_weights(
     assert not (out / "seed-1").exists()
 
 
-def test_the_mismatch_of_the_first_run_is_timed_with_it(
+def test_mismatch_of_the_first_run_is_timed(
     finished: tuple[Path, Path],
     tmp_path: Path,
     study_in_process: None,
@@ -455,17 +453,17 @@ def test_the_mismatch_of_the_first_run_is_timed_with_it(
     assert [run for run in timed if run[2]] == [("plain", 0, True)]
     expected = json.loads((before / "mismatch" / "mismatch.json").read_text())
     found = json.loads((out / "mismatch" / "mismatch.json").read_text())
-    # As in the study, whatever process took them.
+    # As in the study, whichever process measured them.
     for one, other in zip(found, expected, strict=True):
         assert one["sample_seed"] == other["sample_seed"]
         ratios = [record["variance_ratio"] for record in other["records"]]
         assert [record["variance_ratio"] for record in one["records"]] == pytest.approx(ratios, rel=1e-4)
     timed.clear()
     assert main(words) == 0
-    assert not any(measured for _, _, measured in timed)  # but before
+    assert not any(measured for _, _, measured in timed)  # they were measured before
 
 
-def test_workers_have_the_threads_and_the_environment_of_their_study(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_inherit_threads_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in (1, 2):
         monkeypatch.setenv("ATDIFF_OF_THE_STUDY", str(threads))
         with _workers(1, threads) as pool:
@@ -476,10 +474,10 @@ def test_workers_have_the_threads_and_the_environment_of_their_study(monkeypatch
 @pytest.mark.skipif(
     sys.platform != "linux" or torch.accelerator.is_available(), reason="workers are not forked on this machine"
 )
-def test_workers_share_what_they_import(tmp_path: Path) -> None:
+def test_workers_share_the_memory_of_imports(tmp_path: Path) -> None:
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "read.py").write_text(READ_MEMORY)
-    # What lies in the working directory is not imported in the place of what is called like it.
+    # Modules in the working directory must not shadow libraries of the same name.
     (tmp_path / "diffusers.py").write_text("raise RuntimeError('not the library')")
     command = [sys.executable, "script/read.py"]
     read = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
@@ -505,7 +503,7 @@ def test_arms_of_a_study_are_trained_on_the_same_images(
 
 
 @pytest.mark.parametrize("command", ["mismatch", "robustness"])
-def test_measurements_leave_figures_and_a_picture(
+def test_measurements_write_records_and_a_plot(
     command: str, finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [str(finished[1] / "seed-0" / arm) for arm in ("plain", "at")]
@@ -523,7 +521,7 @@ def test_measurements_leave_figures_and_a_picture(
     assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
 
 
-def test_runs_of_a_study_are_those_of_separate_commands(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_study_runs_equal_those_of_separate_commands(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, out = finished
     for arm in ("plain", "at"):
         words = ["--training.seed", "1", "--training.init", str(out / "seed-1" / "base")]
@@ -531,6 +529,6 @@ def test_runs_of_a_study_are_those_of_separate_commands(finished: tuple[Path, Pa
         file = Path("pipeline") / "unet" / "diffusion_pytorch_model.safetensors"
         alone, together = load_file(tmp_path / arm / file), load_file(out / "seed-1" / arm / file)
         assert alone.keys() == together.keys()
-        # To rounding: the number of threads may differ.
+        # Up to rounding: the number of threads may differ.
         for name, value in alone.items():
             torch.testing.assert_close(value, together[name], rtol=1e-4, atol=1e-6)

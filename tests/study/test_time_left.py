@@ -1,4 +1,4 @@
-"""How long a study says that it still takes, against times worked out by hand."""
+"""A study's estimate of the time left, against times computed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_passes_and_sampler_steps_are_timed_apart(
+def test_passes_and_sampler_steps_are_timed_separately(
     tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
@@ -55,7 +55,7 @@ def test_passes_and_sampler_steps_are_timed_apart(
     clock[0] += 10.0
     train(stages[0], 50)
     progress.update()
-    # 0.2 s a pass; a step of 640 samples costs a third of that for 64 of them, ten times.
+    # 0.2 s per pass; a step for 64 samples costs a third of that, and ten times as much for 640.
     assert progress.left() == pytest.approx(150 * 0.2 + (2 * 20 + 60) * 0.2 / 3 * 10)
 
     train(stages[0], 100, per_second=100 / 22)
@@ -63,12 +63,12 @@ def test_passes_and_sampler_steps_are_timed_apart(
     clock[0] += 12.0
     evaluate(stages[0], 4)
     progress.update()
-    # The first cell took 3 s a step; the passes so far took 22 s.
+    # The first cell took 3 s per step; the passes so far took 22 s.
     assert progress.left() == pytest.approx(100 * 0.22 + (16 + 20 + 60) * 3.0)
 
     evaluate(stages[0], 4, 16)
     progress.finish(stages[0], Seconds(20.0, 100.0))
-    # As measured: 0.2 s a pass, 5 s a step.
+    # As measured: 0.2 s per pass, 5 s per step.
     assert progress.left() == pytest.approx(100 * 0.2 + (20 + 60) * 5.0)
     assert capsys.readouterr().out == "plain, seed 0: 100 passes in 20 s, loss 0.2500 (1 of 2 runs, 7 min 0 s left)\n"
 
@@ -80,7 +80,7 @@ def test_passes_and_sampler_steps_are_timed_apart(
     assert capsys.readouterr().out == "1 of 2 runs, 200 of 200 passes, 6 min 20 s left\n"
 
 
-def test_what_was_done_before_is_not_timed(tmp_path: Path, clock: list[float]) -> None:
+def test_earlier_work_is_not_timed(tmp_path: Path, clock: list[float]) -> None:
     stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
     train(stages[0], 100)
     evaluate(stages[0], 4)
@@ -95,8 +95,8 @@ def test_what_was_done_before_is_not_timed(tmp_path: Path, clock: list[float]) -
     assert progress.left() == pytest.approx(40 * 0.5 + 20 * 2.0)
 
 
-def test_a_run_that_begins_late_is_timed_from_its_own_log(tmp_path: Path, clock: list[float]) -> None:
-    """As in a study that is resumed, whose first hour goes to the evaluation of runs that were trained before."""
+def test_late_run_is_timed_from_its_own_log(tmp_path: Path, clock: list[float]) -> None:
+    """As in a resumed study that spends its first hour evaluating runs that were trained before."""
     stages = [stage(tmp_path, arm) for arm in ("plain", "at")]
     train(stages[0], 100)
     evaluate(stages[0], 4, 16)
@@ -107,13 +107,13 @@ def test_a_run_that_begins_late_is_timed_from_its_own_log(tmp_path: Path, clock:
     assert progress.left() == pytest.approx(80 * 0.2 + 20 * 0.2 / 3 * 10)
 
 
-def test_the_mismatch_of_the_first_run_tells_how_long_the_others_take(tmp_path: Path, clock: list[float]) -> None:
+def test_first_mismatch_predicts_the_time_of_the_others(tmp_path: Path, clock: list[float]) -> None:
     stages = [stage(tmp_path, arm) for arm in ("plain", "ot", "at")]
     progress = StudyProgress(stages, 2, Console(), mismatch_steps=30.0)
     train(stages[0], 100)
     evaluate(stages[0], 4, 16)
     progress.finish(stages[0], Seconds(20.0, 100.0, mismatch=700.0))
-    # Two runs at once are left, of 20 s and 100 s each; then two mismatches one after another, comparisons and all.
+    # Two parallel runs of 20 s and 100 s are left, then two mismatches in sequence, comparisons included.
     assert progress.left() == pytest.approx((2 * 20 + 2 * 100) / 2 + 2 * 700)
     for run in stages[1:]:
         train(run, 100)
@@ -122,7 +122,7 @@ def test_the_mismatch_of_the_first_run_tells_how_long_the_others_take(tmp_path: 
     assert progress.left() == pytest.approx(2 * 700)
 
 
-def test_a_mismatch_counts_as_its_sampler_steps_before_one_is_measured() -> None:
+def test_unmeasured_mismatch_counts_as_its_sampler_steps() -> None:
     measured = Measurements("ddim", 8, num=4096, seed=1, extractor=None)
-    # Samples and two sets of true images, 2,048 where a cell has 4,096.
+    # Samples and two sets of true images, 2,048 each where a cell has 4,096.
     assert measured.mismatch_steps == 3 * 8 / 2

@@ -1,4 +1,4 @@
-"""Which adversary suits a run: the rungs of a sweep, what they keep, and the line that is pasted."""
+"""Tuning the adversary of a run: the rungs of a sweep, the arms that they keep, and the recipe line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "data": {"name": "mixture-ring"},
     "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
     "scheduler": {"name": "FlowMatchEulerDiscreteScheduler", "args": {}},
-    "adversary": {"passes": 2, "step_size": 0.1},  # which no arm may take over
+    "adversary": {"passes": 2, "step_size": 0.1},  # no arm may inherit it
     "training": {"passes": 16, "batch_size": 16, "log_every": 4, "ema_decay": 0.9, "seed": 3},
 }
 SWEEP = ["tune", "base", "--steps", "4", "--passes", "24", "--repeats", "2", "--num", "64", "--jobs", "1"]
@@ -38,7 +38,7 @@ ARMS = ["plain", "steps-2", "steps-4", "steps-8", "dose-0.05", "dose-0.1", "dose
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Iterator[Path]:
-    """A folder with a run, and beside it a sweep of it as a user makes it; the tests work there."""
+    """Train a run and sweep it as a user would, in one folder; the tests work there."""
     place = tmp_path_factory.mktemp("tune")
     (place / "base.yaml").write_text(yaml.safe_dump(BASE))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -59,7 +59,7 @@ def last_pass(run: Path) -> int:
     return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["pass"])
 
 
-def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
+def test_better_half_and_plain_training_advance(swept: Path) -> None:
     record = record_of(swept)
     arms = ARMS
     for rung, passes, seeds in zip(record["rungs"], (6, 12, 24), (1, 1, 2), strict=True):
@@ -67,7 +67,7 @@ def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
         cells = {(cell["arm"], cell["seed"]): cell for cell in rung["cells"]}
         assert sorted(cells) == sorted((arm, 4200 + i) for arm in arms for i in range(seeds))
         assert {(cell["sampler"], cell["steps"], cell["num"]) for cell in cells.values()} == {("flow-euler", 4, 64)}
-        # The same noise for all arms of a seed, and none of a study of seeds 0, 1, ...
+        # All arms of a seed share their noise, which no study with seeds 0, 1, ... uses.
         assert all(cell["sample_seed"] == seed + 1 for (_, seed), cell in cells.items())
         by_distance = sorted((cells[arm, 4200]["metrics"]["sliced_wasserstein"], arm) for arm in arms if arm != "plain")
         best = {arm for _, arm in by_distance[: math.ceil(len(by_distance) / 2)]}
@@ -77,7 +77,7 @@ def test_the_better_half_goes_on_and_plain_training_always(swept: Path) -> None:
         assert min(picture.size) > 300
 
 
-def test_every_arm_of_a_rung_has_equal_passes_and_the_sum_is_what_was_said(swept: Path) -> None:
+def test_arms_of_a_rung_have_equal_passes_and_the_stated_total(swept: Path) -> None:
     """A batch with a look-ahead is charged two passes, one with six noises three."""
     record = record_of(swept)
     runs = sorted((swept / "base-tune" / "runs").glob("seed-*/*/config.yaml"))
@@ -97,10 +97,8 @@ def test_every_arm_of_a_rung_has_equal_passes_and_the_sum_is_what_was_said(swept
         assert settings["training"]["init"] == "base"
 
 
-def test_the_line_in_a_recipe_gives_the_arm_that_was_tuned_weight_for_weight(
-    swept: Path, fresh_accelerator: None
-) -> None:
-    """Trained at once in a recipe of the user's, where the sweep trained it in three rungs."""
+def test_recipe_line_reproduces_the_tuned_arm_exactly(swept: Path, fresh_accelerator: None) -> None:
+    """The recipe trains it in one go, the sweep in three rungs."""
     record = record_of(swept)
     arm = record["best"]
     line = recipe_line(record["settings"]["candidates"][arm])
@@ -119,7 +117,7 @@ def test_the_line_in_a_recipe_gives_the_arm_that_was_tuned_weight_for_weight(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_same_command_computes_nothing_anew(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_sweep_computes_nothing(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [file for file in (swept / "base-tune").rglob("*") if file.suffix in (".safetensors", ".jsonl")]
     files += list((swept / "base-tune").rglob("cells.json"))
     before, record = {file: file.stat().st_mtime_ns for file in files}, record_of(swept)
@@ -132,7 +130,7 @@ def test_the_same_command_computes_nothing_anew(swept: Path, capsys: pytest.Capt
     assert "changes sliced Wasserstein distance by" in " ".join(printed.split())
 
 
-def test_an_interrupted_sweep_resumes_and_ends_with_the_same_figures(
+def test_interrupted_sweep_resumes_to_the_same_figures(
     swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import atdiff.study.study as study
@@ -171,7 +169,7 @@ def test_an_interrupted_sweep_resumes_and_ends_with_the_same_figures(
         ({"a": 1.0}, ["a"]),
     ],
 )
-def test_the_half_of_lowest_distance_is_kept(figures: dict[str, float], kept: list[str]) -> None:
+def test_half_of_lowest_distance_is_kept(figures: dict[str, float], kept: list[str]) -> None:
     assert better_half(figures) == kept
 
 
@@ -191,10 +189,10 @@ TRIED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_ratios() -> None:
+def test_recommended_arm_is_clearly_better_by_its_t_interval() -> None:
     values = {"plain": [10.0, 12.0, 11.0], "one": [8.0, 9.5, 8.9], "other": [7.0, 14.0, 6.0]}
     found = judged(rung_of(**values), TRIED)
-    # The other has the lower mean change, and an interval that holds zero.
+    # The other has the lower mean change, but its interval contains zero.
     logs = np.log(np.array(values["one"]) / np.array(values["plain"]))
     low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
     row = next(row for row in found["rows"] if row["arm"] == "one")
@@ -216,7 +214,7 @@ def test_what_is_recommended_is_clearly_better_by_the_t_interval_of_the_log_rati
         {"plain": [10.0, 11.0], "one": [math.nan, 5.0], "other": [12.0, 13.0]},  # one that diverged
     ],
 )
-def test_where_nothing_is_clearly_better_plain_training_is_recommended(values: dict[str, list[float]]) -> None:
+def test_plain_training_is_recommended_if_nothing_is_clearly_better(values: dict[str, list[float]]) -> None:
     found = judged(rung_of(**values), TRIED)
     assert (found["recommended"], found["line"]) == ("plain", "")
     assert found["best"] != "plain"
@@ -224,7 +222,7 @@ def test_where_nothing_is_clearly_better_plain_training_is_recommended(values: d
 
 
 @pytest.mark.parametrize(("steps", "of_steps"), [(8, [4, 8, 16]), (3, [3, 6]), (2, [2, 4]), (1, [2])])
-def test_the_candidates_are_for_half_the_steps_as_many_and_twice_as_many(steps: int, of_steps: list[int]) -> None:
+def test_candidates_cover_half_equal_and_double_the_steps(steps: int, of_steps: list[int]) -> None:
     tried = candidates(steps)
     adversaries = [settings["adversary"] for settings in tried.values() if "adversary" in settings]
     assert [one["steps"] for one in adversaries if "steps" in one] == of_steps
@@ -234,18 +232,14 @@ def test_the_candidates_are_for_half_the_steps_as_many_and_twice_as_many(steps: 
 
 
 @pytest.mark.parametrize("own", [name for name, kind in NOISINGS.items() if kind.couples])
-def test_a_run_that_couples_noise_and_images_itself_is_not_tried_with_another_coupling(
-    own: str, swept: Path, fresh_accelerator: None
-) -> None:
+def test_run_with_a_coupling_is_not_tried_with_another(own: str, swept: Path, fresh_accelerator: None) -> None:
     value = "true" if own == "ot" else "3"
-    # With three noises of its own a batch with a look-ahead costs three passes, and without one two.
+    # With three noises of its own, a batch costs three passes with a look-ahead, and two without.
     sweep = plan(Tuning("base", 4, passes=24, settings=(f"--objective.{own}", value)))
     assert list(sweep.recipe.arms) == ARMS[:-1]
 
 
-def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
-    swept: Path, fresh_accelerator: None
-) -> None:
+def test_cost_is_counted_up_front_and_decaying_rates_retrain(swept: Path, fresh_accelerator: None) -> None:
     further = plan(Tuning("base", 4, passes=48))
     assert further.passes == 9 * 12 + 5 * 12 + 3 * (24 + 2 * 48)
     assert "528 passes in all (arms x seeds to passes: 9 x 1 to 12 + 5 x 1 to 24 + 3 x 3 to 48)" in further.cost()
@@ -253,9 +247,9 @@ def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
     anew = plan(Tuning("base", 4, passes=48, settings=("--optimizer.decay", "cosine")))
     assert anew.passes == 9 * 12 + 5 * 24 + 3 * 3 * 48
     assert len({anew.folder(Path("out"), rung) for rung in anew.rungs}) == 3
-    # By itself a tenth of the run's 16 passes, in whole batches of a look-ahead and of six noises.
+    # The default is a tenth of the run's 16 passes, in whole batches of a look-ahead and of six noises.
     assert [rung.passes for rung in plan(Tuning("base", 4)).rungs] == [6]
-    # At most a quarter of the first rung for the warm-up.
+    # The warm-up takes at most a quarter of the first rung.
     assert plan(Tuning("base", 4, passes=96)).recipe.config["optimizer"]["warmup_passes"] == 0
     (swept / "warm.yaml").write_text(yaml.safe_dump({**BASE, "optimizer": {"warmup_passes": 16}}))
     warm = shutil.copytree(swept / "base", swept / "warm")
@@ -265,10 +259,10 @@ def test_the_cost_is_counted_before_and_runs_of_a_falling_rate_are_trained_anew(
     (warm / "config.yaml").write_text(yaml.safe_dump(settings))
     swept_warm = plan(Tuning("warm", 4, passes=96)).recipe.config
     assert swept_warm["optimizer"]["warmup_passes"] == 6
-    assert swept_warm["training"]["ema_warmup"]  # most of a long average would be the run's own weights
+    assert swept_warm["training"]["ema_warmup"]  # otherwise a long average would mostly be the run's own weights
 
 
-def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
+def test_arms_have_the_settings_of_the_run(swept: Path) -> None:
     sweep = plan(Tuning("base", 4, passes=24, settings=("--optimizer.lr", "2e-4")))
     own = resolve(load_recipe(str(swept / "base.yaml")))
     for arm, settings in candidates(4).items():
@@ -311,7 +305,7 @@ def test_an_arm_has_the_settings_of_the_run(swept: Path) -> None:
         (["base", "--out", "base"], "base is not empty and contains no tune.json"),
     ],
 )
-def test_mistakes_are_one_sentence_and_nothing_is_written(
+def test_user_errors_are_one_sentence_and_write_nothing(
     words: list[str], message: str, swept: Path, fresh_accelerator: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(swept.rglob("*"))

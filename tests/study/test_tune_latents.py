@@ -1,4 +1,4 @@
-"""Which adversary suits a text-to-image run: whole weights go on from it, adapters begin anew where it began."""
+"""Tuning a text-to-image run: whole weights continue from it, adapters restart from where it started."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
-def test_a_sweep_of_a_pipeline(
+def test_pipelines_can_be_swept(
     rank: int, place: Path, cache: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
@@ -69,7 +69,7 @@ def test_a_sweep_of_a_pipeline(
         )
         steps = settings.get("adversary", {}).get("steps")
         assert (config["adversary"]["steps"], config["training"]["passes"]) == (steps, 2)
-    assert record["recommended"] == "plain"  # one seed shows nothing
+    assert record["recommended"] == "plain"  # one seed allows no conclusion
     start = place / ("sd3" if rank else f"{base}/pipeline")
     scheduler = start / "scheduler" / "scheduler_config.json"
     original = scheduler.read_text()
