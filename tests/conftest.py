@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; too late once a product has been computed.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # As the command does; no effect after the first matrix product.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # A test process for each core; inherited by those that tests start.
-# Tests that need two threads share their core with another process, which spinning would keep from it.
+    os.environ["OMP_NUM_THREADS"] = "1"  # One test process per core; inherited by the processes that tests start.
+# Tests with two threads share their core with another process, which spinning would starve.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-# The longest files, longest first, since one that begins last is what the other processes wait for.
+# The slowest files, slowest first: the other processes wait for whichever starts last.
 SLOW = (
     "measure/test_stale.py",
     "training/test_latent_training.py",
@@ -62,7 +62,7 @@ SLOW = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave files in the order that they are collected in; else xdist begins with those that have the most tests."""
+    """Keep files in collection order; otherwise xdist starts with those that have the most tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -73,14 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector what the imports made, which is there to the end: walking it is a twelfth of the time."""
+    """Freeze what the imports created: collecting these long-lived objects takes a twelfth of the time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache of trained classifiers for the whole session, apart from the user's."""
+    """Use one cache of trained classifiers per session, separate from the user's."""
     before = os.environ.get("ATDIFF_CACHE")
     os.environ["ATDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
@@ -92,7 +92,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one state a process; each test begins and ends without one."""
+    """Reset Accelerate's process-wide state before and after each test."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,7 +100,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Path, Path]:
-    """Run the study once, as the user would: the first test process that needs it, and the others copy it."""
+    """Run the study once, as a user would: in the first test process that needs it; the others copy it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     base = tmp_path_factory.getbasetemp()
     made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished-study"
@@ -114,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Pat
 
 
 def copied_study(study: Path, copy: Path) -> Path:
-    """Copy a study so that it can be gone on with: what it says of its own folders is said of those of the copy."""
+    """Copy a study so that it can be continued: paths to its own folders become paths to those of the copy."""
     shutil.copytree(study, copy)
     for file in copy.rglob("*"):
         if file.suffix in (".yaml", ".json", ".html"):
@@ -123,7 +123,7 @@ def copied_study(study: Path, copy: Path) -> Path:
 
 
 class _Serial(Executor):
-    """Does at once what it is given, in the process of the test, with the threads of a worker."""
+    """Runs each call at once in the test's process, with the thread count of a worker."""
 
     def __init__(self, *args: Any, initargs: tuple[int, Any], **options: Any) -> None:
         torch.set_num_threads(initargs[0])
@@ -139,7 +139,7 @@ class _Serial(Executor):
 
 @pytest.fixture
 def study_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Studies train in this process, for tests that are not about workers, of which each imports torch anew."""
+    """Train studies in this process, for tests that are not about workers, since each worker imports torch again."""
     monkeypatch.setattr("atdiff.study.study.ProcessPoolExecutor", _Serial)
     threads = torch.get_num_threads()
     yield
@@ -147,7 +147,7 @@ def study_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def small_unet(*channels: int, out_channels: int = 1, **options: Any) -> UNet2DModel:
-    """A U-Net for 8x8 without attention, two levels of these channels."""
+    """Return a U-Net for 8x8 images, without attention, with two levels of these channels."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,

@@ -1,4 +1,4 @@
-"""What networks' outputs mean, written out a second time as an oracle."""
+"""The meaning of network outputs, reimplemented as an oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines of transformers (SD3, Flux, DiT and others) in their published configurations, but for their widths."""
+"""Transformer pipelines (SD3, Flux, DiT and others) in their published configurations, except for widths."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ __all__ = [
     "wan_folder",
 ]
 
-# What follows is config.json of each part as published; narrowed values are marked with the original.
+# The published config.json of each part; narrowed values have the original as a comment.
 SD3: dict[str, Any] = {  # SD3.5 medium
     "attention_head_dim": 8,  # 64
     "caption_projection_dim": 16,  # 1536
@@ -164,7 +164,7 @@ SANA: dict[str, Any] = {  # Sana of 1.6 billion weights, 1024 pixels
     "patch_size": 1,
     "sample_size": LATENT_SIZE,  # 32
 }
-SANA_VAE: dict[str, Any] = {  # of 8 pixels a latent in place of 32
+SANA_VAE: dict[str, Any] = {  # 8 pixels per latent instead of 32
     "attention_head_dim": 8,  # 32
     "decoder_block_out_channels": [8, 16, 16, 32],  # [128, 256, 512, 512, 1024, 1024]
     "decoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],  # three of each
@@ -226,7 +226,7 @@ QWEN_TEXT: dict[str, Any] = {  # of Qwen2.5-VL of 7 billion weights
     "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},  # [16, 24, 24]
     "vocab_size": 64,  # 152064
 }
-QWEN_VISION: dict[str, Any] = {  # which no prompt reaches
+QWEN_VISION: dict[str, Any] = {  # not reached by any prompt
     "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
 }  # fmt: skip
 COGVIEW4: dict[str, Any] = {  # CogView4 of 6 billion weights
@@ -314,7 +314,7 @@ def tiny_sd3(folder: Path) -> Path:
 
 
 def tiny_flux(folder: Path) -> Path:
-    """Write a random Flux.1 dev as a pipeline folder; the size of its pictures is its caller's."""
+    """Write a random Flux.1 dev as a pipeline folder; the caller chooses the image size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = tokenizer_folder(folder / "tokenizer", pad="<|endoftext|>")
@@ -381,7 +381,7 @@ def tiny_sana(folder: Path) -> Path:
 
 
 def tiny_lumina2(folder: Path) -> Path:
-    """Write a random Lumina-Image 2.0 of 64 pixels as a pipeline folder; skips where diffusers has none."""
+    """Write a random Lumina-Image 2.0 of 64 pixels as a pipeline folder; skips if diffusers has none."""
     transformer, kind = (
         of_diffusers(name, "Lumina2Pipeline") for name in ("Lumina2Transformer2DModel", "Lumina2Pipeline")
     )
@@ -399,7 +399,7 @@ def tiny_lumina2(folder: Path) -> Path:
 
 
 def tiny_qwen(folder: Path) -> Path:
-    """Write a random Qwen-Image as a pipeline folder, which skips as the one above."""
+    """Write a random Qwen-Image as a pipeline folder; skips like the one above."""
     names = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "QwenImagePipeline")
     transformer, autoencoder, kind = (of_diffusers(name, "QwenImagePipeline") for name in names)
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -419,7 +419,7 @@ def tiny_qwen(folder: Path) -> Path:
 
 
 def tiny_cogview4(folder: Path) -> Path:
-    """Write a random CogView4 of 64 pixels as a pipeline folder, which skips as those above."""
+    """Write a random CogView4 of 64 pixels as a pipeline folder; skips like those above."""
     names = ("CogView4Transformer2DModel", "CogView4Pipeline")
     transformer, kind = (of_diffusers(name, "CogView4Pipeline") for name in names)
     glm: Any = GlmConfig(
@@ -440,14 +440,14 @@ def tiny_cogview4(folder: Path) -> Path:
 
 
 def tiny_auraflow(folder: Path) -> Path:
-    """Write a random AuraFlow as a pipeline folder; the size of its pictures is its caller's."""
+    """Write a random AuraFlow as a pipeline folder; the caller chooses the image size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformer = AuraFlowTransformer2DModel(**AURAFLOW)
         for name, weight in transformer.named_parameters():
-            if name.endswith("norm1.linear.weight"):  # random gates are all but closed
+            if name.endswith("norm1.linear.weight"):  # random gates are almost closed
                 weight.data *= 20
-            if name.endswith("add_v_proj.weight"):  # a prompt is drowned in what fills it up
+            if name.endswith("add_v_proj.weight"):  # otherwise padding drowns the prompt
                 weight.data *= 30
         pipeline: Any = AuraFlowPipeline(
             transformer=transformer,
@@ -461,13 +461,13 @@ def tiny_auraflow(folder: Path) -> Path:
 
 
 def tiny_wan(folder: Path) -> Path:
-    """Write a random Wan 2.1 as a pipeline folder, which skips as those above; its size is its caller's."""
+    """Write a random Wan 2.1 as a pipeline folder; skips like those above, and the caller chooses the size."""
     names = ("WanTransformer3DModel", "AutoencoderKLWan", "WanPipeline")
     transformer, autoencoder, kind = (of_diffusers(name, "WanPipeline") for name in names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = transformer(**WAN)
-        for block in network.blocks:  # so that a prompt is not drowned in what fills it up
+        for block in network.blocks:  # otherwise padding drowns the prompt
             block.attn2.to_v.weight.data *= 30
         pipeline = kind(
             transformer=network,
@@ -481,7 +481,7 @@ def tiny_wan(folder: Path) -> Path:
 
 
 def of_diffusers(name: str, pipeline: str) -> Any:
-    """Return a class of diffusers; skips the test where the installed one is too old for the pipeline."""
+    """Return a class of diffusers; skip the test if the installed version is too old for the pipeline."""
     try:
         assert FAMILIES[pipeline]
     except UserError as error:
@@ -524,12 +524,12 @@ def _autoencoder(changes: dict[str, Any]) -> AutoencoderKL:
 
 
 def _characters(**options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of characters, with the special tokens of T5's."""
+    """Return a character tokenizer with T5's special tokens."""
     return _tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ", pre_tokenizers.Split("", "isolated"), **options)
 
 
 def _words(**options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of a few words, which are not drowned in the long texts that some pipelines put before a prompt."""
+    """Return a tokenizer of a few words, which the long prefixes that some pipelines add do not drown."""
     words = "a the cat dog car red on of photo picture class 0 1 2 3 4 5 6 7 8 9"
     return _tokenizer(words.split(), pre_tokenizers.Whitespace(), **options)
 

@@ -1,4 +1,4 @@
-"""torch-fidelity's Inception with random weights, since the real ones are not at hand, and images for it."""
+"""torch-fidelity's Inception with random weights, since the real ones are a download, and images for it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["oracle", "pictures", "weights"]
 
 @pytest.fixture(scope="module")
 def oracle() -> FeatureExtractorInceptionV3:
-    """torch-fidelity's network, all of its features on."""
+    """Return torch-fidelity's network with all of its features."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # of a gain that keeps the features of different images apart
+        if isinstance(module, nn.Conv2d):  # with a gain that keeps the features of different images apart
             nn.init.kaiming_normal_(module.weight, generator=generator)
     return network
 

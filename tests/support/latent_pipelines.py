@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines in the published configurations of SD 1.5 and SDXL base, but for widths and depths."""
+"""Stable Diffusion pipelines in the published configurations of SD 1.5 and SDXL base, except for widths and depths."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LATENT_SIZE = 8
 IMAGE_SIZE = 64
 TEXT_WIDTH = 32
 
-# What follows is config.json of each part as published; narrowed values are marked with the original.
+# The published config.json of each part; narrowed values have the original as a comment.
 SD_UNET: dict[str, Any] = {
     "act_fn": "silu",
     "attention_head_dim": 2,  # 8
@@ -206,7 +206,7 @@ def tiny_sdxl(folder: Path) -> Path:
 
 
 def pipeline_folder(make: Callable[[Path], Path], kind: str) -> Any:
-    """Return a fixture of what ``make`` writes: a pipeline folder, made once and not to be written into."""
+    """Return a fixture with the pipeline folder that ``make`` writes, made once and read-only."""
 
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -225,7 +225,7 @@ def text_config(tokenizer: Any, **changes: Any) -> CLIPTextConfig:
 
 
 def tokenizer_folder(folder: Path, pad: str) -> Any:
-    """A byte-pair tokenizer in the files of CLIP's: characters, a few merges, and the two special tokens last."""
+    """Write a byte-pair tokenizer in CLIP's files: characters, a few merges, and the two special tokens last."""
     characters = "!'(),-.0123456789abcdefghijklmnopqrstuvwxyz"
     merges = ["t h", "th e</w>", "a n", "o n", "e r</w>", "i n", "r e", "c a", "ca t</w>", "d o", "do g</w>"]
     tokens = [*characters, *(c + "</w>" for c in characters), *(m.replace(" ", "") for m in merges)]

@@ -1,4 +1,4 @@
-"""Starts two processes or more on the CPU, as users start many."""
+"""Starts two or more processes on the CPU, as users launch them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ LIMIT = 240  # seconds for a command of two processes, imports included
 
 
 def launch(*words: str, processes: int = 2) -> subprocess.Popen[str]:
-    """Start processes by `accelerate launch`, each with one thread; without its CPU setting it asks for GPUs."""
+    """Start processes with `accelerate launch`, one thread each; without its CPU setting it requires GPUs."""
     command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port())]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    # A group of its own, so that a test that fails leaves nothing running.
+    # A group of its own, so that a failed test leaves nothing running.
     return subprocess.Popen(
         [*command, *words], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on: tests that launch run at the same time."""
+    """Return a free port, since tests that launch run at the same time."""
     with socket.socket() as asked:
         asked.bind(("localhost", 0))
         port: int = asked.getsockname()[1]
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a launch to end, and kill all of it if it does not."""
+    """Wait for a launch to end; kill its process group if it does not."""
     try:
         _, error = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -48,7 +48,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def run_module(command: list[str], **environment: str) -> None:
-    """Run a module to its end, with no variable of a launcher but these."""
+    """Run a module to its end, without any launcher variables except these."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMPI_", "PMI_"))}
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *command],
@@ -73,7 +73,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(recipe: Path, cache: None) -> Path:
-    """A run that two processes trained through the command."""
+    """A run trained by two processes through the command."""
     out = recipe.parent / "run"
     code, error = ended(launch("-m", "atdiff", "train", str(recipe), "--out", str(out)))
     assert code == 0, error

@@ -1,7 +1,7 @@
-"""Trains arms in one process or in several on the same joint batches: what `test_processes.py` compares.
+"""Trains arms in one process or in several on the same joint batches, for `test_processes.py` to compare.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` of each
-arm; ``--recipe FILE`` has the command train a recipe into ``OUT/run`` afterwards.
+``python -m torch.distributed.run --nproc-per-node 2 tests/support/processes.py OUT`` writes ``OUT/ARM-RANK.pt`` for
+each arm; ``--recipe FILE`` then trains a recipe into ``OUT/run`` through the command.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from atdiff.training.config import (
 from atdiff.training.loop import Trainer
 from atdiff.training.order import batch_indices
 
-JOINT = 24  # images a batch, over all processes
+JOINT = 24  # images per batch, over all processes
 PASSES = 7
 STAGGERED: dict[str, Any] = {"passes": 3, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
 CONSECUTIVE: dict[str, Any] = {"passes": 3, "step_size": 0.5}
@@ -65,14 +65,14 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "no-clip": {"adversary": CONSECUTIVE, "grad_clip": None},
 }
-# Weights split over the processes, which one process cannot do: it trains with whole ones.
+# Weights sharded over the processes; a single process cannot shard and trains with whole ones.
 SHARDED = ("authors-full", "staggered-accumulated", "pgd-residual", "adr", "consistency", "no-clip")
-CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs; 2.6 asks for streams there
+CAN_SHARD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # on CPUs, where 2.6 requires streams
 ARMS |= {} if not CAN_SHARD else {f"{name}-sharded": {**ARMS[name], "shard": True} for name in SHARDED}
 
 
 def joint(trainer: Trainer) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
-    """Return what draws each batch for all processes at once, and takes every ``num_processes``-th sample of it."""
+    """Return a loader that draws the joint batch of all processes and takes every ``num_processes``-th sample."""
 
     def load(indices: Tensor, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
         task, batch = trainer.task, trainer.state.batches
@@ -86,12 +86,12 @@ def joint(trainer: Trainer) -> Callable[..., tuple[Any, dict[str, Tensor]]]:
 
 
 def alike(delta: Tensor, batch: Batch, output: Any) -> Tensor:
-    """Let a random direction be the same for a sample in whatever process it is."""
+    """Make the random direction of a sample the same in any process."""
     return (1000 * batch.noise).sin()
 
 
 def config_of(arm: str, world: int) -> TrainConfig:
-    """Return the settings of an arm that so many processes begin."""
+    """Return the settings of an arm that ``world`` processes start."""
     settings = ARMS[arm]
     return TrainConfig(
         model=ModelConfig("mlp", {"width": 16, "num_blocks": 1}),
@@ -117,10 +117,10 @@ def train(arm: str, out: Path, begun: int | None = None, until: int = PASSES) ->
     """Train an arm, and write this process's weights, average, and the samples and perturbation of every pass.
 
     Args:
-        arm: of :data:`ARMS`.
-        out: where its folder is, and what is written.
-        begun: by how many processes it was begun; by as many as now for None.
-        until: it is saved after so many passes, and ends.
+        arm: a key of :data:`ARMS`.
+        out: where its folder and the results are written.
+        begun: the number of processes that started it; None for the current number.
+        until: the number of passes after which it is saved and ends.
     """
     AcceleratorState._reset_state()
     begun = begun or int(os.environ.get("WORLD_SIZE", "1"))
@@ -148,7 +148,7 @@ def train(arm: str, out: Path, begun: int | None = None, until: int = PASSES) ->
 
 
 def held(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """Return weights, averages and the optimizer's state, whole, in every process."""
+    """Return the full weights, averages and optimizer state in every process."""
     weights, options = trainer.weights, StateDictOptions(full_state_dict=True)
     state = get_optimizer_state_dict(weights.network, trainer.steps.optimizer.optimizer, options=options)["state"]
     found = {
@@ -161,12 +161,12 @@ def held(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
 
 
 def whole(trainer: Trainer, network: Any) -> dict[str, Tensor]:
-    """Return all weights of a network, in every process."""
+    """Return the full weights of a network in every process."""
     return (trainer.weights.sharding.whole(network) if trainer.weights.sharding else network).state_dict()
 
 
 def main(out: Path, arms: list[str], recipe: str | None = None, **how: Any) -> None:
-    """Train these arms, or all, as :func:`train` does, and then a recipe by the command."""
+    """Train these arms, or all, with :func:`train`, and then a recipe through the command."""
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     for arm in arms or ARMS:

@@ -1,4 +1,4 @@
-"""Stops a run, and reads all that it left."""
+"""Stops a run, and reads everything that it saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atdiff.training.interrupt import StopRequest
 
 
 class StopAt(StopRequest):
-    """Asks to stop after so many updates."""
+    """Requests a stop after a number of updates."""
 
     def __init__(self, updates: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class StopAt(StopRequest):
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """Return all that training is made of: weights, EMA, state, and the log without its timings."""
+    """Return everything that training saves: weights, EMA, state, and the log without its timings."""
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
     weights, ema, state = load_checkpoint(newest)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 pipelines in one file, laid out as the original code saved them."""
+"""Stable Diffusion 1.5 pipelines in one file, in the layout of the original code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_single_file(folder: Path, file: Path) -> Path:
         name = layer
         for pattern, to in VAE:
             name = re.sub(pattern, to, name)
-        # Linear layers of attention were convolutions.
+        # The linear layers of attention were convolutions.
         conv = ".attn_1." in name and weight.ndim == 2
         weights[f"first_stage_model.{name}.{kind}"] = weight[:, :, None, None] if conv else weight
     for name, weight in pipeline.text_encoder.state_dict().items():

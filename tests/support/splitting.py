@@ -1,4 +1,4 @@
-"""Reads checkpoints of split weights without torch.distributed: each file has some rows of a tensor, in their order."""
+"""Reads sharded checkpoints without torch.distributed: each file has some rows of every tensor, in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atdiff.training.checkpoint import load_checkpoint, load_state
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Return weights, average, and the state with the optimizer's and the target of a checkpoint, whole or split."""
+    """Return weights, EMA, and state, with the optimizer's and the target, of a checkpoint, whole or sharded."""
     if (checkpoint / "model.safetensors").is_file():
         return load_checkpoint(checkpoint)
     rows: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Runs Python where nothing of the network answers, and notes who asks for it."""
+"""Runs Python without a network, and logs every attempt to use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Python runs a module of this name at its start, in the processes of a study too.
+# Python runs it at startup as sitecustomize, in the processes of a study too.
 SPY = """
 import os, socket
 connect, find = socket.socket.connect, socket.getaddrinfo
@@ -28,7 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def spied(tmp_path: Path) -> tuple[Run, Path]:
-    """What runs Python with the spy, and the file that is there once something was asked of the network."""
+    """Return a function that runs Python with the spy, and its log, which exists once the network was used."""
     (tmp_path / "sitecustomize.py").write_text(SPY)
     log = tmp_path / "log"
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,4 +1,4 @@
-"""Optimizers of one's own, for tests: one with state and settings that change, and one that averages by itself."""
+"""Custom optimizers for tests: one with state and settings that change, and one that averages by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NoOptimizer:
 
 
 class Counting(torch.optim.Optimizer):
-    """Descent with momentum, whose rate is divided by a number of its groups that grows; as Prodigy keeps its ``d``."""
+    """Momentum descent whose rate is divided by a growing number in its groups, like Prodigy's ``d``."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.9, growth: float = 1.1) -> None:
         if growth < 1:
@@ -42,7 +42,7 @@ class Counting(torch.optim.Optimizer):
 class ScheduleFree(torch.optim.Optimizer):
     """Schedule-free descent: weights are ``y = beta x + (1 - beta) z`` in training, the average ``x`` after ``eval()``.
 
-    (`<https://arxiv.org/abs/2405.15682>`_, with weights of 1.) Its calls and refusals are those of the package.
+    (`<https://arxiv.org/abs/2405.15682>`_, with weights of 1.) Its methods and errors are those of the package.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, beta: float = 0.9) -> None:
