@@ -1,4 +1,4 @@
-"""Model cards, and their way to a hub that is a stand-in."""
+"""Model cards, and pushing them to a fake hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = ["train", "digits-epsilon", "--arm", "at-residual", "--training.passes",
 
 
 class Hub:
-    """Takes what HfApi would send."""
+    """A fake hub that records the calls of HfApi."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -51,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_finished_run_is_pushed_with_its_card(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_pushed_with_its_card(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main([*WORDS, "--out", str(out), "--push-to-hub", "someone/digits"]) == 0
     assert [name for name, _ in hub.calls] == ["create_repo", "upload_folder"]
@@ -65,17 +65,17 @@ def test_a_finished_run_is_pushed_with_its_card(hub: Hub, tmp_path: Path, capsys
     assert 'from_pretrained("someone/digits")' in card.text
     assert "using residual perturbations of the input (" in card.text
     assert "adversarial-training" in card.data.tags
-    # The recipe of the card is the run's.
+    # The card contains the recipe of the run.
     recipe = yaml.safe_load(card.text.partition("## Recipe\n```yaml\n")[2].partition("```")[0])
     assert recipe == yaml.safe_load((out / "config.yaml").read_text())
-    # The same command on the finished run only uploads.
+    # Rerunning the command on the finished run only uploads.
     checkpoints = sorted(path.stat().st_mtime_ns for path in (out / "checkpoints").rglob("*"))
     assert main([*WORDS, "--out", str(out), "--push-to-hub", "someone/digits"]) == 0
     assert len(hub.calls) == 4
     assert sorted(path.stat().st_mtime_ns for path in (out / "checkpoints").rglob("*")) == checkpoints
 
 
-def test_a_hub_that_does_not_answer_loses_nothing(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_push_loses_nothing(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.down = True
     out = tmp_path / "run"
     assert main([*WORDS, "--out", str(out), "--push-to-hub", "someone/digits"]) == 1
@@ -86,7 +86,7 @@ def test_a_hub_that_does_not_answer_loses_nothing(hub: Hub, tmp_path: Path, caps
     assert hub.files
 
 
-def test_an_http_error_of_the_hub_is_a_sentence(
+def test_hub_http_error_is_reported(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Refused(HfHubHTTPError):
@@ -109,7 +109,7 @@ def test_an_http_error_of_the_hub_is_a_sentence(
         ("a/b", False, "needs a login"),
     ],
 )
-def test_what_cannot_be_pushed_is_found_before_training(
+def test_push_problems_are_found_before_training(
     repo: str,
     token: bool,
     message: str,
@@ -123,7 +123,7 @@ def test_what_cannot_be_pushed_is_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_card_of_a_study_has_its_results_and_no_paths(finished: tuple[Path, Path]) -> None:
+def test_study_card_has_results_but_no_paths(finished: tuple[Path, Path]) -> None:
     run = finished[1] / "seed-0" / "plain"
     text = (run / "pipeline" / "README.md").read_text()
     cells = json.loads((run / "cells.json").read_text())
@@ -131,11 +131,11 @@ def test_the_card_of_a_study_has_its_results_and_no_paths(finished: tuple[Path, 
     assert f"(images per row: 40, sampling seed: {cells[0]['sample_seed']}, " in text
     assert "| steps | NFE | FD ↓ |" in text
     assert "Not evaluated" not in text
-    assert str(finished[1]) not in text  # the base that it went on from
+    assert str(finished[1]) not in text  # the base it was fine-tuned from
     assert "fine-tuned from `base` on" in text
 
 
-def test_a_card_that_a_kill_left_out_is_written_by_the_next_start(tmp_path: Path) -> None:
+def test_missing_card_is_written_on_the_next_start(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main([*WORDS, "--out", str(out)]) == 0
     text = model_card(out)
@@ -146,7 +146,7 @@ def test_a_card_that_a_kill_left_out_is_written_by_the_next_start(tmp_path: Path
 
 
 def _card(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> ModelCard:
-    """Return the card of a run with these settings, whose network is a bundled one."""
+    """Return the card of a run with these settings and a bundled network."""
     config = asdict(TrainConfig())
     for section, values in sections.items():
         config[section].update(values)
@@ -157,7 +157,7 @@ def _card(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> ModelCard:
 
 TUNED = {"init": "base", "ema_decay": 0.99, "ema_warmup": False}
 RESIDUAL = {"method": "pgd", "passes": 2, "direction": "residual", "dose": "auto", "steps": 8}
-TOLD: dict[str, tuple[dict[str, Any], str]] = {
+DESCRIPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, "on `digits` for 1,000 forward-backward passes at batch size 128 per process with atdiff, using no "
               "perturbation (plain fine-tuning). The published weights are an exponential moving average (EMA) with "
               "decay 0.99."),
@@ -213,11 +213,11 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TOLD)
-def test_a_card_says_how_its_model_was_trained(kind: str, tmp_path: Path) -> None:
-    settings, told = TOLD[kind]
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_card_describes_how_the_model_was_trained(kind: str, tmp_path: Path) -> None:
+    settings, description = DESCRIPTIONS[kind]
     card = _card(tmp_path, {**settings, "training": {**TUNED, **settings.get("training", {})}})
-    assert told in card.text.partition("\n\n## Usage")[0]
+    assert description in card.text.partition("\n\n## Usage")[0]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_card_says_how_its_model_was_trained(kind: str, tmp_path: Path) -> Non
         ({"objective": {"nearest": 4}}, ["2505.18521"], False),
     ],
 )
-def test_a_card_cites_what_its_run_used(
+def test_card_cites_the_methods_used(
     settings: dict[str, dict[str, Any]], papers: list[str], adversarial: bool, tmp_path: Path
 ) -> None:
     card = _card(tmp_path, settings)
@@ -239,7 +239,7 @@ def test_a_card_cites_what_its_run_used(
 
 
 @pytest.mark.parametrize("name", ["cifar10-base", "cifar10-plain", "cifar10-atdiff"])
-def test_bundled_cards_are_what_the_code_writes(name: str, tmp_path: Path) -> None:
+def test_bundled_cards_are_up_to_date(name: str, tmp_path: Path) -> None:
     card = ModelCard.load(PAIR / name / "README.md")
     run = tmp_path / card.text.strip().partition("\n")[0].removeprefix("# ")
     shutil.copytree(PAIR / name, run / "pipeline")

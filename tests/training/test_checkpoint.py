@@ -1,4 +1,4 @@
-"""Checkpoints: whole or recognised as broken, the newest and the best kept."""
+"""Checkpoints are complete or detected as damaged; the newest and the best are kept."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def save(folder: Path, passes: int, **options: Any) -> None:
     save_checkpoint(folder, passes, weights(passes), weights(-passes), {"passes": passes}, **options)
 
 
-def split(value: float) -> tuple[Sharding, dict[str, nn.Module], torch.optim.Optimizer]:
-    """Return a network and its average, trained for a step, with the splitting of one process."""
+def make_sharded(value: float) -> tuple[Sharding, dict[str, nn.Module], torch.optim.Optimizer]:
+    """Return a network trained for one step, its EMA and optimizer, and the sharding of a single process."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
     sharding = Sharding(network, torch.device("cpu"))
@@ -50,8 +50,8 @@ def split(value: float) -> tuple[Sharding, dict[str, nn.Module], torch.optim.Opt
     return sharding, {"model": network, "ema": copy.deepcopy(network)}, optimizer
 
 
-def save_split(folder: Path, passes: int, write: Any = None) -> None:
-    sharding, networks, optimizer = split(passes)
+def save_sharded(folder: Path, passes: int, write: Any = None) -> None:
+    sharding, networks, optimizer = make_sharded(passes)
     tensors, rest = sharding.parts(networks, optimizer)
     save_split_checkpoint(folder, passes, tensors, write or sharding.write, {"passes": passes, "rest": rest})
 
@@ -60,7 +60,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 3)
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -71,13 +71,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert state == {"passes": 3}
 
 
-def test_split_weights_optimizer_and_buffers_are_read_as_they_were_written(tmp_path: Path) -> None:
-    save_split(tmp_path, 3)
+def test_sharded_weights_optimizer_and_buffers_round_trip(tmp_path: Path) -> None:
+    save_sharded(tmp_path, 3)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert names(found) == ["manifest.json", "shards", "state.pt"]
-    _, expected, trained = split(3)
-    sharding, networks, optimizer = split(7)
+    _, expected, trained = make_sharded(3)
+    sharding, networks, optimizer = make_sharded(7)
     assert not torch.equal(networks["model"][0].weight, expected["model"][0].weight)  # type: ignore[index]
     sharding.read(networks, optimizer, found / "shards", load_state(found)["rest"])
     for name, network in networks.items():
@@ -89,18 +89,18 @@ def test_split_weights_optimizer_and_buffers_are_read_as_they_were_written(tmp_p
         assert all(torch.equal(value, state["state"][number][key]) for key, value in one.items())
 
 
-def test_split_weights_that_are_not_written_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_failed_sharded_save_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     def fails(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save_split(tmp_path, 3)
+    save_sharded(tmp_path, 3)
     with pytest.raises(RunError, match=r"pass 6 could not be written .*No space left.*pass-000000003: free space"):
-        save_split(tmp_path, 6, fails)
+        save_sharded(tmp_path, 6, fails)
     assert names(tmp_path) == ["pass-000000003"]
     tensors = {"weights/model/a": torch.tensor([math.nan])}
     with pytest.raises(RunError, match=r"not finite at pass 6 \(weights/model/a\)"):
         save_split_checkpoint(tmp_path, 6, tensors, fails, {})
-    save_split(tmp_path, 6)
+    save_sharded(tmp_path, 6)
     (file,) = (tmp_path / "pass-000000006" / "shards").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -110,7 +110,7 @@ def test_split_weights_that_are_not_written_leave_the_last_good_checkpoint(tmp_p
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
-def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(tmp_path: Path, file: str, damage: str) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, file: str, damage: str) -> None:
     save(tmp_path, 3)
     save(tmp_path, 6)
     path = tmp_path / "pass-000000006" / file
@@ -130,13 +130,13 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(tmp_path:
     assert checkpoint_problem(found) is None
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     for passes, loss in enumerate([3.0, 1.0, 2.0, math.nan, 4.0, 5.0], 1):
         save(tmp_path, passes, loss=loss)
     assert names(tmp_path) == ["pass-000000002", "pass-000000005", "pass-000000006"]
 
 
-def test_without_losses_the_newest_are_kept(tmp_path: Path) -> None:
+def test_newest_checkpoints_are_kept_without_losses(tmp_path: Path) -> None:
     for passes in range(1, 6):
         save(tmp_path, passes, keep=3)
     assert names(tmp_path) == ["pass-000000003", "pass-000000004", "pass-000000005"]
@@ -144,7 +144,7 @@ def test_without_losses_the_newest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["model", "ema"])
-def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, value: float, place: str) -> None:
+def test_non_finite_weights_are_not_saved(tmp_path: Path, value: float, place: str) -> None:
     save(tmp_path, 3)
     bad = {place: weights(value)}
     with pytest.raises(RunError, match=r"not finite at pass 6 \(weight\).*pass-000000003"):
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, value: floa
 
 
 @pytest.mark.parametrize("operation", ["save_file", "torch.save", "write_json", "os.replace"])
-def test_a_full_disk_leaves_the_last_good_checkpoint(
+def test_full_disk_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     save(tmp_path, 3)
@@ -171,13 +171,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert checkpoint_problem(tmp_path / "pass-000000003") is None
 
 
-def test_what_a_killed_process_left_is_removed_at_the_next_save(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".pass-000000003.abc").mkdir()
     save(tmp_path, 3)
     assert names(tmp_path) == ["pass-000000003"]
 
 
-def test_the_manifest_names_every_file(tmp_path: Path) -> None:
+def test_manifest_lists_every_file(tmp_path: Path) -> None:
     save(tmp_path, 3, loss=0.5)
     manifest = json.loads((tmp_path / "pass-000000003" / "manifest.json").read_text())
     assert manifest["passes"] == 3
@@ -185,7 +185,7 @@ def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     assert sorted([*manifest["files"], "manifest.json"]) == sorted(FILES)
 
 
-def test_the_command_says_a_failed_disk_in_a_sentence(
+def test_train_reports_a_disk_error_and_then_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -199,5 +199,5 @@ def test_the_command_says_a_failed_disk_in_a_sentence(
     assert "the checkpoint of pass 2 could not be written" in capsys.readouterr().err
     monkeypatch.undo()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"pass": 1, "lo')  # of a process that was killed
+        file.write('{"pass": 1, "lo')  # a truncated line, as a killed process leaves it
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0

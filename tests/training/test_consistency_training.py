@@ -1,4 +1,4 @@
-"""Consistency models trained, resumed, published and sampled through the commands."""
+"""Training, resuming, publishing and sampling consistency models from the command line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def train(recipe: tuple[str, Path, Path], out: Path, arm: str, *options: str) ->
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_resume_is_exact(recipe: tuple[str, Path, Path], tmp_path: Path, arm: str) -> None:
     whole = train(recipe, tmp_path / "whole", arm)
-    # The curriculum and its total are those of the whole run: stop it, as a crash would, by losing what came after.
+    # Delete the newest checkpoint, as a crash would: a shorter run would have another curriculum.
     halves = tmp_path / "halves"
     shutil.copytree(whole, halves)
     newest = latest_checkpoint(halves / "checkpoints")
@@ -101,23 +101,23 @@ def test_resume_is_exact(recipe: tuple[str, Path, Path], tmp_path: Path, arm: st
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_distillation_resumes_with_the_same_teacher_alone(
+def test_distillation_resumes_only_with_the_same_teacher(
     recipe: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, file, _ = recipe
     base = shutil.copytree(recipe[2], tmp_path / "base")
     run = train((recipe[0], file, base), tmp_path / "run", "plain")
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(["train", str(file), "--out", str(base), "--training.passes", "9"]) == 0  # trained further
+    assert main(["train", str(file), "--out", str(base), "--training.passes", "9"]) == 0  # train the teacher further
     capsys.readouterr()
     words = ["train", str(file), "--arm", "plain", "--training.init", str(base), "--out", str(run)]
     assert main([*words, "--training.passes", "10"]) == 2
     assert f"{run} learns from other weights than {base} has now: restore the pipeline" in capsys.readouterr().err
-    load_denoiser(str(run))  # which stays what it was
+    load_denoiser(str(run))  # still loads
     train((recipe[0], file, base), tmp_path / "ict", "ict")  # without a teacher
 
 
-def test_plain_diffusers_opens_and_samples_what_was_trained(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_plain_diffusers_reproduces_the_samples(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:
     kind, _, _ = recipe
     out = train(recipe, tmp_path / "run", "at")
     pipeline: Any = DiffusionPipeline.from_pretrained(out / "pipeline")
@@ -135,7 +135,7 @@ def test_plain_diffusers_opens_and_samples_what_was_trained(recipe: tuple[str, P
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_base_of_an_edm_recipe_is_sampled_at_the_times_that_it_knows(recipe: tuple[str, Path, Path]) -> None:
+def test_edm_base_is_sampled_at_its_training_times(recipe: tuple[str, Path, Path]) -> None:
     kind, _, base = recipe
     if kind != "edm":
         pytest.skip("of EDM alone")
@@ -151,7 +151,7 @@ def test_the_base_of_an_edm_recipe_is_sampled_at_the_times_that_it_knows(recipe:
     assert seen == pytest.approx((250 * sigmas.log()).tolist(), rel=1e-4)
 
 
-def test_the_student_starts_from_the_teacher_less_its_variance(tmp_path: Path) -> None:
+def test_student_starts_from_the_teacher_without_its_variance(tmp_path: Path) -> None:
     content = {"model": UNET, "objective": {"variance": "learned_range", "prediction_type": "v_prediction"}}
     content |= {"scheduler": COSINE, "training": {"passes": 2, "batch_size": 4, "ema_decay": 0.0}}
     (tmp_path / "r.yaml").write_text(json.dumps(content))
@@ -169,7 +169,7 @@ def test_the_student_starts_from_the_teacher_less_its_variance(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--consistency.intervals", "2000"], "consistency.intervals=2000 must lie between 1 and the scheduler's 1000"),
         (["--consistency.target_decay", "1"], "consistency.target_decay=1.0 must lie in [0, 1)"),
@@ -186,8 +186,8 @@ def test_the_student_starts_from_the_teacher_less_its_variance(tmp_path: Path) -
         (["--consistency.site", "both"], "consistency"),
     ],
 )
-def test_mistakes_cost_nothing(
-    recipe: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+def test_user_errors_write_nothing(
+    recipe: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     kind, file, base = recipe
     if kind == "edm":
@@ -196,12 +196,12 @@ def test_mistakes_cost_nothing(
     command = ["train", str(file), "--arm", "plain", "--training.init", str(base), "--out", str(out), *words]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
 
 
-def test_distillation_needs_a_teacher_that_is_none_itself(
+def test_distillation_needs_a_teacher_that_is_not_distilled(
     recipe: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, file, _ = recipe
@@ -215,13 +215,13 @@ def test_distillation_needs_a_teacher_that_is_none_itself(
     assert "is itself a consistency model" in capsys.readouterr().err
 
 
-def test_more_steps_than_the_grid_are_refused(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_more_steps_than_the_grid_are_rejected(recipe: tuple[str, Path, Path], tmp_path: Path) -> None:
     out = train(recipe, tmp_path / "run", "plain")
     assert main(["sample", str(out), "--steps", "20", "--num", "1", "--out", str(tmp_path / "x.png")]) == 2
     assert main(["sample", str(out), "--steps", "2", "--num", "1", "--out", str(tmp_path / "x.png")]) == 0
 
 
-def test_a_study_without_a_base_starts_its_arms_from_a_run(
+def test_study_without_a_base_starts_from_a_run(
     recipe: tuple[str, Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     kind, file, base = recipe

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Runs on a folder of latents are those on its images, and a folder that does not fit is refused."""
+"""Runs on encoded latents match runs on their images; latents that do not fit are rejected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = [(64, 64), (96, 64), (64, 64), (64, 96), (96, 64), (130, 140)]
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def small_grids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in ("latents", "latent_drawing"):
         monkeypatch.setattr(f"atdiff.training.tasks.{module}.SHOWN", 1)
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six images of three sizes with captions, two of them alike, in two folders."""
+    """Six images with captions, two captions repeated, in two class folders."""
     rng = np.random.default_rng(0)
     for i, (width, height) in enumerate(SIZES):
         folder = tmp_path / "photos" / ("b" if i % 2 else "a")
@@ -56,7 +56,7 @@ Recipe = Callable[..., Path]
 
 @pytest.fixture
 def recipe(photos: Path, tmp_path: Path) -> Recipe:
-    """Writes a recipe for a pipeline; sections lie on top."""
+    """Return a function that writes a recipe for a pipeline, with overrides per section."""
 
     def write(init: Path, **sections: dict[str, Any]) -> Path:
         content: dict[str, Any] = {
@@ -80,16 +80,16 @@ def call(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def without_images(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away the images and the cache, and let nothing be encoded."""
+def remove_images(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the images and the cache, and fail if anything is encoded again."""
     shutil.rmtree(photos)
     monkeypatch.setenv("ATDIFF_CACHE", str(photos.parent / "other"))
     for name in ("encode_images", "encode_prompts"):
         monkeypatch.setattr(LatentPipeline, name, lambda *args: pytest.fail("encoded again"))
 
 
-def same_run(one: Path, other: Path) -> None:
-    """Everything that two runs leave is equal, bit for bit."""
+def assert_same_run(one: Path, other: Path) -> None:
+    """Check that two runs left the same log, weights and records, bit for bit."""
     ours, theirs = everything(one), everything(other)
     assert ours["log"] == theirs["log"]
     assert len({line["loss"] for line in ours["log"]}) > 1
@@ -108,7 +108,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_on_latents_is_that_on_their_images(
+def test_training_on_latents_matches_training_on_images(
     kind: str, recipe: Recipe, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -118,12 +118,12 @@ def test_a_run_on_latents_is_that_on_their_images(
     assert "contains the latents of 6 images" in capsys.readouterr().out
     assert call("train", file, "--out", tmp_path / "images") == 0
     assert list((tmp_path / "cache" / "latents").iterdir())
-    without_images(photos, monkeypatch)
-    # Stopped and resumed; the recipe stays as it is, or says nothing of the images.
+    remove_images(photos, monkeypatch)
+    # Stop and resume. The recipe may keep its data settings or leave them out.
     words = ["train", file, "--data.latents", tmp_path / "latents", "--out", tmp_path / "run", "--training.passes"]
     assert call(*words, 2) == 0
     assert call(*words, 4) == 0
-    same_run(tmp_path / "images", tmp_path / "run")
+    assert_same_run(tmp_path / "images", tmp_path / "run")
     assert not (tmp_path / "other" / "latents").exists()
     flip = {"flip": sections["data"].get("flip", False)}
     content = json.loads(file.read_text())
@@ -137,22 +137,22 @@ def test_a_run_on_latents_is_that_on_their_images(
     assert (settled.image_size, settled.channels) == (64, 3)
 
 
-def test_latents_of_classes_keep_their_names(
+def test_class_latents_keep_the_class_names(
     recipe: Recipe, photos: Path, dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for text in photos.rglob("*.txt"):
         text.unlink()
     file = recipe(dit_folder, objective={"variance": "learned_range"})
     assert call("train", file, "--out", tmp_path / "images") == 0
-    # The mirrored images are there too, and change nothing for a run that does not ask for them.
+    # The folder also holds mirrored images, which a run without data.flip ignores.
     assert call("encode", file, "--data.flip", "true", "--out", tmp_path / "latents") == 0
-    without_images(photos, monkeypatch)
+    remove_images(photos, monkeypatch)
     assert call("train", file, "--data.latents", tmp_path / "latents", "--out", tmp_path / "run") == 0
-    same_run(tmp_path / "images", tmp_path / "run")
+    assert_same_run(tmp_path / "images", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "data.json").read_text())["classes"] == {"a": 0, "b": 1}
 
 
-def test_what_the_cache_has_is_copied(
+def test_cached_latents_are_copied(
     recipe: Recipe, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = recipe(sd_folder)
@@ -167,7 +167,7 @@ def test_what_the_cache_has_is_copied(
         assert (tmp_path / "encoded" / name).read_bytes() == (tmp_path / "copied" / name).read_bytes()
 
 
-def test_the_printed_command_trains_on_the_latents(
+def test_printed_command_trains_on_the_latents(
     photos: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe(sd_folder, data={"name": "elsewhere", "limit": 5})
@@ -177,7 +177,7 @@ def test_the_printed_command_trains_on_the_latents(
     assert call(*words[1:], "--dry-run") == 0
 
 
-# ---- what does not fit
+# ---- latents that do not fit
 
 
 @pytest.fixture
@@ -186,8 +186,8 @@ def latents(recipe: Recipe, sd_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "latents"
 
 
-def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
-    """Return the one sentence with which a run is refused that writes nothing."""
+def rejected(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
+    """Return the one-line error of a run that must be rejected and write nothing."""
     capsys.readouterr()
     assert call("train", *words, "--out", out) == 2
     error = capsys.readouterr().err.strip()
@@ -196,14 +196,14 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> st
     return error
 
 
-def changed_weights(init: Path) -> None:
+def change_weights(init: Path) -> None:
     vae: Any = AutoencoderKL.from_pretrained(init / "vae")
     with torch.no_grad():
         vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
     vae.save_pretrained(init / "vae")
 
 
-def edited(name: str, **changes: Any) -> Callable[[Path], None]:
+def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
     def edit(init: Path) -> None:
         file = init / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -212,39 +212,39 @@ def edited(name: str, **changes: Any) -> Callable[[Path], None]:
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
-    "another autoencoder than": changed_weights,
-    "another scaling of latents than": edited("vae/config.json", scaling_factor=0.2),
-    "another text encoder 1 than": edited("text_encoder/config.json", hidden_act="gelu"),
-    "another tokenizer than": edited("tokenizer/tokenizer_config.json", model_max_length=40),
-    "another image size than": edited("unet/config.json", sample_size=4),
+    "another autoencoder than": change_weights,
+    "another scaling of latents than": edit_json("vae/config.json", scaling_factor=0.2),
+    "another text encoder 1 than": edit_json("text_encoder/config.json", hidden_act="gelu"),
+    "another tokenizer than": edit_json("tokenizer/tokenizer_config.json", model_max_length=40),
+    "another image size than": edit_json("unet/config.json", sample_size=4),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_latents_of_other_encoders_are_refused(
+def test_latents_of_other_encoders_are_rejected(
     what: str, latents: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = shutil.copytree(sd_folder, tmp_path / "other-sd")
     CHANGES[what](other)
-    assert f"was encoded with {what}" in refused(capsys, tmp_path / "run", recipe(other), "--data.latents", latents)
+    assert f"was encoded with {what}" in rejected(capsys, tmp_path / "run", recipe(other), "--data.latents", latents)
 
 
-def test_latents_of_another_family_are_refused(
+def test_latents_of_another_family_are_rejected(
     latents: Path, recipe: Recipe, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(capsys, tmp_path / "run", recipe(sdxl_folder), "--data.latents", latents)
+    error = rejected(capsys, tmp_path / "run", recipe(sdxl_folder), "--data.latents", latents)
     assert "another class of pipelines" in error
     assert "('StableDiffusionPipeline', and here 'StableDiffusionXLPipeline')" in error
 
 
-def flipped_bit(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
 
 
-def other_rows(file: Path) -> None:
-    """Fewer rows, and a record that says so, as a folder that was put together by hand."""
+def drop_row(file: Path) -> None:
+    """Drop a row and update the records to match, as in a folder assembled by hand."""
     np.save(file, np.load(file)[:-1])
     record = json.loads((file.parent / RECORD).read_text())
     record["files"][file.name][0] = file.stat().st_size
@@ -259,23 +259,23 @@ def other_rows(file: Path) -> None:
 STATES = "caption-encoder_hidden_states.npy"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "is incomplete, latents.npy is missing": lambda folder: (folder / "latents.npy").unlink(),
-    "is damaged, latents.npy was changed after encoding:": lambda folder: flipped_bit(folder / "latents.npy"),
+    "is damaged, latents.npy was changed after encoding:": lambda folder: flip_bit(folder / "latents.npy"),
     f"is damaged, {STATES} has 700 bytes instead of": lambda folder: (folder / STATES).write_bytes(b"0" * 700),
-    "encoder_hidden_states holds 3 rows of float16 instead of 4": lambda folder: other_rows(folder / STATES),
-    "its files do not belong together": lambda folder: other_rows(folder / "latents.npy"),
+    "encoder_hidden_states holds 3 rows of float16 instead of 4": lambda folder: drop_row(folder / STATES),
+    "its files do not belong together": lambda folder: drop_row(folder / "latents.npy"),
     f"holds no {RECORD}": lambda folder: (folder / RECORD).unlink(),
     f"{RECORD} is damaged": lambda folder: (folder / RECORD).write_text("{}"),
-    "in its record, key 'new' is unknown": edited(RECORD, data={"new": 1}),
-    "is of format 2, and this version reads 1": edited(RECORD, format=2),
+    "in its record, key 'new' is unknown": edit_json(RECORD, data={"new": 1}),
+    "is of format 2, and this version reads 1": edit_json(RECORD, format=2),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_folder_is_refused(
+def test_damaged_latent_folder_is_rejected(
     message: str, latents: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGES[message](latents)
-    assert message in refused(capsys, tmp_path / "run", recipe(sd_folder), "--data.latents", latents)
+    assert message in rejected(capsys, tmp_path / "run", recipe(sd_folder), "--data.latents", latents)
 
 
 CONTRADICTIONS = {
@@ -293,7 +293,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("words", CONTRADICTIONS)
-def test_settings_that_contradict_the_latents_are_refused(
+def test_settings_contradicting_the_latents_are_rejected(
     words: str,
     latents: Path,
     photos: Path,
@@ -303,24 +303,24 @@ def test_settings_that_contradict_the_latents_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ["--data.latents", latents, *words.split()]
-    error = refused(capsys, tmp_path / "run", recipe(sd_folder), *given)
+    error = rejected(capsys, tmp_path / "run", recipe(sd_folder), *given)
     assert CONTRADICTIONS[words].format(latents=latents, photos=photos) in error
 
 
-def test_a_default_that_is_written_out_contradicts_the_latents_too(
+def test_explicit_default_can_contradict_the_latents(
     recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latents, run = tmp_path / "latents", tmp_path / "run"
-    file = recipe(sd_folder, data={"image_size": None, "channels": None})  # null, which is that of the pipeline
+    file = recipe(sd_folder, data={"image_size": None, "channels": None})  # null: taken from the pipeline
     assert call("encode", file, "--data.crop", "adm", "--out", latents) == 0
     given = ["--data.latents", latents]
     message = f"data.crop='bicubic' contradicts data.latents={latents}, which was encoded with 'adm'"
-    assert message in refused(capsys, run, file, *given, "--data.crop", "bicubic")
+    assert message in rejected(capsys, run, file, *given, "--data.crop", "bicubic")
     assert call("train", file, *given, "--dry-run", "--out", run) == 0
-    assert message in refused(capsys, run, recipe(sd_folder, data={"crop": "bicubic"}), *given)
+    assert message in rejected(capsys, run, recipe(sd_folder, data={"crop": "bicubic"}), *given)
 
 
-def test_what_is_not_encoded_is_said(
+def test_encode_errors_are_reported(
     latents: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe(sd_folder)
@@ -336,7 +336,7 @@ def test_what_is_not_encoded_is_said(
     assert not (tmp_path / "x").exists()
 
 
-def test_an_interrupted_encoding_leaves_nothing(
+def test_interrupted_encoding_leaves_nothing(
     recipe: Recipe, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: object) -> None:
@@ -348,7 +348,7 @@ def test_an_interrupted_encoding_leaves_nothing(
     assert {one.name for one in tmp_path.iterdir()} <= {"photos", "recipe.yaml", "cache"}
 
 
-def test_a_run_is_held_against_the_images_of_its_latents(
+def test_run_is_evaluated_against_the_images_of_its_latents(
     photos: Path, recipe: Recipe, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, latents = recipe(sd_folder), tmp_path / "latents"

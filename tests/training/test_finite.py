@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite are skipped, counted, and named."""
+"""Steps with a non-finite gradient are skipped, counted and reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def output(*losses: float) -> ObjectiveOutput:
     return ObjectiveOutput(loss, {"mse": loss, "vb": torch.zeros(len(losses))}, torch.zeros(len(losses), 1))
 
 
-def test_bad_steps_are_counted_and_the_newest_is_named() -> None:
+def test_non_finite_steps_are_counted_and_the_latest_named() -> None:
     steps = FiniteSteps()
     flags = []
     for number, (losses, norm) in enumerate(
@@ -46,7 +46,7 @@ def test_bad_steps_are_counted_and_the_newest_is_named() -> None:
             assert not steps.collect()
             assert steps.newest == "at pass 2 the loss (mse) was not finite, at timesteps 3"
     assert flags == [0.0, 1.0, 1.0]
-    assert steps.collect()  # nothing but bad steps since
+    assert steps.collect()  # only bad steps since the last call
     assert steps.newest == "at pass 3 the gradient was not finite, at timesteps 3, 7"
     assert steps.skipped == 2
     assert not steps.collect()
@@ -55,7 +55,7 @@ def test_bad_steps_are_counted_and_the_newest_is_named() -> None:
     assert (again.skipped, again.newest) == (steps.skipped, steps.newest)
 
 
-def test_steps_between_distant_logs_are_counted_in_bounded_memory() -> None:
+def test_steps_between_logs_are_kept_in_bounded_memory() -> None:
     steps = FiniteSteps()
     for number in range(KEPT + 50):
         steps.note(output(1.0), torch.tensor([number]))
@@ -78,7 +78,7 @@ def trainer(tmp_path: Path, arm: str, *overrides: str) -> Trainer:
 
 
 def poison(made: Trainer, monkeypatch: pytest.MonkeyPatch, batches: set[int], value: float) -> None:
-    """Let one pixel of one image of some batches be no number."""
+    """Set one pixel of one image of the given batches to a non-finite value."""
     load = made.task.load
 
     def poisoned(indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,11 +97,9 @@ def checkpoint(folder: Path, passes: int) -> tuple[dict[str, Tensor], dict[str, 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_step_that_is_not_finite_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, value: float
-) -> None:
+def test_non_finite_step_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, value: float) -> None:
     made = trainer(tmp_path, arm)
-    first, last = (4, 6) if arm == "consecutive" else (5, 5)  # passes of the batch that is poisoned
+    first, last = (4, 6) if arm == "consecutive" else (5, 5)  # passes of the poisoned batch
     poison(made, monkeypatch, {1 if arm == "consecutive" else 4}, value)
     made.run(progress=False)
     out = tmp_path / "run"
@@ -120,13 +118,13 @@ def test_a_step_that_is_not_finite_is_not_taken(
     assert all(line["loss"] is not None for line in lines if line["pass"] not in (first, last))
     if arm == "consecutive":
         assert lines[1]["loss"] is None
-    # Passes with such a loss have no mean, and are never the best.
+    # Checkpoints with a non-finite loss store none, and are never the best.
     manifests = {p: json.loads((out / "checkpoints" / f"pass-{p:09d}" / "manifest.json").read_text())
                  for p in ((3, 6, 9) if arm == "consecutive" else range(1, 10))}  # fmt: skip
     assert [p for p in manifests if manifests[p]["loss"] is None] == [last]
 
 
-def test_the_history_of_losses_keeps_what_is_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_history_keeps_only_finite_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "second-moment")
     poison(made, monkeypatch, {4}, math.nan)
     made.run(progress=False)
@@ -135,7 +133,7 @@ def test_the_history_of_losses_keeps_what_is_finite(tmp_path: Path, monkeypatch:
     assert history["losses"].isfinite().all()
 
 
-def test_too_many_end_the_run_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.max_skipped", "1")
     poison(made, monkeypatch, {4, 5}, math.nan)
     with pytest.raises(RunError) as caught:
@@ -146,7 +144,7 @@ def test_too_many_end_the_run_and_are_named(tmp_path: Path, monkeypatch: pytest.
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'pass-000000005'}" in message
 
 
-def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_gradient_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.max_skipped", "0")
     weight = next(made.task.network.parameters())
     weight.register_hook(lambda gradient: gradient * (math.inf if made.state.passes == 6 else 1.0))
@@ -154,7 +152,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pyt
         made.run(progress=False)
 
 
-def test_a_run_that_ends_in_nothing_else_is_not_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ending_in_skipped_steps_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.checkpoint_every", "100")
     poison(made, monkeypatch, {6, 7, 8}, math.nan)
     with pytest.raises(RunError, match="at pass 9 the loss"):
@@ -162,7 +160,7 @@ def test_a_run_that_ends_in_nothing_else_is_not_a_success(tmp_path: Path, monkey
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
-def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path: Path) -> None:
+def test_non_finite_weights_reach_no_checkpoint(tmp_path: Path) -> None:
     made = trainer(tmp_path, "plain", "--optimizer.lr", "1e38", "--optimizer.weight_decay", "1e5")
     with pytest.raises(RunError, match="not finite"):
         made.run(progress=False)

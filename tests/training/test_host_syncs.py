@@ -1,4 +1,4 @@
-"""A GPU is never waited for between two lines of the log."""
+"""Training never waits for the GPU between two log lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.training.loop import Trainer
 
-# What makes the host wait for values of the device.
+# Operators that make the host wait for values from the device.
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal")
 STAGGERED = {"passes": 2, "step_size": 2.0, "scale": "sigma", "order": "staggered"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class CountReads(TorchDispatchMode):
-    """Counts the operators that read a tensor on the host."""
+    """Counts operators that read a tensor on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def started(tmp_path: Path, arm: str, log_every: int) -> Trainer:
-    """Return a trainer after two passes, on whatever device there is."""
+def start_trainer(tmp_path: Path, arm: str, log_every: int) -> Trainer:
+    """Return an opened trainer on the available device."""
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = tmp_path / "small.yaml"
     small = {
@@ -59,8 +59,8 @@ def started(tmp_path: Path, arm: str, log_every: int) -> Trainer:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_passes_read_nothing_on_the_host(tmp_path: Path, arm: str) -> None:
-    steps = started(tmp_path, arm, 1000).passes()
+def test_passes_read_no_tensors_on_the_host(tmp_path: Path, arm: str) -> None:
+    steps = start_trainer(tmp_path, arm, 1000).passes()
     for _ in range(4):
         next(steps)
     with CountReads() as counted:
@@ -69,9 +69,9 @@ def test_passes_read_nothing_on_the_host(tmp_path: Path, arm: str) -> None:
     assert counted.reads == {}
 
 
-def test_the_log_is_what_reads(tmp_path: Path) -> None:
-    """The counter sees what it is there to see."""
-    steps = started(tmp_path, "at", 1).passes()
+def test_logging_reads_tensors_on_the_host(tmp_path: Path) -> None:
+    """Sanity check of the counter."""
+    steps = start_trainer(tmp_path, "at", 1).passes()
     for _ in range(4):
         next(steps)
     with CountReads() as counted:
@@ -83,7 +83,7 @@ def test_the_log_is_what_reads(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("arm", ARMS)
 def test_passes_do_not_synchronise_a_gpu(tmp_path: Path, arm: str) -> None:
-    steps = started(tmp_path, arm, 1000).passes()
+    steps = start_trainer(tmp_path, arm, 1000).passes()
     for _ in range(4):
         next(steps)
     torch.cuda.set_sync_debug_mode("error")

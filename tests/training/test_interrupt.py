@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and --max-time: the pass is finished, everything is saved, the exit code says so."""
+"""SIGTERM, SIGINT and --max-time finish the pass, save everything and set the exit code."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ SMALL = {
     ("text", "seconds"),
     [("90", 90), ("1.5", 1.5), ("45m", 2700), ("1h30m", 5400), ("2d", 172_800), ("01:30:00", 5400), ("0:45", 2700)],
 )
-def test_durations(text: str, seconds: float) -> None:
+def test_durations_are_parsed(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-5", "5 m", "1:99:00", "h", "nan", "1h-5m"])
-def test_what_is_no_duration_is_said(text: str) -> None:
+def test_invalid_durations_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match=r"is not a duration; use seconds, 45m, 1h30m, 2d or HH:MM:SS"):
         parse_duration(text)
 
 
-def test_signals_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest(signals=True) as stop:
         assert stop.reason is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "SIGTERM was received"
-        assert signal.getsignal(signal.SIGTERM) is before  # a second one ends the process as ever
+        assert signal.getsignal(signal.SIGTERM) is before  # a second signal ends the process as usual
     with StopRequest(signals=True):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_without_signals_none_are_taken() -> None:
+def test_signal_handlers_are_untouched_by_default() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) is before
@@ -61,7 +61,7 @@ def words(folder: Path) -> list[str]:
     return ["train", str(folder / "small.yaml"), "--out", str(folder / "run")]
 
 
-def wait_for_the_log(folder: Path) -> None:
+def wait_for_log(folder: Path) -> None:
     for _ in range(600):
         if (folder / "run" / "metrics.jsonl").is_file():
             return
@@ -69,22 +69,22 @@ def wait_for_the_log(folder: Path) -> None:
     raise AssertionError("training has not begun within a minute")
 
 
-def ended_by(number: signal.Signals, folder: Path) -> tuple[int, str]:
-    """Train in a process of its own, which gets the signal; return its exit code and what it said."""
+def signal_subprocess(number: signal.Signals, folder: Path) -> tuple[int, str]:
+    """Train in a subprocess and send it the signal; return its exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "atdiff", *words(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for_the_log(folder)
+    wait_for_log(folder)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     return process.returncode, error
 
 
-def interrupted(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Train in this process, to which a thread sends the signal."""
+def signal_this_process(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Train in this process while a thread sends it the signal; return the exit code and stderr."""
 
     def send() -> None:
-        wait_for_the_log(folder)
+        wait_for_log(folder)
         os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)
@@ -95,11 +95,11 @@ def interrupted(number: signal.Signals, folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_signal_saves_and_the_same_command_resumes(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = number == signal.SIGTERM  # one of them is sent as the system does
-    code, error = ended_by(number, tmp_path) if own else interrupted(number, tmp_path, capsys)
+    own = number == signal.SIGTERM  # SIGTERM goes to a subprocess, as a scheduler sends it
+    code, error = signal_subprocess(number, tmp_path) if own else signal_this_process(number, tmp_path, capsys)
     assert code == EXIT_STOPPED == 75
     assert error.splitlines()[-1].startswith(f"atdiff: {number.name} was received: pass ")
     assert "Traceback" not in error
@@ -115,7 +115,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
-def test_a_second_signal_ends_at_once(first: str) -> None:
+def test_second_signal_ends_immediately(first: str) -> None:
     script = (
         "import os, signal\n"
         "from atdiff.training.interrupt import StopRequest\n"

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Latent consistency distillation against the steps of diffusers' script, and through the commands."""
+"""Latent consistency distillation, compared with diffusers' script, and from the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ARMS["lora-gradient-checkpointing"] = {**ARMS["lora-gradient"], "model": {"gradi
 
 
 def v_folder(folder: Path, source: Path) -> Path:
-    """The same pipeline, whose scheduler says that the U-Net predicts v."""
+    """Copy a pipeline and mark its U-Net as predicting v."""
     shutil.copytree(source, folder)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
@@ -65,13 +65,13 @@ def v_folder(folder: Path, source: Path) -> Path:
 
 @pytest.fixture(params=["sd", "sd-v", "sdxl"])
 def latent(request: pytest.FixtureRequest, tmp_path: Path) -> LatentPipeline:
-    """Pipelines of each class, and of each prediction type."""
+    """A pipeline of each class and prediction type."""
     folder: Path = request.getfixturevalue("sdxl_folder" if request.param == "sdxl" else "sd_folder")
     return load_latent_pipeline(str(v_folder(tmp_path / "v", folder) if request.param == "sd-v" else folder))
 
 
 class Drawn:
-    """Everything random of a batch: the first, the second, and the last of the grid, and one of its middle."""
+    """All random draws of a batch: the first, second and last interval of the grid, and one in the middle."""
 
     def __init__(self, latent: LatentPipeline) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -86,14 +86,14 @@ class Drawn:
         self.v = latent.prediction_type == "v_prediction"
 
     def x0_and_noise(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """As get_predicted_original_sample and get_predicted_noise."""
+        """As the script's get_predicted_original_sample and get_predicted_noise."""
         alpha, sigma = (root.sqrt().view(-1, 1, 1, 1) for root in (self.acp[t], 1 - self.acp[t]))
         if self.v:
             return alpha * x - sigma * output, alpha * output + sigma * x
         return (x - sigma * output) / alpha, output
 
 
-def called(unet: Any, x: Tensor, t: Tensor, conditions: dict[str, Tensor], embedded: Tensor | None = None) -> Tensor:
+def call_unet(unet: Any, x: Tensor, t: Tensor, conditions: dict[str, Tensor], embedded: Tensor | None = None) -> Tensor:
     added = {name: conditions[name] for name in ("text_embeds", "time_ids") if name in conditions}
     states = conditions["encoder_hidden_states"]
     output: Tensor = unet(x, t, states, timestep_cond=embedded, added_cond_kwargs=added or None).sample
@@ -101,17 +101,17 @@ def called(unet: Any, x: Tensor, t: Tensor, conditions: dict[str, Tensor], embed
 
 
 def w_embedding(w: Tensor, dim: int) -> Tensor:
-    """As guidance_scale_embedding of the script."""
+    """As the script's guidance_scale_embedding."""
     frequencies = torch.exp(torch.arange(dim // 2) * -(np.log(10000.0) / (dim // 2 - 1)))
     angles = (w * 1000.0)[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def guided_step(drawn: Drawn, teacher: Any, x_t: Tensor) -> Tensor:
-    """The script's step of the teacher: guidance on x0 and on the noise, then DDIMSolver.ddim_step."""
+    """The script's teacher step: guidance on x0 and on the noise, then DDIMSolver.ddim_step."""
     w = (drawn.guidance - 1).view(-1, 1, 1, 1)
     given, null = (
-        drawn.x0_and_noise(called(teacher, x_t, drawn.start, conditions), x_t, drawn.start)
+        drawn.x0_and_noise(call_unet(teacher, x_t, drawn.start, conditions), x_t, drawn.start)
         for conditions in (drawn.conditions, drawn.null)
     )
     x0, noise = (one + w * (one - other) for one, other in zip(given, null, strict=True))
@@ -121,7 +121,7 @@ def guided_step(drawn: Drawn, teacher: Any, x_t: Tensor) -> Tensor:
 
 
 def lcm_losses(drawn: Drawn, student: Any, target: Any, teacher: Any, dim: int | None) -> Tensor:
-    """One batch of diffusers' train_lcm_distill_sd_wds.py (and of its SDXL and LoRA variants), up to the mean."""
+    """Per-sample loss of diffusers' train_lcm_distill_sd_wds.py (and its SDXL and LoRA variants)."""
     embedded = None if dim is None else w_embedding(drawn.guidance - 1, dim)
     acp = drawn.acp[drawn.start].view(-1, 1, 1, 1)
     x_t = acp.sqrt() * drawn.x0 + (1 - acp).sqrt() * drawn.noise
@@ -129,15 +129,15 @@ def lcm_losses(drawn: Drawn, student: Any, target: Any, teacher: Any, dim: int |
     def consistency(unet: Any, x: Tensor, t: Tensor) -> Tensor:
         scaled = 10.0 * t.view(-1, 1, 1, 1)
         c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
-        return c_skip * x + c_out * drawn.x0_and_noise(called(unet, x, t, drawn.conditions, embedded), x, t)[0]
+        return c_skip * x + c_out * drawn.x0_and_noise(call_unet(unet, x, t, drawn.conditions, embedded), x, t)[0]
 
     prediction = consistency(student, x_t, drawn.start)
     wanted = consistency(target, guided_step(drawn, teacher, x_t), drawn.end)
     return (torch.sqrt((prediction - wanted) ** 2 + 0.001**2) - 0.001).mean(dim=(1, 2, 3))
 
 
-def _moved(unet: Any) -> Any:
-    """The same network with other weights, so that student, target and teacher are three; zeros move too."""
+def _with_other_weights(unet: Any) -> Any:
+    """Perturb all weights, zeros too, so that student, target and teacher differ."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(len(list(unet.parameters())))
         for weight in unet.parameters():
@@ -164,7 +164,7 @@ def _batch(objective: LatentConsistencyObjective, drawn: Drawn) -> Any:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Products as on any machine: those of one thread round in another order on some processors, by 2e-5 of a loss."""
+    """Use two threads: on some CPUs a single thread rounds in another order, which moves a loss by 2e-5."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -173,17 +173,17 @@ def two_threads() -> Iterator[None]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dim", [256, None], ids=["embedded", "untold"])
-def test_the_loss_is_that_of_diffusers_script(latent: LatentPipeline, dim: int | None, two_threads: None) -> None:
+def test_loss_matches_diffusers_script(latent: LatentPipeline, dim: int | None, two_threads: None) -> None:
     drawn = Drawn(latent)
-    student = _moved(make_student(latent.network, guidance_dim=dim)).eval()
-    target = _moved(copy.deepcopy(student))
+    student = _with_other_weights(make_student(latent.network, guidance_dim=dim)).eval()
+    target = _with_other_weights(copy.deepcopy(student))
     objective = _objective(latent, target, dim)
     batch = _batch(objective, drawn)
     losses = objective.loss(student, batch)
     expected = lcm_losses(drawn, student, target, latent.network, dim)
     assert expected.min() > 1e-2
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    # The network as its own target, and the drawn pairs those of the grid.
+    # With the network as its own target; sampled pairs lie on the grid.
     own = _objective(latent, None, dim)
     torch.testing.assert_close(
         own.loss(student, batch), lcm_losses(drawn, student, student, latent.network, dim), rtol=1e-5, atol=1e-5
@@ -194,35 +194,35 @@ def test_the_loss_is_that_of_diffusers_script(latent: LatentPipeline, dim: int |
 
 
 @torch.no_grad()
-def test_other_names_of_a_prediction_are_those_of_the_pipeline(latent: LatentPipeline) -> None:
+def test_prediction_type_aliases_match_the_pipeline(latent: LatentPipeline) -> None:
     word = {"v_prediction": "v", "epsilon": "eps"}[latent.prediction_type]
     check_parametrisation(TrainConfig(objective=ObjectiveConfig(prediction_type=word)), latent)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="prediction_type='sample' does not fit"):
         check_parametrisation(TrainConfig(objective=ObjectiveConfig(prediction_type="x0")), latent)  # type: ignore[arg-type]
 
 
-def test_the_teachers_step_is_that_of_ddim(latent: LatentPipeline) -> None:
+def test_teacher_step_matches_ddim(latent: LatentPipeline) -> None:
     drawn, objective = Drawn(latent), _objective(latent, None, None)
-    # Only of the scheduler's first step does DDIM look at set_alpha_to_one; False has it end at timestep 0.
+    # set_alpha_to_one matters only for the last step to timestep 0; with False it ends at alpha_0, as the script does.
     ddim: Any = DDIMScheduler.from_config(latent.scheduler.config, set_alpha_to_one=False, clip_sample=False)
     ddim.set_timesteps(INTERVALS)
     batch = _batch(objective, drawn)
     for i, t in enumerate(drawn.start):
         x = ddim.add_noise(drawn.x0[i : i + 1], drawn.noise[i : i + 1], t[None])
         given, null = (
-            called(latent.network, x, t, {name: value[i : i + 1] for name, value in conditions.items()})
+            call_unet(latent.network, x, t, {name: value[i : i + 1] for name, value in conditions.items()})
             for conditions in (drawn.conditions, drawn.null)
         )
         expected = ddim.step(null + drawn.guidance[i] * (given - null), t, x).prev_sample
         torch.testing.assert_close(batch.x_s[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- training through the command
+# ---- training from the command line
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images with a .txt beside each."""
+    """Images, each with a .txt caption."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for i, caption in enumerate(CAPTIONS):
@@ -256,7 +256,7 @@ def recipe(photos: Path, sd_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module", autouse=True)
 def small_grids() -> Iterator[None]:
-    """Two pictures a grid of samples."""
+    """Two images per sample grid."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atdiff.training.tasks.latents.SHOWN", 2)
         yield
@@ -285,7 +285,7 @@ def lora(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("runs") / "lora", "lora")
 
 
-def test_a_study_judges_by_the_images_that_are_trained_on(recipe: Path) -> None:
+def test_study_reference_is_the_training_images(recipe: Path) -> None:
     words = ["--data.limit", "3", "--data.image_size", str(IMAGE_SIZE)]
     task = Trainer(resolve(load_recipe(str(recipe)), "full", words)).task
     trained_on = torch.stack([image for image, _ in task.captioned])  # type: ignore[attr-defined]
@@ -303,7 +303,7 @@ def saved(run: Path, name: str = "model") -> dict[str, Tensor]:
     return load_file(checkpoint / f"{name}.safetensors")
 
 
-def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+def _differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 
@@ -314,7 +314,7 @@ def _open(folder: Path) -> Any:
     return pipeline
 
 
-def _pictures(pipeline: Any, guidance: float, prompt: str = CAPTIONS[0]) -> Tensor:
+def _images(pipeline: Any, guidance: float, prompt: str = CAPTIONS[0]) -> Tensor:
     pictures: Tensor = pipeline(
         prompt,
         num_inference_steps=4,
@@ -326,34 +326,32 @@ def _pictures(pipeline: Any, guidance: float, prompt: str = CAPTIONS[0]) -> Tens
 
 
 @pytest.mark.parametrize(("arm", "half", "all_passes"), [("gradient", "2", "4"), ("lora", "1", "2")])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    train: Train, lora: Path, tmp_path: Path, arm: str, half: str, all_passes: str
-) -> None:
+def test_resume_is_exact(train: Train, lora: Path, tmp_path: Path, arm: str, half: str, all_passes: str) -> None:
     whole = lora if arm == "lora" else train(tmp_path / "whole", arm, "--training.passes", all_passes)
     halves = train(tmp_path / "halves", arm, "--training.passes", half)
-    assert _differ(saved(halves), saved(whole))
+    assert _differing(saved(halves), saved(whole))
     train(halves, arm, "--training.passes", all_passes)
     for name in ("model", "ema"):
-        assert _differ(saved(halves, name), saved(whole, name)) == []
+        assert _differing(saved(halves, name), saved(whole, name)) == []
     published = "lora/pytorch_lora_weights.safetensors"
     if arm != "lora":
         published = "pipeline/unet/diffusion_pytorch_model.safetensors"
-    assert _differ(load_file(halves / published), load_file(whole / published)) == []
+    assert _differing(load_file(halves / published), load_file(whole / published)) == []
     assert [line["loss"] for line in metrics(halves)] == [line["loss"] for line in metrics(whole)]
 
 
-def test_a_student_opens_in_plain_diffusers(full: Path, sd_folder: Path) -> None:
+def test_student_opens_in_plain_diffusers(full: Path, sd_folder: Path) -> None:
     pipeline = _open(full / "pipeline")
     assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.scheduler.config.original_inference_steps == INTERVALS
     assert pipeline.unet.config.time_cond_proj_dim == 256
-    assert _differ(pipeline.unet.state_dict(), saved(full, "ema")) == []
-    pictures = _pictures(pipeline, 7.5)
+    assert _differing(pipeline.unet.state_dict(), saved(full, "ema")) == []
+    pictures = _images(pipeline, 7.5)
     assert pictures.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    assert (pictures - _pictures(pipeline, 1.5)).abs().max() > 1e-4  # it has learned to look at the guidance
-    # The parts that were not trained are those of the teacher, and what is drawn is what the pipeline draws.
+    assert (pictures - _images(pipeline, 1.5)).abs().max() > 1e-4  # it has learned to use the guidance
+    # Frozen parts equal the teacher's, and atdiff samples the same images as the pipeline.
     for part in ("vae", "text_encoder"):
-        assert _differ(getattr(pipeline, part).state_dict(), getattr(_open(sd_folder), part).state_dict()) == []
+        assert _differing(getattr(pipeline, part).state_dict(), getattr(_open(sd_folder), part).state_dict()) == []
     denoiser = load_denoiser(str(full))
     (ours,) = denoiser.pictures(sampler="lcm", steps=4, num=1, seed=0)
     torch.testing.assert_close(ours, pictures * 2 - 1, rtol=0, atol=1e-4)
@@ -365,10 +363,10 @@ def test_adapters_load_in_plain_diffusers(lora: Path, sd_folder: Path) -> None:
         assert weights
         assert all(".lora_A." in name or ".lora_B." in name for name in weights)
     pipeline = _open(sd_folder)
-    before = _pictures(pipeline, 1.0)
+    before = _images(pipeline, 1.0)
     pipeline.load_lora_weights(lora / "lora")
     pipeline.scheduler = LCMScheduler.from_pretrained(lora / "lora" / "scheduler")
-    pictures = _pictures(pipeline, 1.0)
+    pictures = _images(pipeline, 1.0)
     assert (pictures - before).abs().max() > 1e-2
     denoiser = load_denoiser(str(lora))
     assert isinstance(denoiser.scheduler, LCMScheduler)
@@ -376,7 +374,7 @@ def test_adapters_load_in_plain_diffusers(lora: Path, sd_folder: Path) -> None:
     torch.testing.assert_close(ours, pictures * 2 - 1, rtol=0, atol=1e-4)
 
 
-def test_the_target_is_the_moving_average_of_the_student(full: Path, sd_folder: Path) -> None:
+def test_target_is_the_moving_average_of_the_student(full: Path, sd_folder: Path) -> None:
     teacher: Any = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
     name = "conv_in.weight"
     target = average = teacher.state_dict()[name]
@@ -390,27 +388,27 @@ def test_the_target_is_the_moving_average_of_the_student(full: Path, sd_folder: 
     assert not torch.equal(target, teacher.state_dict()[name])
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, full: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_keeps_the_losses(train: Train, full: Path, tmp_path: Path) -> None:
     other = train(tmp_path / "run", "checkpointing")
     assert [line["loss"] for line in metrics(other)] == pytest.approx([line["loss"] for line in metrics(full)], 1e-4)
 
 
 def _check_perturbed(lines: list[dict[str, Any]]) -> None:
-    # A step of 4 alpha sigma, and alpha sigma is at most a half, at the grid's least noise 0.03; nothing has been
-    # perturbed yet at the first pass.
+    # The step is 4 alpha sigma, and alpha sigma lies between 0.03 at the grid's lowest noise and 0.5. The first pass is
+    # not perturbed.
     assert lines[0]["delta_norm"] == 0
     assert all(0.1 < line["delta_norm"] <= 2.0001 for line in lines[1:])
     assert all(line["nonfinite_deltas"] == 0 for line in lines)
     assert all(line["loss"] > 0 for line in lines)
 
 
-def test_the_teachers_estimate_is_perturbed_along_the_residual(train: Train, tmp_path: Path) -> None:
+def test_teacher_estimate_is_perturbed_along_the_residual(train: Train, tmp_path: Path) -> None:
     lines = metrics(train(tmp_path / "run", "residual", "--training.passes", "4"))
     assert [line["pass"] for line in lines] == [1, 2, 3, 4]
     _check_perturbed(lines)
 
 
-def test_adapters_with_checkpointing_and_their_own_target_train_alike(train: Train, tmp_path: Path) -> None:
+def test_gradient_checkpointing_keeps_the_adapter_losses(train: Train, tmp_path: Path) -> None:
     plain, other = (metrics(train(tmp_path / arm, arm)) for arm in ("lora-gradient", "lora-gradient-checkpointing"))
     _check_perturbed(plain)
     for name in ("loss", "delta_norm"):
@@ -422,30 +420,30 @@ def test_sdxl_is_distilled(train: Train, sdxl_folder: Path, tmp_path: Path) -> N
     pipeline = _open(out / "pipeline")
     assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
     assert pipeline.unet.config.time_cond_proj_dim == 256
-    assert _pictures(pipeline, 7.5).isfinite().all()
+    assert _images(pipeline, 7.5).isfinite().all()
 
 
-def test_the_denoiser_of_a_pipeline_is_trained_too(train: Train, sd_folder: Path, tmp_path: Path) -> None:
+def test_pipeline_denoiser_is_trained(train: Train, sd_folder: Path, tmp_path: Path) -> None:
     words = ["--consistency.mode", "none", "--objective.label_dropout", "0.5", "--training.passes", "1"]
     out = train(tmp_path / "run", "full", *words)
     pipeline = _open(out / "pipeline")
     assert isinstance(pipeline.scheduler, PNDMScheduler)
     assert pipeline.unet.config.time_cond_proj_dim is None
-    assert _differ(pipeline.unet.state_dict(), _open(sd_folder).unet.state_dict())
+    assert _differing(pipeline.unet.state_dict(), _open(sd_folder).unet.state_dict())
 
 
-def test_a_run_on_a_stream_is_that_on_the_listed_images(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_streamed_run_matches_the_listed_run(train: Train, photos: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         for file in sorted(photos.iterdir()):
             tar.add(file, file.name)
     words = ["--data.name", str(tmp_path / "photos.tar"), "--data.streaming"]
     listed, streamed = (train(tmp_path / word, "lora", *words, word) for word in ("false", "true"))
-    assert _differ(saved(listed), saved(streamed)) == []
+    assert _differing(saved(listed), saved(streamed)) == []
     assert (listed / "data.json").read_text() == (streamed / "data.json").read_text()
     assert (listed / "prompts.txt").read_text() == (streamed / "prompts.txt").read_text()
 
 
-def test_adapters_of_a_denoiser_keep_its_scheduler(sd_folder: Path, tmp_path: Path) -> None:
+def test_denoiser_adapters_keep_the_scheduler(sd_folder: Path, tmp_path: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder))
     unet = make_student(latent.network, guidance_dim=None)
     add_lora(unet, rank=1)
@@ -454,16 +452,16 @@ def test_adapters_of_a_denoiser_keep_its_scheduler(sd_folder: Path, tmp_path: Pa
     assert isinstance(latent.scheduler, PNDMScheduler)
 
 
-def test_a_student_is_trained_further_with_its_own_embedding(recipe: Path, full: Path, sd_folder: Path) -> None:
+def test_student_trained_further_keeps_its_embedding(recipe: Path, full: Path, sd_folder: Path) -> None:
     words = ["--training.init", str(full), "--consistency.teacher", str(sd_folder)]
     config = resolve(load_recipe(str(recipe)), None, [*words, "--consistency.embed_guidance", "false"])
     trainer = Trainer(config)
     assert trainer.task.guidance_dim == 256
-    assert _differ(trainer.task.network.state_dict(), _open(full / "pipeline").unet.state_dict()) == []
+    assert _differing(trainer.task.network.state_dict(), _open(full / "pipeline").unet.state_dict()) == []
 
 
 @pytest.mark.parametrize("words", ["--consistency.teacher self", "--consistency.mode training"])
-def test_a_few_step_model_learns_more_from_itself_or_from_the_data(
+def test_few_step_model_trains_further_without_another_teacher(
     words: str, train: Train, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turbo = train(tmp_path / "turbo", "full", "--consistency.embed_guidance", "false")
@@ -471,15 +469,15 @@ def test_a_few_step_model_learns_more_from_itself_or_from_the_data(
     objective = Trainer(config).task.objective
     assert (objective.teacher is None) == ("training" in words)
     assert objective.guidance_dim is None
-    if objective.teacher is not None:  # frozen, and the function that was distilled
-        assert _differ(objective.teacher.model.state_dict(), _open(turbo / "pipeline").unet.state_dict()) == []
+    if objective.teacher is not None:  # the frozen, distilled network
+        assert _differing(objective.teacher.model.state_dict(), _open(turbo / "pipeline").unet.state_dict()) == []
     out = train(tmp_path / "more", "lora", "--training.init", str(turbo), *words.split())
     assert all(line["skipped_steps"] == 0 for line in metrics(out))
     denoiser = load_denoiser(str(out))
     assert isinstance(denoiser.scheduler, LCMScheduler)
     assert denoiser.evaluations("lcm", 2) == 2
     capsys.readouterr()
-    # Without the word it is a mistake, as before.
+    # Without the option it is an error.
     assert main(["train", str(recipe), "--training.init", str(turbo), "--out", str(tmp_path / "no")]) == 2
     assert "is itself a distilled pipeline:" in capsys.readouterr().err
 
@@ -487,7 +485,7 @@ def test_a_few_step_model_learns_more_from_itself_or_from_the_data(
 # ---- samples
 
 
-def test_samples_are_of_the_first_captions_unless_others_are_given(
+def test_samples_use_the_first_captions_by_default(
     full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (full / "prompts.txt").read_text().splitlines() == ["a cat", "a red car"]
@@ -504,7 +502,7 @@ def test_samples_are_of_the_first_captions_unless_others_are_given(
     assert "is empty: expected one prompt per line" in capsys.readouterr().err
 
 
-def test_prompts_are_for_text_to_image_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_are_only_for_text_to_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({"training": {"passes": 1, "batch_size": 8}}))
     (tmp_path / "prompts").write_text("a cat")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -514,7 +512,7 @@ def test_prompts_are_for_text_to_image_alone(tmp_path: Path, capsys: pytest.Capt
     assert "is not a text-to-image pipeline and takes no prompts" in capsys.readouterr().err
 
 
-def test_the_terminal_shows_progress_and_results_alone(
+def test_terminal_shows_only_progress_and_results(
     train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[str] = []
@@ -535,7 +533,7 @@ def test_the_terminal_shows_progress_and_results_alone(
 
 @pytest.fixture(scope="module")
 def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Pipelines that do not fit the one that is trained, and data without captions."""
+    """Pipelines that do not match the trained one, and data without captions."""
     root = tmp_path_factory.mktemp("others")
     tiny_sd(root / "larger", unet={"sample_size": 16})
     v_folder(root / "v", sd_folder)
@@ -598,7 +596,7 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--training.init null", "model.name='pipeline' trains the network of a pipeline: give its folder or hub id"),
     ],
 )
-def test_mistakes_are_one_sentence_before_anything_is_written(
+def test_user_errors_are_one_line_and_write_nothing(
     words: str,
     message: str,
     recipe: Path,
@@ -621,63 +619,63 @@ def test_mistakes_are_one_sentence_before_anything_is_written(
 # ---- resuming on the same content
 
 
-def test_latents_are_resumed_on_the_same_content_alone(
+def test_latent_run_resumes_only_on_the_same_content(
     recipe: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     folder = shutil.copytree(photos, tmp_path / "photos")
 
-    def go_on(passes: int) -> int:
+    def resume(passes: int) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         words = ["--data.name", str(folder), "--training.passes", str(passes), "--lora.targets", '["to_q"]']
         return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
 
-    assert go_on(1) == 0
+    assert resume(1) == 0
     stored = json.loads((tmp_path / "run" / "data.json").read_text())
-    # Files that were copied have other times, which make other names in the cache: the content is what counts.
+    # Copied files have other times, and so another cache entry: only the content counts.
     for file in folder.iterdir():
         os.utime(file, ns=(1, 1))
-    assert go_on(2) == 0
-    # A cache of an earlier version does not know the content; it is found out without encoding anything again.
+    assert resume(2) == 0
+    # A cache of an earlier version has no content hash, which is computed without encoding again.
     for manifest in (tmp_path / "cache" / "latents").glob("*/manifest.json"):
         content = json.loads(manifest.read_text())
         del content["content"]
         manifest.write_text(json.dumps(content))
     with monkeypatch.context() as patched:
         patched.setattr("atdiff.pipelines.cache._write_images", lambda *args: pytest.fail("encoded again"))
-        assert go_on(3) == 0
+        assert resume(3) == 0
     assert json.loads((tmp_path / "run" / "data.json").read_text()) == {**stored, "published": 3}
     pixels = np.asarray(Image.open(folder / "0.png")).copy()
     original = pixels.copy()
     pixels[5, 9] ^= 255
     Image.fromarray(pixels).save(folder / "0.png")
     capsys.readouterr()
-    assert go_on(4) == 2
+    assert resume(4) == 2
     assert "and now the same number of images has other pixels, captions or another order" in capsys.readouterr().err
     Image.fromarray(original).save(folder / "0.png")
     text = (folder / "1.txt").read_text(encoding="utf-8")
     (folder / "1.txt").write_text(f"{text}, another", encoding="utf-8")
-    assert go_on(4) == 2
+    assert resume(4) == 2
     (folder / "1.txt").write_text(text, encoding="utf-8")
-    assert go_on(4) == 0
+    assert resume(4) == 0
 
 
-def said_of_changed(weights: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Train a pass, and return what refuses another one while a weight is other; then go on as it was."""
+def error_after_change(weights: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Train a pass, change a weight and return the error of resuming; restore the weight and resume."""
 
-    def go_on(passes: int) -> int:
+    def resume(passes: int) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         return main(["train", *words, "--training.passes", str(passes)])
 
-    assert go_on(1) == 0
+    assert resume(1) == 0
     original = weights.read_bytes()
     change(weights, name)
     capsys.readouterr()
-    assert go_on(2) == 2
-    said = capsys.readouterr().err
+    assert resume(2) == 2
+    error = capsys.readouterr().err
     weights.write_bytes(original)
-    assert go_on(2) == 0
-    return said
+    assert resume(2) == 0
+    return error
 
 
 def change(weights: Path, name: str) -> None:
@@ -686,47 +684,47 @@ def change(weights: Path, name: str) -> None:
     save_file(changed, weights, metadata={"format": "pt"})
 
 
-def test_a_run_is_resumed_with_the_same_autoencoder_alone(
+def test_latent_run_resumes_only_with_the_same_autoencoder(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(sd_folder, tmp_path / "base")
     weights = base / "vae" / "diffusion_pytorch_model.safetensors"
     words = [str(recipe), "--out", str(tmp_path / "run"), "--training.init", str(base)]
-    said = said_of_changed(weights, "encoder.conv_in.bias", words, capsys)
-    assert f"with another autoencoder or other text encoders than {base} has now" in said
+    error = error_after_change(weights, "encoder.conv_in.bias", words, capsys)
+    assert f"with another autoencoder or other text encoders than {base} has now" in error
 
 
-def test_a_run_is_resumed_with_the_same_noise_alone(
+def test_latent_run_resumes_only_with_the_same_noise_schedule(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The scheduler of a pipeline is in no setting of a run."""
+    """No setting of a run holds the scheduler of its pipeline."""
     base = shutil.copytree(sd_folder, tmp_path / "base")
     file = base / "scheduler" / "scheduler_config.json"
     original = json.loads(file.read_text())
 
-    def go_on(passes: int, **changed: Any) -> int:
+    def resume(passes: int, **changed: Any) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         file.write_text(json.dumps(original | changed))
         words = ["--training.init", str(base), "--lora.targets", '["to_q"]', "--training.passes", str(passes)]
         return main(["train", str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), *words])
 
-    assert go_on(1) == 0
+    assert resume(1) == 0
     capsys.readouterr()
-    assert go_on(2, beta_end=0.02) == 2
-    said = "began under a scheduler that has beta_end=0.012 but scheduler.args.beta_end is 0.02 now: restore"
-    assert said in capsys.readouterr().err
-    assert go_on(2, steps_offset=0, _diffusers_version="0.1") == 0  # which add no other noise
+    assert resume(2, beta_end=0.02) == 2
+    message = "began under a scheduler that has beta_end=0.012 but scheduler.args.beta_end is 0.02 now: restore"
+    assert message in capsys.readouterr().err
+    assert resume(2, steps_offset=0, _diffusers_version="0.1") == 0  # no effect on the noise
 
 
-def test_adapters_are_resumed_on_the_same_base_alone(
+def test_adapters_resume_only_on_the_same_base(
     recipe: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(sd_folder, tmp_path / "base")
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     words = [str(recipe), "--arm", "lora", "--out", str(tmp_path / "run"), "--training.init", str(base),
              "--lora.targets", '["to_q"]']  # fmt: skip
-    said = said_of_changed(weights, "conv_in.bias", words, capsys)
-    assert f"trains adapters on other weights than {base} has now" in said
+    error = error_after_change(weights, "conv_in.bias", words, capsys)
+    assert f"trains adapters on other weights than {base} has now" in error
     drawing = ["sample", str(tmp_path / "run"), "--num", "1", "--steps", "1"]
     assert main([*drawing, "--out", str(tmp_path / "one.png")]) == 0
     change(weights, "conv_in.bias")

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""The estimate of a run's memory, against what the run holds and what torch's profiler sees."""
+"""The memory estimate of a run, compared with its tensors and with torch's profiler."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from atdiff.training.memory_estimate import MemoryEstimate, activation_bytes, ke
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None and hasattr(diffusers, "PipelineQuantizationConfig")
 
 
-def held(networks: list[nn.Module]) -> int:
-    """Bytes of all weights and buffers of plain networks, each memory counted once."""
+def total_bytes(networks: list[nn.Module]) -> int:
+    """Return the bytes of all weights and buffers, counting shared memory once."""
     found = {}
     for network in networks:
         for tensor in (*network.parameters(), *network.buffers()):
@@ -47,9 +47,7 @@ def held(networks: list[nn.Module]) -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_weights_and_optimizer_are_those_of_the_run(
-    rank: int, sd_folder: Path, labelled_photos: Path, tmp_path: Path
-) -> None:
+def test_weights_and_optimizer_match_the_run(rank: int, sd_folder: Path, labelled_photos: Path, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainConfig(
         data=DataConfig(name=str(labelled_photos), captions=["a cat", "a dog"]),
@@ -65,7 +63,7 @@ def test_weights_and_optimizer_are_those_of_the_run(
     weights, teacher = trainer.weights, trainer.task.objective.teacher.model
     assert weights.target is not None
     networks = [weights.network, weights.ema.module, weights.target.module, teacher]
-    assert found.network + found.adapters + found.averages + found.teacher == held(networks)
+    assert found.network + found.adapters + found.averages + found.teacher == total_bytes(networks)
     assert (found.teacher == 0) == (found.adapters > 0) == (rank > 0)
     state = trainer.steps.optimizer.optimizer.state.values()
     moments = [one for values in state for one in values.values() if isinstance(one, Tensor) and one.ndim]
@@ -75,18 +73,18 @@ def test_weights_and_optimizer_are_those_of_the_run(
 
 @pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
 @pytest.mark.parametrize("precision", ["bf16", "int8wo", "fp8"])
-def test_what_a_base_would_take_is_what_it_takes(sd_folder: Path, precision: Any) -> None:
+def test_planned_base_memory_matches_the_loaded_base(sd_folder: Path, precision: Any) -> None:
     kept = make_frozen(load_latent_pipeline(str(sd_folder), base_precision=precision).network)
     with torch.device("meta"):
         planned: Any = UNet2DConditionModel(**SD_UNET)
     for network in (kept, planned):
         add_lora(network, rank=2)
     assert kept_bytes(planned, precision) == stored_bytes(one for one in kept.parameters() if not one.requires_grad)
-    assert stored_bytes([torch.zeros(4, 5)[:2]] * 2) == 80  # one storage, whole
+    assert stored_bytes([torch.zeros(4, 5)[:2]] * 2) == 80  # the whole storage, once
 
 
-def profiled(network: Any, x_t: Tensor, conditions: dict[str, Tensor]) -> int:
-    """The most that torch's allocator has at a time beyond what it had before."""
+def peak_bytes(network: Any, x_t: Tensor, conditions: dict[str, Tensor]) -> int:
+    """Return the peak of newly allocated memory in a forward and backward pass."""
     timesteps = torch.zeros(len(x_t), dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         predict(network, x_t, timesteps, conditions).square().mean().backward()
@@ -98,7 +96,7 @@ def profiled(network: Any, x_t: Tensor, conditions: dict[str, Tensor]) -> int:
     return most
 
 
-def adapted(kind: Any, settings: dict[str, Any], targets: Any, checkpointing: bool) -> Any:
+def make_adapted(kind: Any, settings: dict[str, Any], targets: Any, checkpointing: bool) -> Any:
     network = viewed(kind(**settings)).train()
     add_lora(network, rank=2, target_modules=targets)
     if checkpointing:
@@ -118,24 +116,24 @@ FLUX = (
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("made", "shape", "off_by"),
-    # In the second, weights are larger than activations.
+    # In the second case, weights take more memory than activations.
     [(UNET, (4, 4, 32, 32), 0.15), (UNET, (1, 4, 8, 8), 0.15), (FLUX, (2, 16, 32, 32), 0.01)],
 )
-def test_activations_are_those_that_the_profiler_sees(
+def test_activations_match_the_profiler(
     made: tuple[Any, dict[str, Any], Any], shape: tuple[int, ...], off_by: float, checkpointing: bool
 ) -> None:
-    network = adapted(*made, checkpointing)
+    network = make_adapted(*made, checkpointing)
     with torch.device("meta"):
-        planned = adapted(*made, checkpointing)
+        planned = make_adapted(*made, checkpointing)
     x_t = torch.randn(shape)
     conditions = {"encoder_hidden_states": torch.randn(len(x_t), 7, TEXT_WIDTH)}
     if made is FLUX:
         conditions["pooled_projections"] = torch.randn(len(x_t), 16)
     found = activation_bytes(planned, x_t.to("meta"), {name: one.to("meta") for name, one in conditions.items()})
-    assert found == pytest.approx(profiled(network, x_t, conditions), rel=off_by)
+    assert found == pytest.approx(peak_bytes(network, x_t, conditions), rel=off_by)
 
 
-def test_other_optimizers_are_counted_by_what_they_keep() -> None:
+def test_optimizer_states_are_counted() -> None:
     weights = [torch.zeros(10, 10), torch.zeros(30)]
     for name, each in (("torch.optim.AdamW", 8), ("torch.optim.RMSprop", 4), ("torch.optim.SGD", 0)):
         assert memory_estimate._optimizer_bytes(OptimizerConfig(name=name), weights) == 130 * each
@@ -143,7 +141,7 @@ def test_other_optimizers_are_counted_by_what_they_keep() -> None:
     assert memory_estimate._optimizer_bytes(muon, weights) == 100 * 4 + 30 * 8
 
 
-def test_a_device_that_has_less_is_warned_of(
+def test_too_little_memory_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     found = MemoryEstimate(3_000_000_000, 100_000_000, 0, 100_000_000, 200_000_000, 1_600_000_000)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by the path of their class: what they do, that they resume exactly, and what is refused."""
+"""Optimizers and schedules given by class path: behaviour, exact resuming and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(tmp_path: Path, optimizer: dict[str, Any], **training: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees of tensors and plain values are equal, bit for bit."""
+    """Tell whether two trees of tensors and plain values are equal, bit for bit."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -59,7 +59,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_stopped_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     settings = config(tmp_path, KINDS[kind])
     train(settings, tmp_path / "whole", progress=False)
     with pytest.raises(Stopped):
@@ -76,7 +76,7 @@ def test_a_stopped_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert not same(whole["weights"], everything(tmp_path / "plain")["weights"])
 
 
-def gradients(weights: list[nn.Parameter], seed: int) -> None:
+def set_gradients(weights: list[nn.Parameter], seed: int) -> None:
     torch.manual_seed(seed)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -94,15 +94,15 @@ def test_muon_trains_matrices_and_adamw_the_rest() -> None:
     muon = torch.optim.Muon([theirs[0], theirs[3]], lr=0.02, momentum=0.8)
     adamw = torch.optim.AdamW([theirs[1], theirs[2]], lr=0.02, betas=(0.8, 0.9), weight_decay=0.0)
     for step in range(4):
-        gradients(ours, step)
-        gradients(theirs, step)
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
         for group in both.param_groups:
             group["lr"] = 0.02 / (step + 1)
         muon.param_groups[0]["lr"] = adamw.param_groups[0]["lr"] = 0.02 / (step + 1)
         both.step()
         muon.step()
         adamw.step()
-        if step == 1:  # as a checkpoint does
+        if step == 1:  # as saving and loading a checkpoint does
             state = both.state_dict()
             both = make_optimizer(settings, ours)
             both.load_state_dict(state)
@@ -122,7 +122,7 @@ def test_muon_trains_matrices_and_adamw_the_rest() -> None:
         ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 5}),
     ],
 )
-def test_a_decay_is_torchs(name: str, args: dict[str, Any]) -> None:
+def test_decay_matches_the_torch_scheduler(name: str, args: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.1)
     scheduler: Any = getattr(torch.optim.lr_scheduler, name)(optimizer, **args)
     expected = []
@@ -131,26 +131,26 @@ def test_a_decay_is_torchs(name: str, args: dict[str, Any]) -> None:
         optimizer.step()
         scheduler.step()
     decay = Decay(OptimizerConfig(lr=0.1, decay=f"{SCHEDULERS}.{name}", decay_args=args))  # type: ignore[arg-type]
-    order = [*range(20), 7, 3, 19, 0]  # as resuming does, too
+    order = [*range(20), 7, 3, 19, 0]  # out of order too, as when resuming
     assert [decay.at(passes) for passes in order] == [expected[passes] for passes in order]
 
 
-def test_the_rate_of_a_run_is_warmed_up_and_then_that_of_the_schedule(tmp_path: Path) -> None:
+def test_learning_rate_warms_up_then_follows_the_schedule(tmp_path: Path) -> None:
     optimizer = {"lr": 0.01, "warmup_passes": 3, "decay": f"{SCHEDULERS}.StepLR", "decay_args": {"step_size": 2}}
     train(config(tmp_path, optimizer), tmp_path / "run", progress=False)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    # A line tells the rate of the pass after it: the fourth is the first of the schedule.
+    # Each log line has the rate of the next pass: the schedule starts on the fourth.
     np.testing.assert_allclose(rates, [0.005, 0.0075, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4, 1e-5], rtol=1e-6)
 
 
-def test_a_run_with_a_schedule_by_its_class_may_be_made_longer(tmp_path: Path) -> None:
+def test_run_with_a_scheduler_class_can_be_extended(tmp_path: Path) -> None:
     train(config(tmp_path, KINDS["restarts"]), tmp_path / "run", progress=False)
     train(config(tmp_path, KINDS["restarts"], passes=12), tmp_path / "run", progress=False)
     train(config(tmp_path, KINDS["restarts"], passes=12), tmp_path / "whole", progress=False)
     assert same(everything(tmp_path / "run")["weights"], everything(tmp_path / "whole")["weights"])
 
 
-def test_the_average_of_a_schedule_free_optimizer_is_what_is_published(tmp_path: Path) -> None:
+def test_schedule_free_average_is_published(tmp_path: Path) -> None:
     made = Trainer(config(tmp_path, FREE, ema_decay=0.0))
     made.open(tmp_path / "run")
     trained = [weight for weight in made.weights.network.parameters() if weight.requires_grad]
@@ -159,7 +159,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_published(tmp_path:
     for number, _ in enumerate(made.passes(), 1):
         assert optimizer.param_groups[0]["train_mode"]
         zs = [optimizer.state[weight]["z"] for weight in trained]
-        # x is the mean of the z so far; the weights of training are y.
+        # x is the mean of all z so far; training uses the weights y.
         mean = [x + (z - x) / number for x, z in zip(mean, zs, strict=True)]
         for weight, x, z in zip(trained, mean, zs, strict=True):
             torch.testing.assert_close(weight.detach(), 0.9 * x + 0.1 * z, rtol=1e-4, atol=1e-5)
@@ -172,7 +172,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_published(tmp_path:
 
 
 @pytest.mark.parametrize("optimizer", [COUNTING, KINDS["fused-sgd"], KINDS["muon"], FREE], ids=lambda one: one["name"])
-def test_steps_that_are_not_finite_are_skipped(optimizer: dict[str, Any], tmp_path: Path) -> None:
+def test_non_finite_steps_are_skipped(optimizer: dict[str, Any], tmp_path: Path) -> None:
     made = Trainer(config(tmp_path, optimizer))
     made.open(tmp_path / "run")
     load = made.task.load
@@ -228,7 +228,7 @@ def test_steps_that_are_not_finite_are_skipped(optimizer: dict[str, Any], tmp_pa
         (["--optimizer.decay_args", "{step_size: 2}"], "but optimizer.decay='constant' takes none: leave them out."),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence_before_anything_is_loaded(
+def test_user_errors_raise_before_loading(
     words: list[str],
     message: str,
     tmp_path: Path,
@@ -245,7 +245,7 @@ def test_mistakes_are_one_sentence_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_default_is_the_fused_adamw() -> None:
+def test_default_is_fused_adamw() -> None:
     check_optimizer(OptimizerConfig(), 10)
     made = make_optimizer(OptimizerConfig(lr=0.01, betas=(0.8, 0.9), weight_decay=0.1), [nn.Parameter(torch.zeros(2))])
     assert type(made) is torch.optim.AdamW

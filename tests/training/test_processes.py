@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Two processes (gloo, on the CPU) have the weights of one; `tests/long/test_many_processes.py` has the rest."""
+"""Two processes (gloo, on the CPU) train the same weights as one; `tests/long/test_many_processes.py` has the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, lo
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path, cache: None) -> Path:
-    """Every arm in one process, and in two, which then train a recipe by the command."""
+    """Train every arm in one process and in two; the two then also run the train command."""
     root = tmp_path_factory.mktemp("arms")
     two = launch(SCRIPT, str(root / "two"), "--recipe", str(recipe))
     threads = torch.get_num_threads()
@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, recipe: Path, cache: None)
 
 
 def results(trained: Path, arm: str) -> tuple[Any, Any, Any]:
-    """Return what one process has, and what each of two has."""
+    """Return the results of one process, and of each of two."""
     return (
         torch.load(trained / "one" / f"{arm}-0.pt"),
         torch.load(trained / "two" / f"{arm}-0.pt"),
@@ -42,7 +42,7 @@ def results(trained: Path, arm: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_two_processes_have_the_weights_of_one_on_the_joint_batch(trained: Path, arm: str) -> None:
+def test_two_processes_match_one_on_the_joint_batch(trained: Path, arm: str) -> None:
     one, first, second = results(trained, arm)
     for part in ("weights", "ema", "target"):
         for name, expected in one[part].items():
@@ -50,12 +50,12 @@ def test_two_processes_have_the_weights_of_one_on_the_joint_batch(trained: Path,
             assert torch.equal(first[part][name], second[part][name]), name
     plain = torch.load(trained / "one" / "plain-0.pt")["weights"]
     moved = [(one["weights"][name] - value).abs().max().item() for name, value in plain.items() if arm != "learned"]
-    assert arm.startswith(("plain", "learned")) or max(moved) > 1e-4  # arms differ by far more than that
+    assert arm.startswith(("plain", "learned")) or max(moved) > 1e-4  # arms differ by far more than the tolerance
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_perturbations_are_local_to_their_samples(trained: Path, arm: str) -> None:
-    """Each sample has the same perturbation at each pass, in whichever process it is."""
+    """Each sample gets the same perturbations in whichever process it is."""
     one, *two = results(trained, arm)
     expected: dict[Any, Any] = {}
     for noise, delta in one["seen"]:
@@ -73,7 +73,7 @@ def test_perturbations_are_local_to_their_samples(trained: Path, arm: str) -> No
     assert perturbed == (not arm.startswith(("plain", "repeat")))
 
 
-def test_one_process_writes(trained: Path) -> None:
+def test_only_one_process_writes(trained: Path) -> None:
     for arm in ARMS:
         out = trained / "two" / f"{arm}-of-2"
         lines = [json.loads(line)["pass"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -86,7 +86,7 @@ def test_one_process_writes(trained: Path) -> None:
     assert json.loads((trained / "two" / "plain-of-2" / "metrics.jsonl").read_text().splitlines()[-1])["pass"] == PASSES
 
 
-def test_the_command_trains_in_two_processes(trained: Path) -> None:
+def test_train_command_runs_in_two_processes(trained: Path) -> None:
     run = trained / "two" / "run"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
@@ -98,8 +98,8 @@ def test_the_command_trains_in_two_processes(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm in ("staggered", "residual") or "sharded" in arm])
-def test_one_process_resumes_the_run_of_two(trained: Path, tmp_path: Path, arm: str) -> None:
-    """It reads what the two had and ends where they do, to rounding: they sum a gradient in two halves."""
+def test_one_process_resumes_a_run_of_two(trained: Path, tmp_path: Path, arm: str) -> None:
+    """It loads their exact state and ends where they do, up to rounding: two processes sum a gradient in two halves."""
     shutil.copytree(trained / "two" / f"{arm}-of-2", tmp_path / f"{arm}-of-2")
     saved = sorted((tmp_path / f"{arm}-of-2" / "checkpoints").iterdir())
     for newer in saved[1:]:
@@ -122,7 +122,7 @@ def test_one_process_resumes_the_run_of_two(trained: Path, tmp_path: Path, arm: 
     assert all(found["moments"][name] == value for name, value in expected["moments"].items() if "step" in name)
 
 
-def test_one_process_cannot_split_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_cannot_shard_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["train", str(recipe), "--training.shard", "true", "--out", str(out)]) == 2
     assert "start several with `accelerate launch --multi_gpu`, or leave it out" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Without a terminal a run tells in lines how far it is."""
+"""Without a terminal, progress is printed line by line."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from atdiff.training.progress import TrainingBar
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (41, "41 s"), (59.7, "1 min 0 s"), (185, "3 min 5 s"), (7_805, "2 h 10 min")]
 )
-def test_a_duration_in_words(seconds: float, words: str) -> None:
+def test_duration_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
 
 
-def told(passes: int, loss: float | None = 0.02134) -> dict[str, Any]:
+def log_line(passes: int, loss: float | None = 0.02134) -> dict[str, Any]:
     return {"pass": passes, "passes_per_second": 10.0, "loss": loss, "delta_norm": None, "skipped_steps": 0}
 
 
-def test_each_line_of_the_log_is_told_and_the_first_loss_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_prints_the_first_loss_and_each_log_line(capsys: pytest.CaptureFixture[str]) -> None:
     bar = TrainingBar(1000, show=True)
     bar.begin(1, 0.5)
     for passes in (100, 200, 1000):
-        bar.describe(told(passes, None if passes == 200 else 0.02134))
+        bar.describe(log_line(passes, None if passes == 200 else 0.02134))
     assert capsys.readouterr().out.splitlines() == [
         "pass 1 of 1,000: loss 0.5000",
         "pass 100 of 1,000: 10.0 passes/s, loss 0.0213, 1 min 30 s left",
@@ -36,9 +36,7 @@ def test_each_line_of_the_log_is_told_and_the_first_loss_before_it(capsys: pytes
     ]
 
 
-def test_a_run_tells_its_first_loss_and_then_every_line_of_its_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_prints_the_first_loss_and_each_log_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--training.passes",
         "40",
@@ -52,8 +50,8 @@ def test_a_run_tells_its_first_loss_and_then_every_line_of_its_log(
     assert passes == ["1", "20", "40"]
 
 
-def test_a_silent_bar_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_silent_bar_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingBar(1000) as bar:
         bar.update(10)
-        bar.describe(told(1000))
+        bar.describe(log_line(1000))
     assert capsys.readouterr().out == ""

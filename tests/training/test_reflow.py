@@ -1,6 +1,6 @@
-"""Reflow: the pairs are the start's ODE, their cost is charged, and a run on them resumes as any other.
+"""Reflow: pairs follow the ODE of the starting model, their cost is charged, and runs on them resume exactly.
 
-`tests/long/test_many_processes.py` has two processes share the pairs.
+`tests/long/test_many_processes.py` tests that two processes share the pairs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(root: Path, base: str, arm: str | None, *words: str) -> Any:
-    """Return the settings of a run from the base of that name, or with ``arm=None`` those of the base."""
+    """Return the settings of a run from the named base, or of the base itself with ``arm=None``."""
     recipe = root / f"{base}.yaml"
     small = {
         "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
@@ -98,12 +98,12 @@ def same(one: Any, other: Any) -> bool:
 
 
 def noise_of(pairs: int) -> Tensor:
-    """Return the noise of the pairs of seed 0: that of the images of the last seed."""
+    """Return the noise of the pairs of seed 0, which is that of sampling seed 4292, the last."""
     numbers = (4292 * 1_000_000 + i for i in range(pairs))
     return torch.stack([torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(one)) for one in numbers])
 
 
-def test_pairs_of_a_flow_are_heuns_method_by_hand(root: Path, tmp_path: Path) -> None:
+def test_flow_pairs_match_hand_written_heun(root: Path, tmp_path: Path) -> None:
     pairs = load_file(run(root, "flow", "reflow", tmp_path / "run") / "pairs.safetensors")
     network = load_denoiser(str(root / "flow-base")).model.eval()
     assert torch.equal(pairs["noise"], noise_of(40))
@@ -123,7 +123,7 @@ def test_pairs_of_a_flow_are_heuns_method_by_hand(root: Path, tmp_path: Path) ->
     assert (pairs["x0"] - pairs["noise"]).abs().mean() > 0.1
 
 
-def test_pairs_of_a_ddpm_are_those_of_diffusers_own_heun(root: Path, tmp_path: Path) -> None:
+def test_ddpm_pairs_match_diffusers_heun(root: Path, tmp_path: Path) -> None:
     pairs = load_file(run(root, "epsilon", "reflow", tmp_path / "run") / "pairs.safetensors")
     start = load_denoiser(str(root / "epsilon-base"))
     betas = start.scheduler.betas.clamp(max=0.999).tolist()
@@ -141,8 +141,8 @@ def test_pairs_of_a_ddpm_are_those_of_diffusers_own_heun(root: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("base", ["flow", "v", "x0", "edm", "classes"])
-def test_pairs_are_the_samples_of_the_start_and_the_losses_go_by_them(base: str, root: Path, tmp_path: Path) -> None:
-    run(root, base, "plain", tmp_path / "plain")  # makes the base
+def test_loss_uses_pairs_sampled_from_the_start(base: str, root: Path, tmp_path: Path) -> None:
+    run(root, base, "plain", tmp_path / "plain")  # trains the base
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(settings(root, base, "reflow"))
     trainer.open(tmp_path / "run")
@@ -176,7 +176,7 @@ def test_pairs_are_the_samples_of_the_start_and_the_losses_go_by_them(base: str,
 
 @torch.no_grad()
 def by_hand(network: Any, scheduler: Any, base: str, batch: Any) -> Tensor:
-    """Return the loss of each pair from the formula of the parametrisation."""
+    """Return the loss of each pair, computed from the formula of the parametrisation."""
     x0, noise, t = batch.x0, batch.noise, batch.timesteps
     if base == "edm":
         sigma = (4.0 * t).exp().view(-1, 1, 1, 1)
@@ -197,7 +197,7 @@ def by_hand(network: Any, scheduler: Any, base: str, batch: Any) -> Tensor:
     return (found - target).square().flatten(1).mean(1)
 
 
-def test_the_cost_of_the_pairs_is_charged(root: Path, tmp_path: Path) -> None:
+def test_pair_generation_is_charged(root: Path, tmp_path: Path) -> None:
     out = run(root, "flow", "reflow", tmp_path / "run")
     charge = math.ceil(40 * 5 / (3 * BATCH))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -214,7 +214,7 @@ def test_the_cost_of_the_pairs_is_charged(root: Path, tmp_path: Path) -> None:
     assert json.loads((free / "metrics.jsonl").read_text().splitlines()[0])["pass"] == 1
 
 
-def test_the_warm_up_begins_after_the_charge_and_the_decay_counts_it() -> None:
+def test_warmup_starts_after_the_charge_and_decay_includes_it() -> None:
     config = resolve(load_recipe("quickstart"), None, ["--optimizer.warmup_passes", "4", "--optimizer.decay", "linear"])
     factors = [learning_rate_factor(config.optimizer, passes, 24, 10) for passes in range(10, 24)]
     left = [1 - (passes - 4) / 20 for passes in range(10, 24)]
@@ -223,15 +223,15 @@ def test_the_warm_up_begins_after_the_charge_and_the_decay_counts_it() -> None:
 
 @pytest.mark.parametrize(("base", "arm"), [("flow", "pgd"), ("v", "staggered"), ("edm", "reflow"), ("x0", "schedule"),
                                            ("classes", "pgd"), ("epsilon", "reflow")])  # fmt: skip
-def test_a_stop_after_any_batch_changes_nothing(base: str, arm: str, root: Path, tmp_path: Path) -> None:
+def test_stop_after_any_batch_resumes_exactly(base: str, arm: str, root: Path, tmp_path: Path) -> None:
     whole = everything(run(root, base, arm, tmp_path / "whole"))
     drawn = (tmp_path / "whole" / "pairs.safetensors").read_bytes()
     file = tmp_path / "stopped" / "pairs.safetensors"
-    accidents = [lambda: file.write_bytes(drawn[:-4] + b"else"), lambda: file.write_bytes(drawn[:999]), file.unlink]
+    damages = [lambda: file.write_bytes(drawn[:-4] + b"else"), lambda: file.write_bytes(drawn[:999]), file.unlink]
     for starts in range(PASSES):
         told: Any = contextlib.nullcontext()
         if starts in (1, 2, 3):
-            accidents[starts - 1]()
+            damages[starts - 1]()
             told = pytest.warns(UserWarning, match="missing or damaged: its pairs are generated again")
         with told:
             try:
@@ -244,7 +244,7 @@ def test_a_stop_after_any_batch_changes_nothing(base: str, arm: str, root: Path,
     assert file.read_bytes() == drawn
 
 
-def test_a_longer_run_keeps_the_pairs_of_the_shorter(root: Path, tmp_path: Path) -> None:
+def test_extended_run_keeps_its_pairs(root: Path, tmp_path: Path) -> None:
     longer = run(root, "flow", "pgd", tmp_path / "longer", "--training.passes", "19")
     run(root, "flow", "pgd", tmp_path / "grown")
     before = (tmp_path / "grown" / "pairs.safetensors").stat().st_mtime_ns
@@ -253,7 +253,7 @@ def test_a_longer_run_keeps_the_pairs_of_the_shorter(root: Path, tmp_path: Path)
     assert same(everything(longer)["weights"], everything(grown)["weights"])
 
 
-def test_a_start_that_has_changed_is_told_where_the_run_is_under_way(tmp_path: Path) -> None:
+def test_changed_start_is_reported_on_resume(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tmp_path, "flow", "reflow", tmp_path / "run", stop=StopAt(2))
     pairs = (tmp_path / "run" / "pairs.safetensors").read_bytes()
@@ -267,7 +267,7 @@ def test_a_start_that_has_changed_is_told_where_the_run_is_under_way(tmp_path: P
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
-    run(tmp_path, "flow", "reflow", tmp_path / "run")  # nothing is behind: the pairs are drawn anew
+    run(tmp_path, "flow", "reflow", tmp_path / "run")  # nothing has been trained yet, so the pairs are generated again
     assert (tmp_path / "run" / "pairs.safetensors").read_bytes() != pairs
 
 
@@ -287,26 +287,26 @@ def test_a_start_that_has_changed_is_told_where_the_run_is_under_way(tmp_path: P
         (["--objective.reflow", "0", "--objective.reflow_passes", "3"], "objective.reflow is 0; leave it out"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(words: list[str], message: str, root: Path, tmp_path: Path) -> None:
+def test_invalid_reflow_settings_are_rejected(words: list[str], message: str, root: Path, tmp_path: Path) -> None:
     run(root, "epsilon", "plain", tmp_path / "plain")
     with pytest.raises(UserError, match=message):
         Trainer(settings(root, "epsilon", "reflow", *words))
 
 
 @pytest.mark.parametrize("name", ["input_perturbation", "slowed_interpolation"])
-def test_what_changes_the_input_alone_fits(name: str, root: Path, tmp_path: Path) -> None:
+def test_input_perturbations_combine_with_reflow(name: str, root: Path, tmp_path: Path) -> None:
     run(root, "flow", "plain", tmp_path / "plain")
     Trainer(settings(root, "flow", "reflow", f"--objective.{name}", "0.1"))
 
 
 @pytest.mark.parametrize("coupling", ["ot=true", "nearest=4", "explorative=3"])
-def test_a_coupling_contradicts_it(coupling: str, root: Path, tmp_path: Path) -> None:
+def test_couplings_contradict_reflow(coupling: str, root: Path, tmp_path: Path) -> None:
     run(root, "flow", "plain", tmp_path / "plain")
     with pytest.raises(UserError, match=r"and objective.reflow=40 both determine the noise of a sample"):
         Trainer(settings(root, "flow", "reflow", f"--objective.{coupling}"))
 
 
-def test_a_study_finds_what_is_wrong_with_the_arm_before_the_base_is_trained(root: Path) -> None:
+def test_study_checks_reflow_arms_before_training_the_base(root: Path) -> None:
     base = Trainer(settings(root, "flow", None)).task
     config = settings(root, "flow", "reflow")
     config.training.init = None

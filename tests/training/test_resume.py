@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is the run that nobody stopped, bit for bit on the CPU."""
+"""A run that is stopped and resumed equals an uninterrupted run, bit for bit on the CPU."""
 
 from __future__ import annotations
 
@@ -90,36 +90,36 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_stop_after_any_batch_changes_nothing(tmp_path: Path, arm: str) -> None:
-    """Stopped after every single batch in turn."""
+def test_stop_after_any_batch_resumes_exactly(tmp_path: Path, arm: str) -> None:
+    """Stop after every batch in turn."""
     whole = everything(run(tmp_path / "whole", arm))
     batches = -(-PASSES // ARMS[arm].get("adversary", {}).get("passes", 1))
     for _ in range(batches - 1):
         with pytest.raises(Stopped, match=f"the test asked for it: pass .* of {PASSES} is saved in .*stopped"):
             run(tmp_path / "stopped", arm, stop=StopAt(1))
-    run(tmp_path / "stopped", arm, stop=StopAt(1))  # asked at the last pass, a run simply ends
+    run(tmp_path / "stopped", arm, stop=StopAt(1))  # a stop requested at the last pass has no effect
     assert_same(whole, everything(tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize("arm", ["consecutive", "staggered"])
-def test_a_stop_waits_for_the_passes_of_the_batch(tmp_path: Path, arm: str) -> None:
+def test_stop_waits_for_all_passes_of_the_batch(tmp_path: Path, arm: str) -> None:
     with pytest.raises(Stopped, match=f"pass 6 of {PASSES} is saved"):
         run(tmp_path / "run", arm, stop=StopAt(2))
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["pass-000000006"]
 
 
-def test_a_checkpoint_within_a_batch_is_not_resumed_from(tmp_path: Path) -> None:
-    """The end of a run whose last batch was cut short, and what earlier versions wrote there."""
+def test_mid_batch_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    """Such as the end of a run whose last batch was cut short, or what earlier versions wrote."""
     folder = run(tmp_path / "run", "consecutive", "--training.keep_checkpoints", "1")
     message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches remains"
     for path in (folder / "checkpoints").glob("pass-*9"):
         shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
         run(folder, "consecutive", "--training.keep_checkpoints", "1", "--training.passes", "17")
-    load_denoiser(str(folder))  # as the remedy does
+    load_denoiser(str(folder))  # as the suggested fix does
 
 
-def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
+def test_run_killed_before_its_first_checkpoint_logs_once(tmp_path: Path) -> None:
     class KilledAt(StopRequest):
         reason = property(lambda self: {}["killed"])
 
@@ -133,18 +133,18 @@ def test_what_a_run_logged_that_was_killed_before_its_first_checkpoint_is_logged
 
 
 @pytest.mark.parametrize("arm", ["consecutive", "staggered", "random"])
-def test_a_longer_run_resumes_before_the_batch_that_ended_the_shorter(tmp_path: Path, arm: str) -> None:
+def test_extended_run_resumes_before_the_truncated_batch(tmp_path: Path, arm: str) -> None:
     longer = run(tmp_path / "longer", arm, "--training.passes", "17")
     run(tmp_path / "grown", arm)
     grown = run(tmp_path / "grown", arm, "--training.passes", "17")
     one, other = everything(longer), everything(grown)
-    # The shorter run logged its last pass; the rest is the same.
+    # The shorter run also logged its last pass.
     other["log"] = [line for line in other["log"] if line["pass"] != PASSES]
     assert_same(one, other)
 
 
 @pytest.mark.parametrize("noted", [True, False], ids=["", "begun by an earlier version"])
-def test_the_weights_of_a_shorter_run_are_not_taken_for_those_of_a_longer(tmp_path: Path, noted: bool) -> None:
+def test_extended_run_does_not_load_its_old_pipeline(tmp_path: Path, noted: bool) -> None:
     folder = run(tmp_path / "run", "plain", "--training.passes", "4")
     file = folder / "data.json"
     stored = json.loads(file.read_text())
@@ -161,9 +161,7 @@ def test_the_weights_of_a_shorter_run_are_not_taken_for_those_of_a_longer(tmp_pa
     assert weights == load_denoiser(str(run(tmp_path / "whole", "plain"))).fingerprints()["weights"]
 
 
-def test_a_longer_run_that_is_killed_before_it_publishes_does_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extended_run_killed_before_publishing_publishes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run(tmp_path / "run", "plain", "--training.passes", "4")
     with monkeypatch.context() as patch:
         patch.setattr(PixelTask, "publish", lambda *args: {}["killed"])
@@ -174,7 +172,7 @@ def test_a_longer_run_that_is_killed_before_it_publishes_does_so(
     assert weights == load_denoiser(str(run(tmp_path / "whole", "plain"))).fingerprints()["weights"]
 
 
-def test_a_shorter_run_says_what_to_do(tmp_path: Path) -> None:
+def test_run_cannot_be_shortened(tmp_path: Path) -> None:
     run(tmp_path / "run", "plain")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     message = (
@@ -187,8 +185,8 @@ def test_a_shorter_run_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str, finished: bool) -> None:
-    """The passes behind were those of another schedule, whether the run ended or was stopped."""
+def test_run_with_a_full_length_schedule_cannot_be_extended(tmp_path: Path, decay: str, finished: bool) -> None:
+    """Its earlier passes followed another schedule, whether the run finished or was stopped."""
     words = ["--optimizer.decay", decay]
     if finished:
         run(tmp_path / "run", "plain", *words)
@@ -201,19 +199,19 @@ def test_a_schedule_over_all_passes_is_not_stretched(tmp_path: Path, decay: str,
         run(tmp_path / "run", "plain", *words, "--training.passes", "17")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     run(tmp_path / "run", "plain", *words)
-    # What the message says works.
+    # The suggested fix works.
     further = run(tmp_path / "further", "plain", "--training.init", str(tmp_path / "run"), "--optimizer.lr", "0")
     ours, theirs = everything(further)["weights"], everything(tmp_path / "run")["ema"]
     assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("pairs", ["ict", "ect"])
-def test_a_curriculum_over_all_passes_is_not_stretched(tmp_path: Path, pairs: str) -> None:
+def test_run_with_a_full_length_curriculum_cannot_be_extended(tmp_path: Path, pairs: str) -> None:
     words = ["--consistency.pairs", pairs]
     run(tmp_path / "run", "consistency", *words)
     with pytest.raises(UserError, match=f"the curriculum of consistency.pairs='{pairs}' runs over the 11 passes"):
         run(tmp_path / "run", "consistency", *words, "--training.passes", "17")
-    # A grid that stays, and a warm-up of passes behind, are the same however long the run.
+    # A fixed grid and a finished warm-up do not depend on the length of the run.
     even = ["--consistency.pairs", "even", "--optimizer.warmup_passes", "4"]
     longer = run(tmp_path / "longer", "consistency", *even, "--training.passes", "17")
     run(tmp_path / "grown", "consistency", *even)
@@ -221,8 +219,8 @@ def test_a_curriculum_over_all_passes_is_not_stretched(tmp_path: Path, pairs: st
     assert_same(everything(longer)["weights"], everything(grown)["weights"])
 
 
-def test_data_go_on_past_the_end_of_an_epoch(tmp_path: Path) -> None:
-    """1,797 digits in batches of 700: the sixth batch lies in the third epoch."""
+def test_data_order_is_exact_across_epochs(tmp_path: Path) -> None:
+    """1,797 digits in batches of 700: the sixth batch is in the third epoch."""
     big = ["--training.batch_size", "700"]
     whole = run(tmp_path / "whole", "plain", *big)
     with pytest.raises(Stopped):
@@ -231,7 +229,7 @@ def test_data_go_on_past_the_end_of_an_epoch(tmp_path: Path) -> None:
     assert everything(whole)["log"][-1]["epoch"] > 3
 
 
-def test_pictures_on_the_way_do_not_touch_training(tmp_path: Path) -> None:
+def test_sample_grids_do_not_affect_training(tmp_path: Path) -> None:
     without = everything(run(tmp_path / "without", "dropout"))
     with_pictures = everything(run(tmp_path / "with", "dropout", "--training.sample_every", "2"))
     assert len(list((tmp_path / "with" / "samples").glob("*.png"))) == 6
@@ -242,8 +240,10 @@ def test_pictures_on_the_way_do_not_touch_training(tmp_path: Path) -> None:
     ("now", "adversary", "fitting"),
     [(5, {}, "1, 2, 3, 4, 6, 8, 12"), (8, {"order": "staggered", "passes": 3}, "1, 2, 3, 4")],
 )
-def test_processes_that_cannot_share_a_batch_are_refused(now: int, adversary: dict[str, Any], fitting: str) -> None:
-    """24 images, of which each takes two micro-batches, or two of each of three parts."""
+def test_world_sizes_that_cannot_split_the_batch_are_rejected(
+    now: int, adversary: dict[str, Any], fitting: str
+) -> None:
+    """A batch of 24 images, in two micro-batches per process, or two for each of three staggered parts."""
     training = TrainingConfig(batch_size=12, accumulate=2)
     task = SimpleNamespace(config=TrainConfig(adversary=AdversaryConfig(**adversary), training=training))
     accelerator = SimpleNamespace(num_processes=now, is_main_process=True)
@@ -253,7 +253,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(now: int, adversary: di
 
 
 @pytest.mark.parametrize(("begun", "then"), [("authors", "consecutive"), ("consecutive", "authors")])
-def test_a_run_resumes_under_the_earlier_name_of_its_order(tmp_path: Path, begun: str, then: str) -> None:
+def test_run_resumes_under_the_old_name_of_its_order(tmp_path: Path, begun: str, then: str) -> None:
     whole = everything(run(tmp_path / "whole", "consecutive"))
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", "consecutive", f"--adversary.order={begun}", stop=StopAt(1))
@@ -263,7 +263,7 @@ def test_a_run_resumes_under_the_earlier_name_of_its_order(tmp_path: Path, begun
     assert_same(whole, everything(run(tmp_path / "stopped", "consecutive", f"--adversary.order={then}")))
 
 
-def test_the_earlier_name_of_an_order_is_read_in_recipes_and_python(tmp_path: Path) -> None:
+def test_old_name_of_an_order_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text("arms: {at: {adversary: {order: authors}}}")
     assert resolve(load_recipe(str(tmp_path / "old.yaml")), "at").adversary.order == "consecutive"
     order: Any = "authors"
@@ -271,8 +271,8 @@ def test_the_earlier_name_of_an_order_is_read_in_recipes_and_python(tmp_path: Pa
     assert Adversary(order=order).order == "consecutive"
 
 
-def test_a_run_with_settings_that_do_nothing_resumes_without_them(tmp_path: Path) -> None:
-    """Earlier versions took these, and wrote them down."""
+def test_run_with_unused_settings_resumes_without_them(tmp_path: Path) -> None:
+    """Earlier versions accepted these and stored them."""
     whole = everything(run(tmp_path / "whole", "plain"))
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", "plain", stop=StopAt(1))

@@ -1,4 +1,4 @@
-"""A run agrees with what it starts and learns from: noise schedules by value, prediction types, classes."""
+"""A run must match its start and its teacher: noise schedule (by value), prediction type and classes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def start(scheduler: Any) -> Start:
     "other",
     [PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler],
 )
-def test_the_same_betas_under_another_name_are_the_same(other: Any) -> None:
+def test_equal_betas_match_across_schedulers(other: Any) -> None:
     ours, theirs = DDPMScheduler(**SD), other(**SD)
-    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)  # as diffusers says
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)  # diffusers agrees
     assert differences(ours, None, start(theirs)) == []
     assert differences(ours, None, start(DDPMScheduler(trained_betas=theirs.betas.tolist()))) == []
 
@@ -71,13 +71,11 @@ SMALL: dict[str, Any] = {
         ("freq_shift", 1, "1 there"),
     ],
 )
-def test_settings_that_change_what_weights_compute_but_not_their_shapes_are_refused(
-    setting: str, value: Any, said: str
-) -> None:
+def test_config_differences_that_keep_shapes_are_rejected(setting: str, value: Any, said: str) -> None:
     torch.manual_seed(0)
     network: Any = UNet2DModel(**SMALL).eval()
     theirs: Any = UNet2DModel(**{**SMALL, setting: value}).eval()
-    network.load_state_dict(theirs.state_dict())  # which torch takes
+    network.load_state_dict(theirs.state_dict())  # torch accepts this
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert not torch.allclose(network(x, 5).sample, theirs(x, 5).sample, atol=1e-4)
@@ -85,7 +83,7 @@ def test_settings_that_change_what_weights_compute_but_not_their_shapes_are_refu
         weights_for(network, Start("the start", DDPMScheduler(), theirs))
 
 
-def test_another_dropout_image_size_or_learned_variance_of_the_start_is_taken() -> None:
+def test_harmless_config_differences_are_accepted() -> None:
     network: Any = UNet2DModel(**SMALL)
     theirs: Any = UNet2DModel(**{**SMALL, "dropout": 0.1, "sample_size": 16, "out_channels": 6})
     weights = weights_for(network, Start("the start", DDPMScheduler(), theirs))
@@ -105,13 +103,13 @@ def test_another_dropout_image_size_or_learned_variance_of_the_start_is_taken() 
         (FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0), ["scheduler.args.shift"]),
         (FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), []),
         (EDMEulerScheduler(), EDMEulerScheduler(sigma_data=1.0), ["scheduler.args.sigma_data"]),
-        (EDMEulerScheduler(), EDMEulerScheduler(sigma_max=40.0), []),  # of sampling
-        (EDMEulerScheduler(), CMStochasticIterativeScheduler(), ["scheduler.name"]),  # other times for its network
+        (EDMEulerScheduler(), EDMEulerScheduler(sigma_max=40.0), []),  # affects sampling only
+        (EDMEulerScheduler(), CMStochasticIterativeScheduler(), ["scheduler.name"]),  # its network sees other timesteps
         (DDPMScheduler(), FlowMatchEulerDiscreteScheduler(), ["scheduler.name"]),
         (FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler(), ["scheduler.name"]),
     ],
 )
-def test_what_differs_is_named(ours: Any, theirs: Any, settings: list[str]) -> None:
+def test_schedule_differences_are_named(ours: Any, theirs: Any, settings: list[str]) -> None:
     assert [one.setting for one in differences(ours, None, start(theirs))] == settings
     assert [one.setting for one in differences(theirs, None, start(ours))] == settings
     if settings:
@@ -132,7 +130,7 @@ def test_what_differs_is_named(ours: Any, theirs: Any, settings: list[str]) -> N
         (EDMEulerScheduler(sigma_data=0.7), EDMEulerScheduler),
     ],
 )
-def test_what_a_recipe_leaves_out_is_that_of_the_start(theirs: Any, kind: Any) -> None:
+def test_unset_schedule_comes_from_the_start(theirs: Any, kind: Any) -> None:
     ours = noise_scheduler(TrainConfig(), start(theirs))
     assert type(ours) is kind
     assert differences(ours, None, start(theirs)) == []
@@ -140,12 +138,12 @@ def test_what_a_recipe_leaves_out_is_that_of_the_start(theirs: Any, kind: Any) -
     for one, other in zip(NoiseSchedule(ours)(times), NoiseSchedule(theirs)(times), strict=True):
         torch.testing.assert_close(one, other)
     assert ours.config.get("shift") == theirs.config.get("shift")
-    assert ours.config.get("variance_type", "fixed_small") == "fixed_small"  # the network learns none
+    assert ours.config.get("variance_type", "fixed_small") == "fixed_small"  # the network learns no variance
     if isinstance(theirs, DDIMScheduler):
         assert (ours.config.clip_sample, ours.config.prediction_type) == (False, "v_prediction")
 
 
-def test_betas_that_no_argument_tells_are_copied() -> None:
+def test_custom_betas_are_copied() -> None:
     theirs = UniPCMultistepScheduler(**SD)
     theirs.betas = theirs.betas * 1.5
     theirs.alphas_cumprod = (1.0 - theirs.betas).cumprod(dim=0)
@@ -153,25 +151,25 @@ def test_betas_that_no_argument_tells_are_copied() -> None:
     torch.testing.assert_close(ours.betas, theirs.betas)
 
 
-def test_a_consistency_model_stays_one_and_a_denoiser_becomes_none() -> None:
+def test_only_consistency_models_keep_the_lcm_scheduler() -> None:
     config = TrainConfig(consistency=ConsistencyConfig(mode="training"))
     assert type(noise_scheduler(config, start(LCMScheduler(timestep_scaling=5.0)))) is LCMScheduler
     assert type(noise_scheduler(TrainConfig(), start(LCMScheduler()))) is DDPMScheduler
 
 
-def test_what_a_recipe_says_takes_the_place_of_the_starts() -> None:
+def test_recipe_overrides_the_start() -> None:
     said = TrainConfig(scheduler=SchedulerConfig(args=COSINE), objective=ObjectiveConfig("v_prediction"))
     ours = noise_scheduler(said, start(DDPMScheduler(num_train_timesteps=500, clip_sample=False)))
     assert (ours.config.beta_schedule, ours.config.prediction_type) == ("squaredcos_cap_v2", "v_prediction")
     assert (ours.config.num_train_timesteps, ours.config.clip_sample) == (500, False)
-    # And without a start, what was left out before there was a choice.
+    # Without a start, unset settings keep their old defaults.
     assert noise_scheduler(TrainConfig(), None).config.beta_schedule == "squaredcos_cap_v2"
     named = TrainConfig(scheduler=SchedulerConfig("DDIMScheduler"))
     assert noise_scheduler(named, None).config.beta_schedule == "squaredcos_cap_v2"
     noise_scheduler(TrainConfig(scheduler=SchedulerConfig("FlowMatchEulerDiscreteScheduler")), None)
 
 
-# ---- through the command
+# ---- from the command line
 
 MLP = {"name": "mlp", "args": {"width": 16, "num_blocks": 1}}
 RECIPE: dict[str, Any] = {
@@ -194,7 +192,7 @@ def write(folder: Path, name: str, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that predicts v under other betas, of 500 timesteps."""
+    """A run that predicts v, with other betas and 500 timesteps."""
     root = tmp_path_factory.mktemp("base")
     training = {**RECIPE["training"], "passes": 150, "log_every": 10}
     recipe = write(root, "v", scheduler=OTHER, objective={"prediction_type": "v_prediction"}, training=training)
@@ -211,7 +209,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_another_parametrisation_is_refused_and_the_remedy_works(
+def test_other_parametrisation_is_rejected_and_the_fix_works(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", write(tmp_path, "cosine"), "--training.init", str(base), "--out", str(tmp_path / "run")]
@@ -223,7 +221,7 @@ def test_another_parametrisation_is_refused_and_the_remedy_works(
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert main([*words, *EPSILON, *ARGS]) == 0
-    # What is trained is what the base was, and what is written is what was trained.
+    # Training continues from the base, and the run stores the settings it used.
     assert losses(tmp_path / "run")[0] == pytest.approx(losses(base)[-1], rel=0.3)
     assert losses(tmp_path / "run")[0] < 0.8 * losses(base)[0]
     assert scheduler_of(tmp_path / "run") == scheduler_of(base)
@@ -232,7 +230,7 @@ def test_another_parametrisation_is_refused_and_the_remedy_works(
     assert stored["objective"]["prediction_type"] == "v_prediction"
 
 
-def test_a_teacher_of_another_schedule_is_refused(
+def test_teacher_with_another_schedule_is_rejected(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write(tmp_path, "v", objective={"prediction_type": "v_prediction"})
@@ -244,7 +242,7 @@ def test_a_teacher_of_another_schedule_is_refused(
     error = capsys.readouterr().err
     assert f"the teacher {base} has num_train_timesteps=500 but scheduler.args.num_train_timesteps is 1000" in error
     assert "use a teacher that matches training.init" in error
-    # A student of random weights learns the teacher's.
+    # A student with random weights takes the teacher's schedule.
     assert main([*words, *ARGS]) == 0
     found = scheduler_of(tmp_path / "run")
     assert found["_class_name"] == "LCMScheduler"
@@ -265,7 +263,7 @@ def test_a_teacher_of_another_schedule_is_refused(
         ({"model": {"args": {"width": 32}}}, "use the model settings it was trained with"),
     ],
 )
-def test_an_arm_that_contradicts_its_base_is_told_before_anything_is_trained(
+def test_arm_contradicting_its_base_is_rejected_before_training(
     arm: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write(tmp_path, "study", finetune={"training": {"passes": 1}}, arms={"plain": {}, "other": arm})
@@ -274,15 +272,15 @@ def test_an_arm_that_contradicts_its_base_is_told_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_arm_that_says_nothing_is_that_of_its_base(tmp_path: Path) -> None:
+def test_arm_inherits_the_schedule_of_its_base(tmp_path: Path) -> None:
     recipe = write(tmp_path, "study", scheduler=OTHER, arms={"arm": {"scheduler": {"name": None, "args": None}}})
     trainer = Trainer(resolve(load_recipe(recipe)))
     scheduler = trainer.task.check_arm(resolve(load_recipe(recipe), "arm"))
     assert scheduler.to_json_string() == trainer.task.scheduler.to_json_string()
 
 
-def test_a_run_resumes_whether_its_schedule_was_written_down_or_left_out(tmp_path: Path) -> None:
-    """Older folders have the default of then in their config.yaml, and no prediction type."""
+def test_run_resumes_with_an_explicit_or_unset_schedule(tmp_path: Path) -> None:
+    """Older folders have the default schedule in their config.yaml, and no prediction type."""
     content = {key: value for key, value in RECIPE.items() if key not in ("scheduler", "objective")}
     (tmp_path / "r.yaml").write_text(json.dumps(content))
     words = ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
@@ -306,7 +304,7 @@ def test_a_run_resumes_whether_its_schedule_was_written_down_or_left_out(tmp_pat
         ("x0", {"name": "DDPMScheduler", "args": COSINE}, "sample"),
     ],
 )
-def test_another_name_of_a_prediction_is_stored_and_resumed_as_the_canonical_one(
+def test_prediction_alias_is_stored_under_its_canonical_name(
     word: str, scheduler: dict[str, Any], means: str, tmp_path: Path
 ) -> None:
     recipe = write(tmp_path, "r", scheduler=scheduler, objective={"prediction_type": word})
@@ -317,7 +315,7 @@ def test_another_name_of_a_prediction_is_stored_and_resumed_as_the_canonical_one
     assert main([*words, "--training.passes", "3"]) == 0
     assert main([*words, "--training.passes", "4", "--objective.prediction_type", means]) == 0
     assert main([*words, "--training.passes", "4", "--objective.prediction_type", "eps"]) == 2
-    # An arm of it, which takes the start's scheduler.
+    # An arm that takes the scheduler of its start.
     arm = write(tmp_path, "arm", scheduler={}, objective={"prediction_type": word})
     assert main(["train", arm, "--out", str(tmp_path / "arm"), "--training.init", str(tmp_path / "run")]) == 0
     assert yaml.safe_load((tmp_path / "arm" / "config.yaml").read_text())["objective"]["prediction_type"] == means
@@ -327,8 +325,8 @@ BUNDLED = [name for name in bundled_recipes() if load_recipe(name).finetune and 
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_arms_of_the_bundled_studies_train_under_what_their_recipes_say(name: str, tmp_path: Path) -> None:
-    """To the last argument, also of the scheduler that a consistency model is published with."""
+def test_bundled_arms_train_on_the_schedule_of_their_recipe(name: str, tmp_path: Path) -> None:
+    """All scheduler arguments match, also those published with a consistency model."""
     recipe = load_recipe(name)
     base = noise_scheduler(resolve(recipe))
     base.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Trackers are told figures, name, settings and images: TensorBoard's files read back, the others by stand-ins."""
+"""Trackers receive metrics, run name, settings and images: TensorBoard for real, the others as stubs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "r.yaml"
 
 
-def test_tensorboard_has_figures_settings_and_images(recipe: str, tmp_path: Path) -> None:
+def test_tensorboard_gets_metrics_settings_and_images(recipe: str, tmp_path: Path) -> None:
     words = ["train", recipe, "--out", "runs/one", "--training.tracker", "tensorboard"]
     assert main(words) == 0
     events = EventAccumulator(str(tmp_path / "runs/one/atdiff"), size_guidance={"images": 0}).Reload()
@@ -59,10 +59,10 @@ def test_tensorboard_has_figures_settings_and_images(recipe: str, tmp_path: Path
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["training.passes"].number_value == 6
     assert settings["model.name"].string_value == "mlp"
-    assert settings["objective.prediction_type"].string_value == "epsilon"  # resolved: the recipe leaves it out
+    assert settings["objective.prediction_type"].string_value == "epsilon"  # resolved; the recipe leaves it out
     assert settings["optimizer.betas"].string_value == "[0.9, 0.99]"
     assert settings["training.init"].string_value == "null"
-    # A longer run goes on in the same place, and tells its settings no second time.
+    # An extended run appends to the same files and does not log its settings again.
     assert main([*words, "--training.passes", "8"]) == 0
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
@@ -72,7 +72,7 @@ def test_tensorboard_has_figures_settings_and_images(recipe: str, tmp_path: Path
     )
 
 
-# Each call as a line of JSON, in the file that the environment names.
+# Logs each call as a line of JSON to the file named by CALLS.
 STUB = """
 import json, os
 
@@ -114,7 +114,7 @@ def init(project, **options):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_others_have_them_too_and_resume_under_the_same_name(recipe: str, tracker: str, tmp_path: Path) -> None:
+def test_wandb_and_trackio_resume_the_same_run(recipe: str, tracker: str, tmp_path: Path) -> None:
     (tmp_path / "stubs" / tracker).mkdir(parents=True)
     (tmp_path / "stubs" / tracker / "__init__.py").write_text(STUB)
     info = tmp_path / "stubs" / f"{tracker}-1.0.dist-info"
@@ -147,7 +147,7 @@ def test_others_have_them_too_and_resume_under_the_same_name(recipe: str, tracke
     assert [call["what"] for call in calls].count("finish") == 2
 
 
-def test_the_name_is_the_folder_as_seen_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_name_is_the_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert run_name(Path("runs/study/seed-0/plain")) == "runs/study/seed-0/plain"
@@ -156,7 +156,7 @@ def test_the_name_is_the_folder_as_seen_from_here(tmp_path: Path, monkeypatch: p
     assert run_name(Path()) == "here"
 
 
-def test_settings_are_plain_values() -> None:
+def test_hyperparameters_are_plain_values() -> None:
     told = hyperparameters(TrainConfig())
     assert all(isinstance(value, bool | int | float | str) for value in told.values())
     assert told["optimizer.betas"] == "[0.9, 0.999]"

@@ -1,4 +1,4 @@
-"""Training runs: EMA, resume, arms, pipelines, and mistakes that leave nothing behind."""
+"""Training runs: EMA, resuming, arms, pipelines, and user errors that write nothing."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def test_every_arm_trains_and_its_pipeline_opens(recipe: Path, tmp_path: Path, a
     assert any(line["delta_norm"] > 0 for line in logged) == adversarial
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
-    # DDPMPipeline takes no class labels and scales nothing, as EDM needs it.
+    # DDPMPipeline takes no class labels and does not scale its input, as EDM needs.
     expected = ConsistencyModelPipeline if arm in ("classes", "edm") else DDPMPipeline
     assert type(DiffusionPipeline.from_pretrained(out / "pipeline")) is expected
     assert len(list((out / "samples").glob("*.png"))) == 1
 
 
-def test_pipeline_holds_the_average_and_it_moves(recipe: Path, tmp_path: Path) -> None:
-    """The EMA by hand: one run of each length gives the weights after every pass."""
+def test_pipeline_holds_the_ema_weights(recipe: Path, tmp_path: Path) -> None:
+    """Compute the EMA by hand; a run of each length gives the weights after every pass."""
     config = ["--training.ema_warmup", "false", "--training.checkpoint_every", "1", "--training.passes"]
     raw = []
     for passes in (1, 2, 3):
@@ -126,10 +126,10 @@ def test_pipeline_holds_the_average_and_it_moves(recipe: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("arm", ["plain", "at", "random", "second-moment", "classes", "pgd"])
 def test_resume_is_exact(recipe: Path, tmp_path: Path, arm: str) -> None:
-    """12 passes in one go equal 6, a stop, and 6 more: weights, EMA, optimizer and log, bit for bit."""
+    """12 passes equal 6, a stop, and 6 more: published weights, optimizer and log, bit for bit."""
     whole = run(recipe, tmp_path / "whole", arm)
     halves = run(recipe, tmp_path / "halves", arm, "--training.passes", "6")
-    # What a crash leaves behind: a log that is ahead of the newest checkpoint.
+    # As after a crash: the log is ahead of the newest checkpoint.
     with (halves / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"pass": 9, "loss": 123.0}) + "\n")
     halves = run(recipe, tmp_path / "halves", arm)
@@ -144,14 +144,14 @@ def test_resume_is_exact(recipe: Path, tmp_path: Path, arm: str) -> None:
     ]
 
 
-def test_the_same_command_again_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+def test_rerunning_a_finished_run_changes_nothing(recipe: Path, tmp_path: Path) -> None:
     out = run(recipe, tmp_path / "run")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     run(recipe, tmp_path / "run")
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_accumulation_equals_the_batch_at_once(recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_matches_the_whole_batch(recipe: Path, tmp_path: Path) -> None:
     at_once = weights(run(recipe, tmp_path / "one", "plain"))
     in_parts = weights(run(recipe, tmp_path / "four", "plain", "--training.accumulate", "4"))
     for name, expected in at_once.items():
@@ -165,7 +165,7 @@ def test_arms_start_from_the_base(recipe: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weights(arm)[name], expected)
 
 
-def test_bf16_and_compile_train(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_bf16_and_compile(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     out = run(recipe, tmp_path / "run", "at", "--training.precision", "bf16", "--training.compile", "true")
@@ -174,8 +174,8 @@ def test_bf16_and_compile_train(recipe: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("model", ["mlp", "unet"])
-def test_plain_diffusers_makes_the_same_pictures(recipe: Path, tmp_path: Path, model: str) -> None:
-    """Same scheduler, same seeds: `atdiff sample` and a pipeline of diffusers agree to the bit of a PNG."""
+def test_plain_diffusers_generates_the_same_images(recipe: Path, tmp_path: Path, model: str) -> None:
+    """With the same scheduler and seeds, `atdiff sample` and diffusers differ by at most one level of uint8."""
     args = json.dumps(UNET) if model == "unet" else json.dumps({"width": 32, "num_blocks": 1})
     out = run(recipe, tmp_path / "run", None, "--model.name", model, "--model.args", args)
     assert main(["sample", str(out), "--sampler", "iddpm", "--steps", "7", "--num", "5", "--seed", "3",
@@ -190,7 +190,7 @@ def test_plain_diffusers_makes_the_same_pictures(recipe: Path, tmp_path: Path, m
     assert ours.std() > 10
 
 
-def test_ddim_equals_a_hand_written_loop(recipe: Path, tmp_path: Path) -> None:
+def test_ddim_matches_a_hand_written_loop(recipe: Path, tmp_path: Path) -> None:
     denoiser = load_denoiser(str(run(recipe, tmp_path / "run")))
     found = generate(denoiser.model, denoiser.scheduler, sampler="ddim", steps=6, num=3, shape=(1, 8, 8), seed=1)
     scheduler = DDIMScheduler.from_config(denoiser.scheduler.config)
@@ -203,13 +203,13 @@ def test_ddim_equals_a_hand_written_loop(recipe: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_tracker_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
+def test_tracker_receives_metrics(recipe: Path, tmp_path: Path) -> None:
     out = run(recipe, tmp_path / "run", None, "--training.tracker", "tensorboard")
     (events,) = (out / "atdiff").glob("events.out.tfevents.*")
     assert b"passes_per_second" in events.read_bytes()
 
 
-def test_every_image_comes_once_an_epoch() -> None:
+def test_every_image_is_seen_once_per_epoch() -> None:
     seen = torch.cat([batch_indices(7, batch, 10, 25) for batch in range(5)])
     assert torch.equal(seen[:25].sort().values, torch.arange(25))
     assert torch.equal(seen[25:].sort().values, torch.arange(25))
@@ -233,7 +233,7 @@ def images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     return folder
 
 
-def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
+def test_training_on_an_image_folder(recipe: Path, tmp_path: Path) -> None:
     folder = images(tmp_path / "pictures", [(8, 8)] * 4)
     out = run(recipe, tmp_path / "run", None, "--data.name", str(folder))
     assert load_denoiser(str(out)).image_shape == (1, 8, 8)
@@ -267,7 +267,7 @@ def test_an_image_folder_trains(recipe: Path, tmp_path: Path) -> None:
         (["quickstart", "--training.init", "NOWHERE"], "could not be loaded"),
     ],
 )
-def test_bad_input_is_one_sentence_exit_2_and_nothing_written(
+def test_user_errors_exit_2_and_write_nothing(
     words: list[str], message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -287,7 +287,7 @@ def test_bad_input_is_one_sentence_exit_2_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_use_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_folders_are_not_overwritten(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("years of work")
     assert main(["train", str(recipe), "--out", str(tmp_path / "used")]) == 2
@@ -300,7 +300,7 @@ def test_a_folder_in_use_is_left_alone(recipe: Path, tmp_path: Path, capsys: pyt
     assert (out / "config.yaml").read_text() == before
 
 
-def test_dry_run_prints_the_settings_and_writes_nothing(
+def test_dry_run_prints_settings_and_writes_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(recipe), "--arm", "at", "--out", str(tmp_path / "x"), "--dry-run"]) == 0
@@ -310,13 +310,13 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_stops_the_run(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"lower optimizer\.lr"):
         run(recipe, tmp_path / "run", None, "--optimizer.lr", "1e30", "--training.passes", "30")
 
 
 @pytest.mark.parametrize(
-    ("arm", "adversary", "scale", "told"),
+    ("arm", "adversary", "scale", "description"),
     [
         ("plain", {"passes": 2, "step_size": 1.0}, "constant", "steps of 1 in the l2 norm"),
         ("flow", {"passes": 2, "step_size": 1.0}, "sigma", "steps of 1 × σ in the l2 norm"),
@@ -325,16 +325,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path, tmp_path: Path) -
         ("flow", {"passes": 2, "step_size": 1.0, "scale": "high"}, "high", "steps of 1 × σ(1 − α) in the l2 norm"),
     ],
 )
-def test_a_run_writes_down_the_scale_that_its_schedule_has(
-    recipe: Path, tmp_path: Path, arm: str, adversary: dict[str, Any], scale: str, told: str
+def test_default_scale_of_the_schedule_is_recorded(
+    recipe: Path, tmp_path: Path, arm: str, adversary: dict[str, Any], scale: str, description: str
 ) -> None:
     words = [f"--adversary.{name}={value}" for name, value in adversary.items()]
     config = resolve(load_recipe(str(recipe)), arm, words)
     assert config.adversary.scale == adversary.get("scale")
     train(config, tmp_path / "run", progress=False)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["adversary"]["scale"] == scale
-    assert told in (tmp_path / "run" / "pipeline" / "README.md").read_text()
-    config.training.passes = 14  # a longer run of the same settings goes on
+    assert description in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    config.training.passes = 14  # an extended run with the same settings resumes
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config, tmp_path / "run", progress=False)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["adversary"]["scale"] == scale
