@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""A frozen base in fewer bits under adapters, against diffusers' own loading of it, and through the command."""
+"""A low-precision frozen base under adapters, compared with diffusers, and from the command line."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from atdiff.training.tasks.latent_checks import check_settings
 pytestmark = pytest.mark.skipif(not hasattr(diffusers, "PipelineQuantizationConfig"), reason="needs diffusers 0.34")
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 needs_torchao = pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
-KEPT = ["bf16", pytest.param("int8wo", marks=needs_torchao), pytest.param("fp8", marks=needs_torchao)]
-CLOSE = {"bf16": 0.02, "int8wo": 0.03, "fp8": 0.05}
+PRECISIONS = ["bf16", pytest.param("int8wo", marks=needs_torchao), pytest.param("fp8", marks=needs_torchao)]
+TOLERANCES = {"bf16": 0.02, "int8wo": 0.03, "fp8": 0.05}
 
 
 def inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -52,8 +52,8 @@ def inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return x_t, torch.tensor([20, 700]), {"encoder_hidden_states": states}
 
 
-def by_diffusers(folder: Path, precision: str) -> Any:
-    """The U-Net as diffusers loads it in that precision."""
+def load_with_diffusers(folder: Path, precision: str) -> Any:
+    """Load the U-Net in that precision with diffusers."""
     options: dict[str, Any] = {"subfolder": "unet", "torch_dtype": torch.bfloat16}
     if precision != "bf16":
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -63,22 +63,22 @@ def by_diffusers(folder: Path, precision: str) -> Any:
     return UNet2DConditionModel.from_pretrained(folder, **options)
 
 
-def error(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).norm() / other.float().norm())
 
 
-@pytest.mark.parametrize("precision", KEPT)
-def test_the_base_is_diffusers_own_and_its_adapters_learn(sd_folder: Path, precision: Any) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_frozen_base_matches_diffusers_and_adapters_learn(sd_folder: Path, precision: Any) -> None:
     latent = load_latent_pipeline(str(sd_folder), base_precision=precision)
     x_t, timesteps, conditions = inputs()
     whole = load_latent_pipeline(str(sd_folder)).network
     with torch.no_grad():
         ours = predict(latent.network, x_t, timesteps, conditions)
         half = conditions["encoder_hidden_states"].bfloat16()
-        theirs = by_diffusers(sd_folder, precision)(x_t.bfloat16(), timesteps, half).sample
+        theirs = load_with_diffusers(sd_folder, precision)(x_t.bfloat16(), timesteps, half).sample
         float32 = predict(whole, x_t, timesteps, conditions)
     assert torch.equal(ours, theirs.float())
-    assert 0 < error(ours, float32) < CLOSE[precision]
+    assert 0 < relative_error(ours, float32) < TOLERANCES[precision]
     assert {weight.dtype for part in (latent.vae, *latent.text_encoders) for weight in part.parameters()} == {
         torch.float32
     }
@@ -94,21 +94,21 @@ def test_the_base_is_diffusers_own_and_its_adapters_learn(sd_folder: Path, preci
                 torch.nn.init.normal_(weight, std=0.05)
         predict(one, x_t, timesteps, conditions).square().mean().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in adapters.values()]))  # type: ignore[union-attr]
-    assert error(*gradients) < 3 * CLOSE[precision]
+    assert relative_error(*gradients) < 3 * TOLERANCES[precision]
 
 
-def test_the_frozen_weights_are_in_memory_once(sd_folder: Path) -> None:
+def test_frozen_weights_are_stored_once(sd_folder: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder))
     network = make_frozen(latent.network)
     assert network.training
     add_lora(network, rank=2)
     before = {weight.data_ptr() for weight in latent.network.parameters()}
     assert {weight.data_ptr() for weight in network.parameters() if not weight.requires_grad} == before
-    # The pipeline's own network is what it was, without adapters.
+    # The pipeline's own network gets no adapters.
     assert not any("lora" in name for name, _ in latent.network.named_parameters())
 
 
-# ---- through the command
+# ---- from the command line
 
 
 def train(out: Path, *words: str) -> Path:
@@ -132,7 +132,7 @@ def recipe(labelled_photos: Path, sd_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_run_resumes_exactly_and_fits_the_unquantised_pipeline(
+def test_run_resumes_exactly_and_fits_the_unquantised_pipeline(
     recipe: Path, sd_folder: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--training.precision", precision]
@@ -158,7 +158,7 @@ def test_a_run_resumes_exactly_and_fits_the_unquantised_pipeline(
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "sana", "cogview4", "auraflow", "wan"])
-def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, request: pytest.FixtureRequest) -> None:
+def test_float32_pipeline_samples_with_a_low_precision_base(kind: str, request: pytest.FixtureRequest) -> None:
     folder = str(request.getfixturevalue(f"{kind}_folder"))
     whole, kept = load_latent_pipeline(folder), load_latent_pipeline(folder, base_precision="bf16")
     told = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "pt"}
@@ -175,14 +175,14 @@ def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, reques
     with taking_float32(kept.network):
         ours = drawn(kept)
     assert [list(one) for one in hooks] == before
-    assert 0 < error(ours, drawn(whole)) < 0.05
+    assert 0 < relative_error(ours, drawn(whole)) < 0.05
 
 
-# ---- mistakes
+# ---- errors
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (TrainConfig(lora=LoraConfig(base_precision="nf4")), "lora.rank=0 trains all weights"),
         (TrainConfig(lora=LoraConfig(rank=2, base_precision="nf4")), "only text-to-image pipelines support LoRA."),
@@ -196,12 +196,12 @@ def test_a_pipeline_of_float32_draws_with_a_base_in_fewer_bits(kind: str, reques
         ),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(config: TrainConfig, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_incompatible_settings_are_rejected(config: TrainConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_config(config)
 
 
-def test_what_this_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_gpu_and_packages_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'nf4' needs a GPU"):
         check_base_precision("nf4", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -231,7 +231,7 @@ def test_bitsandbytes_is_configured_as_diffusers_documents(precision: Any) -> No
 # ---- encoders
 
 
-def test_encoders_are_on_the_device_while_they_encode_alone(
+def test_encoders_are_on_the_device_only_while_encoding(
     sd_folder: Path, labelled_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))

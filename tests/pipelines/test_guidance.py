@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""With which guidance pipelines are drawn: that of their training, the usual one, or the one asked for."""
+"""The guidance scale of sampling: that of training, the default of the family, or the requested one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def distilled(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path:
+def distil(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path:
     recipe = {
         "data": {"name": str(photos), "image_size": IMAGE_SIZE},
         "model": {"name": "pipeline"},
@@ -78,32 +78,30 @@ def distilled(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path
         ({"lora": {"rank": 2}}, 1.0, 4),
         ({"consistency": {"embed_guidance": False}}, 1.0, 4),
         ({}, 7.5, 4),
-        ({"consistency": {"guidance": [1.0, 3.0]}}, 3.0, 4),  # of what it was told, the nearest to the usual one
+        ({"consistency": {"guidance": [1.0, 3.0]}}, 3.0, 4),  # the scale of the trained range nearest to the default
         ({"consistency": {"guidance": [9.0, 12.0]}}, 9.0, 4),
         ({"consistency": {"sample_guidance": 4.0}}, 4.0, 4),
     ],
     ids=str,
 )
-def test_what_was_distilled_is_not_guided_once_more(
+def test_distilled_model_is_not_guided_again(
     sections: dict[str, Any], scale: float, calls: int, photos: Path, sd_folder: Path, tmp_path: Path
 ) -> None:
-    run = distilled(tmp_path, photos, sd_folder, **sections)
+    run = distil(tmp_path, photos, sd_folder, **sections)
     denoiser: Any = load_denoiser(str(run))
     assert (denoiser.guidance_scale, denoiser.is_guided, denoiser.evaluations("lcm", 4)) == (scale, False, calls)
     seen: list[int] = []
     hook = denoiser.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     list(denoiser.pictures(sampler="lcm", steps=4, num=1, seed=0))
     hook.remove()
-    assert seen == [1] * calls  # the network has a batch of one at each step, never a guided pair
+    assert seen == [1] * calls  # one sample per step, never a guided pair
     if "lora" not in sections and not denoiser.family.is_told_guidance(denoiser.model):
-        plain: Any = load_denoiser(str(run / "pipeline"))  # drawn as a pipeline of its own
+        plain: Any = load_denoiser(str(run / "pipeline"))  # loaded as a plain pipeline
         assert plain.guidance_scale == 1.0
 
 
-def test_a_recipe_that_guides_a_distilled_lora_is_warned_of_and_followed(
-    photos: Path, sd_folder: Path, tmp_path: Path
-) -> None:
-    run = distilled(tmp_path, photos, sd_folder, lora={"rank": 2}, consistency={"sample_guidance": 2.0})
+def test_guiding_a_distilled_lora_gives_a_warning(photos: Path, sd_folder: Path, tmp_path: Path) -> None:
+    run = distil(tmp_path, photos, sd_folder, lora={"rank": 2}, consistency={"sample_guidance": 2.0})
     with pytest.warns(
         UserWarning,
         match=r"applies guidance a second time, at two evaluations per step; use --guidance-scale 1 to sample",
@@ -113,7 +111,7 @@ def test_a_recipe_that_guides_a_distilled_lora_is_warned_of_and_followed(
     assert load_denoiser(str(run), guidance_scale=1.0).evaluations("lcm", 4) == 4
 
 
-def test_the_old_default_of_a_folder_is_no_other_run(tmp_path: Path) -> None:
+def test_folder_with_the_old_default_is_the_same_run(tmp_path: Path) -> None:
     config = TrainConfig(model=ModelConfig(name="pipeline"))
     open_run(tmp_path / "run", config)
     file = tmp_path / "run" / "config.yaml"
@@ -128,7 +126,7 @@ def test_the_old_default_of_a_folder_is_no_other_run(tmp_path: Path) -> None:
         open_run(tmp_path / "run", config)
 
 
-def by_diffusers(folder: Path, sampler: str, steps: int, scale: float, **options: Any) -> Tensor:
+def generate_with_diffusers(folder: Path, sampler: str, steps: int, scale: float, **options: Any) -> Tensor:
     pipeline: Any = load_denoiser(str(folder)).pipeline  # type: ignore[attr-defined]
     pipeline.set_progress_bar_config(disable=True)
     training, images = pipeline.scheduler, []
@@ -143,7 +141,7 @@ def by_diffusers(folder: Path, sampler: str, steps: int, scale: float, **options
     return torch.cat(images) * 2 - 1
 
 
-def ours(folder: Path, sampler: str, steps: int, scale: float, **settings: Any) -> Tensor:
+def generate_with_atdiff(folder: Path, sampler: str, steps: int, scale: float, **settings: Any) -> Tensor:
     denoiser: Any = replace(load_denoiser(str(folder), guidance_scale=scale), prompts=PROMPTS, config=settings)
     return torch.cat(list(denoiser.pictures(sampler=sampler, steps=steps, num=2, seed=0)))
 
@@ -153,7 +151,7 @@ def ours(folder: Path, sampler: str, steps: int, scale: float, **settings: Any) 
     [("sd", "ddim", (0.0, 1.0, 3.0)), ("sdxl", "ddim", (0.0, 2.0)), ("sd3", "flow-euler", (0.0, 2.0)),
      ("flux", "flow-euler", (0.0, 1.0, 2.0))],
 )  # fmt: skip
-def test_the_scale_asked_for_is_the_pipelines(
+def test_guidance_scale_matches_the_pipeline(
     kind: str, sampler: str, scales: tuple[float, ...], request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(f"{kind}_folder")
@@ -161,17 +159,17 @@ def test_the_scale_asked_for_is_the_pipelines(
     settings = {"data": {"image_size": IMAGE_SIZE}} if kind == "flux" else {}
     found = {}
     for scale in scales:
-        found[scale] = ours(folder, sampler, 2, scale, **settings)
-        expected = by_diffusers(folder, sampler, 2, scale, **sized)
+        found[scale] = generate_with_atdiff(folder, sampler, 2, scale, **settings)
+        expected = generate_with_diffusers(folder, sampler, 2, scale, **sized)
         torch.testing.assert_close(found[scale], expected, rtol=0, atol=1e-4)
     assert (found[scales[0]] - found[scales[-1]]).abs().max() > 1e-5
-    if kind == "sd":  # both are none; what Flux is told is another matter
+    if kind == "sd":  # scales 0 and 1 both mean no guidance; Flux takes the scale as an input
         assert torch.equal(found[0.0], found[1.0])
     if kind == "flux":
         assert not torch.equal(found[0.0], found[1.0])
 
 
-def test_a_turbo_pipeline_is_drawn_without_guidance(sd_folder: Path, tmp_path: Path) -> None:
+def test_turbo_pipeline_is_sampled_without_guidance(sd_folder: Path, tmp_path: Path) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     pipeline.scheduler = EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1
@@ -197,12 +195,12 @@ def test_a_turbo_pipeline_is_drawn_without_guidance(sd_folder: Path, tmp_path: P
             )
             == 0
         )
-        expected = by_diffusers(tmp_path / "turbo", "ddim-trailing", int(steps), 0.0)
+        expected = generate_with_diffusers(tmp_path / "turbo", "ddim-trailing", int(steps), 0.0)
         pixels = torch.from_numpy(np.load(out)["arr_0"]).permute(0, 3, 1, 2).float()
         assert ((expected + 1) * 127.5 - pixels).abs().max() <= 1.0
 
 
-def test_figures_are_told_apart_by_their_guidance(
+def test_guidance_scales_have_separate_cells(
     sd_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
@@ -216,7 +214,9 @@ def test_figures_are_told_apart_by_their_guidance(
     assert "--guidance-scale -1 must be finite and 0 or more" in capsys.readouterr().err
 
 
-def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_folder: Path, tmp_path: Path) -> None:
+def test_networks_without_guidance_reject_a_scale(
+    finished: tuple[Path, Path], flux_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         UserError, match="network of pixels, which does not support guidance; leave out --guidance-scale 2"
     ):
@@ -239,5 +239,5 @@ def test_networks_without_guidance_say_so(finished: tuple[Path, Path], flux_fold
         ("lumina2", 4.0), ("qwen", 4.0), ("cogview4", 5.0), ("auraflow", 3.5), ("wan", 5.0),
     ],
 )  # fmt: skip
-def test_the_usual_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:
+def test_default_scale_is_that_of_the_family(kind: str, scale: float, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).recipe["guidance_scale"] == scale

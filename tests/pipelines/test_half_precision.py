@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Pipelines saved in half precision, and timesteps under it: drawn, trained, evaluated as float32 ones."""
+"""Pipelines saved in half precision are sampled, trained and evaluated in float32; timesteps stay float32."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 PROMPTS = ("a cat", "the dog")
 
 
-def opened(folder: Path, kind: str, **options: Any) -> Any:
+def open_pipeline(folder: Path, kind: str, **options: Any) -> Any:
     absent = NO_T5 if kind == "sd3" else {}
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **absent, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def saved_in(folder: Path, kind: str, out: Path, *dtypes: torch.dtype, variant: str | None = None) -> Path:
-    """The same pipeline, its networks saved in these types in turn."""
-    pipeline = opened(folder, kind)
+def save_in(folder: Path, kind: str, out: Path, *dtypes: torch.dtype, variant: str | None = None) -> Path:
+    """Save the pipeline with its networks in these dtypes in turn."""
+    pipeline = open_pipeline(folder, kind)
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     for i, network in enumerate(networks):
         network.to(dtypes[i % len(dtypes)])
@@ -70,8 +70,8 @@ def saved_in(folder: Path, kind: str, out: Path, *dtypes: torch.dtype, variant: 
     return out
 
 
-def drawn_by_diffusers(pipeline: Any, kind: str, guidance: float) -> Tensor:
-    """Two images by a plain pipeline, all parts in float32, one at a time."""
+def generate_with_diffusers(pipeline: Any, kind: str, guidance: float) -> Tensor:
+    """Return two images of a plain pipeline, all parts in float32, one at a time."""
     pipeline.to(torch.float32)
     training, images = pipeline.scheduler, []
     for i, prompt in enumerate(PROMPTS):
@@ -84,10 +84,10 @@ def drawn_by_diffusers(pipeline: Any, kind: str, guidance: float) -> Tensor:
         ).images
     pipeline.scheduler = training
     stacked = torch.stack([torch.as_tensor(image) for image in images])
-    return stacked if stacked.shape[1] == 3 else stacked.permute(0, 3, 1, 2)  # an older DiTPipeline has channels last
+    return stacked if stacked.shape[1] == 3 else stacked.permute(0, 3, 1, 2)  # older DiTPipelines put channels last
 
 
-def drawn(run: Path, kind: str, guidance: float, **options: Any) -> Tensor:
+def generate(run: Path, kind: str, guidance: float, **options: Any) -> Tensor:
     denoiser: Any = load_denoiser(str(run), guidance_scale=guidance, **options)
     settings = {"data": {"image_size": IMAGE_SIZE}} if kind == "flux" else {}
     prompts = denoiser.prompts if kind == "dit" else PROMPTS
@@ -103,7 +103,7 @@ def dtypes_of(pipeline: Any) -> set[torch.dtype]:
 
 @pytest.fixture(scope="module")
 def originals() -> dict[str, Tensor]:
-    """By kind, what the pipeline in float32 draws: filled where it is asked for."""
+    """Cache of images of the float32 pipelines by kind, filled on first use."""
     return {}
 
 
@@ -111,7 +111,7 @@ def originals() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "saved", [(torch.float16,), (torch.bfloat16,), (torch.bfloat16, torch.float32, torch.float16)], ids=str
 )
-def test_what_was_saved_in_half_precision_draws_in_float32(
+def test_half_precision_pipeline_samples_in_float32(
     kind: str,
     saved: tuple[torch.dtype, ...],
     originals: dict[str, Tensor],
@@ -119,24 +119,24 @@ def test_what_was_saved_in_half_precision_draws_in_float32(
     tmp_path: Path,
 ) -> None:
     whole: Path = request.getfixturevalue(f"{kind}_folder")
-    folder = saved_in(whole, kind, tmp_path / "half", *saved)
+    folder = save_in(whole, kind, tmp_path / "half", *saved)
     denoiser: Any = load_denoiser(str(folder))
     assert dtypes_of(denoiser.pipeline) == {torch.float32}
     guidance = 2.0
-    ours = drawn(folder, kind, guidance)
-    plain = opened(folder, kind)
-    expected = drawn_by_diffusers(plain, kind, guidance)
+    ours = generate(folder, kind, guidance)
+    plain = open_pipeline(folder, kind)
+    expected = generate_with_diffusers(plain, kind, guidance)
     torch.testing.assert_close(ours, expected * 2 - 1, rtol=0, atol=2e-5)
-    # The original, but for the rounding of its weights: to within a few units of their type on average.
+    # Equal to the original up to the rounding of its weights: a few units of their dtype on average.
     if kind not in originals:
-        originals[kind] = drawn(whole, kind, guidance)
+        originals[kind] = generate(whole, kind, guidance)
     original = originals[kind]
     eps = max(torch.finfo(dtype).eps for dtype in saved)
     assert 0 < (ours - original).abs().mean() < 4 * eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pipeline_of_pixels_in_half_precision_draws_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_pixel_pipeline_samples_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     networks: list[Any] = [MLP2DModel(sample_size=4, width=16), small_unet()]
     for i, network in enumerate(networks):
@@ -150,7 +150,7 @@ def test_a_pipeline_of_pixels_in_half_precision_draws_in_float32(dtype: torch.dt
         assert images.dtype == torch.float32
 
 
-# ---- training, through the command
+# ---- training from the command line
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trained(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path:
+def train(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path:
     recipe = {
         "data": {"name": str(photos), "image_size": IMAGE_SIZE},
         "training": {"init": str(init), "passes": 1, "batch_size": 2, "ema_decay": 0.0, "checkpoint_every": 1},
@@ -186,11 +186,11 @@ def trained(tmp_path: Path, photos: Path, init: Path, **sections: Any) -> Path:
 
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("kind", ["sd", "flux"])
-def test_a_lora_of_a_half_precision_pipeline_is_sampled_and_evaluated(
+def test_lora_of_a_half_precision_pipeline_is_evaluated(
     kind: str, photos: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    base = saved_in(request.getfixturevalue(f"{kind}_folder"), kind, tmp_path / "half", torch.bfloat16, variant="bf16")
-    run = trained(tmp_path, photos, base, lora={"rank": 2}, model={"variant": "bf16"})
+    base = save_in(request.getfixturevalue(f"{kind}_folder"), kind, tmp_path / "half", torch.bfloat16, variant="bf16")
+    run = train(tmp_path, photos, base, lora={"rank": 2}, model={"variant": "bf16"})
     assert {w.dtype for w in load_file(run / "lora" / "pytorch_lora_weights.safetensors").values()} == {torch.float32}
     denoiser: Any = load_denoiser(str(run))
     assert dtypes_of(denoiser.pipeline) == {torch.float32}
@@ -204,12 +204,12 @@ def test_a_lora_of_a_half_precision_pipeline_is_sampled_and_evaluated(
 def test_weights_trained_from_half_precision_are_float32(
     distils: bool, photos: Path, sd_folder: Path, tmp_path: Path
 ) -> None:
-    half = saved_in(sd_folder, "sd", tmp_path / "half", torch.float16)
+    half = save_in(sd_folder, "sd", tmp_path / "half", torch.float16)
     consistency = {"mode": "distillation", "teacher": str(half)} if distils else {}
-    run = trained(tmp_path, photos, half, consistency=consistency, optimizer={"lr": 1e-7})
+    run = train(tmp_path, photos, half, consistency=consistency, optimizer={"lr": 1e-7})
     for file in (run / "pipeline").rglob("*.safetensors"):
         assert {weight.dtype for weight in load_file(file).values() if weight.is_floating_point()} == {torch.float32}
-    # One step of 1e-7 is far below what float16 resolves at these weights: the master weights are float32.
+    # Float16 cannot resolve a step of 1e-7 at these weights, so the master weights must be float32.
     after = load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     before = load_file(half / "unet" / "diffusion_pytorch_model.safetensors")
     moved = torch.cat([(after[name] - weight.float()).abs().flatten() for name, weight in before.items()])
@@ -224,7 +224,7 @@ TIMES = torch.tensor([999.0, 998.3, 501.7])
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What sinusoids are made of, call by call."""
+    """Record the values that get sinusoidal embeddings, call by call."""
     seen: list[Tensor] = []
 
     def noted(timesteps: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -243,7 +243,7 @@ def small_unet() -> Any:
 
 
 def calls(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """By family: what makes its network and the arguments that follow the timesteps, of a size for 3 samples."""
+    """Return, by family, a function that makes its network, the input shape and the conditions of 3 samples."""
     states, pooled = torch.randn(3, 5, TEXT_WIDTH), torch.randn(3, TEXT_WIDTH)
 
     def of(kind: str) -> Any:
@@ -320,7 +320,7 @@ FAMILY_CALLS = (
 @torch.no_grad()
 @pytest.mark.parametrize("kind", FAMILY_CALLS)
 @pytest.mark.parametrize("half", ["autocast", "weights"])
-def test_timesteps_are_embedded_as_they_are_given(
+def test_timesteps_are_embedded_in_float32(
     kind: str, half: str, embedded: list[Tensor], request: pytest.FixtureRequest
 ) -> None:
     network, shape, conditions = calls(request)[kind]()
@@ -328,7 +328,7 @@ def test_timesteps_are_embedded_as_they_are_given(
     x = torch.randn(shape)
 
     def rounded(value: Any) -> Any:
-        if isinstance(value, dict):  # sizes of images are told as they are
+        if isinstance(value, dict):  # image sizes are not rounded
             return {name: value[name] if name == "time_ids" else rounded(value[name]) for name in value}
         return value.bfloat16() if value.is_floating_point() else value
 
@@ -337,7 +337,7 @@ def test_timesteps_are_embedded_as_they_are_given(
             network(x, TIMES, **conditions)
     else:
         network.bfloat16()(x.bfloat16(), TIMES, **{name: rounded(value) for name, value in conditions.items()})
-    sigma, shift = TIMES / 1000, 0.4375  # of CogView4 for 16 tokens, whose network is told times before it
+    sigma, shift = TIMES / 1000, 0.4375  # shift of CogView4 for 16 tokens; its network sees the time before the shift
     wanted = {
         "flux": TIMES / 1000 * 1000, "qwen": TIMES / 1000, "auraflow": TIMES / 1000,
         "cogview4": 1000.0 * sigma / (shift - (shift - 1.0) * sigma),
@@ -347,15 +347,13 @@ def test_timesteps_are_embedded_as_they_are_given(
     assert torch.equal(first, wanted)
     assert torch.equal(get_timestep_embedding(first, 32), get_timestep_embedding(wanted, 32))
     if kind == "flux":
-        assert torch.equal(embedded[1], torch.full((3,), 3500.0))  # the guidance, as it is told
+        assert torch.equal(embedded[1], torch.full((3,), 3500.0))  # the guidance, unrounded
     if kind == "sdxl":
         assert torch.equal(embedded[1], conditions["added_cond_kwargs"]["time_ids"].flatten())
 
 
 @torch.no_grad()
-def test_a_flux_pipeline_draws_with_the_timesteps_of_its_scheduler_under_autocast(
-    flux_folder: Path, embedded: list[Tensor]
-) -> None:
+def test_flux_sees_its_schedulers_timesteps_under_autocast(flux_folder: Path, embedded: list[Tensor]) -> None:
     seen = {}
     for precision in ("no", "bf16"):
         embedded.clear()
@@ -363,15 +361,15 @@ def test_a_flux_pipeline_draws_with_the_timesteps_of_its_scheduler_under_autocas
         denoiser = replace(denoiser, prompts=PROMPTS, config={"data": {"image_size": IMAGE_SIZE}})
         list(denoiser.pictures(sampler="flow-euler", steps=3, num=1, seed=0))
         seen[precision] = [values.tolist() for values in embedded]
-    assert len(seen["no"]) == 6  # time and guidance of each step
+    assert len(seen["no"]) == 6  # time and guidance at each step
     assert seen["bf16"] == seen["no"]
 
 
 @torch.no_grad()
-def test_copies_of_a_flux_network_keep_their_own_timesteps(flux_folder: Path, embedded: list[Tensor]) -> None:
+def test_flux_copies_keep_their_own_timesteps(flux_folder: Path, embedded: list[Tensor]) -> None:
     first = trainable_copy(load_latent_pipeline(str(flux_folder)).network)
     second = copy.deepcopy(first)
-    embed_times_in_float32(second)  # once more changes nothing
+    embed_times_in_float32(second)  # idempotent
     args = torch.randn(1, 16, 8, 8), torch.tensor([998.3]), torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, TEXT_WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [network(*args) for network in (first, second)]

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""LoRA files in kohya's names: loaded back by plain diffusers, and named as the published U-Nets name their layers."""
+"""LoRA files in kohya format: plain diffusers loads them, and layers are named as in the published U-Nets."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from atdiff.pipelines.original_names import original_name
 KOHYA = "kohya_lora_weights.safetensors"
 
 
-def _opened(folder: Path) -> Any:
+def _open(folder: Path) -> Any:
     loader: Any = DiffusionPipeline
     pipeline = loader.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _image(pipeline: Any) -> Tensor:
+def _generate(pipeline: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": 3, "output_type": "pt", "generator": generator}
     image: Tensor = pipeline("a cat", **options).images
     return image
 
 
-def _adapted(base: Path, out: Path) -> None:
-    """Save a LoRA of random weights, of all layers that are adapted by default."""
+def _save_random_lora(base: Path, out: Path) -> None:
+    """Save a LoRA with random weights on the default target layers."""
     latent = load_latent_pipeline(str(base))
     network = trainable_copy(latent.network)
     torch.manual_seed(0)
@@ -50,23 +50,23 @@ def _adapted(base: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "version"), [("sd", None), ("sdxl", "sdxl_base_v1-0")])
-def test_plain_diffusers_draws_with_it_as_the_run_does(
+def test_kohya_file_gives_the_same_images_in_plain_diffusers(
     family: str, version: str | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base: Path = request.getfixturevalue(f"{family}_folder")
-    _adapted(base, tmp_path / "lora")
+    _save_random_lora(base, tmp_path / "lora")
     ours = load_latent_pipeline(str(base))
     load_lora(ours, tmp_path / "lora")
     ours.pipeline.set_progress_bar_config(disable=True)
-    theirs = _opened(base)
-    without = _image(theirs)
+    theirs = _open(base)
+    without = _generate(theirs)
     theirs.load_lora_weights(tmp_path / "lora" / KOHYA)
-    torch.testing.assert_close(_image(theirs), _image(ours.pipeline), rtol=0, atol=1e-5)
-    assert (_image(theirs) - without).abs().max() > 0.01
-    # The folder alone still means diffusers' file.
-    folder = _opened(base)
+    torch.testing.assert_close(_generate(theirs), _generate(ours.pipeline), rtol=0, atol=1e-5)
+    assert (_generate(theirs) - without).abs().max() > 0.01
+    # Loading the folder still picks diffusers' own file.
+    folder = _open(base)
     folder.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(_image(folder), _image(ours.pipeline), rtol=0, atol=1e-5)
+    torch.testing.assert_close(_generate(folder), _generate(ours.pipeline), rtol=0, atol=1e-5)
     with safe_open(tmp_path / "lora" / KOHYA, "pt") as file:
         metadata, names = file.metadata(), list(file.keys())
         assert {float(file.get_tensor(name)) for name in names if name.endswith(".alpha")} == {1.5}
@@ -80,15 +80,15 @@ def test_plain_diffusers_draws_with_it_as_the_run_does(
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_transformers_have_diffusers_names_alone(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    _adapted(request.getfixturevalue(f"{family}_folder"), tmp_path / "lora")
+def test_transformers_have_no_kohya_file(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    _save_random_lora(request.getfixturevalue(f"{family}_folder"), tmp_path / "lora")
     assert not (tmp_path / "lora" / KOHYA).exists()
     with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in list(file.keys())
 
 
 @pytest.mark.parametrize(("width", "version"), [(768, "sd_v1"), (1024, "sd_v2")])
-def test_the_version_of_stable_diffusion_goes_by_its_text_encoder(width: int, version: str, sd_folder: Path) -> None:
+def test_base_version_follows_the_text_encoder(width: int, version: str, sd_folder: Path) -> None:
     family = load_latent_pipeline(str(sd_folder)).family
     with torch.device("meta"):
         network = UNet2DConditionModel(**{**SD_UNET, "cross_attention_dim": width})
@@ -97,7 +97,7 @@ def test_the_version_of_stable_diffusion_goes_by_its_text_encoder(width: int, ve
 
 
 @pytest.mark.parametrize("config", [SD_UNET, SDXL_UNET], ids=["sd", "sdxl"])
-def test_names_are_those_that_diffusers_converts_back(config: dict[str, Any]) -> None:
+def test_diffusers_converts_the_names_back(config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network = UNet2DConditionModel(**{**config, "layers_per_block": 2})
     for weight in network.parameters():

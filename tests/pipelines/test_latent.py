@@ -53,7 +53,7 @@ def sdxl(sdxl_folder: Path) -> LatentPipeline:
 
 @pytest.fixture(params=["sd", "sdxl"])
 def latent(request: pytest.FixtureRequest) -> LatentPipeline:
-    """Each class of pipeline in turn."""
+    """A pipeline of each class."""
     found: LatentPipeline = request.getfixturevalue(request.param)
     return found
 
@@ -78,7 +78,7 @@ def _open(folder: Path) -> Any:
     return pipeline
 
 
-def _drawn(pipeline: Any, steps: int = 4, guidance: float = 1.0, output: str = "latent") -> Tensor:
+def _generate(pipeline: Any, steps: int = 4, guidance: float = 1.0, output: str = "latent") -> Tensor:
     images: Tensor = pipeline(
         PROMPTS[0], num_inference_steps=steps, guidance_scale=guidance, generator=_seeded(), output_type=output
     ).images
@@ -88,7 +88,7 @@ def _drawn(pipeline: Any, steps: int = 4, guidance: float = 1.0, output: str = "
 # ---- pipeline
 
 
-def test_pipelines_say_their_shapes(latent: LatentPipeline) -> None:
+def test_pipelines_report_their_shapes(latent: LatentPipeline) -> None:
     assert latent.latent_shape == (4, LATENT_SIZE, LATENT_SIZE)
     assert (latent.image_size, latent.image_channels) == (IMAGE_SIZE, 3)
     assert latent.prediction_type == "epsilon"
@@ -96,7 +96,7 @@ def test_pipelines_say_their_shapes(latent: LatentPipeline) -> None:
     assert latent.scheduler.config.num_train_timesteps == 1000
 
 
-def test_encoding_is_the_autoencoders_own(latent: LatentPipeline) -> None:
+def test_encoding_matches_the_autoencoder(latent: LatentPipeline) -> None:
     images = _images(3)
     found = latent.encode_images(images, _seeded(5))
     pixels = latent.pipeline.image_processor.preprocess(images.float() / 255)
@@ -109,14 +109,14 @@ def test_encoding_is_the_autoencoders_own(latent: LatentPipeline) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_is_the_pipelines_own(latent: LatentPipeline) -> None:
+def test_decoding_matches_the_pipeline(latent: LatentPipeline) -> None:
     latent.pipeline.set_progress_bar_config(disable=True)
-    pictures = latent.decode(_drawn(latent.pipeline, 2))
+    pictures = latent.decode(_generate(latent.pipeline, 2))
     assert pictures.abs().max() <= 1
-    torch.testing.assert_close(pictures / 2 + 0.5, _drawn(latent.pipeline, 2, output="pt"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pictures / 2 + 0.5, _generate(latent.pipeline, 2, output="pt"), rtol=1e-4, atol=1e-5)
 
 
-def test_latent_statistics_of_sdxl_are_undone_as_its_pipeline_does(sdxl: LatentPipeline) -> None:
+def test_sdxl_latent_statistics_match_its_pipeline(sdxl: LatentPipeline) -> None:
     pipeline = copy.copy(sdxl.pipeline)
     vae = copy.deepcopy(sdxl.vae)
     vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
@@ -124,7 +124,7 @@ def test_latent_statistics_of_sdxl_are_undone_as_its_pipeline_does(sdxl: LatentP
     pipeline.set_progress_bar_config(disable=True)
     latent = LatentPipeline(pipeline, "x")
     torch.testing.assert_close(
-        latent.decode(_drawn(pipeline, 2)) / 2 + 0.5, _drawn(pipeline, 2, output="pt"), rtol=1e-4, atol=1e-5
+        latent.decode(_generate(pipeline, 2)) / 2 + 0.5, _generate(pipeline, 2, output="pt"), rtol=1e-4, atol=1e-5
     )
     raw = vae.encode(_images(1).float() / 127.5 - 1).latent_dist.sample(_seeded())
     mean, std = (torch.tensor(vae.config[key]).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
@@ -132,7 +132,7 @@ def test_latent_statistics_of_sdxl_are_undone_as_its_pipeline_does(sdxl: LatentP
     torch.testing.assert_close(latent.encode_images(_images(1), _seeded()), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_conditions_are_what_the_pipeline_gives_its_unet(latent: LatentPipeline) -> None:
+def test_conditions_match_the_unet_inputs_of_the_pipeline(latent: LatentPipeline) -> None:
     calls: list[dict[str, Any]] = []
     hook = latent.network.register_forward_pre_hook(lambda _m, _args, kwargs: calls.append(kwargs), with_kwargs=True)
     latent.pipeline.set_progress_bar_config(disable=True)
@@ -150,24 +150,24 @@ def test_conditions_are_what_the_pipeline_gives_its_unet(latent: LatentPipeline)
         torch.testing.assert_close(ours[key], value, msg=key)
 
 
-def test_further_conditions_pass_through() -> None:
+def test_extra_conditions_pass_through() -> None:
     cond, labels, size = torch.zeros(2, 8), torch.zeros(2), torch.zeros(2, 6)
     kwargs = unet_kwargs({"timestep_cond": cond, "class_labels": labels, "time_ids": size})
     assert kwargs == {"timestep_cond": cond, "class_labels": labels, "added_cond_kwargs": {"time_ids": size}}
 
 
 @pytest.mark.parametrize("dim", [256, 33])
-def test_the_guidance_embedding_is_diffusers_own(sd: LatentPipeline, dim: int) -> None:
+def test_guidance_embedding_matches_diffusers(sd: LatentPipeline, dim: int) -> None:
     w = torch.tensor([0.0, 2.0, 6.5, 14.0])
     expected = sd.pipeline.get_guidance_scale_embedding(w, embedding_dim=dim)
-    torch.testing.assert_close(guidance_embedding(w, dim), expected, rtol=1e-5, atol=2e-3)  # of angles up to 14,000
+    torch.testing.assert_close(guidance_embedding(w, dim), expected, rtol=1e-5, atol=2e-3)  # angles are up to 14,000
     torch.testing.assert_close(guidance_embedding(w[:1], dim), expected[:1])
 
 
 # ---- student
 
 
-def test_a_student_starts_as_the_teacher_whatever_the_guidance(latent: LatentPipeline) -> None:
+def test_student_starts_as_the_teacher_at_any_guidance(latent: LatentPipeline) -> None:
     before = torch.random.get_rng_state()
     student = make_student(latent.network)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -184,7 +184,7 @@ def test_a_student_starts_as_the_teacher_whatever_the_guidance(latent: LatentPip
             torch.testing.assert_close(found, expected)
 
 
-def test_a_student_learns_the_guidance(sd: LatentPipeline) -> None:
+def test_student_learns_the_guidance(sd: LatentPipeline) -> None:
     student = make_student(sd.network, guidance_dim=16)
     conditions = {**sd.encode_prompts(PROMPTS), "timestep_cond": guidance_embedding(torch.tensor([1.0, 7.0]), 16)}
     student(torch.randn(2, *sd.latent_shape), torch.tensor([5, 6]), **unet_kwargs(conditions)).sample.sum().backward()
@@ -192,7 +192,7 @@ def test_a_student_learns_the_guidance(sd: LatentPipeline) -> None:
     assert all(p.grad is None for p in sd.network.parameters())
 
 
-def test_a_student_without_guidance_is_a_free_copy(sd: LatentPipeline) -> None:
+def test_student_without_guidance_is_an_independent_copy(sd: LatentPipeline) -> None:
     teacher = copy.deepcopy(sd.network).requires_grad_(False)
     student = make_student(teacher, guidance_dim=None)
     assert student.config.time_cond_proj_dim is None
@@ -202,7 +202,7 @@ def test_a_student_without_guidance_is_a_free_copy(sd: LatentPipeline) -> None:
     assert torch.equal(next(teacher.parameters()), next(sd.network.parameters()))
 
 
-def test_a_teacher_with_a_guidance_embedding_keeps_it(sd: LatentPipeline) -> None:
+def test_guidance_embedding_of_the_teacher_is_kept(sd: LatentPipeline) -> None:
     teacher = make_student(sd.network, guidance_dim=16)
     torch.nn.init.ones_(teacher.time_embedding.cond_proj.weight)
     student = make_student(teacher, guidance_dim=256)
@@ -210,14 +210,14 @@ def test_a_teacher_with_a_guidance_embedding_keeps_it(sd: LatentPipeline) -> Non
     assert torch.equal(student.time_embedding.cond_proj.weight, teacher.time_embedding.cond_proj.weight)
 
 
-def test_a_half_precision_teacher_gives_a_float32_student(sd_folder: Path) -> None:
+def test_half_precision_teacher_gives_a_float32_student(sd_folder: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder), dtype=torch.bfloat16)
     assert latent.network.dtype == torch.bfloat16
     assert {latent.vae.dtype, latent.text_encoders[0].dtype} == {torch.float32}
     assert make_student(latent.network).dtype == torch.float32
 
 
-def test_a_saved_student_opens_in_plain_diffusers(latent: LatentPipeline, tmp_path: Path) -> None:
+def test_saved_student_opens_in_plain_diffusers(latent: LatentPipeline, tmp_path: Path) -> None:
     student = make_student(latent.network)
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.1, generator=_seeded())
     parts = dict(latent.pipeline.components)
@@ -233,17 +233,17 @@ def test_a_saved_student_opens_in_plain_diffusers(latent: LatentPipeline, tmp_pa
     opened.unet.register_forward_pre_hook(
         lambda _m, _a, kwargs: conds.append(kwargs["timestep_cond"]), with_kwargs=True
     )
-    picture = _drawn(opened, 4, guidance=8.0, output="pt")
+    picture = _generate(opened, 4, guidance=8.0, output="pt")
     assert picture.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert torch.isfinite(picture).all()
     assert len(conds) == 4
     torch.testing.assert_close(conds[0], guidance_embedding(torch.tensor([7.0]), 256), rtol=1e-5, atol=2e-3)
 
 
-# ---- mistakes in loading
+# ---- loading errors
 
 
-def test_a_training_folder_stands_for_its_pipeline(sd_folder: Path, tmp_path: Path) -> None:
+def test_training_folder_loads_its_pipeline(sd_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="no finished pipeline yet"):
         load_latent_pipeline(str(tmp_path))
@@ -251,24 +251,24 @@ def test_a_training_folder_stands_for_its_pipeline(sd_folder: Path, tmp_path: Pa
     assert load_latent_pipeline(str(tmp_path)).latent_shape == (4, LATENT_SIZE, LATENT_SIZE)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_unrelated_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither a training folder .* nor a pipeline"):
         load_latent_pipeline(str(tmp_path))
 
 
-def test_what_cannot_be_downloaded_is_said(tmp_path: Path) -> None:
+def test_failed_download_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"could not be loaded as a folder or downloaded .* give the path"):
         load_latent_pipeline(str(tmp_path / "nothing"))
 
 
-def test_a_broken_pipeline_folder_is_said(sd_folder: Path, tmp_path: Path) -> None:
+def test_broken_pipeline_folder_is_reported(sd_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(sd_folder, tmp_path / "x")
     (tmp_path / "x" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="could not be loaded"):
         load_latent_pipeline(str(tmp_path / "x"))
 
 
-def test_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_pipelines_are_rejected_by_name(tmp_path: Path) -> None:
     unet = UNet2DModel(
         8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
@@ -279,7 +279,7 @@ def test_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("null", [True, False])
-def test_a_missing_text_encoder_is_said(sd_folder: Path, tmp_path: Path, null: bool) -> None:
+def test_missing_text_encoder_is_reported(sd_folder: Path, tmp_path: Path, null: bool) -> None:
     folder = tmp_path / "x"
     shutil.copytree(sd_folder, folder)
     if null:
@@ -291,27 +291,25 @@ def test_a_missing_text_encoder_is_said(sd_folder: Path, tmp_path: Path, null: b
         load_latent_pipeline(str(folder))
 
 
-def test_an_inpainting_unet_is_refused(tmp_path: Path) -> None:
+def test_inpainting_unet_is_rejected(tmp_path: Path) -> None:
     tiny_sd(tmp_path / "x", unet={"in_channels": 9})
     with pytest.raises(UserError, match=r"takes latents \(9, 8, 8\).* with the autoencoder's 4 channels"):
         load_latent_pipeline(str(tmp_path / "x"))
 
 
-def test_missing_transformers_is_said(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_is_reported(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'atdiff\[lcm\]'"):
         load_latent_pipeline(str(sd_folder))
 
 
 @pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 64)])
-def test_pictures_that_do_not_fit_are_refused_with_the_size_that_does(
-    sd: LatentPipeline, channels: int, size: int
-) -> None:
+def test_wrong_image_size_error_names_the_right_size(sd: LatentPipeline, channels: int, size: int) -> None:
     with pytest.raises(UserError, match=rf"is {channels}x{size}x{size} .* image_size 64 and channels 3"):
         sd.encode_images(_images(1, channels, size))
 
 
-def test_greyscale_pipelines_take_greyscale(tmp_path: Path) -> None:
+def test_greyscale_pipelines_take_greyscale_images(tmp_path: Path) -> None:
     tiny_sd(tmp_path / "x", vae={"in_channels": 1, "out_channels": 1})
     latent = load_latent_pipeline(str(tmp_path / "x"))
     assert latent.image_channels == 1
@@ -354,7 +352,7 @@ def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pairs:
     return Pairs(_images(5), CAPTIONS)
 
 
-def _encoded(pairs: Any, latent: LatentPipeline, **options: Any) -> LatentData:
+def _encode(pairs: Any, latent: LatentPipeline, **options: Any) -> LatentData:
     return latent_data(pairs, latent, **{"batch_size": 2, "device": "cpu", "progress": False, **options})
 
 
@@ -363,8 +361,8 @@ def _folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_latents_and_conditions_are_those_of_the_pipeline_in_float16(latent: LatentPipeline, pairs: Pairs) -> None:
-    data = _encoded(pairs, latent, seed=3)
+def test_cached_latents_and_conditions_match_the_pipeline(latent: LatentPipeline, pairs: Pairs) -> None:
+    data = _encode(pairs, latent, seed=3)
     assert (len(data), data.name, data.latents[0].shape) == (5, "pairs", (5, *latent.latent_shape))
     assert data.captions == ["a cat", "the dog", "a dog"]
     assert data.caption_ids.tolist() == [0, 1, 0, 2, 1]
@@ -373,7 +371,7 @@ def test_latents_and_conditions_are_those_of_the_pipeline_in_float16(latent: Lat
     expected = latent.encode_images(pairs.images, _seeded(3)).half().float()[indices]
     x0 = data.x0(indices)
     assert x0.dtype == torch.float32
-    torch.testing.assert_close(x0, expected, rtol=2**-10, atol=1e-4)  # a last bit of float16, by batch
+    torch.testing.assert_close(x0, expected, rtol=2**-10, atol=1e-4)  # the last bit of float16 depends on the batch
     assert torch.equal(x0, x0.half().float())
 
     wanted = latent.encode_prompts([CAPTIONS[i] for i in indices])
@@ -388,28 +386,26 @@ def test_latents_and_conditions_are_those_of_the_pipeline_in_float16(latent: Lat
         torch.testing.assert_close(null[key], value.expand(4, *value.shape[1:]), rtol=2**-10, atol=1e-4)
 
 
-def test_the_batch_size_is_of_no_consequence(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
-    small = _encoded(pairs, sd, batch_size=1).x0(torch.arange(5))
+def test_encoding_does_not_depend_on_the_batch_size(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
+    small = _encode(pairs, sd, batch_size=1).x0(torch.arange(5))
     shutil.rmtree(tmp_path / "cache")
-    large = _encoded(pairs, sd, batch_size=5).x0(torch.arange(5))
+    large = _encode(pairs, sd, batch_size=5).x0(torch.arange(5))
     torch.testing.assert_close(small, large, rtol=2**-10, atol=1e-4)
 
 
-def test_a_second_call_encodes_nothing(sd: LatentPipeline, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _encoded(pairs, sd)
+def test_second_call_encodes_nothing(sd: LatentPipeline, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _encode(pairs, sd)
     assert pairs.reads == 1
     monkeypatch.setattr(LatentPipeline, "encode_images", None)
     monkeypatch.setattr(LatentPipeline, "encode_prompts", None)
-    second = _encoded(pairs, sd)
+    second = _encode(pairs, sd)
     assert pairs.reads == 1
     assert isinstance(second.latents[0], np.memmap)
     assert np.array_equal(first.latents[0], second.latents[0])
     assert second.captions == first.captions
 
 
-def test_different_captions_are_encoded_once_each(
-    sd: LatentPipeline, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distinct_captions_are_encoded_once(sd: LatentPipeline, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = LatentPipeline.encode_prompts
 
@@ -418,14 +414,14 @@ def test_different_captions_are_encoded_once_each(
         return encode(self, prompts)
 
     monkeypatch.setattr(LatentPipeline, "encode_prompts", counted)
-    _encoded(pairs, sd)
+    _encode(pairs, sd)
     assert seen == ["a cat", "the dog", "a dog"]
 
 
-def test_the_key_is_of_images_captions_weights_settings_and_seed(
+def test_cache_key_covers_images_captions_weights_settings_and_seed(
     sd: LatentPipeline, sdxl: LatentPipeline, pairs: Pairs, tmp_path: Path
 ) -> None:
-    _encoded(pairs, sd)
+    _encode(pairs, sd)
     other = LatentPipeline(copy.copy(sd.pipeline), "x")
     vae = copy.deepcopy(sd.vae)
     with torch.no_grad():
@@ -435,26 +431,26 @@ def test_the_key_is_of_images_captions_weights_settings_and_seed(
     vae = copy.deepcopy(sd.vae)
     vae.register_to_config(scaling_factor=1.0)
     rescaled.pipeline.register_modules(vae=vae)
-    _encoded(Pairs(_images(5, seed=1), CAPTIONS), sd)
-    _encoded(Pairs(pairs.images, CAPTIONS[::-1]), sd)
-    _encoded(pairs, sd, seed=1)
-    _encoded(pairs, other)
-    _encoded(pairs, rescaled)
-    _encoded(pairs, sdxl)
+    _encode(Pairs(_images(5, seed=1), CAPTIONS), sd)
+    _encode(Pairs(pairs.images, CAPTIONS[::-1]), sd)
+    _encode(pairs, sd, seed=1)
+    _encode(pairs, other)
+    _encode(pairs, rescaled)
+    _encode(pairs, sdxl)
     assert len(list((tmp_path / "cache" / "latents").iterdir())) == 7
 
 
-def test_an_interrupted_encoding_leaves_nothing(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
+def test_interrupted_encoding_leaves_nothing(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
     pairs.broken_at = 4
     with pytest.raises(KeyboardInterrupt):
-        _encoded(pairs, sd)
+        _encode(pairs, sd)
     assert list((tmp_path / "cache" / "latents").iterdir()) == []
     pairs.broken_at = None
-    assert len(_encoded(pairs, sd)) == 5
+    assert len(_encode(pairs, sd)) == 5
 
 
 def _shard(path: Path, count: int) -> str:
-    """Write a webdataset shard of images and captions, of which each second one is another's too."""
+    """Write a webdataset shard of images and captions; two consecutive images share a caption."""
     with tarfile.open(path, "w") as tar:
         for i, image in enumerate(_images(count)):
             stream = io.BytesIO()
@@ -466,12 +462,12 @@ def _shard(path: Path, count: int) -> str:
     return str(path)
 
 
-def test_a_stream_is_encoded_as_a_list_is(
+def test_streamed_latents_match_listed_latents(
     sd: LatentPipeline, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = _shard(tmp_path / "a.tar", 5)
-    listed = _encoded(load_captioned(name, image_size=64), sd)
-    streamed = _encoded(stream_captioned(name, image_size=64), sd)
+    listed = _encode(load_captioned(name, image_size=64), sd)
+    streamed = _encode(stream_captioned(name, image_size=64), sd)
     assert len(list((tmp_path / "cache" / "latents").iterdir())) == 2
     assert np.array_equal(streamed.latents, listed.latents)
     assert np.array_equal(streamed.caption_ids, listed.caption_ids)
@@ -479,13 +475,13 @@ def test_a_stream_is_encoded_as_a_list_is(
     for kind, rows in listed.table.items():
         assert np.array_equal(streamed.table[kind], rows)
     monkeypatch.setattr("atdiff.data.captions.decoded", lambda *_: pytest.fail("read again"))
-    assert np.array_equal(_encoded(stream_captioned(name, image_size=64), sd).latents, listed.latents)
+    assert np.array_equal(_encode(stream_captioned(name, image_size=64), sd).latents, listed.latents)
 
 
-def test_a_stream_holds_the_images_of_two_batches_at_most(
+def test_stream_holds_at_most_two_batches(
     sd: LatentPipeline, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That which is filled, and that which was encoded before it."""
+    """The batch being filled, and the one encoded before it."""
     name, decode = _shard(tmp_path / "a.tar", 24), Decoding.__call__
     alive: set[int] = set()
     most = []
@@ -498,80 +494,80 @@ def test_a_stream_holds_the_images_of_two_batches_at_most(
         return pixels
 
     monkeypatch.setattr(Decoding, "__call__", counted)
-    assert len(_encoded(stream_captioned(name, image_size=64), sd, batch_size=3)) == len(most) == 24
+    assert len(_encode(stream_captioned(name, image_size=64), sd, batch_size=3)) == len(most) == 24
     assert 3 <= max(most) <= 7
     assert not alive
 
 
-def test_a_stream_that_ends_in_a_damaged_shard_leaves_nothing(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
+def test_damaged_shard_leaves_no_latents(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number in range(2):
         _shard(tmp_path / "set" / f"{number}.tar", 3)
     damaged = tmp_path / "set" / "1.tar"
     damaged.write_bytes(damaged.read_bytes()[:-12_000])
     with pytest.raises(UserError, match=r"1\.tar cannot be read as an uncompressed \.tar file"):
-        _encoded(stream_captioned(str(tmp_path / "set"), image_size=64), sd)
+        _encode(stream_captioned(str(tmp_path / "set"), image_size=64), sd)
     assert list((tmp_path / "cache" / "latents").iterdir()) == []
     _shard(damaged, 3)
-    assert len(_encoded(stream_captioned(str(tmp_path / "set"), image_size=64), sd)) == 6
+    assert len(_encode(stream_captioned(str(tmp_path / "set"), image_size=64), sd)) == 6
 
 
 @pytest.mark.parametrize(
     "file", ["latents.npy", "caption_ids.npy", "caption-encoder_hidden_states.npy", "captions.json", "manifest.json"]
 )
-def test_a_damaged_cache_is_said_and_made_anew(sd: LatentPipeline, pairs: Pairs, tmp_path: Path, file: str) -> None:
-    expected = _encoded(pairs, sd).x0(torch.arange(5))
+def test_damaged_cache_is_reported_and_rebuilt(sd: LatentPipeline, pairs: Pairs, tmp_path: Path, file: str) -> None:
+    expected = _encode(pairs, sd).x0(torch.arange(5))
     damaged = _folder(tmp_path) / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
     with pytest.warns(UserWarning, match=r"is damaged: the images of pairs are encoded again"):
-        again = _encoded(pairs, sd)
+        again = _encode(pairs, sd)
     assert torch.equal(again.x0(torch.arange(5)), expected)
     assert pairs.reads == 2
     damaged.unlink()
     with pytest.warns(UserWarning, match="is damaged"):
-        _encoded(pairs, sd)
-    _encoded(pairs, sd)
+        _encode(pairs, sd)
+    _encode(pairs, sd)
     assert pairs.reads == 3
 
 
-def test_mistakes_of_encoding_are_said(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
+def test_encoding_errors_are_reported(sd: LatentPipeline, pairs: Pairs, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch size for encoding is 0: expected 1 or more"):
-        _encoded(pairs, sd, batch_size=0)
+        _encode(pairs, sd, batch_size=0)
     with pytest.raises(UserError, match="pairs has no images"):
-        _encoded(Pairs(_images(0), []), sd)
+        _encode(Pairs(_images(0), []), sd)
     with pytest.raises(UserError, match=r"image 0 of pairs is 3x32x32 .* image_size 64"):
-        _encoded(Pairs(_images(2, size=32), CAPTIONS[:2]), sd)
+        _encode(Pairs(_images(2, size=32), CAPTIONS[:2]), sd)
     assert not any((tmp_path / "cache" / "latents").iterdir())
 
 
-def test_latents_beyond_float16_are_said(sd: LatentPipeline, pairs: Pairs) -> None:
+def test_latents_beyond_float16_are_rejected(sd: LatentPipeline, pairs: Pairs) -> None:
     broken = LatentPipeline(copy.copy(sd.pipeline), "x")
     vae = copy.deepcopy(sd.vae)
     vae.register_to_config(scaling_factor=1e9)
     broken.pipeline.register_modules(vae=vae)
     with pytest.raises(UserError, match="the latents of pairs contain values outside the range of float16"):
-        _encoded(pairs, broken)
+        _encode(pairs, broken)
 
 
-def test_a_cache_that_cannot_be_written_is_said(
+def test_unwritable_cache_is_reported(
     sd: LatentPipeline, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .* set by ATDIFF_CACHE"):
-        _encoded(pairs, sd)
+        _encode(pairs, sd)
 
 
-def test_progress_goes_to_stderr_alone(sd: LatentPipeline, pairs: Pairs, capfd: pytest.CaptureFixture[str]) -> None:
-    _encoded(pairs, sd, progress=True)
+def test_progress_goes_only_to_stderr(sd: LatentPipeline, pairs: Pairs, capfd: pytest.CaptureFixture[str]) -> None:
+    _encode(pairs, sd, progress=True)
     assert capfd.readouterr().out == ""
 
 
 # ---- LoRA
 
 
-def _adapted(latent: LatentPipeline, **options: Any) -> Any:
-    """A U-Net with adapters that do something."""
+def _adapted_unet(latent: LatentPipeline, **options: Any) -> Any:
+    """Return a U-Net whose adapters change its output."""
     unet = make_student(latent.network, guidance_dim=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -584,14 +580,14 @@ def _adapted(latent: LatentPipeline, **options: Any) -> Any:
     return unet
 
 
-def _predicted(unet: Any, latent: LatentPipeline) -> Tensor:
+def _predict(unet: Any, latent: LatentPipeline) -> Tensor:
     x, t = torch.randn(2, *latent.latent_shape, generator=_seeded()), torch.tensor([999, 20])
     with torch.no_grad():
         predicted: Tensor = unet(x, t, **unet_kwargs(latent.encode_prompts(PROMPTS))).sample
     return predicted
 
 
-def test_only_adapters_are_trained_and_start_at_nothing(latent: LatentPipeline) -> None:
+def test_only_adapters_are_trained_and_start_at_zero(latent: LatentPipeline) -> None:
     unet = make_student(latent.network, guidance_dim=None).to(torch.bfloat16)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, rank=4)
@@ -604,7 +600,7 @@ def test_only_adapters_are_trained_and_start_at_nothing(latent: LatentPipeline) 
     assert all(torch.equal(value, after.get(name, after.get(_inner(name)))) for name, value in before.items())
     unet.to(torch.float32)
     reference = make_student(latent.network, guidance_dim=None).to(torch.bfloat16).to(torch.float32)
-    torch.testing.assert_close(_predicted(unet, latent), _predicted(reference, latent))
+    torch.testing.assert_close(_predict(unet, latent), _predict(reference, latent))
 
 
 def _inner(name: str) -> str:
@@ -612,8 +608,8 @@ def _inner(name: str) -> str:
     return f"{module}.base_layer.{kind}"
 
 
-def test_a_gradient_reaches_the_adapters_alone(sd: LatentPipeline) -> None:
-    unet = _adapted(sd, target_modules=["to_q", "conv1"])
+def test_only_adapters_receive_gradients(sd: LatentPipeline) -> None:
+    unet = _adapted_unet(sd, target_modules=["to_q", "conv1"])
     x = torch.randn(1, *sd.latent_shape)
     unet(x, torch.tensor([7]), **unet_kwargs(sd.encode_prompts(PROMPTS[:1]))).sample.sum().backward()
     with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None}
@@ -621,31 +617,31 @@ def test_a_gradient_reaches_the_adapters_alone(sd: LatentPipeline) -> None:
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in with_gradient} == {"to_q", "conv1"}
 
 
-def test_the_state_is_of_adapters_alone_and_comes_back(sd: LatentPipeline) -> None:
-    unet = _adapted(sd)
+def test_lora_state_round_trip_holds_only_adapters(sd: LatentPipeline) -> None:
+    unet = _adapted_unet(sd)
     state = {name: value.clone() for name, value in lora_state(unet).items()}
     assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in unet.parameters() if p.requires_grad)
     other = make_student(sd.network, guidance_dim=None)
     add_lora(other, rank=4)
     load_lora_state(other, state)
-    torch.testing.assert_close(_predicted(other, sd), _predicted(unet, sd))
+    torch.testing.assert_close(_predict(other, sd), _predict(unet, sd))
     with pytest.raises(AssertionError):
         load_lora_state(other, dict(list(state.items())[1:]))
 
 
-def test_alpha_is_the_rank_unless_given_and_scales_the_adapters(sd: LatentPipeline) -> None:
+def test_alpha_defaults_to_the_rank_and_scales_adapters(sd: LatentPipeline) -> None:
     few = {"target_modules": ["to_q", "conv2"]}
-    plain = _adapted(sd, **few)
-    assert torch.equal(_predicted(plain, sd), _predicted(_adapted(sd, alpha=4.0, **few), sd))
+    plain = _adapted_unet(sd, **few)
+    assert torch.equal(_predict(plain, sd), _predict(_adapted_unet(sd, alpha=4.0, **few), sd))
     with torch.no_grad():
         for name, weight in plain.named_parameters():
             if "lora_B" in name:
                 weight.mul_(2.0)
-    torch.testing.assert_close(_predicted(_adapted(sd, alpha=8.0, **few), sd), _predicted(plain, sd))
+    torch.testing.assert_close(_predict(_adapted_unet(sd, alpha=8.0, **few), sd), _predict(plain, sd))
 
 
-def test_saved_adapters_do_in_plain_diffusers_what_they_did(latent: LatentPipeline, tmp_path: Path) -> None:
-    unet = _adapted(latent, alpha=12.0)
+def test_saved_adapters_match_in_plain_diffusers(latent: LatentPipeline, tmp_path: Path) -> None:
+    unet = _adapted_unet(latent, alpha=12.0)
     save_lora(tmp_path / "lora", latent, unet, _lcm(latent))
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
         "kohya_lora_weights.safetensors",
@@ -654,19 +650,19 @@ def test_saved_adapters_do_in_plain_diffusers_what_they_did(latent: LatentPipeli
     ]
 
     pipeline = _open(Path(latent.source))
-    without = _predicted(pipeline.unet, latent)
+    without = _predict(pipeline.unet, latent)
     pipeline.load_lora_weights(tmp_path / "lora")
-    expected = _predicted(unet, latent)
+    expected = _predict(unet, latent)
     assert (expected - without).abs().max() > 0.05
-    torch.testing.assert_close(_predicted(pipeline.unet, latent), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(_predict(pipeline.unet, latent), expected, rtol=1e-3, atol=1e-4)
 
     ours = load_latent_pipeline(latent.source)
     load_lora(ours, tmp_path / "lora")
     assert isinstance(ours.scheduler, LCMScheduler)
-    torch.testing.assert_close(_predicted(ours.network, latent), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(_predict(ours.network, latent), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_mistakes_of_lora_are_said(sd: LatentPipeline, sdxl: LatentPipeline, tmp_path: Path) -> None:
+def test_lora_errors_are_reported(sd: LatentPipeline, sdxl: LatentPipeline, tmp_path: Path) -> None:
     unet = make_student(sd.network, guidance_dim=None)
     with pytest.raises(UserError, match="rank is 0: expected 1 or more"):
         add_lora(unet, rank=0)
@@ -681,12 +677,12 @@ def test_mistakes_of_lora_are_said(sd: LatentPipeline, sdxl: LatentPipeline, tmp
     assert all(p.requires_grad for p in unet.parameters())
     with pytest.raises(UserError, match="contains no LoRA weights: expected pytorch_lora_weights"):
         load_lora(sd, tmp_path)
-    save_lora(tmp_path / "lora", sdxl, _adapted(sdxl), _lcm(sdxl))
+    save_lora(tmp_path / "lora", sdxl, _adapted_unet(sdxl), _lcm(sdxl))
     with pytest.raises(UserError, match=r"cannot be loaded onto .*: give the pipeline that they were trained on"):
         load_lora(load_latent_pipeline(sd.source), tmp_path / "lora")
 
 
-def test_missing_peft_is_said(sd: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_is_reported(sd: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs the package peft: pip install 'atdiff\[lcm\]'"):
         add_lora(make_student(sd.network, guidance_dim=None), rank=4)

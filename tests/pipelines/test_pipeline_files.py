@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Which saved pipelines are taken, with which of their weights, and what is said of the others."""
+"""Which saved pipelines and weight variants are supported, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ INDEX = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V
         ("pytorch_model.bin", None),
     ],
 )
-def test_a_files_name_tells_the_variant(file: str, variant: str | None) -> None:
+def test_variant_is_read_from_the_file_name(file: str, variant: str | None) -> None:
     assert variants_of([f"unet/{file}"], ["unet"]) == {"unet": {variant}}
 
 
@@ -81,12 +81,12 @@ def test_a_files_name_tells_the_variant(file: str, variant: str | None) -> None:
     "file",
     ["flax_model.msgpack", "config.json", "openvino_model.bin", "model.onnx", "model.safetensors.index.fp16.json"],
 )
-def test_other_files_are_no_weights(file: str) -> None:
+def test_other_files_are_not_weights(file: str) -> None:
     assert variants_of([f"unet/{file}"], ["unet"]) == {}
 
 
 def files(unet: str, vae: str) -> list[str]:
-    """``-`` for plain weights."""
+    """Return the weight files of the given variants, where ``-`` means plain weights."""
     named = [("unet", unet), ("vae", vae), ("safety_checker", "fp16")]
     return [
         f"{part}/model.{variant}.safetensors".replace(".-", "")
@@ -101,17 +101,17 @@ def files(unet: str, vae: str) -> list[str]:
         ("-", "-", None, None),
         ("- fp16", "- fp16", None, None),
         ("- fp16", "- fp16", "fp16", "fp16"),
-        ("- fp16", "-", "fp16", "fp16"),  # as diffusers: plain weights of the parts that lack it
+        ("- fp16", "-", "fp16", "fp16"),  # as in diffusers: parts without the variant use plain weights
     ],
 )
-def test_the_variant_asked_for_is_taken(unet: str, vae: str, asked: str | None, found: str | None) -> None:
+def test_requested_variant_is_chosen(unet: str, vae: str, asked: str | None, found: str | None) -> None:
     assert choose_variant("x", files(unet, vae), INDEX, asked) == found
 
 
 @pytest.mark.parametrize(
     ("unet", "vae", "found"), [("fp16", "fp16", "fp16"), ("fp16", "- fp16", "fp16"), ("a b", "a", "a")]
 )
-def test_the_only_variant_is_taken_and_said(unet: str, vae: str, found: str) -> None:
+def test_only_variant_is_chosen_with_a_warning(unet: str, vae: str, found: str) -> None:
     with pytest.warns(UserWarning, match=f"x only has weights of the variant '{found}'"):
         assert choose_variant("x", files(unet, vae), INDEX, None) == found
 
@@ -130,16 +130,14 @@ def test_the_only_variant_is_taken_and_said(unet: str, vae: str, found: str) -> 
         ),
     ],
 )
-def test_a_variant_that_is_not_there_is_answered_with_those_that_are(
-    unet: str, vae: str, asked: str | None, message: str
-) -> None:
+def test_missing_variant_error_lists_the_others(unet: str, vae: str, asked: str | None, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         choose_variant("x", files(unet, vae), INDEX, asked)
 
 
 @pytest.fixture(scope="module")
-def two(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of plain weights, and a variant of other weights."""
+def plain_and_fp16(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with plain weights and an fp16 variant that has other weights."""
     folder = tmp_path_factory.mktemp("two") / "sd"
     shutil.copytree(sd_folder, folder)
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -151,11 +149,11 @@ def two(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def only(two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without the plain weights."""
+def fp16_only(plain_and_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pipeline without the plain weights."""
     folder = tmp_path_factory.mktemp("only") / "sd"
     plain = shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "model.safetensors")
-    shutil.copytree(two, folder, ignore=plain)
+    shutil.copytree(plain_and_fp16, folder, ignore=plain)
     return folder
 
 
@@ -169,23 +167,23 @@ def same(network: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
 
 
-def test_runs_are_loaded_with_the_variant_asked_for(two: Path, only: Path) -> None:
-    plain, half = unet_of(two), unet_of(two, ".fp16")
-    assert same(load_denoiser(str(two)).model, plain)
-    denoiser = load_denoiser(str(two), variant="fp16")
+def test_requested_variant_is_loaded(plain_and_fp16: Path, fp16_only: Path) -> None:
+    plain, half = unet_of(plain_and_fp16), unet_of(plain_and_fp16, ".fp16")
+    assert same(load_denoiser(str(plain_and_fp16)).model, plain)
+    denoiser = load_denoiser(str(plain_and_fp16), variant="fp16")
     assert same(denoiser.model, half)
-    assert denoiser.recipe["variant"] == "fp16"  # a figure of the other weights is another figure
-    assert "variant" not in load_denoiser(str(two)).recipe
-    assert same(load_latent_pipeline(str(two), variant="fp16").network, half)
+    assert denoiser.recipe["variant"] == "fp16"  # metrics of another variant get their own cell
+    assert "variant" not in load_denoiser(str(plain_and_fp16)).recipe
+    assert same(load_latent_pipeline(str(plain_and_fp16), variant="fp16").network, half)
     with pytest.warns(UserWarning, match="only has weights of the variant 'fp16'"):
-        assert same(load_denoiser(str(only)).model, half)
+        assert same(load_denoiser(str(fp16_only)).model, half)
     with pytest.raises(UserError, match="give --variant fp16 or leave out --variant"):
-        load_denoiser(str(two), variant="bf16")
+        load_denoiser(str(plain_and_fp16), variant="bf16")
     assert EvaluationConfig(None, (), variant="fp16").loading == {"guidance_scale": None, "variant": "fp16"}
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "compare", "mismatch", "robustness"])
-def test_every_command_takes_the_variant(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_takes_a_variant(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline: Any = DDPMPipeline(unet=MLP2DModel(sample_size=8, width=16), scheduler=DDPMScheduler())
     pipeline.save_pretrained(tmp_path / "a", variant="fp16")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -205,7 +203,7 @@ def test_every_command_takes_the_variant(command: str, tmp_path: Path, capsys: p
     assert main([command, *words[command], "--variant", "fp16"]) == 0
 
 
-def test_training_starts_from_the_variant_asked_for(tmp_path: Path) -> None:
+def test_training_starts_from_the_requested_variant(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network: Any = MLP2DModel(sample_size=8, width=16)
     pipeline: Any = DDPMPipeline(unet=network, scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
@@ -218,11 +216,11 @@ def test_training_starts_from_the_variant_asked_for(tmp_path: Path) -> None:
     assert main([*words, "--model.variant", "fp16", "--out", str(tmp_path / "run")]) == 0
     start = {name: weight.float() for name, weight in half.state_dict().items()}
     assert same(load_denoiser(str(tmp_path / "run")).model, start)
-    # A training folder knows its own weights, which have no variants.
+    # Training folders have no variants.
     assert same(load_denoiser(str(tmp_path / "run"), variant="fp16").model, start)
 
 
-# ---- pipelines with another job
+# ---- pipelines for other tasks
 
 
 def other_pipelines(sd: Any, xl: Any) -> dict[str, Any]:
@@ -241,7 +239,7 @@ def other_pipelines(sd: Any, xl: Any) -> dict[str, Any]:
     }
 
 
-def test_pipelines_with_another_job_are_refused_by_name(
+def test_pipelines_for_other_tasks_are_rejected_by_name(
     sd_folder: Path, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sd: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
@@ -251,7 +249,7 @@ def test_pipelines_with_another_job_are_refused_by_name(
         kind = type(pipeline).__name__
         pipeline.save_pretrained(tmp_path / name)
         words = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "x.npz"), "--num", "1"]
-        capsys.readouterr()  # bars of diffusers
+        capsys.readouterr()  # drop diffusers' progress bars
         assert main(["sample", str(tmp_path / name), *words]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"is a {kind}: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline" in line
@@ -260,10 +258,10 @@ def test_pipelines_with_another_job_are_refused_by_name(
             load_latent_pipeline(str(tmp_path / name))
         with pytest.raises(UserError, match=f"a {kind} is not supported: expected"):
             family_of(pipeline)
-    # The remedy of img2img is one.
-    with pytest.raises(UserError) as said:
+    # The fix suggested for img2img works.
+    with pytest.raises(UserError) as error:
         load_denoiser(str(tmp_path / "img2img"))
-    remedy = re.search(r"`(.*?)`", str(said.value))
+    remedy = re.search(r"`(.*?)`", str(error.value))
     assert remedy is not None
     eval(remedy[1].replace("FOLDER", repr(str(tmp_path / "plain"))), vars(diffusers))
     assert same(load_denoiser(str(tmp_path / "plain")).model, sd.unet.state_dict())
@@ -274,27 +272,27 @@ def test_pipelines_with_another_job_are_refused_by_name(
     ["StableDiffusionControlNetPipeline", "LDMPipeline", "RePaintPipeline", "DanceDiffusionPipeline", "KolorsPipeline",
      "StableVideoDiffusionPipeline", "NoPipelineAtAll"],
 )  # fmt: skip
-def test_a_class_is_refused_before_anything_is_loaded(kind: str, sd_folder: Path, tmp_path: Path) -> None:
+def test_unsupported_class_is_rejected_before_loading(kind: str, sd_folder: Path, tmp_path: Path) -> None:
     index = json.loads((sd_folder / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
     with pytest.raises(UserError, match=f"is a {kind}: expected a StableDiffusionPipeline"):
         load_denoiser(str(tmp_path))
 
 
-def test_a_network_that_takes_more_than_latents_is_refused(tmp_path: Path) -> None:
+def test_network_with_extra_input_channels_is_rejected(tmp_path: Path) -> None:
     tiny_sd(tmp_path / "x", unet={"in_channels": 9})
     with pytest.raises(UserError, match=r"takes latents \(9, 8, 8\).* with the autoencoder's 4 channels"):
         load_denoiser(str(tmp_path / "x"))
 
 
-def test_a_pipeline_without_its_text_encoder_is_said_when_it_is_drawn(sd_folder: Path, tmp_path: Path) -> None:
+def test_pipeline_without_a_text_encoder_is_rejected(sd_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(sd_folder, tmp_path / "x")
     shutil.rmtree(tmp_path / "x" / "text_encoder")
     with pytest.raises(UserError, match="has no text_encoder: expected a whole StableDiffusionPipeline"):
         load_denoiser(str(tmp_path / "x"))
 
 
-def test_a_class_of_ones_own_is_taken_by_the_name_of_its_base(sd_folder: Path, tmp_path: Path) -> None:
+def test_custom_subclass_loads_under_its_base_class_name(sd_folder: Path, tmp_path: Path) -> None:
     class Mine(StableDiffusionPipeline):  # type: ignore[misc]
         pass
 
@@ -309,20 +307,21 @@ def test_a_class_of_ones_own_is_taken_by_the_name_of_its_base(sd_folder: Path, t
     assert same(load_denoiser(str(tmp_path / "mine")).model, pipeline.unet.state_dict())
 
 
-def test_the_classes_that_are_checked_are_those_that_are_known() -> None:
+def test_checked_classes_are_the_known_families() -> None:
     assert tuple(FAMILIES) == LATENTS
-    assert all(hasattr(diffusers, name) for name in (*LATENTS[:8], *PIXELS))  # others are of newer versions
+    # The others need newer versions of diffusers.
+    assert all(hasattr(diffusers, name) for name in (*LATENTS[:8], *PIXELS))
 
 
 FOLDERS = ("sd", "sdxl", "sd3", "flux", "dit", "pixart", "sana", "lumina2", "qwen", "cogview4", "auraflow", "wan")
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_all_classes_that_are_taken_are(kind: str, request: pytest.FixtureRequest) -> None:
+def test_every_supported_class_loads(kind: str, request: pytest.FixtureRequest) -> None:
     assert load_denoiser(str(request.getfixturevalue(f"{kind}_folder"))).model is not None
 
 
-def test_a_network_of_pixart_that_is_told_the_size_is_refused(pixart_folder: Path, tmp_path: Path) -> None:
+def test_size_conditioned_pixart_is_rejected(pixart_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(pixart_folder, tmp_path / "x")
     file = tmp_path / "x" / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_additional_conditions": True}))
@@ -330,7 +329,7 @@ def test_a_network_of_pixart_that_is_told_the_size_is_refused(pixart_folder: Pat
         load_denoiser(str(tmp_path / "x"))
 
 
-def test_the_published_lcms_class_is_taken(sd_folder: Path, tmp_path: Path) -> None:
+def test_published_lcm_class_is_supported(sd_folder: Path, tmp_path: Path) -> None:
     sd: Any = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     student = make_student(sd.unet, guidance_dim=32)
     pipeline: Any = diffusers.LatentConsistencyModelPipeline(
@@ -344,14 +343,14 @@ def test_the_published_lcms_class_is_taken(sd_folder: Path, tmp_path: Path) -> N
     (tmp_path / "p.txt").write_text("a cat")
     words = ["--prompts", str(tmp_path / "p.txt"), "--num", "1", "--steps", "2", "--out", str(tmp_path / "x.npz")]
     assert main(["sample", str(tmp_path / "lcm"), *words]) == 0
-    other = [*words[:-1], str(tmp_path / "y.npz"), "--sampler", "ddim"]  # whose scheduler knows no grid of LCM
+    other = [*words[:-1], str(tmp_path / "y.npz"), "--sampler", "ddim"]  # its scheduler has no LCM grid
     assert main(["sample", str(tmp_path / "lcm"), *other]) == 0
 
 
-# ---- what is no pipeline
+# ---- not a pipeline
 
 
-def test_a_part_of_a_pipeline_is_told_the_whole(sd_folder: Path, tmp_path: Path) -> None:
+def test_pipeline_component_error_suggests_a_working_fix(sd_folder: Path, tmp_path: Path) -> None:
     for load in (load_denoiser, load_latent_pipeline):
         with pytest.raises(UserError, match=re.escape(f"(UNet2DConditionModel): give the folder above, {sd_folder}")):
             load(str(sd_folder / "unet"))
@@ -365,22 +364,22 @@ def test_a_part_of_a_pipeline_is_told_the_whole(sd_folder: Path, tmp_path: Path)
         8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
     network.save_pretrained(tmp_path / "pixels")
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as error:
         load_denoiser(str(tmp_path / "pixels"))
-    _follow(said.value, tmp_path, NETWORK=network, SCHEDULER=DDPMScheduler())
+    _apply_fix(error.value, tmp_path, NETWORK=network, SCHEDULER=DDPMScheduler())
     assert same(load_denoiser(str(tmp_path / "made")).model, network.state_dict())
-    # The remedy of latents, too.
+    # The fix suggested for latent networks works, too.
     unet: Any = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as error:
         load_denoiser(str(tmp_path / "unet"))
     shutil.rmtree(tmp_path / "made")
-    _follow(said.value, tmp_path, NETWORK=unet, PIPELINE=sd_folder)
+    _apply_fix(error.value, tmp_path, NETWORK=unet, PIPELINE=sd_folder)
     assert same(load_denoiser(str(tmp_path / "made")).model, unet.state_dict())
 
 
-def _follow(said: Exception, folder: Path, **names: Any) -> None:
-    """Do what a sentence says between its backticks."""
-    remedy = re.search(r"`(.*?)`", str(said))
+def _apply_fix(error: Exception, folder: Path, **names: Any) -> None:
+    """Run the code that an error message gives in backticks."""
+    remedy = re.search(r"`(.*?)`", str(error))
     assert remedy is not None
     eval(
         remedy[1],
@@ -388,7 +387,7 @@ def _follow(said: Exception, folder: Path, **names: Any) -> None:
     )
 
 
-def test_lora_weights_alone_are_told_what_to_do(sd_folder: Path, tmp_path: Path) -> None:
+def test_bare_lora_weights_error_suggests_a_fix(sd_folder: Path, tmp_path: Path) -> None:
     latent = load_latent_pipeline(str(sd_folder))
     network = make_student(latent.network, guidance_dim=None)
     add_lora(network, rank=2)
@@ -407,19 +406,17 @@ def test_lora_weights_alone_are_told_what_to_do(sd_folder: Path, tmp_path: Path)
         load_denoiser(str(run / "lora"))
 
 
-def test_a_single_file_is_told_how_to_become_a_pipeline(tmp_path: Path) -> None:
+def test_single_file_error_suggests_a_conversion(tmp_path: Path) -> None:
     for name in ("whole.pt", "whole.bin"):
         (tmp_path / name).write_bytes(b"x")
-        said = str(no_pipeline(str(tmp_path / name)))
-        assert "StableDiffusionPipeline.from_single_file" in said
+        error = str(no_pipeline(str(tmp_path / name)))
+        assert "StableDiffusionPipeline.from_single_file" in error
         with pytest.raises(UserError, match="is not a run, which is a folder"):
             load_denoiser(str(tmp_path / name))
     assert hasattr(StableDiffusionPipeline, "from_single_file")
 
 
-def test_a_run_below_the_home_folder_says_of_its_data_what_it_says_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_home_relative_run_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     note(tmp_path / "run", joint_batch=12, published=3)

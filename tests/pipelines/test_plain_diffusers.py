@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""What is published draws in plain diffusers what atdiff draws: the code of each card is run, its images compared."""
+"""Published models give atdiff's images in plain diffusers: run the code of each card and compare the images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _edm(name: str = "EDMEulerScheduler") -> dict[str, Any]:
     return {"scheduler": {"name": name, "args": {}}, "objective": {"prediction_type": "edm"}}
 
 
-def _both(*parts: dict[str, Any]) -> dict[str, Any]:
+def _merge(*parts: dict[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for part in parts:
         for section, values in part.items():
@@ -59,27 +59,27 @@ def _both(*parts: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-# Settings, sampler, and whether a pipeline of diffusers fits.
+# Settings, sampler, and whether a diffusers pipeline can sample it.
 KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "epsilon": ({}, "ddim", True),
     "v": ({"objective": {"prediction_type": "v_prediction"}}, "ddim", True),
     "sample": ({"objective": {"prediction_type": "sample"}}, "ddim", True),
     "learned variance": ({"objective": {"variance": "learned_range"}}, "iddpm", True),
     "classes": (CLASSES, "ddim", False),
-    "classes, learned variance": (_both(CLASSES, {"objective": {"variance": "learned_range"}}), "iddpm", True),
+    "classes, learned variance": (_merge(CLASSES, {"objective": {"variance": "learned_range"}}), "iddpm", True),
     "flow": (_flow(shift=2.0), "flow-euler", True),
     "flow of a solver": (_flow("UniPCMultistepScheduler", **UNIPC), "flow-euler", True),
-    "flow, classes": (_both(CLASSES, _flow(shift=2.0)), "flow-euler", False),
+    "flow, classes": (_merge(CLASSES, _flow(shift=2.0)), "flow-euler", False),
     "flow, dynamic shift": (_flow(use_dynamic_shifting=True), "flow-euler", False),
     "edm": (_edm(), "edm-euler", True),
     "edm of a solver": (_edm("EDMDPMSolverMultistepScheduler"), "edm-euler", True),
-    "edm, classes": (_both(CLASSES, _edm()), "edm-euler", True),
+    "edm, classes": (_merge(CLASSES, _edm()), "edm-euler", True),
     "edm of consistency models": (_edm(CM["name"]), "edm-euler", False),
     "lcm": (LCM, "lcm", True),
-    "lcm, classes": (_both(LCM, {"data": {"class_conditional": True}}), "lcm", True),
-    "cm": (_both(_edm(CM["name"]), {"consistency": {"mode": "training"}}), "consistency", True),
-    "dit": (_both(CLASSES, {"model": {"name": "dit", "args": DIT}}), "ddim", False),
-    "dit, flow": (_both(CLASSES, _flow(), {"model": {"name": "dit", "args": DIT}}), "flow-euler", False),
+    "lcm, classes": (_merge(LCM, {"data": {"class_conditional": True}}), "lcm", True),
+    "cm": (_merge(_edm(CM["name"]), {"consistency": {"mode": "training"}}), "consistency", True),
+    "dit": (_merge(CLASSES, {"model": {"name": "dit", "args": DIT}}), "ddim", False),
+    "dit, flow": (_merge(CLASSES, _flow(), {"model": {"name": "dit", "args": DIT}}), "flow-euler", False),
     "points": ({"data": {"name": "mixture-grid"}}, "ddim", True),
 }
 
@@ -91,8 +91,8 @@ def _run(tmp_path: Path, settings: dict[str, Any]) -> Path:
     return train(resolve(load_recipe(str(tmp_path / "recipe.yaml")), None, []), tmp_path / "run", progress=False)
 
 
-def _drawn_by_the_card(run: Path, published: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Run the code of a card, and return its images in [-1, 1] and its names."""
+def _run_card_code(run: Path, published: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Run the code of a card; return its images in [-1, 1] and its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", model_card(run, str(published)), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
@@ -106,23 +106,23 @@ def _drawn_by_the_card(run: Path, published: Path) -> tuple[Tensor, dict[str, An
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_code_of_a_card_draws_what_atdiff_draws(kind: str, tmp_path: Path) -> None:
+def test_card_code_generates_the_images_of_atdiff(kind: str, tmp_path: Path) -> None:
     settings, sampler, fits = KINDS[kind]
     run = _run(tmp_path, settings)
-    plain, names = _drawn_by_the_card(run, run / "pipeline")
-    assert ("scheduler" in names) == (not fits)  # a loop
+    plain, names = _run_card_code(run, run / "pipeline")
+    assert ("scheduler" in names) == (not fits)  # otherwise the card has a sampling loop
     scheduler = names["pipeline"].scheduler if fits else names["scheduler"]
     steps = int(scheduler.num_inference_steps)
     ours = torch.cat(list(load_denoiser(str(run)).pictures(sampler=sampler, steps=steps, num=4, seed=0)))
-    # Half a level of uint8 on either side; float32 coefficients of diffusers' add their part.
+    # Half a uint8 level on either side, plus diffusers' float32 coefficients.
     torch.testing.assert_close(plain, ours, rtol=0, atol=0.012)
     assert (ours.abs() < 0.99).float().mean() > 0.2, "nothing is compared where all is clipped"
     assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [_edm(), _both(CLASSES, _edm())], ids=["edm", "edm, classes"])
-def test_an_edm_pipeline_scales_what_its_network_is_shown(settings: dict[str, Any], tmp_path: Path) -> None:
-    """EDM, table 1 and algorithm 1 by hand: D = c_skip x + c_out F(c_in x, log(sigma) / 4), along (x - D) / sigma."""
+@pytest.mark.parametrize("settings", [_edm(), _merge(CLASSES, _edm())], ids=["edm", "edm, classes"])
+def test_edm_pipeline_scales_the_network_input(settings: dict[str, Any], tmp_path: Path) -> None:
+    """EDM's table 1 and algorithm 1 by hand: D = c_skip x + c_out F(c_in x, log(sigma) / 4), along (x - D) / sigma."""
     run = _run(tmp_path, settings)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
     labels = {"class_labels": torch.tensor([3, 1])} if pipeline.unet.config.num_class_embeds else {}
@@ -140,8 +140,8 @@ def test_an_edm_pipeline_scales_what_its_network_is_shown(settings: dict[str, An
     torch.testing.assert_close(drawn * 2 - 1, x.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
-def test_the_pipeline_of_a_class_conditional_run_is_told_labels(tmp_path: Path) -> None:
-    """The class that diffusers has for it is not DDPMPipeline, which tells none and ends in an error."""
+def test_class_conditional_pipeline_passes_labels(tmp_path: Path) -> None:
+    """It is not a DDPMPipeline, which passes no labels and fails."""
     run = _run(tmp_path, CLASSES)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
     options: dict[str, Any] = {"num_inference_steps": 5, "output_type": "pt"}
@@ -184,7 +184,7 @@ LATENTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-# How the cards of some of these begin.
+# The first words of some of these cards.
 BEGINNINGS = {
     "sd": "A text-to-image diffusion model, fine-tuned from `sd` on `photos` for 1 forward-backward",
     "sd, lora": "A LoRA of rank 2 for `sd`, trained on `photos` for 1 forward-backward",
@@ -196,7 +196,7 @@ BEGINNINGS = {
 
 
 @pytest.mark.parametrize("kind", LATENTS)
-def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
+def test_latent_card_code_generates_the_images_of_atdiff(
     kind: str,
     tmp_path: Path,
     labelled_photos: Path,
@@ -211,8 +211,8 @@ def test_the_code_of_a_card_of_latents_draws_what_atdiff_draws(
         data["captions"] = PROMPTS
     training = {"init": str(base), "passes": 1, "batch_size": 2, "log_every": 1, "checkpoint_every": 1}
     run = _run(tmp_path, {"model": {"name": "pipeline"}, "data": data, "training": training, **settings})
-    monkeypatch.chdir(base.parent)  # a card says the last part of a path alone
-    plain, _ = _drawn_by_the_card(run, run / ("lora" if "lora" in kind else "pipeline"))
+    monkeypatch.chdir(base.parent)  # a card shows only the last part of a path
+    plain, _ = _run_card_code(run, run / ("lora" if "lora" in kind else "pipeline"))
     steps = 4 if sampler == "lcm" else 10
     assert f"num_inference_steps={steps}" in model_card(run)
     assert f"# run\n\n{BEGINNINGS.get(kind, '')}" in model_card(run)

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""What people ask of a pipeline: prompts, a negative prompt, guidance, a size; drawn as plain diffusers draws them."""
+"""Prompts, negative prompts, guidance and image sizes give the images of plain diffusers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ from atdiff.sampling.generate import image_generators
 from atdiff.training.checkpoint import latest_checkpoint
 
 PROMPTS = ("a cat", "the dog on 2")
-AWAY = "a red car"
+NEGATIVE_PROMPT = "a red car"
 
 
-def _plain(folder: Path, prompts: tuple[str, ...], *, seed: int, latents: bool = True, **options: Any) -> np.ndarray:
-    """Let a plain pipeline draw, image by image and with its own scheduler, from noise that it is given."""
+def _generate_with_diffusers(
+    folder: Path, prompts: tuple[str, ...], *, seed: int, latents: bool = True, **options: Any
+) -> np.ndarray:
+    """Generate images one by one with a plain pipeline and its own scheduler, from given noise."""
     absent: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3" else {}
     pipe: Any = DiffusionPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
@@ -60,14 +62,14 @@ def _plain(folder: Path, prompts: tuple[str, ...], *, seed: int, latents: bool =
     return pixels
 
 
-def _sampled(out: Path, folder: Path, *words: str, prompts: tuple[str, ...] = PROMPTS) -> np.ndarray:
+def _generate_with_atdiff(out: Path, folder: Path, *words: str, prompts: tuple[str, ...] = PROMPTS) -> np.ndarray:
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     assert main(["sample", str(folder), *asked, *words, "--out", str(out)]) == 0
     array: np.ndarray = np.load(out)["arr_0"]
     return array
 
 
-def _differ_at_most_a_level(one: np.ndarray, other: np.ndarray) -> bool:
+def _within_one_level(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
 
 
@@ -75,45 +77,45 @@ GUIDED = ("sd", "sdxl", "sd3", "pixart", "sana", "lumina2", "qwen", "cogview4", 
 
 
 @pytest.mark.parametrize("family", GUIDED)
-def test_images_are_those_of_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_images_match_the_plain_pipeline(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"{family}_folder")
     told: dict[str, Any] = {"height": 96, "width": 64, "num_inference_steps": 3, "guidance_scale": 4.0}
     more: dict[str, Any] = {"use_resolution_binning": False} if family in ("pixart", "sana") else {}
     more |= {"clean_caption": False} if family == "pixart" else {}
     more |= {"num_frames": 1, "latents": False} if family == "wan" else {}
-    if family == "qwen":  # which packs its noise, and guides away from a text alone
+    if family == "qwen":  # it packs its noise, and needs a negative prompt for guidance
         told |= {"true_cfg_scale": told.pop("guidance_scale")}
         more |= {"latents": False}
     words = ["--guidance-scale", "4", "--size", "64x96", "--steps", "3", "--seed", "5"]
-    ours = _sampled(tmp_path / "ours.npz", folder, *words, "--negative-prompt", AWAY)
+    ours = _generate_with_atdiff(tmp_path / "ours.npz", folder, *words, "--negative-prompt", NEGATIVE_PROMPT)
     assert ours.shape == (2, 96, 64, 3)
-    expected = _plain(folder, PROMPTS, seed=5, negative_prompt=AWAY, **told, **more)
-    assert _differ_at_most_a_level(ours, expected)
-    without = _sampled(tmp_path / "without.npz", folder, *words)
+    expected = _generate_with_diffusers(folder, PROMPTS, seed=5, negative_prompt=NEGATIVE_PROMPT, **told, **more)
+    assert _within_one_level(ours, expected)
+    without = _generate_with_atdiff(tmp_path / "without.npz", folder, *words)
     more |= {"negative_prompt": " "} if family == "qwen" else {}
-    assert _differ_at_most_a_level(without, _plain(folder, PROMPTS, seed=5, **told, **more))
+    assert _within_one_level(without, _generate_with_diffusers(folder, PROMPTS, seed=5, **told, **more))
     assert np.abs(without.astype(int) - ours.astype(int)).max() > 1, "the negative prompt changed nothing"
 
 
-def test_flux_takes_a_size_and_no_negative_prompt(
+def test_flux_takes_a_size_but_no_negative_prompt(
     flux_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--size", "48x80", "--steps", "2", "--guidance-scale", "2"]
-    ours = _sampled(tmp_path / "ours.npz", flux_folder, *words)
+    ours = _generate_with_atdiff(tmp_path / "ours.npz", flux_folder, *words)
     told: dict[str, Any] = {"height": 80, "width": 48, "num_inference_steps": 2, "guidance_scale": 2.0}
-    assert _differ_at_most_a_level(ours, _plain(flux_folder, PROMPTS, seed=0, latents=False, **told))
+    assert _within_one_level(ours, _generate_with_diffusers(flux_folder, PROMPTS, seed=0, latents=False, **told))
     asked = ["sample", str(flux_folder), "--prompt", "a", *words, "--out", str(tmp_path / "none.png")]
     assert main([*asked, "--negative-prompt", "blurry"]) == 2
     assert "is a FluxPipeline, which supports no negative prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampler", ["flow-heun", "flow-unipc"])
-def test_a_sampler_that_cannot_be_told_its_steps_is_refused(sampler: str, lumina2_folder: Path) -> None:
+def test_sampler_that_cannot_take_timesteps_is_rejected(sampler: str, lumina2_folder: Path) -> None:
     with pytest.raises(UserError, match="a Lumina2Pipeline sets its sampler's timesteps itself; use flow-euler"):
         load_denoiser(str(lumina2_folder)).evaluations(sampler, 2)
 
 
-def test_a_pipeline_of_others_is_drawn_with_its_own_scheduler_a_run_with_that_of_its_card(sd3_folder: Path) -> None:
+def test_pipeline_defaults_to_its_own_scheduler(sd3_folder: Path) -> None:
     model = load_denoiser(str(sd3_folder))
     assert model.usual_sampler == OWN
     own = model.sampling_scheduler(OWN, 4)
@@ -122,7 +124,7 @@ def test_a_pipeline_of_others_is_drawn_with_its_own_scheduler_a_run_with_that_of
     fresh.set_timesteps(4)
     assert torch.equal(own.timesteps, fresh.timesteps)
     even = model.sampling_scheduler("flow-euler", 4)
-    assert not torch.equal(own.timesteps, even.timesteps)  # the last evaluation of diffusers' steps is all but clean
+    assert not torch.equal(own.timesteps, even.timesteps)  # diffusers' last step is almost noise-free
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_a_pipeline_of_others_is_drawn_with_its_own_scheduler_a_run_with_that_of
         (["--prompt", "a", "--num", "0"], "num=0 must be 1 or more"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(
+def test_invalid_sample_options_are_one_line_and_write_nothing(
     words: list[str],
     message: str,
     sd_folder: Path,
@@ -157,7 +159,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
     assert not Path("x.png").exists()
 
 
-def test_what_does_not_fit_a_network_is_said(sd3_folder: Path, dit_folder: Path) -> None:
+def test_unsupported_sizes_and_prompts_are_rejected(sd3_folder: Path, dit_folder: Path) -> None:
     flow, dit = (load_denoiser(str(folder)) for folder in (sd3_folder, dit_folder))
     assert isinstance(flow, TextToImage)
     assert isinstance(dit, TextToImage)
@@ -183,7 +185,7 @@ def _recipe(folder: Path, base: Path, **sections: Any) -> Path:
     content: dict[str, Any] = {
         "data": {"name": str(folder / "photos"), "captions": ["a cat", "a car"]},
         "model": {"name": "pipeline"},
-        # Passes of a batch that draw: what moved torch's generator between them would show.
+        # Random perturbations, so that a change of torch's RNG state between passes would show.
         "adversary": {"passes": 2, "step_size": 0.1, "direction": "random"},
         "training": {
             "init": str(base), "passes": 4, "batch_size": 2, "log_every": 1, "sample_every": 1, "ema_decay": 0.5,
@@ -200,7 +202,7 @@ def photos(labelled_photos: Path) -> Path:
     return labelled_photos.parent
 
 
-def _trained(recipe: Path, out: Path, *words: str) -> Path:
+def _train(recipe: Path, out: Path, *words: str) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atdiff.training.tasks.latents.SHOWN", 1)
@@ -216,21 +218,21 @@ def _weights(run: Path) -> dict[str, Tensor]:
     }
 
 
-def test_validation_draws_at_several_numbers_of_steps_and_changes_nothing(photos: Path, sd_folder: Path) -> None:
-    asked = {"prompts": list(PROMPTS), "negative_prompt": AWAY, "guidance_scale": 3.0, "steps": list(STEPS)}
-    without = _trained(_recipe(photos, sd_folder), photos / "without")
-    run = _trained(_recipe(photos, sd_folder, validation=asked), photos / "with", "--training.tracker", "tensorboard")
+def test_validation_images_do_not_affect_training(photos: Path, sd_folder: Path) -> None:
+    asked = {"prompts": list(PROMPTS), "negative_prompt": NEGATIVE_PROMPT, "guidance_scale": 3.0, "steps": list(STEPS)}
+    without = _train(_recipe(photos, sd_folder), photos / "without")
+    run = _train(_recipe(photos, sd_folder, validation=asked), photos / "with", "--training.tracker", "tensorboard")
     one, other = _weights(run), _weights(without)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    # A grid for every number of steps, beside that of the samples.
+    # One grid per number of steps, besides the grid of samples.
     expected = {f"pass-{p:09d}{kind}.png" for p in range(1, 5) for kind in ("", *(f"-{n}-steps" for n in STEPS))}
     assert {path.name for path in (run / "samples").iterdir()} == expected
-    # The last ones are what the published pipeline draws of the same noise.
+    # The last grids equal images of the published pipeline from the same noise.
     published = load_denoiser(str(run)).guided(3.0)
     assert isinstance(published, TextToImage)
     for steps in STEPS:
-        drawn = published.asked(PROMPTS, AWAY).samples(sampler="ddim", steps=steps, num=2, seed=0)
+        drawn = published.asked(PROMPTS, NEGATIVE_PROMPT).samples(sampler="ddim", steps=steps, num=2, seed=0)
         pixels = to_uint8(torch.cat(list(drawn))).permute(0, 2, 3, 1).numpy().astype(int)
         grid = np.asarray(Image.open(run / "samples" / f"pass-000000004-{steps}-steps.png")).astype(int)
         for i in range(2):
@@ -258,7 +260,7 @@ def test_validation_draws_at_several_numbers_of_steps_and_changes_nothing(photos
         ),
     ],
 )
-def test_mistakes_of_a_validation_are_found_before_anything_is_written(
+def test_invalid_validation_settings_write_nothing(
     words: str, message: str, photos: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe(photos, sd_folder)

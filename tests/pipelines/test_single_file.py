@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Pipelines in one file: drawn and trained as their folder is, with a configuration that is here or on the hub."""
+"""Single-file pipelines sample and train like their folder, with a local or hub configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def single(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_single_file(sd_folder, tmp_path_factory.mktemp("single") / "mine.safetensors")
 
 
-def test_a_single_file_draws_what_its_folder_draws(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+def test_single_file_matches_its_folder(single: Path, sd_folder: Path, tmp_path: Path) -> None:
     drawn = []
     for name, words in (("file", [str(single), "--config", str(sd_folder)]), ("folder", [str(sd_folder)])):
         out = tmp_path / f"{name}.npz"
@@ -39,7 +39,7 @@ def test_a_single_file_draws_what_its_folder_draws(single: Path, sd_folder: Path
     np.testing.assert_array_equal(*drawn)
 
 
-def test_a_checkpoint_of_torch_is_read_too(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+def test_torch_checkpoint_is_supported(single: Path, sd_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.ckpt"
     torch.save({"state_dict": load_file(single)}, file)
     theirs, ours = (load_denoiser(str(one), pipeline_config=str(sd_folder)) for one in (sd_folder, file))
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_torch_is_read_too(single: Path, sd_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_run_starts_from_a_single_file(rank: int, single: Path, sd_folder: Path, tmp_path: Path) -> None:
+def test_run_starts_from_a_single_file(rank: int, single: Path, sd_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for i in range(2):
         (tmp_path / "photos" / str(i)).mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_a_run_starts_from_a_single_file(rank: int, single: Path, sd_folder: Pat
         assert 'StableDiffusionPipeline.from_single_file("mine.safetensors")' in model_card(tmp_path / "file")
 
 
-def test_arms_of_a_study_start_from_the_same_file(single: Path, sd_folder: Path, tmp_path: Path) -> None:
+def test_study_arms_start_from_the_same_file(single: Path, sd_folder: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(single, tmp_path / "mine.safetensors"))
     training, model = TrainingConfig(init=str(file)), ModelConfig(name="pipeline", config=str(sd_folder))
     stage = Stage("plain", 0, TrainConfig(model=model, training=training), tmp_path / "seed-0" / "plain", None)
@@ -87,7 +87,7 @@ def test_arms_of_a_study_start_from_the_same_file(single: Path, sd_folder: Path,
         _check_origins(tmp_path, [stage])
 
 
-def test_what_is_missing_is_said(
+def test_missing_config_and_broken_file_are_reported(
     single: Path, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("atdiff.system.locate.offline_reason", lambda: "the hub cannot be reached")

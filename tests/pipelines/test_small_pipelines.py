@@ -1,4 +1,4 @@
-"""The small Stable Diffusion pipeline: a folder that plain diffusers opens, the same one each time."""
+"""The small text-to-image pipelines: plain diffusers opens them, and they are reproducible."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def digits(num: int = 192, channels: int = 1) -> ImageData:
     return ImageData(data.images[:num].repeat(1, channels, 1, 1), data.labels[:num], "digits")
 
 
-def opened(folder: Path) -> Any:
+def open_pipeline(folder: Path) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def drawn(pipeline: Any, prompts: list[str], **options: Any) -> np.ndarray:
+def generate(pipeline: Any, prompts: list[str], **options: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(5)
     options = {"num_inference_steps": 2, "height": 16, "width": 16, **options}
     pictures: np.ndarray = pipeline(prompts, generator=generator, output_type="np", **options).images
@@ -54,42 +54,42 @@ def drawn(pipeline: Any, prompts: list[str], **options: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """The quick pipeline of the digits; not to be written into."""
+    """A quickly trained pipeline of the digits; do not write into it."""
     return tiny_sd(digits(), PROMPTS, **QUICK)
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
-    return opened(folder)
+    return open_pipeline(folder)
 
 
-def test_plain_diffusers_opens_the_folder_and_makes_pictures(pipeline: Any) -> None:
+def test_plain_diffusers_opens_the_folder_and_generates_images(pipeline: Any) -> None:
     assert type(pipeline) is StableDiffusionPipeline
-    plain = drawn(pipeline, [PROMPTS[3], PROMPTS[7]], guidance_scale=1.0)
-    guided = drawn(pipeline, [PROMPTS[3], PROMPTS[7]], guidance_scale=4.0)
+    plain = generate(pipeline, [PROMPTS[3], PROMPTS[7]], guidance_scale=1.0)
+    guided = generate(pipeline, [PROMPTS[3], PROMPTS[7]], guidance_scale=4.0)
     assert plain.shape == guided.shape == (2, 16, 16, 1)
     assert np.isfinite(guided).all()
     assert np.abs(plain - guided).max() > 1e-4
 
 
-def test_pictures_depend_on_the_prompt_alone(pipeline: Any) -> None:
-    one, same, other = (drawn(pipeline, [prompt]) for prompt in (PROMPTS[1], PROMPTS[1].upper(), PROMPTS[2]))
+def test_images_depend_only_on_the_prompt(pipeline: Any) -> None:
+    one, same, other = (generate(pipeline, [prompt]) for prompt in (PROMPTS[1], PROMPTS[1].upper(), PROMPTS[2]))
     assert np.array_equal(one, same)
     assert np.abs(one - other).max() > 1e-4
 
 
-def test_colour_images_have_pictures_in_colour() -> None:
+def test_colour_data_give_colour_images() -> None:
     path = tiny_sd(digits(32, channels=3), PROMPTS, **{**QUICK, "updates": 1})
-    assert drawn(opened(path), [PROMPTS[0]]).shape == (1, 16, 16, 3)
+    assert generate(open_pipeline(path), [PROMPTS[0]]).shape == (1, 16, 16, 3)
 
 
-def test_size_of_the_latents_follows_the_levels() -> None:
-    small = opened(tiny_sd(digits(32), PROMPTS, **{**QUICK, "vae_channels": (8, 8, 8), "updates": 1}))
+def test_latent_size_follows_the_number_of_levels() -> None:
+    small = open_pipeline(tiny_sd(digits(32), PROMPTS, **{**QUICK, "vae_channels": (8, 8, 8), "updates": 1}))
     assert small.unet.config.sample_size == 4
-    assert drawn(small, [PROMPTS[0]], height=None, width=None).shape == (1, 16, 16, 1)
+    assert generate(small, [PROMPTS[0]], height=None, width=None).shape == (1, 16, 16, 1)
 
 
-def test_noise_schedule_is_that_of_stable_diffusion(pipeline: Any) -> None:
+def test_noise_schedule_matches_stable_diffusion(pipeline: Any) -> None:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     expected = np.cumprod(1.0 - betas)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
@@ -100,7 +100,7 @@ def test_noise_schedule_is_that_of_stable_diffusion(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_scheduler_says_what_is_predicted(prediction_type: str) -> None:
+def test_scheduler_records_the_prediction_type(prediction_type: str) -> None:
     args = {**QUICK, "updates": 1}
     path = tiny_sd(digits(32), PROMPTS, prediction_type=prediction_type, **args)
     assert json.loads((path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == prediction_type
@@ -132,7 +132,7 @@ def test_each_word_of_the_prompts_is_a_token(pipeline: Any) -> None:
     assert tokens == ["<|startoftext|>", "a</w>", "handwritten</w>", "seven</w>", "<|endoftext|>"]
 
 
-def test_other_texts_fall_into_pieces_and_no_text_is_empty(pipeline: Any) -> None:
+def test_unknown_words_are_split_and_empty_text_has_no_tokens(pipeline: Any) -> None:
     tokenizer = pipeline.tokenizer
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("blob, é").input_ids)
     assert "".join(pieces[1:-1]).replace("</w>", " ").startswith("blob , ")
@@ -140,8 +140,8 @@ def test_other_texts_fall_into_pieces_and_no_text_is_empty(pipeline: Any) -> Non
     assert tokenizer("").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding of one lower-case ASCII word, as CLIP's own tokenizer in Python does it."""
+def byte_pair_encode(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encode a lower-case ASCII word, like CLIP's slow tokenizer."""
     parts = [*word[:-1], f"{word[-1]}</w>"]
     while len(parts) > 1:
         pairs = list(pairwise(parts))
@@ -155,18 +155,18 @@ def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 @pytest.mark.parametrize("text", [*PROMPTS, "a handwriting of nineteen ones", "fourth"])
 def test_vocabulary_files_alone_give_the_same_tokens(folder: Path, pipeline: Any, text: str) -> None:
-    """The tokenizer of older transformers reads these two files and no other."""
+    """Older versions of transformers read only these two files."""
     vocabulary = json.loads((folder / "tokenizer/vocab.json").read_text())
     version, *merges = (folder / "tokenizer/merges.txt").read_text().splitlines()
     assert version.startswith("#version")
     first, second = (vocabulary[token] for token in ("<|startoftext|>", "<|endoftext|>"))
     ranks = {(left, right): i for i, (left, right) in enumerate(line.split() for line in merges)}
-    expected = [first, *(vocabulary[part] for word in text.split() for part in merged(word, ranks)), second]
+    expected = [first, *(vocabulary[part] for word in text.split() for part in byte_pair_encode(word, ranks)), second]
     assert pipeline.tokenizer(text).input_ids == expected
     assert sorted(vocabulary.values()) == list(range(pipeline.text_encoder.config.vocab_size))
 
 
-def test_files_of_the_tokenizer_open_without_the_fast_one(folder: Path, tmp_path: Path, pipeline: Any) -> None:
+def test_tokenizer_loads_from_vocabulary_files_alone(folder: Path, tmp_path: Path, pipeline: Any) -> None:
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((folder / "tokenizer" / name).read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
@@ -174,7 +174,7 @@ def test_files_of_the_tokenizer_open_without_the_fast_one(folder: Path, tmp_path
 
 
 @torch.no_grad()
-def test_prompts_have_embeddings_far_apart(pipeline: Any) -> None:
+def test_prompt_embeddings_are_far_apart(pipeline: Any) -> None:
     embeddings: Tensor = pipeline.encode_prompt([*PROMPTS, ""], "cpu", 1, False)[0]
     assert embeddings.shape == (11, 16, 64)
     distances = torch.cdist(embeddings.flatten(1), embeddings.flatten(1))
@@ -182,21 +182,19 @@ def test_prompts_have_embeddings_far_apart(pipeline: Any) -> None:
     assert nearest > 0.3 * embeddings.flatten(1).norm(dim=1).mean()
 
 
-def test_long_prompts_fit_whole() -> None:
+def test_long_prompts_are_not_truncated() -> None:
     long = [" ".join([word] * 20) for word in WORDS]
     path = tiny_sd(digits(32), long, **{**QUICK, "updates": 1})
-    made = opened(path)
+    made = open_pipeline(path)
     assert made.tokenizer.model_max_length == made.text_encoder.config.max_position_embeddings == 22
-    assert drawn(made, [long[0]]).shape == (1, 16, 16, 1)
+    assert generate(made, [long[0]]).shape == (1, 16, 16, 1)
 
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def test_same_input_gives_the_same_bytes_and_leaves_the_random_state(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_output_is_deterministic_and_preserves_rng_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = []
     for cache, seed in (("one", 1), ("two", 2)):
         monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / cache))
@@ -204,18 +202,18 @@ def test_same_input_gives_the_same_bytes_and_leaves_the_random_state(
         before = torch.get_rng_state()
         path = tiny_sd(digits(64), PROMPTS, **{**QUICK, "updates": 3})
         assert torch.equal(torch.get_rng_state(), before)
-        assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
+        assert [file.name for file in path.parent.iterdir()] == [path.name]  # no partial folder beside it
         found.append((path.name, contents(path)))
     assert found[0] == found[1]
 
 
-def test_cache_is_used_again(folder: Path) -> None:
+def test_cache_is_reused(folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     assert tiny_sd(digits(), list(PROMPTS), **QUICK) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
-def test_other_input_has_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_different_inputs_get_different_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path))
     data, args = digits(32), {**QUICK, "updates": 1}
     assert data.labels is not None
@@ -257,19 +255,19 @@ def images(shape: tuple[int, ...] = (20, 1, 16, 16), dtype: torch.dtype = torch.
         (images(), PROMPTS, {"updates": 0}, "updates is 0: .* 1 batch or more"),
     ],
 )
-def test_mistakes_are_named(data: ImageData, prompts: list[str], args: dict[str, Any], message: str) -> None:
+def test_user_errors_are_reported(data: ImageData, prompts: list[str], args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_sd(data, prompts, **args)
 
 
-def test_cache_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_cache_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="ATDIFF_CACHE"):
         tiny_sd(digits(32), PROMPTS, **{**QUICK, "updates": 1})
 
 
-def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
+def test_sd3_opens_in_plain_diffusers_and_uses_the_prompt() -> None:
     few = {"vae_channels": (8, 16), "num_layers": 1, "num_attention_heads": 2, "updates": 1}
     folder = tiny_sd3(digits(32), PROMPTS, **few)
     assert folder == tiny_sd3(digits(32), PROMPTS, **few)
@@ -278,7 +276,7 @@ def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt()
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.config.sample_size == 8
     assert pipeline.vae.config.shift_factor == 0.0
-    one, other = (drawn(pipeline, [prompt], guidance_scale=1.0) for prompt in (PROMPTS[1], PROMPTS[2]))
+    one, other = (generate(pipeline, [prompt], guidance_scale=1.0) for prompt in (PROMPTS[1], PROMPTS[2]))
     assert one.shape == (1, 16, 16, 1)
     assert np.abs(one - other).max() > 1e-5
     for name in ("num_layers", "num_attention_heads"):
@@ -286,7 +284,7 @@ def test_stable_diffusion_3_opens_in_plain_diffusers_and_listens_to_the_prompt()
             tiny_sd3(digits(32), PROMPTS, **{**few, name: 0})
 
 
-def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
+def test_flux_opens_in_plain_diffusers_and_uses_the_prompt() -> None:
     few = {"vae_channels": (8, 16), "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "updates": 1}
     folder = tiny_flux(digits(32), PROMPTS, **few)
     assert folder == tiny_flux(digits(32), PROMPTS, **few)
@@ -296,7 +294,7 @@ def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
     assert len(set(map(tuple, tokens))) == len(tokens)
     assert {len(ids) for ids in tokens} == {4}  # three words and the end
     short = {"guidance_scale": 3.5, "max_sequence_length": 4, "height": 16, "width": 16}
-    one, same, other = (drawn(pipeline, [PROMPTS[i]], **short) for i in (1, 1, 2))
+    one, same, other = (generate(pipeline, [PROMPTS[i]], **short) for i in (1, 1, 2))
     assert one.shape == (1, 16, 16, 1)
     assert np.array_equal(one, same)
     assert np.abs(one - other).max() > 1e-5
@@ -308,9 +306,7 @@ def test_flux_opens_in_plain_diffusers_and_listens_to_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3, tiny_flux])
-def test_without_transformers_one_sentence_names_the_extra(
-    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_transformers_error_names_the_extra(make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"needs text encoders of transformers: pip install 'atdiff\[lcm\]'"):
@@ -319,10 +315,10 @@ def test_without_transformers_one_sentence_names_the_extra(
 
 
 @pytest.mark.parametrize("word", ["tiny-sd", "tiny-sd3", "tiny-flux"])
-def test_a_word_means_the_file_of_a_clone(word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bundled_names_need_a_clone(word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = find_maker(word)
     assert made is find_maker(f"{ROOT}/studies/small_pipelines.py:{word.replace('-', '_')}")
-    monkeypatch.setattr(maker, "SMALL", tmp_path / "small_pipelines.py")  # as where a wheel is installed
+    monkeypatch.setattr(maker, "SMALL", tmp_path / "small_pipelines.py")  # as in an installed wheel
     with pytest.raises(
         UserError,
         match=rf"which the installed package does not include: .* as PATH/small_pipelines.py:{made.__name__}\.$",
@@ -344,7 +340,7 @@ def mine(images, prompts, *, at):
 """
 
 
-def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_path: Path) -> None:
+def test_custom_function_makes_the_pipeline_of_a_run(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     recipe = load_recipe("text-digits")
@@ -360,11 +356,11 @@ def test_a_function_of_ones_own_makes_the_pipeline_of_a_run(folder: Path, tmp_pa
         resolve(recipe, None, [*words, str(file)])
 
 
-def test_the_recipe_of_new_captions_runs(folder: Path, tmp_path: Path, study_in_process: None) -> None:
-    """A few-step model of eight classes, distilled and then tuned on the other two, with itself for a teacher."""
+def test_text_digits_turbo_recipe_runs(folder: Path, tmp_path: Path, study_in_process: None) -> None:
+    """Distil a few-step model of eight classes, then tune it on the other two with itself as the teacher."""
     words = ["--training.init", str(folder), "--training.passes", "2", "--study.arms", "[plain,lcd]"]
     words += ["--study.seeds", "[0]", "--study.steps", "[1]", "--study.num", "8", "--jobs", "1"]
-    # Without the recipe's classifier, whose training would take most of the test.
+    # Skip the recipe's classifier, whose training would take most of the time.
     words += ["--study.extractor", "digits-classifier", "--study.metrics", "[sliced_wasserstein]"]
     assert main(["study", "text-digits-turbo", "--out", str(tmp_path), *words]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())

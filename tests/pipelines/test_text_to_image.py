@@ -1,4 +1,4 @@
-"""Text-to-image runs: their pictures are those of the plain diffusers pipeline, and are evaluated like any others."""
+"""Text-to-image runs give the images of the plain diffusers pipeline, and are evaluated like any others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OPTIONS: dict[str, Any] = {"sampler": "ddim", "steps": 3, "num": 5, "seed": 2}
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of CLIP with the letters alone as its vocabulary."""
+    """Return a CLIP tokenizer with a vocabulary of letters."""
     folder.mkdir()
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -84,7 +84,7 @@ def unet(**options: Any) -> UNet2DConditionModel:
 
 
 def sd_scheduler() -> DDIMScheduler:
-    """That of Stable Diffusion 1.5."""
+    """Return the scheduler of Stable Diffusion 1.5."""
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -101,7 +101,7 @@ def stable_diffusion(folder: Path, *, channels: int = 1, **options: Any) -> Path
         "unet": unet(**options),
         "scheduler": sd_scheduler(),
     }
-    # Random weights hardly listen to a prompt; these do.
+    # Default random weights hardly react to the prompt; larger embeddings do.
     torch.nn.init.normal_(parts["text_encoder"].get_input_embeddings().weight, std=3.0)
     StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -141,7 +141,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training folder of digits, one caption a class."""
+    """A training folder of digits with one caption per class."""
     folder = training_folder(tmp_path_factory.mktemp("trained") / "run", consistency={"sample_guidance": 3.0})
     shutil.copytree(pipeline, folder / "pipeline")
     return folder
@@ -149,25 +149,27 @@ def trained(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Digits of the size of the pipeline's pictures, in a file with labels."""
+    """Digits at the image size of the pipeline, in a file with labels."""
     data = load_data("digits", image_size=SIZE)
     assert data.labels is not None
     np.savez(tmp_path / "photos.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
     return tmp_path / "photos.npz"
 
 
-def loaded(run: Path, **changes: Any) -> TextToImage:
+def load(run: Path, **changes: Any) -> TextToImage:
     denoiser = load_denoiser(str(run))
     assert isinstance(denoiser, TextToImage)
     return replace(denoiser, **changes)
 
 
-def drawn(denoiser: TextToImage, **options: Any) -> Tensor:
+def generate(denoiser: TextToImage, **options: Any) -> Tensor:
     return torch.cat(list(denoiser.pictures(**{**OPTIONS, **options})))
 
 
-def by_diffusers(folder: Path, sampler: str, steps: int, seed: int, prompts: list[str], guidance: float) -> Tensor:
-    """Let a plain pipeline draw from strings, one picture at a time."""
+def generate_with_diffusers(
+    folder: Path, sampler: str, steps: int, seed: int, prompts: list[str], guidance: float
+) -> Tensor:
+    """Generate images with a plain pipeline from prompts, one at a time."""
     loader: Any = DiffusionPipeline
     pipe = loader.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -183,18 +185,18 @@ def by_diffusers(folder: Path, sampler: str, steps: int, seed: int, prompts: lis
     return torch.cat(images) * 2 - 1
 
 
-def test_label_accuracy_is_the_share_read_as_asked() -> None:
+def test_label_accuracy_is_the_share_classified_as_requested() -> None:
     data = load_data("digits", image_size=SIZE)
     assert data.labels is not None
     metrics = Metrics(data, ("label_accuracy", "fid"), extractor="label-classifier")
     images, labels = data.images[:200], data.labels[:200].clone()
-    # The classifier reads its training images without a mistake, so that what was asked for decides.
+    # The classifier is perfect on its training images, so only the requested labels matter.
     assert metrics(images.split(64), num=200, labels=labels)["label_accuracy"] == 1.0
     labels[::4] = (labels[::4] + 1) % 10
     out = metrics(images.split(33), num=200, labels=labels)
     assert out["label_accuracy"] == 150 / 200
     assert list(out) == ["label_accuracy", "fd"]
-    # It needs no features of any extractor besides.
+    # It needs no feature extractor.
     alone = Metrics(data, ("label_accuracy",), extractor="inception-v3-compat")
     assert alone([data.x0(torch.arange(200))], num=200, labels=labels) == {"label_accuracy": 0.75}
 
@@ -207,7 +209,7 @@ def test_label_accuracy_is_the_share_read_as_asked() -> None:
         (torch.tensor([0, 1, 2, 11]), "generated for class 11, but digits.train. has classes 0 to 9"),
     ],
 )
-def test_label_accuracy_says_what_is_wrong_with_the_labels(labels: Tensor | None, message: str) -> None:
+def test_label_accuracy_rejects_invalid_labels(labels: Tensor | None, message: str) -> None:
     metrics = Metrics(load_data("digits"), ("label_accuracy",))
     with pytest.raises(UserError, match=message):
         metrics([torch.zeros(4, 1, 8, 8)], num=4, labels=labels)
@@ -219,104 +221,106 @@ def test_label_accuracy_needs_labelled_data() -> None:
         Metrics(data, ("label_accuracy",))
 
 
-def test_an_unconditional_network_has_no_label_accuracy(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unconditional_network_has_no_label_accuracy(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config = EvaluationConfig(("ddim",), (2,), num=8, metrics=("label_accuracy",))
     with pytest.raises(UserError, match="is not class-conditional: leave label_accuracy out"):
         evaluate_runs([str(finished[1] / "seed-0" / "at")], config, tmp_path / "cells.json")
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [("ddim", 4.0), ("ddim", 1.0), ("iddpm", 2.0), ("heun", 1.5)])
-def test_pictures_are_those_of_the_plain_pipeline(pipeline: Path, sampler: str, guidance: float) -> None:
+def test_images_match_the_plain_pipeline(pipeline: Path, sampler: str, guidance: float) -> None:
     prompts = ("a one", "the two", "three")
-    denoiser = loaded(pipeline, prompts=prompts, guidance_scale=guidance)
-    expected = by_diffusers(pipeline, sampler, 3, 2, [prompts[i % 3] for i in range(5)], guidance)
-    out = drawn(denoiser, sampler=sampler)
+    denoiser = load(pipeline, prompts=prompts, guidance_scale=guidance)
+    expected = generate_with_diffusers(pipeline, sampler, 3, 2, [prompts[i % 3] for i in range(5)], guidance)
+    out = generate(denoiser, sampler=sampler)
     assert out.shape == (5, 1, SIZE, SIZE)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
-    assert (out[0] - out[3]).abs().max() > 0.01  # of one prompt, by their own noise
+    assert (out[0] - out[3]).abs().max() > 0.01  # same prompt, different noise
 
 
-def test_pictures_of_sdxl_are_those_of_the_plain_pipeline(tmp_path: Path) -> None:
+def test_sdxl_images_match_the_plain_pipeline(tmp_path: Path) -> None:
     folder = sdxl(tmp_path / "sdxl")
-    denoiser = loaded(folder, prompts=("a one", "the two"))
+    denoiser = load(folder, prompts=("a one", "the two"))
     assert denoiser.image_shape == (3, SIZE, SIZE)
-    expected = by_diffusers(folder, "ddim", 3, 2, ["a one", "the two", "a one"], 7.5)
-    torch.testing.assert_close(drawn(denoiser, num=3), expected, rtol=0, atol=1e-4)
+    expected = generate_with_diffusers(folder, "ddim", 3, 2, ["a one", "the two", "a one"], 7.5)
+    torch.testing.assert_close(generate(denoiser, num=3), expected, rtol=0, atol=1e-4)
 
 
-def test_embedded_guidance_is_that_of_the_plain_pipeline(tmp_path: Path) -> None:
+def test_embedded_guidance_matches_the_plain_pipeline(tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path / "embedded", time_cond_proj_dim=8)
     prompts = ("a one", "the two")
-    out = [drawn(loaded(folder, prompts=prompts, guidance_scale=scale), num=2) for scale in (3.0, 9.0)]
-    torch.testing.assert_close(out[0], by_diffusers(folder, "ddim", 3, 2, list(prompts), 3.0), rtol=0, atol=1e-4)
+    out = [generate(load(folder, prompts=prompts, guidance_scale=scale), num=2) for scale in (3.0, 9.0)]
+    torch.testing.assert_close(
+        out[0], generate_with_diffusers(folder, "ddim", 3, 2, list(prompts), 3.0), rtol=0, atol=1e-4
+    )
     assert (out[0] - out[1]).abs().max() > 1e-3
-    assert loaded(folder).evaluations("ddim", 3) == 3  # it is shown to the network, which runs once a step
+    assert load(folder).evaluations("ddim", 3) == 3  # the network takes it as an input and runs once per step
 
 
-def test_captions_of_the_chosen_classes_alone_are_drawn(trained: Path, pipeline: Path, tmp_path: Path) -> None:
+def test_only_captions_of_the_chosen_classes_are_used(trained: Path, pipeline: Path, tmp_path: Path) -> None:
     data = {"name": "digits", "image_size": SIZE, "captions": list(CAPTIONS), "labels": [7, 2]}
     folder = training_folder(tmp_path / "some", data=data)
     shutil.copytree(pipeline, folder / "pipeline")
-    some = loaded(folder)
+    some = load(folder)
     assert some.class_labels(5).tolist() == [2, 7, 2, 7, 2]
     assert reference_data(some).labels.unique().tolist() == [2, 7]  # type: ignore[union-attr]
     assert some.class_labels(2, 4).tolist() == [4, 4], "another may be asked for"
     assert replace(some, prompts=("a", "b", "c")).class_labels(4).tolist() == [0, 1, 2, 0], "no prompts of classes"
     how = EvaluationConfig(("ddim",), (2,), metrics=("label_accuracy",), extractor="label-classifier")
-    asked = replace(how, reading=DataOptions(labels=(8, 9))).asked_of(loaded(trained))
+    asked = replace(how, reading=DataOptions(labels=(8, 9))).asked_of(load(trained))
     assert asked.class_labels(3).tolist() == [8, 9, 8]
-    assert how.asked_of(loaded(trained)).class_labels(11).tolist() == [*range(10), 0]
+    assert how.asked_of(load(trained)).class_labels(11).tolist() == [*range(10), 0]
     with pytest.raises(UserError, match="has no class 12, which"):
-        replace(how, reading=DataOptions(labels=(12,))).asked_of(loaded(trained))
+        replace(how, reading=DataOptions(labels=(12,))).asked_of(load(trained))
 
 
 LABELS = DataOptions(labels=(1, 2))
 
 
-def test_captions_of_images_are_no_classes(trained: Path, pipeline: Path, tmp_path: Path) -> None:
-    """The first captions of a run are numbered as its prompts, and these numbers are no labels of its images."""
+def test_image_captions_are_not_classes(trained: Path, pipeline: Path, tmp_path: Path) -> None:
+    """A run numbers its first captions as prompts; these numbers are not labels of its images."""
     folder = training_folder(tmp_path / "captioned", data={"name": "digits", "image_size": SIZE})
     shutil.copytree(pipeline, folder / "pipeline")
     (folder / "prompts.txt").write_text("a one\nthe two\n")
     how = EvaluationConfig(("ddim",), (2,), metrics=("label_accuracy",), extractor="label-classifier")
     for asked, name in ((how, "label_accuracy"), (EvaluationConfig(None, (2,), reading=LABELS), "--labels")):
         with pytest.raises(UserError, match=f"{name} needs a prompt for each class, but .* captions of images: give"):
-            asked.asked_of(loaded(folder))
-    assert replace(how, prompts=CAPTIONS).asked_of(loaded(folder)).prompts == CAPTIONS
-    assert how.asked_of(loaded(trained)).prompts == CAPTIONS
+            asked.asked_of(load(folder))
+    assert replace(how, prompts=CAPTIONS).asked_of(load(folder)).prompts == CAPTIONS
+    assert how.asked_of(load(trained)).prompts == CAPTIONS
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_the_batch_size_does_not_matter(pipeline: Path, batch_size: int) -> None:
-    denoiser = loaded(pipeline, prompts=CAPTIONS)
+def test_images_do_not_depend_on_the_batch_size(pipeline: Path, batch_size: int) -> None:
+    denoiser = load(pipeline, prompts=CAPTIONS)
     batches = list(denoiser.pictures(**OPTIONS, batch_size=batch_size))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    torch.testing.assert_close(torch.cat(batches), drawn(denoiser, num=7)[:5], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(batches), generate(denoiser, num=7)[:5], rtol=0, atol=1e-5)
 
 
-def test_large_pictures_are_drawn_in_small_batches(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_sampled_in_small_batches(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atdiff.pipelines.text_to_image.PIXELS", 2 * SIZE * SIZE)
-    batches = list(loaded(pipeline, prompts=CAPTIONS).pictures(**OPTIONS))
+    batches = list(load(pipeline, prompts=CAPTIONS).pictures(**OPTIONS))
     assert [len(batch) for batch in batches] == [2, 2, 1]
 
 
-def test_a_label_is_one_prompt_for_all(pipeline: Path) -> None:
-    denoiser = loaded(pipeline, prompts=CAPTIONS)
+def test_label_selects_one_prompt_for_all_images(pipeline: Path) -> None:
+    denoiser = load(pipeline, prompts=CAPTIONS)
     assert torch.equal(denoiser.class_labels(12), torch.arange(12) % 10)
-    one = drawn(loaded(pipeline, prompts=(CAPTIONS[3],)))
-    torch.testing.assert_close(drawn(denoiser, label=3), one, rtol=0, atol=1e-5)
-    assert (drawn(denoiser, label=4) - one).abs().max() > 1e-3
+    one = generate(load(pipeline, prompts=(CAPTIONS[3],)))
+    torch.testing.assert_close(generate(denoiser, label=3), one, rtol=0, atol=1e-5)
+    assert (generate(denoiser, label=4) - one).abs().max() > 1e-3
 
 
 def test_guidance_and_prompts_come_from_the_training_folder(trained: Path, pipeline: Path, tmp_path: Path) -> None:
-    assert loaded(trained).guidance_scale == 3.0
-    assert loaded(trained).prompts == CAPTIONS
-    assert loaded(trained).evaluations("ddim", 3) == 6  # with the prompt and without
-    assert (loaded(pipeline).guidance_scale, loaded(pipeline).prompts) == (7.5, ())
+    assert load(trained).guidance_scale == 3.0
+    assert load(trained).prompts == CAPTIONS
+    assert load(trained).evaluations("ddim", 3) == 6  # with the prompt and without
+    assert (load(pipeline).guidance_scale, load(pipeline).prompts) == (7.5, ())
     other = training_folder(tmp_path / "other", sampling={"guidance_scale": 2.0}, consistency=None, data={"name": "x"})
     shutil.copytree(pipeline, other / "pipeline")
-    assert (loaded(other).guidance_scale, loaded(other).prompts) == (2.0, ())
+    assert (load(other).guidance_scale, load(other).prompts) == (2.0, ())
 
 
 @pytest.mark.parametrize(
@@ -333,21 +337,21 @@ def test_guidance_and_prompts_come_from_the_training_folder(trained: Path, pipel
         ({}, {"steps": 0}, "steps=0"),
     ],
 )
-def test_what_pictures_cannot_be_drawn_is_said_at_once(
+def test_invalid_image_requests_raise_immediately(
     pipeline: Path, changes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        loaded(pipeline, **{"prompts": CAPTIONS, **changes}).pictures(**{**OPTIONS, **options})
+        load(pipeline, **{"prompts": CAPTIONS, **changes}).pictures(**{**OPTIONS, **options})
 
 
-def test_pictures_that_are_not_finite_are_said(pipeline: Path) -> None:
-    denoiser = loaded(pipeline, prompts=CAPTIONS)
+def test_non_finite_images_raise(pipeline: Path) -> None:
+    denoiser = load(pipeline, prompts=CAPTIONS)
     torch.nn.init.constant_(denoiser.pipeline.vae.decoder.conv_out.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="5 samples of ddim at 3 steps are not finite"):
-        drawn(denoiser)
+        generate(denoiser)
 
 
-def test_networks_of_pixels_alone_can_be_asked_for(pipeline: Path) -> None:
+def test_text_to_image_pipelines_can_be_excluded(pipeline: Path) -> None:
     with pytest.raises(UserError, match=r"is a text-to-image pipeline \(StableDiffusionPipeline\)"):
         load_denoiser(str(pipeline), text_to_image=False)
 
@@ -359,8 +363,8 @@ def test_evaluate_and_sample_a_training_folder(trained: Path, tmp_path: Path) ->
     assert main(words) == 0
     (cell,) = json.loads(out.read_text())
     assert {"nfe": 4, "guidance_scale": 3.0, "sampler": "ddim", "reference": "digits"}.items() <= cell.items()
-    # The same by hand: plain pictures, asked for in turn, and what the classifier makes of them.
-    images = by_diffusers(trained / "pipeline", "ddim", 2, 0, [CAPTIONS[i % 10] for i in range(40)], 3.0)
+    # The same by hand: plain images, classes in turn, and the classifier.
+    images = generate_with_diffusers(trained / "pipeline", "ddim", 2, 0, [CAPTIONS[i % 10] for i in range(40)], 3.0)
     metrics = Metrics(load_data("digits", image_size=SIZE), ("fid", "label_accuracy"), extractor="label-classifier")
     expected = metrics([images], num=40, labels=torch.arange(40) % 10)
     assert cell["metrics"] == pytest.approx(expected, rel=1e-2)
@@ -369,7 +373,7 @@ def test_evaluate_and_sample_a_training_folder(trained: Path, tmp_path: Path) ->
     assert (pixels - to_uint8(images[:3, 0]).int()).abs().max() <= 1
 
 
-def test_evaluate_a_pipeline_with_prompts_of_the_user(pipeline: Path, photos: Path, tmp_path: Path) -> None:
+def test_evaluate_a_pipeline_with_user_prompts(pipeline: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "cells.json"
     words = ["evaluate", str(pipeline), "--steps", "2", "--num", "20", "--metrics", "fid,label_accuracy",
              "--extractor", "label-classifier", "--data", str(photos), "--out", str(out)]  # fmt: skip
@@ -378,7 +382,7 @@ def test_evaluate_a_pipeline_with_prompts_of_the_user(pipeline: Path, photos: Pa
         (tmp_path / name).write_text("\n".join(captions))
         assert main([*words, "--prompts", str(tmp_path / name)]) == 0
         counts.append(len(json.loads(out.read_text())))
-    assert counts == [1, 2, 2]  # other prompts are other cells
+    assert counts == [1, 2, 2]  # other prompts get their own cell
     first, second = json.loads(out.read_text())
     assert first["guidance_scale"] == 7.5
     assert first["prompts"].startswith("10 (sha256 ")
@@ -398,7 +402,7 @@ def test_evaluate_a_pipeline_with_prompts_of_the_user(pipeline: Path, photos: Pa
         (["--prompts", "missing.txt"], "missing.txt cannot be read"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_sentence(
+def test_invalid_evaluations_are_one_line_and_write_nothing(
     words: list[str],
     message: str,
     pipeline: Path,
@@ -417,18 +421,18 @@ def test_what_cannot_be_evaluated_is_one_sentence(
     assert not Path("cells.json").exists()
 
 
-def test_clip_score_takes_the_prompts_of_the_run(trained: Path, pipeline: Path) -> None:
+def test_clip_score_uses_the_prompts_of_the_run(trained: Path, pipeline: Path) -> None:
     config = EvaluationConfig(("ddim",), (2,), metrics=("clip_score",))
-    assert config.asked_of(loaded(trained)).prompts == CAPTIONS
-    assert replace(config, prompts=("a dog",)).asked_of(loaded(trained)).prompts == ("a dog",)
+    assert config.asked_of(load(trained)).prompts == CAPTIONS
+    assert replace(config, prompts=("a dog",)).asked_of(load(trained)).prompts == ("a dog",)
     with pytest.raises(UserError, match="clip_score compares samples with prompts"):
-        config.asked_of(loaded(pipeline))
+        config.asked_of(load(pipeline))
 
 
-def test_grids_are_drawn_by_the_pipeline(trained: Path, pipeline: Path) -> None:
+def test_sample_grids_match_the_pipeline(trained: Path, pipeline: Path) -> None:
     for labels, captions in ((None, list(CAPTIONS[:4])), ((7, 2), [CAPTIONS[2], CAPTIONS[7]] * 2)):
         grids = sample_grids({"plain": str(trained)}, ["ddim"], [2], seed=1, columns=2, labels=labels)
-        expected = to_uint8(by_diffusers(trained / "pipeline", "ddim", 2, 1, captions, 3.0)).int()
+        expected = to_uint8(generate_with_diffusers(trained / "pipeline", "ddim", 2, 1, captions, 3.0)).int()
         png = np.asarray(Image.open(_stream(grids["ddim"][2]["plain"]))).astype(int)
         for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             top, left = 1 + row * (SIZE + 1), 1 + column * (SIZE + 1)
@@ -445,7 +449,7 @@ def _stream(content: bytes) -> Any:
 
 
 def lora_folder(folder: Path, base: str) -> Path:
-    """A training folder with a LoRA of random weights that change the network."""
+    """Return a training folder with a random LoRA that changes the network."""
     network = unet()
     network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     layers = get_peft_model_state_dict(network)
@@ -456,9 +460,9 @@ def lora_folder(folder: Path, base: str) -> Path:
     return training_folder(folder, training={"init": base}, lora={"rank": 2}, consistency={"sample_guidance": 1.5})
 
 
-def test_a_lora_is_put_on_the_pipeline_that_it_was_trained_from(pipeline: Path, tmp_path: Path) -> None:
+def test_lora_is_loaded_onto_its_base_pipeline(pipeline: Path, tmp_path: Path) -> None:
     folder = lora_folder(tmp_path / "run", str(pipeline))
-    denoiser = loaded(folder)
+    denoiser = load(folder)
     assert isinstance(denoiser.scheduler, LCMScheduler)
     assert (denoiser.guidance_scale, denoiser.prompts) == (1.5, CAPTIONS)
     plain: Any = StableDiffusionPipeline.from_pretrained(pipeline)
@@ -470,7 +474,7 @@ def test_a_lora_is_put_on_the_pipeline_that_it_was_trained_from(pipeline: Path, 
     assert (expected - before).abs().max() > 1e-3
 
 
-def test_what_is_wrong_with_a_lora_is_said(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_lora_is_reported(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lora_folder(tmp_path / "run", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"contains a LoRA for the pipeline '.*gone' .training.init.: "):
         load_denoiser(str(folder))
