@@ -1,4 +1,4 @@
-"""Hashes of what short runs of every kind leave, to see that a refactor changed nothing.
+"""Hashes the results of short runs of every kind, to check that a refactor changed nothing.
 
 ``python tests/long/behaviour.py record before.json`` with the old code, ``python tests/long/behaviour.py compare
 before.json`` with the new one, on the same machine: kernels round differently from one processor to another.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 from flow_pipelines import tiny_dit, tiny_flux, tiny_sd3
 from latent_pipelines import tiny_sd, tiny_sdxl
 
-TIMES = ("passes_per_second", "seconds")  # of a log's lines, which differ each time
+TIMES = ("passes_per_second", "seconds")  # log entries that differ between runs
 
 _UNET = "digits-unet --training.batch_size 16 --training.passes 6 --training.log_every 2 --training.checkpoint_every 6"
 _MLP = "--training.batch_size 32 --training.log_every 2 --training.checkpoint_every 100"
@@ -43,7 +43,7 @@ _LATENT = (
 )
 _HIGH = "--adversary.passes 2 --adversary.step_size 2.0 --adversary.scale high"
 
-# Name of a run, and its command behind `atdiff train`; {name} is the folder of an earlier one.
+# Names of runs and their arguments of `atdiff train`; {name} is the folder of an earlier run.
 RUNS: dict[str, str] = {
     "epsilon": _UNET,
     "v": f"{_UNET} --objective.prediction_type v_prediction --objective.weighting min-snr",
@@ -106,7 +106,7 @@ EVALUATIONS: dict[str, str] = {
 
 
 def digest_of(folder: Path) -> str:
-    """Return a hash of the losses and of the weights that a run left."""
+    """Return a hash of the log and the published weights of a run."""
     digest = hashlib.sha256()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         kept = {name: value for name, value in json.loads(line).items() if name not in TIMES}
@@ -119,16 +119,16 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def placed(words: str, folders: dict[str, str]) -> str:
-    """Return a command with the folders of earlier runs in it."""
+def fill_in(words: str, folders: dict[str, str]) -> str:
+    """Return a command with the folders of earlier runs filled in."""
     for name, folder in folders.items():
         words = words.replace(f"{{{name}}}", folder)
     return words
 
 
 def run(line: str) -> None:
-    """Run one command of atdiff in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # which remembers the precision of the run before
+    """Run an atdiff command in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the previous run
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(line.split())
@@ -152,8 +152,8 @@ def inputs(out: Path) -> dict[str, str]:
     return {name: str(out / name) for name in (*makers, "images", "classes")}
 
 
-def measured(out: Path, wanted: str) -> dict[str, str]:
-    """Return what every run, evaluation and study left, by name."""
+def measure(out: Path, wanted: str) -> dict[str, str]:
+    """Return the hashes of runs and the metrics of evaluations and the study, by name."""
     folders = {name: str(out / name) for name in RUNS} | inputs(out / "inputs")
     found: dict[str, str] = {}
     for name, words in RUNS.items():
@@ -161,15 +161,15 @@ def measured(out: Path, wanted: str) -> dict[str, str]:
         if wanted not in name and not any(f"{{{name}}}" in others for others in later):
             continue
         started = time.monotonic()
-        if name == "resumed":  # in two goes
+        if name == "resumed":  # in two parts
             run(f"train {words} --training.passes 3 --out {out / name}")
-        run(f"train {placed(words, folders)} --out {out / name}")
+        run(f"train {fill_in(words, folders)} --out {out / name}")
         found[name] = digest_of(out / name)
         print(f"{name:20} {found[name]} {time.monotonic() - started:5.1f} s", file=sys.stderr, flush=True)
     for name, words in EVALUATIONS.items():
         if not Path(folders[name]).is_dir():
             continue
-        run(f"{placed(words, folders)} --out {out / name}.json")
+        run(f"{fill_in(words, folders)} --out {out / name}.json")
         for cell in json.loads((out / f"{name}.json").read_text()):
             where = f"{name} {cell['sampler']} {cell['correction']} {cell['steps']}"
             found[where] = json.dumps(cell["metrics"], sort_keys=True)
@@ -182,8 +182,8 @@ def measured(out: Path, wanted: str) -> dict[str, str]:
     return found
 
 
-def parsed() -> argparse.Namespace:
-    """Return the options."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
@@ -192,11 +192,11 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = parsed()
+    options = parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ATDIFF_CACHE"] = str(Path(folder) / "cache")
-        now = measured(Path(folder), options.only)
+        now = measure(Path(folder), options.only)
     if options.action == "record":
         options.file.write_text(json.dumps(now, indent=1) + "\n")
         sys.exit()

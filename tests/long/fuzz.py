@@ -1,7 +1,7 @@
-"""Recipes and command lines made up by hypothesis: ``python tests/long/fuzz.py --cases 1000``.
+"""Random recipes and command lines from hypothesis: ``python tests/long/fuzz.py --cases 1000``.
 
-Every one of them must end with exit code 0 or 2, without a traceback, without a file touched outside of ``--out``, and
-a mistake with one sentence.
+Each must end with exit code 0 or 2, print no traceback, touch no file outside ``--out``, and report an error in one
+line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-os.environ["HF_HUB_OFFLINE"] = "1"  # names of hub models are made up too
+os.environ["HF_HUB_OFFLINE"] = "1"  # the names of hub models are made up
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from atdiff.training.settings import dotted_keys
 
 Words = list[str]
 
-# Junk of every type that YAML and a command line know. Numbers are small: a large one may be meant.
+# Junk of every type that YAML and the command line allow. Numbers are small, since large ones can be valid and slow.
 JUNK = st.sampled_from(
     [None, "", "x", "no", "é", "a\nb", "--out", "1,2", "nan", "-inf", -1, 0, 1, 2, 3, 7, 0.5, -0.5, 1.5, float("nan"),
      float("inf"), True, False, [], [1, 2], [0.5, 0.1], ["x"], {}, {"a": 1}, {"x": None}, "../..", "~", "/", "[1,", "{"]
@@ -192,7 +192,7 @@ ALWAYS = {"evaluate": ["--num=8"], "compare": ["--num=8", "--steps=3"], "mismatc
 
 @st.composite
 def tree(draw: st.DrawFn, most: int = 4) -> dict[str, Any]:
-    """Return settings with a few keys changed, to something that fits more often than not."""
+    """Return settings with a few changed keys, more often valid than not."""
     content: dict[str, Any] = {}
     for key in draw(st.lists(st.sampled_from(list(GOOD)), max_size=most, unique=True)):
         section, name = key.split(".")
@@ -220,7 +220,7 @@ def recipe(draw: st.DrawFn) -> str:
 
 @st.composite
 def overrides(draw: st.DrawFn) -> Words:
-    """Return settings on the command line."""
+    """Return command-line overrides of settings."""
     words = []
     for key in draw(st.lists(st.sampled_from(list(GOOD)), max_size=3)):
         value = draw(st.one_of(st.sampled_from(GOOD[key]), JUNK))
@@ -232,12 +232,12 @@ def overrides(draw: st.DrawFn) -> Words:
 
 @st.composite
 def command(draw: st.DrawFn) -> tuple[str | None, Words]:
-    """Return the text of ``recipe.yaml``, if it is needed, and the words of a command line."""
+    """Return the text of ``recipe.yaml``, if needed, and the arguments of a command."""
     name = draw(st.sampled_from(["train"] * 8 + list(OPTIONS) + ["study", "nonsense", "--version", "--help"]))
     out = draw(st.sampled_from(OUTS[:1] * 12 + OUTS))
     if name in ("train", "study"):
         extra = [["--dry-run"], ["--arm", "at"], ["--arm", "x"], ["--max-time", "soon"], ["--jobs", "0"], ["-x"], ["y"]]
-        # A whole study takes too long; this one is told its mistake.
+        # A whole study takes too long, so this one gets an invalid setting.
         more = (
             draw(st.sampled_from([[]] * 8 + extra))
             if name == "train"
@@ -264,7 +264,7 @@ def command(draw: st.DrawFn) -> tuple[str | None, Words]:
 
 
 class Place:
-    """A folder with a trained run, data and files that no command may touch.
+    """A folder with a trained run, data, and files that no command may touch.
 
     Args:
         root: an empty folder.
@@ -289,7 +289,7 @@ class Place:
         )
         sys.addaudithook(self._heard)
         self.run(None, ["train", "recipe.yaml", "--out", "run"])
-        self.run(None, ["evaluate", "run", "--num=8", "--steps=3", "--out", "cells.json"])  # trains the classifier
+        self.run(None, ["evaluate", "run", "--num=8", "--steps=3", "--out", "cells.json"])  # also trains the classifier
         assert self.codes == {0: 2}, self.codes
         self.before = self._files()
 
@@ -302,7 +302,7 @@ class Place:
         }
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Note what is written outside of the place."""
+        """Record writes outside the folder."""
         if self._outside is None:
             return
         if event == "open":
@@ -320,10 +320,10 @@ class Place:
             self._outside.append(f"{event} {full}")
 
     def check(self, text: str | None, words: Words) -> None:
-        """Give a command and look at what comes of it.
+        """Run a command and check its exit code, output and files.
 
         Raises:
-            AssertionError: something that must not be.
+            AssertionError: if a check fails.
         """
         code, error, outside = self.run(text, words)
         assert code in (0, 2), (code, error)
@@ -352,7 +352,7 @@ class Place:
                 path.unlink(missing_ok=True)
 
     def run(self, text: str | None, words: Words) -> tuple[int, str, list[str]]:
-        """Give a command; return its exit code, what it wrote to stderr, and what was written outside of the place."""
+        """Run a command; return its exit code, its stderr and its writes outside the folder."""
         if text is not None:
             (self.root / "recipe.yaml").write_text(text)
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -379,7 +379,7 @@ class Place:
 
 
 def fuzz(root: Path, cases: int, *, random: bool = True) -> Counter[int]:
-    """Check so many commands in the empty folder ``root``; return how often they ended with each code."""
+    """Check ``cases`` random commands in the empty folder ``root``; return the counts of exit codes."""
     os.environ["ATDIFF_CACHE"], os.environ["TMPDIR"] = str(root / "cache"), str(root)
     tempfile.tempdir = str(root)
     place = Place(root)
@@ -398,7 +398,7 @@ def fuzz(root: Path, cases: int, *, random: bool = True) -> Counter[int]:
 
 
 def main() -> None:
-    """Fuzz, and print the exit codes."""
+    """Fuzz and print the exit codes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--same", action="store_true", help="the same cases every time")

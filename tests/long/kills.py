@@ -1,9 +1,9 @@
-"""Kills a short training again and again, and counts what was lost: ``python tests/long/kills.py --kills 100``.
+"""Kills a short run again and again and counts losses: ``python tests/long/kills.py --kills 100``.
 
-Each child is the same command on the same folder. SIGKILL comes at a random moment (``--kills``), and before the first,
-second, ... file operation of opening the folder, of the fourth save, and of the end, until there are no more. A
-loss is a run that does not go on from the newest complete checkpoint, that goes on from more than one save back, or
-that ends with other weights, averages, optimizer state or log than a run that nobody killed.
+Each child runs the same command on the same folder. SIGKILL is sent at random moments (``--kills``), and before each
+file operation in turn of opening the folder, of the fourth save and of the end. A loss is a run that does not resume
+from the newest complete checkpoint, that resumes from before an earlier start, or that ends with other weights, EMA,
+optimizer state or log than an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from atdiff.training.loop import Trainer
 from atdiff.training.tasks.pixels import PixelTask
 
 CHECKPOINT_EVERY = 2
-BATCH = 3  # passes, at whose end the checkpoint is written that was due within it
-SAVE = 4  # whose operations are gone through: it removes an older checkpoint too
-# Functions by where they are called from, and which of their calls.
+BATCH = 3  # passes; a checkpoint that is due within a batch is written at its end
+SAVE = 4  # the save to interrupt; it also removes an older checkpoint
+# Functions to interrupt: where each is looked up, and the number of the call.
 STAGES: dict[str, tuple[Any, int]] = {
     "open": (Trainer, 1),
     "save_checkpoint": (training_state, SAVE),
@@ -48,12 +48,12 @@ AUDITED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime",
 
 @dataclass
 class Counts:
-    """What came of it.
+    """Counts of kills, resumes and losses.
 
     Attributes:
-        kills: processes that were killed.
-        resumes: processes that went on from a checkpoint.
-        losses: what was lost, a sentence each.
+        kills: killed processes.
+        resumes: processes that resumed from a checkpoint.
+        losses: descriptions of what was lost.
     """
 
     kills: int = 0
@@ -73,7 +73,7 @@ def settings(passes: int) -> TrainConfig:
 
 
 def child(folder: Path, passes: int, prepare: Callable[[], None] | None = None) -> int:
-    """Start the command in a process of its own; return its number. ``start.txt`` tells the pass it went on from."""
+    """Start a run in a child process and return its pid. The child writes the pass it starts from to ``start.txt``."""
     number = os.fork()
     if number:
         return number
@@ -92,7 +92,7 @@ def child(folder: Path, passes: int, prepare: Callable[[], None] | None = None) 
 
 
 def result(folder: Path) -> Any:
-    """Return what a run left."""
+    """Return the newest checkpoint and the log of a run."""
     newest = latest_checkpoint(folder / "run" / "checkpoints")
     assert newest is not None
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
@@ -100,7 +100,7 @@ def result(folder: Path) -> Any:
 
 
 def difference(one: Any, other: Any, where: str = "") -> str:
-    """Return where two nested results first differ by a bit; empty where they do not."""
+    """Return where two nested results first differ, or an empty string."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         pairs = [(key, one[key], other[key]) for key in one]
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
@@ -112,11 +112,11 @@ def difference(one: Any, other: Any, where: str = "") -> str:
 
 
 class Killer:
-    """Kills the runs of one undisturbed run's settings.
+    """Kills runs and compares them with an uninterrupted run.
 
     Args:
         root: an empty folder to work in.
-        passes: of each run.
+        passes: number of passes of each run.
     """
 
     def __init__(self, root: Path, passes: int) -> None:
@@ -142,10 +142,10 @@ class Killer:
         self.counts.losses += (what,)
 
     def _check_start(self, folder: Path, whole: int, before: int) -> None:
-        """Compare where a process went on with the newest complete checkpoint that it found."""
+        """Check that a process started from the newest complete checkpoint."""
         try:
             start = int((folder / "start.txt").read_text())
-        except (OSError, ValueError):  # killed before
+        except (OSError, ValueError):  # killed before it was written
             return
         self.counts.resumes += start > 0
         if start != whole:
@@ -158,7 +158,7 @@ class Killer:
         return max((passes_of(path) for path in paths if checkpoint_problem(path) is None), default=0)
 
     def _finish(self, folder: Path) -> None:
-        """Give the command once more, and compare what it leaves."""
+        """Let the run finish and compare its results."""
         whole = self._newest(folder)
         (folder / "start.txt").unlink(missing_ok=True)
         if self._wait(child(folder, self.passes)) != 0:
@@ -170,7 +170,7 @@ class Killer:
             self._lose(f"{folder}: ended unlike the undisturbed run at {unlike}")
 
     def at_random(self, kills: int, seed: int) -> None:
-        """Send SIGKILL at random moments, three to each run."""
+        """Send SIGKILL at random moments, three per run."""
         moments, folder, before = random.Random(seed), self._folder(), 0
         for kill in track(range(kills), "killing at random moments"):
             whole = self._newest(folder)
@@ -187,7 +187,7 @@ class Killer:
                 folder, before = self._folder(), 0
 
     def at_operations(self, stage: str, stride: int) -> int:
-        """End the process before every ``stride``-th file operation of a stage in turn; return how many kills."""
+        """Kill the process before every ``stride``-th file operation of a stage in turn; return the number of kills."""
         safe = {"open": 0, "save_checkpoint": (SAVE - 1) * BATCH, "publish": self.passes}[stage]
         for kills, number in enumerate(range(1, 1000, stride)):
             folder = self._folder()
@@ -203,7 +203,7 @@ class Killer:
 
 
 def _end_before(stage: str, number: int) -> None:
-    """End this process before the ``number``-th file operation of a stage."""
+    """Kill this process before the ``number``-th file operation of a stage."""
     place, call = STAGES[stage]
     state = {"calls": 0, "left": number, "inside": False}
 
@@ -224,7 +224,7 @@ def _end_before(stage: str, number: int) -> None:
 
         return wrapped
 
-    # These open and write files without an event.
+    # These write files without an audit event.
     saving.save_file = counted(saving.save_file)
     torch.save = counted(torch.save)
     os.fsync = counted(os.fsync)
@@ -243,13 +243,13 @@ def _end_before(stage: str, number: int) -> None:
 
 
 def _reads(arguments: tuple[Any, ...]) -> bool:
-    """Tell whether a file is only read: being killed there is like being killed after the operation before."""
+    """Tell whether a file is only read; a kill there equals a kill after the previous operation."""
     flags = arguments[2]
     return not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
 def main() -> NoReturn:
-    """Kill, count, and print."""
+    """Kill runs, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="at random moments; default: %(default)s")
     parser.add_argument("--passes", type=int, default=30, help="of each run; default: %(default)s")

@@ -1,7 +1,7 @@
-"""Trains with evaluation for a long time and looks for leaks: ``python tests/long/soak.py --minutes 30``.
+"""Trains and evaluates for a long time and looks for leaks: ``python tests/long/soak.py --minutes 30``.
 
-The run logs, saves and draws often. After each part of it the newest checkpoint's pictures are judged, as a user would
-who watches a run. Resident memory and open files are noted on the way; their slopes are fitted to the second half.
+The run logs, saves and samples often, and its images are evaluated at regular intervals. Resident memory and open
+files are recorded; the slope of the memory is fitted to the second half.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Train, note, fit and print; exit with 1 where memory or files grow."""
+    """Train, record memory and files, and print the slope; exit with 1 if memory or open files grow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="default: %(default)s")
     parser.add_argument("--slope", type=float, default=1.0, help="MiB a minute allowed; default: %(default)s")
     parser.add_argument("--out", type=Path, help="a JSON file for what was noted")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # few pictures bias a Frechet distance, which nobody reads here
+    warnings.simplefilter("ignore")  # few images bias the Frechet distance, which is not used here
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         noted = soak(Path(folder), args.minutes)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def soak(folder: Path, minutes: float) -> list[dict[str, float]]:
-    """Train for so many minutes; return what was noted after every evaluation."""
+    """Train for that many minutes; return memory and open files after every evaluation."""
     words = [f"--{key}={value}" for key, value in SETTINGS.items()]
     trainer = Trainer(resolve(load_recipe("quickstart"), None, words))
     trainer.open(folder / "run")

@@ -1,4 +1,4 @@
-"""Processes that are interrupted or fail: what they say, and that nothing hangs."""
+"""Interrupted and failing processes report what they saved, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
 
 
-def test_a_process_that_is_interrupted_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it waits for something, as Ctrl-C finds it."""
+def test_interrupted_command_reports_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Ctrl-C arrives while the command blocks."""
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(json.dumps(SMALL))
     command = [sys.executable, "-c", BLOCKED, "atdiff.training.loop.write_card", "train", "small.yaml", "--out", "run"]
@@ -63,7 +63,7 @@ def test_a_process_that_is_interrupted_says_what_is_saved(tmp_path: Path, monkey
     assert "run has a checkpoint of pass 6, where" in last
 
 
-def test_ctrl_c_in_training_saves(tmp_path: Path) -> None:
+def test_ctrl_c_during_training_saves(tmp_path: Path) -> None:
     endless = {**SMALL, "training": {**SMALL["training"], "passes": 1_000_000, "checkpoint_every": 1_000_000}}
     (tmp_path / "small.yaml").write_text(json.dumps(endless))
     command = [sys.executable, "-m", "atdiff", "train", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "run")]
@@ -79,17 +79,17 @@ def test_ctrl_c_in_training_saves(tmp_path: Path) -> None:
     assert error.splitlines()[-1].startswith("atdiff: SIGINT was received: pass ")
 
 
-def test_a_worker_that_fails_ends_the_study(tmp_path: Path) -> None:
+def test_failing_worker_ends_the_study(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(json.dumps({**RECIPE, "optimizer": {"lr": 1e30}}))
     started = time.monotonic()
     assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 1
-    assert time.monotonic() - started < 300  # It does not hang.
+    assert time.monotonic() - started < 300  # it does not hang
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_study_that_is_ended_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
-    """Neither a worker nor the server that it was forked from, each of which would keep the pipes open."""
+def test_ended_study_leaves_no_processes(number: signal.Signals, tmp_path: Path) -> None:
+    """Neither a worker nor its fork server, which would keep the pipes open."""
     endless = {**RECIPE, "training": {**RECIPE["training"], "passes": 10_000_000, "checkpoint_every": 10_000_000}}
     (tmp_path / "endless.yaml").write_text(json.dumps(endless))
     words = ["study", str(tmp_path / "endless.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""FID is torch-fidelity's; the matrix root of 2,048 features takes it ten seconds."""
+"""FID equals torch-fidelity's, whose matrix square root of 2,048 features takes ten seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def save(images: Tensor, folder: Path) -> Path:
     return folder
 
 
-def test_fid_of_two_folders_equals_torch_fidelity(weights: Path, tmp_path: Path) -> None:
+def test_fid_of_two_folders_matches_torch_fidelity(weights: Path, tmp_path: Path) -> None:
     folders = [save(pictures(8, seed), tmp_path / str(seed)) for seed in (0, 1)]
     expected = torch_fidelity.calculate_metrics(
         input1=str(folders[0]),

@@ -1,4 +1,4 @@
-"""A killed run goes on from its newest complete checkpoint and loses nothing; 100 kills are `make kill-test`."""
+"""A killed run resumes from its newest complete checkpoint and loses nothing; `make kill-test` runs 100 kills."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def test_kills_lose_nothing() -> None:
-    """Three at random moments, and before every fourth file operation of the opening, of a save and of the end."""
-    # In a process of its own: children are forked, which wants no threads.
+    """Three kills at random moments, and one before every fourth file operation of opening, saving and ending."""
+    # In a subprocess, since it forks and must have no threads.
     command = [
         sys.executable,
         str(Path(__file__).parent / "kills.py"),

@@ -22,7 +22,7 @@ AT = {"passes": 2, "step_size": 4.0, "scale": "middle", "target": "invariant", "
 
 
 def write_recipe(folder: Path, init: Path) -> Path:
-    """Write four captioned images, and the recipe that distils a pipeline on them."""
+    """Write four captioned images and a recipe that distils a pipeline on them."""
     photos, rng = folder / "photos", np.random.default_rng(0)
     photos.mkdir()
     for i, caption in enumerate(("a cat", "a red car", "a cat", "the dog on 2")):
@@ -49,8 +49,8 @@ def write_recipe(folder: Path, init: Path) -> Path:
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
-def test_two_processes_distil_alike_with_whole_and_with_split_weights(sd_folder: Path, tmp_path: Path) -> None:
-    """Gradients are compared: AdamW turns rounding of those near 0 into whole steps, which then grow."""
+def test_two_processes_distil_alike_with_sharded_weights(sd_folder: Path, tmp_path: Path) -> None:
+    """Compares gradients, since AdamW turns the rounding of gradients near 0 into full steps."""
     recipe = write_recipe(tmp_path, sd_folder)
     words = ["-m", "atdiff", "train", str(recipe), "--training.passes", "1", "--out"]
     for name, more in (("whole", []), ("split", ["--training.shard", "true"])):
@@ -59,14 +59,14 @@ def test_two_processes_distil_alike_with_whole_and_with_split_weights(sd_folder:
     newest = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "split")]
     whole, split = (read_checkpoint(path) for path in newest if path is not None)
     moments = [checkpoint[2]["optimizer"]["state"] for checkpoint in (whole, split)]
-    assert set(moments[1]) == set(whole[0])  # by name, in the order of the numbers that an optimizer gives
+    assert set(moments[1]) == set(whole[0])  # sharded states are keyed by name, in the order of the optimizer's indices
     first = [torch.cat([one["exp_avg"].flatten() for one in state.values()]) for state in moments]
     assert (first[0] - first[1]).norm() < 1e-5 * first[0].norm()
-    # The averages moved with the weights, and the pipeline is the average.
+    # EMA and target follow the weights, and the pipeline holds the EMA.
     assert split[0].keys() == split[1].keys() == split[2]["target"].keys()
     unet = DiffusionPipeline.from_pretrained(tmp_path / "split" / "pipeline").unet.state_dict()
     for key, value in split[1].items():
         assert torch.equal(unet[key], value)
-        moved = split[0][key] - value  # the average has gone half of the way, the target a tenth
+        moved = split[0][key] - value  # the EMA moved half of the way, the target a tenth
         torch.testing.assert_close(split[0][key] - split[2]["target"][key], 1.8 * moved, rtol=1e-3, atol=1e-6)
     assert any((split[0][key] - value).abs().max() > 1e-4 for key, value in split[1].items())

@@ -1,4 +1,4 @@
-"""`torchrun` and `mpirun` without GPUs make one group of processes; the file of `accelerate config` changes nothing."""
+"""`torchrun` and `mpirun` without GPUs form one process group; the file of `accelerate config` changes nothing."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def assert_trained_by_two(out: Path) -> None:
     assert len(load_checkpoint(newest)[2]["ranks"]) == 2
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["pass"] for line in lines] == [2, 4, 6]
-    assert lines[-1]["epoch"] == round(3 * 2 * 16 / 1500, 4)  # three batches of both
+    assert lines[-1]["epoch"] == round(3 * 2 * 16 / 1500, 4)  # three batches of both processes
 
 
-def test_torchrun_on_cpus_makes_one_group(recipe: str, tmp_path: Path) -> None:
+def test_torchrun_on_cpus_forms_one_group(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "--"]
     run_module([*torchrun, "atdiff", "train", recipe, "--out", str(out)])
@@ -49,8 +49,8 @@ def test_torchrun_on_cpus_makes_one_group(recipe: str, tmp_path: Path) -> None:
     assert len(json.loads((out / "cells.json").read_text())) == 1
 
 
-def test_processes_of_mpirun_make_one_group(recipe: str, tmp_path: Path) -> None:
-    """As Open MPI starts them: by the variables that it sets."""
+def test_mpirun_processes_form_one_group(recipe: str, tmp_path: Path) -> None:
+    """Started with the environment variables that Open MPI sets."""
     out, port = tmp_path / "run", str(free_port())
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     command = [sys.executable, "-W", "ignore", "-m", "atdiff", "train", recipe, "--out", str(out)]
@@ -64,7 +64,7 @@ def test_processes_of_mpirun_make_one_group(recipe: str, tmp_path: Path) -> None
     assert_trained_by_two(out)
 
 
-def test_the_file_of_accelerate_config_changes_nothing(recipe: str, tmp_path: Path) -> None:
+def test_accelerate_config_file_changes_nothing(recipe: str, tmp_path: Path) -> None:
     settings = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1,
         "num_machines": 1, "mixed_precision": "bf16",

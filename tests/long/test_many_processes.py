@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Two processes (gloo, on the CPU) through the commands: the weights, images and figures of one, and a clear end."""
+"""Two processes (gloo, on the CPU) from the command line: results equal those of one process, and all end together."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from atdiff.pipelines.model import load_denoiser
 from atdiff.training.checkpoint import checkpoint_problem, latest_checkpoint, load_state
 
 
-def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -> None:
-    """Started without Accelerate, whose variables alone would make a group of CPUs."""
+def test_torchrun_without_a_gpu_matches_one_process(tmp_path: Path) -> None:
+    """Started without Accelerate, whose environment variables would form the CPU group by themselves."""
     arms = ["plain", "consecutive-accumulated", "consistency"]
     threads = torch.get_num_threads()
     processes.main(tmp_path / "one", arms)
@@ -55,7 +55,7 @@ def test_torchrun_without_a_gpu_has_the_weights_of_one_process(tmp_path: Path) -
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
-def test_split_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -> None:
+def test_sharded_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -> None:
     words = ["-m", "atdiff", "train", str(recipe), "--training.shard", "true", "--out"]
     for passes, folder in ((40, "whole"), (15, "parts"), (40, "parts")):
         code, error = ended(launch(*words, str(tmp_path / folder), "--training.passes", str(passes)))
@@ -68,7 +68,7 @@ def test_split_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -
     assert all(
         torch.equal(value, moments[1][name][key]) for name in moments[0] for key, value in moments[0][name].items()
     )
-    # And it is the run of processes that have whole weights, to rounding, with the same files.
+    # Up to rounding, it equals the unsharded run, with the same files.
     newest = latest_checkpoint(run / "checkpoints")
     assert newest is not None
     for name, value in read_checkpoint(newest)[0].items():
@@ -82,8 +82,8 @@ def test_split_weights_resume_exactly(recipe: Path, run: Path, tmp_path: Path) -
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_split_weights_may_be_compiled(recipe: Path, tmp_path: Path) -> None:
-    """The losses and weights are those without a compiler, to rounding; the files load without it."""
+def test_sharded_weights_can_be_compiled(recipe: Path, tmp_path: Path) -> None:
+    """The weights equal those without the compiler, up to rounding, and load without it."""
     words = ["-m", "atdiff", "train", str(recipe), "--training.shard", "true", "--training.passes", "12"]
     for compiled in ("true", "false"):
         out = str(tmp_path / compiled)
@@ -98,8 +98,8 @@ def test_split_weights_may_be_compiled(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not CAN_SHARD, reason="this torch splits weights on GPUs alone")
-def test_a_run_of_two_processes_is_resumed_by_four_and_by_one(tmp_path: Path) -> None:
-    """Each reads what those before it had, bit for bit, and the end is that of one process, to rounding."""
+def test_four_processes_and_one_resume_a_run_of_two(tmp_path: Path) -> None:
+    """Each loads the exact state of the previous processes, and the result equals one process, up to rounding."""
     arms = ["authors-full-sharded", "staggered-accumulated-sharded", "consistency-sharded"]
     threads = torch.get_num_threads()
     processes.main(tmp_path / "one", arms)
@@ -128,7 +128,7 @@ def test_a_run_of_two_processes_is_resumed_by_four_and_by_one(tmp_path: Path) ->
                 torch.testing.assert_close(value, one[part][name], rtol=0, atol=1e-6)
 
 
-def test_pictures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_world_size(run: Path, tmp_path: Path) -> None:
     words = ["-m", "atdiff", "sample", str(run), "--num", "20", "--steps", "5", "--batch-size", "8", "--out"]
     two = launch(*words, str(tmp_path / "two.npz"))
     subprocess.run([sys.executable, *words, str(tmp_path / "one.npz")], check=True)
@@ -139,7 +139,7 @@ def test_pictures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: 
     assert np.array_equal(*pictures)
 
 
-def test_figures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+def test_metrics_do_not_depend_on_world_size(run: Path, tmp_path: Path) -> None:
     words = ["-m", "atdiff", "evaluate", str(run), "--num", "600", "--steps", "3,5", "--search-num", "64"]
     words += ["--corrections", "none,epsilon-scaling:search", "--out"]
     code, error = ended(launch(*words, str(tmp_path / "two.json")))
@@ -154,14 +154,14 @@ def test_figures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: P
         assert first == second
 
 
-def test_other_commands_say_that_they_work_in_one_process(run: Path, tmp_path: Path) -> None:
+def test_single_process_commands_reject_a_launcher(run: Path, tmp_path: Path) -> None:
     _, error = ended(launch("-m", "atdiff", "mismatch", str(run), "--out", str(tmp_path / "out")))
     assert "`atdiff mismatch` runs in one process: start it without a launcher" in error
     assert not (tmp_path / "out").exists()
 
 
 def long_run(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a run of two processes that does not end by itself; return once it has saved."""
+    """Start an endless run of two processes; return once it has saved a checkpoint."""
     process = launch(
         "-m", "atdiff", "train", str(recipe), "--out", str(out), "--training.passes", "1000000",
         "--training.sample_every", "0",
@@ -174,7 +174,7 @@ def long_run(recipe: Path, out: Path) -> subprocess.Popen[str]:
     raise AssertionError("nothing was saved")
 
 
-def test_a_process_that_dies_ends_all_of_them(recipe: Path, tmp_path: Path) -> None:
+def test_all_processes_end_when_one_dies(recipe: Path, tmp_path: Path) -> None:
     process = long_run(recipe, tmp_path / "run")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_a_process_that_dies_ends_all_of_them(recipe: Path, tmp_path: Path) -> N
     assert checkpoint_problem(newest) is None
 
 
-def test_sigterm_stops_all_at_the_same_pass(recipe: Path, tmp_path: Path) -> None:
+def test_sigterm_stops_all_processes_at_the_same_pass(recipe: Path, tmp_path: Path) -> None:
     process = long_run(recipe, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     _, error = ended(process)
@@ -199,15 +199,15 @@ def test_sigterm_stops_all_at_the_same_pass(recipe: Path, tmp_path: Path) -> Non
     assert len(load_state(newest)["ranks"]) == 2
 
 
-def test_the_command_trains_in_two_processes(run: Path) -> None:
+def test_train_command_runs_in_two_processes(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "samples", "pipeline"}  # fmt: skip
     assert len(list((run / "samples").glob("*.png"))) == 2
     assert not list(run.rglob(".*"))
 
 
-def test_two_processes_share_the_pairs_of_reflow(tmp_path: Path) -> None:
-    """Half of the batch each: the same pairs, to rounding, for the same charge: ceil(40 * 5 / (3 * 16)) passes."""
+def test_two_processes_share_the_reflow_pairs(tmp_path: Path) -> None:
+    """Half of the batch each: the same pairs, up to rounding, for the same ceil(40 * 5 / (3 * 16)) passes."""
     small = {
         "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
         "scheduler": {"name": "FlowMatchEulerDiscreteScheduler"},

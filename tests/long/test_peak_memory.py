@@ -1,4 +1,4 @@
-"""Peak memory of data that grow."""
+"""Peak memory as the data grow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(data.images.numel(), peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted otherwise elsewhere")
 def test_peak_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """Decoding, fingerprint, batches and a walk over all images, of 30 MB and of 240 MB."""
+    """Decoding, fingerprint, random batches and a pass over all images, for 30 MB and 240 MB."""
     found = []
     for count in (2_500, 20_000):
         file, block = tmp_path / f"{count}.npz", np.random.default_rng(0).integers(0, 256, (500, 64, 64, 3), np.uint8)
