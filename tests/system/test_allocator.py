@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""The process keeps freed memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
-def test_what_a_large_tensor_frees_is_kept() -> None:
+def test_freed_memory_is_kept() -> None:
     kept, given_back = (
         float(subprocess.run([sys.executable, "-c", CODE, word], check=True, capture_output=True, text=True).stdout)
         for word in ("keep", "leave")
@@ -35,7 +35,7 @@ def test_what_a_large_tensor_frees_is_kept() -> None:
     assert given_back < 4
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
     from atdiff.system.allocator import keep_freed_memory

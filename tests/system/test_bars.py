@@ -1,4 +1,4 @@
-"""Bars as a notebook shows them."""
+"""Progress bars in a notebook."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atdiff.system.progress import Bars
 
 
 class Output:
-    """What rich asks of the widget that holds a bar."""
+    """The part of ipywidgets.Output that rich uses."""
 
     def __enter__(self) -> Output:
         return self
@@ -25,7 +25,7 @@ class Output:
     def clear_output(self, **options: object) -> None: ...
 
 
-def test_a_bar_in_a_notebook_ends_where_the_work_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_bar_ends_at_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
 
     class Seen(MofNCompleteColumn):

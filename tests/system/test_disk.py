@@ -1,4 +1,4 @@
-"""A disk that fills up or becomes read-only, and data that vanish: a sentence, and the last good checkpoint intact."""
+"""A full or read-only disk, or missing data, gives a one-line error and keeps the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "args": {"width": 16, "num_blocks": 1}},
     "training": {"passes": 12, "batch_size": 8, "log_every": 2, "checkpoint_every": 4, "sample_every": 5},
 }
-WRITES: dict[str, tuple[Any, str, int]] = {  # what writes a file while a run works, and how often before the disk fails
+WRITES: dict[str, tuple[Any, str, int]] = {  # what a run writes, and how many writes succeed before the disk fails
     "the log": (MetricsLog, "append", 3),
     "a checkpoint": (checkpoint, "save_file", 3),
     "a manifest": (checkpoint, "write_json", 1),
@@ -46,7 +46,7 @@ def weights(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=["full", "read-only", "denied"])
 @pytest.mark.parametrize("what", WRITES)
-def test_a_disk_that_fails_ends_the_run_and_the_same_command_goes_on(
+def test_disk_error_ends_the_run_and_the_same_command_resumes(
     what: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("whole", "failed"):
@@ -77,7 +77,7 @@ def test_a_disk_that_fails_ends_the_run_and_the_same_command_goes_on(
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_data_that_changed_since_are_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_does_not_resume_on_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     for number in range(9):
         Image.new("L", (8, 8), 20 * number).save(tmp_path / "images" / f"{number}.png")

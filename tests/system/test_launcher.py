@@ -1,6 +1,6 @@
-"""What a launcher leaves in the environment never changes a recipe: the recipe wins and says so, or the run refuses.
+"""The environment of a launcher never changes a recipe: the recipe wins with a warning, or the run is rejected.
 
-`tests/long/test_launchers.py` starts the launchers themselves.
+`tests/long/test_launchers.py` starts real launchers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def assert_same(one: Path, other: Path) -> None:
         ("ACCELERATE_DEBUG_MODE", "true", None),
     ],
 )
-def test_the_recipe_wins_and_says_so(
+def test_recipe_overrides_the_launcher_with_a_warning(
     recipe: str,
     tmp_path: Path,
     name: str,
@@ -75,7 +75,7 @@ def test_the_recipe_wins_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_what_would_split_the_weights_is_refused(
+def test_sharding_by_the_launcher_is_rejected(
     recipe: str, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -86,7 +86,7 @@ def test_what_would_split_the_weights_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_launcher_chooses_the_device_and_fp16_is_refused_there(
+def test_launcher_sets_the_device_and_fp16_needs_a_gpu(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -101,7 +101,7 @@ def test_the_launcher_chooses_the_device_and_fp16_is_refused_there(
     assert "ACCELERATE_USE_CPU=perhaps must be true or false" in capsys.readouterr().err
 
 
-def test_mpirun_on_several_machines_must_say_which_is_the_first(
+def test_mpirun_on_several_machines_needs_a_master_address(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "2")):

@@ -1,4 +1,4 @@
-"""One writer a folder or file: a second one is told who the first is, and nothing that is left behind blocks."""
+"""One writer per folder or file: a second one gets an error that names the first, and stale locks do not block."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def recipe(tmp_path: Path) -> str:
     return str(tmp_path / "r.yaml")
 
 
-def started(*words: str, until: Path) -> subprocess.Popen[str]:
-    """Start a command that does not end by itself; return once a file is there."""
+def start(*words: str, until: Path) -> subprocess.Popen[str]:
+    """Start an endless command; return once a file exists."""
     command = [sys.executable, "-W", "ignore", "-m", "atdiff", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -49,19 +49,17 @@ def started(*words: str, until: Path) -> subprocess.Popen[str]:
     raise AssertionError(process.communicate()[1])
 
 
-def test_a_second_run_in_a_folder_is_told_of_the_first(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_second_run_in_a_folder_is_rejected(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     words = ["train", recipe, "--out", str(out)]
-    first = started(*words, until=out / "metrics.jsonl")
+    first = start(*words, until=out / "metrics.jsonl")
     try:
         assert main(words) == 2
         error = capsys.readouterr().err
         assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 2" in error
         assert error.strip().endswith("wait until it has ended, or choose another --out.")
         assert main(["study", recipe, "--out", str(out)]) == 2
-        # A process that was killed holds nothing, though what it leaves is there.
+        # A killed process leaves its lock file but holds no lock.
         first.kill()
         first.wait()
         assert (out / LOCK).exists()
@@ -75,10 +73,10 @@ def test_a_second_run_in_a_folder_is_told_of_the_first(
         first.kill()
 
 
-def test_a_run_that_is_killed_before_it_wrote_anything_blocks_nothing(recipe: str, tmp_path: Path) -> None:
+def test_stale_lock_does_not_block_a_run(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    # Also of a machine that is gone, and of a process whose number another one has now.
+    # A lock of another host, with a pid that is in use here.
     (out / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere", "since": "2020-01-01 00:00:00"}))
     assert main(["train", recipe, "--out", str(out), "--training.passes", "2"]) == 0
     assert not (out / LOCK).exists()
@@ -91,7 +89,7 @@ def hold(lock: Path, seconds: float, held: Any) -> None:
 
 
 def hold_in_turn(orders: Connection) -> None:
-    """Hold each lock that is named, until the next word comes."""
+    """Hold each received lock until the next message."""
     for lock in iter(orders.recv, None):
         with writing(lock, lock.parent):
             orders.send("held")
@@ -100,7 +98,7 @@ def hold_in_turn(orders: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def holder() -> Iterator[tuple[int, Connection]]:
-    """A process that holds locks: its number, and the way to tell it which."""
+    """A process that holds locks: its pid, and the pipe that takes the locks to hold."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=hold_in_turn, args=(theirs,))
@@ -127,8 +125,8 @@ def add_many(first: int, out: Path) -> None:
                 continue
 
 
-def test_writers_of_one_file_lose_nothing_of_each_other(tmp_path: Path) -> None:
-    """Three processes add ten numbers each, read, wait and write; a lost one would be missed."""
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
+    """Three processes add ten numbers each by reading, waiting and writing; none may be lost."""
     out, context = tmp_path / "new" / "cells.json", multiprocessing.get_context("spawn")
     out.parent.mkdir()
     workers = [context.Process(target=add_many, args=(10 * i, out)) for i in range(3)]
@@ -142,7 +140,7 @@ def test_writers_of_one_file_lose_nothing_of_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_lock_goes_with_its_process(number: signal.Signals, tmp_path: Path) -> None:
+def test_lock_ends_with_its_process(number: signal.Signals, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held = context.Event()
     process = context.Process(target=hold, args=(tmp_path / LOCK, 600.0, held))
@@ -157,14 +155,14 @@ def test_a_lock_goes_with_its_process(number: signal.Signals, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_written_leaves_no_folder(tmp_path: Path) -> None:
+def test_unused_output_folder_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     with writing(folder / LOCK, folder):
         assert (folder / LOCK).exists()
     assert not list(tmp_path.iterdir())
 
 
-def test_where_nothing_can_be_locked_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_locks_give_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(descriptor: int, operation: int) -> None:
         raise OSError(37, "No locks available")
 
@@ -185,7 +183,7 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path: Path, monkeypatch: pyt
         ["study", "quickstart", "--out", "OUT"],
     ],
 )
-def test_every_command_that_adds_to_its_output_has_it_alone(
+def test_commands_lock_their_output(
     words: list[str],
     recipe: str,
     holder: tuple[int, Connection],

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (arguments that are called as the imported fixtures)
-"""Nothing is asked of the network at import; `tests/long/test_offline_quickstart.py` has the quickstart."""
+"""Importing makes no network requests; `tests/long/test_offline_quickstart.py` tests the quickstart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ for module in pkgutil.walk_packages(atdiff.__path__, "atdiff."):
 """
 
 
-def test_nothing_is_asked_of_the_network_at_import(spied: tuple[Run, Path]) -> None:
+def test_import_makes_no_network_requests(spied: tuple[Run, Path]) -> None:
     run, log = spied
     imported = run("-c", ALL)
     assert imported.returncode == 0, imported.stderr

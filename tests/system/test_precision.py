@@ -1,4 +1,4 @@
-"""bfloat16 is used where a device has it, and users are told before a run where it would slow them down."""
+"""bfloat16 is used where the device supports it, with a warning where it would be slow."""
 
 from __future__ import annotations
 
@@ -31,59 +31,59 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return bool(request.param)
 
 
-def run_in(name: str) -> TrainConfig:
+def config_in(name: str) -> TrainConfig:
     config = TrainConfig()
     config.training.precision = name  # type: ignore[assignment]
     return config
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86")
-def test_it_is_emulated_below_avx512() -> None:
+def test_bf16_is_emulated_below_avx512() -> None:
     assert precision.emulates_bf16("cpu") == (torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"))
 
 
-def test_a_torch_without_onednn_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_float32_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> bool:
-        raise AttributeError("_is_mkldnn_bf16_supported")  # as there
+        raise AttributeError("_is_mkldnn_bf16_supported")  # as in such builds
 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", missing)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert precision.settled_precision("auto", "cpu") == "no"
 
 
-def test_training_and_drawing_warn_by_the_setting_to_change(emulated: bool) -> None:
+def test_emulated_bf16_warning_names_the_setting(emulated: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for_machine(run_in("bf16"))
+        for_machine(config_in("bf16"))
         prepare_inference(nn.Linear(2, 2), precision="bf16", device="cpu")
-        for_machine(run_in("auto"))
-        for_machine(run_in("no"))
+        for_machine(config_in("auto"))
+        for_machine(config_in("no"))
     said = [f"{name}={SLOW} and slower than float32: use {name}=auto" for name in ("training.precision", "precision")]
     assert [str(one.message).partition(",")[0] for one in caught] == (said if emulated else [])
 
 
-def test_auto_is_what_is_native(emulated: bool) -> None:
+def test_auto_is_the_native_precision(emulated: bool) -> None:
     suits = "no" if emulated else "bf16"
-    assert for_machine(run_in("auto")).training.precision == suits
+    assert for_machine(config_in("auto")).training.precision == suits
     assert precision.settled_precision("auto", "cpu") == suits
-    assert [for_machine(run_in(name)).training.precision for name in ("no", "bf16")] == ["no", "bf16"]
+    assert [for_machine(config_in(name)).training.precision for name in ("no", "bf16")] == ["no", "bf16"]
 
 
-def test_the_cells_of_auto_are_those_of_what_it_stands_for(emulated: bool) -> None:
+def test_evaluation_resolves_auto_precision(emulated: bool) -> None:
     suits = "no" if emulated else "bf16"
     assert EvaluationConfig(("ddim",), (4,), precision="auto").precision == suits
 
 
 @pytest.mark.parametrize("begun", ["no", "bf16"])
-def test_a_run_resumes_in_the_precision_that_it_was_begun_in(begun: str, emulated: bool, tmp_path: Path) -> None:
-    open_run(tmp_path / "run", run_in(begun))
-    resumed = as_begun(run_in("auto"), tmp_path / "run")
+def test_run_resumes_in_its_original_precision(begun: str, emulated: bool, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", config_in(begun))
+    resumed = as_begun(config_in("auto"), tmp_path / "run")
     assert open_run(tmp_path / "run", resumed)
     assert for_machine(resumed).training.precision == begun
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["precision"] == begun
 
 
-def test_the_arms_of_a_study_have_one_precision_on_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_keeps_one_precision_across_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**RECIPE, "training": {"precision": "auto", "passes": 4}}))
 
     def precisions(*, emulated: bool) -> list[str]:
