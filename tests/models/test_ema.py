@@ -1,4 +1,4 @@
-"""The average of the weights is right at any length: its decay is warmed up, told, and exact when resumed."""
+"""The EMA fits runs of any length: its decay is warmed up, reported, and exact after resuming."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_passes(passes: int, **settings: Any) -> TrainConfig:
+def make_config(passes: int, **settings: Any) -> TrainConfig:
     content = {"data": {"name": "digits"}, "training": {"passes": passes, **settings}}
     config: TrainConfig = read_settings(TrainConfig, {**content, "adversary": {"method": "pgd", "passes": 2}})
     return config
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.999, False), (0.99, False), (0.999, True)])
-def test_the_share_of_the_start_is_what_the_average_keeps_of_it(decay: float, warmup: bool) -> None:
+def test_share_of_start_matches_the_average(decay: float, warmup: bool) -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
     average = EMA(network, decay, warmup=warmup)
     average.follow(network)
     nn.init.zeros_(network.weight)
-    for _ in range(500):  # of 2 passes each
+    for _ in range(500):  # 2 passes each
         average.update()
     left = average.module.weight.item()
-    config = of_passes(1000, ema_decay=decay, ema_warmup=warmup)
+    config = make_config(1000, ema_decay=decay, ema_warmup=warmup)
     assert share_of_start(asdict(config)) == pytest.approx(left, abs=1e-5)
 
 
@@ -69,18 +69,16 @@ def test_the_share_of_the_start_is_what_the_average_keeps_of_it(decay: float, wa
         (20, {"ema_decay": 0.999, "ema_warmup": False}, None),
     ],
 )
-def test_an_average_over_more_updates_than_a_run_makes_is_warned_of(
-    passes: int, settings: dict[str, Any], advice: str | None
-) -> None:
+def test_decay_too_long_for_the_run_gives_a_warning(passes: int, settings: dict[str, Any], advice: str | None) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for_machine(of_passes(passes, **settings))
+        for_machine(make_config(passes, **settings))
     said = [str(one.message) for one in caught]
     assert any(re.search(advice, one) for one in said) if advice else not any("ema_decay" in one for one in said)
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.4, 0.0])
-def test_the_warm_up_is_that_of_diffusers(decay: float) -> None:
+def test_warmup_matches_diffusers(decay: float) -> None:
     torch.manual_seed(0)
     network = nn.Linear(3, 4)
     ours, theirs = EMA(network, decay, warmup=True), EMAModel(network.parameters(), decay=decay)
@@ -94,7 +92,7 @@ def test_the_warm_up_is_that_of_diffusers(decay: float) -> None:
             torch.testing.assert_close(mine, expected)
 
 
-def test_without_it_the_decay_is_fixed() -> None:
+def test_decay_is_fixed_without_warmup() -> None:
     network = nn.Linear(1, 1)
     average, expected = EMA(network, 0.9), network.weight.clone()
     for _ in range(3):
@@ -121,10 +119,10 @@ def averages(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_run_averages_as_diffusers_would_and_resumes_exactly(
+def test_run_average_matches_diffusers_and_resumes_exactly(
     tmp_path: Path, arm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By hand, from the weights after every update."""
+    """Recompute the average with diffusers from the weights after every update."""
     words = ("--training.checkpoint_every", "1")
     seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
@@ -147,7 +145,7 @@ def test_a_run_averages_as_diffusers_would_and_resumes_exactly(
     updates = 3 if arm == "pgd" else PASSES
     assert expected is not None
     assert expected.optimization_step == updates
-    # The decay in effect is told, in the log, in figures and in the card.
+    # The log, the name of the weights and the card report the effective decay.
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["ema_decay"] for line in lines] == pytest.approx(
         [0.0, *((1 + n) / (10 + n) for n in range(1, updates))]
@@ -158,13 +156,13 @@ def test_a_run_averages_as_diffusers_would_and_resumes_exactly(
         "(EMA) with decay 0.999, warmed up as `(1 + n) / (10 + n)` after `n` updates; the last update used "
         f"{lines[-1]['ema_decay']:.4g}." in card
     )
-    # Stopped and resumed, it is the same.
+    # A resumed run has the same average.
     halves = train(tmp_path / "halves", arm, *words, "--training.passes", "3")
     halves = train(tmp_path / "halves", arm, *words)
     assert all(torch.equal(value, averages(halves)[name]) for name, value in averages(whole).items())
 
 
-def test_an_older_run_goes_on_with_the_fixed_decay_that_it_had(tmp_path: Path) -> None:
+def test_older_run_resumes_with_its_fixed_decay(tmp_path: Path) -> None:
     fixed = train(tmp_path / "fixed", "plain", "--training.ema_warmup", "false")
     assert load_denoiser(str(fixed)).weights_name == "EMA 0.999"
     older = train(tmp_path / "older", "plain", "--training.ema_warmup", "false", "--training.passes", "3")
@@ -173,7 +171,7 @@ def test_an_older_run_goes_on_with_the_fixed_decay_that_it_had(tmp_path: Path) -
     del stored["training"]["ema_warmup"]
     file.write_text(yaml.safe_dump(stored))
     assert load_denoiser(str(older)).weights_name == "EMA 0.999"
-    train(tmp_path / "older", "plain")  # whose recipe has the warm-up of today
+    train(tmp_path / "older", "plain")  # with today's default, the warm-up
     assert all(torch.equal(value, averages(older)[name]) for name, value in averages(fixed).items())
     assert "ema_warmup" not in yaml.safe_load(file.read_text())["training"], "or the same command would be refused"
     assert load_denoiser(str(older)).weights_name == "EMA 0.999"
@@ -181,7 +179,7 @@ def test_an_older_run_goes_on_with_the_fixed_decay_that_it_had(tmp_path: Path) -
     assert "(EMA) with decay 0.999.\n" in (older / "pipeline" / "README.md").read_text()
 
 
-def test_a_warmed_up_run_is_not_resumed_with_a_fixed_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warmed_up_run_does_not_resume_with_a_fixed_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", "plain")
     words = ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), "--arm", "plain"]
     assert main([*words, "--training.ema_warmup", "false"]) == 2

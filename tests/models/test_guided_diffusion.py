@@ -151,7 +151,7 @@ class Up(nn.Module):
 
 
 class Reference(nn.Module):
-    """guided-diffusion's U-Net from its description; modules are named as in its state dicts."""
+    """guided-diffusion's U-Net, written from its description; modules are named as in its state dicts."""
 
     def __init__(self, arch: dict[str, Any]) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Reference(nn.Module):
 
 
 def reference(arch: dict[str, Any], seed: int = 0) -> Reference:
-    """A reference with weights none of which is zero, in double precision."""
+    """Return a reference network with non-zero random weights, in double precision."""
     torch.manual_seed(seed)
     network = Reference(arch).double().eval()
     with torch.no_grad():
@@ -271,7 +271,7 @@ def golden() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_the_reference_reproduces_the_recorded_output(golden: dict[str, Any]) -> None:
+def test_reference_reproduces_the_recorded_output(golden: dict[str, Any]) -> None:
     network = Reference(golden["arch"]).eval()
     network.load_state_dict(read_adm_checkpoint(GOLDEN), strict=True)
     torch.testing.assert_close(network(golden["x"], golden["t"]), golden["out"], rtol=1e-5, atol=1e-5)
@@ -294,7 +294,7 @@ def test_import_reproduces_the_recorded_output(golden: dict[str, Any], source: s
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *BEYOND])
-def test_variants_equal_the_reference(name: str) -> None:
+def test_variants_match_the_reference(name: str) -> None:
     arch = SMALL | {**PLAIN, **BEYOND}[name]
     network = reference(arch)
     with torch.no_grad():
@@ -308,14 +308,14 @@ def test_variants_equal_the_reference(name: str) -> None:
     [{"use_new_attention_order": True}, {"num_head_channels": 32}, {"num_head_channels": -1, "num_heads": 1}],
     ids=str,
 )
-def test_heads_and_their_order_matter(change: dict[str, Any]) -> None:
+def test_wrong_heads_or_order_change_the_output(change: dict[str, Any]) -> None:
     network = reference(SMALL)
     right, wrong = converted_output(network, SMALL), converted_output(network, SMALL | change)
     assert (right - wrong).abs().max() > 1e-2 * right.abs().max()
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *BEYOND])
-def test_the_architecture_is_inferred_from_shapes(name: str) -> None:
+def test_architecture_is_inferred_from_shapes(name: str) -> None:
     arch = SMALL | {**PLAIN, **BEYOND}[name]
     if name == "attention_beyond_the_levels":
         arch["attention_resolutions"] = (2,)
@@ -398,7 +398,7 @@ def test_published_architectures_carry_their_betas(
         assert published_noise(adm_unet(**(arch | {"num_heads": 4, "num_head_channels": -1}))) == noise
 
 
-def test_the_cifar10_network_has_the_published_size() -> None:
+def test_cifar10_network_has_the_size_of_the_reference() -> None:
     with torch.device("meta"):
         weights = adm_unet(**ADM_CIFAR10).parameters()
         expected = Reference(ADM_CIFAR10).parameters()
@@ -414,7 +414,7 @@ def test_dropout_reaches_every_residual_block() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["class_conditional", "attention_at_every_level", *BEYOND])
-def test_a_saved_network_opens_with_the_same_output(name: str, tmp_path: Path) -> None:
+def test_saved_network_gives_the_same_output(name: str, tmp_path: Path) -> None:
     arch = SMALL | {**PLAIN, **BEYOND}[name]
     unet = adm_unet(**arch).eval()
     unet.load_state_dict(convert_state_dict(reference(arch).state_dict(), arch))
@@ -435,7 +435,7 @@ def test_plain_diffusers_opens_the_pipeline(golden: dict[str, Any], tmp_path: Pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BEYOND)
-def test_diffusers_opens_a_pipeline_beyond_its_own_network(name: str, tmp_path: Path) -> None:
+def test_diffusers_opens_pipelines_of_the_adm_class(name: str, tmp_path: Path) -> None:
     arch = SMALL | BEYOND[name]
     unet = adm_unet(**arch).eval()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
@@ -445,7 +445,7 @@ def test_diffusers_opens_a_pipeline_beyond_its_own_network(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors", ".npz"])
-def test_every_format_holds_the_same_weights(suffix: str, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_weights(suffix: str, tmp_path: Path) -> None:
     weights = {key: value.float() for key, value in reference(SMALL).state_dict().items()}
     path = tmp_path / f"adm{suffix}"
     if suffix == ".npz":
@@ -461,7 +461,7 @@ def test_every_format_holds_the_same_weights(suffix: str, tmp_path: Path) -> Non
     assert torch.equal(unet.conv_in.weight, weights["input_blocks.0.0.weight"])
 
 
-def test_num_heads_counts_when_it_is_the_override() -> None:
+def test_explicit_num_heads_overrides_head_channels() -> None:
     weights = reference(SMALL).state_dict()
     assert infer_arch(weights, num_heads=2)["num_head_channels"] == -1
     assert infer_arch(weights, num_heads=None)["num_head_channels"] == 64
@@ -469,7 +469,7 @@ def test_num_heads_counts_when_it_is_the_override() -> None:
 
 @pytest.mark.parametrize("key", ["middle_block.1.qkv.weight", "output_blocks.3.0.skip_connection.bias"])
 @pytest.mark.parametrize("fault", ["missing", "mis-shaped"])
-def test_a_wrong_key_is_named(key: str, fault: str) -> None:
+def test_missing_or_misshaped_key_is_named(key: str, fault: str) -> None:
     weights = reference(SMALL).state_dict()
     tensor = weights.pop(key)
     if fault == "mis-shaped":
@@ -478,7 +478,7 @@ def test_a_wrong_key_is_named(key: str, fault: str) -> None:
         convert_state_dict(weights, SMALL)
 
 
-def test_an_unexpected_key_is_named() -> None:
+def test_unexpected_key_is_named() -> None:
     weights = reference(SMALL).state_dict() | {"output_blocks.9.0.conv.weight": torch.zeros(1)}
     with pytest.raises(UserError, match=r"'output_blocks\.9\.0\.conv\.weight'.*no place"):
         convert_state_dict(weights, SMALL)
@@ -497,7 +497,7 @@ def test_an_unexpected_key_is_named() -> None:
     ],
     ids=str,
 )
-def test_another_architecture_is_refused(change: dict[str, Any]) -> None:
+def test_mismatched_architecture_is_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="The key '"):
         convert_state_dict(reference(SMALL).state_dict(), SMALL | change)
 
@@ -514,12 +514,12 @@ def test_another_architecture_is_refused(change: dict[str, Any]) -> None:
         ({"num_head_channels": -1, "num_heads": 0}, "num_heads=0"),
     ],
 )
-def test_an_architecture_that_cannot_be_built_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_architecture_is_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         adm_unet(**SMALL | change)
 
 
-def test_a_missing_argument_is_named() -> None:
+def test_missing_argument_is_named() -> None:
     with pytest.raises(UserError, match=r"missing.*'out_channels'"):
         adm_unet(**{key: value for key, value in SMALL.items() if key != "out_channels"})
 
@@ -537,7 +537,7 @@ def test_a_missing_argument_is_named() -> None:
         ("foreign.pt", {"conv.weight": torch.zeros(1)}, r"time_embed\.0\.weight"),
     ],
 )
-def test_an_unusable_file_is_refused(name: str, content: object, message: str, tmp_path: Path) -> None:
+def test_unusable_file_is_rejected(name: str, content: object, message: str, tmp_path: Path) -> None:
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
@@ -546,14 +546,14 @@ def test_an_unusable_file_is_refused(name: str, content: object, message: str, t
         import_adm(tmp_path / name)
 
 
-def test_a_stored_architecture_that_is_no_dict_is_refused(tmp_path: Path) -> None:
+def test_stored_architecture_must_be_a_literal(tmp_path: Path) -> None:
     path = tmp_path / "adm.npz"
     np.savez(path, arch="__import__('os')", weight=np.zeros(1))
     with pytest.raises(UserError, match=r"'arch'.*Python literal"):
         import_adm(path)
 
 
-def test_a_truncated_checkpoint_is_refused() -> None:
+def test_truncated_checkpoint_is_rejected() -> None:
     weights = reference(SMALL | {"num_res_blocks": 2}).state_dict()
     kept = {key: value for key, value in weights.items() if not key.startswith("output_blocks.5.")}
     with pytest.raises(UserError, match="5 output blocks"):

@@ -1,4 +1,4 @@
-"""Networks that only draw: in another precision, compiled, and written while the next batch is drawn."""
+"""Networks for inference: in another precision, compiled, and writing images while the next batch is sampled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def network() -> UNet2DModel:
 
 
 @torch.no_grad()
-def test_bf16_is_that_of_autocast_with_float32_weights_and_outputs(network: UNet2DModel) -> None:
+def test_bf16_matches_autocast_with_float32_weights_and_outputs(network: UNet2DModel) -> None:
     x, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([10, 900])
     exact = network(x, timesteps).sample
     with torch.autocast("cpu", torch.bfloat16):
@@ -41,7 +41,7 @@ def test_bf16_is_that_of_autocast_with_float32_weights_and_outputs(network: UNet
 
 
 @torch.no_grad()
-def test_a_compiled_network_is_the_same_one() -> None:
+def test_compiled_network_gives_the_same_output() -> None:
     plain = MLP2DModel().eval()
     compiled = copy.deepcopy(plain)
     prepare_inference(compiled, compile=True)
@@ -51,12 +51,12 @@ def test_a_compiled_network_is_the_same_one() -> None:
 
 
 @pytest.mark.parametrize(("precision", "message"), [("half", "'half' is unknown; use one of no"), ("fp16", "a GPU")])
-def test_a_precision_that_cannot_be_is_refused(network: UNet2DModel, precision: str, message: str) -> None:
+def test_unsupported_precision_is_rejected(network: UNet2DModel, precision: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare_inference(network, precision=precision)
 
 
-def test_figures_in_bf16_are_cells_of_their_own(
+def test_bf16_metrics_have_their_own_cells(
     finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cells.json"
@@ -73,7 +73,7 @@ def test_figures_in_bf16_are_cells_of_their_own(
     assert len(json.loads(out.read_text())) == 2
 
 
-def test_batches_are_written_while_later_ones_are_drawn(tmp_path: Path) -> None:
+def test_batches_are_written_while_later_ones_are_sampled(tmp_path: Path) -> None:
     images = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
     written: list[int] = []
 
@@ -92,7 +92,7 @@ def test_batches_are_written_while_later_ones_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["new", "new.npz", "new.png"])
-def test_a_batch_that_fails_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_failed_batch_leaves_nothing(name: str, tmp_path: Path) -> None:
     def failing() -> Iterator[Tensor]:
         yield torch.zeros(2, 1, 8, 8)
         raise FloatingPointError("not finite")
