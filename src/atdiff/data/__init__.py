@@ -1,4 +1,4 @@
-"""Image data sets in memory or on the disk, and images with captions."""
+"""Image datasets in memory or on disk, with or without captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["CaptionedImages", "ImageData", "load_captioned", "load_data", "to_ui
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    # Imported when first asked for: options of the command line need no torch.
+    # Imported lazily: the options of the command line must not load torch.
     if name not in __all__:
         raise AttributeError(f"module 'atdiff.data' has no attribute {name!r}")
     home = "captions" if "aption" in name else "sources"

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one number of pixels, to the nearest of which each image is cropped."""
+"""Aspect-ratio buckets: sizes of about equal area; each image is cropped to the one nearest in aspect ratio."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Size = tuple[int, int]  # width and height, pixels
 
 
 class Frame(NamedTuple):
-    """How an image was resized and cropped, in pixels, as SDXL is told it.
+    """How an image was resized and cropped, in pixels: SDXL's size and crop conditioning.
 
     (`Podell et al., 2023 <https://arxiv.org/abs/2307.01952>`_, section 2.2)
 
     Attributes:
-        original: height and width before it was resized.
-        corner: rows and columns that were cropped off its top and left, after it was resized.
-        target: height and width of what is left.
+        original: height and width before resizing.
+        corner: rows cropped off the top and columns cropped off the left, after resizing.
+        target: height and width after cropping.
     """
 
     original: tuple[int, int]
@@ -29,17 +29,17 @@ class Frame(NamedTuple):
 
 
 def bucket_sizes(image_size: int, step: int, most: int | None = None) -> tuple[Size, ...]:
-    """Return the sizes of buckets, from the tallest to the widest.
+    """Return the bucket sizes, from the tallest to the widest.
 
-    Sides are multiples of ``step`` from half of ``image_size`` to its double; for each width the height is the largest
-    whose area is at most ``image_size`` squared, and the other way round. A square is among them. Of 512 and 64 these
+    Sides are multiples of ``step`` from half of ``image_size`` to twice that; for each width the height is the largest
+    that keeps the area at or below ``image_size`` squared, and vice versa. One bucket is a square. For 512 and 64 these
     are the buckets of NovelAI (`2022 <https://github.com/NovelAI/novelai-aspect-ratio-bucketing>`_) and of kohya's
     ``--resolution 512 --bucket_reso_steps 64``.
 
     Args:
-        image_size: pixels along a side of the square.
-        step: pixels, at most ``image_size``.
-        most: pixels that a side may have; None for no limit but the double.
+        image_size: side of the square, in pixels.
+        step: in pixels, at most ``image_size``.
+        most: longest side allowed, in pixels; None for twice ``image_size``.
     """
     assert 1 <= step <= image_size, (step, image_size)
     square = image_size // step * step
@@ -54,7 +54,7 @@ def bucket_sizes(image_size: int, step: int, most: int | None = None) -> tuple[S
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """Return the bucket of the nearest aspect ratio, by its logarithm, so that upright and lying images are alike."""
+    """Return the bucket nearest in log aspect ratio, which treats portrait and landscape images alike."""
     width, height = size
 
     def distance(bucket: Size) -> tuple[float, int]:
@@ -64,7 +64,7 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 
 def frame_of(size: Size, bucket: Size) -> Frame:
-    """Return how an image is framed that is resized to cover its bucket, and cropped to its middle."""
+    """Return the frame of an image that is resized to cover its bucket and centre-cropped."""
     width, height = bucket
     scale = max(width / size[0], height / size[1])
     left, top = round((size[0] * scale - width) / 2), round((size[1] * scale - height) / 2)
@@ -72,12 +72,12 @@ def frame_of(size: Size, bucket: Size) -> Frame:
 
 
 def bucket_counts(sizes: Iterable[Size], buckets: Sequence[Size]) -> Counter[Size]:
-    """Return how many images of these sizes each bucket has, of those that have any."""
+    """Return the number of images in each non-empty bucket."""
     return Counter(nearest_bucket(size, buckets) for size in sizes)
 
 
 def bucket_line(counts: Counter[Size]) -> str:
-    """Say in one line how many images each bucket has, from the tallest to the widest."""
+    """Format the number of images in each bucket as one line, from the tallest to the widest."""
     ordered = sorted(counts.items(), key=lambda item: item[0][0] / item[0][1])
     said = ", ".join(f"{width}x{height}: {count:,}" for (width, height), count in ordered)
     return f"{len(counts)} bucket{'s' * (len(counts) != 1)} (width x height: images): {said}"

@@ -1,4 +1,4 @@
-"""Images with captions, pair by pair: those of their own, or one caption per class."""
+"""Image-caption pairs, from the images' own captions or from one caption per class."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ __all__ = ["CaptionedImages", "StreamedImages", "UncaptionedError", "load_captio
 
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Pairs of an image and its caption, in a fixed order; images are decoded while iterating, each time anew.
+    """Image-caption pairs in a fixed order; each iteration decodes the images again.
 
-    Iterating yields the image, uint8 ``(C, H, W)``, and the caption. It passes over unreadable images, lists them in
-    ``unreadable`` and at the end refuses them or warns; without ``image_size`` it raises ``UserError`` at an image of
-    another size than the first.
+    Iterating yields each image, uint8 ``(C, H, W)``, and its caption. It skips unreadable images, lists them in
+    ``unreadable``, and at the end raises ``UserError`` or warns; without ``image_size`` it also raises ``UserError`` if
+    an image differs in size from the first.
 
     Attributes:
-        name: what the pairs are, for reports.
-        captions: of all pairs, in order, none of them empty.
-        raw: where the images are.
-        decoding: how they become pixels.
-        unreadable: what becomes of unreadable images, and which they were the last time.
-        classes: names, in the order of the labels, where the captions are those of the classes.
+        name: of the dataset, for reports.
+        captions: one per pair, in order, none empty.
+        raw: the undecoded images.
+        decoding: how they are decoded.
+        unreadable: how unreadable images are handled, and the ones found in the last iteration.
+        classes: class names in label order, if each caption is that of a class.
     """
 
     name: str
@@ -59,7 +59,7 @@ class CaptionedImages:
             yield torch.from_numpy(pixels), self.captions[i]
 
     def framed(self) -> Iterator[tuple[Tensor, str, Frame]]:
-        """Yield what iterating does, of any sizes, and how each image was cropped; from files alone."""
+        """Yield image, caption and crop of each pair, whatever the image sizes; only for images in files."""
         self.unreadable.found.clear()
         frames: list[Frame] = []
 
@@ -73,15 +73,15 @@ class CaptionedImages:
 
     @cached_property
     def sizes(self) -> list[Size]:
-        """Width and height of the images as their headers tell them, but for those that cannot be read."""
+        """Width and height of each readable image, from its header."""
         found = (header_size(source) for _, source in self.raw.items())
         return [size for size in found if size is not None]
 
     def _decode(self, source: Pixels) -> np.ndarray:
-        return source if isinstance(source, np.ndarray) else self.decoding(source)  # arrays have been decoded
+        return source if isinstance(source, np.ndarray) else self.decoding(source)  # arrays are already decoded
 
     def subset(self, indices: Sequence[int]) -> CaptionedImages:
-        """Return the pairs of these numbers, which ascend; no other image is decoded."""
+        """Return the pairs at these ascending indices; no other image is decoded."""
         wanted = frozenset(indices)
         some = RawImages(
             len(indices),
@@ -91,14 +91,14 @@ class CaptionedImages:
         return replace(self, captions=[self.captions[i] for i in indices], raw=some)
 
     def fingerprint(self) -> str:
-        """Return a hash of 16 hexadecimal digits that another image, caption, size or crop changes.
+        """Return a hash, 16 hexadecimal digits, of the images, captions, size and crop.
 
-        Files are told apart by name, time of change and content (:func:`atdiff.data.contents.content_hashes`), hub data
-        sets by what ``datasets`` calls their fingerprint, images in memory by their bytes.
+        Files are identified by name, mtime and content (:func:`atdiff.data.contents.content_hashes`), hub datasets by
+        their fingerprint in ``datasets``, and images in memory by their bytes.
         """
         how = self.decoding
         parts: tuple[object, ...] = (how.image_size, how.channels, how.crop, self.captions, self.raw.stamp())
-        if how.background is not None:  # None is what older versions did
+        if how.background is not None:  # older versions, whose hashes must not change, only knew None
             parts = (*parts, how.background)
         if how.buckets:
             parts = (*parts, how.buckets)
@@ -107,16 +107,16 @@ class CaptionedImages:
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """Pairs that are read one by one: how many there are, and their captions, is known once all have been read.
+    """Image-caption pairs read one by one; their number and captions are known only after a full pass.
 
-    Iterating does what it does for :class:`CaptionedImages`, and holds one image at a time.
+    Iterating works as for :class:`CaptionedImages`, with one image in memory at a time.
 
     Attributes:
-        name: what the pairs are, for reports.
-        stream: where they come from.
-        decoding: how they become pixels.
-        limit: the first so many of them; None for all.
-        unreadable: what becomes of unreadable images, and which they were the last time.
+        name: of the dataset, for reports.
+        stream: where the pairs come from.
+        decoding: how images are decoded.
+        limit: use only this many pairs, from the start; None for all.
+        unreadable: how unreadable images are handled, and the ones found in the last iteration.
     """
 
     name: str
@@ -142,7 +142,7 @@ class StreamedImages:
             yield torch.from_numpy(pixels), newest
 
     def fingerprint(self) -> str:
-        """Return a hash of 16 hexadecimal digits that another source, part of it, size or crop changes."""
+        """Return a hash, 16 hexadecimal digits, of the source, split, limit, size and crop."""
         parts = ("streamed", self.name, self.decoding, self.limit, self.stream.stamp())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -160,11 +160,11 @@ def stream_captioned(
     image_column: str | None = None,
     unreadable: Unreadable = "refuse",
 ) -> StreamedImages:
-    """Find the pairs of a data set as :func:`load_captioned` does, and read none of them.
+    """Find the pairs of a dataset as :func:`load_captioned` does, without reading any.
 
     Raises:
-        UserError: no such data, split or column, or data that are not streamed. A missing or empty caption, and a
-            damaged shard, are found while iterating.
+        UserError: no such data, split or column, or data that cannot be streamed. Missing or empty captions and damaged
+            shards are only detected while iterating.
     """
     _check_arguments(None, caption_column, limit)
     request = Request(name, split, image_column, None, caption_column, limit)
@@ -200,16 +200,16 @@ def load_captioned(
     labels: Collection[int] | None = None,
     buckets: Sequence[Size] = (),
 ) -> CaptionedImages:
-    """Find the pairs of a data set and read their captions, not yet their images; as :func:`atdiff.data.load_data`.
+    """Find the pairs of a dataset and read the captions, but no images; see also :func:`atdiff.data.load_data`.
 
     Args:
-        name: of data with captions, a column of them, or labels (see :mod:`atdiff.data.sources`).
-        captions: one per class, in the order of the labels, or one for all images; for data without any.
-        numbered: take the number of an image's class for its caption, in the place of ``captions``.
-        caption_column: of a table or of JSON; when None the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
-        limit: take only the first so many pairs.
-        classes: names of the classes in the order of ``captions``, where that is not the order of the labels.
-        labels: of the classes to keep, by number; None for all.
+        name: of a dataset with captions, a caption column, or labels (see :mod:`atdiff.data.sources`).
+        captions: one per class, in label order, or one for all images; for datasets without captions.
+        numbered: use each image's class number as its caption, instead of ``captions``.
+        caption_column: of a table or of JSON; by default the first of ``text``, ``caption``, ``TEXT`` and ``captions``.
+        limit: use only this many pairs, from the start.
+        classes: class names in the order of ``captions``, if that is not the label order.
+        labels: numbers of the classes to keep; None for all.
         buckets: see :class:`atdiff.data.images.Decoding`.
 
     Raises:
@@ -258,7 +258,7 @@ def _check_arguments(captions: Sequence[str] | None, caption_column: str | None,
 def _labelled(
     source: Source, request: Request, decoding: Decoding, unreadable: Unreadable, classes: Sequence[str] | None
 ) -> tuple[RawImages, np.ndarray | None, tuple[str, ...] | None]:
-    """Return the images, up to the limit, all labels, and the names of the classes, in the order that is given."""
+    """Return the images up to the limit, all labels, and the class names, in the order of ``classes`` if given."""
     if source.lazy and source.load:
         found, labels, names = source.load(request)
         assert isinstance(found, RawImages), found
@@ -286,7 +286,7 @@ def _labelled(
 def _class_captions(
     name: str, captions: Sequence[str] | None, labels: np.ndarray | None, names: Sequence[str] | None, count: int
 ) -> list[str]:
-    """Return the caption of each image: that of its class, or its number without ``captions``."""
+    """Return each image's caption: that of its class or, without ``captions``, the class number."""
     if labels is None and captions is not None and len(captions) == 1:  # as for DreamBooth
         return captions_of("captions", [("all images", captions[0])]) * count
     if labels is None:

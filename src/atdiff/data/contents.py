@@ -1,4 +1,4 @@
-"""Hashes of the contents of files, which are read again only where they may have changed."""
+"""Hashes of file contents; files are read again only if they may have changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atdiff.system.files import cache_folder, write_text
 
 __all__ = ["content_hash", "content_hashes"]
 
-# A file that is written to within the resolution of the clock after it was hashed looks as it did. (`Racy git
+# A file that changes within the clock's resolution after it was hashed looks unchanged. (`Racy git
 # <https://git-scm.com/docs/racy-git>`_)
 SETTLED_AFTER = 2.0  # seconds
 BLOCK = 1 << 22  # bytes
@@ -23,8 +23,8 @@ BLOCK = 1 << 22  # bytes
 def content_hashes(files: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file.
 
-    The cache keeps the hashes with size, times of change, and number of each file, as git's index does. The time of the
-    last change of any kind cannot be set back, so a file in the place of another of equal size and date is found.
+    The cache stores each hash with the file's size, mtime, ctime and inode number, as git's index does. A ctime cannot
+    be set back, so replacing a file with another of equal size and date is detected.
     """
     names = [str(file.absolute()) for file in files]
     place = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
@@ -36,7 +36,7 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
             known = loaded
     found: dict[str, list[object]] = {}
     for name in dict.fromkeys(names):
-        if not Path(name).exists():  # a link that leads nowhere: whoever reads it says so
+        if not Path(name).exists():  # a broken link, which its reader reports
             found[name] = [0, 0, 0, 0, "absent"]
             continue
         status = Path(name).stat()
@@ -46,7 +46,7 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
     if found != known:
         newest = time.time_ns() - int(SETTLED_AFTER * 1e9)
         settled = {name: one for name, one in found.items() if int(str(one[2])) < newest}
-        with contextlib.suppress(OSError, UserError):  # they are hashed again the next time
+        with contextlib.suppress(OSError, UserError):  # then they are hashed again next time
             write_text(memory, json.dumps(settled))
     return [str(found[name][-1]) for name in names]
 

@@ -1,4 +1,4 @@
-"""What a folder of latents and embeddings says of itself; without torch."""
+"""The record of a folder of latents and embeddings; does not import torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from atdiff.system.files import write_json
 __all__ = ["AGAIN", "RECORD", "EncodedRecord", "read_record"]
 
 RECORD = "encoded.json"
-FORMAT = 1  # of the record
+FORMAT = 1  # version of the record
 AGAIN = "copy the folder again, or encode the images again with `atdiff encode`"
 
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """What the images were, how they were read, and what encoded them.
+    """The images, the settings they were read with, and the encoders.
 
     Attributes:
         name: of the images, for reports.
-        data: the settings by which they were read, by the names of ``data`` of a recipe.
+        data: the settings they were read with, named as under ``data`` in a recipe.
         flip: whether the mirrored images were encoded too.
-        classes: names, in the order of the labels, where the captions are those of the classes.
-        encoders: what encoded them, by words for it.
+        classes: class names in label order, if each caption is that of a class.
+        encoders: what identifies the encoders, keyed by a description for messages.
         files: size in bytes and SHA-256 of each file.
-        format: of the record.
+        format: version of the record.
     """
 
     name: str
@@ -40,15 +40,15 @@ class EncodedRecord:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder."""
+        """Write the record into the folder."""
         write_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> EncodedRecord:
-    """Return what a folder says of itself.
+    """Read the record of a folder of latents.
 
     Raises:
-        UserError: it is no folder of latents, a newer version wrote it, or the record is damaged.
+        UserError: the folder has no record, the record is damaged, or a newer version wrote it.
     """
     file = folder / RECORD
     if not file.is_file():

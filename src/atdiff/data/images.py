@@ -1,4 +1,4 @@
-"""How images are decoded, and what becomes of those that cannot be."""
+"""Decoding of images, and handling of unreadable ones."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from atdiff.data.raw import Pixels, RawImages
 
 __all__ = ["CROPS", "WHITE", "Crop", "Decoding", "Unreadable", "UnreadableImages", "decoded", "header_size"]
 
-TURNED = 5  # the first of the EXIF orientations that lie on their side
-SHOWN = 5  # unreadable images that a message names; a run's data.json names all of them
+TURNED = 5  # EXIF orientations from here on swap width and height
+SHOWN = 5  # unreadable images listed in a message; a run's data.json lists all
 
 
 class _UnreadableError(Exception):
-    """One image cannot be read: why."""
+    """One image cannot be read; the message is the reason."""
 
 
 def _read_image(source: Path | io.BytesIO, background: str | None) -> Image.Image:
-    """Read an image as a viewer shows it, with 8 bits a value: 16 bits are scaled to 8."""
+    """Read an image as a viewer shows it, at 8 bits per value: 16 bits are scaled to 8."""
     try:
         with Image.open(source) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -52,18 +52,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if key is None:
         return grey
-    # One of the 65,536 greys is transparent, which 256 could not tell from its neighbours.
+    # Only one of the 65,536 greys is transparent; at 8 bits it would equal its neighbours.
     alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
 
 
 def _composed(image: Image.Image, background: str) -> Image.Image:
-    """Lay an image on a background, where it has transparency: an alpha channel, or a transparent colour."""
+    """Composite an image over a background if it has an alpha channel or a transparent colour."""
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image
     colour = ImageColor.getrgb(background)[:3]
     is_grey = image.mode in ("1", "L", "LA", "La") and len(set(colour)) == 1
-    if image.mode == "La":  # which knows no way but to LA
+    if image.mode == "La":  # PIL can convert La only to LA
         image = image.convert("LA")
     layer = image.convert("RGBA")
     composed = Image.alpha_composite(Image.new("RGBA", layer.size, (*colour, 255)), layer)
@@ -72,18 +72,18 @@ def _composed(image: Image.Image, background: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the bytes of an image become pixels.
+    """How images are decoded into pixels.
 
     Attributes:
-        image_size: centre-crop to a square and resize to this many pixels; as they are when None.
-        channels: 1 or 3, to convert to greyscale or RGB; as they are when None.
-        crop: ``"bicubic"``, antialiased, or ``"adm"``, halvings by a box filter before it.
-        background: what transparent pixels are composed on; None drops the transparency.
-        buckets: widths and heights, to the one of the nearest aspect ratio of which each image is cropped and resized,
-            in the place of the square; none for the square.
+        image_size: centre-crop to a square and resize to this many pixels; None keeps the size.
+        channels: 1 or 3, to convert to greyscale or RGB; None keeps them.
+        crop: ``"bicubic"``, antialiased, or ``"adm"``, box-filter halvings followed by bicubic.
+        background: colour to composite transparent pixels over; None drops the transparency.
+        buckets: widths and heights; each image is cropped and resized to the one nearest in aspect ratio, instead of to
+            a square. Empty for the square.
 
     Raises:
-        UserError: one of them is out of range.
+        UserError: an option is out of range.
     """
 
     image_size: int | None = None
@@ -110,14 +110,14 @@ class Decoding:
             ) from None
 
     def __call__(self, source: Pixels) -> np.ndarray:
-        """Return an image, uint8 ``(C, H, W)``, of a file, its content, or an array ``(H, W)`` or ``(H, W, 3)``."""
+        """Decode a file, its bytes, or an array ``(H, W)`` or ``(H, W, 3)`` to uint8 ``(C, H, W)``."""
         return self.framed(source)[0]
 
     def framed(self, source: Pixels) -> tuple[np.ndarray, Frame]:
-        """Return an image as when called, and how it was cropped: of no buckets as if it had been of its size."""
+        """Decode as :meth:`__call__` does, and return the crop too; without buckets, the output size acts as one."""
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else _read_image(source, self.background)
         mode = {1: "L", 3: "RGB"}.get(self.channels or 0, "L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-        if image.mode in ("La", "RGBa"):  # premultiplied, which converts to its own kind alone
+        if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL only converts to the straight-alpha mode
             image = image.convert(f"{image.mode[:-1]}A")
         image = image.convert(mode)
         size = image.size
@@ -130,13 +130,13 @@ class Decoding:
         return pixels, frame_of(size, image.size)
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
-        """Whether pixels of the shape ``(C, H, W)`` stay as they are."""
+        """Whether pixels of shape ``(C, H, W)`` stay unchanged."""
         size = self.image_size
         return (size is None or tuple(shape[1:]) == (size, size)) and self.channels in (None, shape[0])
 
 
 class UnreadableImages:
-    """The images of a data set that cannot be read, name and reason of each: to ``refuse``, or to ``skip``."""
+    """Name and reason of each unreadable image of a dataset, to ``refuse`` or to ``skip`` them."""
 
     def __init__(self, mode: Unreadable = "refuse") -> None:
         if mode not in get_args(Unreadable):
@@ -144,7 +144,7 @@ class UnreadableImages:
         self.mode, self.found = mode, list[tuple[str, str]]()
 
     def settle(self, source: str, total: int) -> None:
-        """Raise ``UserError`` or warn where there are any, of ``total`` images; that all are unreadable is an error."""
+        """Raise ``UserError`` or warn if any of ``total`` images is unreadable; always raise if all of them are."""
         if not self.found:
             return
         shown = "; ".join(f"{name} cannot be read as an image ({reason})" for name, reason in self.found[:SHOWN])
@@ -163,10 +163,10 @@ def decoded(
     *,
     mixed: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield place and pixels of the readable images of a data set, uint8 ``(C, H, W)``; at the end settle the others.
+    """Yield index and pixels, uint8 ``(C, H, W)``, of each readable image; at the end refuse or report the others.
 
     Raises:
-        UserError: an image is of another shape than the first, where they must not be ``mixed``, or unreadable.
+        UserError: an image differs in shape from the first, unless ``mixed``, or is unreadable.
     """
     first: tuple[str, tuple[int, ...]] | None = None
     total = 0
@@ -185,16 +185,16 @@ def decoded(
 
 
 def header_size(source: Pixels) -> Size | None:
-    """Return width and height of an image as a viewer shows it, from its header alone; None for an unreadable one."""
+    """Return an image's width and height as a viewer shows it, from its header alone; None if it is unreadable."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
     try:
         with Image.open(source) as opened:
-            # A PNG would be decoded whole to look for an orientation after its pixels, where nobody writes it.
+            # PIL would decode a whole PNG to look for an orientation after its pixels, where nobody writes it.
             told = opened.format != "PNG" or "exif" in opened.info
             turned = told and opened.getexif().get(ExifTags.Base.Orientation, 1) >= TURNED
             width, height = opened.size
-    except Exception:  # the decoders raise two dozen types; reading the pixels will say what is wrong
+    except Exception:  # the decoders raise two dozen types; decoding the pixels reports the reason
         return None
     return (height, width) if turned else (width, height)
 

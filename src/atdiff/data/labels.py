@@ -1,4 +1,4 @@
-"""Classes by name: in which order they are numbered, and labels of one numbering in another."""
+"""Classes by name: their label order, and conversion of labels from one order to another."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from atdiff.core.errors import UserError
 
 __all__ = ["class_line", "in_class_order", "numbered", "places_of", "renumbered"]
 
-SHOWN = 12  # classes that a line names
+SHOWN = 12  # classes listed in a line
 
 
 def in_class_order(names: Iterable[str]) -> list[str]:
-    """Return the names of classes in the order of their labels.
+    """Return class names in label order.
 
-    Numbers are ordered by value (0, 1, 2, 10), other names by code points like torchvision's ``ImageFolder``, but for
-    the numbers in them (``class2`` before ``class10``). Names equal so far (``1``, ``01``) are ordered as text.
+    Numbers are sorted by value (0, 1, 2, 10), other names by code point as in torchvision's ``ImageFolder``, except
+    that numbers within them count by value (``class2`` before ``class10``). Ties (``1``, ``01``) are sorted as text.
     """
     unique = sorted(set(names))
     if all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name) for name in unique):
         return sorted(unique, key=Decimal)
-    # Cut into text, number, text, ..., so that like is compared with like.
+    # Split into text, number, text, ..., so that text is compared with text and numbers with numbers.
     return sorted(unique, key=lambda name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))])
 
 
 def numbered(names: Sequence[str], classes: Sequence[str] | None, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return labels, int64 ``(N,)``, of images by the name of their class, and the classes; None for those in order."""
+    """Return the label of each image's class name, int64 ``(N,)``, and the classes, by default in label order."""
     own = in_class_order(names)
     label_of = {name: label for label, name in enumerate(own)}
     labels = np.array([label_of[name] for name in names], np.int64)
@@ -38,10 +38,10 @@ def numbered(names: Sequence[str], classes: Sequence[str] | None, what: str) -> 
 
 
 def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], what: str) -> np.ndarray:
-    """Return labels that count ``names``, int64 ``(N,)``, as labels that count ``classes``.
+    """Convert labels that index ``names``, int64 ``(N,)``, to labels that index ``classes``.
 
     Raises:
-        UserError: one of the images, ``what``, has a class that is not among ``classes``.
+        UserError: an image of the dataset, ``what``, has a class that is not in ``classes``.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     table = np.array([label_of.get(name, -1) for name in names], np.int64)
@@ -57,15 +57,15 @@ def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str],
 
 
 def places_of(labels: Collection[int], of_images: np.ndarray | None, what: str) -> np.ndarray:
-    """Return the places, int64 and ascending, of the images of some classes.
+    """Return the ascending indices, int64, of the images of some classes.
 
     Args:
         labels: of the classes.
-        of_images: the label of each image, ``(N,)``; None where they have none.
-        what: the images, for messages.
+        of_images: the label of each image, ``(N,)``; None if they have none.
+        what: name of the images, for messages.
 
     Raises:
-        UserError: they have no labels, or one of the classes has no image.
+        UserError: the images have no labels, or one of the classes has no image.
     """
     if of_images is None:
         raise UserError(f"{what} has no labels to choose from: leave out data.labels.")
@@ -82,7 +82,7 @@ def _listed(labels: Sequence[int]) -> str:
 
 
 def class_line(classes: Sequence[str]) -> str:
-    """Say in one line which label each class has; of many classes the first ones and the last."""
+    """Format the label of each class as one line; if there are many, only the first ones and the last."""
     said = [f"{label} = {name}" for label, name in enumerate(classes)]
     if len(said) > SHOWN:
         said = [*said[: SHOWN - 2], "...", said[-1]]

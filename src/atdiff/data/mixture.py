@@ -1,4 +1,4 @@
-"""Gaussian mixtures in the plane: data of known distribution, score and best denoiser."""
+"""Gaussian mixtures in the plane: data with known distribution, score and optimal denoiser."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ON_MODE = 3.0  # standard deviations
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A mixture of round Gaussians of one width; points are ``(N, 2)``, or as images ``(N, 2, 1, 1)``.
+    """A mixture of isotropic Gaussians of equal width; points are ``(N, 2)``, or ``(N, 2, 1, 1)`` as images.
 
     Attributes:
         means: of the modes, float64, ``(K, 2)``.
         std: of every mode, along each axis.
-        weights: of the modes, float64, ``(K,)``, positive, of sum 1.
+        weights: of the modes, float64, ``(K,)``, positive, summing to 1.
     """
 
     means: Tensor
@@ -60,7 +60,7 @@ class Mixture:
         """Return ``E[x0 | x_t]`` and ``E[noise | x_t]``, float64, each like ``x_t``.
 
         By Tweedie's formula (`Efron, 2011 <https://doi.org/10.1198/jasa.2011.tm11181>`_) the second is
-        ``-sigma score``; the first is taken from the posterior of the modes, not divided by alpha, which may be zero.
+        ``-sigma score``; the first comes from the posterior over modes, with no division by alpha, which may be zero.
         """
         mean, score = self._moments(x_t, alpha, sigma)
         alpha, sigma = (expand(s.double(), x_t) for s in (alpha, sigma))
@@ -79,20 +79,20 @@ class Mixture:
     def on_mode(self, points: Tensor) -> float:
         """Return the share of points within three standard deviations of a mode.
 
-        For the true distribution, of modes that lie apart, it is ``1 - exp(-4.5)``, 0.989; more where a sampler narrows
-        the modes. (`VEEGAN <https://arxiv.org/abs/1705.07761>`_, section 4.1, for the ring and the grid.)
+        For the true distribution with well-separated modes it is ``1 - exp(-4.5)``, 0.989; it is higher if a sampler
+        narrows the modes. (`VEEGAN <https://arxiv.org/abs/1705.07761>`_, section 4.1, for the ring and the grid.)
         """
         distances = torch.cdist(points.detach().cpu().double().flatten(1), self.means)
         return (distances.amin(dim=1) <= ON_MODE * self.std).double().mean().item()
 
 
 class ExactDenoiser(nn.Module):
-    """The denoiser that no network can beat: the conditional mean of what the scheduler says is predicted.
+    """The optimal denoiser: the conditional mean of the scheduler's prediction target.
 
-    It is called as an ``MLP2DModel`` is, so that every sampler takes it; all error of its samples is the sampler's.
+    It is called like an ``MLP2DModel``, so it works with every sampler; all error in its samples is the sampler's.
 
     Raises:
-        UserError: the scheduler is of EDM, or has an unknown prediction type.
+        UserError: the scheduler is an EDM one, or has an unknown prediction type.
     """
 
     def __init__(self, mixture: Mixture, scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
@@ -131,7 +131,7 @@ def _grid() -> Mixture:
 
 
 def _spiral() -> Mixture:
-    # Even in the squared radius, so about even along the arms; the outermost mode has a third of the first's weight.
+    # Evenly spaced in squared radius, so about evenly along the arms; the outermost weight is a third of the first.
     radii = torch.linspace(0.2**2, 0.8**2, 16, dtype=torch.float64).sqrt()
     angles = (radii - 0.2) * (2.0 * math.pi / 0.3)
     weights = torch.linspace(3.0, 1.0, 16, dtype=torch.float64)
@@ -144,22 +144,22 @@ def _even(count: int) -> Tensor:
 
 
 MIXTURES: dict[str, Mixture] = {"mixture-ring": _ring(), "mixture-grid": _grid(), "mixture-spiral": _spiral()}
-"""By the name of the data: 8 modes on a circle, 5 x 5 on a grid, 16 of falling weight on a spiral of two turns."""
+"""By dataset name: 8 modes on a circle, 5 x 5 on a grid, and 16 of decreasing weight on a spiral of two turns."""
 
 
 def mixture_of(name: str) -> Mixture | None:
-    """Return the mixture of a data set, named with or without its split (``"mixture-ring[train]"``), or None."""
+    """Return the mixture of a dataset, named with or without its split (``"mixture-ring[train]"``), or None."""
     return MIXTURES.get(name.split("[")[0])
 
 
 def draw_mixture(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Draw the points of one of :data:`MIXTURES`, the same each time: 50,000 ``train``, 10,000 ``test``, or ``all``.
+    """Draw points from one of :data:`MIXTURES` with a fixed seed: 50,000 ``train``, 10,000 ``test``, or ``all``.
 
     Returns:
         Points in [-1, 1], float32, ``(N, 2, 1, 1)``, and the mode of each, int64, ``(N,)``.
 
     Raises:
-        UserError: another split.
+        UserError: the split is not ``train``, ``test`` or ``all``.
     """
     chosen = chosen_split(split, {"train": ("train",), "test": ("test",), "all": ("train", "test")}, name)
     parts = [MIXTURES[name].sample(COUNTS[part], torch.Generator().manual_seed(SEEDS[part])) for part in chosen]
@@ -168,13 +168,13 @@ def draw_mixture(name: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def density_picture(points: Tensor, pixels: int = 96) -> Tensor:
-    """Plot points of [-1, 1]^2, ``(N, 2)`` or ``(N, 2, 1, 1)``: white where there is none, darker where there are more.
+    """Plot the density of points in [-1, 1]^2, ``(N, 2)`` or ``(N, 2, 1, 1)``: empty pixels white, dense ones dark.
 
-    The first coordinate is to the right, the second upwards. The image is float32 in [-1, 1], ``(1, pixels, pixels)``.
+    The first coordinate points right, the second up. The image is float32 in [-1, 1], ``(1, pixels, pixels)``.
     """
     cells = ((points.detach().cpu().flatten(1) + 1.0) * (pixels / 2)).long().clamp(0, pixels - 1)
     rows = pixels - 1 - cells[:, 1]
     counts = torch.bincount(rows * pixels + cells[:, 0], minlength=pixels * pixels).float()
-    # A single point stays visible among thousands: half of the way to black.
+    # Shades start halfway to black, so that a single point stays visible among thousands.
     shades = torch.where(counts > 0, 0.5 + 0.5 * counts / counts.max(), 0.0)
     return (1.0 - 2.0 * shades).view(1, pixels, pixels)

@@ -1,4 +1,4 @@
-"""The images of a source before they are decoded, and the files that they are in."""
+"""A source's images before decoding, and the files that store them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = [
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff", ".webp"})
 
-Pixels = np.ndarray | Path | io.BytesIO  # of an image: pixels (H, W) or (H, W, C), a file, or its content
-Item = tuple[str, Pixels]  # the name of an image, for messages, and where it is
+Pixels = np.ndarray | Path | io.BytesIO  # of one image: pixels (H, W) or (H, W, C), a file, or a file's bytes
+Item = tuple[str, Pixels]  # an image's name, for messages, and its pixels
 
 
 @dataclass(frozen=True, eq=False)
 class RawImages:
-    """The images of a source, in order, before they are decoded; read only while iterating, and anew each time.
+    """A source's undecoded images, in order; each iteration reads them again, and nothing else does.
 
     Attributes:
-        count: images.
-        items: iterates over them.
-        stamp: returns what changes with any of them; empty for images that are made rather than stored.
-        files: the image files, or those that hold the ``blocks``.
-        shape: ``(C, H, W)`` of images in blocks.
-        blocks: reads images that files hold as bytes, in order, as uint8 ``(any number, C, H, W)``.
+        count: number of images.
+        items: iterates over the images.
+        stamp: returns a string that changes if any image changes; empty for images that are generated, not stored.
+        files: the image files, or the files that hold the ``blocks``.
+        shape: ``(C, H, W)`` of the images in ``blocks``.
+        blocks: yields images that files store as raw bytes, in order, as uint8 ``(any number, C, H, W)``.
     """
 
     count: int
@@ -47,7 +47,7 @@ class RawImages:
 
 
 def raw_files(folder: Path, files: Sequence[Path]) -> RawImages:
-    """Return the images of files below a folder, which may move."""
+    """Return the images in files below a folder; moving the folder does not change their stamp."""
     return RawImages(
         len(files), lambda: ((str(file), file) for file in files), lambda: repr(file_stamps(files, folder)), files
     )
@@ -56,7 +56,7 @@ def raw_files(folder: Path, files: Sequence[Path]) -> RawImages:
 def raw_arrays(
     count: int, shape: tuple[int, ...], blocks: Callable[[], Iterator[np.ndarray]], files: Sequence[Path]
 ) -> RawImages:
-    """Return images that files hold as bytes; see :class:`RawImages`."""
+    """Return images that files store as raw bytes; see :class:`RawImages`."""
 
     def items() -> Iterator[Item]:
         images = (image for block in blocks() for image in block)
@@ -66,7 +66,7 @@ def raw_arrays(
 
 
 def file_stamps(files: Sequence[Path], folder: Path) -> list[tuple[str, int, int, str]]:
-    """Return name, size, time of change and content of files; of a link those of what it leads to."""
+    """Return the relative path, size, mtime and content hash of each file, following links."""
     stamps = zip(files, map(file_status, files), content_hashes(files), strict=True)
     return [
         (os.path.relpath(file, folder), status.st_size, status.st_mtime_ns, content) for file, status, content in stamps
@@ -74,15 +74,15 @@ def file_stamps(files: Sequence[Path], folder: Path) -> list[tuple[str, int, int
 
 
 def file_status(file: Path) -> os.stat_result:
-    """Return the status of a file; of a link that of what it leads to, or its own where that is nothing."""
+    """Return a file's status, following links; for a broken link, the status of the link itself."""
     return file.stat() if file.exists() else file.lstat()
 
 
 def files_below(folder: Path, suffixes: frozenset[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the visible files of these suffixes, in any order, through links to files and to folders.
+    """Yield the visible files with these suffixes, in no particular order, following links to files and folders.
 
-    A link that leads nowhere is yielded where it may have been one of the files or a folder of them, so that whoever
-    reads it finds it broken. A link to one of the folders ``above``, in which it lies, is passed over.
+    A broken link is yielded if it may have pointed to such a file or a folder, so that its reader reports it. A link
+    back to one of the enclosing folders, ``above``, is skipped.
 
     Raises:
         UserError: a folder cannot be read.

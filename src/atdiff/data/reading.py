@@ -1,4 +1,4 @@
-"""How reference images are read where that is not as in training; without heavy imports."""
+"""Options to read reference images differently from the training images; without heavy imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["AS_TRAINED", "DataOptions"]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How reference images are read, as in :func:`atdiff.data.load_captioned`; None for as in training."""
+    """How reference images are read, as in :func:`atdiff.data.load_captioned`; None means as in training."""
 
     split: str | None = None
     image_size: int | None = None
@@ -27,7 +27,7 @@ class DataOptions:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The options that are not as in training."""
+        """The options that differ from training."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Where decoded images are held: in memory, or, if they take too much of it, in a file mapped from the disk."""
+"""Storage of decoded images: in memory or, if they take too much of it, in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ from atdiff.system.memory import address_space_left, memory_left, processes_here
 
 __all__ = ["Held", "Mapped", "hold"]
 
-MEMORY_SHARE = 0.5  # of what is left: images beyond it are mapped
-DECODED_ONCE = 10_000  # images; so many take seconds to decode
-FORMAT = 1  # of the folder; older ones are made anew
+MEMORY_SHARE = 0.5  # of free memory; larger datasets are memory-mapped
+DECODED_ONCE = 10_000  # images; this many take seconds to decode
+FORMAT = 1  # version of the cache folder; older ones are rebuilt
 PIXELS, MANIFEST = "pixels.bin", "manifest.json"
 
-# Images as they are decoded: their places in the source, and uint8 (n, C, H, W).
+# Batches of decoded images: their indices in the source, and uint8 (n, C, H, W).
 Chunks = Iterator[tuple[Sequence[int], np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """Images in a file of the cache, uint8 ``(N, C, H, W)``, which are read as they are asked for."""
+    """Images in a memory-mapped file in the cache, uint8 ``(N, C, H, W)``, read on demand."""
 
     folder: Path
     pixels: np.memmap
 
     def tensor(self) -> Tensor:
-        """Return the images, which must not be written to."""
-        with warnings.catch_warnings():  # of torch, that they must not
+        """Return the images, which must not be modified."""
+        with warnings.catch_warnings():  # torch warns that the array is read-only
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(self.pixels)
 
     def release(self) -> None:
-        """Give back the memory of what has been read; the system keeps it while nothing else needs the room."""
+        """Release the pages that have been read; the OS keeps them cached until it needs the memory."""
         mapping = self.pixels._mmap  # type: ignore[attr-defined]
         if hasattr(mapping, "madvise"):
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self, labels: Tensor | None) -> str:
-        """Return the fingerprint of images and labels, which is computed once and kept beside the images."""
+        """Return the fingerprint of images and labels, computed once and stored next to the images."""
         others = {} if labels is None else {"labels": labels}
         file = self.folder / f"fingerprint-{fingerprint(others)[:16]}.txt"
         if file.is_file():
             return file.read_text().strip()
         found = fingerprint({"images": self.tensor(), **others}, after_block=self.release)
-        with contextlib.suppress(OSError, UserError):  # where the cache is another's; it is computed again next time
+        with contextlib.suppress(OSError, UserError):  # another user's cache; recomputed next time
             write_text(file, f"{found}\n")
         return found
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Decoded images, uint8 ``(N, C, H, W)``, their places in the source, and the file that they are in, if any."""
+    """Decoded images, uint8 ``(N, C, H, W)``, their indices in the source, and their memory-mapped file, if any."""
 
     images: Tensor
     kept: list[int]
@@ -78,22 +78,22 @@ class Held:
 def hold(
     chunks: Callable[[], Chunks], count: int, *, name: str, key: str, bad: UnreadableImages, is_slow: bool = False
 ) -> Held:
-    """Decode images into memory or, beyond a share of what is left of it, into the cache, where they may be already.
+    """Decode images into memory or, if they exceed a share of free memory, into the cache, unless it has them already.
 
     Args:
-        chunks: decodes them and settles the unreadable ones; not called where the cache has them.
-        count: images of the source, unreadable ones included.
+        chunks: decodes the images and refuses or reports unreadable ones; not called if the cache has the images.
+        count: number of images in the source, including unreadable ones.
         name: of the source, for messages.
-        key: what the bytes depend on; empty where they are to stay in memory.
-        bad: the images that could not be read; filled from the cache too.
-        is_slow: whether decoding takes time, so that many images go into the cache for the next process too.
+        key: cache key, everything that the decoded bytes depend on; empty to keep them in memory.
+        bad: collects the unreadable images, also from the cache.
+        is_slow: whether decoding is slow, so that large datasets are also cached for the next process.
 
     Raises:
-        UserError: of unreadable images; or the disk, the address space or the cache do not take the others.
+        UserError: images are unreadable, or the disk, the address space or the cache cannot hold the others.
     """
     place = cache_folder() / "images" / hashlib.sha256(repr((FORMAT, key)).encode()).hexdigest()[:16]
     if key and (place.exists() or place.with_suffix(".lock").exists()):
-        with _lock(place):  # of a process that is writing it
+        with _lock(place):  # waits for a process that is writing it
             found = _open(place, bad)
         if found is not None:
             bad.settle(name, count)
@@ -105,7 +105,7 @@ def hold(
     decoded, shape = itertools.chain([first], decoded), first[1].shape[1:]
     size = count * int(np.prod(shape))
     if not key or size <= MEMORY_SHARE * memory_left() / processes_here():
-        out, kept = np.empty((count, *shape), np.uint8), list[int]()  # filled in place: memory peaks at its size
+        out, kept = np.empty((count, *shape), np.uint8), list[int]()  # filled in place, so memory peaks at its size
         for places, pixels in decoded:
             out[len(kept) : len(kept) + len(pixels)] = pixels
             kept.extend(places)
@@ -115,7 +115,7 @@ def hold(
     _check_room(place, size, f"the {count:,} images of {name}, {_gigabytes(size)} once decoded,")
     with _lock(place):
         found = _open(place, bad)
-        if found is not None:  # another process has come first
+        if found is not None:  # another process was first
             bad.settle(name, count)
             return found
         _write(place, shape, decoded, bad)
@@ -125,7 +125,7 @@ def hold(
 
 
 def _keep(place: Path, images: np.ndarray, kept: list[int], bad: UnreadableImages) -> None:
-    """Put images that are in memory into the cache, where it takes them."""
+    """Write images that are in memory to the cache, if it has room."""
     with contextlib.suppress(UserError):
         _check_room(place, images.nbytes, "the images")
         with _lock(place):
@@ -138,7 +138,7 @@ def _gigabytes(size: int) -> str:
 
 
 def _check_room(place: Path, size: int, what: str) -> None:
-    """Refuse, before it is written, what the disk cannot take or this process cannot map."""
+    """Raise ``UserError``, before writing, if the disk or this process's address space is too small."""
     if size > address_space_left():
         raise UserError(
             f"{what} exceed the address space of this process, which can map {_gigabytes(address_space_left())} "
@@ -172,7 +172,7 @@ def _write(place: Path, shape: tuple[int, ...], decoded: Chunks, bad: Unreadable
         remove_leftovers(place)
         with written_aside(place) as partial:
             partial.mkdir()
-            # Not through a map, at which a full disk would end the process without a word.
+            # Not through a memory map: a full disk would kill the process without an error message.
             with (partial / PIXELS).open("wb") as file:
                 for places, pixels in decoded:
                     file.write(np.ascontiguousarray(pixels).data)
@@ -186,7 +186,7 @@ def _write(place: Path, shape: tuple[int, ...], decoded: Chunks, bad: Unreadable
 
 
 def _open(place: Path, bad: UnreadableImages) -> Held | None:
-    """Map what the cache has; None where that is nothing or damaged."""
+    """Memory-map the cached images; None if they are missing or damaged."""
     if not place.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Captions as files and tables hold them."""
+"""Parsing of captions from files and tables."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = [
     "TEXT_COLUMNS", "UncaptionedError", "caption_column", "captions_of", "json_object", "missing_captions", "utf8",
 ]  # fmt: skip
 
-TEXT_COLUMNS = ("text", "caption", "TEXT", "captions")  # the first of them that a data set has
+TEXT_COLUMNS = ("text", "caption", "TEXT", "captions")  # in order of preference
 
 
 class UncaptionedError(UserError):
-    """Images have no captions of their own."""
+    """The images have no captions of their own."""
 
 
 def captions_of(name: object, cells: Iterable[tuple[str, Any]]) -> list[str]:
-    """Return captions from the name of each image and what was read; a missing or empty one is a ``UserError``."""
+    """Return the captions in ``(image name, raw value)`` cells; a missing or empty one raises ``UserError``."""
     texts: list[str] = []
     missing: list[str] = []
     for image, cell in cells:
@@ -41,7 +41,7 @@ def captions_of(name: object, cells: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def missing_captions(name: object, missing: Sequence[str], count: int) -> UserError:
-    """Return what to say of images without a caption among ``count``."""
+    """Return the error for the images, of ``count`` in all, that have no caption."""
     return UserError(
         f"{len(missing)} of the {count} images of {name} have no caption, the first of them {missing[0]}: write one "
         "for each, or remove them."
@@ -49,7 +49,7 @@ def missing_captions(name: object, missing: Sequence[str], count: int) -> UserEr
 
 
 def caption_column(name: object, columns: Sequence[str], asked: str | None) -> str:
-    """Return the column asked for, or the first of :data:`TEXT_COLUMNS`; its absence is a ``UserError``."""
+    """Return the requested column, by default the first of :data:`TEXT_COLUMNS`; raise ``UserError`` if missing."""
     if asked is not None and asked not in columns:
         raise UserError(f"{name} has no column {asked!r} of captions: expected one of {list(columns)}.")
     found = [asked] if asked is not None else [c for c in TEXT_COLUMNS if c in columns]
@@ -62,7 +62,7 @@ def caption_column(name: object, columns: Sequence[str], asked: str | None) -> s
 
 
 def utf8(content: bytes, where: object) -> str:
-    """Return the text of a file or member, or raise ``UserError``."""
+    """Decode the bytes of a file or archive member as UTF-8, or raise ``UserError``."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +70,7 @@ def utf8(content: bytes, where: object) -> str:
 
 
 def json_object(text: str, where: object) -> dict[str, Any]:
-    """Return the fields of a JSON object, or raise ``UserError``."""
+    """Parse a JSON object, or raise ``UserError``."""
     try:
         fields = json.loads(text)
     except ValueError as error:

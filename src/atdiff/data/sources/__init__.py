@@ -1,4 +1,4 @@
-"""Sources of images: one file each, in the order of :data:`atdiff.data.sources.registry.SOURCES`."""
+"""Image sources, one file each, tried in the order of :data:`atdiff.data.sources.registry.SOURCES`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    # Imported when first asked for: whether there is a data set is found out without torch.
+    # Imported lazily: looking up a dataset must not load torch.
     if name not in __all__:
         raise AttributeError(f"module 'atdiff.data.sources' has no attribute {name!r}")
     return getattr(importlib.import_module("atdiff.data.sources.load"), name)

@@ -1,4 +1,4 @@
-"""Data that come with the installation: scikit-learn's digits, 8x8 pixels, and points drawn from known mixtures."""
+"""Data that need no download: scikit-learn's digits, 8x8 pixels, and points drawn from known mixtures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["DIGITS", "MIXTURE"]
 TEST = 297  # of 1,797 images
 
 
-@cache  # a process of a study has several runs, and the file is text
+@cache  # a study starts several runs per process, and the file is text, which is slow to parse
 def _read_digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return all images, their labels, and the places of the images of each split."""
+    """Return all images, their labels, and the image indices of each split."""
     # Imported here: both take a second, and only this source needs them.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -34,7 +34,7 @@ def _digits(request: Request) -> Found:
     chosen = chosen_split(request.split, splits, "digits")
     pixels = np.round(images[chosen] * (255 / 16)).astype(np.uint8)
     items: list[Item] = [(f"digit {i}", image) for i, image in zip(chosen, pixels, strict=True)]
-    # In one block, which a run that takes them as they are copies; image by image it is a third of a short run's start.
+    # One block, which is copied if no decoding is needed; image by image takes a third of a short run's startup.
     raw = RawImages(len(items), lambda: iter(items), shape=(1, 8, 8), blocks=lambda: iter([pixels[:, None]]))
     return Found(raw, labels[chosen].astype(np.int64))
 

@@ -1,7 +1,7 @@
-"""A folder of images, whose subfolders, if there are any, are the classes.
+"""A folder of images, whose subfolders, if any, are the classes.
 
-Captions are a ``metadata.jsonl`` or ``metadata.csv`` of ``file_name`` and caption, one pair per row
-(`imagefolder <https://huggingface.co/docs/datasets/image_dataset>`_), or a ``.txt`` beside each image.
+Captions come from a ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and caption, one pair per row
+(`imagefolder <https://huggingface.co/docs/datasets/image_dataset>`_), or from a ``.txt`` next to each image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _load(request: Request) -> Found:
     if folder == root / split and split != "train" and (train := root / "train").is_dir():
         inside = (each for each in train.iterdir() if each.is_dir() and not each.name.startswith("."))
         classes = in_class_order(each.name for each in inside if any(files_below(each, IMAGE_SUFFIXES)))
-    # A class folder that is a broken link is among the unreadable images, so that its label is of no consequence.
+    # A broken link in place of a class folder counts as an unreadable image, so its label does not matter.
     of_each = [names[0] if file.parent == folder else file.relative_to(folder).parts[0] for file in files]
     return Found(raw, *numbered(of_each, classes or None, f"{root}[{split}]"))
 
@@ -69,7 +69,7 @@ def _pairs(request: Request) -> Pairs | None:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Return the images below a folder in the order of their paths, with links that lead nowhere."""
+    """Return the images below a folder, sorted by path, including broken links."""
     files = sorted(files_below(folder, IMAGE_SUFFIXES))
     if not files:
         raise UserError(f"{folder} contains no images: expected files such as .png, .jpg or .webp.")
@@ -100,7 +100,7 @@ def _by_metadata(folder: Path, images: list[Path], metadata: list[Path], asked: 
 def _rows(file: Path) -> list[dict[str, Any]]:
     text = utf8(file.read_bytes(), file)
     if file.suffix == ".jsonl":
-        # Not splitlines(), which also cuts at separators that a caption may hold.
+        # Not splitlines(), which also splits at separators that captions may contain.
         lines = enumerate(text.split("\n"), 1)
         return [json_object(line, f"line {i} of {file}") for i, line in lines if line.strip()]
     try:

@@ -1,4 +1,4 @@
-"""Data sets ``owner/name`` of the Hugging Face hub."""
+"""Datasets ``owner/name`` on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def _stream(request: Request) -> Stream:
     with told(name, _failure):
         builder = datasets.load_dataset_builder(hub_location(name, "dataset"))
     files = builder.config.data_files or {}
-    if isinstance(builder, WebDataset):  # whose own reader takes a damaged shard for a shorter one
+    if isinstance(builder, WebDataset):  # its own reader silently truncates damaged shards
         shards = [str(file) for file in chosen_split(split, files, name, f"one of {', '.join(map(str, files))}")]
         return stream_shards(request, partial(_downloaded, name, shards), lambda: repr((split, shards)))
-    # Each address of a file names the commit that it is of.
+    # The address of each file contains its commit.
     return stream_rows(request, builder, lambda: repr((split, [str(file) for file in files[split]])), _failure)
 
 
 def _downloaded(name: str, addresses: Sequence[str]) -> Iterator[Shard]:
-    """Yield each shard while it is on the disk, where no other one is then."""
+    """Download one shard at a time, yield it, and delete it before the next one."""
     from huggingface_hub import HfFileSystem
 
     with tempfile.TemporaryDirectory(prefix="atdiff-shard-") as folder:
         for address in addresses:
-            if "://" not in address:  # of the hub's cache, where the hub does not answer
+            if "://" not in address:  # in the hub's cache, if the hub is unreachable
                 yield Shard(Path(address), address)
                 continue
             file = Path(folder) / "shard.tar"

@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and others: folders of IDX files (https://yann.lecun.org/exdb/mnist/), or of their ``.gz``."""
+"""MNIST, Fashion-MNIST and the like: folders of IDX files (https://yann.lecun.org/exdb/mnist/), plain or ``.gz``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["IDX"]
 
 SPLITS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-UINT8 = 8  # the code of the type, in the third byte
+UINT8 = 8  # type code, the third byte of the header
 
 
 def _recognises(name: str, path: Path) -> bool:
@@ -63,7 +63,7 @@ def _shape(file: Path, axes: int) -> tuple[int, ...]:
 
 def _values(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     size, start = math.prod(shape), 4 + 4 * len(shape)
-    content = _read(file, start, size + 1)  # one byte more, which there must not be
+    content = _read(file, start, size + 1)  # one extra byte, to detect files that are too long
     if len(content) != size:
         raise UserError(f"{file} does not contain the {size:,} values that its header gives: download it again.")
     return np.frombuffer(content, np.uint8).reshape(shape)

@@ -1,8 +1,8 @@
-"""Downsampled ImageNet: batches of 8, 16, 32 or 64 pixels (https://arxiv.org/abs/1707.08819), as ``.npz`` files.
+"""Downsampled ImageNet at 8, 16, 32 or 64 pixels (https://arxiv.org/abs/1707.08819), as batches in ``.npz`` files.
 
-A folder of ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (or the first few) and ``val_data.npz``, each of
-``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000. Classes are in the order of ImageNet's development
-kit (the first is n02119789), not of sorted WordNet ids, as in class folders and guided-diffusion's checkpoints.
+The folder holds ``train_data_batch_1.npz`` to ``train_data_batch_10.npz`` (or the first few) and ``val_data.npz``, each
+with ``data``, uint8 ``(N, 3 * side * side)``, and ``labels``, 1 to 1000. Classes follow ImageNet's development kit (the
+first is n02119789), not sorted WordNet ids, which class folders and guided-diffusion's checkpoints follow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atdiff.data.sources.source import Found, Request, Source, chosen_split
 __all__ = ["IMAGENET"]
 
 TRAIN, VALIDATION = "train_data_batch_", "val_data"
-# Whether a split takes the training files and the validation file.
+# Whether a split includes the training files and the validation file.
 SPLITS = {"train": (True, False), "all": (True, True), **dict.fromkeys(("val", "validation", "test"), (False, True))}
 SIDES = (8, 16, 32, 64)
 CLASSES = 1000

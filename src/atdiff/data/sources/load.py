@@ -1,4 +1,4 @@
-"""Whole data sets with 8 bits a value, in memory or mapped from the disk."""
+"""Whole datasets at 8 bits per value, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Crop", "ImageData", "load_data", "to_uint8"]
 
-PROGRESS_FROM = 2_000  # images; fewer are read in about a second
+PROGRESS_FROM = 2_000  # images; fewer take about a second
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images, one byte a value, in memory or mapped from the disk; points in the plane as floats.
+    """Images at one byte per value, in memory or memory-mapped, or points in the plane as floats.
 
     Attributes:
-        images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``; not to be written to.
+        images: uint8, or float32 in [-1, 1], shape ``(N, C, H, W)``; not to be modified.
         labels: int64 class indices, shape ``(N,)``, or None.
         name: for reports.
-        skipped: name and reason of each unreadable image that was left out.
-        classes: names, in the order of the labels, or None.
-        mapped: the file that the images are in, or None.
-        whole: the images that these were chosen from by :meth:`only` or :meth:`first`, or None for all.
+        skipped: name and reason of each unreadable image that was skipped.
+        classes: class names in label order, or None.
+        mapped: the memory-mapped file that holds the images, or None.
+        whole: the dataset that :meth:`only` or :meth:`first` selected these images from, or None.
     """
 
     images: Tensor
@@ -60,22 +60,22 @@ class ImageData:
 
     @property
     def everything(self) -> ImageData:
-        """All images, which these were chosen from or are."""
+        """The whole dataset that these images were selected from."""
         return self if self.whole is None else self.whole.everything
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes: those with names, else the highest label plus one; None without labels."""
+        """Number of classes: of class names if there are any, else the highest label plus one; None without labels."""
         labels = self.everything.labels
         if labels is None:
             return None
         return len(self.classes) if self.classes is not None else int(labels.max()) + 1
 
     def only(self, labels: Collection[int] | None) -> ImageData:
-        """Return the images of some classes, by label; all for None. Classes keep their numbers.
+        """Return the images with these labels, or all for None; labels are not renumbered.
 
         Raises:
-            UserError: one of them has no image, or the images have no labels.
+            UserError: one of the labels has no image, or the images have no labels.
         """
         if labels is None:
             return self
@@ -85,14 +85,14 @@ class ImageData:
         return replace(self, images=self.images[kept], labels=self.labels[kept], mapped=None, whole=self)
 
     def first(self, limit: int) -> ImageData:
-        """Return the first so many images, in their order."""
+        """Return the first ``limit`` images."""
         if limit >= len(self):
             return self
         labels = None if self.labels is None else self.labels[:limit]
         return replace(self, images=self.images[:limit], labels=labels, mapped=None, whole=self)
 
     def with_classes(self, classes: Sequence[str]) -> Self:
-        """Return the images with labels that count these classes; an image of none of them is a ``UserError``."""
+        """Return the images with labels that index ``classes``; raise ``UserError`` if a class is not among them."""
         if self.labels is None or self.classes is None or tuple(classes) == self.classes:
             return self
         labels = renumbered(self.labels.numpy(), self.classes, classes, self.name)
@@ -100,14 +100,14 @@ class ImageData:
         return replace(self, labels=torch.from_numpy(labels), classes=tuple(classes), whole=whole)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that another image, label or order changes; of mapped images it is computed once."""
+        """Return a SHA-256 of the images, labels and their order; for memory-mapped images it is computed once."""
         if self.mapped is not None:
             return self.mapped.fingerprint(self.labels)
         labels = {} if self.labels is None else {"labels": self.labels}
         return fingerprint({"images": self.images, **labels})
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images in order, ``size`` at a time, without holding what was read of mapped ones."""
+        """Yield the images in order, ``size`` at a time, releasing memory-mapped pages after each batch."""
         for images in self.images.split(size):
             yield images
             if self.mapped is not None:
@@ -122,7 +122,7 @@ class ImageData:
 
 
 def to_uint8(x0: Tensor) -> Tensor:
-    """Quantise float images in [-1, 1], of any shape, to the bytes of the PNGs of diffusers' ``VaeImageProcessor``."""
+    """Quantise float images in [-1, 1], of any shape, to bytes as diffusers' ``VaeImageProcessor`` does for PNGs."""
     return ((x0.float() / 2 + 0.5).clamp(0.0, 1.0) * 255).round().to(torch.uint8)
 
 
@@ -141,27 +141,27 @@ def load_data(
     limit: int | None = None,
     caption_column: str | None = None,
 ) -> ImageData:
-    """Read a whole data set, 8 bits a value, into memory or, where that is short, into a file of the cache folder.
+    """Read a whole dataset at 8 bits per value, into memory or, if it does not fit, into a file in the cache folder.
 
-    Palettes and colours with transparency become RGB, and the orientation that a camera noted is applied.
+    Palette images and colour images with transparency become RGB, and EXIF orientations are applied.
 
     Args:
-        name: what one of :data:`atdiff.data.sources.registry.SOURCES` recognises, such as ``digits``, a folder of
-            images, an ``.npz`` or ``.parquet`` file, or a hub data set ``owner/name``.
-        split: ``train``, ``test``, ``all`` or another that the data has; data without splits is read whole by ``train``
-            and ``all``. The classes of every split are those of ``train``, where there is one.
+        name: any name that one of :data:`atdiff.data.sources.registry.SOURCES` recognises, such as ``digits``, a folder
+            of images, an ``.npz`` or ``.parquet`` file, or a hub dataset ``owner/name``.
+        split: ``train``, ``test``, ``all`` or another split of the dataset; ``train`` and ``all`` read datasets without
+            splits whole. All splits share the classes of ``train``, if it exists.
         image_size: centre-crop to a square and resize to this many pixels.
         channels: 1 or 3, to convert to greyscale or RGB.
         crop: ``"bicubic"``, antialiased, or ``"adm"``, that of guided-diffusion and its reference statistics.
-        background: colour, by name or as ``#rrggbb``, that transparent pixels are composed on; None shows what is
+        background: colour, by name or as ``#rrggbb``, to composite transparent pixels over; None shows the colours
             hidden under them.
-        image_column: of a table; when None the first that holds images.
-        label_column: of a table, whole numbers or text; when None the first one of classes, if there is one.
-        unreadable: whether to ``refuse`` data with unreadable images, or ``skip`` those.
-        labels: of the classes to keep, by number; None for all.
-        limit: take only the first so many images, the very ones that :func:`atdiff.data.load_captioned` takes: of the
-            order of the captions, where the data have some, and before ``labels`` are chosen.
-        caption_column: of the captions that have the order; see :func:`atdiff.data.load_captioned`.
+        image_column: of a table; by default the first one with images.
+        label_column: of a table, whole numbers or text; by default the first class column, if any.
+        unreadable: whether to ``refuse`` data with unreadable images, or ``skip`` those images.
+        labels: numbers of the classes to keep; None for all.
+        limit: use only this many images, the same ones as :func:`atdiff.data.load_captioned`: the first in caption
+            order, if the dataset has captions, before selecting ``labels``.
+        caption_column: of the captions that define this order; see :func:`atdiff.data.load_captioned`.
 
     Raises:
         UserError: no such data, split, column or class; unreadable images, or mixed shapes; or the disk is full.
@@ -196,13 +196,13 @@ def _image_data(request: Request, source: Source, found: Found, decoding: Decodi
     data = ImageData(held.images, numbers, request.title, tuple(bad.found), classes, held.mapped)
     if limit is None or source.lazy:
         return data
-    # Of pairs the unreadable ones are counted, of labelled images they are not.
+    # With captions the limit counts unreadable images, with labels it does not.
     counted = bad.found and _own_pairs(source, request) is not None
     return data.first(sum(place < limit for place in held.kept) if counted else limit)
 
 
 def _own_pairs(source: Source, request: Request) -> RawImages | None:
-    """Return the images of data with captions of their own, up to the limit; None without any."""
+    """Return the images, up to the limit, of a dataset with its own captions; None if it has none."""
     try:
         own = source.pairs(request)
     except UncaptionedError:
@@ -213,7 +213,7 @@ def _own_pairs(source: Source, request: Request) -> RawImages | None:
 def _first_files(
     request: Request, source: Source, raw: RawImages, labels: np.ndarray | None
 ) -> tuple[RawImages, np.ndarray | None]:
-    """Return the files up to the limit, in the order of their captions if they have some, and their labels."""
+    """Return the files up to the limit, in caption order if they have captions, and their labels."""
     own = _own_pairs(source, request)
     files = list((raw if own is None else own).files[: request.limit])
     places = {file: place for place, file in enumerate(raw.files)}
@@ -225,8 +225,8 @@ def _first_files(
 
 def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Held:
     stamp = raw.stamp()
-    # The place too, and when anything about a file was last changed, which nobody can set: sizes and times of writing
-    # may be those of another set that was unpacked from the same kind of archive.
+    # The key includes the path and the ctimes, which cannot be set: sizes and mtimes may equal those of another
+    # dataset unpacked from the same kind of archive.
     changes = [file_status(file).st_ctime_ns for file in raw.files]
     key = repr((str(request.path.resolve()), request.split, decoding, stamp, changes)) if stamp else ""
     chunks = partial(_decoded, request.name, raw, decoding, bad)
@@ -235,12 +235,12 @@ def _held(request: Request, raw: RawImages, decoding: Decoding, bad: UnreadableI
 
 
 def _is_ready(raw: RawImages, decoding: Decoding) -> bool:
-    """Whether the source has the very pixels."""
+    """Whether the source stores exactly the decoded pixels."""
     return raw.blocks is not None and decoding.keeps(raw.shape)
 
 
 def _decoded(name: str, raw: RawImages, decoding: Decoding, bad: UnreadableImages) -> Chunks:
-    """Yield the decoded images with their places, some at a time."""
+    """Yield the decoded images and their indices, in batches."""
     with Progress(console=Console(stderr=True), transient=True, disable=raw.count < PROGRESS_FROM) as bar:
         task = bar.add_task("reading images", total=raw.count)
         if raw.blocks is not None and _is_ready(raw, decoding):

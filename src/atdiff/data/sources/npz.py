@@ -1,6 +1,6 @@
 """An ``.npz`` file of uint8 images ``arr_0`` or ``images``, ``(N, H, W)`` or ``(N, H, W, C)``.
 
-If it has them, its labels are ``arr_1`` or ``labels``, ``(N,)``. Arrays are read row by row.
+Labels, if any, are ``arr_1`` or ``labels``, ``(N,)``. Arrays are read a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READ: dict[tuple[int, int], Callable[..., Any]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-# What zipfile, zlib and numpy's reader of headers raise at damaged files.
+# Raised by zipfile, zlib and numpy's header reader for damaged files.
 _DAMAGE = (AttributeError, EOFError, OSError, SyntaxError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
@@ -43,9 +43,9 @@ def _damage_told(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NpzArray:
-    """One array of an ``.npz`` file, of which the header alone has been read.
+    """One array of an ``.npz`` file, of which only the header has been read.
 
-    ``by_column`` says that it is stored column by column, so that no row can be had without the others.
+    ``by_column`` marks Fortran order, in which no row can be read without the others.
     """
 
     file: Path
@@ -55,7 +55,7 @@ class NpzArray:
     by_column: bool = False
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the rows in order, some at a time; a damaged file is a ``UserError``."""
+        """Yield the rows in order, a block at a time; a damaged file raises ``UserError``."""
         rows = max(1, BLOCK // max(1, int(np.prod(self.shape[1:])) * self.dtype.itemsize))
         with _damage_told(self.file):
             if self.by_column:
@@ -71,22 +71,22 @@ class NpzArray:
                     if len(content) != size:
                         raise EOFError("it is truncated")
                     yield np.frombuffer(content, self.dtype).reshape(shape)
-                member.read(1)  # at whose end zipfile compares the checksum
+                member.read(1)  # at the end zipfile verifies the checksum
 
     def whole(self) -> np.ndarray:
-        """Return the array in memory; a damaged file is a ``UserError``."""
+        """Return the whole array; a damaged file raises ``UserError``."""
         blocks = list(self.blocks())
         return np.concatenate(blocks) if blocks else np.empty(self.shape, self.dtype)
 
 
 def npz_names(file: Path) -> list[str]:
-    """Return the names of the arrays of a file, or raise ``UserError``."""
+    """Return the names of the arrays in a file; a damaged file raises ``UserError``."""
     with _damage_told(file), zipfile.ZipFile(file) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def npz_array(file: Path, name: str) -> NpzArray:
-    """Read the header of an array; a damaged file or an array of objects is a ``UserError``."""
+    """Read the header of an array; a damaged file or an array of objects raises ``UserError``."""
     with _damage_told(file), zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as member:
         shape, by_column, dtype = _header(member)
     return NpzArray(file, name, shape, dtype, by_column and len(shape) > 1)

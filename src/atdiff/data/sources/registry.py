@@ -1,4 +1,4 @@
-"""The kinds of data sets that are known, found by name without importing torch."""
+"""The known kinds of datasets, looked up by name without importing torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from atdiff.system.locate import check_hub, is_hub_id
 __all__ = ["SOURCES", "check_data", "find_source"]
 
 SOURCES = (DIGITS, MIXTURE, CIFAR, IMAGENET, IDX, SHARDS, NPZ, TABLE, FOLDER, HUB)
-"""Every source; the first that recognises a name reads it."""
+"""All sources; the first one that recognises a name reads it."""
 
 
 def find_source(request: Request, *, captioned: bool = False) -> Source:
-    """Return the source that reads a data set; ``captioned`` asks for pairs of images and captions.
+    """Return the source that reads a dataset; ``captioned`` allows sources that only have image-caption pairs.
 
     Raises:
-        UserError: there is none, or columns are named of data that has none.
+        UserError: no source recognises the name, or a column is given for data without columns.
     """
     name = request.name
     able = (source for source in SOURCES if captioned or source.load)
@@ -44,9 +44,9 @@ def find_source(request: Request, *, captioned: bool = False) -> Source:
 
 
 def check_data(name: str) -> None:
-    """Raise ``UserError`` where no data set has this name, or the hub cannot be asked; reads none of it."""
+    """Raise ``UserError`` if no dataset has this name or the hub cannot be reached, without reading any data."""
     path = Path(name).expanduser()
-    if path.is_dir():  # of whatever kind, which may take a walk through it
+    if path.is_dir():  # of any kind; finding out which may mean walking it
         return
     find_source(Request(name), captioned=True)
     if is_hub_id(name):

@@ -1,7 +1,7 @@
-"""Shards as `webdataset <https://github.com/webdataset/webdataset>`_ has them: a ``.tar`` file, or a folder of them.
+"""Shards in `webdataset <https://github.com/webdataset/webdataset>`_ format: a ``.tar`` file, or a folder of them.
 
-They hold ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. The loader of ``datasets`` infers
-the members of all samples from the first five, copies every shard, and takes a damaged shard for a shorter one.
+They hold ``key.jpg`` (or ``.png``, ``.webp``, ...) with ``key.txt`` or ``key.json``. The loader of ``datasets`` is not
+used: it infers all samples' members from the first five, copies every shard, and silently truncates damaged shards.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["SHARDS", "Shard", "stream_shards"]
 
 CAPTION_SUFFIXES = (".txt", ".json")
 TAR = frozenset({".tar"})
-SHOWN = 5  # members in no pair that a warning names
+SHOWN = 5  # unpaired members listed in a warning
 
 
 class Shard(NamedTuple):
-    """A file on the disk, and what messages call it."""
+    """A file on disk, and its name in messages."""
 
     file: Path
     name: str
@@ -75,7 +75,7 @@ def _stamp(shards: Sequence[Path]) -> str:
 
 
 def _tell_alone(name: object, pairs: int, shown: Sequence[str], count: int) -> None:
-    """Warn of members that are in no pair."""
+    """Warn about unpaired members."""
     if not count:
         return
     more = f" and {count - SHOWN:,} more" if count > SHOWN else ""
@@ -92,9 +92,9 @@ def _stream(request: Request) -> Stream:
 
 
 def stream_shards(request: Request, shards: Callable[[], Iterable[Shard]], stamp: Callable[[], str]) -> Stream:
-    """Return the pairs of shards, each of which is on the disk until the next is asked for.
+    """Return the pairs of shards, each of which must stay on disk until the next is requested.
 
-    A shard is looked through, and found damaged, before the first of its pairs.
+    Each shard is indexed, and checked for damage, before its first pair is yielded.
     """
     return Stream(lambda: _streamed(request, shards()), stamp)
 
@@ -127,7 +127,7 @@ def _items(members: Sequence[_Member]) -> Iterator[Item]:
 
 
 def _shard_pairs(shard: Shard, asked: str | None) -> tuple[list[tuple[_Member, Any]], list[str]]:
-    """Return the images of a shard with what their captions were read as, and the members that are in no pair."""
+    """Return the images of a shard with their captions as read, and the unpaired members."""
     try:
         with tarfile.open(shard.file, "r:") as tar:
             images, captions, alone = _index(tar, shard)
@@ -145,11 +145,11 @@ _Members = dict[str, tarfile.TarInfo]
 
 
 def _index(tar: tarfile.TarFile, shard: Shard) -> tuple[_Members, _Members, list[str]]:
-    """Return the images by key, the ``.txt`` and ``.json`` by key with that suffix, and what is in no pair.
+    """Return the images by key, the ``.txt`` and ``.json`` members by key plus suffix, and the unpaired members.
 
     In webdataset the key is a member's path up to the first dot of its name, and the rest names a field: ``1.seg.png``
-    is the field ``seg.png`` of ``1``. Names often hold other dots (``cam.01.jpg``): an image and a caption that agree
-    up to the *last* dot are a pair too, but for an image and a JSON that are fields of a sample with its own image.
+    is the field ``seg.png`` of ``1``. Names often contain more dots (``cam.01.jpg``), so an image and a caption that
+    agree up to the *last* dot also form a pair, unless they are an image and a JSON of a sample with its own image.
     """
     images: _Members = {}
     captions: _Members = {}
@@ -166,7 +166,7 @@ def _index(tar: tarfile.TarFile, shard: Shard) -> tuple[_Members, _Members, list
             captions[key + suffix] = member
         elif last in IMAGE_SUFFIXES or last in CAPTION_SUFFIXES:
             dotted.append((key, last, member))
-    with shard.file.open("rb") as file:  # tarfile takes a header that it cannot read for the end
+    with shard.file.open("rb") as file:  # tarfile treats an unreadable header as the end
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"damaged at byte {tar.offset}")
@@ -184,8 +184,8 @@ def _add(images: _Members, key: str, member: tarfile.TarInfo, shard: Shard) -> N
 def _add_dotted(
     images: _Members, captions: _Members, dotted: Sequence[tuple[str, str, tarfile.TarInfo]], shard: Shard
 ) -> list[str]:
-    """Add the pairs of names that hold further dots; return the names that are in none."""
-    whole = set(images)  # keys that are samples already, whose further fields may well be an image and its JSON
+    """Add the pairs whose names contain more dots; return the names of unpaired members."""
+    whole = set(images)  # keys that already are samples, whose other fields may include an image and its JSON
     named = {member.name.lower(): member for _, last, member in dotted if last in CAPTION_SUFFIXES}
     used: set[str] = set()
     for key, last, member in dotted:

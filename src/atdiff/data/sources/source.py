@@ -1,4 +1,4 @@
-"""What a source of images is asked, and what it answers; without torch."""
+"""The interface of image sources: requests, results and shared checks; does not import torch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set; see :func:`atdiff.data.load_data` and :func:`atdiff.data.load_captioned`.
+    """A request for a dataset; see :func:`atdiff.data.load_data` and :func:`atdiff.data.load_captioned`.
 
-    ``given`` says that the user gave captions for its classes, so that it must have none of its own.
+    ``given`` says that the user gave captions for its classes, so it must not have its own.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Request:
 
     @property
     def title(self) -> str:
-        """What the data are called, with the split and how many of it are taken."""
+        """The dataset's name with its split and limit."""
         return f"{self.name}[{self.split}]" + ("" if self.limit is None else f"[:{self.limit}]")
 
     def check_not_given(self, where: str, name: object = None) -> None:
-        """Raise ``UserError`` where captions were given for data with captions of their own."""
+        """Raise ``UserError`` if captions were given for a dataset with its own."""
         if self.given:
             raise UserError(
                 f"{name or self.name} has captions of its own ({where}): leave out captions, which are for data "
@@ -62,7 +62,7 @@ class Request:
 
 
 class Found(NamedTuple):
-    """Images, or points in the plane, float32 ``(N, 2, 1, 1)``; labels, int64 ``(N,)``; and names of the classes."""
+    """Images, or points in the plane, float32 ``(N, 2, 1, 1)``; labels, int64 ``(N,)``; and class names."""
 
     images: RawImages | np.ndarray
     labels: np.ndarray | None = None
@@ -73,11 +73,11 @@ Pairs = tuple[RawImages, list[str]]
 
 
 class Stream(NamedTuple):
-    """Pairs that are read once, one by one, and counted by that alone.
+    """Image-caption pairs that are read one by one; counting them takes a full pass.
 
     Attributes:
-        items: yields name, content and caption (as it was read) of each image.
-        stamp: returns what changes with any of them.
+        items: yields name, content and caption (as read) of each image.
+        stamp: returns a string that changes if any pair changes.
     """
 
     items: Callable[[], Iterator[tuple[str, Pixels, Any]]]
@@ -86,20 +86,20 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of data set: a file of its own, and a line of the registry.
+    """A kind of dataset: one file, and one entry in the registry.
 
     Attributes:
-        recognises: whether a name, which is also given as a path, is that of a data set of this kind.
-        names: words that it recognises besides.
-        load: finds the images and reads their labels; None where it has pairs alone.
-        pairs: finds the images and reads their captions; returns None where there are none.
-        stream: finds the pairs without reading any; None where they are read one by one in any case.
-        has_columns: whether columns of it can be named.
-        lazy: whether ``load`` finds image files, which are best read as they are needed.
-        uncaptioned: what is said, of the name, where captions are missing.
+        recognises: whether a name, also given as a path, belongs to a dataset of this kind.
+        names: fixed names that it also recognises.
+        load: finds the images and reads their labels; None if it only has image-caption pairs.
+        pairs: finds the images and reads their captions; returns None if there are none.
+        stream: finds the pairs without reading any; None if they are read one by one anyway.
+        has_columns: whether the user can select columns.
+        lazy: whether ``load`` finds image files, which are best read on demand.
+        uncaptioned: error message for missing captions, with ``{}`` for the name.
 
-    ``load``, ``pairs`` and ``stream`` raise ``UserError`` where there is no such split or column, or a file is missing
-    or damaged.
+    ``load``, ``pairs`` and ``stream`` raise ``UserError`` if there is no such split or column, or a file is missing or
+    damaged.
     """
 
     recognises: Callable[[str, Path], bool] = lambda name, path: False
@@ -113,20 +113,20 @@ class Source:
 
 
 def chosen_split(split: str, parts: Mapping[str, Part], what: object, known: str = "train, test or all") -> Part:
-    """Return the part of a split; one that is not among them is a ``UserError``."""
+    """Return the part of a split; an unknown split raises ``UserError``."""
     if split not in parts:
         raise UserError(f"split {split!r} of {what} does not exist: expected {known}.")
     return parts[split]
 
 
 def check_whole(name: object, split: str) -> None:
-    """Raise ``UserError`` for a split of data that has none, other than ``train`` and ``all``."""
+    """Raise ``UserError`` for any split but ``train`` and ``all``, for data without splits."""
     if split not in ("train", "all"):
         raise UserError(f"{name} has no split {split!r}: use 'train' or 'all', which read the whole dataset.")
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """Return the subfolder of a split, or the folder itself where it is read whole; else raise ``UserError``."""
+    """Return the subfolder of a split, or the folder itself if it has no splits; else raise ``UserError``."""
     if (folder / split).is_dir():
         return folder / split
     if split == "all" and (folder / "train").is_dir():
@@ -136,7 +136,7 @@ def split_folder(folder: Path, split: str) -> Path:
 
 
 def checked_labels(labels: Any, count: int, name: object) -> np.ndarray:  # noqa: ANN401  (whatever a file holds)
-    """Return labels as int64 ``(N,)``; what is not ``count`` whole numbers of 0 or more is a ``UserError``."""
+    """Return labels as int64 ``(N,)``; raise ``UserError`` unless they are ``count`` whole numbers, 0 or more."""
     array = np.asarray(labels)
     if array.shape != (count,) or array.dtype.kind not in "iu" or array.min() < 0:
         raise UserError(

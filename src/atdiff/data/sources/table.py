@@ -1,4 +1,4 @@
-"""Tables that ``datasets`` opens: a ``.parquet`` file, or a folder of them, and those of the hub."""
+"""Tables opened by ``datasets``: a ``.parquet`` file, a folder of them, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from atdiff.data.texts import TEXT_COLUMNS, caption_column, captions_of
 __all__ = ["TABLE", "stream_rows", "table_source", "told"]
 
 PARQUET = frozenset({".parquet"})
-Open = Callable[[str, str], Any]  # opens a split of a data set by their names, as a datasets.Dataset
-Failure = Callable[[str, str], str]  # says, of a name and a reason, why that cannot be
+Open = Callable[[str, str], Any]  # (name, split) -> datasets.Dataset
+Failure = Callable[[str, str], str]  # (name, reason) -> error message
 
 
 @contextlib.contextmanager
 def told(name: str, failure: Failure) -> Iterator[None]:
-    """Say in a sentence why something of a data set cannot be had."""
+    """Turn any exception into a ``UserError`` with the message from ``failure``."""
     try:
         yield
     except UserError:
@@ -45,7 +45,7 @@ def table_source(
     stream: Callable[[Request], Stream],
     failure: Failure,
 ) -> Source:
-    """Return the source of the tables that ``open_table`` opens."""
+    """Return a source for the tables that ``open_table`` opens."""
 
     def opened(name: str, split: str) -> Any:  # noqa: ANN401
         with told(name, failure):
@@ -57,7 +57,7 @@ def table_source(
 
 
 def _streamed_columns(request: Request, rows: Any) -> tuple[str, str, Any]:  # noqa: ANN401  (an IterableDataset)
-    """Return the columns of images and of captions, and the rows of these alone, their images not decoded."""
+    """Return the image and the caption column, and the rows with only these two, images not decoded."""
     import datasets
 
     name = request.name
@@ -85,12 +85,12 @@ def _rows(
 
 
 def stream_rows(request: Request, builder: Any, stamp: Callable[[], str], failure: Failure) -> Stream:  # noqa: ANN401
-    """Return the pairs of a table, which are read while iterating and stored nowhere.
+    """Return the pairs of a table, which are read while iterating and never stored.
 
     Args:
-        request: for a split of it.
+        request: names the table and its split.
         builder: of ``datasets``.
-        stamp: returns what changes where its rows do.
+        stamp: returns a string that changes if the rows change.
         failure: see :func:`told`.
     """
     name = request.name
@@ -111,7 +111,7 @@ def _load(open_table: Open, request: Request) -> Found:
     if len(table) == 0:
         raise UserError(f"{name} has no rows in split {request.split!r}: expected at least one image.")
     classes = [c for c, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    # Files that other libraries wrote do not say which column is the classes.
+    # Files written by other libraries do not mark the class column.
     classes += [c for c in ("label", "labels") if "int" in str(getattr(table.features.get(c), "dtype", ""))]
     column = _column(name, table.column_names, request.label_column, classes, "classes")
     if column is None:
@@ -124,7 +124,7 @@ def _load(open_table: Open, request: Request) -> Found:
 
 
 def _text_labels(open_table: Open, request: Request, table: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:  # noqa: ANN401
-    """Return the labels of a column of text, and the classes, which are those of the training split."""
+    """Return the labels of a text column, and the classes, which are those of the training split."""
     name, split = request.name, request.split
     texts = list(table[column][:])
     if None in texts:
@@ -157,9 +157,9 @@ def _recognises(name: str, path: Path) -> bool:
 
 
 def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
-    """Open tables from a folder in the cache of ``datasets`` that is theirs by content, and so is the fingerprint.
+    """Open tables with a ``datasets`` cache folder and fingerprint that depend on the files' content.
 
-    By itself it tells files apart by name and date, and returns old rows of a file replaced by one of equal date.
+    By default ``datasets`` identifies files by name and date, and returns stale rows for a replacement of equal date.
     """
     import datasets
 
@@ -172,7 +172,7 @@ def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
 
 
 def _place(name: str, split: str) -> tuple[str, dict[str, str], str, list[Path]]:
-    """Return what ``datasets`` calls a file or folder and its split, and the files."""
+    """Return a file's or folder's path, options and split for ``datasets``, and the files."""
     path = Path(name).expanduser()
     if path.is_file():
         check_whole(name, split)
@@ -195,19 +195,19 @@ def _failure(name: str, reason: str) -> str:
 
 
 def _raw_images(name: str, table: Any, asked: str | None, limit: int | None = None) -> RawImages:  # noqa: ANN401
-    """Return the images of a ``datasets.Dataset``: of the column asked for, or of the first that holds images."""
+    """Return the images of a ``datasets.Dataset``, from the requested column or the first one with images."""
     import datasets
 
     column = _image_column(name, table, asked)
     rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    # Its fingerprint is that of the files, their times of change and what was done to them since.
+    # The fingerprint covers the version of the files and every transform since.
     return RawImages(len(rows), partial(_items, name, column, rows), lambda: str(rows._fingerprint))
 
 
 def _image_column(name: str, table: Any, asked: str | None) -> str:  # noqa: ANN401
-    encoded = {"bytes", "path"}  # what files that other libraries wrote say instead
+    encoded = {"bytes", "path"}  # how files written by other libraries store images
     features = table.features.items()
     found = [c for c, f in features if type(f).__name__ == "Image" or (isinstance(f, dict) and encoded <= set(f))]
     column = _column(name, table.column_names, asked, found, "images")
