@@ -1,1 +1,1 @@
-"""The metrics of images, and what they are measured against."""
+"""Metrics of generated images, and the reference data that they are measured against."""

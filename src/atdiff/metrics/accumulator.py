@@ -1,4 +1,4 @@
-"""What every metric is: an accumulator of one set of generated images, compared with real ones."""
+"""The base class of metrics: it accumulates one set of generated images and compares them with real ones."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ __all__ = ["Accumulator", "Against"]
 
 @dataclass(frozen=True, eq=False)
 class Against:
-    """What the generated images of a metric are compared with."""
+    """What a metric compares generated images with, and the resources that it shares between sets of images."""
 
     data: ImageData
     prompts: Sequence[str]  # one for all images, one per class, or none
     weights: Mapping[str, Path]  # local files by name
     device: torch.device | str
-    extractor: str  # the chosen one
+    extractor: str  # the one chosen for ``fid``, ``kid``, ``isc`` and ``prc``
     name: str = ""  # of the metric
     loaded: Any = None  # what :meth:`Accumulator.load` returned
-    reference: Reference | None = None  # of the real images in the metric's layer, where it asks for it
+    reference: Reference | None = None  # of the real images in the metric's layer, if the metric needs it
 
     @property
     def statistics(self) -> Reference:
-        """The statistics of the real images, of a metric that asks for them."""
+        """The statistics of the real images, for metrics that need them."""
         assert self.reference is not None
         return self.reference
 
     @property
     def features(self) -> Tensor:
-        """The features of the real images, ``(N, D)``, of a metric that asks for them."""
+        """The features of the real images, ``(N, D)``, for metrics that need them."""
         assert self.statistics.features is not None
         return self.statistics.features
 
 
 class Accumulator:
-    """One metric of one set of ``num`` generated images, which come batch by batch; a metric is a subclass.
+    """One metric of one set of ``num`` generated images, added batch by batch; each metric is a subclass.
 
     Attributes:
-        keeps: what is kept of the values of all batches, which metrics of the same layer share; None for nothing, where
-            :meth:`add` takes what it needs.
-        compares: what is asked of the real images: their ``moments``, their ``features`` too, or nothing.
+        keeps: what to keep of the values of all batches, shared by metrics of the same layer; None if :meth:`add`
+            accumulates what the metric needs.
+        compares: the statistics needed of the real images: ``moments``, or ``features`` as well; None for neither.
     """
 
     keeps: ClassVar[type[Moments] | type[Rows] | None] = None
@@ -60,18 +60,19 @@ class Accumulator:
 
     @classmethod
     def load(cls, against: Against) -> Any:  # noqa: ANN401  (None, or whatever the metric needs)
-        """Return what serves all sets of images, such as a network; a ``UserError`` for data that do not suit."""
+        """Return what all sets of images share, such as a network; raise ``UserError`` for unsuitable data."""
 
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
-        """Raise a ``UserError``, before any compute, for labels that are missing or do not fit."""
+        """Raise ``UserError``, before any compute, if labels are missing or do not fit."""
 
     def add(self, values: Tensor, labels: Tensor | None) -> None:
-        """Take in a batch, and the classes that it was asked for, ``(B,)``.
+        """Add a batch, and the classes that it was generated for, ``(B,)``.
 
-        By the registry, values are float64 features ``(B, D)``, uint8 images ``(B, C, H, W)`` or points ``(B, D)``.
+        The registry decides whether values are float64 features ``(B, D)``, uint8 images ``(B, C, H, W)`` or points
+        ``(B, D)``.
         """
 
     def figures(self, seed: int) -> dict[str, float]:
-        """Return the figures of all images by name; ``seed`` is that of whatever is drawn."""
+        """Return the figures over all images by name; ``seed`` seeds any random draws."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit their prompts."""
+"""CLIP score: how well images match their prompts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ClipScore(Accumulator):
 
     @classmethod
     def load(cls, against: Against) -> ClipNetwork:
-        """Return the CLIP model of the local folder ``clip-score`` of the weights, else a downloaded one."""
+        """Load the CLIP model from the folder given as ``clip-score`` weights, else download it."""
         return _load(against.weights.get(CLIP_SCORE)).to(against.device)
 
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
-        """Find labels that are missing, or have no prompt, where there are several."""
+        """Raise ``UserError`` if there are several prompts and labels are missing or have no prompt."""
         prompts = against.prompts
         if len(prompts) == 1:
             return
@@ -43,18 +43,18 @@ class ClipScore(Accumulator):
             )
 
     def __init__(self, against: Against, num: int, kept: Any = None) -> None:  # noqa: ANN401
-        from torchmetrics.multimodal import CLIPScore  # of the clip extra
+        from torchmetrics.multimodal import CLIPScore  # from the clip extra
 
         super().__init__(against, num, kept)
         network: ClipNetwork = against.loaded
         load: Any = lambda: (network, network.processor)  # noqa: E731  (Any: it is declared as transformers' classes)
         self.metric: Any = CLIPScore(model_name_or_path=load).to(against.device)
-        if self.metric.score.device.type != "mps":  # which has no float64
+        if self.metric.score.device.type != "mps":  # MPS has no float64
             self.metric.score = self.metric.score.double()
 
     @torch.no_grad()
     def add(self, values: Tensor, labels: Tensor | None) -> None:
-        """Take in uint8 images ``(B, C, H, W)`` and, where there are several prompts, their classes ``(B,)``."""
+        """Add uint8 images ``(B, C, H, W)`` and, if there are several prompts, their classes ``(B,)``."""
         prompts, images = self.against.prompts, values
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -94,7 +94,7 @@ def _load(weights: Path | None) -> ClipNetwork:
     from transformers import CLIPModel, CLIPProcessor
 
     source = HUB_ID if weights is None else str(weights)
-    # A folder is never looked up on the hub, nor anything unpickled from it.
+    # A local folder is never looked up on the hub, and nothing in it is unpickled.
     options: dict[str, Any] = {"local_files_only": weights is not None or offline_reason() is not None}
     network: Any = CLIPModel
     try:

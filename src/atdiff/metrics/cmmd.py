@@ -1,4 +1,4 @@
-"""CMMD: a kernel distance of CLIP's embeddings, which fits no Gaussian and needs few images."""
+"""CMMD: a kernel distance between CLIP embeddings, which assumes no Gaussian and needs few images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["ClipKernelDistance", "embedding_mmd"]
 
 BANDWIDTH = 10.0
 SCALE = 1_000.0
-ROWS = 1_024  # of a kernel matrix held at once
+ROWS = 1_024  # of the kernel matrix in memory at once
 
 
 class ClipKernelDistance(Accumulator):
     """CMMD of `Jayasumana et al., 2024 <https://arxiv.org/abs/2401.09603>`_, in the embeddings of CLIP ViT-B/32.
 
-    The paper's network is ViT-L/14 at 336 pixels, so that figures are comparable with each other and not with its own.
+    The paper's network is ViT-L/14 at 336 pixels, so figures are comparable with each other but not with the paper's.
     """
 
     keeps = Rows
@@ -33,16 +33,16 @@ class ClipKernelDistance(Accumulator):
 
 
 def embedding_mmd(fake: Tensor, real: Tensor, device: torch.device | str = "cpu") -> float:
-    """Return 1,000 times the squared MMD of embeddings at length 1, with the kernel ``exp(-||x - y||^2 / (2 10^2))``.
+    """Return 1,000 times the squared MMD of normalised embeddings, with the kernel ``exp(-||x - y||^2 / (2 10^2))``.
 
-    All pairs count, those of a row with itself included, as in the paper: it is never negative, and biased upwards by
-    about ``(1 / M + 1 / N) (1 - mean kernel)`` for float64 embeddings ``(M, D)`` and ``(N, D)``.
+    All pairs count, including each row with itself, as in the paper: the result is never negative, and biased upwards
+    by about ``(1 / M + 1 / N) (1 - mean kernel)`` for float64 embeddings ``(M, D)`` and ``(N, D)``.
     """
     a, b = (normalize(rows.to(device), dim=1) for rows in (fake, real))
     return SCALE * (_mean_kernel(a, a) + _mean_kernel(b, b) - 2.0 * _mean_kernel(a, b))
 
 
 def _mean_kernel(a: Tensor, b: Tensor) -> float:
-    # Of rows of length 1 the squared distance is 2 - 2 <x, y>.
+    # The squared distance of unit vectors is 2 - 2 <x, y>.
     total = sum(((rows @ b.T - 1.0) / BANDWIDTH**2).exp().sum().item() for rows in a.split(ROWS))
     return total / (len(a) * len(b))

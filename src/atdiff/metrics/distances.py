@@ -1,4 +1,4 @@
-"""Metrics of the values of images themselves, in [-1, 1]: distances of sets of points, and the share on a mode."""
+"""Metrics on the raw values of images, in [-1, 1]: distances between sets of points, and the share on a mode."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = [
 ]  # fmt: skip
 
 ENERGY_SAMPLES = 10_000
-PROJECTIONS_AT_ONCE = 32  # of 100,000 points: 26 MB
-ROWS = 1_024  # of a distance matrix held at once
+PROJECTIONS_AT_ONCE = 32  # 26 MB for 100,000 points
+ROWS = 1_024  # of a distance matrix in memory at once
 
 
 @torch.no_grad()
 def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, projections: int = 256) -> float:
-    """Return the sliced 2-Wasserstein distance of two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
+    """Return the sliced 2-Wasserstein distance between two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
 
     ``sqrt(mean_k W_2^2(a theta_k, b theta_k))`` over unit vectors ``theta_k`` drawn uniformly from the sphere
     (`Bonneel et al., 2015 <https://hal.science/hal-00881872>`_). In one dimension ``W_2^2`` is the integral over
-    levels of the squared difference of the quantile functions; it is exact here, for unequal counts too. Shapes that do
-    not fit, and no projection, are a ``UserError``.
+    levels of the squared difference of the quantile functions, computed exactly here, also for unequal counts.
+    Mismatched shapes and ``projections < 1`` raise ``UserError``.
     """
     _check(a, b)
     if projections < 1:
@@ -49,12 +49,12 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, projections: int 
 
 @torch.no_grad()
 def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
-    """Return the squared energy distance of two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
+    """Return the squared energy distance between two sets of points, ``(N, D)`` and ``(M, D)``, in their units.
 
-    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs, those of a point with itself included: that of the two
-    empirical distributions (`Szekely and Rizzo, 2013 <https://doi.org/10.1016/j.jspi.2013.03.018>`_). It is never
-    negative, and of two sets from one distribution about ``(1 / N + 1 / M) E|X - X'|``. A set of more than 10,000
-    points is represented by as many, drawn without replacement by ``seed``. Shapes that do not fit are a ``UserError``.
+    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs, including each point with itself: that of the two empirical
+    distributions (`Szekely and Rizzo, 2013 <https://doi.org/10.1016/j.jspi.2013.03.018>`_). It is never negative, and
+    about ``(1 / N + 1 / M) E|X - X'|`` for two sets from one distribution. A set of more than 10,000 points is
+    subsampled to 10,000, without replacement, by ``seed``. Mismatched shapes raise ``UserError``.
     """
     _check(a, b)
     a, b = (_subset(points, seed).double().cpu() for points in (a, b))
@@ -62,7 +62,7 @@ def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
 
 
 class GaussianFit:
-    """The mean and covariance of points ``(N, D)``, N above D for full rank, to take Frechet distances from."""
+    """The mean and covariance of points ``(N, D)``, N above D for full rank, to compute Frechet distances from."""
 
     def __init__(self, points: Tensor) -> None:
         points = points.double().cpu()
@@ -72,7 +72,7 @@ class GaussianFit:
 
     @cached_property
     def _root(self) -> Tensor:
-        """A matrix whose product with its own transpose is the covariance."""
+        """A matrix ``R`` with ``R R^T`` equal to the covariance."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * values.clamp_min(0.0).sqrt()
 
@@ -80,9 +80,9 @@ class GaussianFit:
         """Return the squared Frechet distance to another Gaussian.
 
         ``||m - m'||^2 + tr(S + S' - 2 (S S')^(1/2))`` (`Dowson and Landau, 1982
-        <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The last trace is the sum of the square roots of the
-        eigenvalues of ``R' S' R`` with ``R R' = S``, which is symmetric: faster than those of ``S S'``, and the root
-        serves all distances of this one.
+        <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The trace of the root is the sum of the square roots of the
+        eigenvalues of ``R^T S' R`` with ``R R^T = S``, which is symmetric: faster than those of ``S S'``, and ``R`` is
+        computed once for all distances from this Gaussian.
         """
         product = self._root.T @ other.covariance @ self._root
         cross = torch.linalg.eigvalsh(product).clamp_min(0.0).sqrt().sum()
@@ -91,7 +91,7 @@ class GaussianFit:
 
 
 def _sorted(columns: Tensor) -> Tensor:
-    # numpy sorts floats with the processor's vector instructions, several times faster than torch.
+    # numpy sorts floats with SIMD instructions, several times faster than torch.
     return torch.from_numpy(np.sort(columns.numpy(), axis=0))
 
 
@@ -103,8 +103,8 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 
 def _matched_quantiles(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row numbers of ``n`` and of ``m`` sorted points, and the share of the levels on which the two meet."""
-    # Levels are whole multiples of 1 / (n m), so that equal ones are equal.
+    """Return row indices of ``n`` and ``m`` sorted points, and the share of quantile levels where each pair meets."""
+    # Levels are integer multiples of 1 / (n m), so that equal levels compare equal.
     ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     return starts // m, starts // n, (ends - starts).double() / (n * m)
@@ -132,7 +132,7 @@ class SlicedWasserstein(Accumulator):
     keeps = Rows
 
     def figures(self, seed: int) -> dict[str, float]:
-        """Return the distance; ``seed`` is of the projections."""
+        """Return the distance; ``seed`` seeds the projections."""
         real = as_points(self.against.data.images)
         return {"sliced_wasserstein": sliced_wasserstein(self.kept.rows, real, seed=seed)}
 
@@ -143,18 +143,18 @@ class Energy(Accumulator):
     keeps = Rows
 
     def figures(self, seed: int) -> dict[str, float]:
-        """Return the distance; ``seed`` is of the points that represent large sets."""
+        """Return the distance; ``seed`` seeds the subsamples of large sets."""
         return {"energy": energy_distance(self.kept.rows, as_points(self.against.data.images), seed=seed)}
 
 
 class OnMode(Accumulator):
-    """Share of points within 3 standard deviations of a mode, of data with known modes."""
+    """Share of points within 3 standard deviations of a mode, for data with known modes."""
 
     keeps = Rows
 
     @classmethod
     def load(cls, against: Against) -> Any:  # noqa: ANN401
-        """Return the mixture that the real points are of."""
+        """Return the mixture that the real points were drawn from."""
         mixture = mixture_of(against.data.name)
         if mixture is None:
             raise UserError(f"on_mode needs data with known modes, such as mixture-ring, got {against.data.name}.")

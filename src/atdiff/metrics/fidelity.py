@@ -1,4 +1,4 @@
-"""Metrics of sets of features: Frechet and kernel distance, Inception score, precision and recall."""
+"""Metrics on sets of features: Frechet and kernel distance, Inception score, precision and recall."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ SUBSET = 1_000  # images of the kernel distance
 
 
 class FrechetDistance(Accumulator):
-    """The distance to the real images, by torch-fidelity, from the moments of both.
+    """The Frechet distance to the real images, computed by torch-fidelity from the moments of both.
 
-    ``fid``, ``fd`` but in Inception's features: `Heusel et al., 2017 <https://arxiv.org/abs/1706.08500>`_; ``sfid``:
-    `Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_; ``fd_dinov2``: `Stein et al., 2023
-    <https://arxiv.org/abs/2306.04675>`_; ``clip_fid``: `Kynkaanniemi et al., 2022 <https://arxiv.org/abs/2203.06026>`_.
+    ``fid``, called ``fd`` in features other than Inception's: `Heusel et al., 2017
+    <https://arxiv.org/abs/1706.08500>`_; ``sfid``: `Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_;
+    ``fd_dinov2``: `Stein et al., 2023 <https://arxiv.org/abs/2306.04675>`_; ``clip_fid``: `Kynkaanniemi et al., 2022
+    <https://arxiv.org/abs/2203.06026>`_.
     """
 
     keeps = Moments
@@ -35,13 +36,13 @@ class FrechetDistance(Accumulator):
 
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
-        """Warn of few images."""
+        """Warn if there are few images."""
         enough = few_samples(against.extractor)
         if num < enough:
             warnings.warn(
                 f"the Frechet distance of {num} samples is biased upwards: compare it only at equal "
                 f"counts, and use {enough} or more for figures to publish.",
-                stacklevel=1,  # one place, so that a table of many cells warns once a count
+                stacklevel=1,  # one source line, so that a table of many cells warns once per count
             )
 
     def figures(self, seed: int) -> dict[str, float]:
@@ -51,7 +52,7 @@ class FrechetDistance(Accumulator):
 
 
 def frechet_distance(a: Moments | Reference, b: Moments | Reference) -> float:
-    """Return the squared Frechet distance of two Gaussians, by torch-fidelity from means and covariances."""
+    """Return the squared Frechet distance between two Gaussians, by torch-fidelity from means and covariances."""
     fits = [{"mu": x.mean.numpy(), "sigma": x.covariance.numpy()} for x in (a, b)]
     return fid_statistics_to_metric(*fits, verbose=False)[KEY_METRIC_FID]
 
@@ -65,7 +66,7 @@ class KernelDistance(Accumulator):
     compares = "features"
 
     def figures(self, seed: int) -> dict[str, float]:
-        """Return the distance; ``seed`` is of the subsets."""
+        """Return the distance; ``seed`` seeds the subsets."""
         fake, real = self.kept.rows, self.against.features
         size = min(SUBSET, len(fake), len(real))
         kid = kid_features_to_metric(fake, real, kid_subset_size=size, rng_seed=seed, verbose=False)
@@ -73,14 +74,14 @@ class KernelDistance(Accumulator):
 
 
 class InceptionScore(Accumulator):
-    """Inception score of the extractor's classes, by torch-fidelity: the mean over at most 10 splits
+    """Inception score with the extractor's classes, by torch-fidelity: the mean over at most 10 splits
     (`Salimans et al., 2016 <https://arxiv.org/abs/1606.03498>`_).
     """
 
     keeps = Rows
 
     def figures(self, seed: int) -> dict[str, float]:
-        """Return the score; ``seed`` is of the order of the splits."""
+        """Return the score; ``seed`` shuffles the images into splits."""
         logits = self.kept.rows
         score = isc_features_to_metric(logits, splits=min(SPLITS, len(logits)), rng_seed=seed)
         return {"isc": score[KEY_METRIC_ISC_MEAN]}

@@ -1,4 +1,4 @@
-"""How often a classifier reads the class that an image was asked for."""
+"""How often a classifier recognises the class that an image was generated for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LabelAccuracy"]
 
 
 class LabelAccuracy(Accumulator):
-    """Share of images that a ``label-classifier`` of the real ones reads as the class that they were asked for.
+    """Share of images that a ``label-classifier`` trained on the real ones assigns to the requested class.
 
     It is the GAN-test of `Shmelkov et al., 2018 <https://arxiv.org/abs/1807.09499>`_.
     """
@@ -22,7 +22,7 @@ class LabelAccuracy(Accumulator):
 
     @classmethod
     def load(cls, against: Against) -> Any:  # noqa: ANN401
-        """Find that the real images have labels."""
+        """Raise ``UserError`` if the real images have no labels."""
         if against.data.labels is None:
             raise UserError(
                 f"label_accuracy needs a classifier trained on the real images' labels, but {against.data.name} "
@@ -31,7 +31,7 @@ class LabelAccuracy(Accumulator):
 
     @classmethod
     def check(cls, against: Against, num: int, labels: Tensor | None) -> None:
-        """Find labels that are missing, or are no class of the real images."""
+        """Raise ``UserError`` if labels are missing, or are not classes of the real images."""
         classes = against.data.num_classes
         assert classes is not None
         if labels is None or len(labels) != num:
@@ -46,7 +46,7 @@ class LabelAccuracy(Accumulator):
             )
 
     def add(self, values: Tensor, labels: Tensor | None) -> None:
-        """Count the logits ``(B, classes)`` that are right."""
+        """Count the correct predictions among the logits ``(B, classes)``."""
         assert labels is not None
         self.right += int((values.argmax(dim=1) == labels.cpu()).sum())
 

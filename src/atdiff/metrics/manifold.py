@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: which samples lie in balls around which."""
+"""Precision, recall, density and coverage, from nearest-neighbour balls around real and generated samples."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["float64_device", "manifold_metrics", "neighbour_radii"]
 
 NEIGHBOURS_PRECISION = 3  # Kynkäänniemi et al., 2019
 NEIGHBOURS_COVERAGE = 5  # Naeem et al., 2020
-DISTANCES = 2**26  # held at once: 512 MiB
+DISTANCES = 2**26  # in memory at once: 512 MiB
 
 
 def neighbour_radii(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Return the distances of 2 or more float64 rows ``(N, D)`` to their 3rd and 5th neighbour, shape ``(N, 2)``."""
+    """Return the distances of 2 or more float64 rows ``(N, D)`` to their 3rd and 5th neighbours, shape ``(N, 2)``."""
     device = float64_device(device)
     last = len(features) - 1
     columns = [min(k, last) for k in (NEIGHBOURS_PRECISION, NEIGHBOURS_COVERAGE)]
@@ -32,9 +32,9 @@ def manifold_metrics(
 ) -> dict[str, float]:
     """Return ``precision`` and ``recall`` (3 neighbours), ``density`` and ``coverage`` (5 neighbours).
 
-    They are those of `Kynkaanniemi et al., 2019 <https://arxiv.org/abs/1904.06991>`_ and `Naeem et al., 2020
+    They follow `Kynkaanniemi et al., 2019 <https://arxiv.org/abs/1904.06991>`_ and `Naeem et al., 2020
     <https://arxiv.org/abs/2002.09797>`_, from one distance matrix of float64 features ``(M, D)`` and ``(N, D)``;
-    ``real_radii`` are those of :func:`neighbour_radii`.
+    ``real_radii`` come from :func:`neighbour_radii`.
     """
     device = float64_device(device)
     fake_radii = neighbour_radii(fake, device)[:, :1].to(device)
@@ -57,13 +57,13 @@ def manifold_metrics(
 
 
 def float64_device(device: torch.device | str) -> torch.device:
-    """Return the device, or the CPU in the place of one that has no float64."""
+    """Return the device, or the CPU if the device has no float64."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def _distances(a: Tensor, b: Tensor, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows of ``a``, and their distances to all rows of ``b``."""
+    """Yield slices of the rows of ``a``, and their distances to all rows of ``b``."""
     b = b.to(device)
     step = max(1, DISTANCES // len(b))
     for start in range(0, len(a), step):

@@ -1,4 +1,4 @@
-"""Mean and covariance of a stream, and its rows on disk."""
+"""Streaming mean and covariance, and streamed rows stored on disk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Moments", "Rows"]
 
 
 class Moments:
-    """Count, mean and scatter of rows that come batch by batch, in float64; its size does not depend on the count.
+    """Count, mean and scatter of rows added batch by batch, in float64; its size does not depend on the count.
 
     Batches are merged by the pairwise update of `Chan, Golub and LeVeque, 1979
-    <http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf>`_, which loses no digits to large means.
+    <http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf>`_, which stays precise for large means.
     """
 
     def __init__(self, num: int = 0) -> None:
@@ -24,7 +24,7 @@ class Moments:
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)  # (D, D), of differences from the mean
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows ``(N, D)``."""
+        """Add rows ``(N, D)``."""
         rows = rows.double()
         mean = rows.mean(0)
         if self.count == 0:
@@ -44,16 +44,16 @@ class Moments:
 
 
 class Rows:
-    """``num`` rows that come batch by batch, kept as float64 in a temporary file that is mapped into memory."""
+    """``num`` rows added batch by batch, stored as float64 in a memory-mapped temporary file."""
 
     def __init__(self, num: int) -> None:
         self.num, self.count = num, 0
         self._rows: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows ``(N, D)``."""
+        """Add rows ``(N, D)``."""
         if self._rows is None:
-            with tempfile.TemporaryFile() as file:  # the map outlives the name and the handle
+            with tempfile.TemporaryFile() as file:  # the mapping outlives the file's name and handle
                 mapped = np.memmap(file, np.float64, "w+", shape=(self.num, rows.shape[1]))
             self._rows = torch.from_numpy(mapped)
         self._rows[self.count : self.count + len(rows)] = rows

@@ -1,4 +1,4 @@
-"""What metrics need to know of the real images: computed once, and kept on disk."""
+"""Statistics of the real images, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from atdiff.system.fingerprint import fingerprint
 
 __all__ = ["Reference", "load_reference"]
 
-FORMAT = 1  # of the file, and of how floats become bytes; older files are made anew
+FORMAT = 1  # version of the file and of how floats become bytes; older files are recomputed
 BATCH = 64
 
 
@@ -35,21 +35,21 @@ class Reference:
 
     mean: Tensor  # (D,)
     covariance: Tensor  # (D, D)
-    features: Tensor | None = None  # (N, D), where they were asked for
-    radii: Tensor | None = None  # distances of each image to its 3rd and 5th neighbour, (N, 2), like the features
+    features: Tensor | None = None  # (N, D), if requested
+    radii: Tensor | None = None  # distances to the 3rd and 5th neighbours, (N, 2), with the features
 
 
 def load_reference(
     data: ImageData, extractor: FeatureExtractorBase, layer: str, *, with_features: bool = False
 ) -> Reference:
-    """Return the statistics of a data set, from the cache where they are there, else computed and put there.
+    """Return the statistics of a dataset, from the cache if it has them; else compute and cache them.
 
-    A file of the cache is found by a hash of the images' bytes, the extractor's name, weights and layer, the kind of
-    device, and the versions of torch and torch-fidelity. One that does not match its own checksum is said in a warning
-    and made anew. The features of all images, for KID, precision and recall, are kept ``with_features``.
+    The cache key is a hash of the images' bytes, the extractor's name, weights and layer, the device type, and the
+    versions of torch and torch-fidelity. A file that does not match its checksum is recomputed, with a warning.
+    ``with_features`` also keeps the features of all images, for KID, precision and recall.
 
     Raises:
-        UserError: fewer than two images, images that the extractor does not take, or a cache that cannot be written.
+        UserError: fewer than two images, images that the extractor does not accept, or a cache that is not writable.
     """
     if len(data) < 2:
         raise UserError(f"{data.name} has {len(data)} image: expected at least 2 as a reference.")
@@ -73,7 +73,7 @@ def _cache_file(data: ImageData, extractor: FeatureExtractorBase, layer: str, wi
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache file, mapped into memory; None where it is missing or damaged."""
+    """Return the tensors of a cache file, memory-mapped; None if it is missing or damaged."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The metrics and the feature networks by name: all that help texts, checks and reports say of them, without torch."""
+"""Metrics and feature networks by name, with everything that help texts, checks and reports need; without torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FEW_SAMPLES = 2_048
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose features metrics are taken in."""
+    """A network whose features metrics are computed in."""
 
     home: str  # ``module:class`` of the torch-fidelity extractor
-    trained: bool = False  # here, on images of one size and any channels, rather than downloaded
-    weights: str | None = None  # the extractor whose file of weights it takes too
-    bundled: bool = False  # its weights come with atdiff
-    few: int = FEW_SAMPLES  # samples, under which its Frechet distances are said to be biased
+    trained: bool = False  # by atdiff, on images of one size and any channels, rather than downloaded
+    weights: str | None = None  # the extractor whose weights file it shares
+    bundled: bool = False  # whether its weights ship with atdiff
+    few: int = FEW_SAMPLES  # samples; with fewer, a warning says that its Frechet distances are biased
 
 
 EXTRACTORS = {
@@ -38,7 +38,7 @@ EXTRACTORS = {
     "inception-v3-spatial": Extractor(
         "atdiff.metrics.features.spatial:SpatialInception", weights="inception-v3-compat"
     ),
-    # In the place of torch-fidelity's, whose loading of local files unpickles programs, or is missing.
+    # Instead of torch-fidelity's, which run code from local files, or cannot load them.
     "dinov2-vit-l-14": Extractor("atdiff.metrics.features.dinov2:DinoV2Features"),
     "clip-vit-b-32": Extractor("atdiff.metrics.features.clip:ClipFeatures"),
 }
@@ -48,7 +48,7 @@ EXTRACTORS = {
 class Figure:
     """One number of a metric."""
 
-    name: str  # its key in a cell
+    name: str  # its key in a table cell
     label: str  # in tables and plots
     higher: bool = False  # whether higher is better
 
@@ -61,18 +61,18 @@ CLIP_MODEL = ("clip-score", "openai/clip-vit-large-patch14")  # torchmetrics' de
 class Metric:
     """A metric by name."""
 
-    name: str  # what ``--metrics`` calls it
+    name: str  # as given to ``--metrics``
     about: str
     home: str  # ``module:class`` of its accumulator, below ``atdiff.metrics``
-    figures: tuple[Figure, ...]  # what it puts into a cell
-    # A network, of whose features batches are given; ``chosen`` for that of ``--extractor``; ``bytes`` for uint8 images
-    # and ``points`` for rows of values in [-1, 1].
+    figures: tuple[Figure, ...]  # what it adds to a table cell
+    # Its input: features of the named network (``chosen`` for that of ``--extractor``), uint8 images (``bytes``), or
+    # rows of values in [-1, 1] (``points``).
     takes: str = CHOSEN
-    layer: str = "fid"  # of the network: that which torch-fidelity takes for this metric, ``fid`` or ``isc``
-    needs: str = ""  # ``labels`` or ``prompts``, without which it has no meaning
-    packages: tuple[str, ...] = ()  # beyond those that are always installed
-    hub: tuple[str, str] | None = None  # of a network of its own: the name of its weights, and its id on the hub
-    caption: str = ""  # what reports say in the place of the cells' extractor
+    layer: str = "fid"  # of the network: torch-fidelity's default for ``fid`` or for ``isc``
+    needs: str = ""  # ``labels`` or ``prompts``, if it requires them
+    packages: tuple[str, ...] = ()  # beyond atdiff's required dependencies
+    hub: tuple[str, str] | None = None  # for a network of its own: the name of its weights, and its hub id
+    caption: str = ""  # shown in reports instead of the cells' extractor
 
     @property
     def is_distance(self) -> bool:
@@ -116,9 +116,9 @@ METRICS = {
 }  # fmt: skip
 
 HUB_WEIGHTS = tuple(metric.hub[0] for metric in METRICS.values() if metric.hub)
-"""Names of weights that are folders of a hub's model, and no extractors."""
+"""Names of weights that are folders with a model from the hub, not extractors."""
 
-# Of the cells of others too, as a comparison of any figures takes them.
+# Includes figures of results from elsewhere, since comparisons accept any figure.
 FIGURES = {
     figure.name: figure
     for figure in (
@@ -136,7 +136,7 @@ def class_at(home: str) -> Any:  # noqa: ANN401  (whatever class is there)
 
 
 def check_names(metrics: Sequence[str]) -> None:
-    """Raise a ``UserError`` where no metric is named, or one that does not exist."""
+    """Raise ``UserError`` if no metric is given, or an unknown one."""
     if not metrics:
         raise UserError(f"no metric is given: expected one or more of {', '.join(METRICS)}.")
     for metric in metrics:
@@ -146,17 +146,17 @@ def check_names(metrics: Sequence[str]) -> None:
 
 
 def few_samples(extractor: str) -> int:
-    """Return the number of samples under which Frechet distances of an extractor's features are too biased."""
+    """Return the number of samples below which Frechet distances in an extractor's features are too biased."""
     return EXTRACTORS[extractor].few if extractor in EXTRACTORS else FEW_SAMPLES
 
 
 def takes_features(metrics: Sequence[str]) -> bool:
-    """Whether any of the metrics is taken in the features of ``--extractor``."""
+    """Whether any of the metrics uses the features of ``--extractor``."""
     return any(METRICS[name].takes == CHOSEN for name in metrics if name in METRICS)
 
 
 def needed_networks(metrics: Sequence[str], extractor: str) -> list[str]:
-    """Return the extractors that metrics take their features of."""
+    """Return the extractors whose features the metrics use."""
     taken = (METRICS[metric].takes for metric in metrics)
     named = [extractor if network == CHOSEN else network for network in taken]
     return list(dict.fromkeys(network for network in named if network in (*EXTRACTORS, extractor)))

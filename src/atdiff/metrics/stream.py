@@ -1,4 +1,4 @@
-"""Metrics of generated images against real ones, from one pass over a stream of batches."""
+"""Metrics of generated images against real ones, in one pass over a stream of batches."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint
 
 __all__ = ["FEW_SAMPLES", "METRICS", "Metrics", "check_metrics"]
 
-Place = tuple[str, str]  # a network and a layer of it, or what is taken of the images and ""
-BATCH = 64  # images through a network at once, whatever comes, so that figures do not depend on what comes
+Place = tuple[str, str]  # a network and one of its layers, or "bytes" or "points" and ""
+BATCH = 64  # images per forward pass, whatever the size of incoming batches, so that figures do not depend on it
 
 
 def check_metrics(
@@ -44,7 +44,7 @@ def check_metrics(
     weights: Mapping[str, Path] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> None:
-    """Raise the ``UserError`` of :class:`Metrics`, as far as that needs neither data, network nor compute."""
+    """Raise those ``UserError`` of :class:`Metrics` that need no data, networks or compute to detect."""
     check_names(metrics)
     check_extractor(extractor)
     known = (*EXTRACTORS, *HUB_WEIGHTS)
@@ -64,21 +64,21 @@ def check_metrics(
 
 
 class Metrics:
-    """The metrics of generated images against one set of real ones: networks and reference statistics, made once.
+    """Metrics of generated images against one set of real ones; networks and reference statistics are set up once.
 
-    All metrics but those of points see the images in 8 bits, as saved ones are. Frechet distances need memory for one
-    batch and ``D x D`` sums; metrics that keep all rows keep them in a temporary file.
+    All metrics except those on points see the images at 8 bits, like saved images. Frechet distances need memory for
+    one batch and ``D x D`` sums; metrics that need all rows store them in a temporary file.
 
     Args:
-        extractor: whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
+        extractor: the network whose features ``fid``, ``kid``, ``isc`` and ``prc`` use.
         weights: local files by extractor, and for ``clip-score`` the folder of a CLIP model; others are downloaded or
             trained.
         prompts: for ``clip_score``, one for all images or one per class.
         prepare: compute the statistics now; else :meth:`prepare` or the first call does.
 
     Raises:
-        UserError: as :func:`check_metrics`; weights that cannot be had, are damaged or belong to another network; or
-            data that are too few or of a shape that an extractor does not take.
+        UserError: as :func:`check_metrics`; weights are unavailable, damaged or of another network; or there are too
+            few real images, or an extractor does not accept their shape.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Metrics:
             self.prepare()
 
     def _made(self, network: str) -> FeatureExtractorBase:
-        """Return an extractor of the layers that metrics take of it."""
+        """Build an extractor with the layers that the metrics use."""
         shared = EXTRACTORS[network].weights if network in EXTRACTORS else None
         given = self._shared.weights
         return make_extractor(
@@ -120,7 +120,7 @@ class Metrics:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of the real images (``reference``) and of the weights of all networks (``features``)."""
+        """Return hashes of the real images (``reference``) and of all networks' weights (``features``)."""
         networks = list(self._networks.values())
         names = [network.get_name() for network in networks]
         own = [loaded for loaded in self._loaded.values() if isinstance(loaded, nn.Module)]
@@ -130,13 +130,13 @@ class Metrics:
         }
 
     def prepare(self) -> None:
-        """Compute the statistics of the real images, or read them from the cache."""
+        """Compute the statistics of the real images, or load them from the cache."""
         assert self._against
 
     @cached_property
     def _against(self) -> dict[str, Against]:
-        """What the images are compared with, by metric; the statistics of the real ones are computed or read here."""
-        asked: dict[Place, bool] = {}  # whether with the features
+        """What each metric compares images with; computes or loads the statistics of the real ones."""
+        asked: dict[Place, bool] = {}  # whether features are needed too
         for name, place in self.places.items():
             if (compares := self._classes[name].compares) is not None:
                 asked[place] = asked.get(place, False) or compares == "features"
@@ -152,16 +152,16 @@ class Metrics:
     def __call__(
         self, batches: Iterable[Tensor], *, num: int, labels: Tensor | None = None, seed: int = 0
     ) -> dict[str, float]:
-        """Return the metrics of generated images, which are taken in batch by batch.
+        """Return the metrics of generated images, which are consumed batch by batch.
 
         Args:
             batches: ``num`` images, ``(B, C, H, W)``, floats in [-1, 1] or uint8.
             labels: their classes, shape ``(num,)``, for ``label_accuracy`` and for one prompt per class.
-            seed: of KID's subsets, the order of the score's splits, and the random projections.
+            seed: for KID's subsets, the Inception score's splits, random projections, and subsamples of points.
 
         Raises:
-            UserError: fewer than two images, another number than ``num``, images of another shape than the real ones,
-                of another type or not finite, or labels that are missing, have no prompt or are no class of the data.
+            UserError: there are fewer than two images, or not ``num``; images differ in shape from the real ones, have
+                the wrong type or are not finite; or labels are missing, have no prompt or are not classes of the data.
         """
         if num < 2:
             raise UserError(f"num={num} images are too few for metrics: use {FEW_SAMPLES} or more.")
@@ -190,7 +190,7 @@ class Metrics:
         return {figure: value for name in self.names for figure, value in accumulators[name].figures(seed).items()}
 
     def _checked(self, batches: Iterable[Tensor], num: int) -> Iterator[Tensor]:
-        """Pass batches on that are what they should be."""
+        """Validate each batch and yield it."""
         count, shape, dtype = 0, tuple(self.data.images.shape[1:]), None
         for images in batches:
             if images.ndim != 4 or tuple(images.shape[1:]) != shape:
@@ -215,7 +215,7 @@ class Metrics:
             yield images
 
     def _values(self, images: Tensor) -> dict[Place, Tensor]:
-        """Return what metrics take of a batch."""
+        """Return the metrics' inputs for a batch, by place."""
         values: dict[Place, Tensor] = {}
         for taken, layer in self.places.values():
             if not layer:
@@ -227,9 +227,9 @@ class Metrics:
 
 
 def _places(metrics: Sequence[str], extractor: str) -> dict[str, Place]:
-    """Return the network and the layer of it that each metric takes; no layer for what is taken of the images."""
+    """Return the network and layer that each metric uses; the layer is empty for metrics on the images themselves."""
     places = {}
-    # In the order of the fingerprints of earlier versions: other networks, the chosen one, that of the labels.
+    # Fingerprints depend on this order, which must not change: other networks, the chosen one, that of the labels.
     ordered = sorted(metrics, key=lambda name: (METRICS[name].needs == "labels", METRICS[name].takes == CHOSEN))
     for metric in map(METRICS.__getitem__, ordered):
         name = metric.name
@@ -245,7 +245,7 @@ def _places(metrics: Sequence[str], extractor: str) -> dict[str, Place]:
 
 
 def _rebatched(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the same images in batches of ``BATCH``, the last one shorter."""
+    """Yield the same images in batches of ``BATCH``; the last one may be shorter."""
     held: list[Tensor] = []
     for images in batches:
         held.append(images)

@@ -1,4 +1,4 @@
-"""A published classifier of CIFAR-10 as an extractor: a network that nobody trained for the runs that it judges."""
+"""A published CIFAR-10 classifier as an extractor: a network trained independently of the runs that it judges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class CifarResNet56(ClassifierFeatures):
     """ResNet-56 for CIFAR-10 (`He et al., 2015 <https://arxiv.org/abs/1512.03385>`_), 94.4 % accurate on its test set.
 
-    The weights come with atdiff. A local file is the published one or its tensors alone, saved by torch or as
+    The weights ship with atdiff. A local file may be the published one or just its tensors, saved by torch or as
     safetensors. Images of other sizes are resized to 32 x 32 pixels.
     """
 
@@ -42,7 +42,7 @@ class CifarResNet56(ClassifierFeatures):
         self.network.load_state_dict({name.removeprefix("module."): value for name, value in tensors.items()})
 
     def check(self, images: Tensor) -> None:
-        """Take colour images of any size."""
+        """Raise ``UserError`` unless the images are uint8 and in colour; any size will do."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(
                 f"{self.get_name()} was given {images.dtype} images of shape {tuple(images.shape)}: expected uint8 of "
@@ -51,7 +51,7 @@ class CifarResNet56(ClassifierFeatures):
 
     @classmethod
     def normalise(cls, images: Tensor) -> Tensor:
-        """Return uint8 images at 32 x 32 pixels, less the mean over the deviation of the training."""
+        """Resize uint8 images to 32 x 32 pixels, and normalise them with the training mean and standard deviation."""
         pixels = images.to(cls.dtype) / 255.0
         if pixels.shape[-2:] != (SIZE, SIZE):
             pixels = interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
@@ -60,7 +60,7 @@ class CifarResNet56(ClassifierFeatures):
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut without weights: of every second pixel, with channels of zeros."""
+    """Two convolutions and a parameter-free shortcut, which subsamples pixels and zero-pads channels."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _Block(nn.Module):
 
 
 def _resnet56() -> nn.Sequential:
-    """Build the network, with the published names."""
+    """Build the network with the published parameter names."""
     parts: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False), bn1=nn.BatchNorm2d(WIDTHS[0]), relu=nn.ReLU()
     )

@@ -1,4 +1,4 @@
-"""torch-fidelity's CLIP extractor, with weights from a file that cannot run code."""
+"""torch-fidelity's CLIP extractor, loading local weights without running code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ URL_CLIP = MODEL_URLS[CLIP]
 class ClipFeatures(FileExtractor, FeatureExtractorCLIP):
     """torch-fidelity's ``clip-vit-b-32``, for CLIP-FID (`Kynkaanniemi et al., 2022 <https://arxiv.org/abs/2203.06026>`_).
 
-    A local file is the published one, a TorchScript archive, or its tensors alone, saved by torch or as safetensors.
+    A local file may be the published one, a TorchScript archive, or just its tensors, saved by torch or as safetensors.
     """
 
     def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
@@ -30,7 +30,7 @@ class ClipFeatures(FileExtractor, FeatureExtractorCLIP):
             FeatureExtractorCLIP.__init__(self, self.name, self.features_list, **options)
             return
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == MODEL_METADATA[CLIP]["hash"]:
-            with warnings.catch_warnings():  # an archive of programs is opened only if it is the published one
+            with warnings.catch_warnings():  # TorchScript can run code: only the published archive is opened
                 warnings.simplefilter("ignore", DeprecationWarning)
                 tensors = torch.jit.load(path, map_location="cpu").state_dict()
         else:

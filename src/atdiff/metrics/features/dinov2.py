@@ -1,4 +1,4 @@
-"""torch-fidelity's DINOv2 extractor, with the network of transformers and weights from a plain file."""
+"""torch-fidelity's DINOv2 extractor, with transformers' network and weights from a plain file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["DINOV2", "URL_DINOV2", "DinoV2Features"]
 
 DINOV2 = "dinov2-vit-l-14"
 URL_DINOV2 = URLS[DINOV2]
-HEAD_WIDTH = 64  # of every published DINOv2
+HEAD_WIDTH = 64  # in every published DINOv2
 GRID = 16  # patches along an edge of 224 pixels
 
-# Published names, and those of the copy on the hub.
+# Published parameter names, and those of the copy on the hub.
 RENAMED = {
     r"^cls_token$": "embeddings.cls_token",
     r"^mask_token$": "embeddings.mask_token",
@@ -38,9 +38,9 @@ RENAMED = {
 class DinoV2Features(FileExtractor, FeatureExtractorDinoV2):
     """torch-fidelity's ``dinov2-vit-l-14``, for FD-DINOv2 (`Stein et al., 2023 <https://arxiv.org/abs/2306.04675>`_).
 
-    Images are prepared as torch-fidelity does. Its own loader fetches and runs the repository of DINOv2, and takes no
-    local file; here the published tensors go into transformers' network. The position embeddings are resized to 16 x 16
-    as in that repository, whose bicubic scale is 16.1 / 37 rather than 16 / 37.
+    Images are preprocessed as in torch-fidelity. Its own loader downloads and runs the DINOv2 repository, and takes no
+    local file; here the published tensors are loaded into transformers' network. Position embeddings are resized to
+    16 x 16 as in that repository, whose bicubic scale is 16.1 / 37 rather than 16 / 37.
     """
 
     def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
@@ -58,7 +58,7 @@ class _ClassToken(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        from transformers import Dinov2Config, Dinov2Model  # of the clip extra
+        from transformers import Dinov2Config, Dinov2Model  # from the clip extra
 
         width, _, _, patch = tensors["patch_embed.proj.weight"].shape
         config = Dinov2Config(
@@ -68,7 +68,7 @@ class _ClassToken(nn.Module):
             image_size=patch * GRID,
             patch_size=patch,
         )
-        # The names inside the network change with the release of transformers; its loader knows those of the hub.
+        # Parameter names depend on the release of transformers; its loader maps those of the hub.
         load: Any = Dinov2Model.from_pretrained
         with quiet_libraries():
             self.network, notes = load(None, config=config, state_dict=_renamed(tensors), output_loading_info=True)
@@ -80,10 +80,10 @@ class _ClassToken(nn.Module):
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return published tensors under the names of the hub, with position embeddings of the 16 x 16 grid."""
+    """Return published tensors under the hub's names, with position embeddings for the 16 x 16 grid."""
     out = {}
     for name, tensor in tensors.items():
-        if ".attn.qkv." in name:  # one matrix there, three here
+        if ".attn.qkv." in name:  # one matrix there, three in transformers
             prefix, kind = name.replace("blocks.", "encoder.layer.").split(".attn.qkv.")
             for part, value in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 out[f"{prefix}.attention.attention.{part}.{kind}"] = value

@@ -27,7 +27,7 @@ SPATIAL = "inception-v3-spatial"
 
 
 def check_extractor(name: str) -> None:
-    """Raise a ``UserError`` for an extractor neither of the registry nor registered with torch-fidelity."""
+    """Raise ``UserError`` unless an extractor is in the registry, or other code registered it with torch-fidelity."""
     registered = FEATURE_EXTRACTORS_REGISTRY.get(name)
     if name not in EXTRACTORS and (registered is None or registered.__module__.startswith("torch_fidelity.")):
         nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0.0)[0]
@@ -35,7 +35,7 @@ def check_extractor(name: str) -> None:
 
 
 def extractor_class(name: str) -> type[FeatureExtractorBase]:
-    """Return the class of an extractor, checked by :func:`check_extractor`."""
+    """Return an extractor's class, after :func:`check_extractor`."""
     check_extractor(name)
     return class_at(EXTRACTORS[name].home) if name in EXTRACTORS else FEATURE_EXTRACTORS_REGISTRY[name]
 
@@ -51,12 +51,12 @@ def make_extractor(
     """Return a frozen extractor, one of ``EXTRACTORS`` or registered with torch-fidelity.
 
     Args:
-        weights: a local file of weights; when None they are trained and cached, or downloaded.
+        weights: a local weights file; None to train and cache them, or to download them.
         data: the labelled images to train on.
-        layers: which features it gives; None for those of :func:`feature_layers`.
+        layers: which features to return; None for those of :func:`feature_layers`.
 
     Raises:
-        UserError: an unknown name, or weights that cannot be had or are of another network.
+        UserError: the name is unknown, or the weights are unavailable or of another network.
     """
     network = extractor_class(name)
     if weights is None and name == LABEL_CLASSIFIER:
@@ -68,10 +68,10 @@ def make_extractor(
     if weights is None:
         _announce_download(name)
     if weights is not None and name in (INCEPTION, SPATIAL):
-        # torch-fidelity would unpickle anything that the file holds; this refuses all but tensors.
+        # torch-fidelity would unpickle anything in the file; this refuses all but tensors.
         read_tensors(Path(weights), f"the file of {URLS[name]}")
     try:
-        # Networks are initialised before their weights are loaded; the caller's random state must not move.
+        # Networks are initialised before their weights are loaded; that must not change the caller's random state.
         with torch.random.fork_rng(devices=[]), bounded_network():
             features = list(dict.fromkeys(layers or feature_layers(network)))
             path = None if weights is None else str(weights)
@@ -92,7 +92,7 @@ def make_extractor(
 
 
 def _announce_download(name: str) -> None:
-    """Say what is about to be downloaded, if anything, and how to avoid it."""
+    """Print what is about to be downloaded, if anything, and how to avoid it."""
     if name in URLS and not weights_file(name).is_file():
         print(
             f"atdiff: {name} downloads {SIZES[name]} from {URLS[name]}. To avoid that, give --weights {name}=FILE"
@@ -102,7 +102,7 @@ def _announce_download(name: str) -> None:
 
 
 def feature_layers(extractor: FeatureExtractorBase | type[FeatureExtractorBase]) -> tuple[str, str]:
-    """Return the names of the layers for distances (FID, KID, precision) and for the Inception score."""
+    """Return the names of the layers used for distances (FID, KID, precision) and for the Inception score."""
     of = extractor.get_default_feature_layer_for_metric
     return of("fid"), of("isc")
 
@@ -111,8 +111,8 @@ def feature_layers(extractor: FeatureExtractorBase | type[FeatureExtractorBase])
 def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int = 64) -> dict[str, Tensor]:
     """Return the extractor's features of uint8 images ``(N, C, H, W)``, each ``(N, D)``, float64, on the CPU.
 
-    Greyscale images are repeated over three channels for networks of colour images. A shape that the extractor does not
-    take is a ``UserError``.
+    Greyscale images are repeated over three channels for networks that expect colour. A shape that the extractor does
+    not accept raises ``UserError``.
     """
     name = extractor.get_name()
     if images.shape[1] == 1 and not (name in EXTRACTORS and EXTRACTORS[name].trained):
@@ -126,10 +126,10 @@ def extract(images: Tensor, extractor: FeatureExtractorBase, *, batch_size: int 
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Return images as uint8: as they are, or quantised from floats in [-1, 1] as an image file does."""
+    """Return images as uint8: unchanged, or quantised from floats in [-1, 1] as when saving them."""
     return images if images.dtype == torch.uint8 else to_uint8(images)
 
 
 def device_of(extractor: FeatureExtractorBase) -> torch.device:
-    """Return the device that an extractor's weights are on."""
+    """Return the device of an extractor's weights."""
     return next((p.device for p in extractor.parameters()), torch.device("cpu"))

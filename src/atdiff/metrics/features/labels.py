@@ -1,4 +1,4 @@
-"""Small classifiers as feature extractors, for data that Inception does not suit, and that of any labelled images."""
+"""Small classifiers as feature extractors, for data that Inception does not suit: digits, and any labelled images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LABEL_CLASSIFIER = "label-classifier"
 DIGITS = "digits-classifier"
 SHOW_AFTER = 5.0  # seconds of training before a progress bar appears
 
-# Everything that the weights depend on besides the training images; the key of the cache is a hash of both.
+# Everything that the weights depend on besides the training images; the cache key is a hash of both.
 DIGITS_RECIPE: dict[str, Any] = {
     "version": 1,
     "channels": [8, 32],
@@ -45,12 +45,12 @@ DIGITS_RECIPE: dict[str, Any] = {
     "seed": 0,
 }
 
-# Everything that the weights depend on besides the images and labels; the key of the cache is a hash of all.
+# Everything that the weights depend on besides the images and labels; the cache key is a hash of all three.
 RECIPE: dict[str, Any] = {
     "version": 1,
-    "widths": [16, 32, 64],  # channels of the convolutions; further ones have the last width
-    "side": 4,  # pixels down to which the convolutions halve an image
-    "small": 16,  # pixels up to which the first convolution does not halve
+    "widths": [16, 32, 64],  # channels of the convolutions; any further ones have the last width
+    "side": 4,  # pixels; convolutions halve an image down to this size
+    "small": 16,  # pixels; up to this size the first convolution does not halve an image
     "epochs": 12,
     "min_updates": 400,
     "max_updates": 4000,
@@ -64,18 +64,18 @@ RECIPE: dict[str, Any] = {
 
 
 class ClassifierFeatures(FileExtractor):
-    """A classifier of uint8 images, whose subclass builds the network, as an extractor.
+    """A classifier of uint8 images as an extractor; subclasses build the network.
 
     Features: ``"64"``, the penultimate layer, and ``"logits"``, of the classes.
     """
 
     dtype: ClassVar[torch.dtype] = torch.float32
-    expected = "as its training images"  # for the message
+    expected = "as its training images"  # for the error message
     network: nn.Sequential
     image_shape: tuple[int, ...]
 
     def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
-        """Take the weights of a safetensors file, else of :meth:`default_weights`."""
+        """Load the weights from a safetensors file, by default from :meth:`default_weights`."""
         path = path or self.default_weights()
         try:
             with safe_open(path, "pt") as file:
@@ -91,21 +91,21 @@ class ClassifierFeatures(FileExtractor):
 
     @staticmethod
     def default_weights() -> Path:
-        """Return the file of weights where none is given."""
+        """Return the weights file to use if none is given."""
         raise NotImplementedError
 
     @staticmethod
     def build(metadata: Mapping[str, str]) -> tuple[nn.Sequential, tuple[int, ...]]:
-        """Return the network of a file of weights with this metadata, and the shape ``(C, H, W)`` of its images."""
+        """Build the network for a weights file with this metadata; return it and its image shape ``(C, H, W)``."""
         raise NotImplementedError
 
     @classmethod
     def normalise(cls, images: Tensor) -> Tensor:
-        """Return uint8 images in [-1, 1]."""
+        """Scale uint8 images to [-1, 1]."""
         return images.to(cls.dtype) / 127.5 - 1.0
 
     def check(self, images: Tensor) -> None:
-        """Raise a ``UserError`` for images that the network does not take."""
+        """Raise ``UserError`` for images that the network does not accept."""
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise UserError(
                 f"{self.get_name()} was given {images.dtype} images of shape {tuple(images.shape)}: expected uint8 of "
@@ -113,7 +113,7 @@ class ClassifierFeatures(FileExtractor):
             )
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Return the requested features of uint8 images ``(N, C, H, W)``; others are a ``UserError``."""
+        """Return the requested features of uint8 images ``(N, C, H, W)``; other images raise ``UserError``."""
         self.check(input)
         features = self.network[:-1](self.normalise(input))
         found = {"64": features}
@@ -123,7 +123,7 @@ class ClassifierFeatures(FileExtractor):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """The features on offer."""
+        """The available features."""
         return "64", "logits"
 
     @staticmethod
@@ -133,12 +133,12 @@ class ClassifierFeatures(FileExtractor):
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Whether torch.compile may wrap it: no, as torch-fidelity asks the class for an input."""
+        """Whether torch.compile may wrap it: no, since torch-fidelity asks the class for a dummy input."""
         return False
 
 
 def kept_weights(path: Path, train: Callable[[], nn.Module], metadata: dict[str, str] | None = None) -> Path:
-    """Return a file of the cache that holds a network's weights, trained now where it is not there."""
+    """Return the cache file with a network's weights; train the network if there is none."""
     if path.exists():
         return path
     network = train()
@@ -156,7 +156,7 @@ def train_classifier(
     recipe: Mapping[str, Any],
     updates: int,
 ) -> nn.Sequential:
-    """Train by a recipe on images ``(N, C, H, W)`` and labels ``(N,)``; no random state but its own is used."""
+    """Train by a recipe on images ``(N, C, H, W)`` and labels ``(N,)``, with a random state of its own."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(recipe["seed"])
         network = build()
@@ -179,7 +179,7 @@ def train_classifier(
 
 
 def _tracked(name: str, updates: int) -> Iterator[int]:
-    """Count the updates, under a bar on stderr once they have taken SHOW_AFTER seconds."""
+    """Count the updates, with a progress bar on stderr after SHOW_AFTER seconds."""
     progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task(f"training the {name}", total=updates)
     start = time.monotonic()
@@ -197,11 +197,11 @@ def _tracked(name: str, updates: int) -> Iterator[int]:
 
 
 def label_classifier_weights(data: ImageData) -> Path:
-    """Return a file with the weights of a classifier of ``data``, trained now unless the cache has it.
+    """Return a file with the weights of a classifier of ``data``; train it unless the cache has it.
 
-    Images that are not uint8, and labels of fewer than two classes, are a ``UserError``.
+    Images that are not uint8, and fewer than two classes, raise ``UserError``.
     """
-    data = data.everything  # classes that were left out are still told from the others
+    data = data.everything  # the classifier also knows classes that were left out
     if data.labels is None:
         raise UserError(f"{data.name} has no labels to train the {LABEL_CLASSIFIER} on: choose another extractor.")
     images, labels, classes = data.images, data.labels, len(data.labels.unique())
@@ -224,16 +224,16 @@ def label_classifier_weights(data: ImageData) -> Path:
 
 
 class LabelClassifier(ClassifierFeatures):
-    """A classifier of images of one size, without batch norm: features do not depend on the other images."""
+    """A classifier of images of one size, without batch norm, so features do not depend on the rest of the batch."""
 
     @staticmethod
     def default_weights() -> Path:
-        """Refuse: the weights depend on the data."""
+        """Raise ``UserError``, since the weights depend on the data."""
         raise UserError(f"{LABEL_CLASSIFIER} has no weights: give the labelled images to train it on.")
 
     @staticmethod
     def build(metadata: Mapping[str, str]) -> tuple[nn.Sequential, tuple[int, ...]]:
-        """Return the network of the size and number of classes in the metadata."""
+        """Build the network for the image size and number of classes in the metadata."""
         channels, height, width, classes = json.loads(metadata["shape"])
         return _build((channels, height, width, classes)), (channels, height, width)
 
@@ -254,14 +254,14 @@ def _build(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 class DigitsClassifier(ClassifierFeatures):
-    """A classifier of 8x8 digits, in float64: so its features hardly depend on the machine, or on the batch size."""
+    """A classifier of 8x8 digits, in float64, so that features hardly depend on the machine or the batch size."""
 
     dtype = torch.float64
     expected = "and 'inception-v3-compat' for other images"
 
     @staticmethod
     def default_weights() -> Path:
-        """Return the cached file of weights, which is trained first when it is not there."""
+        """Return the cached weights file; train the network first if there is none."""
         data = load_data("digits", split="train")
         images, labels = data.images, data.labels
         assert labels is not None
@@ -277,7 +277,7 @@ class DigitsClassifier(ClassifierFeatures):
 
     @staticmethod
     def build(metadata: Mapping[str, str]) -> tuple[nn.Sequential, tuple[int, ...]]:
-        """Return the network; it has one size."""
+        """Build the network, which has only one size."""
         return _digits_network(), (1, 8, 8)
 
     @staticmethod

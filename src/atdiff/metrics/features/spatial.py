@@ -21,14 +21,14 @@ CHANNELS = 7  # of 17 x 17 positions: 2,023 features, about as many as the poole
 class SpatialInception(FileExtractor):
     """torch-fidelity's ``inception-v3-compat`` with one more feature, ``"spatial"``, ``(N, 2023)``.
 
-    sFID (`Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_) is taken on the first 7 channels of ``mixed_6/conv``,
-    as in `guided-diffusion's evaluator <https://github.com/openai/guided-diffusion/tree/main/evaluations>`_: the 1x1
-    branch of torch-fidelity's ``Mixed_6d``, after its ReLU, as the graph counts from ``Mixed_5b``.
+    sFID (`Nash et al., 2021 <https://arxiv.org/abs/2103.03841>`_) uses the first 7 channels of ``mixed_6/conv``, as in
+    `guided-diffusion's evaluator <https://github.com/openai/guided-diffusion/tree/main/evaluations>`_: the 1x1 branch
+    of torch-fidelity's ``Mixed_6d``, after its ReLU, since the evaluator's graph counts from ``Mixed_5b``.
     """
 
     def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
         """See :meth:`atdiff.metrics.features.weights.FileExtractor.load`; the file is ``inception-v3-compat``'s."""
-        # Where only the spatial features are asked for, the network runs up to the first layer behind them.
+        # If only the spatial features are requested, the network stops at the first layer after them.
         others = [feature for feature in self.features_list if feature != "spatial"] or ["768"]
         weights = None if path is None else str(path)
         self.network = FeatureExtractorInceptionV3(self.name, others, feature_extractor_weights_path=weights, **options)
@@ -47,7 +47,7 @@ class SpatialInception(FileExtractor):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """The features on offer."""
+        """The available features."""
         return "spatial", *FeatureExtractorInceptionV3.get_provided_features_list()
 
     @staticmethod
@@ -59,7 +59,7 @@ class SpatialInception(FileExtractor):
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Whether torch.compile may wrap it; not around a hook."""
+        """Whether torch.compile may wrap it: no, because of the hook."""
         return False
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Files of weights, read without running what they hold."""
+"""Weights files, read without running any code that they contain."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["FileExtractor", "read_tensors"]
 
 
 class FileExtractor(FeatureExtractorBase):
-    """A frozen torch-fidelity extractor, whose weights are read without running what their file holds.
+    """A frozen torch-fidelity extractor, whose weights file is read without running any code that it contains.
 
-    A file that cannot be read is a ``UserError``, one of another network a ``RuntimeError`` or ``KeyError``.
+    An unreadable file raises ``UserError``, one of another network ``RuntimeError`` or ``KeyError``.
     """
 
     def __init__(
@@ -37,15 +37,15 @@ class FileExtractor(FeatureExtractorBase):
         self.requires_grad_(False).eval()
 
     def load(self, path: Path | None, **options: Any) -> None:  # noqa: ANN401
-        """Build the network with the weights of a file; without one they are downloaded, or trained."""
+        """Build the network with weights from a file; None to download or train them."""
         raise NotImplementedError
 
 
 def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of one that ``torch.save`` wrote; nothing but tensors is unpickled.
+    """Return the tensors of a safetensors or ``torch.save`` file; nothing but tensors is unpickled.
 
-    Of a checkpoint that holds more, they are its ``state_dict``. A file that is missing, damaged or holds something
-    else is a ``UserError``, which says what was ``expected``.
+    For a checkpoint with other contents, return its ``state_dict``. A file that is missing, damaged or not a state dict
+    raises ``UserError``, which says what was ``expected``.
     """
     if not path.is_file():
         raise UserError(f"the weights {path} do not exist: expected {expected}.")
@@ -53,7 +53,7 @@ def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # an error follows
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # the error below says enough
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read as weights: expected {expected}.") from error
