@@ -78,16 +78,17 @@ def denoise_steps(
     """Yield ``x`` after each step, in the scheduler's own coordinates (``alpha = 1`` for heun and EDM).
 
     Args:
-        model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are ``(B,)``. Of
-            ``2C`` output channels, the second half is a learned variance, passed only to schedulers that use it.
-        scheduler: a fresh scheduler with its timesteps set; use one per run.
+        model: ``f(x_t, timesteps, **model_kwargs)``; see :func:`atdiff.models.call.predict`. Timesteps are ``(B,)``. If
+            it outputs ``2C`` channels, the second half is a learned variance, passed only to schedulers that use it.
+        scheduler: a fresh scheduler with its timesteps set; use a new one for each call.
         x: initial noise ``(B, C, H, W)``, times the scheduler's ``init_noise_sigma``.
         generators: one per image, for stochastic schedulers.
         model_kwargs: further arguments of the network, such as ``class_labels`` ``(B,)``.
-        correction: of the sampler.
+        correction: of the sampler; None for none.
 
     Raises:
-        UserError: the network's channels, the images and ``variance_type``, or correction and schedule do not fit.
+        UserError: the network's channels do not fit the images and ``variance_type``, or the correction does not fit
+            the schedule.
     """
     schedule = NoiseSchedule(scheduler)
     correction = correction or Correction()
@@ -99,7 +100,7 @@ def denoise_steps(
         x_t = x if schedule.traits.variance_exploding else inputs
         timesteps = t.to(x.device).expand(len(x))
         seen = correction.shift(x_t, timesteps, schedule) if index else timesteps
-        begins = getattr(scheduler, "state_in_first_order", True)  # a solver of second order may be within a step
+        begins = getattr(scheduler, "state_in_first_order", True)  # a second-order solver may be mid-step
         output = predict(model, inputs, network_time(scheduler, seen), model_kwargs)
         prediction, variance = _split_variance(output, x.shape[1], scheduler)
         prediction = correction(prediction, x_t, seen, schedule, prediction_type)
@@ -164,12 +165,12 @@ def iter_generate(
 ) -> Iterator[Tensor]:
     """Yield batches of images in [-1, 1], float32 on the CPU, ``(up to batch_size, C, H, W)``.
 
-    Image ``i`` depends only on ``i`` and ``seed`` (:func:`image_generators`), even when several processes share them.
+    Image ``i`` depends only on ``i`` and ``seed`` (:func:`image_generators`), even if processes share the work.
 
     Args:
         model: see :func:`denoise_steps`; a class-conditional one needs ``class_labels``.
         training_scheduler: the network's; ``sampler`` and ``steps`` as in :func:`atdiff.sampling.make_scheduler`.
-        num: images in all, ``batch_size`` at a time, of the ``shape`` ``(C, H, W)``; ``seed`` is from 0 to 4293.
+        num: number of images of ``shape`` ``(C, H, W)``, sampled ``batch_size`` at a time; ``seed`` is 0 to 4293.
         class_labels: one label per image, ``(num,)``.
         device: where to move the model; default: its current device.
 
@@ -202,7 +203,7 @@ def iter_generate(
 def check_request(
     model: Denoiser, num: int, shape: tuple[int, int, int], batch_size: int, class_labels: Tensor | None
 ) -> None:
-    """Raise a UserError for a number or shape out of range, or class labels that do not fit the network."""
+    """Raise UserError for a number or shape out of range, or class labels that do not fit the network."""
     if num < 1 or batch_size < 1:
         raise UserError(f"num={num} and batch_size={batch_size} must be 1 or more.")
     if len(shape) != 3 or min(shape) < 1:
@@ -215,7 +216,7 @@ def check_request(
 
 
 def _placed(model: Denoiser, device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
-    """Return where and in which type a model runs; a module is moved to the device if one is given."""
+    """Return a model's device and dtype, after moving a module to ``device`` if one is given."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     home, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
     device = home if device is None else torch.device(device)
@@ -242,15 +243,15 @@ def finite_images(x: Tensor, start: int, run: str) -> Tensor:
 
 
 def save_images(images: Tensor | Iterable[Tensor], path: str | Path) -> Path:
-    """Save images in [-1, 1], ``(N, C, H, W)`` or batches of them, as what the path's suffix says, and return the path.
+    """Save images in [-1, 1], ``(N, C, H, W)`` or batches of them, in the format of the path's suffix; return the path.
 
-    - ``.png``: one grid, tiny images enlarged by whole factors to 64 pixels; points in the plane, ``(N, 2, 1, 1)``, all
-      in one image of their density;
-    - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, as guided-diffusion's evaluator reads it;
-    - none: a folder of ``000000.png``, ``000001.png``, ..., where each batch is written while the next is drawn.
+    - ``.png``: one grid, with tiny images enlarged by whole factors up to 64 pixels; points in the plane,
+      ``(N, 2, 1, 1)``, become one plot of their density;
+    - ``.npz``: uint8 array ``arr_0`` ``(N, H, W, C)``, the format of guided-diffusion's evaluator;
+    - none: a folder of ``000000.png``, ``000001.png``, ...; each batch is written while the next is sampled.
 
     Raises:
-        UserError: the path exists, has another suffix, or channels are neither 1 nor 3 where a PNG is asked for.
+        UserError: the path exists or has another suffix, or images to be saved as PNG do not have 1 or 3 channels.
     """
     path = Path(path)
     writers = {".png": _write_grid, ".npz": _write_array, "": _write_folder}
@@ -278,7 +279,7 @@ def _write_array(batches: Iterable[Tensor], path: Path) -> None:
 def _write_folder(batches: Iterable[Tensor], path: Path) -> None:
     path.mkdir()
     start, written = 0, None
-    with ThreadPoolExecutor(1) as writer:  # PIL lets other threads run while it compresses.
+    with ThreadPoolExecutor(1) as writer:  # PIL releases the GIL while it compresses.
         for batch in batches:
             if written is not None:
                 written.result()

@@ -1,4 +1,4 @@
-"""Samplers by name: diffusers schedulers with the steps that few-step sampling needs."""
+"""Samplers by name: diffusers schedulers, with timesteps suited to few-step sampling."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ __all__ = [
     "own_scheduler",
 ]
 
-# The share of the schedule at which the solvers of higher order start: at its very end alpha is so small that the first
-# x0_hat of an epsilon network is its error times thousands.
+# Fraction of the schedule at which higher-order solvers start: at its very end alpha is so small that the first x0_hat
+# of an epsilon network multiplies its error by thousands.
 _START = 0.992
 
 
 def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
     """Return ``steps`` strictly decreasing integer timesteps from ``0.992 T`` on, as even in logSNR as integers allow.
 
-    The last step goes from the last of them to clean images. Where the even spacing asks for less than one timestep, at
-    low noise, timesteps are moved up to be neighbours. (`DPM-Solver <https://arxiv.org/abs/2206.00927>`_, section 3.3;
-    diffusers' ``use_lu_lambdas`` repeats timesteps on cosine betas.)
+    The last step goes from the last timestep to clean images. At low noise, even spacing would need less than one
+    timestep per step; there timesteps are moved up to be consecutive. (`DPM-Solver
+    <https://arxiv.org/abs/2206.00927>`_, section 3.3; diffusers' ``use_lu_lambdas`` repeats timesteps on cosine betas.)
 
     Args:
         alphas_cumprod: ``alpha_t^2``, ``(T,)``, decreasing and above 0.
@@ -72,7 +72,7 @@ def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
 
 
 def even_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
-    """Return ``steps`` strictly decreasing integer timesteps, even in t; ends as :func:`logsnr_timesteps`."""
+    """Return ``steps`` strictly decreasing integer timesteps, even in t, with the ends of :func:`logsnr_timesteps`."""
     start = _first_timestep(len(alphas_cumprod), steps)
     return _distinct(np.linspace(start, 0, steps + 1)[:-1])
 
@@ -90,7 +90,7 @@ def _distinct(decreasing: np.ndarray) -> Tensor:
 
 
 class _IntegerSteps:
-    """Gives a multistep solver of diffusers the timesteps of ``spacing``."""
+    """Mixin that gives a multistep solver of diffusers the timesteps of ``spacing``."""
 
     spacing = staticmethod(logsnr_timesteps)
     alphas_cumprod: Tensor
@@ -116,7 +116,7 @@ class LogSNRUniPCScheduler(_IntegerSteps, UniPCMultistepScheduler):
 class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
     """SA-Solver with steps even in t. (`Xue et al. <https://arxiv.org/abs/2309.05019>`_)
 
-    Noise is injected in the middle three fifths of the schedule, which steps even in logSNR leave to a step or two.
+    Noise is injected in the middle three fifths of the schedule, where steps even in logSNR would put only one or two.
     """
 
     spacing = staticmethod(even_timesteps)
@@ -152,12 +152,12 @@ class LogSNRHeunScheduler(HeunDiscreteScheduler):
 class ClippedDDIMScheduler(DDIMScheduler):
     """DDIM whose noise estimate follows from the clipped ``x0_hat``, and whose steps end where the next one begins.
 
-    diffusers' default keeps the network's noise beside a clipped ``x0_hat``, so that the two no longer make up ``x_t``:
-    in few steps the images drift out of range. (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12) Its steps end
-    ``T // steps`` before they begin, where the next one begins with ``leading`` spacing alone.
+    diffusers' default combines the network's noise with a clipped ``x0_hat``, so that the two no longer add up to
+    ``x_t``: with few steps, images drift out of range. (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12) Its steps
+    always end ``T // steps`` timesteps on, where the next one begins only for ``leading`` spacing.
 
     Attributes:
-        own: the scheduler whose timesteps are visited; None for those of ``timestep_spacing``.
+        own: the scheduler whose timesteps are used; None for those of ``timestep_spacing``.
     """
 
     own: Any = None
@@ -171,7 +171,7 @@ class ClippedDDIMScheduler(DDIMScheduler):
         """Set the timesteps; arguments as in diffusers."""
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
         timesteps = None if self.own is None else _own_timesteps(self.own, num_inference_steps)
-        # "trailing" counts down in floating point, which now and then makes one timestep too many, -1.
+        # "trailing" counts down in floating point, which occasionally adds one timestep too many, -1.
         self.timesteps = (self.timesteps if timesteps is None else timesteps)[:num_inference_steps].to(device)
         visited = self.timesteps.tolist()
         self._next = dict(zip(visited, [*visited[1:], -1], strict=True))
@@ -187,7 +187,7 @@ class ClippedDDIMScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:  # noqa: ANN401
-        """Do one step; as in diffusers, but ``use_clipped_model_output`` is true unless said otherwise."""
+        """Do one step as in diffusers, except that ``use_clipped_model_output`` defaults to true."""
         acp, end = self.alphas_cumprod[int(timestep)], self._next[int(timestep)]
         acp_end = self.alphas_cumprod[end] if end >= 0 else self.final_alpha_cumprod
         alpha, sigma = acp**0.5, (1 - acp) ** 0.5
@@ -212,7 +212,7 @@ _SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "us
 
 
 def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noqa: ANN401  (any diffusers scheduler)
-    """Return the whole timesteps at which a scheduler's own steps begin; None where it visits others in between."""
+    """Return the integer timesteps at which a scheduler's own steps begin; None if it visits others in between."""
     own = copy.deepcopy(training_scheduler)
     try:
         own.set_timesteps(steps)
@@ -229,13 +229,13 @@ def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noq
                 f"{type(own).__name__} with {name}=True has fewer than {steps} distinct timesteps; use fewer "
                 "steps, or the sampler ddim-trailing, which has its own timesteps."
             )
-    return None  # those of PNDM's Runge-Kutta steps, of second-order solvers: the spacing says where steps begin
+    return None  # as in PNDM's Runge-Kutta steps and second-order solvers: timestep_spacing says where steps begin
 
 
 class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler steps of a flow from t = 1 to 0, even before the shift. (`<https://arxiv.org/abs/2209.03003>`_)
 
-    diffusers' default spends its last evaluation on t = 0.001, of no use in few steps.
+    diffusers' default spends its last evaluation on t = 0.001, which is wasted with few steps.
     """
 
     config: Any
@@ -250,8 +250,8 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         """Set the timesteps; arguments as in diffusers.
 
-        Timesteps are given by CogView4's pipeline alone, whose network is told times before the shift, with noise
-        levels down to 0.001: even ones take the place of both.
+        Only CogView4's pipeline passes ``timesteps``: its network is conditioned on times before the shift, with noise
+        levels down to 0.001. Even ones replace both.
         """
         steps = num_inference_steps if timesteps is None else len(timesteps)
         told = {}
@@ -274,8 +274,8 @@ class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
 class EvenFlowUniPCScheduler(UniPCMultistepScheduler):
     """UniPC of order 2 on the steps of :class:`EvenFlowMatchEulerScheduler`. (`<https://arxiv.org/abs/2302.04867>`_)
 
-    diffusers spaces the steps of a flow down to t = 0.001, and cuts their timesteps to whole numbers. The solver, not
-    the network, takes t = 1 for a millionth less, since logSNR is not finite there.
+    diffusers spaces the steps of a flow down to t = 0.001, and truncates their timesteps to integers. For the solver,
+    but not the network, t = 1 becomes 1 - 1e-6, since logSNR is infinite at 1.
     """
 
     config: Any
@@ -306,14 +306,14 @@ def _options(cls: Callable[..., Any], training_scheduler: Any) -> dict[str, Any]
     known, config = _parameters(cls), training_scheduler.config
     options = {key: config[key] for key in _COPIED if key in config and key in known}
     if "trained_betas" in known:
-        # Not every scheduler knows every beta_schedule, nor zero-terminal-SNR rescaling.
+        # Not every scheduler supports every beta_schedule, or zero-terminal-SNR rescaling.
         options["trained_betas"] = training_scheduler.betas.tolist()
     if "clip_sample" in known:
         options["clip_sample"] = bool(config.get("clip_sample"))
     return options
 
 
-# What moves the steps of a flow, and the value that moves nothing; `shift` comes by its own way.
+# Settings that move the steps of a flow, and their neutral values; `shift` is handled separately.
 _FLOW_STEPS: dict[str, Any] = {
     "use_dynamic_shifting": False, "time_shift_type": "exponential", "shift_terminal": None,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
@@ -323,10 +323,10 @@ _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"
 
 
 def _flow(sampler: str, cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN401
-    """Build a sampler of flows that makes its steps as the network's scheduler says, or refuse what it cannot."""
+    """Build a flow sampler with the step settings of the network's scheduler; raise for those it does not support."""
     known, config, shift = _parameters(cls), training_scheduler.config, flow_shift(training_scheduler)
     is_solver = own_setting(training_scheduler, "flow_shift") is not None
-    if "use_flow_sigmas" in known:  # a solver, whose steps are even and shifted, no more
+    if "use_flow_sigmas" in known:  # a solver, whose steps can only be even and shifted
         options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
         options["num_train_timesteps"], known = config.num_train_timesteps, ()
     else:
@@ -336,7 +336,7 @@ def _flow(sampler: str, cls: Callable[..., Any], training_scheduler: Any) -> Any
         value = own_setting(training_scheduler, name)
         if not value or value == neutral:
             continue
-        # A solver converts the noise levels of its betas, which a flow does not have.
+        # A solver respaces the noise levels of its betas, which a flow does not have.
         if name not in known or (is_solver and name in _SPACED):
             raise UserError(
                 f"{sampler} does not support {name}={value!r}, which this network's "
@@ -378,7 +378,7 @@ def _spaced_ddim(spacing: str, training_scheduler: Any) -> Any:  # noqa: ANN401
 
 
 def _exact(scheduler: Any) -> Any:  # noqa: ANN401
-    # 1 - alphas_cumprod near t = 0 has three digits left in float32, which shows in the last ancestral steps.
+    # Near t = 0, 1 - alphas_cumprod keeps only three digits in float32, which shows in the last ancestral steps.
     scheduler.alphas_cumprod = torch.cumprod(1.0 - scheduler.betas.double(), dim=0)
     return scheduler
 
@@ -386,7 +386,7 @@ def _exact(scheduler: Any) -> Any:  # noqa: ANN401
 def _solver(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: ANN401
     config = training_scheduler.config
     options = _options(cls, training_scheduler)
-    # No logSNR where alpha = 0, the end of a zero-terminal-SNR schedule; cosine betas stop at 0.999 too.
+    # logSNR is infinite at alpha = 0, the end of a zero-terminal-SNR schedule; cosine betas are capped at 0.999 too.
     options["trained_betas"] = training_scheduler.betas.clamp(max=0.999).tolist()
     if config.get("clip_sample") and not config.get("thresholding") and "clip_sample" not in options:
         if config.get("clip_sample_range", 1.0) != 1.0:
@@ -394,7 +394,7 @@ def _solver(cls: Callable[..., Any], training_scheduler: Any) -> Any:  # noqa: A
                 f"clip_sample_range={config.clip_sample_range} is not supported by dpmsolver++, unipc and "
                 "sasolver, which only clip to 1.0; set clip_sample=False or use ddim, iddpm or heun."
             )
-        # These classes know no static clipping, but dynamic thresholds within [1, 1] are just that.
+        # These classes have no static clipping, but dynamic thresholding limited to [1, 1] does the same.
         options.update(thresholding=True, sample_max_value=1.0)
     return cls(**options)
 
@@ -421,7 +421,7 @@ SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
 
 
 def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens: float | None = None) -> Any:  # noqa: ANN401
-    """Return a sampler's diffusers scheduler, for the noise schedule a network was trained on.
+    """Return a sampler's diffusers scheduler for the noise schedule that a network was trained on.
 
     Its timesteps are set, and a pipeline that sets them again gets the same: ``pipe.scheduler = make_scheduler(...)``
     samples like :func:`atdiff.sampling.generate`. Settings kept from the training scheduler:
@@ -440,7 +440,7 @@ def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens:
         steps: number of sampling steps, from 1 (2 for ``iddpm`` and, with its default spacing, ``ddim``) to
             ``num_train_timesteps``.
         tokens: number of tokens per image, for a dynamic shift; see :func:`atdiff.core.noise.dynamic_mu`. A pipeline
-            with another number sets the timesteps again.
+            with a different number sets the timesteps itself.
 
     Raises:
         UserError: the sampler is unknown or does not fit the noise schedule, or the number of steps is out of range.
@@ -461,7 +461,7 @@ def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens:
     _check_grid(sampler, scheduler, steps)
     mu = dynamic_mu(scheduler, tokens)
     scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
-    # What the network's timesteps are times the sampler's: EDM networks may know log(sigma) / 4 or 250 log(sigma).
+    # Factor from the sampler's timesteps to the network's: EDM networks may expect log(sigma) / 4 or 250 log(sigma).
     scheduler.time_scale = schedule.time_factor / NoiseSchedule(scheduler).time_factor
     if schedule.traits.integer_timesteps:
         _check_timesteps(sampler, scheduler, steps)
@@ -469,15 +469,15 @@ def make_scheduler(sampler: str, training_scheduler: Any, steps: int, *, tokens:
 
 
 def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = None) -> Any:  # noqa: ANN401
-    """Return a fresh copy of a network's own scheduler, set to ``steps`` as plain diffusers sets it.
+    """Return a copy of a network's own scheduler, with its timesteps set as in plain diffusers.
 
     Args:
-        training_scheduler: what is copied.
-        steps: of the sampler, 1 or more.
-        tokens: of an image, for a dynamic shift; see :func:`make_scheduler`.
+        training_scheduler: the scheduler to copy.
+        steps: number of sampling steps, 1 or more.
+        tokens: number of tokens per image, for a dynamic shift; see :func:`make_scheduler`.
 
     Raises:
-        UserError: the scheduler cannot make so many steps.
+        UserError: the scheduler does not support this number of steps.
     """
     scheduler = copy.deepcopy(training_scheduler)
     mu = dynamic_mu(scheduler, tokens)
@@ -493,7 +493,7 @@ def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = N
 
 
 def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
-    """Return the plain sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
+    """Return the default sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
     if isinstance(training_scheduler, LCMScheduler):
         return "lcm"
     if isinstance(training_scheduler, CMStochasticIterativeScheduler):

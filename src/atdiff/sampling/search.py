@@ -22,7 +22,7 @@ def search_correction(
     """Return the value with the smallest distance, and the distance of each value tried.
 
     It tries a grid and, for epsilon scaling, the two midpoints next to its best value. On a tie, the weaker correction
-    wins. ``distance`` must not sample from the noise of the reported figures.
+    wins. ``distance`` must not sample from the noise that reported figures use.
 
     Args:
         family: ``epsilon-scaling`` (values are scales), ``time-shift`` (windows in timesteps) or ``dcw`` (strengths of

@@ -25,7 +25,7 @@ class Correction:
 
     @classmethod
     def of_values(cls, values: Sequence[float], data_variance: float) -> Self:
-        """Return the correction of the numbers of a spec; ``data_variance`` is for the time shift."""
+        """Return the correction for the numbers in a spec; ``data_variance`` is for the time shift."""
         return cls(*values)
 
     @property
@@ -34,13 +34,13 @@ class Correction:
         return True
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Raise a UserError, before any compute, where the correction cannot be used with a noise schedule."""
+        """Raise UserError, before any compute, if the correction does not work with a noise schedule."""
 
     def shift(self, x_t: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Return the timesteps ``(B,)`` to evaluate the network at: ``timesteps`` itself where none moves.
+        """Return the timesteps ``(B,)`` to evaluate the network at: ``timesteps`` itself if none is shifted.
 
-        The scheduler then steps from ``timesteps``, with the ``x0_hat`` and ``noise_hat`` that the prediction
-        implies at the returned ones; see :func:`realign`. Arguments as in :meth:`__call__`.
+        The scheduler still steps from ``timesteps``, with the ``x0_hat`` and ``noise_hat`` that the prediction implies
+        at the returned ones; see :func:`realign`. Arguments as in :meth:`__call__`.
         """
         return timesteps
 
@@ -54,9 +54,9 @@ class Correction:
         """Return the corrected end of a step.
 
         Args:
-            x: what the scheduler's step from ``timesteps`` led to, ``(B, C, H, W)``, in its own coordinates.
-            x0_hat: what the network's (corrected) prediction at ``timesteps`` implies, clipped where the scheduler
-                clips, ``(B, C, H, W)``.
+            x: result of the scheduler's step from ``timesteps``, ``(B, C, H, W)``, in its own coordinates.
+            x0_hat: implied by the network's (corrected) prediction at ``timesteps``, clipped if the scheduler clips,
+                ``(B, C, H, W)``.
             timesteps: ``(B,)``, where the step began.
             schedule: the forward process.
         """
@@ -66,18 +66,18 @@ class Correction:
 def realign(
     prediction: Tensor, x_t: Tensor, seen: Tensor, timesteps: Tensor, schedule: NoiseSchedule, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the prediction and the ``x`` at ``timesteps`` of the ``x0_hat`` and ``noise_hat`` seen elsewhere.
+    """Move ``x_t`` from ``seen`` to ``timesteps``, keeping ``x0_hat`` and ``noise_hat``; return prediction and ``x``.
 
-    At ``seen``, the prediction splits ``x_t = alpha_s x0_hat + sigma_s noise_hat``. Returned are
+    At ``seen``, the prediction splits ``x_t = alpha_s x0_hat + sigma_s noise_hat``. The function returns
     ``x = alpha_t x0_hat + sigma_t noise_hat`` and the prediction that splits it into the same two, so that a
     scheduler's step from ``x`` at ``timesteps`` is its step from ``x_t`` at ``seen``: for DDIM,
     ``alpha' x0_hat + sigma' noise_hat``.
 
     Args:
         prediction: of the network at ``(x_t, seen)``, ``(B, C, H, W)``.
-        x_t: what the network was given, ``(B, C, H, W)``.
+        x_t: input of the network, ``(B, C, H, W)``.
         seen: ``(B,)``, with ``alpha > 0`` wherever it differs from ``timesteps``.
-        timesteps: ``(B,)``. Samples with ``seen == timesteps`` are returned as they are.
+        timesteps: ``(B,)``. Samples with ``seen == timesteps`` are returned unchanged.
         schedule: the forward process.
         prediction_type: as in :func:`atdiff.core.prediction.to_noise`.
     """
@@ -93,8 +93,8 @@ def realign(
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the type to convert predictions in: float64 where the device has it.
+    """Return the dtype for converting predictions: float64 if the device has it.
 
-    Near t = T the way to the noise and back divides by a tiny alpha, and float32 would not return what it was given.
+    Near t = T, converting to noise and back divides by a tiny alpha, and would not round-trip in float32.
     """
     return torch.float32 if x.device.type == "mps" else torch.float64

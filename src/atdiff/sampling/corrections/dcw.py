@@ -27,8 +27,8 @@ class WaveletCorrection(Correction):
     tune ``low`` first, then ``high``.)
 
     Args:
-        low: strength of the low band; 0 for none.
-        high: strength of the high band; 0 for none.
+        low: strength for the low band; 0 for none.
+        high: strength for the high band; 0 for none.
 
     Raises:
         UserError: a strength is not finite.

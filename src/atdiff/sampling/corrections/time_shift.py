@@ -56,19 +56,19 @@ class TimeShift(Correction):
 
     @classmethod
     def of_values(cls, values: Sequence[float], data_variance: float) -> Self:
-        """Return the shift of a window and maybe a cutoff."""
+        """Return the shift for a window and, if given, a cutoff."""
         return cls(values[0], values[1] if len(values) > 1 else None, data_variance)
 
     @property
     def is_neutral(self) -> bool:
-        """Whether the window holds no other timestep."""
+        """Whether the window contains no other timestep."""
         return self.window < 2
 
     def __repr__(self) -> str:
         return f"TimeShift(window={self.window}, cutoff={self.cutoff}, data_variance={self.data_variance})"
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Raise a UserError for EDM, and for a cutoff beyond the schedule's last timestep."""
+        """Raise UserError for EDM, and for a cutoff beyond the schedule's last timestep."""
         if schedule.traits.variance_exploding:
             raise UserError(
                 "time-shift does not fit EDM networks, which have no timesteps for its window; use epsilon-scaling."
@@ -96,5 +96,5 @@ class TimeShift(Correction):
         # Without data there is no x0_hat to split x_t with: the end of a zero-terminal-SNR schedule.
         distance = (variance[:, None] - expected).abs().masked_fill(alpha == 0, torch.inf)
         nearest = candidates.gather(1, distance.argmin(dim=1, keepdim=True)).squeeze(1)
-        # A diverged image has no variance.
+        # A diverged image has no finite variance.
         return torch.where(above & variance.isfinite(), nearest, timesteps)
