@@ -164,7 +164,8 @@ def test_selected_classes_keep_their_labels_and_captions() -> None:
 
 @pytest.mark.parametrize("labels", [[], [3, 12]])
 def test_classes_without_images_cannot_be_selected(labels: list[int]) -> None:
-    said = "choose among these" if not labels else r"data.labels is \[3, 12\] and digits\[train\] has images of 0, 1"
+    value = r"\[3, 12\]" if labels else "empty"
+    said = rf"data.labels is {value}: choose from the labels of digits\[train\], 0, 1"
     for load in (load_data, load_captioned):
         options = {} if load is load_data else {"image_size": 8, "captions": DIGITS}
         with pytest.raises(UserError, match=said):
@@ -391,20 +392,20 @@ ROW = '{"file_name": "a.png", "text": "one"}\n'
         (one_image, {"captions": ["a cat", "a dog"]}, "has no classes for these captions: give one caption"),
         (one_image, {"captions": [" "]}, "the caption of all images is empty"),
         (one_image, {"caption_column": "alt"}, "has no metadata.jsonl or metadata.csv with a column 'alt'"),
-        (with_file("a.txt", "a"), {}, r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png"),
+        (with_file("a.txt", "a"), {}, r"1 of the 2 images of \S+ have no caption \(first: \S+b\.png\)"),
         (with_file("a.txt", "a"), {"captions": ["a"]}, r"has captions of its own \(\.txt files beside the images\)"),
         (with_file("a.txt", " \n"), {}, r"the caption of \S+a\.png is empty"),
         (with_file("a.txt", b"\xff\xfe"), {}, r"a\.txt is not UTF-8 text"),
         (
             with_file("metadata.jsonl", ROW),
             {},
-            r"1 of the 2 images of \S+ have no caption, the first of them \S+b\.png",
+            r"1 of the 2 images of \S+ have no caption \(first: \S+b\.png\)",
         ),
         (with_file("metadata.jsonl", ROW), {"captions": ["a"]}, r"has captions of its own \(metadata\.jsonl\)"),
         (
             with_file("metadata.jsonl", ROW),
             {"caption_column": "alt"},
-            r"has no column 'alt' of captions: expected one of",
+            r"has no column 'alt' with captions: expected one of",
         ),
         (with_file("metadata.jsonl", ROW + "{"), {}, r"line 2 of \S+ cannot be read as JSON"),
         (with_file("metadata.jsonl", "[]"), {}, r"line 1 of \S+ contains \[\]: expected a JSON object"),
@@ -429,9 +430,9 @@ def test_invalid_folders_are_rejected(
     ("columns", "options", "message"),
     [
         ({"url": ["a", "b"]}, {}, r"has no caption column among \['image', 'url'\]"),
-        ({"text": ["a", "b"]}, {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
-        ({"text": ["a", None]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
-        ({"text": [["a"], []]}, {}, r"1 of the 2 images of \S+ have no caption, the first of them row 1"),
+        ({"text": ["a", "b"]}, {"caption_column": "alt"}, "has no column 'alt' with captions: expected one of"),
+        ({"text": ["a", None]}, {}, r"1 of the 2 images of \S+ have no caption \(first: row 1 of "),
+        ({"text": [["a"], []]}, {}, r"1 of the 2 images of \S+ have no caption \(first: row 1 of "),
         ({"text": ["a", ""]}, {}, "the caption of row 1 of .* is empty"),
         ({"text": [1, 2]}, {}, "the caption of row 0 of .* is 1: expected text"),
         ({"text": ["a", "b"]}, {"captions": ["a"]}, r"has captions of its own \(column 'text'\)"),
@@ -463,13 +464,13 @@ GOOD = samples(range(2))
     ("members", "options", "message"),
     [
         ([], {}, r"a\.tar contains no images with captions"),
-        (GOOD[:3], {}, r"1 of the 2 images of \S+ have no caption, the first of them 0001\.png of \S+a\.tar"),
+        (GOOD[:3], {}, r"1 of the 2 images of \S+ have no caption \(first: 0001\.png of \S+a\.tar\)"),
         (GOOD[:1], {}, r"1 of the 1 images of \S+ have no caption"),
         ([*GOOD[:1], ("0000.txt", b" ")], {}, r"the caption of 0000\.png of \S+a\.tar is empty"),
         ([*GOOD[:1], ("0000.txt", b"\xff")], {}, r"0000\.txt of \S+a\.tar is not UTF-8"),
         ([*GOOD[:1], ("0000.json", b"{")], {}, r"0000\.json of \S+a\.tar cannot be read as JSON"),
         ([*GOOD[:1], ("0000.json", b"{}")], {}, r"0000\.json of \S+a\.tar has no caption column among \[\]"),
-        (samples(range(1), "text"), {"caption_column": "alt"}, "has no column 'alt' of captions: expected one of"),
+        (samples(range(1), "text"), {"caption_column": "alt"}, "has no column 'alt' with captions: expected one of"),
         ([*GOOD, ("0000.jpg", b"")], {}, "contains two images with the key 0000"),
         (GOOD, {"captions": ["a"]}, r"has captions of its own \(\.txt or \.json members\)"),
         (GOOD, {"split": "test"}, "has no split 'test'"),
@@ -530,7 +531,7 @@ def test_unpaired_members_are_counted_and_named(tmp_path: Path) -> None:
         ("1.cls", b"3"),  # not a kind that is read
     ]
     write_tar(tmp_path / "a.tar", members)
-    with pytest.warns(UserWarning, match=r"^4 members of \S+ belong to none of its 1 pairs") as said:
+    with pytest.warns(UserWarning, match=r"^4 members of \S+ are in none of its 1 pairs") as said:
         data = load_captioned(str(tmp_path / "a.tar"), image_size=None)
     check_pairs(data, [0], ["picture 0"])
     for name in ("0000.depth.png", "0000.depth.json", "frame.01.png", "lost.txt"):

@@ -176,7 +176,7 @@ def test_crops_agree_unless_halved() -> None:
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"b\.png cannot be read as an image \(no image\)\. Replace or remove"):
+    with pytest.raises(UserError, match=r"b\.png cannot be read as an image \(unknown format\)\. Replace or remove"):
         load_data(str(tmp_path))
 
 
@@ -369,9 +369,9 @@ def test_parquet_tables_are_read(tmp_path: Path, table: datasets.Dataset) -> Non
     words = load_data(str(file), label_column="word").labels
     assert words is not None
     assert words.tolist() == [1, 0, 1, 2]
-    with pytest.raises(UserError, match="has no column 'image' of images: expected one of \\['img'\\]"):
+    with pytest.raises(UserError, match="has no column 'image' with images: expected one of \\['img'\\]"):
         load_data(str(file), image_column="image")
-    with pytest.raises(UserError, match="has no column 'klass' of classes"):
+    with pytest.raises(UserError, match="has no column 'klass' with classes"):
         load_data(str(file), label_column="klass")
     with pytest.raises(UserError, match="has no split 'test'"):
         load_data(str(file), split="test")

@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*belong to none of its")
+@pytest.mark.filterwarnings("ignore:.*are in none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_pairs_equal_listed_pairs(tmp_path: Path, kind: str, limit: int | None) -> None:
@@ -83,7 +83,7 @@ def test_fingerprint_covers_files_and_options(tmp_path: Path) -> None:
 
 
 def test_unpaired_members_are_counted_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"2 members of \S+ belong to none of its 5 pairs .*: alone-0\.txt of") as said:
+    with pytest.warns(UserWarning, match=r"2 members of \S+ are in none of its 5 pairs .*: alone-0\.txt of") as said:
         list(stream_captioned(write_shards(tmp_path / "set"), image_size=None))
     assert len(said) == 1
 
@@ -113,7 +113,7 @@ def test_unstreamable_data_are_rejected(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "a.png")
     with pytest.raises(UserError, match=r"folder cannot be streamed, .* leave out data\.streaming"):
         stream_captioned(str(tmp_path / "folder"), image_size=None)
-    with pytest.raises(UserError, match=r"has no column 'alt' of captions"):
+    with pytest.raises(UserError, match=r"has no column 'alt' with captions"):
         stream_captioned(write_table(tmp_path / "set"), image_size=None, caption_column="alt")
     with pytest.raises(UserError, match=r"row 1 of \S+ has no caption: add one, or remove the image"):
         list(stream_captioned(write_table(tmp_path / "none", text=["a", None, "b", "c", "d"]), image_size=None))
@@ -162,7 +162,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return Hub(tmp_path / "set", monkeypatch)
 
 
-@pytest.mark.filterwarnings("ignore:.*belong to none of its")
+@pytest.mark.filterwarnings("ignore:.*are in none of its")
 @pytest.mark.parametrize("limit", [None, 2, 4])
 def test_hub_shards_are_streamed_like_local_ones(shards: Hub, limit: int | None) -> None:
     listed = list(load_captioned(str(shards.folder), image_size=4, limit=limit))

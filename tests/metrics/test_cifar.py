@@ -74,7 +74,7 @@ def test_invalid_weights_are_rejected(tmp_path: Path) -> None:
     tensors = load_file(BUNDLED)
     del tensors["layer3.8.bn2.bias"]
     save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="does not hold the weights of cifar-resnet56"):
+    with pytest.raises(UserError, match="does not contain the weights of cifar-resnet56"):
         make_extractor(CIFAR_RESNET56, weights=tmp_path / "w.safetensors")
 
 

@@ -108,7 +108,7 @@ def test_invalid_inception_weights_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.pth cannot be read as weights"):
         make_extractor("inception-v3-compat", weights=tmp_path / "bad.pth")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth does not hold the weights"):
+    with pytest.raises(UserError, match=r"other\.pth does not contain the weights"):
         make_extractor("inception-v3-compat", weights=tmp_path / "other.pth")
 
 
@@ -256,7 +256,7 @@ def test_torchscript_is_opened_only_if_it_is_the_published_clip(
         make_extractor("clip-vit-b-32", weights=path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(clip_features.MODEL_METADATA, "clip-vit-b-32", {"hash": digest, "filename": "x"})
-    with pytest.raises(UserError, match="does not hold the weights of clip-vit-b-32"):
+    with pytest.raises(UserError, match="does not contain the weights of clip-vit-b-32"):
         make_extractor("clip-vit-b-32", weights=path)
 
 
@@ -268,10 +268,10 @@ def test_invalid_weights_are_rejected(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad cannot be read as weights: expected the file of https"):
         make_extractor(name, weights=tmp_path / "bad")
     torch.save([1, 2], tmp_path / "list")
-    with pytest.raises(UserError, match="list contains no table of weights"):
+    with pytest.raises(UserError, match="list contains no state dict"):
         make_extractor(name, weights=tmp_path / "list")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(UserError, match=f"other does not hold the weights of {name}"):
+    with pytest.raises(UserError, match=f"other does not contain the weights of {name}"):
         make_extractor(name, weights=tmp_path / "other")
 
 

@@ -371,7 +371,7 @@ def test_invalid_clip_models_are_rejected(tmp_path: Path, clip_folder: Path) -> 
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="does not hold the weights of a CLIP model"):
+    with pytest.raises(UserError, match="does not contain the weights of a CLIP model"):
         metrics(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -401,9 +401,9 @@ def test_warns_under_2048_samples(quick: Metrics, recwarn: pytest.WarningsRecord
         (to_uint8, "images are torch.float32, then torch.uint8: expected one type"),
         (
             lambda x: torch.where(torch.arange(50).reshape(-1, 1, 1, 1) < 4, torch.nan, x),
-            "4 of 50 images from number 50 on contain non-finite values: the sampler diverged",
+            "4 of 50 images, starting at image 50, contain non-finite values: the sampler diverged",
         ),
-        (lambda x: x * torch.inf, "50 of 50 images from number 50 on contain non-finite values:"),
+        (lambda x: x * torch.inf, "50 of 50 images, starting at image 50, contain non-finite values:"),
         (lambda x: x[:49], "the batches contained 99 images: expected num=100"),
         (lambda x: torch.cat([x, x]), "the batches contain 150 images or more: expected num=100"),
     ],

@@ -266,7 +266,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     f"holds no {RECORD}": lambda folder: (folder / RECORD).unlink(),
     f"{RECORD} is damaged": lambda folder: (folder / RECORD).write_text("{}"),
     "in its record, key 'new' is unknown": edit_json(RECORD, data={"new": 1}),
-    "is of format 2, and this version reads 1": edit_json(RECORD, format=2),
+    "has format 2, but this version reads format 1": edit_json(RECORD, format=2),
 }
 
 

@@ -58,8 +58,8 @@ def read_record(folder: Path) -> EncodedRecord:
         content = json.loads(file.read_text("utf-8"))
         if content["format"] != FORMAT:
             raise UserError(
-                f"data.latents={folder} is of format {content['format']}, and this version reads {FORMAT}: encode the "
-                "images with this version, or update atdiff."
+                f"data.latents={folder} has format {content['format']}, but this version reads format {FORMAT}: encode "
+                "the images with this version, or update atdiff."
             )
         return EncodedRecord(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:

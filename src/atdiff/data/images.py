@@ -34,7 +34,7 @@ def _read_image(source: Path | io.BytesIO, background: str | None) -> Image.Imag
             image = ImageOps.exif_transpose(opened)
             image.load()
     except Image.UnidentifiedImageError:
-        raise _UnreadableError("no image") from None
+        raise _UnreadableError("unknown format") from None
     except Exception as error:  # the decoders raise two dozen types
         if isinstance(source, Path) and source.is_symlink() and not source.exists():
             raise _UnreadableError("a broken link") from error

@@ -49,7 +49,7 @@ def renumbered(labels: np.ndarray, names: Sequence[str], classes: Sequence[str],
     strangers = [names[label] for label in np.unique(labels[found < 0]).tolist()]
     if strangers:
         raise UserError(
-            f"{what} has images of the class {strangers[0]!r}, which was not in the training data: expected "
+            f"{what} has images of class {strangers[0]!r}, which was not in the training data: expected "
             f"{', '.join(map(repr, classes[:SHOWN]))}{', ...' if len(classes) > SHOWN else ''}; remove them, or "
             "add images of that class to the training split and train again."
         )
@@ -73,7 +73,7 @@ def places_of(labels: Collection[int], of_images: np.ndarray | None, what: str) 
     strangers = sorted(set(labels) - set(known))
     if strangers or not labels:
         said = f"labels is {sorted(labels)}" if strangers else "labels is empty"
-        raise UserError(f"data.{said} and {what} has images of {_listed(known)}: choose among these.")
+        raise UserError(f"data.{said}: choose from the labels of {what}, {_listed(known)}.")
     return np.flatnonzero(np.isin(of_images, list(labels)))
 
 

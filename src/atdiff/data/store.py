@@ -194,7 +194,7 @@ def _open(place: Path, bad: UnreadableImages) -> Held | None:
         shape = tuple(manifest["shape"])
         kept = np.load(place / "kept.npy").tolist()
         if (place / PIXELS).stat().st_size != int(np.prod(shape)) or len(kept) != shape[0]:
-            raise ValueError("it has another size")
+            raise ValueError("wrong file size")
         pixels = np.memmap(place / PIXELS, np.uint8, "r", shape=shape)
         found = [(str(name), str(reason)) for name, reason in manifest["unread"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -43,15 +43,15 @@ def captions_of(name: object, cells: Iterable[tuple[str, Any]]) -> list[str]:
 def missing_captions(name: object, missing: Sequence[str], count: int) -> UserError:
     """Return the error for the images, of ``count`` in all, that have no caption."""
     return UserError(
-        f"{len(missing)} of the {count} images of {name} have no caption, the first of them {missing[0]}: write one "
-        "for each, or remove them."
+        f"{len(missing)} of the {count} images of {name} have no caption (first: {missing[0]}): write one for each, or "
+        "remove them."
     )
 
 
 def caption_column(name: object, columns: Sequence[str], asked: str | None) -> str:
     """Return the requested column, by default the first of :data:`TEXT_COLUMNS`; raise ``UserError`` if missing."""
     if asked is not None and asked not in columns:
-        raise UserError(f"{name} has no column {asked!r} of captions: expected one of {list(columns)}.")
+        raise UserError(f"{name} has no column {asked!r} with captions: expected one of {list(columns)}.")
     found = [asked] if asked is not None else [c for c in TEXT_COLUMNS if c in columns]
     if not found:
         raise UncaptionedError(

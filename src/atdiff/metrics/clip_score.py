@@ -108,5 +108,5 @@ def _load(weights: Path | None) -> ClipNetwork:
             f"with its tokenizer, and give the path of that folder as weights of {CLIP_SCORE}."
         ) from error
     if notes["missing_keys"]:
-        raise UserError(f"{source} does not hold the weights of a CLIP model: its tensors do not fit.")
+        raise UserError(f"{source} does not contain the weights of a CLIP model: its tensors do not match.")
     return ClipNetwork(model.eval(), processor)

@@ -41,7 +41,7 @@ class FrechetDistance(Accumulator):
         if num < enough:
             warnings.warn(
                 f"the Frechet distance of {num} samples is biased upwards: compare it only at equal "
-                f"counts, and use {enough} or more for figures to publish.",
+                f"counts, and use {enough} or more for published figures.",
                 stacklevel=1,  # one source line, so that a table of many cells warns once per count
             )
 

@@ -83,7 +83,7 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("fid", "Frechet distance; called fd in any features but Inception's", "fidelity:FrechetDistance",
+        Metric("fid", "Frechet distance; called fd unless in Inception's features", "fidelity:FrechetDistance",
                (Figure("fd", "FD"), Figure("fid", "FID"))),
         Metric("kid", "kernel distance", "fidelity:KernelDistance", (Figure("kid", "KID"),)),
         Metric("isc", "Inception score", "fidelity:InceptionScore", (Figure("isc", "IS", higher=True),), layer="isc"),
@@ -110,7 +110,7 @@ METRICS = {
                (Figure("sliced_wasserstein", "sliced Wasserstein distance"),), takes="points", caption="pixels"),
         Metric("energy", "energy distance of the pixels", "distances:Energy", (Figure("energy", "energy distance"),),
                takes="points", caption="pixels"),
-        Metric("on_mode", "share of points on a mode, of data with known modes", "distances:OnMode",
+        Metric("on_mode", "share of points on a mode, for data with known modes", "distances:OnMode",
                (Figure("on_mode", "share on a mode", higher=True),), takes="points", caption="points"),
     )
 }  # fmt: skip

@@ -206,7 +206,7 @@ class Metrics:
             if images.is_floating_point() and not images.isfinite().all():
                 broken = int((~images.isfinite()).flatten(1).any(1).sum())
                 raise UserError(
-                    f"{broken} of {len(images)} images from number {count} on contain non-finite values: the "
+                    f"{broken} of {len(images)} images, starting at image {count}, contain non-finite values: the "
                     "sampler diverged."
                 )
             count += len(images)

@@ -95,10 +95,10 @@ def npz_array(file: Path, name: str) -> NpzArray:
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(member)
     if version not in _READ:
-        raise ValueError(f"version {version} of the format")
+        raise ValueError(f"unknown format version {version}")
     shape, by_column, dtype = _READ[version](member)
     if dtype.hasobject:
-        raise ValueError("it holds objects")
+        raise ValueError("it contains Python objects")
     return shape, by_column, dtype
 
 

@@ -80,7 +80,7 @@ def _tell_alone(name: object, pairs: int, shown: Sequence[str], count: int) -> N
         return
     more = f" and {count - SHOWN:,} more" if count > SHOWN else ""
     warnings.warn(
-        f"{count:,} members of {name} belong to none of its {pairs:,} pairs of image and caption with the same "
+        f"{count:,} members of {name} are in none of its {pairs:,} pairs of an image and a caption with the same "
         f"key, and are left out: {', '.join(shown)}{more}.",
         stacklevel=3,
     )

@@ -228,7 +228,7 @@ def _column(name: str, columns: list[str], asked: str | None, found: list[str], 
     if asked is None:
         return found[0] if found else None
     if asked not in columns or (what == "images" and asked not in found):
-        raise UserError(f"{name} has no column {asked!r} of {what}: expected one of {found or columns}.")
+        raise UserError(f"{name} has no column {asked!r} with {what}: expected one of {found or columns}.")
     return asked
 
 

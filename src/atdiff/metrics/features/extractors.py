@@ -87,7 +87,7 @@ def make_extractor(
         ) from error
     except (RuntimeError, KeyError, ValueError) as error:
         found = weights or "the download"
-        raise UserError(f"{found} does not hold the weights of {name}: its tensors do not fit.") from error
+        raise UserError(f"{found} does not contain the weights of {name}: its tensors do not match.") from error
     return extractor.requires_grad_(False).eval().to(device)
 
 

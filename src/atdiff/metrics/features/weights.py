@@ -60,5 +60,5 @@ def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} contains no table of weights: expected {expected}.")
+        raise UserError(f"{path} contains no state dict: expected {expected}.")
     return tensors
