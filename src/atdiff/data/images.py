@@ -136,7 +136,7 @@ class Decoding:
 
 
 class UnreadableImages:
-    """Name and reason of each unreadable image of a dataset, to ``refuse`` or to ``skip`` them."""
+    """The unreadable images of a dataset, by name and reason, and whether to ``refuse`` or ``skip`` them."""
 
     def __init__(self, mode: Unreadable = "refuse") -> None:
         if mode not in get_args(Unreadable):

@@ -27,7 +27,7 @@ Item = tuple[str, Pixels]  # an image's name, for messages, and its pixels
 
 @dataclass(frozen=True, eq=False)
 class RawImages:
-    """A source's undecoded images, in order; each iteration reads them again, and nothing else does.
+    """A source's undecoded images, in order; they are only read while iterating, and again each time.
 
     Attributes:
         count: number of images.

@@ -1,4 +1,4 @@
-"""CMMD: a kernel distance between CLIP embeddings, which assumes no Gaussian and needs few images."""
+"""CMMD: a kernel distance between CLIP embeddings, which makes no Gaussian assumption and needs few images."""
 
 from __future__ import annotations
 

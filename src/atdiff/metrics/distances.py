@@ -54,7 +54,7 @@ def energy_distance(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
     ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs, including each point with itself: that of the two empirical
     distributions (`Szekely and Rizzo, 2013 <https://doi.org/10.1016/j.jspi.2013.03.018>`_). It is never negative, and
     about ``(1 / N + 1 / M) E|X - X'|`` for two sets from one distribution. A set of more than 10,000 points is
-    subsampled to 10,000, without replacement, by ``seed``. Mismatched shapes raise ``UserError``.
+    subsampled to 10,000, without replacement, with ``seed``. Mismatched shapes raise ``UserError``.
     """
     _check(a, b)
     a, b = (_subset(points, seed).double().cpu() for points in (a, b))

@@ -21,7 +21,7 @@ FEW_SAMPLES = 2_048
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose features metrics are computed in."""
+    """A feature network for metrics."""
 
     home: str  # ``module:class`` of the torch-fidelity extractor
     trained: bool = False  # by atdiff, on images of one size and any channels, rather than downloaded

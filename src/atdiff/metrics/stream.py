@@ -44,7 +44,7 @@ def check_metrics(
     weights: Mapping[str, Path] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> None:
-    """Raise those ``UserError`` of :class:`Metrics` that need no data, networks or compute to detect."""
+    """Raise any ``UserError`` of :class:`Metrics` that can be detected without data, networks or compute."""
     check_names(metrics)
     check_extractor(extractor)
     known = (*EXTRACTORS, *HUB_WEIGHTS)

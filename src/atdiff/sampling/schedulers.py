@@ -54,9 +54,9 @@ _START = 0.992
 
 
 def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
-    """Return ``steps`` strictly decreasing integer timesteps from ``0.992 T`` on, as even in logSNR as integers allow.
+    """Return ``steps`` strictly decreasing integers from ``0.992 T`` on, as uniform in logSNR as integers allow.
 
-    The last step goes from the last timestep to clean images. At low noise, even spacing would need less than one
+    The last step goes from the last timestep to clean images. At low noise, uniform spacing would need less than one
     timestep per step; there timesteps are moved up to be consecutive. (`DPM-Solver
     <https://arxiv.org/abs/2206.00927>`_, section 3.3; diffusers' ``use_lu_lambdas`` repeats timesteps on cosine betas.)
 
@@ -72,7 +72,7 @@ def logsnr_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
 
 
 def even_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
-    """Return ``steps`` strictly decreasing integer timesteps, even in t, with the ends of :func:`logsnr_timesteps`."""
+    """Return ``steps`` strictly decreasing integers, uniform in t, with the ends of :func:`logsnr_timesteps`."""
     start = _first_timestep(len(alphas_cumprod), steps)
     return _distinct(np.linspace(start, 0, steps + 1)[:-1])
 
@@ -106,17 +106,17 @@ class _IntegerSteps:
 
 
 class LogSNRDPMSolverScheduler(_IntegerSteps, DPMSolverMultistepScheduler):
-    """DPM-Solver++(2M) with steps even in logSNR. (`Lu et al. <https://arxiv.org/abs/2211.01095>`_)"""
+    """DPM-Solver++(2M) with steps uniform in logSNR. (`Lu et al. <https://arxiv.org/abs/2211.01095>`_)"""
 
 
 class LogSNRUniPCScheduler(_IntegerSteps, UniPCMultistepScheduler):
-    """UniPC of order 2 with steps even in logSNR. (`Zhao et al. <https://arxiv.org/abs/2302.04867>`_)"""
+    """UniPC of order 2 with steps uniform in logSNR. (`Zhao et al. <https://arxiv.org/abs/2302.04867>`_)"""
 
 
 class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
-    """SA-Solver with steps even in t. (`Xue et al. <https://arxiv.org/abs/2309.05019>`_)
+    """SA-Solver with steps uniform in t. (`Xue et al. <https://arxiv.org/abs/2309.05019>`_)
 
-    Noise is injected in the middle three fifths of the schedule, where steps even in logSNR would put only one or two.
+    Noise is injected in the middle three fifths of the schedule, where uniform logSNR would put only a step or two.
     """
 
     spacing = staticmethod(even_timesteps)
@@ -130,7 +130,7 @@ class EvenSASolverScheduler(_IntegerSteps, SASolverScheduler):
 
 
 class LogSNRHeunScheduler(HeunDiscreteScheduler):
-    """Heun's method with steps even in logSNR. (`EDM <https://arxiv.org/abs/2206.00364>`_, alg. 1)"""
+    """Heun's method with steps uniform in logSNR. (`EDM <https://arxiv.org/abs/2206.00364>`_, alg. 1)"""
 
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -233,7 +233,7 @@ def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noq
 
 
 class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps of a flow from t = 1 to 0, even before the shift. (`<https://arxiv.org/abs/2209.03003>`_)
+    """Euler steps of a flow from t = 1 to 0, uniform before the shift. (`<https://arxiv.org/abs/2209.03003>`_)
 
     diffusers' default spends its last evaluation on t = 0.001, which is wasted with few steps.
     """
@@ -251,7 +251,7 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
         """Set the timesteps; arguments as in diffusers.
 
         Only CogView4's pipeline passes ``timesteps``: its network is conditioned on times before the shift, with noise
-        levels down to 0.001. Even ones replace both.
+        levels down to 0.001. Uniform ones replace both.
         """
         steps = num_inference_steps if timesteps is None else len(timesteps)
         told = {}
@@ -326,7 +326,7 @@ def _flow(sampler: str, cls: Callable[..., Any], training_scheduler: Any) -> Any
     """Build a flow sampler with the step settings of the network's scheduler; raise for those it does not support."""
     known, config, shift = _parameters(cls), training_scheduler.config, flow_shift(training_scheduler)
     is_solver = own_setting(training_scheduler, "flow_shift") is not None
-    if "use_flow_sigmas" in known:  # a solver, whose steps can only be even and shifted
+    if "use_flow_sigmas" in known:  # a solver, whose steps can only be uniform and shifted
         options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
         options["num_train_timesteps"], known = config.num_train_timesteps, ()
     else:

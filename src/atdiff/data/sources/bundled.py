@@ -1,4 +1,4 @@
-"""Data that need no download: scikit-learn's digits, 8x8 pixels, and points drawn from known mixtures."""
+"""Bundled data: scikit-learn's digits, 8x8 pixels, and points drawn from known mixtures."""
 
 from __future__ import annotations
 

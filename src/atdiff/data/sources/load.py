@@ -65,7 +65,7 @@ class ImageData:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes: of class names if there are any, else the highest label plus one; None without labels."""
+        """Number of classes: the number of names, else the highest label plus one; None without labels."""
         labels = self.everything.labels
         if labels is None:
             return None

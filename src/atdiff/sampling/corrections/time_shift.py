@@ -20,14 +20,14 @@ class TimeShift(Correction):
     """Evaluate the network at the timestep whose noise level matches the sampler's ``x_t``.
 
     In sampling, ``x_t`` is noisier or cleaner than noised data at t. Its variance over pixels tells which timestep fits
-    best: for each sample, the whole timestep ``tau`` in ``[t - window / 2, t + window / 2]`` with the smallest
+    best: for each sample, the integer timestep ``tau`` in ``[t - window / 2, t + window / 2]`` with the smallest
     ``|var(x_t) - alpha_tau^2 data_variance - sigma_tau^2|``. (`Time-Shift Sampler
     <https://arxiv.org/abs/2305.15583>`_, algorithm 3.) The step then follows :func:`realign`, which for DDIM is the
     step from ``t_s``, except for the clipping of ``x0_hat``.
 
-    The authors' code only uses ``sigma_tau^2`` (``data_variance = 0``): most images of high contrast are then shifted
-    by half a window, to a noise level that is too high. With the variance of the data, noised data are not shifted
-    except by the error of the estimate, whose relative standard deviation is ``sqrt(2 / n)`` for n pixels: 18 % for
+    The authors' code only uses ``sigma_tau^2`` (``data_variance = 0``): most high-contrast images are then shifted by
+    half a window, to a noise level that is too high. With the variance of the data, noised data are not shifted except
+    by the error of the estimate, whose relative standard deviation is ``sqrt(2 / n)`` for n pixels: 18 % for
     8 x 8 greyscale images. EDM networks, conditioned on ``log(sigma)``, have no timesteps for a window and raise an
     error.
 
