@@ -1,4 +1,4 @@
-"""Tables, curves and the self-contained page of a study."""
+"""Tables, plots and the self-contained HTML report of a study."""
 
 from atdiff.core.specs import correction_label
 from atdiff.report.page import write_report

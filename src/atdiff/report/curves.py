@@ -1,4 +1,4 @@
-"""What all curves of a report share: colours, axes, legends and how figures are written."""
+"""Shared plotting code of a report: colours, axes, legends and rendering."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 __all__ = ["GREY", "MOST_ARMS", "RC", "Style", "add_legend", "log_axis", "rendered", "short_names", "styles_of"]
 
-MOST_ARMS = 8  # that a figure tells apart by colour, the baseline among them; more would hide each other
+MOST_ARMS = 8  # arms with their own colour, including the baseline; more lines would be unreadable
 
-# Okabe and Ito's colour-blind-safe palette (https://jfly.uni-koeln.de/color/) without its yellow, which a
-# white page swallows; grey is the baseline's.
+# Okabe and Ito's colour-blind-safe palette (https://jfly.uni-koeln.de/color/) without yellow, which is
+# invisible on white; the baseline is grey.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 DASHES = ("-", ":", "-.")
@@ -37,7 +37,7 @@ RC: dict[Any, Any] = {
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "atdiff",  # the same figures give the same bytes
+    "svg.hashsalt": "atdiff",  # the same figure gives the same bytes
     "text.parse_math": False,  # an arm may be named "$x"
     "xtick.color": "#444444",
     "ytick.color": "#444444",
@@ -46,9 +46,9 @@ Style = dict[str, Any]
 
 
 def styles_of(arms: Sequence[str], leading: Sequence[str] = ()) -> dict[str, Style]:
-    """The baseline grey and dashed; the others by colour and marker, then open and dotted.
+    """Return a line style per arm: grey and dashed for the baseline, then colours and markers, then open and dotted.
 
-    Where there are more than ``MOST_ARMS``, those that are not among the ``leading`` are pale and have no marker.
+    With more than ``MOST_ARMS`` arms, those not in ``leading`` are pale and have no marker.
     """
     shown = [arm for arm in arms if arm in (arms[0], *leading)] if leading and len(arms) > MOST_ARMS else list(arms)
     styles: dict[str, Style] = dict.fromkeys(arms, MUTED)
@@ -61,7 +61,7 @@ def styles_of(arms: Sequence[str], leading: Sequence[str] = ()) -> dict[str, Sty
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic axis with ticks at readable numbers, also where it spans less than a decade."""
+    """Make the y axis logarithmic, with readable ticks even if it spans less than a decade."""
     low, high = axes.get_ylim()
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 8 * low > 0 else MaxNLocator(6))
@@ -70,18 +70,18 @@ def log_axis(axes: Axes) -> None:
 
 
 def add_legend(figure: Figure, styles: Mapping[str, Style]) -> None:
-    """Put a legend above a figure, in as many columns as fit; pale lines share one entry."""
+    """Add a legend above the figure, in as many columns as fit; pale lines share one entry."""
     shown = {arm: style for arm, style in styles.items() if style["color"] != MUTED["color"]}
     if len(shown) < len(styles):
         shown[f"{len(styles) - len(shown)} other arms"] = MUTED
     handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in shown.values()]
-    column = max(1.35, 0.7 + 0.085 * max(map(len, shown)))  # inches: the line, and the longest name
+    column = max(1.35, 0.7 + 0.085 * max(map(len, shown)))  # inches: line sample plus longest name
     columns = min(len(shown), max(2, int(figure.get_figwidth() / column)))
     figure.legend(handles, list(shown), loc="outside upper left", ncols=columns, fontsize=10.5)
 
 
 def rendered(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
-    """Return a figure as a file of this format; the same figure gives the same bytes."""
+    """Return the figure encoded as ``file_format``; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata.get(file_format))
@@ -89,7 +89,7 @@ def rendered(figure: Figure, file_format: str, dpi: int = 160) -> bytes:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Leave out the folders that all paths share."""
+    """Strip the parent folders that all paths share."""
     paths = [name.rstrip("/").split("/") for name in names]
     folders = zip(*(path[:-1] for path in paths), strict=False)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, folders))

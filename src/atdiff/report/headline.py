@@ -1,4 +1,4 @@
-"""The headline of a comparison: the best arm, where it is best, and how many steps it saves."""
+"""The headline of a comparison: the best arm, its largest gain, and how many steps it saves."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Headline", "headline"]
 
 @dataclass(frozen=True)
 class Headline:
-    """The sentence, and the arm and the cell that it is of."""
+    """The headline sentence, and the row (arm and cell) it describes."""
 
     text: str
-    more: str  # in how many cells the arm is better, and which arms are the best elsewhere
-    row: Row  # of the arm in that cell
+    more: str  # number of cells where the arm is better, and the best arms elsewhere
+    row: Row
 
 
 def headline(rows: Sequence[Row], saved: Sequence[StepsSaved] = ()) -> Headline | None:
-    """Return what the rows of a comparison come to; None where there is no arm but the baseline.
+    """Summarise the rows of a comparison; None if there is no arm besides the baseline.
 
-    The arm is the first of :func:`atdiff.report.statistics.ranked`, the cell that of its largest clear gain.
+    Picks the first arm of :func:`atdiff.report.statistics.ranked`, in the cell with its largest clear gain.
     """
     baseline, *arms = ranked(rows)
     known = [row for row in rows if row.arm in arms and math.isfinite(row.change)]
@@ -67,9 +67,9 @@ def _steps(count: float) -> str:
 
 
 def _saved(row: Row, saved: Sequence[StepsSaved], baseline: str) -> str:
-    """What the cell saves, as the end of a sentence; nothing where that is not known."""
+    """Return the steps saved in the cell as the end of a sentence; empty if unknown."""
     one = next((one for one in saved if (one.arm, one.setting) == (row.arm, row.setting)), None)
-    if one is None or not one.needed > one.steps or one.bound == "<":  # which is a bound from above
+    if one is None or not one.needed > one.steps or one.bound == "<":  # "<" is an upper bound
         return ""
     more = _steps(one.needed - one.steps)
     if one.bound:

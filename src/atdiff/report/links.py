@@ -1,4 +1,4 @@
-"""What leads from the page to the files: where the runs are, how one is loaded, and the cells as a table."""
+"""Links from the page to files: run folders, code that loads a run, and the cells as CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FACTS = ("arm", "seed", "sampler", "steps", "correction", "nfe", "num", "sample_
 
 
 def cells_csv(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return the cells as comma-separated values, one line a cell, with a column for each figure."""
+    """Return the cells as CSV, one line per cell and one column per metric value."""
     facts = [name for name in FACTS if any(name in cell for cell in cells)]
     figures = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     text = io.StringIO()
@@ -33,7 +33,7 @@ def cells_csv(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_links(cells: Sequence[Mapping[str, Any]], page: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return by arm the seed and the address of each run whose folder is there, as seen from the page."""
+    """Return for each arm the seed and the URL, relative to the page, of each run whose folder exists."""
     found: dict[str, dict[str, str]] = {}
     for cell in cells:
         run = str(cell.get("run") or "")
@@ -44,7 +44,7 @@ def run_links(cells: Sequence[Mapping[str, Any]], page: Path) -> dict[str, list[
 
 
 def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
-    """Return the lines that draw with the first run of a row's arm, and that load it; empty where no run is named."""
+    """Return code that samples from and loads the first run of a row's arm; empty if its cells name no run."""
     place = row.arm, row.sampler, row.steps, row.correction
     names = ("arm", "sampler", "steps", "correction")
     mine = [cell for cell in cells if tuple({"correction": NO_CORRECTION, **cell}[name] for name in names) == place]
@@ -53,7 +53,7 @@ def load_code(cells: Sequence[Mapping[str, Any]], row: Row) -> str:
         return ""
     run, family = str(cell["run"]), row.correction.partition(":")[0]
     corrected = f"{family}:{cell['correction_value']}" if "correction_value" in cell else row.correction
-    asked = {  # where they may not be the usual ones
+    asked = {  # options that may differ from the defaults of `atdiff sample`
         "correction": None if corrected == NO_CORRECTION else corrected,
         "guidance-scale": cell.get("guidance_scale"),
         "variant": cell.get("variant"),

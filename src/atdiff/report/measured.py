@@ -1,4 +1,4 @@
-"""Curves of what was measured of runs besides their cells, drawn from the records by run."""
+"""Plots of the other measurements of runs (dose, mismatch, robustness, directions), from their records."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ DISTANCES = {
 COLUMNS = 3
 WIDTH = 11.1  # inches
 DARK = "#222222"
-# Below this level the noise is that of a few grey levels: what a network says of it matters to no image, and would
-# flatten the rest of the panel.
+# Below this level the noise is only a few grey levels: the predicted noise does not affect any image, but would flatten
+# the rest of the panel.
 LOWEST_NOISE = 0.02
 DOUBLED = "twice the clean loss"
 INDEPENDENT = "no dose"
-# The control first, in the grey of a baseline.
+# The control comes first, and so gets the grey of a baseline.
 NAMES = {
     "random": "random",
     "gradient": "gradient",
@@ -49,7 +49,7 @@ NAMES = {
     "residual": "residual",
 }
 LEVEL = "noise level (1: noise, 0: data)"
-# Title, horizontal axis, and the value that means that there is nothing to see.
+# Title, label of the x axis, and the neutral value (no effect).
 DOSES: dict[str, tuple[str, str, float]] = {
     "dose": ("dose k(t) at the end of training", "sampler's time (1: noise, 0: data)", 0.0),
     "factor": ("dose factor", "passes", 1.0),
@@ -59,19 +59,19 @@ DOSES: dict[str, tuple[str, str, float]] = {
     "kurtosis": ("excess kurtosis of the perturbed noise", LEVEL, 0.0),
 }
 NOISE = ("variance", "correlation", "kurtosis")
-POINTS = 250  # of a curve; more would only make the page heavy
+POINTS = 250  # per curve; more would only bloat the page
 
 
 def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
-    """One panel for each measure: sampling against training along the trajectory, one line per run, floors dashed.
+    """Plot sampling against training along the trajectory: one panel per measure, one line per run, floors dashed.
 
-    Panels without figures are left out, and so is noise predicted below level 0.02.
+    Omits measures without values, and the predicted noise below level 0.02.
     """
     curves = _named(by_run, "no mismatch was measured", "mismatch")
     measured = set().union(*(record for records in curves.values() for record in records))
     panels = [name for name in (*RATIOS, *DISTANCES) if name in measured]
     rows = -(-len(panels) // COLUMNS)
-    # Colours as in the other curves of a report, but dashed grey is for the floors here.
+    # Same colours as elsewhere in the report, except that dashed grey marks the floors here.
     styles = styles_of(list(curves), leading)
     first = next(iter(curves))
     styles[first] = {**styles[first], "color": DARK, "linestyle": "-"}
@@ -87,7 +87,7 @@ def mismatch_curves(by_run: Mapping[str, Records], file_format: str = "svg", lea
 
 
 def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
-    """One panel for each noise level: worst-case over clean loss against the radius, one line per run, log axes."""
+    """Plot worst-case over clean loss against radius, on log axes: one panel per noise level, one line per run."""
     curves = _named(by_run, "nothing was measured", "robustness")
     levels = sorted({round(record["level"], 2) for records in curves.values() for record in records})
     columns = min(COLUMNS, len(levels))
@@ -103,7 +103,7 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg", l
             for run, records in curves.items():
                 for record in records:
                     if round(record["level"], 2) == level:
-                        # Radii above 0, which a logarithmic axis can show.
+                        # Skip radius 0, which a log axis cannot show.
                         radius, loss = np.array(record["radius_sigma"]), np.array(record["loss"])
                         panel.plot(radius[1:], loss[1:] / loss[0], **styles[run], markersize=4, linewidth=1.6)
             panel.set_title(f"noise level {level:g}", loc="left")
@@ -119,9 +119,9 @@ def robustness_curves(by_run: Mapping[str, Records], file_format: str = "svg", l
 
 
 def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
-    """One column per run: each direction's cosine with ``x0 - x0_hat``, its middle 80 %, and the loss after a step.
+    """Plot each direction's cosine with ``x0 - x0_hat``, its middle 80 %, and the loss after a step: a column per run.
 
-    Of more than eight runs the ``leading`` ones alone have a column.
+    With more than eight runs, only the ``leading`` ones get a column.
     """
     if leading and len(by_run) > MOST_ARMS:
         by_run = {run: records for run, records in by_run.items() if run in leading}
@@ -140,7 +140,7 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg", le
             axes[1, column].axhline(1.0, color=GREY, linewidth=0.8)
             axes[1, column].set_xlabel(LEVEL)
         axes[0, 0].set(ylim=(-1.06, 1.06), ylabel="cosine with x₀ − x̂₀")
-        # Without 0 and 1, whose labels would meet those of the next column.
+        # No ticks at 0 and 1: their labels would collide with those of the next column.
         axes[0, 0].set(xlim=(1.0, 0.0), xticks=(0.9, 0.7, 0.5, 0.3, 0.1))
         axes[1, 0].set_ylabel("loss after the step / before")
         log_axis(axes[1, 0])
@@ -149,10 +149,10 @@ def direction_curves(by_run: Mapping[str, Records], file_format: str = "svg", le
 
 
 def dose_curves(by_run: Mapping[str, Records], file_format: str = "svg", leading: Sequence[str] = ()) -> bytes:
-    """One panel for each figure of a dose, one line per run; dashed: no dose, no loss of variance, independent noise.
+    """Plot the dose and its effects: one panel per quantity, one line per run; dashed: the neutral value.
 
-    The last record of a run has its noise, and of a dose that sets itself ``times``, ``dose`` and ``variance_ratio``;
-    every record of the latter has its ``pass`` and ``factor``.
+    The last record of a run holds its ``noise`` and, for an automatic dose, ``times``, ``dose`` and ``variance_ratio``.
+    With an automatic dose every record also holds ``pass`` and ``factor``.
     """
     curves = {run: _doses(records) for run, records in _named(by_run, "no run logged a dose", "train").items()}
     panels = [name for name in DOSES if any(name in found for found in curves.values())]
@@ -189,11 +189,11 @@ MEASURED: dict[str, Callable[..., bytes]] = {
     "robustness": robustness_curves,
     "directions": direction_curves,
 }
-"""What draws the records of each measurement, by run."""
+"""Plotting function of each measurement, which takes its records by run."""
 
 
 def save_measured(name: str, entries: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Draw the entries of a measurement, one per run, as ``folder/NAME.png``."""
+    """Plot the entries of a measurement, one per run, to ``folder/NAME.png``."""
     records = {entry["run"]: entry["records"] for entry in entries}
     write_bytes(folder / f"{name}.png", MEASURED[name](records, file_format="png"))
 
@@ -205,7 +205,7 @@ def _named(by_run: Mapping[str, Records], nothing: str, command: str) -> dict[st
 
 
 def _doses(records: Records) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    """Return the places and values of each curve of a run."""
+    """Return the x and y values of each dose curve of a run."""
     last, course = records[-1], [record for record in records if "factor" in record]
     found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     if "dose" in last:
@@ -220,7 +220,7 @@ def _doses(records: Records) -> dict[str, tuple[Sequence[float], Sequence[float]
 
 
 def _finish_grid(axes: np.ndarray, panels: int, columns: int, label: str) -> None:
-    """Remove the panels beyond the last, and label the horizontal axis of the lowest of each column."""
+    """Remove unused panels, and label the x axis of the lowest panel of each column."""
     for panel in axes[panels:]:
         panel.remove()
     for panel in axes[max(0, panels - columns) : panels]:
@@ -235,12 +235,12 @@ def _mismatch_panel(axes: Axes, name: str, curves: Mapping[str, Records], styles
     axes.set_title((RATIOS | DISTANCES)[name], loc="left", fontsize=10.5)
     axes.set_xlim(1.02, -0.02)
     if name in DISTANCES:
-        axes.set_yscale("log")  # first, as the limits of a linear axis may reach below 0
+        axes.set_yscale("log")  # before log_axis, since the limits of a linear axis may go below 0
         log_axis(axes)
 
 
 def _points(records: Records, name: str) -> tuple[list[float], list[float]]:
-    """Levels and values; of several records at a level, the last (a corrector's)."""
+    """Return levels and values; the last record (the corrector's) wins if a level has several."""
     lowest = LOWEST_NOISE if name.startswith("noise_norm") else 0.0
     values = {record["level"]: record[name] for record in records if name in record and record["level"] >= lowest}
     return list(values), list(values.values())

@@ -1,4 +1,4 @@
-"""The page of a comparison: one self-contained HTML file that needs no network, and shows all without its script."""
+"""The page of a comparison: one self-contained HTML file that works offline and without JavaScript."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from atdiff.system.files import write_bytes
 
 __all__ = ["write_report"]
 
-# What says whether a distance fell at the cost of fidelity or of diversity.
+# They show whether a distance fell at the cost of fidelity or diversity.
 BESIDE = ("density", "recall")
 DRAWN_IN = "float32"
-TOLD = 5  # arms in words, before the others are folded
+TOLD = 5  # conclusions shown; with many arms the others are folded
 
 
 def write_report(
@@ -48,21 +48,21 @@ def write_report(
     real: bytes | None = None,
     interval: str = "t",
 ) -> None:
-    """Write the page of a comparison to ``path``, aside and renamed.
+    """Write the page of a comparison to ``path`` atomically.
 
     Args:
-        summary: holds ``cells`` (see :func:`atdiff.report.statistics.compare`) and, as far as known, ``title``,
-            ``about``, ``command`` (one or a list), ``versions``, ``baseline`` (else ``plain``), ``metric`` (that leads
-            the page, else ``fd``), ``recipe`` (``base``, ``arms``, ``words`` by arm, ``evaluation``), ``passes``,
+        summary: holds ``cells`` (see :func:`atdiff.report.statistics.compare`) and optionally ``title``, ``about``,
+            ``command`` (one or a list), ``versions``, ``baseline`` (default ``plain``), ``metric`` (the leading one;
+            default ``fd``), ``recipe`` (``base``, ``arms``, ``words`` by arm, ``evaluation``), ``passes``,
             ``wall_seconds``, ``training`` (see :func:`atdiff.report.plots.loss_curves`), and ``mismatch``,
-            ``robustness``, ``directions`` and ``dose``, each with ``by_run`` (records by arm) and ``recipe``. Runs of
-            cells whose folders are there are linked to.
+            ``robustness``, ``directions`` and ``dose``, each with ``by_run`` (records by arm) and ``recipe``. The page
+            links to the runs of cells whose folders exist.
         samples: PNGs by sampler, number of steps and arm; see :func:`atdiff.report.samples.sample_grids`.
         real: a PNG of real images; see :func:`atdiff.report.samples.real_grid`.
         interval: ``t`` or ``bootstrap``.
 
     Raises:
-        UserError: as ``compare`` does, and where ``path`` is a folder.
+        UserError: as for ``compare``, or ``path`` is a folder.
     """
     environment = Environment(
         loader=PackageLoader("atdiff", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -86,11 +86,12 @@ def write_report(
 def _contents(
     summary: Mapping[str, Any], samples: Mapping[str, Mapping[int, Mapping[str, bytes]]], interval: str
 ) -> dict[str, Any]:
-    """What the template shows, by its names."""
+    """Return the variables of the template."""
     cells, baseline = summary["cells"], summary.get("baseline", "plain")
     corrections = corrections_of(cells)
     options = {"baseline": baseline, "interval": interval, "correction": corrections[0]}
-    # The leading metric, then the others of the first correction's cells whose good direction is known.
+    # The leading metric first, then every other metric of the first correction's cells that is known to be better
+    # when lower or when higher.
     mine = [cell for cell in cells if cell.get("correction", "none") == corrections[0]]
     found = [name for cell in mine for name in cell["metrics"] if name in LOWER_IS_BETTER | HIGHER_IS_BETTER]
     metrics = list(dict.fromkeys([summary.get("metric", "fd"), *found]))
@@ -113,7 +114,7 @@ def _contents(
         "corrected": _corrected(cells, baseline, metrics[0], interval) if len(corrections) > 1 else None,
         "losses": losses and data_uri(losses, "image/svg+xml"),
         "samples": _samples(samples),
-        # In whatever precision the figures are, samples are drawn as runs are loaded.
+        # Samples are always drawn in float32, whatever the precision of the evaluation.
         "samples_recipe": recipe_text(
             [{"weights": cell.get("weights"), "dtype": cell.get("dtype") and DRAWN_IN} for cell in cells]
         ),
@@ -134,7 +135,7 @@ def _samples(samples: Mapping[str, Mapping[int, Mapping[str, bytes]]]) -> dict[s
 
 
 def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What the summary itself says of how it came about."""
+    """Return the parts of the summary that say how the results were produced."""
     recipe, command = summary.get("recipe", {}), summary.get("command", "")
     return {
         "words": recipe.get("words", {}),
@@ -150,7 +151,7 @@ def _told(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _headline(
     cells: Sequence[Mapping[str, Any]], by_metric: Mapping[str, Sequence[Row]], saved: Sequence[StepsSaved]
 ) -> dict[str, Any] | None:
-    """The sentences at the top, what density and recall are in the same cell, and how to load its arm."""
+    """Return the headline, density and recall in the same cell, and code that loads the arm."""
     found = headline(next(iter(by_metric.values())), saved)
     if found is None:
         return None
@@ -175,14 +176,14 @@ def _headline(
 
 
 def _dots(rows: Sequence[Row], order: Sequence[str]) -> dict[str, str]:
-    """By sampler the curves of the changes seed by seed; none of one arm alone."""
+    """Return for each sampler the plot of the changes seed by seed; empty for a single arm."""
     samplers = dict.fromkeys(row.sampler for row in rows if row.changes)
     by_sampler = {sampler: [row for row in rows if row.sampler == sampler] for sampler in samplers}
     return {sampler: data_uri(seed_dots(mine, order), "image/svg+xml") for sampler, mine in by_sampler.items()}
 
 
 def _beside(by_metric: Mapping[str, list[Row]], leading: Sequence[str]) -> dict[str, Any] | None:
-    """The leading metric with density and recall, as curves and as figures by arm and setting."""
+    """Return the leading metric with density and recall, as curves and as values by arm and setting."""
     names = [name for name in BESIDE if name in by_metric and name != next(iter(by_metric))]
     if not names:
         return None
@@ -195,7 +196,7 @@ def _beside(by_metric: Mapping[str, list[Row]], leading: Sequence[str]) -> dict[
 
 
 def _by_sampler(rows: Sequence[SomeRow]) -> tuple[list[str], dict[str, list[tuple[int, list[SomeRow | None]]]]]:
-    """The arms, and for each sampler its numbers of steps with one row an arm."""
+    """Return the arms, and for each sampler its step counts with one row per arm."""
     arms, lines = tables.grid(rows)
     groups: dict[str, list[tuple[int, list[SomeRow | None]]]] = {}
     for (sampler, steps), found in lines:
@@ -204,7 +205,7 @@ def _by_sampler(rows: Sequence[SomeRow]) -> tuple[list[str], dict[str, list[tupl
 
 
 def _saved(rows: Sequence[StepsSaved], leading: Sequence[str]) -> dict[str, Any] | None:
-    """What the template needs of the steps saved; None where nothing is known of them."""
+    """Return the template's variables for the steps saved; None without rows."""
     if not rows:
         return None
     arms, groups = _by_sampler(sorted(rows, key=lambda row: (*leading, row.arm).index(row.arm)))
@@ -218,7 +219,7 @@ def _saved(rows: Sequence[StepsSaved], leading: Sequence[str]) -> dict[str, Any]
 
 
 def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row], order: Sequence[str]) -> dict[str, Any]:
-    """What the template needs of one metric and one correction; the arms in columns by ``order``."""
+    """Return the template's variables for one metric and one correction, with the arms' columns in ``order``."""
     arms, groups = _by_sampler(sorted(rows, key=lambda row: order.index(row.arm) if row.arm in order else len(order)))
     best, told = statistics.winners(rows), list(dict.fromkeys(row.arm for row in rows))
     metric, correction = rows[0].metric, rows[0].correction
@@ -243,7 +244,7 @@ def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row], order: Sequenc
 
 
 def _conclusions(rows: Sequence[Row], told: Sequence[str], order: Sequence[str]) -> dict[str, list[str]]:
-    """The conclusions: on seeds and winners, and on the arms, the best first, all but a few of many folded."""
+    """Return the conclusions on seeds and winners, then on the arms, best first; of many arms all but a few folded."""
     seeds, *said = conclusions(rows)
     of_arms = dict(zip(told[1:], said, strict=False))
     sentences = [of_arms[arm] for arm in order[1:]]
@@ -256,7 +257,7 @@ def _conclusions(rows: Sequence[Row], told: Sequence[str], order: Sequence[str])
 
 
 def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, interval: str) -> dict[str, Any]:
-    """What the template needs of a metric without and with corrections."""
+    """Return the template's variables for a metric without and with corrections."""
     found = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = tables.correction_grid(found)
     groups: dict[str, dict[int, list[Any]]] = {}
@@ -283,7 +284,7 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
 
 
 def _compared(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """The design of the study in sentences, each only where the summary knows it."""
+    """Describe the design of the study in sentences, as far as the summary knows it."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     passes = summary.get("passes", {})
     seeds = sorted({str(cell["seed"]) for cell in summary["cells"]})
@@ -326,7 +327,7 @@ def _measured(part: Mapping[str, Any] | None, draw: Any, leading: Sequence[str])
 
 
 def _mismatch_said(by_run: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str) -> list[str]:
-    """How often the mismatch of an arm lies below the baseline's along the trajectory, in words."""
+    """Say for each arm at how many noise levels its mismatch is below the baseline's."""
     said: list[str] = []
     name = next((name for name in ("sliced_wasserstein", "frechet_pixels") if _values(by_run, baseline, name)), None)
     if name is None:
