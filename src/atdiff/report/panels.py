@@ -1,4 +1,4 @@
-"""Many small panels: the change of every arm seed by seed, and several metrics beside each other."""
+"""Plots with many small panels: each arm's change seed by seed, and several metrics side by side."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from atdiff.report.words import metric_label
 
 __all__ = ["beside_curves", "seed_dots"]
 
-ACROSS = 4  # panels in a row, at most
+ACROSS = 4  # panels per row, at most
 COLOURS = {"better": "#17663b", "worse": "#a32b1d", "unclear": "#777777"}
-BELOW = 0.26  # of a line
-MOST_CHANGE = 150.0  # percent; what is beyond is drawn at the edge
+BELOW = 0.26  # offset of the seeds' dots, as a fraction of the row height
+MOST_CHANGE = 150.0  # percent; larger changes are drawn at the edge
 
 
 def seed_dots(rows: Sequence[Row], arms: Sequence[str], *, file_format: str = "svg") -> bytes:
-    """One panel for each number of steps of a sampler: a line per arm with its seeds, mean change and interval.
+    """Plot the change of each arm for one sampler: a panel per step count, a row per arm with seeds, mean and interval.
 
     Args:
-        rows: of one sampler; the baseline's are left out.
-        arms: their order from the top.
-        file_format: of matplotlib.
+        rows: rows of one sampler; the baseline's are skipped.
+        arms: the order of the arms, from the top.
+        file_format: any format of matplotlib.
     """
     rows = [row for row in rows if row.verdict != "baseline"]
     arms = [arm for arm in arms if any(row.arm == arm for row in rows)]
@@ -57,7 +57,7 @@ def seed_dots(rows: Sequence[Row], arms: Sequence[str], *, file_format: str = "s
 
 
 def beside_curves(sections: Sequence[Sequence[Row]], *, leading: Sequence[str] = (), file_format: str = "svg") -> bytes:
-    """One column for each metric and one row for each sampler: the mean against the number of steps, line by arm."""
+    """Plot the mean against the number of steps, one line per arm: a column per metric, a row per sampler."""
     arms = list(dict.fromkeys(row.arm for row in sections[0]))
     samplers = list(dict.fromkeys(row.sampler for row in sections[0]))
     styles = styles_of(arms, leading)
@@ -74,7 +74,7 @@ def beside_curves(sections: Sequence[Sequence[Row]], *, leading: Sequence[str] =
                 panel.set_title(f"{metric_label(rows[0].metric)}, {sampler}", loc="left", fontsize=10)
             means = [row.mean for row in rows if math.isfinite(row.mean)]
             if rows[0].metric in LOWER_IS_BETTER and means and min(means) > 0:
-                axes[0, across].set_yscale("log")  # first, as the limits of a linear axis may reach below 0
+                axes[0, across].set_yscale("log")  # before log_axis, since the limits of a linear axis may go below 0
                 log_axis(axes[0, across])
         for panel in axes[-1]:
             panel.set_xlabel("sampling steps")
@@ -85,7 +85,7 @@ def beside_curves(sections: Sequence[Sequence[Row]], *, leading: Sequence[str] =
 def _dots(axes: Axes, rows: Sequence[Row], arms: Sequence[str], edge: float) -> None:
     for verdict, colour in COLOURS.items():
         mine = [(row, arms.index(row.arm)) for row in rows if row.verdict == verdict]
-        # Below the mean, which would hide them.
+        # Below the mean's marker, which would hide them.
         seed_points(axes, [(change, place + BELOW) for row, place in mine for change in row.changes], colour)
         spans = [(place, row.change_low, row.change_high) for row, place in mine if math.isfinite(row.change_high)]
         if spans:
@@ -98,7 +98,7 @@ def _dots(axes: Axes, rows: Sequence[Row], arms: Sequence[str], edge: float) -> 
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Limits that follow the estimates, as one wide interval would flatten all the rest."""
+    """Return x limits that fit the estimates, not the intervals: one wide interval would squeeze all the rest."""
     changes = [row.change for row in rows if math.isfinite(row.change)] or [0.0]
     low, high = min(changes), max(changes)
     margin = max(0.2 * (min(high, MOST_CHANGE) - low), 5)

@@ -1,4 +1,4 @@
-"""Curves of a study: metric against steps, paired change against steps, training loss against passes."""
+"""Plots of a study: metric and paired change against steps, training loss against passes, steps saved."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from atdiff.system.files import write_bytes
 
 __all__ = ["loss_curves", "metric_curves", "save_curves", "saved_curves", "seed_points"]
 
-DODGE = 1.055  # factor between the points of two arms at the same number of steps
-BESIDE = 1.025  # factor between an interval and its seeds
-MOST_CHANGE = 150.0  # percent; an arm that is worse would flatten the others, and is an arrowhead at the top
-LOSS_POINTS = 250  # a curve; more would only make the page heavy
+DODGE = 1.055  # x factor between the points of two arms at the same number of steps
+BESIDE = 1.025  # x factor between an interval and its seeds
+MOST_CHANGE = 150.0  # percent; a worse arm would squeeze the others, so it becomes an arrowhead at the top
+LOSS_POINTS = 250  # per curve; more would only bloat the page
 
 
 def metric_curves(rows: Sequence[Row], *, leading: Sequence[str] = (), file_format: str = "svg") -> bytes:
-    """One column for each sampler: the metric's mean with its interval, and below the paired change in percent.
+    """Plot the metric's mean with its interval, and below it the paired change in percent: one column per sampler.
 
-    Small dots are the seeds. Axes are logarithmic except for metrics that reach zero or lie between 0 and 1. Of more
-    than eight arms the ``leading`` ones (default: by :func:`atdiff.report.statistics.ranked`) have colours, and the
-    lower panels hold these alone.
+    Small dots are seeds. Axes are logarithmic except for metrics that reach zero or lie between 0 and 1. With more than
+    eight arms, only the ``leading`` ones (default: the first of :func:`atdiff.report.statistics.ranked`) are coloured
+    and shown in the lower panels.
     """
     arms = list(dict.fromkeys(row.arm for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
     leading = [arm for arm in arms if arm in (leading or ranked(rows)[:MOST_ARMS])]
     styles, told = styles_of(arms, leading), arms if len(arms) <= MOST_ARMS else leading
-    with mpl.rc_context(RC):  # restored on the way out
+    with mpl.rc_context(RC):
         figure = Figure(figsize=(1.2 + 3.3 * len(samplers), 6.4), layout="constrained")
         axes = figure.subplots(2, len(samplers), sharey="row", squeeze=False, height_ratios=(1.15, 1))
         for column, sampler in enumerate(samplers):
@@ -62,9 +62,9 @@ def loss_curves(
     leading: Sequence[str] = (),
     file_format: str = "svg",
 ) -> bytes | None:
-    """Training loss against passes: a faint line per seed and their smoothed mean; None without any point.
+    """Plot training loss against passes: a faint line per seed and their smoothed mean; None without any point.
 
-    ``training[arm][seed]`` is a list of ``[pass, loss]``; ``arms`` gives the order, the baseline first.
+    ``training[arm][seed]`` is a list of ``[pass, loss]``; ``arms`` sets the order, baseline first.
     """
     curves = {
         arm: [np.asarray(points, dtype=float) for points in seeds.values() if len(points)]
@@ -96,9 +96,9 @@ def loss_curves(
 
 
 def saved_curves(rows: Sequence[StepsSaved], *, leading: Sequence[str] = (), file_format: str = "svg") -> bytes:
-    """One column for each sampler: steps of the baseline against the steps that replace them, both logarithmic.
+    """Plot the steps the baseline needs to match each arm against the arm's steps, on log axes: a column per sampler.
 
-    The diagonal is the baseline's own. A triangle is a bound: the figure lies beyond the steps that were measured.
+    The diagonal is the baseline itself. A triangle is a bound: the value lies beyond the measured step counts.
     """
     baseline = rows[0].baseline
     styles = styles_of(list(dict.fromkeys([baseline, *(row.arm for row in rows)])), leading)
@@ -117,7 +117,7 @@ def saved_curves(rows: Sequence[StepsSaved], *, leading: Sequence[str] = (), fil
 
 
 def save_curves(rows: Sequence[Row], path: Path | str) -> None:
-    """Write ``metric_curves`` to ``path``; the suffix names the format (``.png``, ``.svg``, ``.pdf``)."""
+    """Write ``metric_curves`` to ``path``; the suffix sets the format (``.png``, ``.svg``, ``.pdf``)."""
     path = Path(path)
     known = ("png", "svg", "pdf")
     if path.suffix[1:] not in known:
@@ -135,7 +135,7 @@ def _saved_panel(axes: Axes, rows: Sequence[StepsSaved], styles: Mapping[str, St
             continue
         used, needed, low, high = np.array([(row.steps, row.needed, row.low, row.high) for row in line]).T
         axes.plot(used, needed, **{**style, "marker": ""}, linewidth=1.7)
-        if not style["marker"]:  # a pale line
+        if not style["marker"]:  # pale lines get no band
             continue
         axes.fill_between(used, low, high, color=style["color"], alpha=0.11, linewidth=0)
         for row in line:
@@ -147,7 +147,7 @@ def _saved_panel(axes: Axes, rows: Sequence[StepsSaved], styles: Mapping[str, St
 
 
 def _limit_saved(axes: Axes, rows: Sequence[StepsSaved]) -> None:
-    """Limits follow the figures and the diagonal, intervals may leave."""
+    """Set y limits that fit the estimates and the diagonal; intervals may be cut off."""
     found = [value for row in rows for value in (row.needed, float(row.steps)) if math.isfinite(value)]
     axes.set_ylim(min(found) / 1.3, max(found) * 1.3)
     log_axis(axes)
@@ -162,7 +162,7 @@ def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) ->
             continue
         steps, mean, half = np.array([(row.steps, row.mean, row.half_width) for row in line]).T
         axes.plot(steps, mean, **style, markersize=5, linewidth=1.7)
-        if style["marker"]:  # none of a pale line
+        if style["marker"]:  # pale lines get no band
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.11, linewidth=0)
             points = [(row.steps, value) for row in line for value in row.values]
             seed_points(axes, points, style["color"])
@@ -170,7 +170,7 @@ def _mean_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) ->
 
 
 def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) -> None:
-    """Points set side by side around each number of steps, so that their intervals stay apart."""
+    """Plot paired changes; arms sit side by side around each number of steps so that their intervals do not overlap."""
     axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
     for number, (arm, style) in enumerate(styles.items()):
         mine = [row for row in rows if row.arm == arm]
@@ -185,7 +185,7 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
         ).T
         low, high = np.where(np.isfinite(low), low, change), np.where(np.isfinite(high), high, change)
         error = [change - low, high - change]
-        # Beside the interval, which would hide them.
+        # Next to the interval, which would hide them.
         beside = [(row.steps * dodge * BESIDE, value) for row in line for value in row.changes]
         seed_points(axes, beside, style["color"])
         axes.errorbar(steps, change, error, **{**style, "linestyle": ""}, markersize=5, elinewidth=1.4)
@@ -194,13 +194,13 @@ def _change_panel(axes: Axes, rows: Sequence[Row], styles: Mapping[str, Style]) 
 
 
 def seed_points(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
-    """Draw one small dot a seed."""
+    """Draw one small dot per seed."""
     if points:
         axes.plot(*zip(*points, strict=True), "o", markersize=2.8, color=colour, alpha=0.6, markeredgewidth=0, zorder=3)
 
 
 def _step_axis(axes: Axes, steps: Sequence[int], arms: int) -> None:
-    """Numbers of steps, with room for ``arms`` points side by side at the outermost."""
+    """Set ticks at the step counts, with room for ``arms`` points side by side at the outermost ones."""
     margin = max(1.25, 1.1 * DODGE ** (arms / 2))
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(step) for step in steps])
@@ -209,7 +209,7 @@ def _step_axis(axes: Axes, steps: Sequence[int], arms: int) -> None:
 
 
 def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
-    """Limits follow the means: with few seeds a band may reach through zero, which a log axis cannot show."""
+    """Set y limits that fit the means: with few seeds a band may cross zero, which a log axis cannot show."""
     means = np.array([row.mean for row in rows if math.isfinite(row.mean)])
     if len(means) == 0 or means.min() <= 0 or means.max() <= 1:
         return
@@ -218,7 +218,7 @@ def _limit_means(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
-    """Limits follow the estimates up to ``MOST_CHANGE``; a wide interval, which would flatten the rest, may leave."""
+    """Set y limits that fit the estimates up to ``MOST_CHANGE``; wide intervals, which would squeeze them, are cut."""
     changes = [row.change for row in rows if math.isfinite(row.change)]
     low, high = min(changes), min(max(changes), MOST_CHANGE)
     margin = max(0.35 * (high - low), 5) if high < MOST_CHANGE else 0.05 * MOST_CHANGE
@@ -227,7 +227,7 @@ def _limit_changes(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _smoothed_mean(seeds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds at their common passes, then a centred running mean over a thirtieth of the curve."""
+    """Average the seeds at their common passes, then take a centred running mean over a thirtieth of the curve."""
     passes = sorted(set.intersection(*(set(points[:, 0]) for points in seeds)))
     by_pass = [dict(points) for points in seeds]
     mean = np.array([np.mean([curve[at] for curve in by_pass]) for at in passes])

@@ -1,4 +1,4 @@
-"""Samples of several arms side by side, from the same seeds."""
+"""Sample grids of several arms side by side, from the same seeds."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["Grids", "real_grid", "sample_grids", "samples_picture"]
 
 Grids = dict[str, dict[int, dict[str, bytes]]]
 
-MOST_BYTES = 2_200_000  # of all pixels, so that a page with them in base64, and its curves, stays under 5 MB
-COLUMNS = 6  # samples along the side of a grid, at most
-POINTS = 1_000  # of the plane, where the data are points
+MOST_BYTES = 2_200_000  # of pixels in all, so that a page with them in base64 plus its plots stays under 5 MB
+COLUMNS = 6  # samples per side of a grid, at most
+POINTS = 1_000  # drawn from runs on 2-D points
 
 
 def sample_grids(
@@ -43,22 +43,22 @@ def sample_grids(
     loading: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> Grids:
-    """Draw one square grid for each sampler, number of steps and arm, with the same noise in the same places of all.
+    """Sample one square grid per sampler, number of steps and arm; the same position has the same noise in all grids.
 
     Args:
-        runs: run by arm.
-        steps: numbers of steps of every sampler, or by sampler.
-        columns: samples along the side of a grid; None for as many up to 6 as keep all grids together under 5 MB in a
-            page. Runs on points of the plane are drawn as one image of 1,000 points instead.
-        prompts: for text-to-image runs, in the place of the captions of their training.
-        labels: of the classes to draw, where runs draw classes in turn; None for those of their training.
+        runs: one run per arm.
+        steps: step counts for all samplers, or by sampler.
+        columns: samples per side of a grid; None for as many, up to 6, as keep a page with all grids under 5 MB. Runs
+            on 2-D points are drawn as one image of 1,000 points instead.
+        prompts: prompts for text-to-image runs, instead of their training captions.
+        labels: classes to sample, for runs that cycle through classes; None for those of their training.
         loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
 
     Returns:
-        PNGs by sampler, steps and arm, a pixel of the PNG a pixel of the image.
+        PNGs by sampler, steps and arm; one PNG pixel per image pixel.
 
     Raises:
-        UserError: a run cannot be loaded, its images have neither 1 nor 3 channels, or it needs prompts.
+        UserError: a run cannot be loaded or needs prompts, or its images do not have 1 or 3 channels.
     """
     loaded = {arm: load_denoiser(run, **(loading or {})) for arm, run in runs.items()}
     denoisers = {arm: _asked(denoiser, prompts, labels) for arm, denoiser in loaded.items()}
@@ -92,17 +92,17 @@ def real_grid(
     reading: DataOptions = AS_TRAINED,
     loading: Mapping[str, Any] | None = None,
 ) -> bytes | None:
-    """Draw as many real images as a grid of ``grids`` holds, drawn at random from those that a run is held against.
+    """Draw a random grid from a run's reference images, as large as those in ``grids``.
 
     Args:
         run: a training folder, pipeline folder or hub id.
-        grids: of :func:`sample_grids`.
-        data: the data set; None for that of the run's training.
-        reading: how its images are read, where that is another way than in training.
+        grids: the result of :func:`sample_grids`.
+        data: the data set; None for the run's training data.
+        reading: how to read its images, if not as in training.
         loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
 
     Returns:
-        A PNG; None where the images are not known or not to be had, which no report should fail for.
+        A PNG; None if the images are unknown or unavailable, since a report should not fail because of them.
     """
     try:
         denoiser = load_denoiser(run, **(loading or {}))
@@ -117,7 +117,7 @@ def real_grid(
 
 
 def samples_picture(grids: Mapping[int, Mapping[str, bytes]]) -> bytes:
-    """Put the grids of one sampler on one PNG: a row for each number of steps, a column for each arm."""
+    """Combine the grids of one sampler into one PNG: a row per number of steps, a column per arm."""
     arms = list(dict.fromkeys(arm for by_arm in grids.values() for arm in by_arm))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(1.9 * len(arms), 2.0 * len(grids)), layout="constrained", dpi=110)
@@ -155,7 +155,7 @@ def _grid(
 
 
 def _drawn(denoiser: TrainedModel, images: torch.Tensor, columns: int) -> bytes:
-    """Return images, or points of the plane, as one PNG."""
+    """Render images, or 2-D points, as one PNG."""
     if _is_plane(denoiser):
         images, columns = density_picture(images)[None], 1
     pixels = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()

@@ -37,7 +37,7 @@ Column = dict[tuple[str, Setting], Values]  # the cells of one correction, by ar
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in one cell: see the module for the formulas; changes are in percent, unknown figures nan."""
+    """One arm in one cell; see :func:`compare` for the formulas. Changes are in percent; unknown values are nan."""
 
     arm: str
     sampler: str
@@ -47,7 +47,7 @@ class Row:
     pairs: int  # seeds shared with the baseline
     mean: float
     half_width: float
-    minimum: float  # the best seed: the maximum of a metric that should rise
+    minimum: float  # of the best seed; the maximum if higher is better
     change: float
     change_low: float
     change_high: float
@@ -57,8 +57,8 @@ class Row:
     confidence: float
     interval: str = "t"
     correction: str = NO_CORRECTION
-    values: tuple[float, ...] = ()  # of the arm, by seed
-    changes: tuple[float, ...] = ()  # against the baseline in percent, by shared seed; none where one is unknown
+    values: tuple[float, ...] = ()  # of the arm, per seed
+    changes: tuple[float, ...] = ()  # against the baseline in percent, per shared seed; empty if one is unknown
 
     @property
     def setting(self) -> Setting:
@@ -71,13 +71,13 @@ class CorrectedRow:
     """One arm with one correction in one cell."""
 
     row: Row  # against the baseline with the same correction
-    uncorrected: Row  # against the baseline without; of the baseline itself, what the correction alone changes
-    values: tuple[float, ...] = ()  # of the correction, as a search chose them, lowest first
+    uncorrected: Row  # against the uncorrected baseline; for the baseline itself, the effect of the correction alone
+    values: tuple[float, ...] = ()  # of the correction that a search chose, lowest first
 
 
 @dataclass(frozen=True)
 class _Design:
-    """What all the rows of a comparison share."""
+    """Settings shared by all rows of a comparison."""
 
     metric: str
     confidence: float
@@ -96,30 +96,32 @@ def compare(
 ) -> list[Row]:
     """Compare every arm with the baseline in every cell of one correction, paired over seeds.
 
-    Every arm of a seed starts from the same base model and is evaluated with the same sampling seeds, so what a seed
-    does to both cancels. For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of the baseline on
-    the ``m`` seeds that both have, and ``r_i = log(a_i / b_i)``:
+    All arms of a seed start from the same base model and are evaluated with the same sampling seeds, so effects of the
+    seed cancel. For one cell (sampler and steps), with values ``a_i`` of an arm and ``b_i`` of the baseline on the
+    ``m`` seeds they share, and ``r_i = log(a_i / b_i)``:
 
     - ``change = exp(mean(r)) - 1``, the geometric mean of the ratios, in percent;
     - its interval ``exp(mean(r) +- t_{m-1} std(r) / sqrt(m)) - 1``, or percentiles of ``mean(r)`` over 9,999 resamples
-      of the seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; too narrow under 5);
-    - ``p_value`` of the two-sided paired t test of ``mean(r) = 0``, and ``p_holm`` (see :func:`holm`) over the arm;
-    - ``verdict``: ``better`` or ``worse`` only where the whole interval lies on that side of zero. One shared seed is
-      ``unclear``, and so is a value that is not positive and finite (a diverged arm), which is kept.
+      of the seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; too narrow with fewer
+      than 5 seeds);
+    - ``p_value`` of the two-sided paired t test of ``mean(r) = 0``, and ``p_holm``, corrected over the cells of the arm
+      (see :func:`holm`);
+    - ``verdict``: ``better`` or ``worse`` only if the whole interval lies on that side of zero. With a single shared
+      seed, or a value that is not positive and finite (a diverged arm), it is ``unclear``; such values are kept.
 
     Args:
-        cells: with ``arm``, ``seed``, ``sampler``, ``steps`` and ``metrics``, and ``correction`` where there is one;
-            where they also hold ``num`` and ``sample_seed``, these must agree between the arms of a seed, and the
-            precision, the feature network and the numbers of a search between all.
+        cells: with ``arm``, ``seed``, ``sampler``, ``steps``, ``metrics`` and, if any, ``correction``. If present,
+            ``num`` and ``sample_seed`` must agree between the arms of a seed, and the precision, the feature network
+            and the sample count and seed of a search between all cells.
         interval: ``t`` or ``bootstrap``.
-        correction: as the cells spell it; both the arms' and the baseline's.
+        correction: as spelled in the cells; used for both arms and baseline.
 
     Returns:
-        Rows arm by arm, the baseline first, then by sampler and steps.
+        Rows by arm, baseline first, then by sampler and steps.
 
     Raises:
-        UserError: an absent baseline or correction, an unknown interval or metric, one that no cell holds, a cell given
-            twice, or arms evaluated under different conditions.
+        UserError: the baseline or correction is missing, the interval or metric is unknown, no cell has the metric, a
+            cell occurs twice, or arms were evaluated under different conditions.
     """
     check_options(confidence, interval)
     columns = tabulate(cells, metric)
@@ -139,9 +141,9 @@ def compare_corrected(
     confidence: float = 0.95,
     interval: str = "t",
 ) -> list[CorrectedRow]:
-    """Compare by every correction, none first, against the baseline with the same one and without, as :func:`compare`.
+    """Run :func:`compare` for every correction, against the baseline with that correction and without; none first.
 
-    A search (``epsilon-scaling:search``) is one correction, whatever value it chose for a cell.
+    A search (``epsilon-scaling:search``) counts as one correction, whatever value it chose for a cell.
     """
     check_options(confidence, interval)
     columns = tabulate(cells, metric)
@@ -163,13 +165,13 @@ def compare_corrected(
 
 
 def corrections_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The corrections of the cells as they spell them, none first."""
+    """Return the corrections of the cells as spelled there, ``none`` first."""
     found = dict.fromkeys(_correction(cell) for cell in cells)
     return sorted(found, key=lambda name: name != NO_CORRECTION)
 
 
 def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
-    """The best mean of each cell among the arms whose change is clear of zero, else None."""
+    """Return for each cell the arm with the best mean among the clearly better ones; None if there is none."""
     best: dict[Setting, Row | None] = {}
     for row in rows:
         leader = best.setdefault(row.setting, None)
@@ -179,7 +181,7 @@ def winners(rows: Sequence[Row]) -> dict[Setting, str | None]:
 
 
 def ranked(rows: Sequence[Row]) -> list[str]:
-    """The arms: the baseline, then those that win most cells, then by their mean change, the best first."""
+    """Return the arms: the baseline, then by number of cells won and mean change, best first."""
     best = list(winners(rows).values())
 
     def merit(arm: str) -> tuple[bool, int, float]:
@@ -192,7 +194,7 @@ def ranked(rows: Sequence[Row]) -> list[str]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan is no member of m.
+    """Return Holm's adjusted p-values: sorted, ``max_{j <= i} min(1, (m - j + 1) p_(j))``; nan does not count in m.
 
     (S. Holm, Scandinavian Journal of Statistics 6, 1979.)
     """
@@ -212,7 +214,7 @@ def _correction(cell: Mapping[str, Any]) -> str:
 
 
 def check_options(confidence: float, interval: str) -> None:
-    """Refuse a confidence that is no probability, and an unknown kind of interval."""
+    """Reject a confidence outside (0, 1) and an unknown kind of interval."""
     if not 0 < confidence < 1:
         raise UserError(f"confidence is {confidence}, expected a number between 0 and 1 such as 0.95.")
     if interval not in INTERVALS:
@@ -220,14 +222,14 @@ def check_options(confidence: float, interval: str) -> None:
 
 
 def check_baseline(baseline: str, table: Column) -> None:
-    """Refuse a baseline that is not among the arms of a table."""
+    """Reject a baseline that is not among the arms of a table."""
     arms = dict.fromkeys(arm for arm, _ in table)
     if baseline not in arms:
         raise UserError(f"baseline {baseline!r} is not among the arms {', '.join(map(repr, arms))}: name one of them.")
 
 
 def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Column]:
-    """Return the values by correction, none first, then by arm and setting, then by seed."""
+    """Return values by correction (``none`` first), by arm and setting, and by seed."""
     known = LOWER_IS_BETTER | HIGHER_IS_BETTER
     if metric not in known:
         raise UserError(f"metric {metric!r} is unknown, expected one of {', '.join(sorted(known))}.")
@@ -256,7 +258,7 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
 
 
 def _conditions(cell: Mapping[str, Any], metric: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what a figure depends on beside its place: its name, the cells that share it, and its value."""
+    """Yield each condition that must match between cells: its name, the group of cells that share it, its value."""
     place = cell["sampler"], int(cell["steps"]), cell["seed"]
     yield "(num, sample_seed)", place, (cell.get("num"), cell.get("sample_seed"))
     yield "dtype", None, cell.get("dtype", "float32")
@@ -265,18 +267,18 @@ def _conditions(cell: Mapping[str, Any], metric: str) -> Iterator[tuple[str, Any
     if "search_num" in cell:
         yield "(search_num, search_seed)", _correction(cell), (cell["search_num"], cell.get("search_seed"))
     features = cell.get("fingerprints", {}).get("features")
-    if features is not None:  # one hash of the networks of all metrics
+    if features is not None:  # one hash over the networks of all metrics
         yield "weights of the feature networks", json.dumps(cell.get("asked")), features[:12]
 
 
 def settings_of(table: Column) -> list[Setting]:
-    """The samplers of a table in its order, each by number of steps."""
+    """Return sampler and steps of all cells of a table: samplers in its order, steps ascending."""
     samplers = list(dict.fromkeys(sampler for _, (sampler, _) in table))
     return sorted({setting for _, setting in table}, key=lambda key: (samplers.index(key[0]), key[1]))
 
 
 def _rows(table: Column, references: Column, baseline: str, design: _Design) -> list[Row]:
-    """Rows of every arm of a table, against the baseline's values in ``references``, with Holm over each arm's."""
+    """Return a row per arm and cell, compared with the baseline in ``references``; Holm-corrected within each arm."""
     arms = list(dict.fromkeys(arm for arm, _ in table))
     arms.sort(key=lambda arm: arm != baseline)  # stable: the others keep their order
     settings = settings_of(table)
@@ -296,11 +298,11 @@ def _rows(table: Column, references: Column, baseline: str, design: _Design) -> 
 def estimate(
     values: Sequence[float] | np.ndarray, confidence: float, interval: str
 ) -> tuple[float, float, float, float]:
-    """Mean, the ends of its interval, and the two-sided p-value of a t test of zero mean."""
-    values = np.sort(np.asarray(values, dtype=float))  # resamples do not depend on the order of the seeds
+    """Return the mean, the ends of its interval, and the two-sided p-value of a t test of zero mean."""
+    values = np.sort(np.asarray(values, dtype=float))  # so that resamples do not depend on the order of the seeds
     if len(values) < 2:
         return float(values.mean()) if len(values) else math.nan, math.nan, math.nan, math.nan
-    with np.errstate(invalid="ignore"):  # a diverged seed: infinite mean, unknown spread
+    with np.errstate(invalid="ignore"):  # a diverged seed gives an infinite mean and unknown spread
         mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
     if not math.isfinite(error):
         return mean, math.nan, math.nan, math.nan
@@ -316,7 +318,7 @@ def estimate(
 
 
 def _row(arm: str, setting: Setting, values: Values, base: Values | None, design: _Design) -> Row:
-    """The row of an arm against the baseline's values; without these it is the baseline's own."""
+    """Return the row of an arm against the baseline's values; ``base`` is None for the baseline itself."""
     mean, low, high, _ = estimate(list(values.values()), design.confidence, design.interval)
     best = max if design.metric in HIGHER_IS_BETTER else min
     alone = Row(
@@ -343,7 +345,7 @@ def _row(arm: str, setting: Setting, values: Values, base: Values | None, design
     usable = bool(np.all(np.isfinite(pairs) & (pairs > 0)))
     ratios = np.log(pairs[:, 0] / pairs[:, 1]) if usable else []
     *ends, p_value = estimate(ratios, design.confidence, design.interval)
-    with np.errstate(over="ignore"):  # two seeds may give an interval that reaches to infinity
+    with np.errstate(over="ignore"):  # with two seeds, the interval may extend to infinity
         change, low, high = (float(end) for end in 100 * np.expm1(ends))
         changes = tuple(float(value) for value in 100 * np.expm1(ratios))
     bounds = sorted((_sign(design.metric) * low, _sign(design.metric) * high))

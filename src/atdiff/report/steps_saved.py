@@ -1,4 +1,4 @@
-"""How many steps of the baseline's sampling an arm's steps replace; see :func:`steps_saved` for the formulas."""
+"""How many sampling steps of the baseline an arm's steps replace; see :func:`steps_saved` for the formulas."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Bound = Literal["", "<", ">"]
 
 @dataclass(frozen=True)
 class StepsSaved:
-    """What one arm's number of steps is worth in steps of the baseline; unknown figures are nan."""
+    """Number of steps the baseline needs to match one arm's; unknown values are nan."""
 
     arm: str
     sampler: str
     steps: int
     baseline: str
-    pairs: int  # seeds
+    pairs: int  # shared seeds
     needed: float  # geometric mean over the seeds
     low: float
     high: float
-    bound: Bound  # ">": at least so many, as some seed's figure is beyond those of the baseline; "<": at most
+    bound: Bound  # ">": a lower bound, as some seed's value is out of the baseline's reach; "<": an upper bound
     confidence: float
     interval: str
 
@@ -48,23 +48,23 @@ class StepsSaved:
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
-        """On which side of the arm's own number of steps the whole interval lies."""
+        """Which side of the arm's own number of steps the whole interval lies on."""
         return "better" if self.low > self.steps else "worse" if self.high < self.steps else "unclear"
 
 
 def steps_needed(figure: float, by_steps: Mapping[int, float]) -> tuple[float, Bound]:
-    """Return the number of steps at which a curve of a metric that should fall first reaches a figure.
+    """Return the number of steps at which a lower-is-better curve first reaches a value.
 
-    Between measured numbers of steps the logarithm of the figure is linear in that of the steps, so that a figure of
-    ``c / steps`` is met exactly. Where more steps made the figure worse, the best figure so far counts.
+    Interpolates linearly between measured step counts in log-log scale, so a curve ``c / steps`` is matched exactly. If
+    more steps made the metric worse, the best value so far counts.
 
     Args:
-        figure: to be reached.
-        by_steps: the curve's figure by number of steps.
+        figure: the value to reach.
+        by_steps: the curve's value by number of steps.
 
     Returns:
-        The steps, and an empty word; or the largest measured number and ``>`` where no number reaches the figure, or
-        the smallest and ``<`` where all do. Figures that are not positive and finite give nan.
+        The steps and ``""``; or the largest measured step count and ``>`` if the curve never reaches the value; or the
+        smallest and ``<`` if it already starts below. Values that are not positive and finite give nan.
     """
     if not by_steps or not all(0 < value < math.inf for value in (figure, *by_steps.values())):
         return math.nan, ""
@@ -92,23 +92,23 @@ def steps_saved(
     interval: str = "t",
     correction: str = NO_CORRECTION,
 ) -> list[StepsSaved]:
-    """Return how many steps the baseline needs for what each other arm reaches in its steps, paired over seeds.
+    """Return how many steps the baseline needs to match each other arm, paired over seeds.
 
-    On each of the ``m`` seeds that both have, :func:`steps_needed` finds the ``n_i`` steps at which the baseline of
-    that seed, sampled by the same sampler, has the figure that the arm has in ``N`` steps. ``needed`` is
-    ``N exp(mean(r))`` with ``r_i = log(n_i / N)``, and its interval ``N exp(mean(r) +- t_{m-1} std(r) / sqrt(m))``.
-    Where a seed is beyond what was measured of the baseline, ``needed`` takes the last measured number for it and is
-    a bound, without an interval.
+    On each of the ``m`` shared seeds, :func:`steps_needed` finds the ``n_i`` steps at which that seed's baseline, with
+    the same sampler, reaches the arm's value at ``N`` steps. ``needed`` is ``N exp(mean(r))`` with
+    ``r_i = log(n_i / N)``, and its interval is ``N exp(mean(r) +- t_{m-1} std(r) / sqrt(m))``. If a seed's value is
+    outside the baseline's measured range, ``needed`` uses the outermost step count for it and is a bound, without an
+    interval.
 
     Args:
-        cells: see :func:`atdiff.report.statistics.compare`, as the others.
-        metric: one that should fall.
+        cells: see :func:`atdiff.report.statistics.compare`, also for the other arguments.
+        metric: one that is better when lower.
 
     Returns:
-        Rows arm by arm, then by sampler and steps; none of samplers whose baseline has a single number of steps.
+        Rows by arm, then by sampler and steps; none for samplers with a single baseline step count.
 
     Raises:
-        UserError: a metric that should rise, and as ``compare`` does.
+        UserError: the metric is better when higher, or as for ``compare``.
     """
     check_options(confidence, interval)
     columns = tabulate(cells, metric)
@@ -128,12 +128,12 @@ def steps_saved(
 
 
 def saved_where_known(cells: Sequence[Mapping[str, Any]], *, metric: str, **options: Any) -> list[StepsSaved]:  # noqa: ANN401  (of steps_saved)
-    """Return the rows of :func:`steps_saved`, none for a metric that should rise."""
+    """Return the rows of :func:`steps_saved`; none for a metric that is better when higher."""
     return steps_saved(cells, metric=metric, **options) if metric in LOWER_IS_BETTER else []
 
 
 def _curves(table: Column, baseline: str) -> dict[tuple[str, Any], dict[int, float]]:
-    """Return the baseline's figures by number of steps, by sampler and seed, where there are two numbers or more."""
+    """Return for each sampler and seed the baseline's values by number of steps, if there are at least two."""
     curves: dict[tuple[str, Any], dict[int, float]] = {}
     for (arm, (sampler, steps)), values in table.items():
         for seed, value in values.items() if arm == baseline else ():
@@ -144,7 +144,7 @@ def _curves(table: Column, baseline: str) -> dict[tuple[str, Any], dict[int, flo
 def _mean_steps(
     needs: Sequence[tuple[float, Bound]], steps: int, confidence: float, interval: str
 ) -> tuple[float, float, float, Bound]:
-    """Return the geometric mean over seeds with its interval, or the bound that it is."""
+    """Return the geometric mean over seeds with its interval; or, if any seed is a bound, the mean as a bound."""
     bounds: set[Bound] = {bound for _, bound in needs if bound}
     ratios = [math.log(needed / steps) for needed, _ in needs]
     if len(bounds) > 1 or not all(map(math.isfinite, ratios)):

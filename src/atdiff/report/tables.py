@@ -1,4 +1,4 @@
-"""Figures as tables: the comparison for the terminal and as markdown, plain cells for the terminal."""
+"""Result tables: comparisons for the terminal and in Markdown, plain cells for the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLES = {"better": "green", "worse": "red", "unclear": "dim", "baseline": ""}
 
 
 def grid(rows: Sequence[SomeRow]) -> tuple[list[str], Grid[SomeRow]]:
-    """The arms, and for each sampler and steps one row an arm (None where the arm lacks the cell)."""
+    """Return the arms, and for each sampler and steps one row per arm (None if the arm lacks the cell)."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
     by_key = {(row.arm, row.setting): row for row in rows}
@@ -38,24 +38,24 @@ def grid(rows: Sequence[SomeRow]) -> tuple[list[str], Grid[SomeRow]]:
 
 
 def mean_text(row: Row) -> str:
-    """``24.7 ± 1.2``: three significant digits of the mean, the half width to the same decimals."""
+    """Format ``24.7 ± 1.2``: the mean to three significant digits, the half-width to the same decimals."""
     digits = _digits(row.mean)
     text = f"{row.mean:.{digits}f}"
     return text if math.isnan(row.half_width) else f"{text} ± {row.half_width:.{digits}f}"
 
 
 def best_text(row: Row) -> str:
-    """The best seed's figure, to the decimals of the mean."""
+    """Format the best seed's value, to as many decimals as the mean."""
     return _number(row.minimum) if math.isnan(row.mean) else f"{row.minimum:.{_digits(row.mean)}f}"
 
 
 def interval_text(row: Row) -> str:
-    """The interval of the change, ``[−35%, −27%]``, empty where one seed gives none."""
+    """Format the interval of the change, ``[−35%, −27%]``; empty for a single seed."""
     return "" if math.isnan(row.change_low) else f"[{percent(row.change_low)}, {percent(row.change_high)}]"
 
 
 def comparison_table(rows: Sequence[Row], metric_name: str | None = None) -> Table:
-    """A rich table by sampler, steps and arm: ``★`` marks the winner of a cell, ``?`` an interval that holds zero."""
+    """Build a rich table by sampler, steps and arm: ``★`` marks a cell's winner, ``?`` an interval including zero."""
     arms, lines = grid(rows)
     best = winners(rows)
     table = _table(f"{metric_name or metric_label(rows[0].metric)}, mean over seeds", _legend(rows))
@@ -70,7 +70,7 @@ def comparison_table(rows: Sequence[Row], metric_name: str | None = None) -> Tab
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A markdown table with the intervals; the winner of a row is bold and carries ``★``."""
+    """Build a Markdown table with intervals; the winner of a row is bold and marked ``★``."""
     arms, lines = grid(rows)
     best = winners(rows)
     head = ["sampler", "steps", *map(_escaped, arms)]
@@ -82,7 +82,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def correction_grid(rows: Sequence[CorrectedRow]) -> tuple[list[str], list[CorrectionLine]]:
-    """The corrections, and for each sampler, steps and arm one row a correction (None where the cell is missing)."""
+    """Return the corrections, and for each sampler, steps and arm one row per correction (None for missing cells)."""
     corrections = corrections_of([vars(one.row) for one in rows])
     by_key = {(one.row.setting, one.row.arm, one.row.correction): one for one in rows}
     arms, lines = grid([one.row for one in rows])
@@ -94,7 +94,7 @@ def correction_grid(rows: Sequence[CorrectedRow]) -> tuple[list[str], list[Corre
 
 
 def correction_heads(corrections: Sequence[str]) -> list[str]:
-    """The heads of the columns: ``without``, ``with searched epsilon-scaling (b)``, ``with time-shift 40``."""
+    """Return column headers: ``without``, ``with searched epsilon-scaling (b)``, ``with time-shift 40``."""
     heads = []
     for correction in corrections:
         family, _, value = correction.partition(":")
@@ -104,7 +104,7 @@ def correction_heads(corrections: Sequence[str]) -> list[str]:
 
 
 def values_text(one: CorrectedRow) -> str:
-    """What a search chose on the seeds, ``b 1.01 to 1.03``; empty where nothing was searched."""
+    """Format the range of values that a search chose over the seeds, ``b 1.01 to 1.03``; empty without a search."""
     if not one.values:
         return ""
     symbol = SYMBOLS.get(one.row.correction.partition(":")[0], "")
@@ -113,7 +113,7 @@ def values_text(one: CorrectedRow) -> str:
 
 
 def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> str:
-    """A markdown table: a line for each sampler, steps and arm, a column per correction; see ``compare_corrected``."""
+    """Build a Markdown table of ``compare_corrected``: a line per sampler, steps and arm, a column per correction."""
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)
     head = ["sampler", "steps", "arm", *correction_heads(corrections)]
@@ -124,7 +124,7 @@ def correction_markdown(cells: Sequence[Mapping[str, Any]], *, baseline: str, me
 
 
 def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metric: str, interval: str = "t") -> Table:
-    """The rich table of :func:`correction_markdown`, without the intervals of the changes."""
+    """Build the rich version of :func:`correction_markdown`, without the intervals of the changes."""
     rows = compare_corrected(cells, baseline=baseline, metric=metric, interval=interval)
     corrections, lines = correction_grid(rows)
     table = _table(f"{metric_label(metric)} without and with correction, mean over seeds", _correction_legend(rows))
@@ -140,7 +140,7 @@ def correction_table(cells: Sequence[Mapping[str, Any]], *, baseline: str, metri
 
 
 def saved_text(row: StepsSaved) -> str:
-    """``9.1 [8.0, 10.4]``: steps of the baseline and their interval; ``> 64`` beyond those that were measured."""
+    """Format steps of the baseline and their interval, ``9.1 [8.0, 10.4]``; a bound as ``> 64``."""
     needed = "n/a" if math.isnan(row.needed) else _number(row.needed)
     if row.bound:
         return f"{row.bound} {row.needed:.3g}"
@@ -148,12 +148,12 @@ def saved_text(row: StepsSaved) -> str:
 
 
 def saved_title(rows: Sequence[StepsSaved]) -> str:
-    """What the figures of the table are."""
+    """Return the title of the table."""
     return f"Steps that {rows[0].baseline} needs to match N steps"
 
 
 def saved_markdown(rows: Sequence[StepsSaved]) -> str:
-    """A markdown table under its title, by sampler and steps; a column per arm, the baseline left out."""
+    """Build a titled Markdown table by sampler and steps; a column per arm except the baseline."""
     arms, lines = grid(rows)
     body = [[sampler, str(steps), *map(_saved_cell, found)] for (sampler, steps), found in lines]
     head = ["sampler", "N", *map(_escaped, arms)]
@@ -162,7 +162,7 @@ def saved_markdown(rows: Sequence[StepsSaved]) -> str:
 
 
 def saved_table(rows: Sequence[StepsSaved]) -> Table:
-    """The rich table of :func:`saved_markdown`, with the interval below each figure."""
+    """Build the rich version of :func:`saved_markdown`, with the interval below each value."""
     arms, lines = grid(rows)
     table = _table(saved_title(rows), _saved_legend(rows))
     table.add_column("sampler", overflow="fold")
@@ -180,7 +180,7 @@ def saved_table(rows: Sequence[StepsSaved]) -> Table:
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of evaluated cells; corrections and precisions are shown where cells differ in them."""
+    """Build a rich table of evaluated cells; correction and precision get a column only if they differ."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     usual = {"correction": "none", "dtype": "float32"}
     varied = [name for name in usual if len({cell.get(name, usual[name]) for cell in cells}) > 1]
@@ -213,7 +213,7 @@ def _escaped(arm: str) -> str:
 
 
 def _digits(value: float) -> int:
-    """Decimals that show three significant digits, four decimals at most."""
+    """Return the number of decimals for three significant digits, at most four."""
     size = math.floor(math.log10(abs(value))) if math.isfinite(value) and value else 0
     return min(max(2 - size, 0), 4)
 

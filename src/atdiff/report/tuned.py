@@ -1,4 +1,4 @@
-"""The table and the plot of a sweep: the candidates' distances per rung, compared with plain training."""
+"""Table and plot of a sweep: the candidates' distances per rung, compared with plain training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from atdiff.report.words import interval_label, metric_label, percent
 
 __all__ = ["change_sentence", "tuned_curves", "tuned_table"]
 
-SHADES = ("#bdbdbd", "#6baed6", "#08519c")  # the earlier a rung, the paler
+SHADES = ("#bdbdbd", "#6baed6", "#08519c")  # paler for earlier rungs
 
 Rungs = Sequence[Mapping[str, Any]]
 
 
 def tuned_table(rungs: Rungs, rows: Sequence[Row]) -> Table:
-    """A rich table with a line per candidate, those that came furthest first, and a column per rung.
+    """Build a rich table with a line per candidate and a column per rung; candidates that got furthest come first.
 
     Args:
-        rungs: with ``passes``, ``metric`` and ``cells``, from the first to the last.
-        rows: of the last rung, the baseline's among them.
+        rungs: from first to last, with ``passes``, ``metric`` and ``cells``.
+        rows: the comparison of the last rung, including the baseline.
     """
     by_arm, figures = {row.arm: row for row in rows}, [_by_arm(rung) for rung in rungs]
     table = Table(title=f"{metric_label(rows[0].metric)}, lower is better", box=box.SIMPLE_HEAD, caption=_legend(rows))
@@ -48,7 +48,7 @@ def tuned_table(rungs: Rungs, rows: Sequence[Row]) -> Table:
 
 
 def change_sentence(row: Row, baseline: str) -> str:
-    """Return what an arm changes, such as ``dose-0.1 changes FD by −31% [−35%, −27%] against plain (3 seeds)``."""
+    """Describe an arm's change, such as ``dose-0.1 changes FD by −31% [−35%, −27%] against plain (3 seeds)``."""
     seeds = f"{row.pairs} seed{'' if row.pairs == 1 else 's'}"
     interval = f" {interval_text(row)}" if interval_text(row) else ""
     return (
@@ -57,12 +57,12 @@ def change_sentence(row: Row, baseline: str) -> str:
 
 
 def tuned_curves(rungs: Rungs, baseline: str, title: str, file_format: str = "png") -> bytes:
-    """The distance of every candidate at the end of each rung that it came to, the baseline's as lines.
+    """Plot the distance of every candidate at the end of each rung it reached; the baseline as horizontal lines.
 
     Args:
-        rungs: as :func:`tuned_table`.
-        baseline: the arm whose figures are lines.
-        title: of the picture.
+        rungs: as for :func:`tuned_table`.
+        baseline: the arm drawn as lines.
+        title: title of the plot.
         file_format: ``png``, ``svg`` or ``pdf``.
     """
     figures = [_by_arm(rung) for rung in rungs]
@@ -92,7 +92,7 @@ def tuned_curves(rungs: Rungs, baseline: str, title: str, file_format: str = "pn
 
 
 def _by_arm(rung: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return the figures of a rung by arm, one per seed."""
+    """Return the metric values of a rung by arm, one per seed."""
     found: dict[str, list[float]] = {}
     for cell in rung["cells"]:
         found.setdefault(cell["arm"], []).append(cell["metrics"][rung["metric"]])
@@ -104,7 +104,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _place(arm: str, baseline: str, figures: Sequence[Mapping[str, list[float]]]) -> tuple[bool, int, float]:
-    """The baseline, then those that came furthest, then by the figure of the last rung that they came to."""
+    """Return a sort key: the baseline first, then arms that got furthest, then by value in the last rung reached."""
     came = [found[arm] for found in figures if arm in found]
     return arm != baseline, -len(came), _mean(came[-1])
 

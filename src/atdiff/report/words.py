@@ -13,12 +13,12 @@ from atdiff.report.steps_saved import StepsSaved
 
 __all__ = ["conclusions", "corrected_conclusions", "interval_label", "metric_label", "percent", "scores"]
 
-# Percentile intervals of m seeds are narrower than they should be by more than sqrt((m - 1) / m).
+# Percentile bootstrap intervals over m seeds are too narrow, by even more than the factor sqrt((m - 1) / m).
 FEW_SEEDS = 5
 
 
 def conclusions(rows: Sequence[Row]) -> list[str]:
-    """What holds and what does not, in words: on the seeds, on each arm, and on the winners."""
+    """Return the conclusions as sentences: on the seeds, on each arm, and on the winners."""
     baselines = [row for row in rows if row.verdict == "baseline"]
     if not baselines:
         raise UserError("the rows contain no baseline: pass all rows returned by compare().")
@@ -33,7 +33,7 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
 
 
 def scores(rows: Sequence[Row]) -> str:
-    """In how many cells each arm is clearly better and worse than the baseline, in one sentence."""
+    """Say in one sentence in how many cells each arm is clearly better and clearly worse than the baseline."""
     judged = [row for row in rows if row.verdict != "baseline"]
     if max((row.pairs for row in judged), default=0) < 2:
         return "One seed gives no interval, so no difference is clear."
@@ -48,7 +48,7 @@ def scores(rows: Sequence[Row]) -> str:
 
 
 def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
-    """What holds with each correction, in words: what it alone does to the baseline, then each arm with it on both."""
+    """Return the conclusions for each correction: its effect on the baseline alone, then each arm with it on both."""
     said = []
     for correction in corrections_of([vars(one.row) for one in rows]):
         mine = [one for one in rows if one.row.correction == correction]
@@ -64,7 +64,7 @@ def corrected_conclusions(rows: Sequence[CorrectedRow]) -> list[str]:
 
 
 def percent(value: float) -> str:
-    """A signed change in percent with a true minus sign: ``−31%``, ``+4.2%``, ``>999%``."""
+    """Format a signed change in percent with a true minus sign: ``−31%``, ``+4.2%``, ``>999%``."""
     if math.isnan(value):
         return "n/a"
     if value >= 999.5:
@@ -74,12 +74,12 @@ def percent(value: float) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """The name of a metric as printed."""
+    """Return the display name of a metric."""
     return FIGURES[metric].label if metric in FIGURES else metric
 
 
 def interval_label(row: Row | StepsSaved) -> str:
-    """The kind of the intervals as printed: ``95% t interval``, ``95% bootstrap interval``."""
+    """Return the display name of the intervals: ``95% t interval``, ``95% bootstrap interval``."""
     return f"{100 * row.confidence:g}% {row.interval} interval"
 
 
@@ -108,7 +108,7 @@ def _seeds_sentence(rows: Sequence[Row]) -> str:
 
 
 def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
-    """Gains first, then losses with the cells they are in, then what is open."""
+    """Describe an arm: its gains, its losses, each with their cells, and the number of unclear cells."""
     metric = rows[0].metric
     changes = [row.change for row in rows if not math.isnan(row.change)]
     span = f"{percent(min(changes))} to {percent(max(changes))}" if changes else "an unknown amount"
@@ -132,7 +132,7 @@ def _arm_sentence(rows: Sequence[Row], arm: str, baseline: str) -> str:
 
 
 def _listed(rows: Sequence[Row]) -> str:
-    """The cells by name where they are few, else their range of changes, in brackets."""
+    """Return in brackets the cells by name if there are few, else the range of their changes."""
     if not rows:
         return ""
     if len(rows) <= 3:

@@ -1,4 +1,4 @@
-"""Values as the page writes them: recipes of figures, settings, times, and files as addresses."""
+"""Formatting for the page: recipe lines, settings, durations, p-values and data URIs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atdiff.metrics.registry import METRICS
 
 __all__ = ["RECIPE", "data_uri", "digest", "duration", "flat", "p_text", "recipe_text", "yaml_text"]
 
-# What the features of a figure are where they are not those of the cells' extractor.
+# Features of the metrics that do not use the cells' extractor.
 CAPTIONS = {figure.name: metric.caption for metric in METRICS.values() if metric.caption for figure in metric.figures}
 RECIPE = {
     "weights": "{} weights",
@@ -33,7 +33,7 @@ RECIPE = {
 
 
 def recipe_text(cells: Sequence[Mapping[str, Any]], metric: str = "") -> str:
-    """The recipe of figures in one line: what their cells share, and all values of what differs."""
+    """Describe in one line how values were computed: the settings of their cells, listing all values that differ."""
     texts = []
     for key, form in RECIPE.items():
         values = list(dict.fromkeys(cell[key] for cell in cells if cell.get(key) is not None))
@@ -52,17 +52,17 @@ def _number(value: object) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return a file as an address that holds it."""
+    """Encode a file as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def digest(script: str) -> str:
-    """The source expression that lets this script alone run (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
+    """Return the CSP source that allows only this script (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested mapping as dotted keys and printable values."""
+    """Flatten a nested mapping into dotted keys and printable values."""
     found: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -75,18 +75,18 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def yaml_text(tree: Mapping[str, Any]) -> str:
-    """Return a tree of settings as YAML."""
-    plain = json.loads(json.dumps(tree, default=str))  # tuples, paths and the like, which safe_dump refuses
+    """Format a tree of settings as YAML."""
+    plain = json.loads(json.dumps(tree, default=str))  # converts tuples, paths etc., which safe_dump rejects
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None).strip()
 
 
 def p_text(value: float) -> str:
-    """Return a p-value, ``0.012`` or ``<0.001``."""
+    """Format a p-value as ``0.012`` or ``<0.001``."""
     return "n/a" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:
-    """Return ``2 h 3 min``, ``3 min 5 s`` or ``5 s``."""
+    """Format a duration as ``2 h 3 min``, ``3 min 5 s`` or ``5 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
