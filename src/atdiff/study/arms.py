@@ -1,4 +1,4 @@
-"""Which runs are compared as which arms."""
+"""Assignment of runs to the arms of a comparison, and checks that the arms are comparable."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from atdiff.system.locate import run_config
 __all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference"]
 
 REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels", "limit")
-"""Settings of ``data`` that say what a run is held against."""
+"""Settings of ``data`` that determine a run's reference images."""
 
 
 @dataclass(frozen=True)
 class ArmRun:
-    """A run and its place in a comparison; ``weights`` are the local files of extractors that its study was given."""
+    """A run with its arm and seed; ``weights`` are the local extractor files of its study."""
 
     arm: str
     seed: int
@@ -32,12 +32,12 @@ class ArmRun:
 
     @property
     def compute(self) -> tuple[int, int] | None:
-        """Passes, those that paid for pairs among them, and images a pass of all processes, where they are known."""
+        """Passes, including those spent on reflow pairs, and images per pass over all ranks; None if unknown."""
         return _compute(self.run, self.config)
 
     @property
     def before(self) -> int | None:
-        """Images in the passes of the runs that it started from, one from another; None where they are not known."""
+        """Images seen by the whole chain of runs that it started from; None if unknown."""
         init = (self.config.get("training") or {}).get("init")
         seen: set[str] = set()
         images = 0
@@ -52,12 +52,11 @@ class ArmRun:
 
 
 def find_runs(words: Sequence[str]) -> list[ArmRun]:
-    """Return the runs that a user named, each with its arm and its training seed.
+    """Return the runs that the user named, each with its arm and training seed.
 
     Args:
-        words: ``RUN`` or ``ARM=RUN``, a training folder, pipeline folder or hub id; or the folder of a study, which
-            stands for all runs of its arms. Without ``ARM=`` an arm is called after its folder, less a seed at the
-            end of the name.
+        words: ``RUN`` or ``ARM=RUN``, a training folder, pipeline folder or hub id; or a study folder, which expands to
+            all runs of its arms. Without ``ARM=``, an arm is named after its folder, without a trailing seed.
 
     Raises:
         UserError: two runs have the same arm and seed.
@@ -84,14 +83,14 @@ def find_runs(words: Sequence[str]) -> list[ArmRun]:
 
 
 def check_evaluated(words: Sequence[str], *, given: bool) -> None:
-    """Refuse a study of which some runs are evaluated and others not, unless it is said how all are to be.
+    """Reject a partly evaluated study, unless the command line says how to evaluate all runs.
 
     Args:
         words: see :func:`find_runs`.
-        given: whether an option of the evaluation is given, by which all runs are evaluated.
+        given: whether any evaluation option was given, which then applies to all runs.
 
     Raises:
-        UserError: there is one: all of it would be evaluated by the defaults of the command, not as the study does.
+        UserError: a study is partly evaluated; it would be evaluated with the command's defaults, not its own settings.
     """
     for folder in (Path(word) for word in words if not given and (Path(word) / "study.json").is_file()):
         runs = [one.run for one in _runs_of_study(folder)]
@@ -109,7 +108,7 @@ def _compute(run: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _arm_of(name: str, seed: int) -> str:
-    # Not the last digit of a number, such as that of steps-10 or dose-0.1.
+    # Do not strip the last digit of a number, as in steps-10 or dose-0.1.
     return re.sub(rf"[-_.]?(seed)?[-_.]?(?<!\d)(?<!\d\.){seed}$", "", name) or name
 
 
@@ -128,18 +127,18 @@ def check_arms(
     data: str | None = None,
     reading: DataOptions = AS_TRAINED,
 ) -> tuple[list[str], str]:
-    """Return the names of the arms in order, and that of the baseline.
+    """Check that the arms are comparable; return their names in order, and the baseline.
 
     Args:
         runs: from :func:`find_runs`.
-        baseline: an arm; default ``plain`` where there is one, else the first.
-        unequal_passes: allow arms of different compute.
-        data: the reference images; None for those that each run was trained on.
-        reading: how they are read, where it is another than in training.
+        baseline: an arm; defaults to ``plain`` if there is one, else to the first.
+        unequal_passes: allow arms with different compute.
+        data: the reference images; None for each run's training data.
+        reading: how to read them, if not as in training.
 
     Raises:
-        UserError: fewer than two arms, no such baseline, unequal compute, or runs that would be held against different
-            images, or were trained on different ones of the same name.
+        UserError: fewer than two arms, an unknown baseline, unequal compute, runs with different reference images, or
+            runs trained on different images under the same settings.
     """
     arms = list(dict.fromkeys(one.arm for one in runs))
     baseline = baseline or ("plain" if "plain" in arms else arms[0])
@@ -157,10 +156,10 @@ def check_arms(
 
 
 def other_reference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Return the first setting of ``data`` by which two runs would be held against different images; None for none."""
+    """Return the first setting of ``data`` that gives two runs different reference images; None if there is none."""
     for name in REFERENCE:
         a, b = one.get(name), other.get(name)
-        # What one of them leaves out may come to the same: older runs did not have it, pipelines have a size of theirs.
+        # A setting missing from one run may still match: older runs lack some, and pipelines fix the image size.
         if a != b and (name in ("labels", "limit") or (a is not None and b is not None)):
             return name
     return None
@@ -182,7 +181,7 @@ def _check_references(runs: Sequence[ArmRun], data: str | None, reading: DataOpt
 
 
 def _reference(trained_on: Mapping[str, Any], data: str | None, reading: DataOptions) -> dict[str, Any]:
-    """Return which images a run is held against; see :func:`atdiff.pipelines.model.reading_of`."""
+    """Return the settings of a run's reference images; see :func:`atdiff.pipelines.model.reading_of`."""
     known = {name: trained_on.get(name) for name in REFERENCE}
     if data is not None:
         of_its_own = ("limit",) if data == known["name"] else ("limit", "labels", "image_column")
@@ -193,21 +192,21 @@ def _reference(trained_on: Mapping[str, Any], data: str | None, reading: DataOpt
 
 
 def images_key(data: Mapping[str, Any] | None, classes: Mapping[str, int] | None, *others: object) -> str:
-    """Return what says which images a run is trained on: its settings, in which order classes are counted, and others.
+    """Return a key for a run's training images: the settings of ``data``, the class order, and ``others``.
 
-    Runs of the same key have the same images, unless these were changed.
+    Runs with the same key use the same images, unless the files changed.
     """
     return json.dumps([data, classes, *others], sort_keys=True)
 
 
 def _check_images(runs: Sequence[ArmRun]) -> None:
-    """Refuse runs whose images changed from one to the other, though their settings name the same."""
+    """Reject runs trained on different images under the same settings, because the files changed in between."""
     known: dict[str, tuple[str, str]] = {}
     for one in runs:
         stored = stored_data(one.run)
-        if "fingerprint" not in stored:  # no training folder, or of an earlier version
+        if "fingerprint" not in stored:  # not a training folder, or from an earlier version
             continue
-        # Latents are of the encoders too, which the runs of a comparison need not share.
+        # Latents depend on the encoders too, which may differ between the runs of a comparison.
         key = images_key(one.config.get("data"), stored.get("classes"), stored.get("encoders"))
         other, expected = known.setdefault(key, (one.run, stored["fingerprint"]))
         if expected != stored["fingerprint"]:

@@ -1,4 +1,4 @@
-"""Arms side by side: training folders or whole studies, evaluated alike, at equal passes."""
+"""Comparison of arms: training folders or whole studies, evaluated alike, at equal passes."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def compare_runs(
     device: str = "cpu",
     notify: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate the runs where that was not done yet, compare them, and write the page; return the summary.
+    """Evaluate the runs as needed, compare them, and write the page; return the summary.
 
     Args:
-        runs: see :func:`check_arms`, as ``baseline`` and ``unequal_passes``.
-        config: how to evaluate; None takes the cells that the studies of all runs left in ``cells.json``.
-        report: the HTML file; an interrupted comparison resumes from the ``.cells.json`` beside it.
+        runs: see :func:`check_arms`, also for ``baseline`` and ``unequal_passes``.
+        config: how to evaluate; None to use the cells that the runs' studies left in ``cells.json``.
+        report: the HTML file; an interrupted comparison resumes from the ``.cells.json`` next to it.
         baseline: an arm.
         interval: ``t`` or ``bootstrap``.
-        unequal_passes: allow arms of different compute.
-        mismatch: see :class:`Measurements`, as ``robustness``.
-        robustness: likewise.
-        command: what the user typed, for the page.
+        unequal_passes: allow arms with different compute.
+        mismatch: see :class:`Measurements`.
+        robustness: see :class:`Measurements`.
+        command: what the user typed, shown on the page.
         device: where the networks run.
-        notify: takes the numbers of cells done and in all.
+        notify: called with the number of cells done and in total.
 
     Raises:
-        UserError: as :func:`check_arms` or :func:`evaluate_runs`.
+        UserError: as for :func:`check_arms` or :func:`evaluate_runs`.
     """
     data, reading = (None, AS_TRAINED) if config is None else (config.data, config.reading)
     arms, baseline = check_arms(runs, baseline, unequal_passes=unequal_passes, data=data, reading=reading)
@@ -73,7 +73,7 @@ def compare_runs(
 
 
 def _drawing(config: EvaluationConfig | None) -> dict[str, Any]:
-    """Return what ``publish`` is told of the samples and the real images beside them, where it is not as trained."""
+    """Return the arguments of ``publish`` that override how samples and real images are loaded."""
     if config is None:
         return {}
     return {"loading": config.loading, "data": config.data, "reading": config.reading, "prompts": config.prompts}
@@ -93,7 +93,7 @@ def _summary(runs: Sequence[ArmRun], cells: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _measurements(cell: Mapping[str, Any], source: EvaluationConfig | ArmRun) -> Measurements:
-    """Return what is measured along the way of a cell; ``source`` says how it was evaluated, or by whose study."""
+    """Return measurements with a cell's settings; ``source`` is its evaluation, or a run of the study it is from."""
     asked = source if isinstance(source, EvaluationConfig) else None
     return Measurements(
         sampler=cell["sampler"],
@@ -117,7 +117,7 @@ def _cells(
     device: str,
     notify: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Return the cells of all runs with arm and seed, from their studies or evaluated now."""
+    """Return the cells of all runs with arm and seed, read from their studies or evaluated now."""
     found: list[dict[str, Any]] = []
     for one in runs if config is None else ():
         file = Path(one.run) / "cells.json"
@@ -126,14 +126,14 @@ def _cells(
     if config is not None:
         names = list(dict.fromkeys(one.run for one in runs))
         for cell in evaluate_runs(names, config, figures, asked_only=True, device=device, notify=notify):
-            # A run may be several arms.
+            # The same run may be given as several arms.
             found += [{"arm": one.arm, "seed": one.seed, **cell} for one in runs if one.run == cell["run"]]
-    tabulate(found, leading_metric(found))  # refuses cells that cannot be compared, before more is computed
+    tabulate(found, leading_metric(found))  # rejects incomparable cells before more compute is spent
     return found
 
 
 def _shared(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what all cells have in common, and the values of what differs."""
+    """Return the settings of the cells: one value if all share it, else the list of values."""
     names = (
         "sampler", "steps", "correction", "num", "seed", "sample_seed", "extractor", "reference", "weights", "dtype",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the adversaries of runs did, from the logs of their doses."""
+"""The adversaries' doses over training, from the runs' dose logs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Line = Mapping[str, Any]
 
 
 def doses_of_runs(runs: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
-    """Gather the logs of the doses of runs by arm (one per seed); None where no run logged any.
+    """Collect the dose logs of runs by arm (one run per seed); None if no run has one.
 
-    ``by_run`` has for each such arm a list of records, means over its seeds. The last has its ``pass``, the ``noise``
-    by level, and of a dose that sets itself ``times``, ``dose``, ``factor`` and ``variance_ratio``. Of such a dose the
-    records before have ``pass`` and ``factor`` at every logged pass.
+    ``by_run`` maps each arm with logs to a list of records, averaged over its seeds. The last record holds ``pass``,
+    ``noise`` by level and, for an automatic dose, ``times``, ``dose``, ``factor`` and ``variance_ratio``. With an
+    automatic dose the earlier records hold ``pass`` and ``factor`` at every logged pass.
     """
     logs = {arm: [lines for lines in map(_lines, of_arm) if lines] for arm, of_arm in runs.items()}
     by_run = {arm: _records(of_seeds) for arm, of_seeds in logs.items() if of_seeds}
@@ -35,7 +35,7 @@ def _lines(run: str) -> list[Line]:
 
 
 def _records(of_seeds: Sequence[Sequence[Line]]) -> list[dict[str, Any]]:
-    """Return the mean of the logs at the passes that all of them have; none where these tell nothing."""
+    """Average the logs at the passes they share; return no records if those hold no data."""
     by_pass = [{line["pass"]: line for line in lines} for lines in of_seeds]
     passes = sorted(set.intersection(*map(set, by_pass)))
     same = [[lines[at] for lines in by_pass] for at in passes]
@@ -51,7 +51,7 @@ def _records(of_seeds: Sequence[Sequence[Line]]) -> list[dict[str, Any]]:
 
 
 def _mean(lines: Sequence[Line], names: Sequence[str]) -> dict[str, Any]:
-    """Return the means of what all lines have of these numbers and lists of numbers."""
+    """Average each named number, or list of numbers, that all lines have."""
     found: dict[str, Any] = {}
     for name in names:
         values = [line[name] for line in lines if name in line]
@@ -63,7 +63,7 @@ def _mean(lines: Sequence[Line], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _noise(bins: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Return the mean over seeds of the bins of each level that has any."""
+    """Average the bins of each level over the seeds."""
     return [
         {name: _average([bin_[name] for bin_ in bins if bin_["level"] == level]) for name in bins[0]}
         for level in sorted({bin_["level"] for bin_ in bins})

@@ -1,4 +1,4 @@
-"""The feature network that suits the images of runs, where none is asked for; found without torch."""
+"""The default feature network for a data set, chosen without importing torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from atdiff.system.locate import run_config
 
 __all__ = ["choose_extractor", "extractor_for"]
 
-UNUSED = "digits-classifier"  # what cells say where no metric takes features, as before the images chose
+UNUSED = "digits-classifier"  # recorded in cells when no metric uses features, as in earlier versions
 
 
 def extractor_for(name: str, image_size: int | None = None) -> str:
-    """Return the feature network that suits a data set, by its name and files.
+    """Return the default feature network for a data set, by its name and files.
 
     Args:
-        name: of the data set, as a user gives it.
-        image_size: that its images are resized to; None for their own.
+        name: the data set as given by the user.
+        image_size: size that images are resized to; None to keep their own.
 
     Raises:
         UserError: there is no such data set.
@@ -44,16 +44,16 @@ def extractor_for(name: str, image_size: int | None = None) -> str:
 
 
 def choose_extractor(runs: Sequence[str], metrics: Sequence[str], data: str | None, reading: DataOptions) -> str:
-    """Return the feature network that suits the images that runs are held against.
+    """Return the default feature network for the reference images of runs.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        metrics: that are asked for; where none of them takes features, any network will do.
-        data: the data set that the user named; None for what each run was trained on.
-        reading: how the user has it read.
+        metrics: the requested metrics; if none of them uses features, any network will do.
+        data: the data set given by the user; None for each run's training data.
+        reading: how to read it.
 
     Raises:
-        UserError: there is no such data set, or the runs' own ask for different networks.
+        UserError: there is no such data set, or the runs' data sets need different networks.
     """
     if not takes_features(metrics):
         return UNUSED

@@ -1,4 +1,4 @@
-"""What a command line shows to be wrong before torch is imported, which takes seconds."""
+"""Checks of a command line that run before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ __all__ = [
 
 
 def check_train(config: TrainConfig, out: Path) -> None:
-    """Find a folder in use, and images or pipelines that are not there.
+    """Check that the folder is usable and that the images and pipelines exist.
 
     Raises:
-        UserError: as :func:`open_run`, :func:`check_data` and :func:`check_run`.
+        UserError: as for :func:`open_run`, :func:`check_data` and :func:`check_run`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # Of many, the main one makes the folder while others look.
+    # With several ranks, the main process may be creating the folder right now.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         open_run(out, config, look_only=True)
     if config.data.latents is None:
         check_data(config.data.name)
@@ -52,10 +53,10 @@ def check_train(config: TrainConfig, out: Path) -> None:
 
 
 def check_encode(config: TrainConfig, out: Path) -> None:
-    """Find a folder in use, settings that name no encoders or no images, and images or pipelines that are not there.
+    """Check that the folder is new, the settings name encoders and raw images, and images and pipelines exist.
 
     Raises:
-        UserError: one of these.
+        UserError: a check fails.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
@@ -85,15 +86,15 @@ def _check_starts(config: TrainConfig) -> None:
 
 
 def check_pipeline_config(config: str | None, sources: Sequence[str | None], name: str) -> None:
-    """Find a configuration of a single file that is not there, or that no file is given for; None is fine.
+    """Check that the configuration for a single-file pipeline exists, and that there is such a file.
 
     Args:
-        config: a pipeline folder or hub id.
-        sources: what is loaded.
-        name: of the setting, for messages.
+        config: a pipeline folder or hub id; None for none, which is fine.
+        sources: the pipelines that are loaded.
+        name: the setting's name, for messages.
 
     Raises:
-        UserError: one of these.
+        UserError: a check fails.
     """
     if config is None:
         return
@@ -106,11 +107,11 @@ def check_pipeline_config(config: str | None, sources: Sequence[str | None], nam
 
 
 def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
-    """Find what is wrong with the settings of any arm, with the evaluation, or with the folder.
+    """Check the settings of all arms, the evaluation and the folder.
 
     Raises:
-        UserError: the recipe has no arms, they differ in what a study keeps equal, or the folder holds something else;
-            or as :func:`resolve`, :func:`check_drawing`, :func:`check_data` and :func:`check_run`.
+        UserError: the recipe has no arms, the arms differ in something a study keeps equal, or the folder holds
+            something else; or as for :func:`resolve`, :func:`check_drawing`, :func:`check_data` and :func:`check_run`.
     """
     if not recipe.arms:
         raise UserError(f"recipe {recipe.name!r} has no arms to compare; train it with `atdiff train`.")
@@ -135,7 +136,7 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
     configs += [resolve(recipe, arm, list(overrides), of_study=True) for arm in study.arms]
     check_shared(recipe, overrides)
     _check_alike(recipe, configs)
-    # The arms of a recipe with a base start from that.
+    # With a base, all arms start from it, so only the base's own start matters.
     starts = [config.training.init for config in (configs[:1] if recipe.finetune else configs[1:])]
     for start in [study.start] if study.start else starts:
         if start is not None:
@@ -143,9 +144,9 @@ def check_study(recipe: Recipe, out: Path, overrides: Sequence[str]) -> None:
 
 
 def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
-    """Refuse arms, whose ``configs`` follow that of the base, that differ in compute, images or start.
+    """Reject arms that differ in compute, images or start; ``configs`` are the base's, then the arms'.
 
-    Passes are compute whatever they are spent on: those that paid for the pairs of a reflow are among them.
+    Passes count as compute whatever they are spent on, including those that generated reflow pairs.
     """
     seed = resolve(recipe, of_study=True).training.seed
     base, (first, *_) = configs[0], configs[1:]
@@ -178,18 +179,18 @@ def _check_alike(recipe: Recipe, configs: Sequence[TrainConfig]) -> None:
 
 
 def files_beside(report: Path) -> dict[str, Path]:
-    """Return what is written beside a page: under its own names beside a ``report.html``, else named after the page."""
+    """Return the files written next to a page: fixed names for ``report.html``, else prefixed with the page's name."""
     names = ("summary.json", "table.md", "samples.png", "steps-saved.png")
     own = report.name == "report.html"
     return {name: report.parent / name if own else report.with_suffix(f".{name}") for name in names}
 
 
 def check_page(out: Path, *, overwrite: bool) -> None:
-    """Find files that a page, or what is written beside it, would replace.
+    """Check that a page and the files next to it do not overwrite anything.
 
     Raises:
-        UserError: there is one, and it is not to be replaced; the page is no HTML file; or its measurements would go
-            into the folder of a run or a study, which may have its own.
+        UserError: a file exists and ``overwrite`` is false; the page is not an HTML file; or its measurements would go
+            into the folder of a run or study, which may have its own.
     """
     if out.suffix != ".html":
         raise UserError(f"--out {out} must be an .html file.")
@@ -214,10 +215,10 @@ def check_drawing(
     precision: str = "no",
     guidance_scale: float | None = None,
 ) -> None:
-    """Find samplers and corrections that do not exist, and numbers out of range.
+    """Check that samplers, corrections and the precision exist, and that numbers are in range.
 
     Raises:
-        UserError: one of them.
+        UserError: a check fails.
     """
     for sampler in samplers:
         if sampler not in SAMPLERS:
@@ -238,7 +239,7 @@ def check_drawing(
 def check_sampling(
     *, sampler: str | None, steps: int, num: int, seed: int, correction: str, **network: Any  # noqa: ANN401
 ) -> None:  # fmt: skip
-    """Check what one sampler is told as :func:`check_drawing` does; ``network`` is the rest that it takes."""
+    """Run :func:`check_drawing` on the settings of one sampler; ``network`` holds its other arguments."""
     samplers = () if sampler in (None, OWN) else (sampler,)
     check_drawing(samplers=samplers, steps=(steps,), num=num, seeds=(seed,), corrections=(correction,), **network)
 
@@ -246,16 +247,16 @@ def check_sampling(
 def check_runs(
     runs: Sequence[str], data: str | None = None, *, with_data: bool = True, variant: str | None = None
 ) -> None:
-    """Find runs that are not there, and ``with_data`` the images that they are measured against.
+    """Check that runs exist, and their reference images too.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        data: the data set that the user named; None for what each run was trained on.
-        with_data: whether the images are needed.
-        variant: of the weights of pipelines that the user asked for.
+        data: the data set given by the user; None for each run's training data.
+        with_data: whether the reference images are needed.
+        variant: requested variant of pipeline weights.
 
     Raises:
-        UserError: one of them cannot be had.
+        UserError: a run or data set is not available.
     """
     for run in runs:
         check_run(run)
@@ -276,17 +277,17 @@ def check_metrics_of(
     with_networks: bool = True,
     with_prompts: bool = False,
 ) -> None:
-    """Find metrics and extractors that do not exist, and weights that are not there.
+    """Check that the metrics, the extractor and the weights exist.
 
     Args:
         metrics: names of metrics.
-        extractor: whose features most of them use.
-        weights: files that the user named, by extractor.
+        extractor: the feature network that most of them use.
+        weights: files given by the user, by extractor.
         with_networks: whether the networks are needed at all.
-        with_prompts: whether the user gave prompts, without which ``clip_score`` is refused later on.
+        with_prompts: whether the user gave prompts; without them ``clip_score`` is rejected later.
 
     Raises:
-        UserError: one of them; or weights that would have to be downloaded, and cannot be.
+        UserError: a check fails, or weights need a download that is not possible.
     """
     check_names(metrics)
     _check_extractor(extractor)
@@ -308,7 +309,7 @@ def check_metrics_of(
 
 
 def check_measured(norm: str, target: str) -> None:
-    """Raise a UserError for a norm or a target that does not exist."""
+    """Raise a UserError for an unknown norm or target."""
     for name, value, kind in (("norm", norm, Norm), ("target", target, Target)):
         valid: Any = get_args(kind)
         if value not in valid:

@@ -1,11 +1,11 @@
-"""What the workers of a study share: imported once, by the server that they are forked from."""
+"""Imports shared by the workers of a study, loaded once in the fork server."""
 
 import gc
 import sys
 
-# The server is a `python -c`, which prefers what lies in the working directory, such as a `random.py`.
+# The server runs as `python -c`, so a file in the working directory, such as `random.py`, would shadow modules.
 sys.path[:] = [folder for folder in sys.path if folder]
 
 import atdiff.study.study  # noqa: E402, F401
 
-gc.freeze()  # A collection writes to all that it looks at, and a worker would so have a copy of its own.
+gc.freeze()  # A collection writes to every object it visits, which would copy shared pages into each worker.
