@@ -1,4 +1,4 @@
-"""How far a study is, and how long the rest of it takes."""
+"""Progress bar of a study, with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from atdiff.training.folder import last_logged
 __all__ = ["Seconds", "StudyProgress"]
 
 SECONDS_BETWEEN_LINES = 60.0
-# A forward-backward pass costs about three forwards. It serves until the first cells are timed.
+# A forward-backward pass costs about three forwards; used until the first cells are timed.
 FORWARDS_PER_PASS = 3
 
 
 class Seconds(NamedTuple):
-    """How long a run of a study took, and the mismatch of the run where it was measured at once."""
+    """Seconds that a run of a study took, and its mismatch if that was measured right away."""
 
     training: float
     evaluation: float
@@ -34,17 +34,17 @@ class _Done(NamedTuple):
 
 
 class StudyProgress:
-    """A bar over all runs of a study; without a terminal a line for every finished run, and one a minute between them.
+    """A progress bar over all runs of a study; without a terminal, a line per finished run and one per minute.
 
-    Passes and sampler steps are timed apart, since a study may spend most of its time on either. The mismatch is
-    measured run by run when all runs are done, except that of the first run, which tells how long the others take.
-    Before, each counts as the sampler steps that it takes the network, without its comparisons.
+    Passes and sampler steps are timed separately, since a study may spend most of its time on either. The mismatch is
+    measured run by run after all runs are done, except for the first run, whose time predicts the others'. Until then,
+    each mismatch counts as the sampler steps of its network evaluations, without the comparisons.
 
     Args:
         stages: all runs.
-        workers: processes at once.
-        console: where to show it.
-        mismatch_steps: of the mismatch of one run, in sampler steps of as many samples as a cell has; None for none.
+        workers: number of parallel processes.
+        console: where to show progress.
+        mismatch_steps: cost of one run's mismatch, in sampler steps at a cell's sample count; None if not measured.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class StudyProgress:
         self.stages, self.workers, self.console = stages, workers, console
         judged = sum(stage.evaluation is not None for stage in stages)
         self.mismatch_steps, self.mismatches = mismatch_steps or 0.0, 0 if mismatch_steps is None else judged
-        self.mismatch_seconds: float | None = None  # of one run, once one was timed
+        self.mismatch_seconds: float | None = None  # per run, once timed
         self.lines = not shows_bars(console)
         self.before = {id(stage): self._look(stage) for stage in stages}
         self.now, self.seconds = dict(self.before), {id(stage): (0.0, 0.0) for stage in stages}
         self.passes, self.finished = sum(stage.config.training.passes for stage in stages), 0
         self.started = self.told = time.monotonic()
-        self.trained: dict[int, float] = {}  # when each run was first seen to be evaluated
+        self.trained: dict[int, float] = {}  # when each run was first seen fully trained
         self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,7 +72,7 @@ class StudyProgress:
         self.task = self.bar.add_task("studying", total=1.0, figures="", left="")
 
     def begin(self) -> None:
-        """Say how much there is to do, before it starts."""
+        """Print how much there is to do."""
         judged = [stage.evaluation for stage in self.stages if stage.evaluation is not None]
         cells = sum(len(one.planned) for one in judged)
         samples = f"{cells:,} cells of {judged[0].num:,} samples"
@@ -85,12 +85,12 @@ class StudyProgress:
         return _Done(passes, stage.steps_done() if passes >= stage.config.training.passes else 0)
 
     def update(self) -> None:
-        """Move the bar to where the runs are; without a terminal, print a line now and then."""
+        """Update the bar from the runs' logs; without a terminal, print a line once a minute."""
         for stage in self.stages:
             if self.now[id(stage)] != (stage.config.training.passes, stage.steps):
                 self.now[id(stage)] = self._look(stage)
             if self.now[id(stage)].passes >= stage.config.training.passes and id(stage) not in self.trained:
-                # A run that was trained before is evaluated as soon as a worker is free.
+                # Approximate: a run that was already trained waits for a free worker.
                 self.trained[id(stage)] = time.monotonic()
         left, elapsed = self.left(), time.monotonic() - self.started
         told = f"{sum(done.passes for done in self.now.values()):,} of {self.passes:,} passes"
@@ -105,7 +105,7 @@ class StudyProgress:
             self._print(f"{self.finished} of {len(self.stages)} runs, {told}{self._left_words()}")
 
     def finish(self, stage: Stage, seconds: Seconds) -> None:
-        """Count a run."""
+        """Record a finished run."""
         self.finished += 1
         self.seconds[id(stage)] = seconds.training, seconds.evaluation
         if seconds.mismatch is not None:
@@ -124,7 +124,7 @@ class StudyProgress:
             self._print(f"{stage.arm}, seed {stage.seed}: {done}{loss} ({runs})")
 
     def left(self) -> float | None:
-        """Return the seconds that are left; None before anything was timed."""
+        """Return the estimated seconds left; None until something has been timed."""
         passes_left = self.passes - sum(done.passes for done in self.now.values())
         steps_left = sum(stage.steps - self.now[id(stage)].steps for stage in self.stages)
         per_pass, per_step = self._seconds_per_pass(), self._seconds_per_step()
@@ -141,7 +141,7 @@ class StudyProgress:
         return (of_passes + of_steps) / runs_left + of_mismatches
 
     def _seconds_per_pass(self) -> float | None:
-        """Return what a pass takes: in finished runs, or before there are any by the logs of those that train."""
+        """Return the seconds per pass from finished runs, or until there are any from the logs of those in training."""
         measured, begun = self._measured(0)
         if measured is not None:
             return measured
@@ -150,14 +150,14 @@ class StudyProgress:
         return len(rates) / sum(rates) if rates else None
 
     def _seconds_per_step(self) -> float | None:
-        """Return what a sampler step of a cell takes: in finished runs, or before there are any in finished cells."""
+        """Return the seconds per sampler step from finished runs, or until there are any from finished cells."""
         measured, begun = self._measured(1)
         if measured is not None or not begun:
             return measured
         return sum(time.monotonic() - self.trained[id(stage)] for stage in begun) / self._gained(1, begun)
 
     def _measured(self, kind: int) -> tuple[float | None, list[Stage]]:
-        """Return seconds per pass (0) or sampler step (1) of the runs that ended, and all that have made any."""
+        """Return seconds per pass (``kind`` 0) or sampler step (1) over finished runs, and all runs that made any."""
         ended = [stage for stage in self.stages if self.seconds[id(stage)][kind] > 0]
         made = self._gained(kind, ended)
         seconds = sum(self.seconds[id(stage)][kind] for stage in ended)
@@ -167,7 +167,7 @@ class StudyProgress:
         return sum(self.now[id(stage)][kind] - self.before[id(stage)][kind] for stage in stages)
 
     def _guess_per_step(self, per_pass: float) -> float:
-        """Return what a step of all samples of a cell would take at the cost of a forward in training."""
+        """Estimate the seconds per sampler step of a whole cell from the cost of a forward in training."""
         num = max(stage.evaluation.num if stage.evaluation else 0 for stage in self.stages)
         return per_pass / FORWARDS_PER_PASS * num / self.stages[0].config.training.batch_size
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say what to train, in which arms, and how to judge it."""
+"""Recipes: YAML files that define what to train, in which arms, and how to evaluate it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ __all__ = [
     "split_words",
 ]
 
-FINETUNE = "--finetune."  # words on the arms alone
-ARM, OVERRIDES = 2, 3  # the layers of settings, after those of the recipe and its ``finetune``
+FINETUNE = "--finetune."  # prefix of words that apply to the arms only
+ARM, OVERRIDES = 2, 3  # indices of layers of settings, after the recipe's own and its ``finetune``
 
 
 @dataclass
@@ -80,13 +80,13 @@ class StudyConfig(Settings):
     robustness: bool = False
 
     def steps_of(self, sampler: str) -> list[int]:
-        """Return the numbers of steps of a sampler."""
+        """Return the step counts of a sampler."""
         return self.steps[sampler] if isinstance(self.steps, dict) else self.steps
 
 
 @dataclass
 class _Study(TrainConfig):
-    """What words of the command line can set of a study, beside the settings of all its runs."""
+    """Everything that command-line words can set in a study, including the settings of all its runs."""
 
     finetune: TrainConfig = field(default_factory=TrainConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
@@ -94,14 +94,14 @@ class _Study(TrainConfig):
 
 @dataclass
 class RecipeFile(TrainConfig):
-    """The content of a recipe: the settings of its base run, and its own keys.
+    """The content of a recipe file: the settings of its base run, plus the recipe's own keys.
 
     Attributes:
-        title: a few words for the list of recipes.
+        title: short title for the list of recipes.
         about: what the recipe shows.
-        cost: what running it takes.
+        cost: time and hardware it takes to run.
         finetune: settings of every arm, on top of the base run's.
-        arms: by name, their settings on top of ``finetune``.
+        arms: settings of each arm by name, on top of ``finetune``.
         study: how the arms are compared.
     """
 
@@ -115,7 +115,7 @@ class RecipeFile(TrainConfig):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read: ``config`` for the base run, ``finetune`` on top for every arm, ``arms`` on top of that."""
+    """A parsed recipe: ``config`` of the base run, ``finetune`` on top for every arm, ``arms`` on top of that."""
 
     name: str
     title: str
@@ -128,7 +128,7 @@ class Recipe:
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Return the recipes that come with atdiff: name to file."""
+    """Return the bundled recipes as a mapping of name to file."""
     folder = Path(str(resources.files("atdiff"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -142,11 +142,12 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
     """Read a bundled recipe by name, or a YAML file.
 
     Args:
-        name: of the recipe, or the path of a file.
+        name: name of a bundled recipe, or path of a file.
         study_words: command-line words that change its ``study`` and ``finetune``, from :func:`split_words`.
 
     Raises:
-        UserError: there is no such recipe, it is not YAML, it has an unknown key, or it has no ``finetune`` to change.
+        UserError: there is no such recipe, it is not YAML, it has an unknown key, or ``study_words`` change a
+            ``finetune`` that it does not have.
     """
     bundled = bundled_recipes()
     path = bundled.get(name, Path(name))
@@ -182,7 +183,7 @@ def load_recipe(name: str, study_words: Sequence[str] = ()) -> Recipe:
 
 
 def _check_finetune(words: Sequence[str], arms: Mapping[str, Any]) -> None:
-    """Refuse a word on the arms that changes none of those compared, as each has that setting of its own."""
+    """Reject a ``--finetune`` word without effect, because every compared arm sets that value itself."""
     for word in words:
         setting = word.removeprefix(FINETUNE).partition("=")[0]
         if word.startswith(FINETUNE) and arms and all(_has(arm, setting.split(".")) for arm in arms.values()):
@@ -193,7 +194,7 @@ def _check_finetune(words: Sequence[str], arms: Mapping[str, Any]) -> None:
 
 
 def _has(settings: Any, path: Sequence[str]) -> bool:  # noqa: ANN401
-    """Whether settings have a value of their own at a path."""
+    """Whether the settings contain a value at this path."""
     for part in path:
         if not isinstance(settings, Mapping) or part not in settings:
             return False
@@ -204,14 +205,14 @@ def _has(settings: Any, path: Sequence[str]) -> bool:  # noqa: ANN401
 def resolve(
     recipe: Recipe, arm: str | None = None, overrides: list[str] | None = None, *, of_study: bool = False
 ) -> TrainConfig:
-    """Return the settings of a run: the recipe, then its ``finetune`` and arm if one is named, then overrides.
+    """Return the settings of a run: the recipe, then ``finetune`` and the arm if one is named, then overrides.
 
     Args:
         recipe: see :func:`load_recipe`.
         arm: one of the recipe's arms; None for its base run.
         overrides: command-line words such as ``["--training.passes", "500"]``.
-        of_study: whether the run shares all but the settings of its arm with others, which :func:`check_shared` is
-            for; then what is shared may have no effect on this one.
+        of_study: whether the run is part of a study; then settings shared by all arms may have no effect on this one,
+            and :func:`check_shared` checks them.
 
     Raises:
         UserError: an unknown arm or key, a value of the wrong type or out of range, or settings that contradict each
@@ -227,7 +228,7 @@ def resolve(
 
 
 def check_shared(recipe: Recipe, overrides: Sequence[str]) -> None:
-    """Find a setting that the arms of a study share and that has no effect on any of them.
+    """Reject a setting shared by the arms of a study that has no effect on any of them.
 
     Raises:
         UserError: there is one.
@@ -239,7 +240,7 @@ def check_shared(recipe: Recipe, overrides: Sequence[str]) -> None:
 
 
 def _check_idle(recipe: Recipe, arm: str | None, overrides: Sequence[str], *, of_study: bool) -> None:
-    """Refuse a setting of a run that has no effect; of what a recipe says for all of its runs, if it has on none."""
+    """Reject a setting without effect on this run; one shared by all runs of the recipe, only if it affects none."""
     own = (ARM,) if of_study else (ARM, OVERRIDES)
     found = _refusals(recipe, arm, overrides)
     shared = [key for key, refusal in found.items() if refusal.layer not in own]
@@ -255,12 +256,12 @@ def _refusals(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> dict
 
 
 def _written(recipe: Recipe, arm: str | None) -> list[dict[str, Any]]:
-    """Return what a recipe says of a run, the last of which counts: for all, in ``finetune``, and of the arm."""
+    """Return a run's layers of settings in a recipe, later ones winning: shared, ``finetune``, arm."""
     return [recipe.config, *(({}, {}) if arm is None else (recipe.finetune, recipe.arms[arm]))]
 
 
 def _merged(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
-    """Return the settings of a run, whole and as they are written."""
+    """Return the settings of a run, complete and as written."""
     if arm is not None and arm not in recipe.arms:
         raise UserError(f"arm {arm!r} is not in recipe {recipe.name!r}; {nearest(arm, list(recipe.arms) or ['none'])}")
     settings: dict[str, Any] = {}
@@ -271,9 +272,9 @@ def _merged(recipe: Recipe, arm: str | None, overrides: Sequence[str]) -> tuple[
 
 
 def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
-    """Refuse what is written out as the default where a dose has settings of its own in their place.
+    """Reject a setting explicitly set to its usual default, which a dose would silently replace.
 
-    All three together are those of a run without an adversary, as its folder has them.
+    All three together are accepted: that is how the folder of a run without an adversary writes them.
     """
     names = ("method", "passes", "direction")
     for name in names:
@@ -287,7 +288,7 @@ def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
 
 
 def _check_rank(said: Mapping[str, Any]) -> None:
-    """Refuse what is said of adapters where nothing is said of their rank, which is then that of none."""
+    """Reject adapter settings without a rank, since the default rank means no adapters."""
     name = next((name for name in ("alpha", "targets") if said.get(name) is not None), None)
     if name is not None and "rank" not in said:
         raise UserError(
@@ -297,10 +298,10 @@ def _check_rank(said: Mapping[str, Any]) -> None:
 
 
 def check_words(words: Sequence[str], *, study: bool) -> None:
-    """Find keys and choices that do not exist among settings of the command line, of a ``study`` or of one run.
+    """Check that the keys and choices in command-line words exist, for a ``study`` or a single run.
 
     Raises:
-        UserError: there is one.
+        UserError: one does not.
     """
     for word in words:
         if not study and re.match(r"--(study|finetune)\b", word):
@@ -310,7 +311,7 @@ def check_words(words: Sequence[str], *, study: bool) -> None:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part command-line words into those on all runs and those on the study or its arms alone (``--study.num 512``)."""
+    """Split command-line words into those for all runs and those for the study or its arms (``--study.num 512``)."""
     runs: list[str] = []
     study: list[str] = []
     into = runs

@@ -20,10 +20,10 @@ class Stage:
     """One run of a study: its training, then its evaluation.
 
     Attributes:
-        arm: its name, or ``base``.
-        seed: of its training.
-        config: of its training.
-        folder: that it leaves.
+        arm: name of the arm, or ``base``.
+        seed: training seed.
+        config: training settings.
+        folder: output folder.
         evaluation: None for a base that is not evaluated.
     """
 
@@ -34,16 +34,16 @@ class Stage:
     evaluation: EvaluationConfig | None
 
     def passes_done(self) -> int:
-        """Read how far its training is from the last line that it logged."""
+        """Return the number of passes done, from the last line of its log."""
         return int(last_logged(self.folder).get("pass", 0))
 
     @property
     def steps(self) -> int:
-        """Sampler steps of all cells, the unit in which an evaluation is timed."""
+        """Total sampler steps of all cells, the unit for timing an evaluation."""
         return 0 if self.evaluation is None else sum(self.evaluation.planned)
 
     def steps_done(self) -> int:
-        """Return the sampler steps of the cells that are done."""
+        """Return the total sampler steps of the finished cells."""
         if self.evaluation is None:
             return 0
         cells = read_cells(self.folder / "cells.json")

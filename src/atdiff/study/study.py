@@ -1,4 +1,4 @@
-"""A whole comparison: base models, arms at equal passes, metrics, table, samples, report."""
+"""A complete study: base models, arms at equal passes, metrics, table, samples, report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from atdiff.training.words import describe_arms
 
 __all__ = ["cells_of", "open_stages", "run_stages", "run_study"]
 
-ORIGINS = "start.json"  # what runs beside the study are that it begins from
+ORIGINS = "start.json"  # fingerprints of the outside runs and pipelines that the study starts from
 
 
 @one_writer("folder")
@@ -58,20 +58,20 @@ def run_study(
     jobs: int | None = None,
     interval: str = "t",
 ) -> Path:
-    """Run or resume the comparison that a recipe describes; return the report's path.
+    """Run or resume the study that a recipe describes; return the report's path.
 
-    Every seed trains its own base model; every arm starts from that base, with the same number of passes and the same
-    order of data, and is judged on the same initial noise. A recipe without ``finetune`` has no base: its arms start
-    from ``training.init``. With ``study.start`` the arms of all seeds start from that run. Writes ``summary.json``,
-    ``table.md``, ``samples.png`` and ``report.html`` beside the runs.
+    Every seed trains its own base model. Every arm starts from that base, trains for the same number of passes on data
+    in the same order, and is evaluated from the same initial noise. A recipe without ``finetune`` has no base: its arms
+    start from ``training.init``. With ``study.start``, the arms of all seeds start from that run. Writes
+    ``summary.json``, ``table.md``, ``samples.png`` and ``report.html`` next to the runs.
 
     Args:
-        recipe: with at least one arm.
-        out: a new folder, or that of an earlier start, or of a study of fewer arms, seeds or cells: only what is
-            missing is done.
-        command: what the user typed, for the report.
+        recipe: a recipe with at least one arm.
+        out: a new folder, or that of an interrupted study or one with fewer arms, seeds or cells; only what is missing
+            is run.
+        command: what the user typed, shown in the report.
         overrides: settings of every run, as command-line words.
-        jobs: processes at once; default one a core without a GPU, else one.
+        jobs: number of parallel processes; defaults to one with a GPU, else one per core.
         interval: ``t`` or ``bootstrap``.
 
     Raises:
@@ -89,7 +89,7 @@ def run_study(
     for stage in _judged(stages):
         runs.setdefault(stage.arm, []).append(str(stage.folder))
     measured = measurements.of(runs, out, _device())
-    # A finished study that is started again keeps the time that it took; one that has more to do adds to it.
+    # Rerunning a finished study keeps its wall time; resuming an unfinished one adds to it.
     file = out / "summary.json"
     seconds = json.loads(file.read_text())["wall_seconds"] if file.is_file() else 0.0
     if worked or not file.is_file():
@@ -101,13 +101,13 @@ def run_study(
 
 
 def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> list[Stage]:
-    """Return the runs of a study, with its folder made or found to be that of an earlier start; nothing is trained.
+    """Check a study, create or reopen its folder, and return its runs without training anything.
 
     Args:
-        recipe: see :func:`run_study`, as ``out`` and ``overrides``.
+        recipe: see :func:`run_study`, also for ``out`` and ``overrides``.
 
     Raises:
-        UserError: as :func:`run_study`.
+        UserError: as for :func:`run_study`.
     """
     check_study(recipe, out, overrides)
     stages = _plan(recipe, out, overrides)
@@ -120,7 +120,7 @@ def open_stages(recipe: Recipe, out: Path, overrides: Sequence[str] = ()) -> lis
 
 
 def _stamps(stages: Sequence[Stage]) -> list[int | None]:
-    """Return when the logs and the cells of the runs were last written."""
+    """Return when the runs' logs and cells were last written."""
     files = [stage.folder / name for stage in stages for name in ("metrics.jsonl", "cells.json")]
     return [file.stat().st_mtime_ns if file.is_file() else None for file in files]
 
@@ -130,14 +130,14 @@ def _device() -> str:
 
 
 def _judged(stages: Sequence[Stage]) -> list[Stage]:
-    """Return the stages that are evaluated, the baseline's first."""
+    """Return the stages that are evaluated, with the base models last."""
     return sorted((stage for stage in stages if stage.evaluation), key=lambda stage: stage.arm == BASE)
 
 
 def _measurements(study: StudyConfig, stages: Sequence[Stage]) -> Measurements:
     evaluation = stages[-1].evaluation
     assert evaluation is not None
-    # The second number of steps: the first may be so few that nothing of the trajectory is left to see.
+    # The second step count: the first may be so small that there is hardly a trajectory.
     steps = sorted(study.steps_of(study.samplers[0]))[:2][-1]
     drawn = study.extractor if "fid" in study.metrics else None
     return Measurements(
@@ -168,7 +168,7 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
     has_base = bool(recipe.finetune) and study.start is None
     stages = []
     for seed in study.seeds:
-        # Other noise for every seed, the same for all of its arms.
+        # Different noise for every seed, shared by its arms.
         cells = replace(evaluation, seeds=(1 + seed,))
         for arm in (*([BASE] if has_base else []), *study.arms):
             config = resolve(recipe, None if arm == BASE else arm, list(overrides), of_study=True)
@@ -182,9 +182,9 @@ def _plan(recipe: Recipe, out: Path, overrides: Sequence[str]) -> list[Stage]:
 
 
 def _settle_precision(stages: Sequence[Stage]) -> None:
-    """Write down what ``auto`` stands for: one precision for all runs, that of the first which was begun, if any was.
+    """Resolve ``auto`` to one precision for all runs: that of the first run already started, if any.
 
-    So the arms are alike where a study goes on on another machine.
+    This keeps the arms alike when a study resumes on another machine.
     """
     begun = (run_config(str(one.folder)) for one in stages if one.config.training.precision == "auto")
     precision: Any = next((one["training"]["precision"] for one in begun if one), settled_precision("auto", _device()))
@@ -194,14 +194,14 @@ def _settle_precision(stages: Sequence[Stage]) -> None:
 
 
 def _check(stages: list[Stage], study: StudyConfig) -> None:
-    """Find what is wrong with the stages before any compute is spent, with their settings by those of one seed."""
+    """Check the stages before spending any compute; checking the settings of one seed is enough."""
     trainer = Trainer(stages[0].config)
     _check_images(stages, trainer.task)
     for stage in stages[1 : 1 + len(study.arms)]:
         assert stage.evaluation is not None
         stage.evaluation.check(trainer.task.check_arm(stage.config, from_here=stages[0].arm == BASE))
     warn_of_slow_bf16("study.precision", study.precision, _device())
-    # Once, before the workers: a classifier that is not cached yet is trained here.
+    # Once, before the workers start: if the classifier is not cached yet, this trains it.
     assert stages[-1].evaluation is not None
     weights = stages[-1].evaluation.weights.get(study.extractor)
     make_extractor(study.extractor, weights=weights, data=trainer.task.images)
@@ -212,7 +212,7 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
     if file.is_file():
         for stage in stages:
             if (stage.folder / "config.yaml").is_file():
-                open_run(stage.folder, stage.config, look_only=True)  # Refuses other settings.
+                open_run(stage.folder, stage.config, look_only=True)  # Rejects changed settings.
         _check_bases(stages)
         for stage in stages:
             if (stage.folder / "config.yaml").is_file():
@@ -222,13 +222,13 @@ def _open(out: Path, recipe: Recipe, overrides: Sequence[str], stages: Sequence[
 
 
 def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
-    """Return hashes of each run and pipeline, not of the study itself, that its runs start or learn from.
+    """Return fingerprints of the outside runs and pipelines that runs of the study start from or distil.
 
-    That of the weights is under its name, that of the scheduler beside it. Of a hub id they are of what the hub's cache
-    holds, where loading the first run has put what the hub has now.
+    The weights' fingerprint is under the start's name, the scheduler's under ``NAME/scheduler``. For a hub id they
+    describe the local hub cache, which loading the first run has brought up to date.
 
     Raises:
-        UserError: one has others than when the study began, which only some of its arms would start from.
+        UserError: a fingerprint has changed since the study began, so that later arms would start from other weights.
     """
     own = {str(stage.folder) for stage in stages if stage.arm == BASE}
     starts: dict[str, dict[str, Any]] = {
@@ -252,20 +252,20 @@ def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
-    """Refuse runs that were trained on other images than others with the same settings of ``data``.
+    """Reject runs trained on different images under the same settings of ``data``.
 
-    Finished runs are not trained, and so look at no images.
+    Compares stored fingerprints, since finished runs are not trained again and so never read the images.
 
     Args:
-        stages: of a study.
-        task: of the first of them, whose images are those of now, where it has read them.
+        stages: the runs of a study.
+        task: the first run's task, with the current images if it has read them.
     """
     known: dict[str, tuple[Path | None, str]] = {}
     if task is not None and hasattr(task, "data"):
         known[images_key(asdict(stages[0].config.data), labels_of(task.classes))] = None, task.data.fingerprint()
     for stage in stages:
         stored = stored_data(stage.folder)
-        if "fingerprint" not in stored:  # not begun, or by an earlier version
+        if "fingerprint" not in stored:  # not started, or by an earlier version
             continue
         found = stored["fingerprint"]
         key = images_key(asdict(stage.config.data), stored.get("classes"))
@@ -278,7 +278,7 @@ def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
 
 
 def _check_bases(stages: Sequence[Stage]) -> None:
-    """Refuse to train a base further that arms started from: they would be arms of another one."""
+    """Reject training a base further once arms have started from it: they would no longer match it."""
     for base in stages:
         if base.arm != BASE or not (base.folder / "config.yaml").is_file():
             continue
@@ -293,9 +293,9 @@ def _check_bases(stages: Sequence[Stage]) -> None:
 
 
 def _check_start(stage: Stage) -> None:
-    """Refuse an arm that started from other weights than its base has now.
+    """Reject an arm that started from different weights than its base has now.
 
-    Which they were is kept beside the arm's folder; arms of earlier versions are taken to have today's.
+    Their fingerprint is stored next to the arm's folder; arms of earlier versions are assumed to match.
     """
     base, file = stage.folder.parent / BASE, stage.folder.parent / f"{stage.arm}.start.json"
     if stage.arm == BASE or stage.config.training.init != str(base):
@@ -311,12 +311,12 @@ def _check_start(stage: Stage) -> None:
 
 
 def _workers(number: int, threads: int) -> ProcessPoolExecutor:
-    """Return processes that train, each with so many threads and the environment of this one.
+    """Return a pool of worker processes, each with ``threads`` threads and this process's environment.
 
-    Without a GPU they are forked from a server that has imported what they need, and share the 0.5 GiB that this takes
-    (docs/performance.md). The server computes nothing, so that no threads of OpenMP are lost in the fork, and ends with
-    the last of this process and its workers. A GPU that an import has touched cannot be used after a fork, nor can
-    libraries of macOS: there every worker imports for itself.
+    On Linux without a GPU, they fork from a server that has imported everything, and share the 0.5 GiB that this takes
+    (docs/performance.md). The server computes nothing, so the fork loses no OpenMP threads, and it exits with the last
+    of this process and its workers. CUDA touched by an import does not survive a fork, nor do some macOS libraries:
+    there, every worker does its own imports.
     """
     if sys.platform == "linux" and not torch.accelerator.is_available():
         context: multiprocessing.context.BaseContext = multiprocessing.get_context("forkserver")
@@ -327,13 +327,13 @@ def _workers(number: int, threads: int) -> ProcessPoolExecutor:
 
 
 def _start_worker(threads: int, environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)  # The server has that of the first study of its process.
+    os.environ.update(environment)  # The server still has the environment of the process's first study.
     torch.set_num_threads(threads)
     keep_freed_memory()
-    # Ctrl-C reaches the whole group; the parent ends its workers, and they end with it if it is killed.
+    # Ctrl-C reaches the whole process group, but the parent terminates its workers; they also exit if it is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    # The study says it once, for all cells.
+    # The study prints this warning once for all cells.
     warnings.filterwarnings("ignore", message="the Frechet distance of")
 
 
@@ -345,7 +345,7 @@ def _follow_parent() -> None:
 
 
 def _run_stage(stage: Stage, measurements: Measurements | None = None) -> Seconds:
-    """Train and evaluate a run, and measure its mismatch if asked to; return how long each took."""
+    """Train and evaluate a run, and optionally measure its mismatch; return how long each took."""
     _check_start(stage)
     started = time.perf_counter()
     train(stage.config, stage.folder, progress=False)
@@ -363,13 +363,13 @@ def _run_stage(stage: Stage, measurements: Measurements | None = None) -> Second
 def run_stages(
     stages: Sequence[Stage], jobs: int | None, console: Console, *, measurements: Measurements | None = None
 ) -> None:
-    """Train and evaluate what is missing of runs, each base before its arms, and show how far they are.
+    """Train and evaluate whatever is missing, each base before its arms, and show progress.
 
     Args:
         stages: from :func:`open_stages`.
-        jobs: processes at once; None for one a core without a GPU, else one.
-        console: where to show it.
-        measurements: of the mismatch, which is taken of the first run, so that the time of the others can be told.
+        jobs: number of parallel processes; None for one with a GPU, else one per core.
+        console: where to show progress.
+        measurements: if given, the mismatch of the first run is measured too, to predict the time of the others.
     """
     workers = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     steps = measurements.mismatch_steps if measurements else None
@@ -401,7 +401,7 @@ def run_stages(
 
 
 def cells_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Return what finished runs were asked for of their cells, each with its ``arm`` and ``seed``."""
+    """Return the requested cells of finished runs, each with its ``arm`` and ``seed``."""
     cells: list[dict[str, Any]] = []
     for stage in stages:
         assert stage.evaluation is not None
@@ -453,7 +453,7 @@ def _summarise(recipe: Recipe, stages: Sequence[Stage], command: str, seconds: f
 
 
 def _base_passes(base: TrainConfig | None, start: str | None) -> int:
-    """Return the passes before those of the arms; 0 where they are not known."""
+    """Return the passes trained before the arms start; 0 if unknown."""
     if base is not None:
         return base.training.passes
     return int(run_config(start).get("training", {}).get("passes", 0)) if start else 0

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: ``summary.json``, the table, the samples and the page, from its cells."""
+"""Outputs of a comparison: ``summary.json``, the table, the samples and the page."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ MISMATCH_NUM = 2_048
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured of the runs besides their cells: the mismatch on all seeds, the robustness on the first.
+    """Measurements besides the cells: the mismatch of all seeds' runs, the robustness of the first seed's.
 
     Attributes:
-        sampler: along whose trajectory the mismatch is measured.
-        steps: of that sampler.
-        num: samples, at most 2,048.
-        seed: of the samples.
-        extractor: for distances in features; None for none.
-        weights: a local file of its weights.
-        mismatch: whether to measure it.
+        sampler: the sampler whose trajectory the mismatch follows.
+        steps: its number of steps.
+        num: number of samples; the mismatch uses at most 2,048.
+        seed: sampling seed.
+        extractor: feature network for distances between features; None to skip those.
+        weights: a local file with its weights.
+        mismatch: whether to measure the mismatch.
         robustness: whether to measure the worst-case loss and the directions.
-        variant: of the weights of pipelines; training folders know their own.
-        data: the data set of the true images; None for each run's own.
-        reading: how they are read, where that is another way than in training.
-        usual_prompts: of pipelines, for images without captions; None for those of their training.
-        guidance_scale: of pipelines; None for that of their training, or the usual one.
+        variant: variant of pipeline weights; training folders know their own.
+        data: data set of the real images; None for each run's own.
+        reading: how to read it, if not as in training.
+        usual_prompts: prompts of pipelines, for images without captions; None for those of their training.
+        guidance_scale: guidance scale of pipelines; None for that of their training, or the default.
     """
 
     sampler: str | None
@@ -87,14 +87,14 @@ class Measurements:
 
     @property
     def _on(self) -> dict[str, Any]:
-        """On which images the runs are measured, and how they are loaded."""
+        """Settings of the images and of loading the runs, shared by all measurements."""
         names = ("seed", "variant", "data", "reading", "usual_prompts", "guidance_scale")
         return {name: getattr(self, name) for name in names}
 
     def of(self, runs: Mapping[str, Sequence[str]], out: Path, device: str) -> dict[str, Any]:
-        """Measure runs by arm (one per seed) into folders in ``out``; return entries for the summary.
+        """Measure runs by arm (one run per seed) into subfolders of ``out``; return entries for the summary.
 
-        The logs of doses, where runs have any, are drawn as ``out/dose.png`` whatever else is asked for.
+        Dose logs, if the runs have any, are always plotted to ``out/dose.png``.
         """
         doses = doses_of_runs(runs)
         found: dict[str, Any] = {} if doses is None else {"dose": doses}
@@ -124,7 +124,7 @@ class Measurements:
         return mismatch_of_runs(runs, config, out / "mismatch", device=device, notify=notify)
 
     def time_mismatch(self, run: str, out: Path, device: str) -> float | None:
-        """Measure the mismatch of one run, and return the seconds that it took; None where it had been measured."""
+        """Measure the mismatch of one run and return the seconds it took; None if it was measured before."""
         parts: list[int] = []
         started = time.perf_counter()
         self.mismatch_of([run], out, device, lambda done, total: parts.append(done))
@@ -132,8 +132,8 @@ class Measurements:
 
     @property
     def mismatch_steps(self) -> float:
-        """What the network costs in the mismatch of a run, in sampler steps of as many samples as a cell has."""
-        # The samples and two sets of true images take the network at every step.
+        """Network cost of one run's mismatch, in sampler steps at a cell's sample count."""
+        # The network evaluates the samples and two sets of real images at every step.
         return 3.0 * self.steps * min(self.num, MISMATCH_NUM) / self.num
 
     def _robustness(self, runs: Mapping[str, Sequence[str]], folder: Path, device: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Measurements:
 
 
 def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the records of each arm, the mean over its runs, and what all of them share."""
+    """Return the records of each arm, averaged over its runs, and their recipe."""
     records = {entry["run"]: entry["records"] for entry in entries}
     recipe = {key: value for key, value in entries[0].items() if key not in ("run", "records")}
     counts = sorted({len(of_arm) for of_arm in runs.values()})
@@ -159,7 +159,7 @@ def _by_arm(runs: Mapping[str, Sequence[str]], entries: Sequence[Mapping[str, An
 
 
 def _mean(of_seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the mean of records at the same places."""
+    """Average the seeds' records position by position."""
     if len(of_seeds) == 1:
         return [dict(record) for record in of_seeds[0]]
     return [
@@ -172,10 +172,10 @@ def _mean(of_seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any
 
 
 def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return the metric that leads the tables: the first distance of the cells, else their first metric.
+    """Return the leading metric of the tables: the cells' first distance, else their first known metric.
 
     Raises:
-        UserError: there are no cells, or no metric is known.
+        UserError: there are no cells, or none with a known metric.
     """
     names = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     for known in (LOWER_IS_BETTER, HIGHER_IS_BETTER):
@@ -186,7 +186,7 @@ def leading_metric(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def training_curves(folder: Path) -> list[list[float]]:
-    """Return ``[pass, loss]`` of every finite loss that a training folder logged; none where it has no log."""
+    """Return ``[pass, loss]`` for every finite loss in a training folder's log; empty without a log."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
@@ -207,20 +207,20 @@ def publish(
     prompts: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Write the page, and beside it ``summary.json``, ``table.md`` and PNGs; print tables and conclusions.
+    """Write the page, with ``summary.json``, ``table.md`` and PNGs next to it; print tables and conclusions.
 
-    The PNGs are ``samples.png``, and ``steps-saved.png`` where there are two numbers of steps or more.
+    The PNGs are ``samples.png`` and, with at least two step counts, ``steps-saved.png``.
 
     Args:
         summary: see :func:`atdiff.report.page.write_report`.
-        runs: the runs of one seed by arm, of which samples are shown.
-        report: the HTML file; the others are named after it, or lie beside a ``report.html`` under their own names.
+        runs: the runs of one seed by arm, to draw samples from.
+        report: the HTML file; the other files are named as in :func:`atdiff.study.preflight.files_beside`.
         interval: ``t`` or ``bootstrap``.
         device: where to sample.
-        loading: how the runs are loaded, as arguments of :func:`atdiff.pipelines.model.load_denoiser`.
-        data: of the real images beside the samples; None for that of the runs' training.
-        reading: how these are read, where that is another way than in training.
-        prompts: of the samples of text-to-image runs, in the place of those of their training.
+        loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
+        data: data set of the real images shown next to the samples; None for the runs' training data.
+        reading: how to read it, if not as in training.
+        prompts: prompts for samples of text-to-image runs; None for those of their training.
         console: where to print.
     """
     console = console or Console()
@@ -252,7 +252,7 @@ def _tell(console: Console, said: Sequence[str], files: Sequence[Path]) -> None:
 def _compared(
     cells: Sequence[Mapping[str, Any]], options: Mapping[str, Any], console: Console
 ) -> tuple[str, list[str], list[StepsSaved]]:
-    """Print the tables; return them as Markdown, the conclusions, and the steps saved."""
+    """Print the tables; return them in Markdown, with the conclusions and the steps saved."""
     corrections = corrections_of(cells)
     rows = compare(cells, correction=corrections[0], **options)
     tables, said = [markdown_table(rows)], conclusions(rows)
