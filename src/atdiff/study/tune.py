@@ -1,4 +1,4 @@
-"""A sweep of candidates on a run by successive halving: rungs of a study, what they leave, and the line to paste."""
+"""A sweep over candidates by successive halving: it runs the rungs as studies and prints a line for the recipe."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ Record = dict[str, Any]
 
 @one_writer("folder")
 def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) -> Record:
-    """Run or resume a sweep, and print what it costs, its table and the line to paste; return what ``tune.json`` holds.
+    """Run or resume a sweep, printing its cost, its table and the line to paste; return the content of ``tune.json``.
 
-    Every rung is a study of the arms that are left, at equal passes from the run, and the better half of the candidates
-    goes to the next one; plain training goes to all. In the last rung each arm is trained with all seeds, and compared
-    with plain training as a study compares: an arm is better where the interval of its paired change excludes zero.
-    Writes ``tune.json`` after every rung, ``tune.png``, and the runs in folders of their own.
+    Every rung is a study of the remaining arms, at equal passes from the run. The better half of the candidates
+    advances to the next rung; plain training is in all of them. The last rung trains each arm with all seeds and
+    compares it with plain training as a study does: an arm is better if the interval of its paired change excludes
+    zero. Writes ``tune.json`` after every rung, ``tune.png``, and the run folders.
 
     Args:
         sweep: from :func:`atdiff.study.tuning.plan`.
-        out: a new folder, or that of an earlier start of the same sweep, which then goes on.
+        out: a new folder, or that of an earlier start of the same sweep, which is then resumed.
         command: what the user typed.
-        jobs: processes at once; see :func:`atdiff.study.study.run_stages`.
+        jobs: number of parallel processes; see :func:`atdiff.study.study.run_stages`.
 
     Raises:
-        UserError: the folder holds something else or another sweep, the run or the images changed since that began, or
-            as :func:`atdiff.study.study.run_study`.
+        UserError: the folder holds something else or another sweep, the run or the images have changed since the sweep
+            began, or as for :func:`atdiff.study.study.run_study`.
     """
     console = Console()
     run = load_denoiser(sweep.tuning.run)
@@ -60,7 +60,7 @@ def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) 
     arms = list(sweep.recipe.arms)
     for number, rung in enumerate(sweep.rungs):
         last = number + 1 == len(sweep.rungs)
-        # What earlier rungs found stays, as their arms go on or go; the last is looked over again.
+        # Finished earlier rungs are final, since their runs are trained further or dropped; the last is checked again.
         if last or number >= len(record["rungs"]):
             seeds = f" with {len(rung.seeds)} seeds" if len(rung.seeds) > 1 else ""
             print_line(
@@ -80,7 +80,7 @@ def tune_run(sweep: Sweep, out: Path, *, command: str, jobs: int | None = None) 
 
 
 def _start(sweep: Sweep, run: TrainedModel) -> TrainedModel:
-    """Return what the arms start from: the run, or the pipeline under its adapters."""
+    """Return the model the arms start from: the run, or the pipeline under its LoRA adapters."""
     start, model = sweep.recipe.study.start, sweep.recipe.config["model"]
     assert start is not None
     if start == run.source:
@@ -89,7 +89,7 @@ def _start(sweep: Sweep, run: TrainedModel) -> TrainedModel:
 
 
 def _settings(sweep: Sweep, sampler: str, start: Mapping[str, str]) -> Record:
-    """Return what tells a sweep from others: all that its figures depend on, but the number of seeds."""
+    """Return the settings that identify a sweep: everything its results depend on except the number of seeds."""
     asked = sweep.tuning
     return {
         "run": asked.run,
@@ -107,10 +107,10 @@ def _settings(sweep: Sweep, sampler: str, start: Mapping[str, str]) -> Record:
 
 
 def _resumed(out: Path, settings: Record) -> Record:
-    """Return what an earlier start left of the same sweep, or else the record of a new one."""
+    """Return the record of an earlier start of the same sweep, or a new one."""
     file = out / FILE
     if not file.is_file():
-        # A start that was killed before its first rung may have left runs.
+        # A sweep killed during its first rung may have left runs.
         others = out.is_dir() and any(one.name != LOCK and not one.name.startswith("runs") for one in out.iterdir())
         if others or (out.exists() and not out.is_dir()):
             raise UserError(f"{out} is not empty and contains no {FILE}; choose another --out.")
@@ -146,10 +146,10 @@ def _run(
     console: Console,
     record: Mapping[str, Any],
 ) -> Record:
-    """Train and evaluate the arms of a rung; return what is kept of it."""
+    """Train and evaluate the arms of a rung; return its record."""
     recipe, folder = sweep.recipe_at(rung, arms, sampler), sweep.folder(out, rung)
     stages = open_stages(recipe, folder, sweep.tuning.settings)
-    write_json(out / FILE, record)  # From here on the folder is this sweep's.
+    write_json(out / FILE, record)  # Claims the folder for this sweep.
     run_stages(stages, jobs, console)
     cells = cells_of(stages)
     assert len(cells) == len(arms) * len(rung.seeds)
@@ -165,7 +165,7 @@ def _run(
 
 
 def _check_alike(rungs: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Refuse figures of which some are held against other images, or in other features."""
+    """Reject cells computed against different reference images or with different feature networks."""
     for name, what in (("reference", "images"), ("features", "feature networks")):
         if len({cell["fingerprints"][name] for rung in rungs for cell in rung["cells"]}) > 1:
             raise UserError(
@@ -175,15 +175,15 @@ def _check_alike(rungs: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def _forget(folder: Path, rung: Mapping[str, Any]) -> None:
-    """Remove the cells of the arms that are trained further, which changes their weights; the record has them."""
+    """Remove the cells of arms about to be trained further, which would make them stale; the record keeps them."""
     for arm in (PLAIN, *rung["kept"]):
         (folder / f"seed-{rung['seeds'][0]}" / arm / "cells.json").unlink(missing_ok=True)
 
 
 def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]]) -> Record:
-    """Return what a last rung shows: the best candidate, and the one to recommend with its line of a recipe.
+    """Return the outcome of the last rung: the best candidate, and the recommended arm with its recipe line.
 
-    That is the best one's where the interval of its paired change excludes zero, and else none, as in plain training.
+    Recommends the best candidate if the interval of its paired change excludes zero, else plain training.
 
     Args:
         rung: with ``cells`` of all arms and seeds, and ``metric``.
@@ -191,7 +191,7 @@ def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]])
     """
     rows = compare(rung["cells"], baseline=PLAIN, metric=rung["metric"])
     tried = [row for row in rows if row.arm != PLAIN]
-    # Changes that are not known come last.
+    # Unknown changes (nan) come last.
     best = min(tried, key=lambda row: (row.verdict != "better", math.isnan(row.change), row.change))
     found = best.arm if best.verdict == "better" else PLAIN
     return {
@@ -210,14 +210,14 @@ def _figures(row: Row) -> Record:
 
 
 def _known(value: Any) -> Any:  # noqa: ANN401
-    """Return a figure, or a list of them, with None for nan, which JSON does not know."""
+    """Replace nan, in a value or a list of values, by None, since JSON has no nan."""
     if isinstance(value, list | tuple):
         return [_known(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _publish(record: Mapping[str, Any], out: Path, console: Console) -> None:
-    """Write the picture, and print the table and the line."""
+    """Write the plot, and print the table and the recipe line."""
     last, settings = record["rungs"][-1], record["settings"]
     rows = compare(last["cells"], baseline=PLAIN, metric=last["metric"])
     write_bytes(

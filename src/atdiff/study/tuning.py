@@ -1,4 +1,4 @@
-"""What ``atdiff tune`` tries on a run, in which rungs, and what that costs; planned without torch."""
+"""Plan of ``atdiff tune``: candidates, rungs and cost, without importing torch."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from atdiff.training.settings import apply_words, as_plain, read_settings
 __all__ = ["PLAIN", "Rung", "Sweep", "Tuning", "better_half", "candidates", "metrics_of", "plan", "recipe_line"]
 
 PLAIN = "plain"
-# Of the first training; the samples have one more. No study has either by itself.
+# Training seed of the first repeat; its samples use SEED + 1. No study uses either by default.
 SEED = 4_200
-MOST_REPEATS = 93  # 4293 is the largest seed of samples; see atdiff.sampling.generate.image_generators
+MOST_REPEATS = 93  # 4293 is the largest sampling seed; see atdiff.sampling.generate.image_generators
 DOSES = (0.05, 0.1, 0.2, 0.4)
-NOISES = 6  # of explorative modelling: best on the epsilon MLP; the best 9 of flow and v cost a pass more per batch
-# Of ``objective``, of which a run takes one: those of atdiff.objectives.noising.NOISINGS, which imports torch.
+NOISES = 6  # of explorative modelling: best on the epsilon MLP; 9, best on the flow and v MLPs, cost one more pass
+# Settings of ``objective`` that exclude each other: a copy of atdiff.objectives.noising.NOISINGS, which imports torch.
 COUPLINGS = ("ot", "nearest", "explorative")
-RUNGS = 3  # the passes of an arm double from one to the next
-MOST_PASSES = 1_000  # of an arm, where the user does not say how many
-LINES = 4  # of the log, that a run has at least by the end of the first rung
-# What a sweep sets itself, and what to give in its place.
+RUNGS = 3  # an arm's passes double from one rung to the next
+MOST_PASSES = 1_000  # per arm, by default
+LINES = 4  # minimum log lines of a run by the end of the first rung
+# Options that the sweep sets itself, and what to use instead.
 OWN = {
     "--adversary": "leave it out, since tune tries the adversaries",
     "--training.passes": "use --passes",
@@ -49,18 +49,18 @@ OWN = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a user asks of a sweep.
+    """User options of a sweep.
 
     Attributes:
-        run: a training folder, from which all arms start; see :func:`plan`.
-        steps: of the sampler.
-        sampler: None for that which :func:`atdiff.sampling.schedulers.default_sampler` finds.
-        passes: of an arm that comes to the last rung; None for a tenth of the run's, at most 1,000.
-        repeats: trainings of each arm in the last rung.
-        num: samples of each training in each rung.
-        extractor: whose features the distance is of; None for that which suits the images.
-        weights: local files of weights by extractor; the name ``""`` is that of the chosen one.
-        settings: of every arm, as command-line words, on top of the run's own.
+        run: the training folder that all arms start from; see :func:`plan`.
+        steps: number of sampling steps to tune for.
+        sampler: None for :func:`atdiff.sampling.schedulers.default_sampler`.
+        passes: passes of an arm that reaches the last rung; None for a tenth of the run's, at most 1,000.
+        repeats: training seeds per arm in the last rung.
+        num: samples per training run in each rung.
+        extractor: feature network of the distance; None for the default of the data set.
+        weights: local weight files by extractor; the name ``""`` means the chosen one.
+        settings: command-line words for every arm, on top of the run's own settings.
     """
 
     run: str
@@ -79,9 +79,9 @@ class Rung:
     """A stage of a sweep, after which the better half of the candidates is trained further.
 
     Attributes:
-        passes: behind each arm at its end.
-        arms: how many, plain training among them.
-        seeds: of the trainings of each arm.
+        passes: total passes of each arm by the end of the rung.
+        arms: number of arms, including plain training.
+        seeds: training seeds of each arm.
     """
 
     passes: int
@@ -91,14 +91,14 @@ class Rung:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as planned; see :func:`plan`.
+    """A planned sweep; see :func:`plan`.
 
     Attributes:
-        tuning: what was asked for, with a number of passes and an extractor.
-        recipe: of the last rung with all candidates as arms, plain training first.
-        rungs: from the first to the last.
-        extends: whether a rung trains the runs of the last one further; else it trains them anew, since their learning
-            rate falls towards the last pass.
+        tuning: the user's options, with passes and extractor filled in.
+        recipe: recipe of the last rung, with all candidates as arms, plain training first.
+        rungs: from first to last.
+        extends: whether a rung continues the runs of the previous one; else it trains from scratch, because the
+            learning rate decays towards the last pass.
     """
 
     tuning: Tuning
@@ -107,19 +107,19 @@ class Sweep:
     extends: bool
 
     def recipe_at(self, rung: Rung, arms: Sequence[str], sampler: str) -> Recipe:
-        """Return the recipe of a rung with the arms that came so far."""
+        """Return the recipe of a rung with the arms that reached it."""
         config = {**self.recipe.config, "training": {**self.recipe.config["training"], "passes": rung.passes}}
         kept = {arm: self.recipe.arms[arm] for arm in arms}
         study = replace(self.recipe.study, arms=list(arms), seeds=list(rung.seeds), samplers=[sampler])
         return replace(self.recipe, config=config, arms=kept, study=study)
 
     def folder(self, out: Path, rung: Rung) -> Path:
-        """Return where the runs of a rung are."""
+        """Return the folder of a rung's runs."""
         return out / "runs" if self.extends else out / f"runs-{rung.passes}"
 
     @cached_property
     def passes(self) -> int:
-        """Forward-backward passes of all trainings of all rungs."""
+        """Total forward-backward passes of all rungs."""
         total, before = 0, 0
         for rung in self.rungs:
             total += rung.arms * (rung.passes * len(rung.seeds) - before)
@@ -127,7 +127,7 @@ class Sweep:
         return total
 
     def cost(self) -> str:
-        """Return in a sentence what the sweep costs, with the time by the speed that the run's log tells."""
+        """Describe the cost of the sweep in a sentence, with the time if the run's log tells its speed."""
         trainings = " + ".join(f"{one.arms} x {len(one.seeds)} to {one.passes}" for one in self.rungs)
         said = f"{self.passes:,} passes in all (arms x seeds to passes: {trainings})"
         drawn = sum(one.arms * len(one.seeds) for one in self.rungs) * self.tuning.num
@@ -142,16 +142,16 @@ class Sweep:
 
 
 def candidates(steps: int, *, coupled: bool = False) -> dict[str, dict[str, Any]]:
-    """Return the settings of the arms that are tried for so many sampling steps, by name; plain training first.
+    """Return the settings of the arms to try, by name; plain training first.
 
-    Adversaries whose dose sets itself for as many steps, half and twice as many, four fixed doses, and explorative
-    modelling.
+    These are adversaries with an automatic dose for half, once and twice the number of steps, four fixed doses, and
+    explorative modelling.
 
     Args:
-        steps: of the sampler.
-        coupled: whether the run couples noises with images itself, which leaves no room for explorative modelling.
+        steps: number of sampling steps.
+        coupled: whether the run already couples noise and images, which rules out explorative modelling.
     """
-    tried = [one for one in (steps // 2, steps, 2 * steps) if one >= 2]  # the fewest that a dose can be for
+    tried = [one for one in (steps // 2, steps, 2 * steps) if one >= 2]  # an automatic dose needs at least 2 steps
     adversaries = {f"steps-{one}": {"steps": one} for one in tried} | {f"dose-{one:g}": {"dose": one} for one in DOSES}
     return {
         PLAIN: {},
@@ -161,31 +161,32 @@ def candidates(steps: int, *, coupled: bool = False) -> dict[str, dict[str, Any]
 
 
 def better_half(figures: Mapping[str, float]) -> list[str]:
-    """Return the half of the candidates (rounded up) with the lowest distances, in their order; not finite is worst."""
+    """Return the half of the candidates (rounded up) with the lowest distances, in order; non-finite ranks last."""
     by_merit = sorted(figures, key=lambda name: figures[name] if math.isfinite(figures[name]) else math.inf)
     kept = by_merit[: -(-len(by_merit) // 2)]
     return [name for name in figures if name in kept]
 
 
 def recipe_line(settings: Mapping[str, Any]) -> str:
-    """Return the line of a recipe that sets an arm, such as ``adversary: {steps: 8}``; empty for plain training."""
+    """Return an arm's settings as a recipe line, such as ``adversary: {steps: 8}``; empty for plain training."""
     return str(yaml.safe_dump(dict(settings), default_flow_style=None)).strip() if settings else ""
 
 
 def metrics_of(data: str) -> list[str]:
-    """Return the metric that candidates are judged by on a data set."""
+    """Return the metric that ranks candidates on a data set."""
     return ["sliced_wasserstein"] if data in MIXTURES else ["fid"]
 
 
 def plan(tuning: Tuning) -> Sweep:
-    """Return the sweep that a user asks for, after what is wrong with it is found.
+    """Check the user's options and plan the sweep.
 
-    Every arm starts from the run, or for LoRA from the pipeline that the run started from, and has its settings but the
-    adversary, those of ``tuning.settings``, and at most a quarter of the first rung for the learning rate's warm-up.
+    Every arm starts from the run, or for LoRA from the pipeline that the run started from. It uses the run's settings
+    except the adversary, with ``tuning.settings`` on top; the learning rate's warm-up is at most a quarter of the first
+    rung.
 
     Raises:
-        UserError: the run is no finished training folder of a denoiser, numbers are out of range, or
-            settings contradict the sweep or each other.
+        UserError: the run is not a finished training folder of a denoiser, numbers are out of range, or settings
+            contradict the sweep or each other.
     """
     _check(tuning)
     config = _config_of(tuning.run)
@@ -237,7 +238,7 @@ def _check(tuning: Tuning) -> None:
 
 
 def _check_kind(run: str, config: TrainConfig) -> None:
-    """Refuse runs to which the doses do not apply, or for which a sweep would be another thing."""
+    """Reject runs that are not denoisers trained on images, to which doses do not apply."""
     if config.consistency.mode != "none":
         what = f"a consistency model (consistency.mode={config.consistency.mode!r})"
     elif config.objective.reflow:
@@ -250,12 +251,12 @@ def _check_kind(run: str, config: TrainConfig) -> None:
 
 
 def _config_of(run: str) -> TrainConfig:
-    """Return the settings of a run as today's arms have them, without its adversary and start."""
+    """Return a run's settings for new arms, without its adversary and start."""
     begun = as_begun(read_settings(TrainConfig, run_config(run)), Path(run))
     config: TrainConfig = read_settings(TrainConfig, without_idle(as_plain(begun)))
-    # Arms are short: most of an average as long as the run's would be the run's own weights, the same for all.
+    # Arms are short: an EMA as long as the run's would still be mostly the run's own weights, the same for all arms.
     training = replace(config.training, init=None, seed=0, sample_every=0, tracker=None, ema_warmup=True)
-    # Those of its own start, which a folder of whole weights has not.
+    # Variant and config belong to the pipeline that the run started from; a folder with full weights has neither.
     model = config.model if config.lora.rank else replace(config.model, variant=None, config=None)
     unset = TrainConfig()
     return replace(
@@ -269,23 +270,23 @@ def _config_of(run: str) -> TrainConfig:
 
 
 def _start_of(run: str) -> str:
-    """Return what the arms of a sweep start from: the run, or the pipeline that its LoRA started from."""
+    """Return what the arms start from: the run, or the pipeline that its LoRA was trained on."""
     written = run_config(run)
     lora = (written.get("lora") or {}).get("rank")
     return str(written["training"]["init"]) if lora else run
 
 
 def _charge(config: TrainConfig, arm: Mapping[str, Any]) -> int:
-    """Return the passes that a batch of an arm is charged."""
+    """Return the number of passes that one batch of an arm costs."""
     settings = asdict(config)
     settings |= {section: {**settings[section], **own} for section, own in arm.items()}
     return charge_of(asdict(read_settings(TrainConfig, settings))).batch
 
 
 def _rungs(passes: int, unit: int, tried: int, seeds: int) -> tuple[Rung, ...]:
-    """Return the rungs to so many passes, of whole batches, with half of the candidates in each as in the one before.
+    """Return the rungs up to ``passes``, in whole batches, halving the ``tried`` candidates each time.
 
-    All but the last train one seed.
+    Only the last rung trains all ``seeds``; the others train one.
     """
     shares = [-(-passes // 2 ** (RUNGS - 1 - i) // unit) * unit for i in range(RUNGS)]
     rungs = []
@@ -304,7 +305,7 @@ def _extractor(config: TrainConfig) -> str:
 def _recipe(
     tuning: Tuning, config: TrainConfig, arms: dict[str, dict[str, Any]], metrics: list[str], first: int
 ) -> Recipe:
-    """Return the recipe of a sweep; ``first`` are the passes of its first rung."""
+    """Return the recipe of a sweep; ``first`` is the number of passes of its first rung."""
     settings = asdict(config)
     del settings["adversary"]
     settings["optimizer"]["warmup_passes"] = min(config.optimizer.warmup_passes, first // 4)
@@ -330,6 +331,6 @@ def _with_passes(settings: dict[str, Any], passes: int) -> dict[str, Any]:
 
 
 def _speed(run: str) -> float | None:
-    """Return the passes per second that the last line of a run's log tells; None where it tells none."""
+    """Return the passes per second in the last line of a run's log; None if it has none."""
     rate = last_logged(Path(run)).get("passes_per_second")
     return rate if isinstance(rate, float) and rate > 0 else None
