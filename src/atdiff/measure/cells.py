@@ -34,9 +34,9 @@ from atdiff.system.processes import device, from_main, in_main, is_main
 __all__ = ["EvaluationConfig", "cells_of_run", "cells_of_weights", "evaluate_runs"]
 
 SEARCH = ":search"
-ASKED = ("fid", "prc")  # of cells that do not say which metrics were asked for
+ASKED = ("fid", "prc")  # metrics of cells without a record of those requested
 _FIRST = ("fid", "sliced_wasserstein", "energy")
-# Metrics that a search may lower, the first of them that is asked for.
+# Metrics that a search can minimise; it takes the first that was requested.
 SEARCHED = (*_FIRST, *(name for name, metric in METRICS.items() if metric.is_distance and name not in _FIRST))
 
 
@@ -45,35 +45,35 @@ class EvaluationConfig:
     """Settings of an evaluation: sampling and metrics."""
 
     samplers: tuple[str, ...] | None  # None for the default sampler of each run
-    steps: tuple[int, ...] | Mapping[str, tuple[int, ...]]  # of every sampler, or by sampler
+    steps: tuple[int, ...] | Mapping[str, tuple[int, ...]]  # for all samplers, or by sampler
     num: int = 2048  # samples per cell
-    seeds: tuple[int, ...] = (0,)  # of the samples
-    # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``; with ``:search`` as the value, the value of
-    # lowest distance on held-out noise is used, for each run, sampler and number of steps.
+    seeds: tuple[int, ...] = (0,)  # sampling seeds
+    # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``. With ``:search`` as the value, the value with
+    # the lowest distance on held-out noise is used, for each run, sampler and number of steps.
     corrections: tuple[str, ...] = ("none",)
-    search_seed: int = 4000  # of that noise; none of ``seeds``
+    search_seed: int = 4000  # of the held-out noise; not one of ``seeds``
     search_num: int = 1024
-    extractor: str = "digits-classifier"  # whose features ``fid``, ``kid``, ``isc`` and ``prc`` use
+    extractor: str = "digits-classifier"  # provides the features of ``fid``, ``kid``, ``isc`` and ``prc``
     weights: Mapping[str, Path] = field(default_factory=dict)  # local files by extractor
     metrics: tuple[str, ...] = ("fid", "prc")
-    # One for all samples, or one per class: used to sample text-to-image runs instead of their training captions, and
+    # One for all samples, or one per class; used to sample text-to-image runs instead of their training captions, and
     # by ``clip_score``.
     prompts: tuple[str, ...] | None = None
-    data: str | None = None  # whose images are the reference; None for each run's own
-    reading: DataOptions = AS_TRAINED  # of the data, where it is another than in training
+    data: str | None = None  # data set of the reference images; None for each run's own
+    reading: DataOptions = AS_TRAINED  # how to read the data, if not as in training
     batch_size: int = 512
-    precision: str = "no"  # in which the networks run: ``no`` (float32), ``bf16``, ``fp16``; ``auto`` is one of these
-    compile: bool = False  # to rounding, it does not change a figure
-    guidance_scale: float | None = None  # None for that of each run's training, or the usual one
-    variant: str | None = None  # of the weights of pipelines, such as ``fp16``; training folders know their own
+    precision: str = "no"  # of the networks: ``no`` (float32), ``bf16``, ``fp16``; ``auto`` resolves to one of these
+    compile: bool = False  # changes results only by rounding
+    guidance_scale: float | None = None  # None for that of each run's training, or the default
+    variant: str | None = None  # variant of pipeline weights, such as ``fp16``; training folders know their own
 
     def __post_init__(self) -> None:
-        """Write down the precision that ``auto`` stands for on this machine."""
-        if self.precision == "auto":  # else the device, and with it a group of processes, need not be made yet
+        """Resolve the precision ``auto`` on this machine."""
+        if self.precision == "auto":  # avoid device() otherwise: it initialises the process group
             object.__setattr__(self, "precision", settled_precision(self.precision, device()))
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
-        """Raise a ``UserError``, before any compute, for what cannot be evaluated for networks of this scheduler."""
+        """Raise a ``UserError``, before any compute, if networks of this scheduler cannot be evaluated like this."""
         check_metrics(self.metrics, extractor=self.extractor, weights=self.weights, prompts=self.prompts)
         if self.num < 2:
             raise UserError(f"num={self.num} samples are too few for metrics; use {FEW_SAMPLES} or more.")
@@ -97,13 +97,13 @@ class EvaluationConfig:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """How runs are loaded: arguments of :func:`atdiff.pipelines.model.load_denoiser`."""
+        """Arguments of :func:`atdiff.pipelines.model.load_denoiser` for the runs."""
         return {"guidance_scale": self.guidance_scale, "variant": self.variant}
 
     def asked_of(self, denoiser: TrainedModel) -> TrainedModel:
-        """Return the run with these prompts; a ``UserError``, before any compute, where it cannot be evaluated."""
+        """Return the run with these prompts and classes; a ``UserError``, before any compute, if it does not fit."""
         asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
-        if self.reading.labels is not None:  # of the reference images, and so of the samples
+        if self.reading.labels is not None:  # restricts the reference images, and so the samples too
             asked = asked.of_classes(self.reading.labels)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
         asked.check_corrections(self.corrections)
@@ -124,21 +124,21 @@ class EvaluationConfig:
         return asked
 
     def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
-        """Return the samplers to evaluate a network of this scheduler with."""
+        """Return the samplers to use for a network of this scheduler."""
         return self.samplers or (default_sampler(training_scheduler),)
 
     def steps_for(self, sampler: str) -> tuple[int, ...]:
-        """Return the numbers of steps of a sampler."""
+        """Return the step counts of a sampler."""
         return self.steps.get(sampler, ()) if isinstance(self.steps, Mapping) else self.steps
 
     @property
     def planned(self) -> list[int]:
-        """The number of steps of each cell of a run; of the samplers that are named."""
+        """The number of steps of each cell of a run, for the samplers that are named."""
         of_each = [steps for sampler in self.samplers or () for steps in self.steps_for(sampler)]
         return of_each * len(self.corrections) * len(self.seeds)
 
     def covers(self, cell: Mapping[str, Any]) -> bool:
-        """Whether a cell is one of those that this configuration asks of its run."""
+        """Whether this configuration requests the cell for its run."""
         return (
             (self.samplers is None or cell["sampler"] in self.samplers)
             and cell["steps"] in self.steps_for(cell["sampler"])
@@ -156,7 +156,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a cell lies in the grid."""
+    """Position of a cell in the grid."""
 
     denoiser: TrainedModel
     sampler: str
@@ -180,9 +180,9 @@ def evaluate_runs(
 ) -> list[dict[str, Any]]:
     """Evaluate every cell that is not in ``out`` yet, and write ``out`` after each.
 
-    A cell has fingerprints of the run's weights, scheduler and settings, the reference images, and the feature
-    networks. If one of them has changed, the cell is recomputed, with a message. A cell of these runs that has changed
-    but is not requested is marked as ``stale`` in the file, with a message, and not returned.
+    A cell stores fingerprints of the run's weights, scheduler and settings, the reference images, and the feature
+    networks. If one of them has changed, the cell is recomputed, with a message. If the cell is not requested now, it
+    is marked ``stale`` in the file instead, with a message, and not returned.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
@@ -218,14 +218,17 @@ def cells_of_run(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Return the cells that a study left of a run, after those are computed again for which something changed since.
+    """Return a study's cells of a run, after recomputing those that have become stale.
 
     Args:
         run: a training folder, which may have moved.
-        weights: local files of weights by extractor, as it was evaluated with.
+        file: the cells.
+        weights: local weight files by extractor, as used in the evaluation.
+        device: device to sample and evaluate on.
+        notify: called with the progress.
 
     Raises:
-        UserError: the file holds no cells of the run, or some that do not say all that they depend on.
+        UserError: the file holds no cells of the run, or a cell that its stored settings do not reproduce.
     """
     evaluation = _Evaluation(file, device)
     mine = [cell for cell in evaluation.cells if Path(cell["run"]).name == Path(run).name]
@@ -248,13 +251,13 @@ def cells_of_run(
 
 
 def cells_of_weights(run: str, cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those of a run's cells that are of the weights, scheduler and settings that it has now."""
+    """Return the cells that match the run's current weights, scheduler and settings."""
     now = load_denoiser(run).fingerprints()
     return [cell for cell in cells if what_changed(cell.get("fingerprints"), now) is None]
 
 
 def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> EvaluationConfig:
-    """Return how a cell was evaluated, against the run's own images."""
+    """Return the configuration a cell was evaluated with, assuming the run's own images as reference."""
     defaults = EvaluationConfig(None, ())
     return EvaluationConfig(
         samplers=(cell["sampler"],),
@@ -272,10 +275,10 @@ def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> Evaluati
 
 
 class _Evaluation:
-    """The cells of a file: which of them still hold, and what computes the others.
+    """Keeps the cells of a file up to date: finds missing and stale ones, and computes them.
 
-    Unlike the entries of :mod:`atdiff.measure.runs`, cells keep their places in the file, are spread over the processes
-    of a launch, and those that a run is not asked for now are said too.
+    Unlike the entries of :mod:`atdiff.measure.runs`, cells keep their position in the file, are sampled by all ranks,
+    and stale ones are reported even if they are not requested now.
     """
 
     def __init__(self, out: Path, device: torch.device | str) -> None:
@@ -285,13 +288,13 @@ class _Evaluation:
         self._judges: dict[str, _Judge] = {}
 
     def load(self, run: str, config: EvaluationConfig) -> TrainedModel:
-        """Load a run as it is asked for."""
+        """Load a run for this configuration."""
         denoiser = config.asked_of(load_denoiser(run, **config.loading))
         self._runs[denoiser.source] = denoiser.fingerprints()
         return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
 
     def complete(self, jobs: Sequence[_Job], notify: Notify) -> list[dict[str, Any]]:
-        """Compute the cells that are missing or stale, write the file after each, and return those of the jobs."""
+        """Compute missing and stale cells, writing the file after each; return the cells of the jobs."""
         wanted = [{**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for job in jobs]
         self._mark({_key(cell): cell for cell in wanted})
         done = {_key(cell): i for i, cell in enumerate(self.cells)}
@@ -314,7 +317,7 @@ class _Evaluation:
         return {**self._runs[place.denoiser.source], **self._judge(place, config).fingerprints}
 
     def _mark(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
-        """Mark what is stale of the runs that are loaded, and say it."""
+        """Mark the stale cells of the loaded runs, and print why."""
         said: dict[tuple[str, str, bool], list[str]] = {}
         before = [cell.get("stale") for cell in self.cells]
         images = {cell["reference"]: cell["fingerprints"]["reference"] for cell in wanted.values()}
@@ -342,7 +345,7 @@ class _Evaluation:
 
 
 def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
-    """Return what tells apart what samples of a run are measured against, and how."""
+    """Return a key for a run's reference images, prompts and metric settings; runs that share it share a judge."""
     data = config.data or denoiser.config.get("data", {}).get("name")
     reading = reading_of(denoiser, config.data, config.reading)
     how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
@@ -350,9 +353,9 @@ def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
 
 
 class _Judge:
-    """Makes and measures the samples of cells that share their reference images, metrics and prompts.
+    """Samples and measures cells that share their reference images, metrics and prompts.
 
-    Of many processes the main one has the reference images and the networks of the metrics.
+    With several ranks, only the main process holds the reference images and the metrics' networks.
     """
 
     def __init__(
@@ -371,17 +374,17 @@ class _Judge:
 
     @cached_property
     def distance(self) -> Metrics | None:
-        """What a search lowers."""
+        """The metric that a search minimises."""
         name = next(name for name in SEARCHED if name in self.config.metrics)
-        metrics: Any = self.metrics  # of the main process
+        metrics: Any = self.metrics  # not None in the main process
         return in_main(lambda: self._metrics(metrics.data, [name]))
 
     @cached_property
     def found(self) -> dict[str, tuple[Any, Any]]:
-        """What searches found; before it is first asked for, the statistics of the reference images are computed."""
-        metrics: Any = self.metrics  # of the main process
+        """Results of finished searches; first use also computes the statistics of the reference images."""
+        metrics: Any = self.metrics  # not None in the main process
         in_main(lambda: metrics.prepare())
-        # What was found for a run, sampler and number of steps serves all its seeds, after an interruption too.
+        # A search for a run, sampler and number of steps is reused for all its seeds, also after a resume.
         return {
             _search_key(cell): (cell["correction_value"], cell["correction_search"])
             for cell in self.cells
@@ -389,7 +392,7 @@ class _Judge:
         }
 
     def judged(self, cell: dict[str, Any], place: _Place) -> dict[str, Any]:
-        """Return the cell with its metrics, and with what a search found."""
+        """Return the cell with its metrics and, if its correction is searched, the result of the search."""
         family, key = place.correction.removesuffix(SEARCH), _search_key(cell)
         known, chosen, found = self.found, place.correction, {}
         if place.correction.endswith(SEARCH):

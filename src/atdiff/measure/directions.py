@@ -1,4 +1,4 @@
-"""Where each direction of a perturbation points, and whether a step along it makes the denoiser's work harder."""
+"""Where each perturbation direction points, and whether a step along it makes denoising harder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from atdiff.objectives.denoising import DenoisingBatch, DenoisingObjective
 
 __all__ = ["DirectionsConfig", "directions_of_runs", "measure_directions"]
 
-# Without the drift, which is the opposite of the residual by definition.
+# Without the drift, which is by definition the opposite of the residual.
 DIRECTIONS: tuple[Direction, ...] = tuple(name for name in get_args(Direction) if name != "drift")
 
 
 @dataclass(frozen=True)
 class DirectionsConfig(ProbeConfig):
-    """Where directions are measured, and how far a step along them goes."""
+    """Noise levels at which directions are measured, and the size of a step along them."""
 
     levels: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))
     step: float = 2.0  # l2, in units of ``sigma_t``
@@ -47,18 +47,18 @@ def measure_directions(
     config: DirectionsConfig,
     **options: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
-    """Return one record for each noise level and each direction of :class:`atdiff.Adversary`, taken at delta = 0.
+    """Return one record per noise level and direction of :class:`atdiff.Adversary`, taken at delta = 0.
 
-    Arguments and errors are those of :func:`atdiff.measure.robustness.measure_robustness`; a part is a level and a
-    batch. A record holds ``t``, ``level``, ``alpha``, ``sigma``, ``direction``, and
+    Takes the arguments and raises the errors of :func:`atdiff.measure.robustness.measure_robustness`; progress counts
+    levels and batches. A record holds ``t``, ``level``, ``alpha``, ``sigma``, ``direction``, and
 
     - ``cosine``, ``cosine_p10``, ``cosine_p90``: mean and percentiles over samples of the cosine between the direction
       and ``x0 - x0_hat``, both flattened: 1 points at the truth, -1 away from it. The residual is a positive multiple
       of ``x0 - x0_hat``, so its cosine is 1 by definition;
     - ``loss``, ``loss_after``: the mean squared error of the network's prediction at ``x_t``, and at ``x_t + delta``
-      with the equivariant target, delta a step of norm ``config.step * sigma_t`` along the direction;
-    - ``change``: ``loss_after / loss - 1``: above 0 the step makes the work harder, below 0 easier;
-    - ``harder``: the share of samples whose loss the step raises.
+      with the equivariant target, where delta is a step of norm ``config.step * sigma_t`` along the direction;
+    - ``change``: ``loss_after / loss - 1``; above 0 the step makes denoising harder, below 0 easier;
+    - ``harder``: the fraction of samples whose loss increases.
     """
 
     def columns(batch: DenoisingBatch, generators: list[torch.Generator], advance: Callable[[], None]) -> Tensor:
@@ -81,7 +81,7 @@ def _batch_columns(
     step: float,
     generators: list[torch.Generator],
 ) -> Tensor:
-    """Return cosine, loss and loss after the step of each direction and sample, ``(directions, 3, B)``, on the CPU."""
+    """Return cosine, loss, and loss after the step per direction and sample: ``(directions, 3, B)``, on the CPU."""
     with torch.no_grad():
         clean = objective.compute(model, batch)
     columns = []
@@ -92,14 +92,14 @@ def _batch_columns(
             with torch.no_grad():
                 after = objective.compute(model, batch, delta)
         else:
-            # The very step of training: its look-ahead pass moves delta, and the pass that it yields sees it there.
+            # Exactly the step of training: the look-ahead pass moves delta, and the yielded pass evaluates there.
             adversary = Adversary(step_size=step, passes=2, scale="sigma", method="pgd", direction=direction)
             with torch.enable_grad():
                 next(adversary.passes(objective, model, batch))
             assert adversary.delta is not None
             assert adversary.output is not None
             delta, after = adversary.delta.detach(), adversary.output
-        # The residual is x0 - x0_hat times alpha / sigma, times what the objective leaves open, both positive.
+        # The residual is x0 - x0_hat times alpha / sigma, times a factor of the objective, both positive.
         step_flat, missing = (value.flatten(1).cpu().double() for value in (delta, clean.residual))
         losses = (output.terms["mse"].detach().cpu().double() for output in (clean, after))
         columns.append(torch.stack([cosine_similarity(step_flat, missing, dim=1), *losses]))
@@ -115,7 +115,7 @@ def _summary(cosine: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
         "cosine_p90": high,
         "loss": loss,
         "loss_after": loss_after,
-        # Of means, not a mean of ratios, which a few samples of small loss would rule.
+        # A ratio of means: a few samples with a small loss would dominate a mean of ratios.
         "change": loss_after / loss - 1.0,
         "harder": (after > before).double().mean().item(),
     }
@@ -127,5 +127,5 @@ def directions_of_runs(
     out: Path,
     **options: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
-    """Keep what :func:`measure_directions` finds in ``out/directions.json``; see :func:`~.robustness.probe_runs`."""
+    """Store what :func:`measure_directions` returns in ``out/directions.json``; see :func:`~.robustness.probe_runs`."""
     return probe_runs(runs, config, out, "directions", measure_directions, **options)

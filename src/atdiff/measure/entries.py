@@ -1,4 +1,4 @@
-"""Files of figures: cells of evaluations, and measurements with one entry per run."""
+"""Result files: cells of evaluations, and measurements with one entry per run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ FILES = ("mismatch.json", "robustness.json", "directions.json")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a figure depends on."""
+    """Return the versions of the libraries that results depend on."""
     names = ("atdiff", "torch", "diffusers", "torch-fidelity", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def entry_key(entry: Mapping[str, Any]) -> str:
-    """Return what tells an entry from others: its run and its recipe."""
+    """Return the key of an entry: its run and recipe."""
     return json.dumps({name: value for name, value in entry.items() if name not in NOT_OF_THE_KEY})
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
-    """Return the entries of a file, none where it is missing; refuse other files, and folders used for other things."""
+    """Return the entries of a file, none if it is missing; reject other files, and folders with other content."""
     folder = file.parent
     if not file.exists() and folder.exists():
-        # Hidden files may be left by a killed process.
+        # A killed process may leave hidden files.
         used = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
         if used and not any((folder / name).is_file() for name in FILES):
             raise UserError(f"{folder} is not empty and contains none of {', '.join(FILES)}; choose another --out.")
@@ -39,7 +39,7 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
 
 
 def read_cells(out: Path) -> list[dict[str, Any]]:
-    """Return the cells of an evaluation's file, none where it is missing; refuse a file of anything else."""
+    """Return the cells of an evaluation file, none if it is missing; reject other files."""
     return _read(out, "sampler", "evaluation")
 
 

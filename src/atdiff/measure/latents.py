@@ -1,4 +1,4 @@
-"""Latent pipelines as measurements see them: a network of latents, and true latents with their conditions."""
+"""Latent pipelines for measurements: a network on latents, and real latents with their conditions."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from atdiff.system.quiet import quiet_libraries
 __all__ = ["GuidedNetwork", "LatentRun", "TrueLatents", "check_classes", "latent_run", "prompted", "true_latents"]
 
 ENCODED_AT_ONCE = 8  # images or prompts
-# Of captioned images.
+# Options of reading captioned images.
 READING = ("limit", "split", "caption_column", "crop", "background", "image_column", "labels", "unreadable")
 
 
 class GuidedNetwork(nn.Module):
-    """A network of latents, called ``f(x_t, timesteps, **conditions)`` and guided as its pipeline guides it.
+    """A network on latents, called as ``f(x_t, timesteps, **conditions)`` and guided like its pipeline.
 
-    With ``null`` conditions, of one row each, its output is ``null + scale (conditional - null)`` (`Ho and Salimans
-    <https://arxiv.org/abs/2207.12598>`_), or what else :meth:`Family.guide` makes of the two, from one evaluation of
-    twice the batch. It runs in the type of its weights, and takes and returns float32.
+    With ``null`` conditions (one row each), the output is ``null + scale (conditional - null)`` (`Ho and Salimans
+    <https://arxiv.org/abs/2207.12598>`_), or another combination by :meth:`Family.guide`, from one evaluation at twice
+    the batch size. It computes in the dtype of its weights, and takes and returns float32.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GuidedNetwork(nn.Module):
 
     @property
     def config(self) -> Any:  # noqa: ANN401
-        """The network's."""
+        """The config of the network."""
         return self.network.config
 
     def forward(self, x_t: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:  # noqa: ANN401
@@ -74,7 +74,7 @@ class GuidedNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentRun(TrainedModel):
-    """A text-to-image run whose images are its latents: ``model`` is a :class:`GuidedNetwork`, ``run`` draws images."""
+    """A text-to-image run viewed as a model of latents: ``model`` is a :class:`GuidedNetwork`, ``run`` the original."""
 
     run: TextToImage
 
@@ -85,7 +85,7 @@ class LatentRun(TrainedModel):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """That of the run, but for the prompts, and of a network that is not guided but for the scale."""
+        """The recipe of the run without the prompts, and without the guidance scale if the network does not use it."""
         ours = {name: value for name, value in self.run.recipe.items() if name != "prompts"}
         if self.model.null is None and not self.run.family.is_told_guidance(self.run.model):
             del ours["guidance_scale"]
@@ -93,36 +93,36 @@ class LatentRun(TrainedModel):
 
     @property
     def most_at_once(self) -> int:
-        """Images at a time, so that an autoencoder in float32 fits a common GPU."""
+        """Batch size at which a float32 autoencoder fits on a common GPU."""
         _, height, width = self.run.image_shape
         return max(1, PIXELS // (height * width))
 
     def fingerprints(self) -> dict[str, str]:
-        """The run's."""
+        """Return the fingerprints of the run."""
         return self.run.fingerprints()
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler with the timesteps that the pipeline sets for latents of this size."""
+        """Return the scheduler with the pipeline's timesteps for latents of this size."""
         tokens = self.run.family.tokens(self.run.model, self.image_shape)
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Any) -> None:  # noqa: ANN401
-        """As of the run."""
+        """Check corrections as the run does."""
         self.run.check_corrections(corrections)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images with captions, by number."""
+    """Images with captions, by index."""
 
     name: str
     captions: list[str]
-    images: Callable[[list[int]], Iterable[Tensor]]  # yields those of ascending numbers, uint8 (C, H, W)
-    fingerprint: Callable[[], str]  # which another image, caption or size changes
+    images: Callable[[list[int]], Iterable[Tensor]]  # yields the images at ascending indices, uint8 (C, H, W)
+    fingerprint: Callable[[], str]  # depends on images, captions and size
 
 
 def prompted(data: ImageData, prompts: Sequence[str]) -> Pairs:
-    """Return images that get the prompt of their class, or prompts in turn."""
+    """Return the images with the prompt of their class as caption, or else with the prompts in turn."""
     one_per_class = data.labels is not None and data.num_classes == len(prompts)
     numbers = data.labels.tolist() if one_per_class and data.labels is not None else range(len(data))
     captions = [prompts[number % len(prompts)] for number in numbers]
@@ -135,29 +135,31 @@ def prompted(data: ImageData, prompts: Sequence[str]) -> Pairs:
 
 
 class TrueLatents:
-    """Latents and conditions of images with captions, encoded as they are asked for.
+    """Latents and conditions of captioned images, encoded on demand.
 
     Args:
-        guidance: embedding of the guidance scale that a distilled U-Net is shown, shape ``(1, D)``; None for others.
+        pairs: the captioned images.
+        latent: the pipeline that encodes them.
+        guidance: embedding of the guidance scale for a guidance-distilled U-Net, ``(1, D)``; None for other networks.
     """
 
     def __init__(self, pairs: Pairs, latent: LatentPipeline, guidance: Tensor | None = None) -> None:
         self.pairs, self.latent, self.name = pairs, latent, pairs.name
         self._guidance = guidance
-        self._encoded: dict[str, dict[str, Tensor]] = {}  # conditions by caption, each with one row
+        self._encoded: dict[str, dict[str, Tensor]] = {}  # by caption; each condition has one row
 
     def __len__(self) -> int:
         return len(self.pairs.captions)
 
     def fingerprint(self) -> str:
-        """Return a hash that another image, caption or size changes."""
+        """Return a hash of the images, captions and size."""
         return self.pairs.fingerprint()
 
     def x0(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """Return latents at ``indices``, ``(B,)``, each drawn from its posterior: float32 ``(B, C, h, w)``, on the CPU.
+        """Return latents at ``indices`` ``(B,)``, sampled from their posteriors: float32 ``(B, C, h, w)``, on the CPU.
 
-        The noise of an image's posterior depends on its number alone. In the place of unreadable images others of those
-        drawn are taken, where the former are left out; else they are a ``UserError``.
+        An image's posterior noise depends only on its index. Unreadable images raise a ``UserError``, unless they are
+        skipped; then other drawn images take their place.
         """
         used, places = indices.unique(return_inverse=True)
         numbers = used.tolist()
@@ -171,7 +173,7 @@ class TrueLatents:
         return latents[places % len(latents)]
 
     def conditions(self, indices: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return what the network is told of the captions at ``indices``, ``(B,)``, on the CPU."""
+        """Return the network's conditions for the captions at ``indices`` ``(B,)``, on the CPU."""
         captions = [self.pairs.captions[int(i)] for i in indices]
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._encoded]
         with encoders_on(device, self.latent), quiet_libraries():
@@ -188,10 +190,12 @@ class TrueLatents:
 
 
 def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None) -> LatentRun:
-    """Return a run with its latents as images; ``guided`` as in sampling, which it is not in training.
+    """Return a run viewed as a model of its latents.
 
     Args:
-        image_size: pixels along a side of its images, where the network takes several sizes.
+        run: the run.
+        guided: whether to apply guidance, as in sampling but not in training.
+        image_size: side of its images in pixels, for networks that support several sizes.
     """
     if image_size is not None and run.family.any_size:
         run = replace(run, config={**run.config, "data": {**run.config.get("data", {}), "image_size": image_size}})
@@ -205,12 +209,12 @@ def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None)
 def true_latents(
     run: LatentRun, name: str | None, options: DataOptions = AS_TRAINED, prompts: tuple[str, ...] | None = None
 ) -> TrueLatents:
-    """Return the true latents of a run: of the images ``name``, or those of the training, with captions or prompts.
+    """Return the real latents of a run, from the data set ``name`` or its training data, with captions or prompts.
 
-    Prompts are for images without captions of their own, one per class or in turn; None for those of the training.
+    ``prompts`` are for images without captions, one per class or in turn; None for those of the training.
 
     Raises:
-        UserError: they cannot be loaded, have neither captions nor prompts, or are of unknown classes.
+        UserError: the images cannot be loaded, have neither captions nor prompts, or do not fit the network's classes.
     """
     latent = _pipeline_of(run.run)
     if options.image_size not in (None, latent.image_size):
@@ -249,7 +253,7 @@ def _pairs(run: LatentRun, name: str | None, options: DataOptions, prompts: tupl
 
 
 def check_classes(source: str, classes: int, data: ImageData) -> None:
-    """Raise a ``UserError`` for data without labels, or with more classes than a network knows."""
+    """Raise a ``UserError`` for data without labels, or with more classes than the network has."""
     if data.labels is None or int(data.labels.max()) >= classes:
         found = "no labels" if data.labels is None else f"{data.num_classes} classes"
         raise UserError(
@@ -259,7 +263,7 @@ def check_classes(source: str, classes: int, data: ImageData) -> None:
 
 
 def _own(run: LatentRun, name: str | None, options: DataOptions) -> CaptionedImages:
-    """Return the images with captions of their own; an ``UncaptionedError`` where they have none."""
+    """Load images that come with captions; raise an ``UncaptionedError`` if they have none."""
     latent = _pipeline_of(run.run)
     reading = {key: value for key, value in reading_of(run.run, name, options).items() if key in READING}
     size = {"image_size": latent.image_size, "channels": latent.image_channels}

@@ -1,4 +1,4 @@
-"""The distribution of a network's inputs while sampling against that in training; see :func:`measure_mismatch`."""
+"""Mismatch between a network's input distributions in sampling and in training; see :func:`measure_mismatch`."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from atdiff.system.fingerprint import network_fingerprint
 
 __all__ = ["MismatchConfig", "measure_mismatch", "mismatch_of_runs"]
 
-# The Frechet distance takes the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
+# The Frechet distance needs the eigenvalues of D x D matrices: under a second at D = 784, a minute at 4,096.
 FRECHET_PIXELS = 4_096
 
 
 @dataclass(frozen=True)
 class MismatchConfig(RunsConfig):
-    """Which trajectories are compared with truly noised images, and how; ``num`` is of the samples too."""
+    """Trajectories to compare with noised real images, and how; ``num`` also sets the number of samples."""
 
     sampler: str | None  # None for the default sampler of each run
     steps: int
     num: int = field(default=2048, kw_only=True)
     batch_size: int = field(default=512, kw_only=True)
-    extractor: str | None = field(default="digits-classifier", kw_only=True)  # of the features of ``x0_hat``
-    weights: Path | None = field(default=None, kw_only=True)  # a local file, of the extractor
+    extractor: str | None = field(default="digits-classifier", kw_only=True)  # for features of ``x0_hat``
+    weights: Path | None = field(default=None, kw_only=True)  # local file with the extractor's weights
     correction: str = field(default="none", kw_only=True)
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
-        """Raise a ``UserError``, before any compute, for what cannot be measured on networks of this scheduler."""
+        """Raise a ``UserError``, before any compute, if networks of this scheduler cannot be measured like this."""
         if self.num < 2:
             raise UserError(f"num={self.num} samples are too few for a variance; use 2 or more; 2048 is usual.")
         if self.batch_size < 1:
@@ -73,31 +73,36 @@ def measure_mismatch(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Compare, at every evaluation of a sampler, its ``x_t`` with truly noised images at the same noise level.
+    """Compare a sampler's ``x_t`` with noised real images at the same noise level, at every network evaluation.
 
-    In training a network sees ``alpha_t x0 + sigma_t noise`` of true images, in sampling what its own earlier steps
-    made. The samples are those of ``generate``; true images are drawn with replacement, as other draws, and a
-    class-conditional network samples their labels. Of a latent pipeline both are latents, guided and told the captions
-    as in sampling. Finite sets of one distribution differ too: each figure has a floor (``_floor``), the same figure of
-    a second truly noised set in the place of the samples.
+    In training a network sees ``alpha_t x0 + sigma_t noise`` of real images; in sampling it sees the result of its own
+    earlier steps. The samples are those of ``generate``. Real images are drawn with replacement, with noise independent
+    of the samples', and a class-conditional network samples their labels. For a latent pipeline both are latents,
+    guided and conditioned on the captions as in sampling. Finite sets from one distribution differ too, so each value
+    has a floor (suffix ``_floor``): the same quantity with a second noised real set instead of the samples.
 
     Args:
-        extractor: for ``frechet_features``; else these are left out, as for latents.
+        denoiser: the run.
+        data: its real images or latents.
+        config: settings of the measurement.
+        extractor: for ``frechet_features``, which are otherwise omitted, as for latents.
+        device: where the network runs.
+        notify: called with the progress.
 
     Returns:
         Per evaluation ``t`` (the sampler's timestep), ``level`` (see :func:`atdiff.core.noise.noise_level`), ``alpha``,
-        ``sigma`` and the figures of :func:`_distances`; twice at a timestep of Heun's. The last record, of ``t`` None
-        and level 0, compares the final samples, in [-1, 1], with the images themselves.
+        ``sigma`` and the values of :func:`_distances`; Heun's sampler has two per timestep. The last record, with ``t``
+        None and level 0, compares the final samples, in [-1, 1], with the images themselves.
 
     Raises:
-        UserError: as ``config.check``, or images or labels that do not fit the network.
+        UserError: as for ``config.check``, or images or labels do not fit the network.
         FloatingPointError: the samples are not finite.
     """
     _check_run(denoiser, data, config)
     if isinstance(denoiser.model, nn.Module):
         denoiser.model.to(device)
     sampler, batches = config.sampler_for(denoiser.scheduler), -(-config.num // config.at_once(denoiser))
-    advance = counted(notify, 3 * denoiser.evaluations(sampler, config.steps) * batches)  # samples and two true sets
+    advance = counted(notify, 3 * denoiser.evaluations(sampler, config.steps) * batches)  # samples and two real sets
     keep = extractor is not None
     sets = [_TrueImages(denoiser, data, config, number, device) for number in (0, 1)]
     sampling = _Probe(make_correction(config.correction), keep, advance)
@@ -106,7 +111,7 @@ def measure_mismatch(
     schedule, timesteps = NoiseSchedule(denoiser.scheduler), scheduler.timesteps
     records = []
     for i, t in enumerate(timesteps):
-        # As the network was told it: an EDM sampler may count its timesteps in other units.
+        # The time as passed to the network: an EDM sampler may count its timesteps in other units.
         told = network_time(scheduler, t)
         true = [images.shown(told, _Probe(None, keep, advance)) for images in sets]
         compared = _compare(_Seen.cat(sampling.seen[i :: len(timesteps)]), *true, extractor=extractor)
@@ -119,7 +124,7 @@ def measure_mismatch(
 def _sampled(
     denoiser: TrainedModel, config: MismatchConfig, true: _TrueImages, probe: _Probe, device: torch.device | str
 ) -> Tensor:
-    """Return the samples for the labels or captions of true images."""
+    """Return samples for the labels or captions of the real images."""
     sampler = config.sampler_for(denoiser.scheduler)
     if not isinstance(denoiser, LatentRun):
         return generate(
@@ -157,9 +162,9 @@ def mismatch_of_runs(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Keep what :func:`measure_mismatch` finds in ``out/mismatch.json``; see :func:`~atdiff.measure.runs.measure_runs`.
+    """Store :func:`measure_mismatch` of runs in ``out/mismatch.json``; see :func:`~atdiff.measure.runs.measure_runs`.
 
-    An entry also names the figures that are ``left_out``, and why.
+    An entry also lists the distances that are ``left_out``, and why.
     """
 
     def check(denoiser: TrainedModel, data: TrueData) -> None:
@@ -194,7 +199,7 @@ def mismatch_of_runs(
 def _left_out(
     denoiser: TrainedModel, config: MismatchConfig, extractor: FeatureExtractorBase | None, record: dict[str, Any]
 ) -> list[str]:
-    """Return what a record lacks, and why, one line each."""
+    """Return one line for each distance that a record lacks, with the reason."""
     pixels, few = math.prod(denoiser.image_shape), f"the {config.num} samples are fewer than its"
     lines = []
     if pixels > FRECHET_PIXELS:
@@ -209,21 +214,21 @@ def _left_out(
 
 
 class _Seen(NamedTuple):
-    """Inputs of the network and what it makes of them, on the CPU."""
+    """Inputs of the network and its predictions, on the CPU."""
 
     x: Tensor  # (N, C, H, W), in the schedule's coordinates
-    noise_norm: Tensor | None  # (N,), of noise_hat
-    clean: Tensor | None  # x0_hat, uint8, like x
+    noise_norm: Tensor | None  # norm of noise_hat, (N,)
+    clean: Tensor | None  # x0_hat, uint8, same shape as x
 
     @classmethod
     def cat(cls, batches: Sequence[_Seen]) -> _Seen:
-        """Join batches of one timestep."""
+        """Concatenate the batches of one timestep."""
         columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True)]
         return cls(*columns)
 
 
 class _Probe(Correction):
-    """A correction that keeps what passes through it, and changes only what another one changes."""
+    """Wraps a correction, and records inputs and predictions without changing them."""
 
     def __init__(self, inner: Correction | None, keep_clean: bool, advance: Callable[[], None]) -> None:
         self.inner, self.keep_clean, self.advance = inner or Correction(), keep_clean, advance
@@ -252,7 +257,7 @@ class _Probe(Correction):
 
 
 class _TrueImages:
-    """Images, or latents, drawn from the data, each with its own noise, which is the same at every timestep."""
+    """Real images or latents drawn from the data, each with its own noise, the same at every timestep."""
 
     def __init__(
         self, denoiser: TrainedModel, data: TrueData, config: MismatchConfig, number: int, device: torch.device | str
@@ -270,12 +275,12 @@ class _TrueImages:
         self.noise = torch.from_numpy(rng.standard_normal(self.x0.shape, dtype=np.float32))
 
     def batches(self) -> list[slice]:
-        """Return the places of each batch."""
+        """Return the slice of each batch."""
         num = len(self.indices)
         return [slice(start, min(start + self.batch_size, num)) for start in range(0, num, self.batch_size)]
 
     def conditions(self, part: slice) -> dict[str, Tensor]:
-        """Return what the network is told of a batch, on the device."""
+        """Return the network's conditions for a batch, on the device."""
         if isinstance(self.data, TrueLatents):
             found = self.data.conditions(self.indices[part], self.device)
         else:
@@ -283,7 +288,7 @@ class _TrueImages:
         return {name: value.to(self.device) for name, value in found.items()}
 
     def shown(self, t: Tensor, probe: _Probe) -> _Seen:
-        """Show the images, noised to the timestep ``t``, to the network, and return what the probe keeps of it."""
+        """Run the network on the images noised to timestep ``t``, and return what the probe recorded."""
         scheduler = self.denoiser.scheduler
         schedule = NoiseSchedule(scheduler)
         prediction_type = resolve_prediction_type(schedule, scheduler)
@@ -294,13 +299,13 @@ class _TrueImages:
             x_t = schedule.add_noise(x0, noise, timesteps)
             inputs = prediction.network_input(x_t, schedule.levels(timesteps, x_t)[1])
             output = predict(self.denoiser.model, inputs, timesteps, self.conditions(batch))
-            # Channels beyond those of the images are a learned variance.
+            # Further output channels are a learned variance.
             probe(output[:, : x0.shape[1]], x_t, timesteps, schedule, prediction_type)
         return _Seen.cat(probe.seen)
 
 
 class _Points(NamedTuple):
-    """What distances are taken of, float64."""
+    """Inputs of the distances, float64."""
 
     x: Tensor  # (N, D)
     noise_norm: Tensor | None  # (N,)
@@ -315,26 +320,26 @@ class _Points(NamedTuple):
 
 
 def _compare(sampled: _Seen, true: _Seen, again: _Seen, *, extractor: FeatureExtractorBase | None) -> dict[str, float]:
-    """Return the figures of the sampler's set, and as floors those of the second true set."""
+    """Return the distances of the samples to the real set, and those of the second real set as floors."""
     samples, reference, others = (_Points.of(seen, extractor) for seen in (sampled, true, again))
-    fits: dict[str, GaussianFit] = {}  # of the true set, which both are compared with
+    fits: dict[str, GaussianFit] = {}  # of the reference set, shared by both comparisons
     floors = _distances(others, reference, fits)
     return _distances(samples, reference, fits) | {f"{name}_floor": value for name, value in floors.items()}
 
 
 def _distances(points: _Points, true: _Points, fits: dict[str, GaussianFit]) -> dict[str, float]:
-    """Return the figures of points ``x`` against true ones ``y``, of ``D`` values in the units of the schedule's x_t.
+    """Compare points ``x`` with real ones ``y``, each of ``D`` values in the units of the schedule's x_t.
 
     - ``mean_bias``: ``||mean(x) - mean(y)||_2 / sqrt(D)``;
-    - ``variance_ratio``, ``variance_bias``: the mean over pixels of ``var(x)``, over and minus that of ``var(y)``;
-    - ``sliced_wasserstein``: the distance over 256 projections;
-    - ``frechet_pixels``: of Gaussian fits; left out above 4,096 values, and where a set has fewer samples than values;
+    - ``variance_ratio``, ``variance_bias``: ratio and difference of the mean over pixels of ``var(x)`` and ``var(y)``;
+    - ``sliced_wasserstein``: sliced Wasserstein distance over 256 projections;
+    - ``frechet_pixels``: between Gaussian fits; omitted if D > 4,096 or a set has fewer than D samples;
     - ``noise_norm_ratio``, ``noise_norm_std_ratio``: mean and standard deviation of ``||noise_hat||_2`` at ``x`` over
-      those at ``y``: the exposure bias of `Ning et al. <https://arxiv.org/abs/2308.15321>`_, section 3;
-    - ``frechet_features``: of the features of ``x0_hat`` in 8 bits; left out where a set has fewer samples than those.
+      those at ``y``, the exposure bias of `Ning et al. <https://arxiv.org/abs/2308.15321>`_, section 3;
+    - ``frechet_features``: between features of ``x0_hat`` in 8 bits; omitted if a set has fewer samples than features.
     """
     bias = points.x.mean(dim=0) - true.x.mean(dim=0)
-    # A ratio of means, not a mean of ratios: a pixel that hardly varies in the data would outweigh all others.
+    # A ratio of means: in a mean of ratios, a pixel that hardly varies in the data would dominate.
     variance, true_variance = points.x.var(dim=0).mean().item(), true.x.var(dim=0).mean().item()
     out = {
         "mean_bias": bias.square().mean().sqrt().item(),
@@ -353,7 +358,7 @@ def _distances(points: _Points, true: _Points, fits: dict[str, GaussianFit]) -> 
 
 
 def _frechet(name: str, x: Tensor, true: Tensor, fits: dict[str, GaussianFit]) -> dict[str, float]:
-    """Return the distance by its name; nothing where there are fewer samples than dimensions."""
+    """Return the Frechet distance under its name; empty with fewer samples than dimensions."""
     if min(len(x), len(true)) < true.shape[1]:
         return {}
     if name not in fits:
@@ -363,7 +368,7 @@ def _frechet(name: str, x: Tensor, true: Tensor, fits: dict[str, GaussianFit]) -
 
 def _check_run(denoiser: TrainedModel, data: TrueData, config: MismatchConfig) -> None:
     config.check(denoiser.scheduler)
-    if isinstance(data, TrueLatents):  # which were encoded by the pipeline itself
+    if isinstance(data, TrueLatents):  # encoded by the pipeline itself, so they fit
         return
     shape, classes = tuple(data.images.shape[1:]), denoiser.num_classes
     if shape != tuple(denoiser.image_shape):

@@ -1,4 +1,4 @@
-"""What a person sees while cells are evaluated."""
+"""Progress display of evaluations."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def cell_progress(what: str = "cells", *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes the number of cells (or ``what``) done and in all, and shows both.
+    """Yield a function that shows progress, given the number of cells (or ``what``) done and in total.
 
-    As a bar, or without a terminal as a line every ten seconds.
+    Shows a bar, or without a terminal a line every ten seconds.
     """
-    console = Console(stderr=not shows_bars(Console()))  # lines stay out of what a command prints
+    console = Console(stderr=not shows_bars(Console()))  # keeps progress lines out of the command's output
     if not shows_bars(console):
         yield _lines(what, console) if show else lambda done, total: None
         return

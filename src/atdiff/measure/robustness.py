@@ -1,4 +1,4 @@
-"""Worst-case denoising loss against the radius of the perturbation, for each noise level."""
+"""Worst-case denoising loss as a function of the perturbation radius, at each noise level."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ __all__ = [
     "noised_batches", "objective_of", "place_of", "probe_runs", "robustness_of_runs", "worst_case_loss",
 ]  # fmt: skip
 
-# Of radius / steps: a walk can cross the whole ball, and turn along its border (Madry et al.).
+# Step size in units of radius / steps: lets a walk cross the whole ball and move along its boundary (Madry et al.).
 STEP_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
 class ProbeConfig(RunsConfig):
-    """At which noise levels a network is probed."""
+    """Noise levels at which a network is probed."""
 
-    # Above 0 (data) and below 1 (noise), ``2 / pi * atan(sigma / alpha)``; each stands for the nearest timestep.
+    # ``2 / pi * atan(sigma / alpha)``, above 0 (data) and below 1 (noise); each selects the nearest timestep.
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
     def check(self) -> None:
-        """Raise a ``UserError``, before any compute, for a value that is unknown or out of its range."""
+        """Raise a ``UserError``, before any compute, for an unknown value or one out of range."""
         if not self.levels or not all(0.0 < level < 1.0 for level in self.levels):
             raise UserError(f"levels={self.levels} must be one number or more above 0 (data) and below 1 (noise).")
         self._check_positive("num", "batch_size")
@@ -57,13 +57,13 @@ class ProbeConfig(RunsConfig):
 
 @dataclass(frozen=True)
 class RobustnessConfig(ProbeConfig):
-    """What the worst case is taken over, and how it is sought."""
+    """Set of perturbations for the worst case, and how it is searched."""
 
-    norm: Norm = "l2"  # of the perturbation of an image, flattened
-    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # of ``sigma_t``; sorted, and 0 is among them
-    steps: int = 20  # of the gradient, from each start
-    restarts: int = 2  # starts: no perturbation, then random points of norm ``radius``
-    target: Target = "equivariant"  # the worst case of adversarial training's objective; or ``invariant``
+    norm: Norm = "l2"  # of an image's perturbation, flattened
+    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # in units of ``sigma_t``; sorted, with 0 added
+    steps: int = 20  # gradient steps from each start
+    restarts: int = 2  # number of starts: no perturbation, then random points of norm ``radius``
+    target: Target = "equivariant"  # the inner maximum of adversarial training; or ``invariant``
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "radii", tuple(sorted({0.0, *self.radii})))
@@ -94,21 +94,28 @@ def worst_case_loss(
     generator: torch.Generator | list[torch.Generator] | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Seek ``max loss(x_t + delta)`` over ``||delta|| <= radius`` for each sample by projected gradient ascent.
+    """Maximise ``loss(x_t + delta)`` over ``||delta|| <= radius`` for each sample by projected gradient ascent.
 
-    The loss is the unweighted squared error of the network's own prediction, a mean over its values (``terms["mse"]``).
-    With the equivariant target, delta moves the target too and is differentiated through it: the inner maximum of
-    `Wang et al. <https://arxiv.org/abs/2502.17099>`_. The ascent is that of `Madry et al.
-    <https://arxiv.org/abs/1706.06083>`_, with steps of ``2.5 radius / steps``. The best of all points visited is
-    returned, among them delta = 0: a lower bound of the maximum, and never below the clean loss.
+    The loss is the unweighted mean squared error of the network's own prediction (``terms["mse"]``). With the
+    equivariant target, delta also shifts the target and the gradient flows through it: the inner maximum of `Wang et
+    al. <https://arxiv.org/abs/2502.17099>`_. The ascent is that of `Madry et al.
+    <https://arxiv.org/abs/1706.06083>`_, with steps of ``2.5 radius / steps``. Returns the best of all visited points,
+    including delta = 0: a lower bound on the maximum that is never below the clean loss.
 
     Args:
-        radius: ``(B,)``, not negative, in the units of ``x_t``.
-        generator: of the random starts; one, or one per sample, so that the batch size does not matter.
-        start: ``(B, ...)``, a further start, such as the worst case at a smaller radius.
+        objective: the loss.
+        model: the network.
+        batch: noised images.
+        radius: ``(B,)``, not negative, in units of ``x_t``.
+        norm: norm of the perturbation.
+        steps: gradient steps from each start.
+        restarts: number of starts: delta = 0, then random points of norm ``radius``.
+        target: whether delta shifts the target (``equivariant``) or not (``invariant``).
+        generator: for the random starts; with one per sample, results do not depend on the batch size.
+        start: ``(B, ...)``, an additional start, such as the worst case at a smaller radius.
 
     Returns:
-        The losses, ``(B,)``, and the perturbations where they are reached, ``(B, ...)``.
+        The losses, ``(B,)``, and the perturbations that reach them, ``(B, ...)``.
     """
     best, worst = torch.full_like(batch.sigma, -math.inf), torch.zeros_like(batch.x0)
     walks = [(worst, 0)]
@@ -118,23 +125,23 @@ def worst_case_loss(
             normal = randn_tensor(tuple(worst.shape), generator=generator, device=worst.device, dtype=worst.dtype)
             starts.append(steepest_step(normal, radius, norm))
         walks += [(delta, steps) for delta in starts]
-    # Its steps of training, but for bounds that differ between samples.
+    # The steps of training, except that each sample has its own bound.
     adversary = Adversary(norm, STEP_FACTOR / max(steps, 1), steps + 1, radius=1.0, scale=lambda alpha, sigma: radius,
                           direction="gradient_full", target=target)  # fmt: skip
     forward = Forward(adversary, objective, model)
     with evaluating(model):
         for delta, length in walks:
             for loss, reached in forward.walk(batch, delta, length, lambda output: output.terms["mse"]):
-                better = loss > best  # false for what is not a number
+                better = loss > best  # False for nan
                 best, worst = torch.where(better, loss, best), torch.where(expand(better, worst), reached, worst)
     return best, worst
 
 
 def doubling_radius(radii: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the smallest radius at which the loss is twice that at ``radii[0]``, infinity where none is.
+    """Return the smallest radius at which the loss is twice that at ``radii[0]``; infinity if it never is.
 
-    Radii ascend from 0, and the mean worst-case losses never fall; between them the logarithm of the loss is taken to
-    be linear in the radius.
+    Radii ascend from 0 and the mean worst-case losses never fall; between radii, the logarithm of the loss is
+    interpolated linearly.
     """
     doubled = 2.0 * losses[0]
     above = next((i for i, loss in enumerate(losses) if loss >= doubled), None)
@@ -156,23 +163,26 @@ def measure_robustness(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Return one record for each noise level: the mean worst-case loss at each radius, and where it has doubled.
+    """Return one record per noise level: the mean worst-case loss at each radius, and the radius where it doubles.
 
-    The worst case of a sample at one radius is a start of the ascent at the next, so a curve never falls. Image and
-    noise ``i`` are the same at all levels and for all networks. A record holds ``t`` (the timestep), ``level``,
-    ``alpha``, ``sigma``; the lists ``radius_sigma`` and ``radius`` (in units of ``sigma_t`` and of ``x_t``) and
-    ``loss`` (the mean over samples); ``doubling_radius_sigma`` and ``doubling_radius`` (see :func:`doubling_radius`),
-    None where the loss does not double within the largest radius.
+    A sample's worst case at one radius is a start of the ascent at the next, so a curve never falls. Image and noise
+    ``i`` are the same at all levels and for all networks. A record holds ``t`` (the timestep), ``level``, ``alpha``,
+    ``sigma``; the lists ``radius_sigma`` and ``radius`` (in units of ``sigma_t`` and ``x_t``) and ``loss`` (the mean
+    over samples); ``doubling_radius_sigma`` and ``doubling_radius`` (see :func:`doubling_radius`), None if the loss
+    does not double within the largest radius.
 
     Args:
-        model: the network, on ``device``. A module runs in evaluation mode and is put back after; its weights get no
-            gradient.
-        x0: clean images in [-1, 1], ``(N, C, H, W)``; ``config.num`` and ``config.data`` are the caller's to resolve.
+        objective: the plain objective of the network.
+        model: the network, on ``device``. A module runs in evaluation mode and is restored afterwards; its weights get
+            no gradient.
+        x0: clean images in [-1, 1], ``(N, C, H, W)``; the caller applies ``config.num`` and ``config.data``.
+        config: settings of the measurement.
         conditions: further arguments of the network, with samples along their first axis.
-        notify: called with the number of parts (level, batch and radius) done and in all.
+        device: where the network runs.
+        notify: called with the number of parts (level, batch and radius) done and in total.
 
     Raises:
-        UserError: as ``config.check``.
+        UserError: as for ``config.check``.
         FloatingPointError: the clean loss of a sample is not finite.
     """
     parts = len(config.radii)
@@ -216,9 +226,9 @@ def by_level(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> Iterator[tuple[dict[str, float], Tensor]]:
-    """Yield the place of each noise level, and what is measured there of all samples, ``(..., N)``, all finite.
+    """Yield for each noise level :func:`place_of` it and the measured values of all samples, ``(..., N)``, all finite.
 
-    ``measure`` takes a batch, a generator for each sample, and what to call after each of its ``parts``.
+    ``measure`` takes a batch, a generator per sample, and a function to call after each of its ``parts``.
     """
     config.check()
     advance = counted(notify, len(config.levels) * -(-len(x0) // config.batch_size) * parts)
@@ -246,9 +256,9 @@ def noised_batches(
     conditions: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[DenoisingBatch, list[torch.Generator]]]:
-    """Yield ``x0`` in batches, all at one timestep (0-d), and a generator for each sample for what is random after.
+    """Yield ``x0`` in noised batches, all at one timestep (0-d), with a generator per sample for further randomness.
 
-    Noise ``i`` depends on ``config.seed`` and ``i`` alone, whatever the timestep, the network and the batch size.
+    Noise ``i`` depends only on ``config.seed`` and ``i``, not on the timestep, the network or the batch size.
     """
     for start in range(0, len(x0), config.batch_size):
         part = slice(start, start + config.batch_size)
@@ -274,7 +284,7 @@ def objective_of(denoiser: TrainedModel) -> DenoisingObjective:
 def draw_images(
     denoiser: TrainedModel, data: TrueData, config: ProbeConfig, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and what the network is told."""
+    """Draw ``config.num`` images, float32 ``(num, C, H, W)`` in [-1, 1], or latents, and their network conditions."""
     indices = torch.from_numpy(np.random.default_rng(config.seed).integers(len(data), size=config.num))
     if isinstance(data, TrueLatents):
         return data.x0(indices, device), data.conditions(indices, device)
@@ -290,7 +300,7 @@ def robustness_of_runs(
     out: Path,
     **options: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
-    """Keep what :func:`measure_robustness` finds of runs in ``out/robustness.json``; see :func:`probe_runs`."""
+    """Store what :func:`measure_robustness` returns in ``out/robustness.json``; see :func:`probe_runs`."""
     return probe_runs(runs, config, out, "robustness", measure_robustness, **options)
 
 
@@ -304,15 +314,15 @@ def probe_runs(
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Measure runs, as :func:`atdiff.measure.runs.measure_runs` does, by a function like :func:`measure_robustness`.
+    """Run :func:`atdiff.measure.runs.measure_runs` with a function like :func:`measure_robustness`.
 
-    Of a latent pipeline the latents are probed, with the captions of the images and without guidance, as in training.
+    Latent pipelines are probed on latents, with the images' captions and without guidance, as in training.
     """
     config.check()
-    settings = json.loads(json.dumps(asdict(config)))  # lists for tuples, as they are read back
+    settings = json.loads(json.dumps(asdict(config)))  # tuples become lists, as when read back
     for of_the_subject in ("data", "reading", "prompts", "batch_size", "variant"):
         del settings[of_the_subject]
-    # In the order of the files of earlier versions, by which their entries are known.
+    # Keep the key order of earlier versions, since entry keys depend on it.
     settings = {"sample_seed": settings.pop("seed"), "levels": settings.pop("levels"), **settings}
 
     def check(denoiser: TrainedModel, data: TrueData) -> None:

@@ -1,4 +1,4 @@
-"""Measurements of runs, kept in a file: what is missing there, or is no longer true, is measured run by run."""
+"""Measurements of runs, stored in a file; only missing or stale ones are measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "what_changed",
 ]  # fmt: skip
 
-Notify = Callable[[int, int], None]  # of parts done, and in all
+Notify = Callable[[int, int], None]  # takes the number of parts done and in total
 TrueData = ImageData | TrueLatents
 
 CHANGED = {
@@ -42,15 +42,17 @@ def silent(done: int, total: int) -> None:
 
 
 def counted(notify: Notify, total: int) -> Callable[[], None]:
-    """Return a function that tells ``notify`` of one part more."""
+    """Return a function that reports one more finished part to ``notify``."""
     counter = itertools.count(1)
     return lambda: notify(next(counter), total)
 
 
 def what_changed(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str | None:
-    """Return in words what changed since a figure was computed, None where nothing did.
+    """Describe what changed since a result was computed; None if nothing did.
 
-    Fingerprints are those that it was kept with (None of versions that kept none), and those of the same things today.
+    Args:
+        then: the fingerprints stored with the result; None from versions that stored none.
+        now: the current fingerprints.
     """
     if then is None:
         return "an earlier version did not note of which weights and images it is"
@@ -62,43 +64,43 @@ def what_changed(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str 
 
 
 def say(line: str) -> None:
-    """Print one line to stderr, above a progress bar; of many processes the main one does."""
+    """Print one line to stderr, above a progress bar, from the main process only."""
     if is_main():
         print(f"atdiff: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """Which images networks are measured on."""
+    """Images that networks are measured on, and how the networks are loaded."""
 
     num: int = 256  # drawn from the data with replacement
-    seed: int = 0  # of the images and of all noise
-    data: str | None = None  # None for the data of each run
-    reading: DataOptions = AS_TRAINED  # where it is another than in training
-    prompts: tuple[str, ...] | None = None  # of images without captions: one per class or in turn; None as in training
-    usual_prompts: tuple[str, ...] | None = None  # of pipelines, in the place of those of their training
-    guidance_scale: float | None = None  # None for that of each run's training, or the usual one
-    batch_size: int = 256  # no figure depends on it
-    variant: str | None = None  # of the weights of pipelines, such as ``fp16``; training folders know their own
+    seed: int = 0  # of the images and all noise
+    data: str | None = None  # None for each run's own data
+    reading: DataOptions = AS_TRAINED  # how to read the data, if not as in training
+    prompts: tuple[str, ...] | None = None  # for images without captions: one per class or in turn; None as in training
+    usual_prompts: tuple[str, ...] | None = None  # of pipelines, instead of those of their training
+    guidance_scale: float | None = None  # None for that of each run's training, or the default
+    batch_size: int = 256  # does not affect results
+    variant: str | None = None  # variant of pipeline weights, such as ``fp16``; training folders know their own
 
     def at_once(self, denoiser: TrainedModel) -> int:
-        """Return the batch size, of latents no more than the memory holds."""
+        """Return the batch size, limited for latents to what fits in memory."""
         return min(self.batch_size, denoiser.most_at_once) if isinstance(denoiser, LatentRun) else self.batch_size
 
 
 class Prepared(NamedTuple):
-    """A measurement of one run that is ready to be taken."""
+    """A measurement of one run, ready to execute."""
 
     settings: Mapping[str, Any]  # its part of the recipe
-    measure: Callable[[Notify], tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]  # records, and what else to keep
-    features: Mapping[str, str]  # the fingerprint of a feature network, where there is one
+    measure: Callable[[Notify], tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]  # records, extra keys to store
+    features: Mapping[str, str]  # fingerprint of the feature network, if any
 
 
 def open_subject(run: str, config: RunsConfig, *, guided: bool) -> tuple[TrainedModel, TrueData]:
-    """Load a run and the true data that it is held against; a latent pipeline as a network of latents.
+    """Load a run and its real data; a latent pipeline as a network on latents.
 
-    Such a network is ``guided`` as in sampling, or not as in training. What cannot be loaded or does not fit is a
-    ``UserError``.
+    Such a network is ``guided``, as in sampling, or not, as in training. Raises a ``UserError`` if something cannot be
+    loaded or does not fit.
     """
     denoiser = load_denoiser(run, variant=config.variant, guidance_scale=config.guidance_scale)
     if isinstance(denoiser, TextToImage):
@@ -123,21 +125,23 @@ def measure_runs(
     guided: bool = False,
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
-    """Measure every run that ``out/NAME.json`` does not hold yet, or held before it changed; write it after each.
+    """Measure every run that is missing or stale in ``out/NAME.json``, and write the file after each.
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        out: a folder, made or resumed.
-        check: raises a ``UserError`` for a run and true data that cannot be measured.
-        prepare: called with each run and its data once all are checked, before anything is measured.
+        config: settings of the images and of loading.
+        out: a folder, created or resumed.
+        name: name of the measurement.
+        check: raises a ``UserError`` for a run and data that cannot be measured.
+        prepare: called with each run and its data after all checks, before anything is measured.
         guided: see :func:`open_subject`.
-        notify: called with the number of parts done and in all, of the runs that are missing.
+        notify: called with the number of parts done and in total, over the runs to measure.
 
     Raises:
         UserError: a run cannot be loaded or measured, or ``out`` holds something else.
 
     Returns:
-        One entry per run, in the order of ``runs``: ``run``, the recipe of its figures, and ``records``.
+        One entry per run, in the order of ``runs``: ``run``, its recipe, and ``records``.
     """
     entries = _Entries(out / f"{name}.json")
     subjects = [open_subject(run, config, guided=guided) for run in dict.fromkeys(runs)]
@@ -169,14 +173,14 @@ def _recipe(denoiser: TrainedModel, data: TrueData, config: RunsConfig, prepared
 
 
 class _Entries:
-    """The measurements of a file."""
+    """The measurements in a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.by_key = {entry_key(entry): entry for entry in read_entries(file)}
 
     def missing(self, recipes: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the numbers of what is to be measured; say what changed, and mark what else of a run is stale."""
+        """Return the indices of recipes to measure; print what changed, and mark the runs' other stale entries."""
         numbers = []
         for number, recipe in enumerate(recipes):
             entry = self.by_key.get(entry_key(recipe))
@@ -196,6 +200,6 @@ class _Entries:
         return numbers
 
     def add(self, recipe: Mapping[str, Any], records: Sequence[Mapping[str, Any]], further: Mapping[str, Any]) -> None:
-        """Put a measurement in, in the place of a stale one, and write the file."""
+        """Add a measurement, replacing a stale one, and write the file."""
         self.by_key[entry_key(recipe)] = {**recipe, **further, "records": list(records)}
         write_json(self.file, list(self.by_key.values()))

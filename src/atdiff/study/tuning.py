@@ -33,7 +33,8 @@ SEED = 4_200
 MOST_REPEATS = 93  # 4293 is the largest sampling seed; see atdiff.sampling.generate.image_generators
 DOSES = (0.05, 0.1, 0.2, 0.4)
 NOISES = 6  # of explorative modelling: best on the epsilon MLP; 9, best on the flow and v MLPs, cost one more pass
-# Settings of ``objective`` that exclude each other: a copy of atdiff.objectives.noising.NOISINGS, which imports torch.
+# Settings of ``objective`` that couple noise with images, at most one per run: those in
+# atdiff.objectives.noising.NOISINGS, which imports torch.
 COUPLINGS = ("ot", "nearest", "explorative")
 RUNGS = 3  # an arm's passes double from one rung to the next
 MOST_PASSES = 1_000  # per arm, by default
