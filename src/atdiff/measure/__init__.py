@@ -1,1 +1,1 @@
-"""What is measured of trained models: figures by cell, mismatch, robustness and directions."""
+"""Measurements of trained models: metrics by cell, mismatch, robustness and directions."""

@@ -222,10 +222,7 @@ def cells_of_run(
 
     Args:
         run: a training folder, which may have moved.
-        file: the cells.
         weights: local weight files by extractor, as used in the evaluation.
-        device: device to sample and evaluate on.
-        notify: called with the progress.
 
     Raises:
         UserError: the file holds no cells of the run, or a cell that its stored settings do not reproduce.

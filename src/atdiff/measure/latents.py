@@ -138,8 +138,6 @@ class TrueLatents:
     """Latents and conditions of captioned images, encoded on demand.
 
     Args:
-        pairs: the captioned images.
-        latent: the pipeline that encodes them.
         guidance: embedding of the guidance scale for a guidance-distilled U-Net, ``(1, D)``; None for other networks.
     """
 
@@ -193,7 +191,6 @@ def latent_run(run: TextToImage, *, guided: bool, image_size: int | None = None)
     """Return a run viewed as a model of its latents.
 
     Args:
-        run: the run.
         guided: whether to apply guidance, as in sampling but not in training.
         image_size: side of its images in pixels, for networks that support several sizes.
     """

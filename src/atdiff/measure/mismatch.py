@@ -82,12 +82,7 @@ def measure_mismatch(
     has a floor (suffix ``_floor``): the same quantity with a second noised real set instead of the samples.
 
     Args:
-        denoiser: the run.
-        data: its real images or latents.
-        config: settings of the measurement.
         extractor: for ``frechet_features``, which are otherwise omitted, as for latents.
-        device: where the network runs.
-        notify: called with the progress.
 
     Returns:
         Per evaluation ``t`` (the sampler's timestep), ``level`` (see :func:`atdiff.core.noise.noise_level`), ``alpha``,

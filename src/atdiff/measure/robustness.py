@@ -103,14 +103,7 @@ def worst_case_loss(
     including delta = 0: a lower bound on the maximum that is never below the clean loss.
 
     Args:
-        objective: the loss.
-        model: the network.
-        batch: noised images.
         radius: ``(B,)``, not negative, in units of ``x_t``.
-        norm: norm of the perturbation.
-        steps: gradient steps from each start.
-        restarts: number of starts: delta = 0, then random points of norm ``radius``.
-        target: whether delta shifts the target (``equivariant``) or not (``invariant``).
         generator: for the random starts; with one per sample, results do not depend on the batch size.
         start: ``(B, ...)``, an additional start, such as the worst case at a smaller radius.
 
@@ -172,13 +165,10 @@ def measure_robustness(
     does not double within the largest radius.
 
     Args:
-        objective: the plain objective of the network.
         model: the network, on ``device``. A module runs in evaluation mode and is restored afterwards; its weights get
             no gradient.
         x0: clean images in [-1, 1], ``(N, C, H, W)``; the caller applies ``config.num`` and ``config.data``.
-        config: settings of the measurement.
         conditions: further arguments of the network, with samples along their first axis.
-        device: where the network runs.
         notify: called with the number of parts (level, batch and radius) done and in total.
 
     Raises:

@@ -129,9 +129,7 @@ def measure_runs(
 
     Args:
         runs: training folders, pipeline folders or hub ids.
-        config: settings of the images and of loading.
         out: a folder, created or resumed.
-        name: name of the measurement.
         check: raises a ``UserError`` for a run and data that cannot be measured.
         prepare: called with each run and its data after all checks, before anything is measured.
         guided: see :func:`open_subject`.
