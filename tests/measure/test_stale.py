@@ -162,7 +162,7 @@ def test_cells_of_earlier_versions_are_not_trusted(folder: Path, capsys: pytest.
     Path("cells.json").write_text(json.dumps(old))
     capsys.readouterr()
     assert [cell["metrics"] for cell in evaluated("cells.json", "--steps", "2")] == [cells[0]["metrics"]]
-    assert "run ddim 2: an earlier version did not note" in capsys.readouterr().err
+    assert "run ddim 2: it is from an earlier version" in capsys.readouterr().err
 
 
 def test_search_follows_the_weights(folder: Path) -> None:
@@ -254,7 +254,7 @@ def test_changes_are_described_in_words() -> None:
     assert what_changed({}, now) == (
         "the weights, the reference images and the weights of the feature network changed since"
     )
-    assert "did not note" in str(what_changed(None, now))
+    assert "did not record" in str(what_changed(None, now))
 
 
 # Latent pipelines: every part counts.
@@ -394,7 +394,7 @@ def test_arms_of_another_base_are_rejected(
     _reweigh(study / "seed-0" / "base")
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "started from other weights than" in error
+    assert "started from different weights than" in error
     assert str(study / "seed-0" / "plain") in error or str(study / "seed-0" / "at") in error
 
 

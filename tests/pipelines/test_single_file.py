@@ -83,7 +83,7 @@ def test_study_arms_start_from_the_same_file(single: Path, sd_folder: Path, tmp_
     (tmp_path / ORIGINS).write_text(json.dumps(began))
     assert _check_origins(tmp_path, [stage]) == began
     save_file({name: value + 1e-3 for name, value in load_file(single).items()}, file)
-    with pytest.raises(UserError, match=f"was started from other weights than {file} has now"):
+    with pytest.raises(UserError, match=f"was started from different weights than {file} has now"):
         _check_origins(tmp_path, [stage])
 
 

@@ -322,7 +322,7 @@ def test_arms_trained_on_different_images_are_not_compared(
     capsys.readouterr()
     assert main(["compare", "one", "other", "--metrics", "sliced_wasserstein", "--out", "x.html"]) == 2
     error = capsys.readouterr().err
-    assert "other was trained on other images than one, though their settings of data are the same" in error
+    assert "other was trained on different images than one, although their data settings are the same" in error
     check_arms(find_runs(["one", "other"]), data="images.npz")
 
 

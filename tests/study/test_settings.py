@@ -120,7 +120,7 @@ CONTRADICTIONS = [
         "staggered",
     ),
     (["--adversary.steps=8", "--adversary.method=free"], "adversary.method='free' contradicts adversary.steps=8,"),
-    (["--adversary.dose=0.1", "--adversary.passes=1"], "passes=1 contradicts adversary.dose=0.1, which by itself"),
+    (["--adversary.dose=0.1", "--adversary.passes=1"], "passes=1 contradicts adversary.dose=0.1, which implies"),
     (["--adversary.passes=3", "--adversary.direction=residual"], "no effect with adversary.step_size=0, which repeats"),
     (["--adversary.passes=2", "--adversary.noise_levels=[0.1,0.5]"], "noise_levels=[0.1, 0.5] has no effect with"),
     (["--adversary.steps=8", "--adversary.norm=linf"], "norm=linf contradicts a dose, which replaces it; leave norm"),

@@ -420,13 +420,13 @@ def test_seeds_of_a_study_must_start_from_the_same_weights(
     capsys.readouterr()
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert f"{out} was started from other scheduler settings than {start} has now: restore them" in said
+    assert f"{out} was started from different scheduler settings than {start} has now: restore them" in said
     scheduler.write_text(original)
     (weights,) = folder.rglob("unet/*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
     capsys.readouterr()
     assert main(words) == 2
-    assert f"{out} was started from other weights than {start} has now: restore them" in capsys.readouterr().err
+    assert f"{out} was started from different weights than {start} has now: restore them" in capsys.readouterr().err
     assert not (out / "seed-1").exists()
 
 
@@ -496,7 +496,7 @@ def test_arms_of_a_study_are_trained_on_the_same_images(
     file.write_text(json.dumps({**stored, "fingerprint": "of images that have changed since"}))
     words = ["study", str(recipe), "--out", str(out), "--jobs", "1", "--study.mismatch", "false"]
     assert main([*words, "--study.seeds", "[0, 1, 2]"]) == 2
-    message = "seed-1/at was trained on other images than there are now: restore the images"
+    message = "seed-1/at was trained on different images than there are now: restore the images"
     assert message in capsys.readouterr().err
     assert not (out / "seed-2").exists()
     assert main([*words, "--study.seeds", "[0]"]) == 0

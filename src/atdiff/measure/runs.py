@@ -55,7 +55,7 @@ def what_changed(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str 
         now: the current fingerprints.
     """
     if then is None:
-        return "an earlier version did not note of which weights and images it is"
+        return "it is from an earlier version, which did not record the weights and images it depends on"
     changed = [CHANGED[name] for name, value in now.items() if then.get(name) != value]
     if not changed:
         return None

@@ -200,7 +200,7 @@ def save_measured(name: str, entries: Sequence[Mapping[str, Any]], folder: Path)
 
 def _named(by_run: Mapping[str, Records], nothing: str, command: str) -> dict[str, Records]:
     if not any(by_run.values()):
-        raise UserError(f"{nothing}, expected the records of one run or more; run `atdiff {command}`.")
+        raise UserError(f"{nothing}: expected the records of at least one run; run `atdiff {command}` first.")
     return dict(zip(short_names(list(by_run)), by_run.values(), strict=True))
 
 

@@ -211,8 +211,8 @@ def _check_images(runs: Sequence[ArmRun]) -> None:
         other, expected = known.setdefault(key, (one.run, stored["fingerprint"]))
         if expected != stored["fingerprint"]:
             raise UserError(
-                f"{one.run} was trained on other images than {other}, though their settings of data are the same: "
-                "train both on the same, or name reference images with --data to compare them anyway."
+                f"{one.run} was trained on different images than {other}, although their data settings are the same: "
+                "train both on the same images, or name reference images with --data to compare them anyway."
             )
 
 
@@ -231,5 +231,5 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
         if before not in (None, images):
             raise UserError(
                 f"{first} started from weights trained on {images:,} images in all and {run} from weights trained on "
-                f"{before:,}: compare arms whose starts had equal compute, or add --unequal-passes."
+                f"{before:,}: compare arms whose starting points had equal compute, or add --unequal-passes."
             )

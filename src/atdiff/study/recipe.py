@@ -281,9 +281,9 @@ def _check_usual(said: Mapping[str, Any], adversary: AdversaryConfig) -> None:
         if name in said and said[name] != getattr(adversary, name) and not all(one in said for one in names):
             dose = f"steps={adversary.steps}" if adversary.steps is not None else f"dose={adversary.dose}"
             raise UserError(
-                f"adversary.{name}={said[name]!r} contradicts adversary.{dose}, which by itself means "
-                f"{adversary.method!r} in {adversary.passes} passes along the {adversary.direction}: leave it out, or "
-                "give method, passes and direction."
+                f"adversary.{name}={said[name]!r} contradicts adversary.{dose}, which implies method "
+                f"{adversary.method!r} with {adversary.passes} passes along the {adversary.direction}: leave it out, "
+                "or set method, passes and direction explicitly."
             )
 
 

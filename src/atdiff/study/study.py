@@ -245,8 +245,8 @@ def _check_origins(out: Path, stages: Sequence[Stage]) -> dict[str, str]:
             if began.setdefault(name, now[what]) != now[what]:
                 said = "weights" if what == "weights" else "scheduler settings"
                 raise UserError(
-                    f"{out} was started from other {said} than {start} has now: restore them, or choose another --out "
-                    "to start all arms from the current ones."
+                    f"{out} was started from different {said} than {start} has now: restore them, or choose "
+                    "another --out to start all arms from the current ones."
                 )
     return began
 
@@ -272,8 +272,8 @@ def _check_images(stages: Sequence[Stage], task: Task | None = None) -> None:
         other, expected = known.setdefault(key, (stage.folder, found))
         if found != expected:
             raise UserError(
-                f"{stage.folder} was trained on other images than {other or 'there are now'}: restore the images, or "
-                "choose another --out to train all arms on the same ones."
+                f"{stage.folder} was trained on different images than {other or 'there are now'}: restore the images, "
+                "or choose another --out to train all arms on the same ones."
             )
 
 
@@ -305,7 +305,7 @@ def _check_start(stage: Stage) -> None:
         write_json(file, {"weights": now})
     elif json.loads(file.read_text())["weights"] != now:
         raise UserError(
-            f"{stage.folder} started from other weights than {base} has now: remove {stage.folder} to train it "
+            f"{stage.folder} started from different weights than {base} has now: remove {stage.folder} to train it "
             "again, or restore the base."
         )
 
