@@ -1,1 +1,1 @@
-"""Networks: a preset for every size, and the import of published checkpoints."""
+"""Networks: presets by name, and the import of published checkpoints."""

@@ -1,4 +1,4 @@
-"""One way to call every denoiser."""
+"""A single interface for calling any denoiser."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 ADDED = ("text_embeds", "time_ids")
-PLACES = ("time_ids", "img_ids", "txt_ids")  # sizes and places, embedded in float32 as timesteps are
+PLACES = ("time_ids", "img_ids", "txt_ids")  # sizes and positions, embedded in float32 like timesteps
 
 
 def predict(
@@ -38,14 +38,15 @@ def predict(
 ) -> Tensor:
     """Return the raw output of ``model(x_t, timesteps, **conditions)`` as a tensor ``(B, C or 2C, H, W)``.
 
-    The model may be a diffusers network (an output with ``.sample``; where its second argument is not the timestep, as
-    in SD3's, it is given that by name), return a tuple whose first entry is the prediction, a mapping with it as
-    ``sample`` or alone, or the tensor itself, as any ``f(x_t, t)`` does; wrapped or compiled makes no difference. A
-    module whose weights have another floating dtype than ``x_t`` is given that one, and its output comes back in that
-    of ``x_t``; timesteps stay as they are.
+    The model may be a diffusers network (its output has ``.sample``) or any ``f(x_t, t)`` that returns a tensor, a
+    tuple that starts with the prediction, or a mapping with the prediction as ``sample`` or as its only tensor. It may
+    be wrapped or compiled. If its second argument is not the timestep, as in SD3, the timestep is passed by keyword. If
+    its weights have another floating dtype than ``x_t``, ``x_t`` is cast to that dtype and the output back; timesteps
+    are never cast.
 
     Raises:
-        UserError: the model returns something else, or is a U-Net and ``x_t`` is one image, or has other channels.
+        UserError: the model returns something else, or it is a U-Net and ``x_t`` is a single image or has the wrong
+            number of channels.
     """
     network: Any = unwrapped(model)
     kind: Any = type(network)
@@ -60,7 +61,7 @@ def predict(
 
 
 def _check_images(network: Any, x_t: Tensor) -> None:  # noqa: ANN401
-    """Make sure that a U-Net is given images, of the channels that it knows."""
+    """Raise a UserError if a U-Net gets a single image or the wrong number of channels."""
     conv_in = getattr(network, "conv_in", None)
     if not (isinstance(network, ConfigMixin) and isinstance(conv_in, nn.Conv2d)):
         return
@@ -82,7 +83,7 @@ def _names_timestep(kind: Any) -> bool:  # noqa: ANN401  (a class of networks)
 
 
 def cast_conditions(conditions: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-    """Return the conditions with embeddings in a dtype, and labels as whole numbers that an embedding looks up."""
+    """Cast embeddings to ``dtype``, and small integer or boolean labels to the int64 that an embedding looks up."""
     cast: dict[str, Any] = {}
     for name, value in conditions.items():
         if not isinstance(value, Tensor):
@@ -115,7 +116,7 @@ def _prediction(output: Any) -> Tensor:  # noqa: ANN401
 
 
 def unwrapped(model: Any) -> Any:  # noqa: ANN401
-    """Return the network inside of wrappers: DDP and FSDP, ``torch.compile``, PEFT, ``partial``, a bound method."""
+    """Return the network inside any wrappers: DDP, FSDP, ``torch.compile``, PEFT, ``partial`` or a bound method."""
     for _ in range(8):
         inner = None
         if isinstance(model, functools.partial):
@@ -133,25 +134,25 @@ def unwrapped(model: Any) -> Any:  # noqa: ANN401
 
 
 def unsynced(model: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ANN401  (any network)
-    """Return a context in which a DistributedDataParallel wrapper waits for no gradients of the weights."""
+    """Return a context in which a DistributedDataParallel wrapper does not synchronize weight gradients."""
     context: contextlib.AbstractContextManager[Any] = getattr(model, "no_sync", contextlib.nullcontext)()
     return context
 
 
 def compute_dtype(model: Any) -> torch.dtype | None:  # noqa: ANN401
-    """Return the dtype that a network's inputs must have; None where it has no floating weights, or is no module."""
+    """Return the dtype that a network's inputs must have; None if it has no floating weights or is not a module."""
     network = unwrapped(model)
     if not isinstance(network, nn.Module):
         return None
     dtype = next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), None)
     kept = dtype is not None and (dtype.itemsize < 2 or getattr(network, "_keep_in_fp32_modules", None))
-    # Of diffusers, which knows of layers that are stored or kept in another one, and takes a millisecond to find out.
+    # diffusers' own `dtype` accounts for layers that are stored or kept in another one, but takes a millisecond.
     own = getattr(network, "dtype", None) if kept else None
     return own if isinstance(own, torch.dtype) and own.is_floating_point else dtype
 
 
 def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
-    """Return how many class labels a network knows, a null label of a U-Net included; 0 for an unconditional one."""
+    """Return how many class labels a network has, including a U-Net's null label; 0 for an unconditional network."""
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return 0
@@ -159,17 +160,17 @@ def class_embeddings(model: Any) -> int:  # noqa: ANN401  (any network)
 
 
 def check_labels(model: Any, conditions: Mapping[str, Tensor], null_label: int | None, *, values: bool) -> None:  # noqa: ANN401
-    """Raise a UserError for ``class_labels`` that are not ``(B,)`` integers, or beyond the classes of the network.
+    """Raise a UserError unless ``class_labels`` are ``(B,)`` integers within the network's classes.
 
-    So for a null label that some are replaced by. Their values are read only where ``values`` says: a GPU is waited
-    for.
+    Also checks ``null_label``, which replaces dropped labels. The label values are checked only if ``values`` is set,
+    since reading them waits for the GPU.
     """
     network, labels = unwrapped(model), conditions.get("class_labels")
     known = class_embeddings(network)
     if labels is None or not known or network.config.get("class_embed_type"):
         return
     if not network.config.get("num_class_embeds"):
-        known += 1  # the null label of a DiT, which comes on top
+        known += 1  # a DiT adds its null label on top
     if null_label is not None and null_label >= known:
         raise UserError(
             f"null_label={null_label} is outside the network's labels 0 to {known - 1}; give it one more class "
@@ -188,30 +189,30 @@ def check_labels(model: Any, conditions: Mapping[str, Tensor], null_label: int |
 
 
 def image_tokens(model: Any, shape: tuple[int, int, int]) -> int:  # noqa: ANN401  (any network)
-    """Return the tokens of an image or latents ``(C, H, W)``, which a dynamic shift goes by.
+    """Return the number of tokens of an image or latents ``(C, H, W)``, which determines a dynamic shift.
 
-    They are patches of the network's ``patch_size``, and of 2 x 2 where it has none. Flux counts that size in latents
-    that were packed before, 2 x 2 of ``C`` channels into one of ``in_channels``.
+    A token is a patch of the network's ``patch_size``, or 2 x 2 if it has none. Flux counts ``patch_size`` in packed
+    latents, which merge 2 x 2 latents of ``C`` channels into one of ``in_channels``.
     """
     config = getattr(model, "config", None) or {}
     packed = math.isqrt(max(1, int(config.get("in_channels") or 0) // shape[0]))
     patch = config.get("patch_size")
-    patch = patch[-1] if isinstance(patch, list | tuple) else patch  # of frames, rows and columns
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch  # (frames, rows, columns)
     side = int(patch or 2) * (packed if patch else 1)
     return (shape[1] // side) * (shape[2] // side)
 
 
 def keep_labels(network: nn.Module) -> None:
-    """Keep a DiT from dropping class labels by itself, in place."""
+    """Turn off a DiT's own label dropout, in place."""
     for part in network.modules():
         if isinstance(part, LabelEmbedding):
             part.dropout_prob = 0.0
 
 
 def unet_kwargs(conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keyword arguments of a network for a flat table of conditions, each with the samples along axis 0.
+    """Return a network's keyword arguments for a flat dict of conditions, each batched along axis 0.
 
-    ``text_embeds`` and ``time_ids``, which the U-Net of SDXL takes, go inside of ``added_cond_kwargs``.
+    SDXL's ``text_embeds`` and ``time_ids`` go into ``added_cond_kwargs``.
     """
     added = {name: conditions[name] for name in ADDED if name in conditions}
     others = {name: value for name, value in conditions.items() if name not in ADDED}

@@ -17,7 +17,7 @@ __all__ = ["EMA", "average_name", "decay_at", "last_decay", "share_of_start"]
 
 
 def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
-    """Return the decay of the average's next update, after ``updates`` of them.
+    """Return the EMA decay of the next update, after ``updates`` updates.
 
     Before ``1 / (1 - decay)`` updates, the average is mostly the initial weights. The warm-up is that of diffusers'
     ``EMAModel``: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, and 0 at the first.
@@ -28,22 +28,22 @@ def decay_at(decay: float, updates: int, *, warmup: bool = True) -> float:
 
 
 def last_decay(config: Mapping[str, Any]) -> float:
-    """Return the decay of the average's last update in a run of these settings, as a training folder stores them."""
+    """Return the decay of the last EMA update of a run with these settings, as stored in a training folder."""
     training = config["training"]
     updates = charge_of(config).updates_of(training["passes"])
     return decay_at(training["ema_decay"], updates - 1, warmup=training.get("ema_warmup", False))
 
 
 def share_of_start(config: Mapping[str, Any]) -> float:
-    """Return how much of the average that a run of these settings leaves is still the weights that it began with."""
+    """Return the fraction of a run's final average that still consists of its initial weights."""
     training = config["training"]
-    if training.get("ema_warmup", False):  # whose first decay is 0
+    if training.get("ema_warmup", False):  # the first decay is 0
         return 0.0
     return float(training["ema_decay"] ** charge_of(config).updates_of(training["passes"]))
 
 
 def average_name(config: Mapping[str, Any]) -> str:
-    """Return what to call the average that a run of these settings leaves, such as ``EMA 0.999 (warmed up)``."""
+    """Return a name for the final average of a run with these settings, such as ``EMA 0.999 (warmed up)``."""
     decay, last = config["training"]["ema_decay"], last_decay(config)
     if last < decay:
         return f"EMA {decay} (warmed up to {last:.4g})"
@@ -98,6 +98,6 @@ class EMA:
 
 
 def _own(weight: nn.Parameter) -> Tensor:
-    """Return the part of a weight that this process has, where it is split over several."""
+    """Return this rank's shard of a weight, or the whole weight if it is not sharded."""
     split: Any = weight.detach()
     return split.to_local() if hasattr(split, "to_local") else weight

@@ -58,16 +58,16 @@ ADM_CIFAR10: dict[str, Any] = {
     "use_new_attention_order": True,
 }
 """The unconditional CIFAR-10 ADM with learned variance that ADM-IP, ADM-ES and ADM-AT share
-(https://github.com/forever208/DDPM-IP); attention at 16 and 8 pixels is by a factor of 2 and 4."""
+(https://github.com/forever208/DDPM-IP); factors 2 and 4 put attention at 16 and 8 pixels."""
 
 _NEW_HEADS: dict[str, Any] = {"num_head_channels": 64, "use_new_attention_order": True}
 
 Noise = tuple[Literal["linear", "cosine"], int]
 
 # By (model_channels, num_res_blocks, channel_mult, resblock_updown), from the READMEs of guided-diffusion,
-# improved-diffusion and DDPM-IP: what weights cannot tell where it is not by the rule of `infer_arch`, and the betas
-# and timesteps that all published networks of these widths have. Other networks of improved-diffusion are told their
-# 4,000 timesteps as times of 1,000.
+# improved-diffusion and DDPM-IP: the arguments that weights do not determine, where they differ from the default of
+# `infer_arch`, and the betas and timesteps of all published networks with these widths. Other networks of
+# improved-diffusion take their 4,000 timesteps rescaled to 1,000.
 _PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], tuple[dict[str, Any] | None, Noise]] = {
     (128, 3, (1, 2, 2, 2), True): (  # CIFAR-10, ImageNet-32 (ADM-IP, -ES, -AT)
         {key: ADM_CIFAR10[key] for key in ("image_size", "dropout", "num_head_channels", "use_new_attention_order")},
@@ -79,7 +79,7 @@ _PUBLISHED: dict[tuple[int, int, tuple[float, ...], bool], tuple[dict[str, Any] 
     (256, 2, (1, 1, 2, 3, 4), True): ({"num_heads": 4}, ("linear", 1000)),  # ImageNet-128
     (256, 2, (1, 1, 2, 2, 4, 4), True): (None, ("linear", 1000)),  # ImageNet-256, LSUN
     (256, 2, (0.5, 1, 1, 2, 2, 4, 4), True): (None, ("linear", 1000)),  # ImageNet-512
-    # of improved-diffusion: CIFAR-10, ImageNet-64, the class-conditional one, LSUN bedroom
+    # improved-diffusion: CIFAR-10, ImageNet-64, class-conditional ImageNet-64, LSUN bedroom
     (128, 3, (1, 2, 2, 2), False): ({"image_size": 32, "num_heads": 4}, ("cosine", 1000)),
     (128, 3, (1, 2, 3, 4), False): ({"num_heads": 4}, ("cosine", 1000)),
     (192, 3, (1, 2, 3, 4), False): ({"num_heads": 4}, ("cosine", 4000)),
@@ -115,13 +115,13 @@ _FLAT = "expected a flat dict of tensors as guided-diffusion saves it"
 class ADMArchitecture:
     """The constructor arguments of guided-diffusion's ``UNetModel``, under their names there.
 
-    ``attention_resolutions`` are factors of downsampling (1, 2, 4, ...), not sizes in pixels.
-    ``num_head_channels`` counts before ``num_heads`` unless it is -1. ``use_checkpoint`` and ``use_fp16`` do
-    not change the function and are ignored.
+    ``attention_resolutions`` are downsampling factors (1, 2, 4, ...), not sizes in pixels. ``num_head_channels`` takes
+    precedence over ``num_heads`` unless it is -1. ``use_checkpoint`` and ``use_fp16`` do not change the function and
+    are ignored.
 
     Raises:
-        UserError: a combination that no published checkpoint uses and ``UNet2DModel`` cannot express, widths
-            that are no multiples of the 32 groups of the norms, or heads that do not divide the width.
+        UserError: a combination that no published checkpoint uses and ``UNet2DModel`` cannot express, widths that are
+            not multiples of the norms' 32 groups, or heads that do not divide the width.
     """
 
     image_size: int
@@ -179,17 +179,17 @@ class ADMArchitecture:
 
     @property
     def attends(self) -> tuple[bool, ...]:
-        """Whether the levels, finest first, have attention."""
+        """Whether each level has attention, finest first."""
         return tuple(2**level in self.attention_resolutions for level in range(len(self.widths)))
 
     @property
     def attention_widths(self) -> tuple[int, ...]:
-        """Channels of every width that attention works at; the middle always has it."""
+        """Channels of every level with attention; the middle block always has it."""
         return *(width for width, attends in zip(self.widths, self.attends, strict=True) if attends), self.widths[-1]
 
     @property
     def head_dims(self) -> set[int]:
-        """Channels of one head, one entry for each that occurs."""
+        """The distinct numbers of channels per head."""
         return {width // self.heads(width) for width in self.attention_widths}
 
     @property
@@ -199,17 +199,17 @@ class ADMArchitecture:
         return same_heads and self.widths[0] == self.model_channels
 
     def heads(self, width: int) -> int:
-        """Return the number of heads of attention over ``width`` channels."""
+        """Return the number of attention heads at ``width`` channels."""
         return self.num_heads if self.num_head_channels == -1 else width // self.num_head_channels
 
 
 class ADMUNet2DModel(UNet2DModel):
-    """A ``UNet2DModel`` for the two things that it cannot express.
+    """A ``UNet2DModel`` for the two kinds of architecture that the plain class cannot express.
 
-    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level of
-    another width than ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` opens a pipeline
-    that holds it wherever atdiff is installed; ``UNet2DModel.from_pretrained`` must not be used. ``arch`` are the
-    arguments of ``ADMArchitecture``.
+    These are a fixed number of heads over levels of different width (the ImageNet-128 ADM), and a first level whose
+    width is not ``model_channels`` (the ImageNet-512 ADM). ``DiffusionPipeline.from_pretrained`` loads a pipeline with
+    this network wherever atdiff is installed; do not use ``UNet2DModel.from_pretrained``. ``arch`` holds the arguments
+    of ``ADMArchitecture``.
     """
 
     @register_to_config
@@ -226,11 +226,11 @@ class ADMUNet2DModel(UNet2DModel):
 
 
 def adm_unet(**arch: Any) -> UNet2DModel:  # noqa: ANN401  (the fields of ADMArchitecture)
-    """Build the network of guided-diffusion's ``UNetModel(**arch)``, with new weights, in training mode.
+    """Build the network of guided-diffusion's ``UNetModel(**arch)``, untrained and in training mode.
 
     It maps ``(B, in_channels, H, W)``, H and W divisible by ``2 ** (len(channel_mult) - 1)``, timesteps ``(B,)`` and,
     with ``num_classes``, ``class_labels`` ``(B,)`` to ``(B, out_channels, H, W)``. It is a plain ``UNet2DModel``, or an
-    ``ADMUNet2DModel`` where that cannot express the architecture. Arguments are those of ``ADMArchitecture``.
+    ``ADMUNet2DModel`` if that cannot express the architecture. Arguments are those of ``ADMArchitecture``.
 
     Raises:
         UserError: an argument is unknown, missing or unsupported.
@@ -242,13 +242,13 @@ def adm_unet(**arch: Any) -> UNet2DModel:  # noqa: ANN401  (the fields of ADMArc
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the weights of guided-diffusion's ``UNetModel(**arch)`` to those of ``adm_unet(**arch)``.
+    """Convert the weights of guided-diffusion's ``UNetModel(**arch)`` to those of ``adm_unet(**arch)``.
 
     The rows of each qkv convolution are ordered ``(3, heads, channels)`` in the new attention order and
     ``(heads, 3, channels)`` in the legacy one; both become three linear layers.
 
     Raises:
-        UserError: a key is missing, unexpected or of another shape than ``arch`` tells; the first is named.
+        UserError: a key is missing, unexpected or has another shape than ``arch`` implies; names the first one.
     """
     architecture = _architecture(arch)
     _check_shapes(state_dict, architecture)
@@ -268,11 +268,11 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]
 def read_adm_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read a guided-diffusion state dict from a ``.pt`` / ``.pth``, ``.safetensors`` or ``.npz`` file.
 
-    Pickles are read with ``weights_only=True``. Where keys begin with ``state_dict.``, only these are taken,
-    and lose the prefix.
+    Pickles are read with ``weights_only=True``. If any keys start with ``state_dict.``, only those are kept, without
+    the prefix.
 
     Raises:
-        UserError: the file is absent, of another kind, unreadable, or not a flat dict of tensors.
+        UserError: the file is missing, of an unknown type, unreadable, or not a flat dict of tensors.
     """
     path = Path(path)
     content = _read(path)
@@ -290,17 +290,17 @@ def read_adm_checkpoint(path: Path) -> dict[str, Tensor]:
 def infer_arch(state_dict: Mapping[str, Tensor], **overrides: Any) -> dict[str, Any]:  # noqa: ANN401
     """Infer the arguments of ``ADMArchitecture`` from guided-diffusion weights.
 
-    Weights do not tell the heads, their order, dropout and image size. These come from ``overrides``, else from the
-    flags published for networks of exactly these widths and blocks, else they are ``num_head_channels`` 64 in the
-    legacy order, dropout 0, and the image size that has 8 pixels at the coarsest level, as in the ADMs of ImageNet-256
-    and LSUN.
+    Weights do not determine the heads, their order, dropout and image size. These come from ``overrides``, else from
+    the flags published for networks with exactly these widths and blocks, else they default to ``num_head_channels`` 64
+    in the legacy order, dropout 0, and the image size that has 8 pixels at the coarsest level, as in the ADMs of
+    ImageNet-256 and LSUN.
 
     Args:
         state_dict: keys and shapes of guided-diffusion's ``UNetModel``.
-        overrides: arguments of ``ADMArchitecture`` that are taken as they are; None counts as not given.
+        overrides: arguments of ``ADMArchitecture`` that replace inferred ones; None counts as not given.
 
     Raises:
-        UserError: a key is absent that the inference needs.
+        UserError: a key that the inference needs is missing.
     """
     arch = _inferred(state_dict)
     levels = arch["channel_mult"]
@@ -314,10 +314,10 @@ def import_adm(path: Path, arch: Mapping[str, Any] | None = None, **overrides: A
     """Import a guided-diffusion checkpoint as a diffusers model in evaluation mode.
 
     Args:
-        path: a file that ``read_adm_checkpoint`` reads.
-        arch: the arguments of ``ADMArchitecture``. By default the dict literal in the entry ``arch`` of an
-            ``.npz`` file, else ``infer_arch``.
-        overrides: single arguments of ``ADMArchitecture`` that count before ``arch``; None as not given.
+        path: a file that ``read_adm_checkpoint`` can read.
+        arch: the arguments of ``ADMArchitecture``. Defaults to the dict literal in the ``arch`` entry of an ``.npz``
+            file, else to ``infer_arch``.
+        overrides: individual arguments that take precedence over ``arch``; None counts as not given.
 
     Raises:
         UserError: the file or the architecture is unusable, or a key is missing, unexpected or mis-shaped.
@@ -333,16 +333,16 @@ def import_adm(path: Path, arch: Mapping[str, Any] | None = None, **overrides: A
 
 
 def published_noise(unet: UNet2DModel) -> Noise | None:
-    """Return the betas and the number of timesteps that all published networks of an architecture were trained with.
+    """Return the betas and number of timesteps that all published networks of this architecture were trained with.
 
-    Weights do not tell them. None where no network of these widths and blocks is published, or the network is shown
-    more than ``x_t`` (the upsamplers).
+    Weights do not determine them. None if no network with these widths and blocks is published, or if the network takes
+    more than ``x_t`` (an upsampler).
     """
     config: Any = unet.config
     channels = unet.time_embedding.linear_1.in_features
     if config.in_channels != 3:
         return None
-    factors = tuple(width / channels for width in config.block_out_channels)  # 1.0 is the key 1, too
+    factors = tuple(width / channels for width in config.block_out_channels)  # 1.0 matches the key 1
     checkpoint = (channels, config.layers_per_block, factors, config.downsample_type == "resnet")
     return _PUBLISHED.get(checkpoint, (None, None))[1]
 
@@ -357,14 +357,14 @@ def _architecture(arch: Mapping[str, Any]) -> ADMArchitecture:
 
 
 def _override(arch: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    # num_head_channels counts before num_heads, so an override of the latter alone has to silence it.
+    # num_head_channels takes precedence, so overriding num_heads alone has to disable it.
     given = {name: value for name, value in overrides.items() if value is not None}
     silenced = {"num_head_channels": -1} if "num_heads" in given else {}
     return {**arch, **silenced, **given}
 
 
 def _unet_config(arch: ADMArchitecture) -> dict[str, Any]:
-    """Return the arguments of ``UNet2DModel``, as far as it can express the architecture."""
+    """Return the ``UNet2DModel`` arguments for an architecture, as far as they can express it."""
     resample, middle = ("resnet", "sample") if arch.resblock_updown else ("conv", "")
     prefix = "Resnet" if arch.resblock_updown else ""
     down, up = f"{prefix}Down{middle}Block2D", f"{prefix}Up{middle}Block2D"
@@ -380,10 +380,10 @@ def _unet_config(arch: ADMArchitecture) -> dict[str, Any]:
         "upsample_type": resample,
         "downsample_padding": 1,
         "dropout": arch.dropout,
-        # None makes each width one head, which holds for num_heads=1 and is replaced by ADMUNet2DModel.
+        # None means one head per width: correct for num_heads=1, and otherwise ADMUNet2DModel sets the heads.
         "attention_head_dim": min(arch.head_dims) if len(arch.head_dims) == 1 else None,
         "norm_num_groups": _NORM_GROUPS,
-        # By default the attention in the middle has no norm together with scale and shift.
+        # By default, scale_shift leaves the middle attention without a norm.
         "attn_norm_num_groups": _NORM_GROUPS,
         "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if arch.use_scale_shift_norm else "default",
@@ -394,7 +394,7 @@ def _unet_config(arch: ADMArchitecture) -> dict[str, Any]:
 
 
 def _renames(arch: ADMArchitecture) -> dict[str, str]:
-    """Map the module names of guided-diffusion to those of diffusers; qkv maps to the stand-in ``to_qkv``."""
+    """Map guided-diffusion's module names to those of diffusers; qkv maps to a placeholder, ``to_qkv``."""
     renames = dict(_STEM)
     for kind, old, new in _blocks(arch):
         renames |= {f"{old}.{old_part}": f"{new}.{new_part}" for old_part, new_part in kind.items()}
@@ -402,8 +402,8 @@ def _renames(arch: ADMArchitecture) -> dict[str, str]:
 
 
 def _blocks(arch: ADMArchitecture) -> Iterator[tuple[dict[str, str], str, str]]:
-    """Yield the parts of every block but the stem, and its names there and in diffusers."""
-    per_level, last = arch.num_res_blocks + 1, len(arch.attends) - 1  # the last one of a level resamples
+    """Yield every block but the stem: its parts, and its names in guided-diffusion and diffusers."""
+    per_level, last = arch.num_res_blocks + 1, len(arch.attends) - 1  # the last block of a level resamples
     for level, attends in enumerate(arch.attends):
         new, end = f"down_blocks.{level}", (level + 1) * per_level
         yield from _layers("input_blocks", end - arch.num_res_blocks, end, new, attends)
@@ -429,7 +429,7 @@ def _layers(old: str, first: int, end: int, new: str, attends: bool) -> Iterator
 
 
 def _split_qkv(tensor: Tensor, arch: ADMArchitecture) -> list[Tensor]:
-    """Split a qkv convolution, a weight ``(3C, C, 1)`` or a bias ``(3C,)``, into those of q, k and v."""
+    """Split a qkv convolution's weight ``(3C, C, 1)`` or bias ``(3C,)`` into those of q, k and v."""
     rows = tensor.squeeze(-1) if tensor.ndim == 3 else tensor
     heads = arch.heads(len(rows) // 3)
     if arch.use_new_attention_order:
@@ -440,7 +440,7 @@ def _split_qkv(tensor: Tensor, arch: ADMArchitecture) -> list[Tensor]:
 
 
 def _expected_shapes(arch: ADMArchitecture) -> dict[str, tuple[int, ...]]:
-    """Return the guided-diffusion keys and shapes of an architecture, read off the diffusers model."""
+    """Return the guided-diffusion keys and shapes of an architecture, derived from the diffusers model."""
     with torch.device("meta"):
         weights = adm_unet(**dataclasses.asdict(arch)).state_dict()
     originals = {new: old for old, new in _renames(arch).items()}
@@ -474,7 +474,7 @@ def _check_shapes(state_dict: Mapping[str, Tensor], arch: ADMArchitecture) -> No
 
 
 def _weight(state_dict: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
-    """Return the shape of a weight that the inference needs."""
+    """Return the shape of a weight, which must exist with ``ndim`` axes."""
     if key not in state_dict or state_dict[key].ndim != ndim:
         raise UserError(
             f"The checkpoint has no {ndim}-dimensional key {key!r}: expected the state dict of a "
@@ -484,7 +484,7 @@ def _weight(state_dict: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int,
 
 
 def _inferred(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Infer what weights tell of the architecture."""
+    """Infer the arguments that the weights determine."""
     model_channels = _weight(state_dict, "time_embed.0.weight", 2)[1]
     levels, num_res_blocks, resblock_updown = _inferred_levels(state_dict)
     first_blocks = [f"input_blocks.{1 + level * (num_res_blocks + 1)}" for level in range(levels)]
@@ -508,7 +508,7 @@ def _inferred(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _inferred_levels(state_dict: Mapping[str, Tensor]) -> tuple[int, int, bool]:
-    """Return the levels, the residual blocks a level, and whether residual blocks resample."""
+    """Return the number of levels, the residual blocks per level, and whether residual blocks resample."""
     _weight(state_dict, "output_blocks.0.0.out_layers.3.weight", 4)
     blocks = 1 + max(int(match[1]) for key in state_dict if (match := re.match(r"output_blocks\.(\d+)\.", key)))
     upsamplings = [
@@ -549,7 +549,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _stored_arch(path: Path) -> dict[str, Any] | None:
-    """Return the dict literal in the entry ``arch`` of an ``.npz`` file, if there is one."""
+    """Return the dict literal in the ``arch`` entry of an ``.npz`` file, if there is one."""
     if path.suffix != ".npz":
         return None
     with np.load(path, allow_pickle=False) as arrays:

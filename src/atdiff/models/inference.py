@@ -1,4 +1,4 @@
-"""How a network runs when it only draws."""
+"""How a network runs in inference: precision, compilation and evaluation mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DTYPES", "evaluating", "prepare_inference"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"no": "float32", "bf16": "bf16 autocast", "fp16": "fp16 autocast"}
-"""What the recipe of a figure says of a precision."""
+"""The name of each precision in the recipe of a metric."""
 
 
 def prepare_inference(
@@ -27,13 +27,13 @@ def prepare_inference(
     compile: bool = False,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Change how a network is called from now on, in place; its weights and its float32 outputs stay.
+    """Set up a network for inference, in place; its weights do not change and its outputs stay float32.
 
     Args:
         model: the network.
         precision: ``no`` (float32), or autocast to ``bf16`` or ``fp16``; see :func:`settled_precision` for ``auto``.
-        compile: run it through torch.compile, which takes a minute or so at the first image.
-        device: where it will run.
+        compile: use torch.compile, which takes about a minute at the first image.
+        device: the device it will run on.
 
     Raises:
         UserError: an unknown precision, or fp16 without a GPU.
@@ -52,7 +52,7 @@ def prepare_inference(
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:  # noqa: ANN401  (a module, or any function)
-    """Put a module into evaluation mode, and each of its parts back into its own mode after."""
+    """Put a module into evaluation mode, and restore the mode of each of its submodules afterwards."""
     if not isinstance(model, nn.Module):
         yield
         return

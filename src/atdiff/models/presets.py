@@ -27,15 +27,15 @@ def build_model(
 
     Args:
         name: ``mlp`` (:class:`MLP2DModel`), ``unet`` (``UNet2DModel``), ``dit`` (``DiTTransformer2DModel``,
-            class-conditional) or ``adm`` (the U-Net of guided-diffusion; its CIFAR-10 size of the paper unless ``args``
-            says otherwise).
-        args: arguments of the constructor.
+            class-conditional) or ``adm`` (guided-diffusion's U-Net, by default at the paper's CIFAR-10 size).
+        args: constructor arguments.
         image_shape: channels, height and width.
-        learned_variance: twice as many output channels.
-        num_class_embeds: for class-conditional networks, the null label included; a DiT has a null label of its own.
+        learned_variance: double the output channels.
+        num_class_embeds: for class-conditional networks, number of classes including the null label; a DiT adds its own
+            null label.
 
     Raises:
-        UserError: the name is unknown or the arguments do not fit.
+        UserError: the name is unknown or the arguments are invalid.
     """
     channels, height, width = image_shape
     if height != width:
