@@ -1,4 +1,4 @@
-"""Families of latent pipelines, one per module, by the class of diffusers' pipeline."""
+"""Families of latent pipelines, one module each, by diffusers pipeline class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class _Families(Mapping[str, Family]):
-    """The families of :data:`atdiff.system.pipeline_files.FAMILY_MODULES`, each loaded when it is asked for."""
+    """The families of :data:`atdiff.system.pipeline_files.FAMILY_MODULES`, each imported on first access."""
 
     def __getitem__(self, name: str) -> Family:
         module = f"{__name__}.{FAMILY_MODULES[name]}"
@@ -49,17 +49,17 @@ class _Families(Mapping[str, Family]):
 
 
 FAMILIES: Mapping[str, Family] = _Families()
-"""By class of diffusers' pipeline."""
+"""By the name of the diffusers pipeline class."""
 
 
 def find_family(pipeline: Any) -> Family | None:  # noqa: ANN401
-    """Return the family of a loaded pipeline, by its class or the nearest that it derives from; None for another."""
+    """Return the family of a loaded pipeline, by its class or nearest base class; None if there is none."""
     name = next((base.__name__ for base in type(pipeline).__mro__ if base.__name__ in FAMILIES), None)
     return None if name is None else FAMILIES[name]
 
 
 def family_of(pipeline: Any) -> Family:  # noqa: ANN401
-    """Return the family of a loaded pipeline, as :func:`find_family`; a UserError says which there are."""
+    """Return the family of a loaded pipeline; raise a UserError listing the supported classes if there is none."""
     family = find_family(pipeline)
     if family is None:
         raise UserError(f"a {type(pipeline).__name__} is not supported: expected a {' or a '.join(FAMILIES)}.")
@@ -67,15 +67,15 @@ def family_of(pipeline: Any) -> Family:  # noqa: ANN401
 
 
 def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
-    """Return the optional parts that the pipeline of a ``model_index.json`` lacks, as arguments of its loader."""
+    """Return the optional parts that the pipeline of a ``model_index.json`` lacks, as loader arguments."""
     family = FAMILIES.get(class_name(index))
     return {part: None for part in (family.optional_parts if family else ()) if index.get(part, [None])[0] is None}
 
 
 def _family_with(network: Any) -> Family | None:  # noqa: ANN401
-    """Return the family whose view a network is or could be seen as; None for one that is called as it is."""
+    """Return the family whose view fits a network; None if the network needs no view."""
     for name in FAMILIES:
-        with contextlib.suppress(UserError):  # of a newer diffusers, which has not made the network
+        with contextlib.suppress(UserError):  # needs a newer diffusers, so the network is not of this family
             family = FAMILIES[name]
             if family.view is not None and type(network) in (family.view, family.view.plain()):
                 return family
@@ -83,9 +83,10 @@ def _family_with(network: Any) -> Family | None:  # noqa: ANN401
 
 
 def trainable_copy(network: Any) -> Any:  # noqa: ANN401  (a transformer of diffusers)
-    """Return a trainable float32 copy of a network that is called ``f(x_t, timesteps, **conditions)``.
+    """Return a trainable float32 copy of a network, called as ``f(x_t, timesteps, **conditions)``.
 
-    A DiT would drop class labels by itself, in each block others; here that is left to the caller, once a sample.
+    A DiT's own label dropout is turned off, since it drops different labels in each block: the caller drops them, once
+    per sample.
     """
     family = _family_with(network)
     kind: Any = type(network) if family is None else family.view
@@ -101,6 +102,6 @@ denoiser_like = trainable_copy  # its earlier name
 
 
 def viewed(network: Any) -> Any:  # noqa: ANN401  (a network of diffusers)
-    """Return the network as it is called here, with the same weights in memory: the inverse of :func:`as_diffusers`."""
+    """Return the network as its view, sharing the weights in memory: the inverse of :func:`as_diffusers`."""
     family = _family_with(network)
     return network if family is None or isinstance(network, NetworkView) else seen_as(network, family.view)

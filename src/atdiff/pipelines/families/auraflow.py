@@ -1,4 +1,4 @@
-"""AuraFlow: a T5 whose padding is zeros that the network attends to, and times of 1."""
+"""AuraFlow: a T5 whose zero padding the network attends to, and times in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from atdiff.pipelines.families.masked import MaskedPrompts
 
 __all__ = ["FAMILY", "AuraFlow", "AuraFlowDenoiser"]
 
-SIDE = 1024  # pixels that the pipeline's call draws unless told otherwise, whatever the network's sample_size
+SIDE = 1024  # pixels, the default of the pipeline's call, whatever the network's sample_size
 
 
 class AuraFlowDenoiser(NetworkView, AuraFlowTransformer2DModel):
-    """``AuraFlowTransformer2DModel`` but for its call."""
+    """A view of ``AuraFlowTransformer2DModel``."""
 
     def forward(self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000.
+        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` in [0, 1000].
 
-        Of the prompts are the states, ``(B, L, D)``, filled up with rows of zeros.
+        The prompts' states, ``(B, L, D)``, are padded with rows of zeros.
         """
         velocity: Tensor = super().forward(  # type: ignore[misc]
             hidden_states=x_t,
@@ -46,12 +46,12 @@ class AuraFlow(MaskedPrompts, FlowTransformer):
         return super().latent_shape(pipeline, image_size or SIDE)
 
     def largest_side(self, pipeline: Any) -> int:  # noqa: ANN401
-        """See :meth:`Family.largest_side`; the network's number of positions is that of a whole square."""
+        """See :meth:`Family.largest_side`; the network counts the positions of a whole square."""
         positions = math.isqrt(pipeline.transformer.config.pos_embed_max_size)
         return positions * self.patch * pixels_per_latent(pipeline)
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
-        """See :meth:`Family.conditions`; the pipeline's mask is for itself, and the network is told none."""
+        """See :meth:`Family.conditions`; the network does not take the pipeline's mask."""
         return {"encoder_hidden_states": super().conditions(pipeline, prompts, options)["encoder_hidden_states"]}
 
 

@@ -1,4 +1,4 @@
-"""CogView4: prompts encoded one by one, the sizes that SDXL is told, and a network told the time before the shift."""
+"""CogView4: prompts encoded one by one, SDXL's size conditions, and a network that takes times before the shift."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from atdiff.pipelines.families.sdxl import told_sizes
 
 __all__ = ["FAMILY", "CogView4", "CogView4Denoiser"]
 
-TOKENS = 1024  # of a prompt, that the pipeline's call keeps
-MULTIPLE = 16  # of tokens, to which the pipeline fills a prompt up from the left
-# Of the published scheduler, and the defaults of the pipeline.
+TOKENS = 1024  # per prompt, the default of the pipeline's call
+MULTIPLE = 16  # tokens; the pipeline pads prompts on the left to a multiple of it
+# From the published scheduler; also the pipeline's defaults.
 SHIFT: dict[str, Any] = {
     "use_dynamic_shifting": True, "time_shift_type": "linear", "base_image_seq_len": 256, "max_image_seq_len": 4096,
     "base_shift": 0.25, "max_shift": 0.75,
@@ -30,17 +30,17 @@ SHIFT: dict[str, Any] = {
 
 
 class CogView4Denoiser(NetworkView, CogView4Transformer2DModel):
-    """``CogView4Transformer2DModel`` but for its call."""
+    """A view of ``CogView4Transformer2DModel``."""
 
     config: Any
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor]
     ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000.
+        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` in [0, 1000].
 
-        The network is told the times of which the shift of that many tokens makes the timesteps. Of the prompts are the
-        states, ``(B, L, D)``, filled up at the end with rows of zeros, which are not attended to; ``time_ids``,
+        The network takes the times before the shift, so this inverts the shift for that many tokens. The prompts'
+        states, ``(B, L, D)``, are padded at the end with rows of zeros, which are not attended to; ``time_ids``,
         ``(B, 6)``, are those of SDXL.
         """
         _know_masks(self)
@@ -61,7 +61,7 @@ class CogView4Denoiser(NetworkView, CogView4Transformer2DModel):
 
 
 class _MaskedAttention(CogView4AttnProcessor):
-    """The pipeline's attention, and where there is a mask of the prompts' tokens that of diffusers for training.
+    """The pipeline's attention, or diffusers' attention for training if there is a mask of the prompts' tokens.
 
     The former adds its mask to the logits as ones and zeros, which masks nothing.
     """
@@ -86,22 +86,22 @@ class _MaskedAttention(CogView4AttnProcessor):
 
 
 def _know_masks(network: Any) -> None:  # noqa: ANN401
-    """Have the attention of all blocks know the masks of prompts, in place."""
+    """Let the attention of all blocks take prompt masks, in place."""
     for block in network.transformer_blocks:
         if not isinstance(block.attn1.processor, _MaskedAttention):
             block.attn1.set_processor(_MaskedAttention())
 
 
 def _mask(states: Tensor) -> Tensor:
-    """Return 1 for the tokens of prompts and 0 for what fills them up, ``(B, L)``, of states ``(B, L, D)``.
+    """Return the mask ``(B, L)`` of states ``(B, L, D)``: 1 for prompt tokens, 0 for padding.
 
-    That is all after the last row that is not zero: the first ones, of what the pipeline fills up, may be zero too.
+    Padding is everything after the last nonzero row; the first rows, from the pipeline's own padding, may be zero too.
     """
     return (states != 0).any(dim=-1).int().flip(1).cummax(1).values.flip(1)
 
 
 def _mask_filling(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:  # noqa: ANN401
-    """Have a network that the pipeline calls attend to prompts alone, where they are of several lengths."""
+    """Mask the padding when the pipeline calls the network with prompts of several lengths."""
     if "original_size" not in kwargs:  # a view masks by itself
         return None
     mask = _mask(kwargs["encoder_hidden_states"])
@@ -111,26 +111,26 @@ def _mask_filling(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _shift(tokens: int) -> float:
-    """Return the ``s`` by which the pipeline shifts the times of images of that many tokens."""
+    """Return the ``s`` by which the pipeline shifts the times of images with that many tokens."""
     return float(math.sqrt(tokens / SHIFT["base_image_seq_len"]) * SHIFT["max_shift"] + SHIFT["base_shift"])
 
 
 class CogView4(FlowTransformer):
     """CogView4. (`Zheng et al., 2024 <https://arxiv.org/abs/2403.05121>`_, of CogView3)
 
-    Its text encoder attends to what fills a prompt up from the left, to a multiple of 16 tokens alone and to the
-    longest prompt beside others. Here every prompt is as it is alone, so that an image does not depend on the others.
+    Its text encoder attends to the left padding: to a multiple of 16 tokens for a single prompt, and to the longest
+    prompt in a batch. Here every prompt is encoded as if it were alone, so that an image does not depend on the others.
     """
 
     parts = ("tokenizer", "text_encoder")
     view = CogView4Denoiser
     guidance_scale = 5.0
-    makes_even_steps = True  # of what call_steps says
+    makes_even_steps = True  # those of call_steps
     # Queries, keys, values and outputs, which image and text share.
     lora_targets = ("to_k", "to_out.0", "to_q", "to_v")
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
-        """See :meth:`Family.check`; the network is told times before a shift that it must know."""
+        """See :meth:`Family.check`; the network takes times before the shift, so the shift must be known."""
         super().check(source, pipeline)
         for name, expected in SHIFT.items():
             found = pipeline.scheduler.config.get(name, expected)
@@ -147,7 +147,7 @@ class CogView4(FlowTransformer):
         _know_masks(network)
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
-        """See :meth:`Family.latent_scale`; the pipeline takes no mean."""
+        """See :meth:`Family.latent_scale`; the pipeline uses no mean."""
         return 0.0, vae.config.scaling_factor
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
@@ -161,7 +161,7 @@ class CogView4(FlowTransformer):
         }
 
     def frame_conditions(self, frames: Sequence[Frame]) -> dict[str, Tensor]:
-        """See :meth:`Family.frame_conditions`; as SDXL."""
+        """See :meth:`Family.frame_conditions`; the same as for SDXL."""
         return told_sizes(frames)
 
     def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
@@ -174,11 +174,11 @@ class CogView4(FlowTransformer):
         return found
 
     def call_steps(self, steps: int) -> dict[str, Any]:
-        """See :meth:`Family.call_steps`; the pipeline's own end at 0.001."""
+        """See :meth:`Family.call_steps`; the pipeline's own steps end at 0.001."""
         return {"timesteps": [1000 * (steps - i) / steps for i in range(steps)]}
 
     def tokens(self, network: Any, latent_shape: tuple[int, int, int]) -> float:  # noqa: ANN401
-        """See :meth:`Family.tokens`: so many that their line goes through the pipeline's shift, which is a root."""
+        """See :meth:`Family.tokens`; the count at which the scheduler's linear shift equals the pipeline's root."""
         base, most = SHIFT["base_image_seq_len"], SHIFT["max_image_seq_len"]
         low, high = SHIFT["base_shift"], SHIFT["max_shift"]
         shift = _shift(int(super().tokens(network, latent_shape)))
@@ -192,7 +192,7 @@ class CogView4(FlowTransformer):
         tokens: int | None,
         length: int | None = None,
     ) -> Tensor:
-        """Return states ``(B, L, D)`` of prompts, filled up to a length or the longest of them with rows of zeros."""
+        """Return the states ``(B, L, D)`` of prompts, zero-padded to ``length`` or to the longest of them."""
         found = [
             pipeline.encode_prompt(
                 prompt=[prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=tokens or TOKENS

@@ -1,4 +1,4 @@
-"""Class-conditional DiT: its prompts are numbers of classes."""
+"""Class-conditional DiT, whose prompts are class numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DiT(Family):
     patch = 2
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
-        """See :meth:`Family.conditions`; int64 ``class_labels``, the null label after the classes."""
+        """See :meth:`Family.conditions`; int64 ``class_labels``, with the null label after the classes."""
         null = pipeline.transformer.config.num_embeds_ada_norm
         labels = [null if options.negative else int(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=pipeline.vae.device)}
@@ -33,7 +33,7 @@ class DiT(Family):
         return {"class_labels": torch.tensor([int(prompt) for prompt in prompts])}
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
-        """See :meth:`Family.call_options`: the pipeline draws one size, and takes none."""
+        """See :meth:`Family.call_options`; the pipeline has one fixed size."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""What the transformers of text-to-image flows have in common."""
+"""Shared code of text-to-image flow transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FlowTransformer"]
 
 
 class FlowTransformer(Family):
-    """A transformer with joint attention of image and text; those of SD3 and Flux have a T5 beside their CLIPs."""
+    """A transformer with joint attention over image and text; SD3 and Flux have a T5 besides their CLIPs."""
 
     parts: tuple[str, ...] = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     any_size = True
@@ -30,6 +30,6 @@ class FlowTransformer(Family):
         return vae.config.shift_factor or 0.0, vae.config.scaling_factor
 
     def timestep_shift(self, scheduler: Any, latent_shape: tuple[int, int, int], network: Any = None) -> float | None:  # noqa: ANN401
-        """Return the dynamic shift that the pipelines have for that many tokens of the network."""
+        """Return the pipelines' dynamic shift at the network's number of tokens; None if there is none."""
         tokens = self.tokens(network, latent_shape)
         return None if dynamic_mu(scheduler, tokens) is None else flow_shift(scheduler, tokens)

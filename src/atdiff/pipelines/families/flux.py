@@ -1,4 +1,4 @@
-"""Flux: a CLIP for the pooled prompt, a T5, latents packed 2 x 2, and guidance that the network is told."""
+"""Flux: a CLIP for the pooled prompt, a T5, latents packed 2 x 2, and guidance as an input of the network."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
     "unpack",
 ]
 
-PATCH = 2  # latents along the side of a token
+PATCH = 2  # side of a token, in latents
 
 
 class FluxDenoiser(NetworkView, FluxTransformer2DModel):
-    """``FluxTransformer2DModel`` but for its call, which packs and unpacks latents.
+    """A view of ``FluxTransformer2DModel`` that packs and unpacks latents.
 
     Attributes:
-        guidance: the guidance scale that a guidance-distilled network is told in training.
+        guidance: the guidance scale that a guidance-distilled network gets in training.
     """
 
     config: Any
@@ -40,7 +40,7 @@ class FluxDenoiser(NetworkView, FluxTransformer2DModel):
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000."""
+        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` in [0, 1000]."""
         height, width = x_t.shape[-2:]
         times = timesteps / 1000.0
         guidance = torch.full_like(times, self.guidance) if self.config.guidance_embeds else None
@@ -59,19 +59,19 @@ class FluxDenoiser(NetworkView, FluxTransformer2DModel):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Return latents ``(B, C, h, w)`` as Flux's tokens of 2 x 2, ``(B, h / 2 * w / 2, 4 C)``."""
+    """Pack latents ``(B, C, h, w)`` into Flux's tokens of 2 x 2, ``(B, h / 2 * w / 2, 4 C)``."""
     patches = latents.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # (B, C, h / 2, w / 2, 2, 2)
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Return tokens as the latents ``(B, C, height, width)`` that :func:`pack` makes them of."""
+    """Unpack tokens into latents ``(B, C, height, width)``: the inverse of :func:`pack`."""
     patches = tokens.unflatten(1, (height // PATCH, width // PATCH)).unflatten(3, (-1, PATCH, PATCH))
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def image_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """Return the row and column of every token, ``(height * width, 3)``, the first entry 0."""
+    """Return (0, row, column) of every token, ``(height * width, 3)``."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"
     )
@@ -79,10 +79,10 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
-    """Have a transformer of Flux or Qwen-Image embed timesteps and guidance as they are given, in place.
+    """Make a Flux or Qwen-Image transformer embed timesteps and guidance in float32, in place.
 
-    They round both to the type of their tokens first: under autocast to bfloat16, 999 becomes 1000. The sinusoids of
-    the float32 values are rounded after that like every other activation.
+    By default it first rounds both to the dtype of its tokens: under autocast to bfloat16, 999 becomes 1000. The
+    float32 sinusoids are rounded afterwards like every other activation.
     """
     if _keep_given not in network._forward_pre_hooks.values():
         network.time_text_embed.unit = 1000.0 if isinstance(network, FluxTransformer2DModel) else 1.0
@@ -91,13 +91,13 @@ def embed_times_in_float32(network: Any) -> None:  # noqa: ANN401
 
 
 def keep_times(network: Any, times: Tensor, guidance: Tensor | None = None) -> None:  # noqa: ANN401
-    """Keep times ``(B,)`` of 1, and guidance if it is told, for :func:`embed_times_in_float32`."""
+    """Store times ``(B,)`` in [0, 1], and guidance if used, for :func:`embed_times_in_float32`."""
     network.time_text_embed.given = (times,) if guidance is None else (times, guidance)
 
 
-# Hooks are plain functions, and what they keep lies on the module, so that copies of a network are on their own.
+# Hooks are plain functions that keep their state on the module, so that copies of a network are independent.
 def _keep_given(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
-    if isinstance(kwargs.get("timestep"), Tensor):  # as the pipeline calls it; a view keeps its own
+    if isinstance(kwargs.get("timestep"), Tensor):  # the pipeline's call; a view stores its own
         keep_times(network, kwargs["timestep"], kwargs.get("guidance"))
 
 
@@ -129,11 +129,11 @@ class Flux(FlowTransformer):
         return pipeline.vae.config.latent_channels, side, side
 
     def is_guided(self, network: Any, guidance_scale: float) -> bool:  # noqa: ANN401
-        """See :meth:`Family.is_guided`: the network is told the scale if anything, and is taken once."""
+        """See :meth:`Family.is_guided`; the network takes the scale as an input, if at all, and runs once."""
         return False
 
     def is_told_guidance(self, network: Any) -> bool:  # noqa: ANN401
-        """See :meth:`Family.is_told_guidance`: Flux.1 dev is, Flux.1 schnell is not."""
+        """See :meth:`Family.is_told_guidance`; true for Flux.1 dev, false for Flux.1 schnell."""
         return bool(network.config.guidance_embeds)
 
     def tell_guidance(self, network: Any, guidance_scale: float) -> None:  # noqa: ANN401
@@ -149,7 +149,7 @@ class Flux(FlowTransformer):
             )
 
     def usual_guidance(self, network: Any, scheduler: Any) -> float:  # noqa: ANN401
-        """See :meth:`Family.usual_guidance`; 1, which is none, for a network that can have none."""
+        """See :meth:`Family.usual_guidance`; 1 (none) for a network without a guidance input."""
         return self.guidance_scale if self.is_told_guidance(network) else 1.0
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
@@ -159,7 +159,7 @@ class Flux(FlowTransformer):
         return {"encoder_hidden_states": states.float(), "pooled_projections": pooled.float()}
 
     def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
-        """See :meth:`Family.prompts`: there is nothing that guidance points away from."""
+        """See :meth:`Family.prompts`; there is no negative prompt."""
         return {"prompt": prompts, "prompt_2": prompts, **t5_length(tokens)}
 
 

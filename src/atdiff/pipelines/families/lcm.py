@@ -1,4 +1,4 @@
-"""Latent consistency models in a pipeline class of their own, with the parts of Stable Diffusion."""
+"""Latent consistency models saved under their own pipeline class, with the parts of Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["FAMILY", "LatentConsistencyModel"]
 
 
 class LatentConsistencyModel(StableDiffusion):
-    """Stable Diffusion's parts, opened by its pipeline, which takes every scheduler.
+    """Stable Diffusion's parts, opened with its pipeline class, which accepts every scheduler.
 
     (`Luo et al., 2023 <https://arxiv.org/abs/2310.04378>`_)
     """

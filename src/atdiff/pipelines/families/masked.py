@@ -1,4 +1,4 @@
-"""What pipelines have in common that fill prompts up to a length, and tell the network which tokens are theirs."""
+"""Shared code of pipelines that pad prompts and give the network a token mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["MaskedPrompts"]
 
 
 class MaskedPrompts(Family):
-    """Pipelines whose ``encode_prompt`` returns states, mask, and both of what guidance points away from."""
+    """Pipelines whose ``encode_prompt`` returns states and mask, then those that guidance points away from."""
 
     embeddings = (
         "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
@@ -21,7 +21,7 @@ class MaskedPrompts(Family):
     has_t5 = True
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
-        """See :meth:`Family.conditions`; the mask is 1 for the tokens of a prompt, 0 for what fills it up."""
+        """See :meth:`Family.conditions`; the mask is 1 for prompt tokens, 0 for padding."""
         device = pipeline.text_encoder.device
         encoded = self.encode_prompt(pipeline, prompts, device, options.negative, options.tokens)
         states, mask = encoded[2:] if options.negative else encoded[:2]
@@ -32,5 +32,5 @@ class MaskedPrompts(Family):
         return {**super().prompts(prompts, guided, tokens), **t5_length(tokens)}
 
     def call_prompts(self, pipeline: Any, prompts: list[str], options: CallOptions) -> dict[str, Any]:  # noqa: ANN401
-        """See :meth:`Family.call_prompts`; beside embeddings the call takes no negative prompt, not even its own."""
+        """See :meth:`Family.call_prompts`; with embeddings, the call rejects even its default negative prompt."""
         return {**super().call_prompts(pipeline, prompts, options), "negative_prompt": None}

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: a T5 with its attention mask, noise and variance as the output."""
+"""PixArt-Sigma: a T5 with its attention mask, and noise and variance as the output."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ __all__ = ["FAMILY", "PixArtDenoiser", "PixArtSigma"]
 
 
 class PixArtDenoiser(NetworkView, PixArtTransformer2DModel):
-    """``PixArtTransformer2DModel`` but for its call."""
+    """A view of ``PixArtTransformer2DModel``."""
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
     ) -> Tensor:
-        """Return noise and variance, ``(B, 2C, h, w)``, at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000.
+        """Return noise and variance ``(B, 2C, h, w)`` at latents ``(B, C, h, w)`` and timesteps ``(B,)`` in [0, 1000].
 
-        h and w are even. Of the prompts are the states, ``(B, L, D)``, and the mask, ``(B, L)``: 1 for their tokens, 0
-        for what fills them up.
+        h and w are even. The prompts come as states, ``(B, L, D)``, and mask, ``(B, L)``: 1 for tokens, 0 for padding.
         """
         output: Tensor = super().forward(  # type: ignore[misc]
             x_t,
@@ -39,8 +38,8 @@ class PixArtDenoiser(NetworkView, PixArtTransformer2DModel):
 class PixArtSigma(MaskedPrompts):
     """PixArt-Sigma. (`Chen et al., 2024 <https://arxiv.org/abs/2403.04692>`_)
 
-    Prompts are put in lower case and stripped. The pipeline's call would clean them further where bs4 and ftfy are
-    installed, and other pipelines than its own would draw from other conditions than a network was trained on.
+    Prompts are lowercased and stripped. If bs4 and ftfy are installed, the pipeline's call would clean them further,
+    and sample from other conditions than the network was trained on.
     """
 
     view = PixArtDenoiser
@@ -48,7 +47,7 @@ class PixArtSigma(MaskedPrompts):
     patch = 2
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
-        """See :meth:`Family.check`; a network of PixArt-Alpha that is told the size is none of Sigma's."""
+        """See :meth:`Family.check`; also rejects PixArt-Alpha networks, which take the image size as an input."""
         super().check(source, pipeline)
         if pipeline.transformer.use_additional_conditions:
             raise UserError(
@@ -57,7 +56,7 @@ class PixArtSigma(MaskedPrompts):
             )
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
-        """See :meth:`Family.call_options`: an image is drawn in its own size, and prompts are not cleaned."""
+        """See :meth:`Family.call_options`; images keep the requested size, and prompts are not cleaned."""
         return {**super().call_options(size), "use_resolution_binning": False, "clean_caption": False}
 
 

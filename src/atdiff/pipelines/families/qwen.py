@@ -1,4 +1,4 @@
-"""Qwen-Image: a language model for the prompt, latents packed 2 x 2, an autoencoder of videos, true guidance."""
+"""Qwen-Image: a language model for the prompt, latents packed 2 x 2, a video autoencoder, true guidance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-# Older versions attend to what fills a prompt up, so that an image depends on the prompts beside it.
+# Older versions attend to padding, so that an image depends on the other prompts of its batch.
 from diffusers.models.transformers.transformer_qwenimage import compute_text_seq_len_from_mask  # noqa: F401
 from torch import Tensor
 from torch.nn import functional
@@ -25,21 +25,20 @@ from atdiff.pipelines.families.video import VideoAutoencoder
 
 __all__ = ["FAMILY", "QwenImage", "QwenImageDenoiser"]
 
-NOTHING = " "  # what guidance points away from where nothing is asked for; without any the pipeline does not guide
-TOKENS = 512  # of a prompt, that the pipeline's call keeps
-EDITING = ("guidance_embeds", "use_additional_t_cond", "zero_cond_t")  # what only its editing models have
+NOTHING = " "  # the default negative prompt; without one, the pipeline does not guide
+TOKENS = 512  # per prompt, the default of the pipeline's call
+EDITING = ("guidance_embeds", "use_additional_t_cond", "zero_cond_t")  # set only in its editing models
 
 
 class QwenImageDenoiser(NetworkView, QwenImageTransformer2DModel):
-    """``QwenImageTransformer2DModel`` but for its call, which packs and unpacks latents."""
+    """A view of ``QwenImageTransformer2DModel`` that packs and unpacks latents."""
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor
     ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000.
+        """Return the velocity at latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` in [0, 1000].
 
-        Of the prompts are the states, ``(B, L, D)``, and the mask, ``(B, L)``: 1 for their tokens, 0 for what fills
-        them up.
+        The prompts come as states, ``(B, L, D)``, and mask, ``(B, L)``: 1 for tokens, 0 for padding.
         """
         height, width = x_t.shape[-2:]
         times = timesteps / 1000.0
@@ -67,7 +66,7 @@ class QwenImage(VideoAutoencoder, FlowTransformer):
     lora_targets = ("to_k", "to_q", "to_v")
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
-        """See :meth:`Family.check`; the pipeline does not draw with the transformers of editing models."""
+        """See :meth:`Family.check`; the pipeline does not support the transformers of editing models."""
         super().check(source, pipeline)
         for name in EDITING:
             if pipeline.transformer.config.get(name):
@@ -86,7 +85,7 @@ class QwenImage(VideoAutoencoder, FlowTransformer):
         return pipeline.transformer.config.in_channels // PATCH**2, side, side
 
     def conditions(self, pipeline: Any, prompts: list[str], options: PromptOptions) -> dict[str, Tensor]:  # noqa: ANN401
-        """See :meth:`Family.conditions`; filled up to one length, so that the prompts beside a prompt do not matter."""
+        """See :meth:`Family.conditions`; padded to a fixed length, so that other prompts do not matter."""
         asked = [NOTHING] * len(prompts) if options.negative else prompts
         states, mask = _encoded(pipeline, asked, pipeline.text_encoder.device, options.tokens)
         rest = (options.tokens or TOKENS) - states.shape[1]
@@ -106,12 +105,12 @@ class QwenImage(VideoAutoencoder, FlowTransformer):
         return found
 
     def call_guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
-        """See :meth:`Family.call_guidance`; ``guidance_scale`` is for networks that are told it, and none are."""
+        """See :meth:`Family.call_guidance`; ``guidance_scale`` is for networks that take it, and none do."""
         away = {"negative_prompt": [NOTHING] * prompts} if prompts is not None and scale > 1 else {}
         return {"true_cfg_scale": scale, **away}
 
     def guide(self, given: Tensor, null: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`; the pipeline gives every token the norm that it has without guidance."""
+        """See :meth:`Family.guide`; the pipeline rescales every token to its norm without guidance."""
         guided = pack(super().guide(given, null, scale))
         ratio = pack(given).norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return unpack(guided * ratio, *given.shape[-2:])
@@ -126,7 +125,7 @@ class QwenImage(VideoAutoencoder, FlowTransformer):
 
 
 def _encoded(pipeline: Any, prompts: list[str], device: torch.device, tokens: int | None) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return states ``(B, L, D)`` and mask ``(B, L)`` of prompts, as long as the longest of them."""
+    """Return the states ``(B, L, D)`` and mask ``(B, L)`` of prompts, padded to the longest of them."""
     states, mask = pipeline.encode_prompt(prompt=prompts, device=device, max_sequence_length=tokens or TOKENS)
     return states, states.new_ones(states.shape[:2]) if mask is None else mask
 

@@ -1,4 +1,4 @@
-"""Sana: linear attention, an autoencoder of 32 pixels a latent, and an instruction before every prompt."""
+"""Sana: linear attention, an autoencoder with 32 pixels per latent, and an instruction before every prompt."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ __all__ = ["FAMILY", "Sana", "SanaDenoiser"]
 
 
 class SanaDenoiser(NetworkView, SanaTransformer2DModel):
-    """``SanaTransformer2DModel`` but for its call."""
+    """A view of ``SanaTransformer2DModel``."""
 
     config: Any
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
     ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000.
+        """Return the velocity at latents ``(B, C, h, w)`` and timesteps ``(B,)`` in [0, 1000].
 
-        Of the prompts are the states, ``(B, L, D)``, and the mask, ``(B, L)``: 1 for their tokens, 0 for what fills
-        them up.
+        The prompts come as states, ``(B, L, D)``, and mask, ``(B, L)``: 1 for tokens, 0 for padding.
         """
         velocity: Tensor = super().forward(  # type: ignore[misc]
             x_t,
@@ -41,7 +40,7 @@ class SanaDenoiser(NetworkView, SanaTransformer2DModel):
 
 @functools.cache
 def _instruction() -> list[str]:
-    """Return what the pipeline's call puts before prompts that are drawn; ``encode_prompt`` alone puts nothing."""
+    """Return the instruction that the pipeline's call, but not ``encode_prompt``, puts before prompts by default."""
     from diffusers import SanaPipeline  # which needs transformers
 
     lines: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -62,16 +61,16 @@ class Sana(MaskedPrompts):
         pixels: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        """See :meth:`Family.encode_images`; the autoencoder has no noise."""
+        """See :meth:`Family.encode_images`; the autoencoder is deterministic."""
         latents: Tensor = vae.encode(pixels).latent
         return latents
 
     def prompts(self, prompts: list[str], guided: bool, tokens: int | None) -> dict[str, Any]:
-        """See :meth:`Family.prompts`; the pipeline gives no instruction to what guidance points away from."""
+        """See :meth:`Family.prompts`; the pipeline adds no instruction to the negative prompt."""
         return {**super().prompts(prompts, guided, tokens), "complex_human_instruction": _instruction()}
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
-        """See :meth:`Family.call_options`: an image is drawn in its own size."""
+        """See :meth:`Family.call_options`; images keep the requested size."""
         return {**super().call_options(size), "use_resolution_binning": False}
 
     def prompt_template(self, pipeline: Any) -> str:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP, a U-Net."""
+"""Stable Diffusion 1.x and 2.x: one CLIP and a U-Net."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StableDiffusion(Family):
     lora_targets = UNET_LORA_TARGETS
 
     def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
-        """See :meth:`Family.kohya_layer`: diffusers' own names, of which kohya trains these U-Nets.
+        """See :meth:`Family.kohya_layer`; diffusers' own names, which kohya uses for these U-Nets.
 
         (`networks/lora.py <https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py>`_)
         """

@@ -1,4 +1,4 @@
-"""SD3 and SD3.5: two CLIPs, and a T5 that may be left out."""
+"""SD3 and SD3.5: two CLIPs and an optional T5."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["FAMILY", "SD3Denoiser", "StableDiffusion3"]
 
 
 class SD3Denoiser(NetworkView, SD3Transformer2DModel):
-    """``SD3Transformer2DModel`` but for its call."""
+    """A view of ``SD3Transformer2DModel``."""
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tensor:
-        """Return the velocity at latents ``(B, C, h, w)`` and timesteps ``(B,)`` of 1000."""
+        """Return the velocity at latents ``(B, C, h, w)`` and timesteps ``(B,)`` in [0, 1000]."""
         velocity: Tensor = super().forward(  # type: ignore[misc]
             hidden_states=x_t,
             encoder_hidden_states=encoder_hidden_states,

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, a pooled prompt and the size of the image."""
+"""SDXL: two text encoders, a pooled prompt and the image size as conditions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StableDiffusionXL(StableDiffusion):
         return told_sizes(frames)
 
     def kohya_layer(self, name: str, network: Any) -> str | None:  # noqa: ANN401
-        """See :meth:`Family.kohya_layer`: the names of the original U-Net, of which kohya trains SDXL.
+        """See :meth:`Family.kohya_layer`; the names of the original U-Net, which kohya uses for SDXL.
 
         (`library/sdxl_original_unet.py
         <https://github.com/kohya-ss/sd-scripts/blob/main/library/sdxl_original_unet.py>`_) AUTOMATIC1111 misreads

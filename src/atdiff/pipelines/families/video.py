@@ -1,4 +1,4 @@
-"""What pipelines have in common whose autoencoder is one of videos, of which an image is a single frame."""
+"""Shared code of pipelines with a video autoencoder, for which an image is a single frame."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["VideoAutoencoder"]
 
 
 class VideoAutoencoder(Family):
-    """Pipelines with ``AutoencoderKLWan`` or its kin: a frame axis, and a mean and a deviation per channel."""
+    """Pipelines with ``AutoencoderKLWan`` or similar: a frame axis, and mean and standard deviation per channel."""
 
     def latent_scale(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
-        """See :meth:`Family.latent_scale`; one of each per channel."""
+        """See :meth:`Family.latent_scale`; mean and factor are per channel."""
         mean, std = channel_moments(vae)
         return mean, 1.0 / std
 

@@ -1,4 +1,4 @@
-"""Wan 2.1: a network of videos that draws one frame, and a T5 whose padding is zeros."""
+"""Wan 2.1: a video network that generates one frame, and a T5 whose padding is zeros."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from atdiff.pipelines.families.video import VideoAutoencoder
 
 __all__ = ["FAMILY", "Wan", "WanDenoiser"]
 
-SIDE = 480  # pixels, the height that the pipeline's call draws unless told otherwise; its width is 832
-TOKENS = 512  # of a prompt, that the pipeline's call keeps; its encode_prompt would keep 226
+SIDE = 480  # pixels, the default height of the pipeline's call; its default width is 832
+TOKENS = 512  # per prompt, the default of the pipeline's call, while that of its encode_prompt is 226
 
 
 class WanDenoiser(NetworkView, WanTransformer3DModel):
-    """``WanTransformer3DModel`` but for its call, which adds and removes the axis of frames."""
+    """A view of ``WanTransformer3DModel``, which adds and removes the frame axis."""
 
     def forward(self, x_t: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Return the velocity at latents of a frame, ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` of 1000.
+        """Return the velocity at a frame's latents ``(B, C, h, w)``, h and w even, and timesteps ``(B,)`` in [0, 1000].
 
-        Of the prompts are the states, ``(B, L, D)``, filled up with rows of zeros.
+        The prompts' states, ``(B, L, D)``, are padded with rows of zeros.
         """
         velocity: Tensor = super().forward(  # type: ignore[misc]
             hidden_states=x_t.unsqueeze(2),
@@ -45,11 +45,11 @@ class Wan(VideoAutoencoder, FlowTransformer):
     view = WanDenoiser
     guidance_scale = 5.0
     makes_videos = True
-    # Queries, keys, values and outputs of the attention to the frame and of that to the prompt.
+    # Queries, keys, values and outputs of attention to the frame and to the prompt.
     lora_targets = ("to_k", "to_out.0", "to_q", "to_v")
 
     def check(self, source: str, pipeline: Any) -> None:  # noqa: ANN401
-        """See :meth:`Family.check`; pipelines of Wan 2.2 have two networks, or tell theirs a time per token."""
+        """See :meth:`Family.check`; Wan 2.2 pipelines have two networks, or one that takes a time per token."""
         for name in ("boundary_ratio", "expand_timesteps"):
             if pipeline.config.get(name):
                 raise UserError(
@@ -59,7 +59,7 @@ class Wan(VideoAutoencoder, FlowTransformer):
         super().check(source, pipeline)
 
     def latent_shape(self, pipeline: Any, image_size: int | None = None) -> tuple[int, int, int]:  # noqa: ANN401
-        """See :meth:`Family.latent_shape`; squares, of the pipeline's height where no size is given."""
+        """See :meth:`Family.latent_shape`; square, with the pipeline's default height if no size is given."""
         side = (image_size or SIDE) // pixels_per_latent(pipeline)
         return pipeline.transformer.config.in_channels, side, side
 
