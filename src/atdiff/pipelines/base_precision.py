@@ -1,4 +1,4 @@
-"""How a frozen network under adapters is kept: in bfloat16, or quantised by what diffusers has for it."""
+"""Storage of a frozen network under adapters: in bfloat16, or quantised through diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = {"fp8": "torchao", "int8wo": "torchao", "int8": "bitsandbytes", "nf4"
 
 
 def check_base_precision(precision: BasePrecision, device: torch.device) -> None:
-    """Find out whether a network can be kept so on this machine.
+    """Check that this machine supports a base precision.
 
     Raises:
         UserError: a package is not installed or too old, or needs a GPU.
@@ -42,17 +42,17 @@ def check_base_precision(precision: BasePrecision, device: torch.device) -> None
 
 
 def loading_options(network: str, precision: BasePrecision) -> dict[str, Any]:
-    """Return what ``from_pretrained`` of a pipeline is told for one of its networks to be kept so.
+    """Return the ``from_pretrained`` options that load one network of a pipeline in a base precision.
 
-    Linear layers are quantised, all else of the network is bfloat16, and other parts are float32. diffusers' layerwise
-    casting, its other storage in 8 bits, saves nothing in training: what it casts up is kept for the backward pass, and
-    recomputing that by gradient checkpointing fails (diffusers 0.42).
+    Linear layers are quantised, the rest of the network is bfloat16, and other parts are float32. diffusers' layerwise
+    casting, its other 8-bit storage, saves nothing in training: the upcast weights are kept for the backward pass, and
+    recomputing them by gradient checkpointing fails (diffusers 0.42).
 
     Args:
-        network: name of the part.
-        precision: ``nf4`` are the 4-bit normal floats of `QLoRA <https://arxiv.org/abs/2305.14314>`_ and ``int8``
-            `LLM.int8() <https://arxiv.org/abs/2208.07339>`_, by bitsandbytes; ``int8wo`` and ``fp8`` (e4m3) have a
-            scale for each row of the weights and are cast up for each product, by torchao.
+        network: name of the network in the pipeline.
+        precision: ``nf4`` are the 4-bit normal floats of `QLoRA <https://arxiv.org/abs/2305.14314>`_ and ``int8`` is
+            `LLM.int8() <https://arxiv.org/abs/2208.07339>`_, both by bitsandbytes; ``int8wo`` and ``fp8`` (e4m3), by
+            torchao, have one scale per row of the weights and are upcast for each product.
     """
     options: dict[str, Any] = {"torch_dtype": {network: torch.bfloat16, "default": torch.float32}}
     if precision == "bf16":
@@ -76,9 +76,9 @@ def _of(precision: BasePrecision) -> Any:  # noqa: ANN401  (a configuration of d
 
 @contextlib.contextmanager
 def taking_float32(network: Any) -> Iterator[None]:  # noqa: ANN401  (any diffusers model)
-    """Let a pipeline of float32 call a network of another type, which it would give float32 inputs.
+    """Let a float32 pipeline call a network of another dtype.
 
-    Its call is then that of :func:`atdiff.models.call.predict`: inputs are cast to the network's type, outputs back.
+    As in :func:`atdiff.models.call.predict`, inputs are cast to the network's dtype, and outputs back to float32.
     """
     own = compute_dtype(network)
 
@@ -86,7 +86,7 @@ def taking_float32(network: Any) -> Iterator[None]:  # noqa: ANN401  (any diffus
         return cast_conditions(value, own) if isinstance(value, Mapping) else cast_conditions({"": value}, own)[""]
 
     def before(_: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # SDXL is told some conditions in a mapping of their own.
+        # SDXL takes some conditions in a nested mapping.
         nested = {name: cast(value) for name, value in told.items() if isinstance(value, Mapping)}
         return tuple(map(cast, args)), {**cast_conditions(told, own), **nested}
 

@@ -39,10 +39,10 @@ __all__ = [
     "put_latents",
 ]
 
-FORMAT = 2  # of the folder, and of how images become float16 latents; older ones are made anew
+FORMAT = 2  # version of the folder and of the encoding; older latents are encoded again
 MANIFEST = "manifest.json"
-FLIP = "flip"  # among what latents depend on: mirrored ones are beside them
-BATCH_SIZE, SEED = 8, 0  # of the encoding, unless told otherwise
+FLIP = "flip"  # in a cache key: the folder has mirrored latents too
+BATCH_SIZE, SEED = 8, 0  # defaults for encoding
 
 T = TypeVar("T")
 Source = CaptionedImages | StreamedImages
@@ -50,22 +50,22 @@ Source = CaptionedImages | StreamedImages
 
 @dataclass(frozen=True, eq=False)
 class LatentData:
-    """Latents of images and conditions of their captions, float16 on disk and read as they are asked for.
+    """Latents of images and conditions of their captions, float16 on disk and read on demand.
 
     Attributes:
-        name: what the images are, for reports.
-        latents: an array per shape, ``(n, C, h, w)``, scaled as the network is fed.
-        places: of each image its array and its row there, int64, shape ``(N, 2)``.
-        captions: the different captions, in the order of their first image.
+        name: name of the images, for reports.
+        latents: one array per shape, ``(n, C, h, w)``, scaled as the network's input.
+        places: array and row of each image, int64, shape ``(N, 2)``.
+        captions: the distinct captions, in the order of their first image.
         caption_ids: index into ``captions`` of each image, int64, shape ``(N,)``.
-        table: each kind of condition by name, with a row a caption.
+        table: each kind of condition by name, with one row per caption.
         null: the conditions of no prompt, with one row.
-        own: each kind of condition that is of an image and not of its caption, float32, with a row an image.
-        flipped: latents of the mirrored images, array by array; none where they were not asked for.
-        skipped: name and reason of each image that could not be read and was left out.
-        content: hash of the pixels and captions that these are of, in their order.
-        encoders: hash of what encoded them, see :func:`encoders_of`.
-        classes: names, in the order of the labels, where the captions are those of the classes and the files say so.
+        own: each kind of condition that belongs to an image, not to its caption, float32, with one row per image.
+        flipped: latents of the mirrored images, array by array; empty if they were not requested.
+        skipped: name and reason for each image that was left out because it could not be read.
+        content: hash of the pixels and captions, in order.
+        encoders: hash of the encoders; see :func:`encoders_of`.
+        classes: class names in label order, if the captions are those of classes and the files record them.
     """
 
     name: str
@@ -87,23 +87,23 @@ class LatentData:
 
     @property
     def groups(self) -> list[Tensor]:
-        """The images of each array, which can share a batch, int64 ``(n,)``."""
+        """Indices of the images in each array, which can share a batch, int64 ``(n,)``."""
         return [torch.from_numpy(np.flatnonzero(self.places[:, 0] == i)) for i in range(len(self.latents))]
 
     def sizes(self, scale: int) -> Counter[Size]:
-        """Return how many images there are of each width and height, of ``scale`` pixels per latent."""
+        """Return the number of images per (width, height), at ``scale`` pixels per latent."""
         return Counter({(array.shape[3] * scale, array.shape[2] * scale): len(array) for array in self.latents})
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that another pixel, caption or order changes, but not the device that encoded them."""
+        """Return a SHA-256 of the pixels, captions and order; it does not depend on the device that encoded them."""
         return self.content
 
     def x0(self, indices: Tensor) -> Tensor:
-        """Return latents of one shape, at ``indices`` ``(B,)``, as float32 ``(B, C, h, w)`` on the CPU."""
+        """Return the latents at ``indices`` ``(B,)``, all of one shape, as float32 ``(B, C, h, w)`` on the CPU."""
         return self._rows(self.latents, indices)
 
     def mirrored(self, indices: Tensor) -> Tensor:
-        """Return the latents of the mirrored images, as :meth:`x0`."""
+        """Return the latents of the mirrored images, like :meth:`x0`."""
         return self._rows(self.flipped, indices)
 
     def _rows(self, arrays: tuple[np.ndarray, ...], indices: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class LatentData:
     def conditions(self, indices: Tensor) -> dict[str, Tensor]:
         """Return the conditions of the captions and images at ``indices``, ``(B,)``, on the CPU.
 
-        They are float32 ``(B, ...)``, class labels int64, by the names of :meth:`LatentPipeline.encode_prompts` and
+        They are float32 ``(B, ...)``, class labels int64, under the names of :meth:`LatentPipeline.encode_prompts` and
         :meth:`Family.frame_conditions`.
         """
         images = indices.cpu().numpy()
@@ -123,7 +123,7 @@ class LatentData:
         return told | {name: _float(values[images]) for name, values in self.own.items()}
 
     def null_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Return the conditions of no prompt, repeated without a copy, as float32 ``(batch_size, ...)``."""
+        """Return the conditions of no prompt, expanded without a copy to float32 ``(batch_size, ...)``."""
         return {name: _float(values).expand(batch_size, *values.shape[1:]) for name, values in self.null.items()}
 
 
@@ -137,18 +137,19 @@ def latent_data(
     progress: bool = True,
     seed: int = SEED,
 ) -> LatentData:
-    """Return the latents and conditions of a source, from the cache where they are there, else encoded and put there.
+    """Return the latents and conditions of a source, from the cache if they are there, else encoded and cached.
 
-    An image is encoded once: the noise of its posterior stays the same. The cache's folder is found by a hash of all
-    that it depends on; a damaged one is made anew with a warning. Of several processes one should come first.
+    An image is encoded once, so its posterior noise stays fixed. The cache folder is named by a hash of everything that
+    its content depends on; a damaged one is encoded again with a warning. In a distributed run, let one process call
+    this first.
 
     Args:
-        source: images with captions, walked through once, a batch at a time in memory.
-        latent: autoencoder and text encoders, which are put back on the CPU afterwards.
-        batch_size: images or captions at a time.
-        device: where they are encoded.
-        flip: encode each image mirrored left to right too.
-        seed: of the noise of the posteriors.
+        source: images with captions, read once, one batch at a time.
+        latent: autoencoder and text encoders, which move back to their device afterwards.
+        batch_size: images or captions per batch.
+        device: device to encode on.
+        flip: also encode each image mirrored left to right.
+        seed: seed of the posterior noise.
 
     Raises:
         UserError: no images or images that do not fit, a batch size below 1, latents beyond float16, or no cache.
@@ -177,14 +178,14 @@ def put_latents(
     flip: bool = False,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Write into a new folder what :func:`latent_data` puts into the cache, or copy it where the cache has it.
+    """Write the files that :func:`latent_data` caches into a new folder, or copy them if they are cached.
 
     Returns:
-        What it depends on beside images and captions; see :func:`encoders_of`.
+        What they depend on besides images and captions; see :func:`encoders_of`.
 
     Raises:
         UserError: as :func:`latent_data`.
-        OSError: the disk does not take it.
+        OSError: writing to the disk fails.
     """
     encoders = encoders_of(latent)
     place, parts = _place(source, encoders, BATCH_SIZE, SEED, flip)
@@ -198,7 +199,7 @@ def put_latents(
 def _place(
     source: Source, encoders: Mapping[str, object], batch_size: int, seed: int, flip: bool
 ) -> tuple[Path, list[object]]:
-    """Return the folder of the cache, and all that it depends on."""
+    """Return the cache folder, and the parts of its key."""
     if batch_size < 1:
         raise UserError(f"the batch size for encoding is {batch_size}: expected 1 or more.")
     if isinstance(source, Sized) and len(source) < 1:
@@ -209,7 +210,7 @@ def _place(
 
 
 def _encoders_in(parts: Sequence[object]) -> str:
-    """Return a hash of what encoded the images, whichever these are: of parts as :func:`_place` makes them."""
+    """Return a hash of the encoders from the key parts of :func:`_place`, whatever the images."""
     made, kind, zeros, _, *others = parts
     return settings_fingerprint(made, kind, zeros, [other for other in others if other != FLIP])
 
@@ -223,7 +224,7 @@ def _write(
     device: torch.device | str,
     progress: bool,
 ) -> None:
-    """Encode all into a new folder; ``how`` is the batch size, the seed, and whether mirrored images too."""
+    """Encode everything into a new folder; ``how`` is (batch size, seed, whether to mirror images too)."""
     with encoders_on(device, latent), quiet_libraries():
         folder.mkdir()
         with _LatentFiles(folder, latent, f"the latents of {source.name}", *how) as files:
@@ -239,9 +240,9 @@ def _no_images(source: Source) -> UserError:
 
 
 def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
-    """Return what the cache has, and warn where it is damaged."""
+    """Return the cached latents if there are any, and warn if they are damaged."""
     data = open_latents(folder, source.name) if folder.exists() else None
-    if data is not None and not data.content:  # an older version wrote it
+    if data is not None and not data.content:  # written by an older version
         return _with_content(folder, source, data, progress)
     if data is not None:
         source.unreadable.found[:] = data.skipped
@@ -252,7 +253,7 @@ def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
 
 
 def _with_content(folder: Path, source: Source, data: LatentData, progress: bool) -> LatentData:
-    """Read the images once more for their hash, and keep it."""
+    """Read the images once more to hash their content, and store the hash."""
     digest = hashlib.sha256()
     for pair in _tracked(source, "reading images", _count(source), progress):
         _take_in(digest, *pair)
@@ -267,7 +268,7 @@ def _take_in(digest: hashlib._Hash, image: Tensor, caption: str, frame: Frame | 
 
 
 def encoders_of(latent: LatentPipeline) -> dict[str, object]:
-    """Return what latents and embeddings depend on beside images and captions, by words for it: plain values."""
+    """Return what latents and embeddings depend on besides images and captions: plain values under readable keys."""
     pipeline = latent.pipeline
     tokenizers = {name: getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
     return {
@@ -283,14 +284,14 @@ def encoders_of(latent: LatentPipeline) -> dict[str, object]:
 
 
 def open_latents(folder: Path, name: str) -> LatentData | None:
-    """Map the files of a folder into memory; None where one is missing or damaged."""
+    """Memory-map the files of a folder; None if one is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         found = {file: (folder / file).stat().st_size for file in manifest["sizes"]}
         mapped = [folder / file for file in found if file.endswith(".npy")]
         arrays = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in mapped}
         captions = json.loads((folder / "captions.json").read_text())
-        names = manifest.get("arrays", ["latents"])  # which older versions did not write
+        names = manifest.get("arrays", ["latents"])  # older versions did not write it
         latents, caption_ids = tuple(arrays[name] for name in names), arrays["caption_ids"]
         flipped = tuple(arrays[f"flipped-{name}"] for name in names if f"flipped-{name}" in arrays)
         places = arrays.get("places", np.stack([np.zeros_like(caption_ids), np.arange(len(caption_ids))], axis=1))
@@ -310,7 +311,7 @@ def open_latents(folder: Path, name: str) -> LatentData | None:
 
 @contextlib.contextmanager
 def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[None]:
-    """Move the encoders to a device, and back, so that training has the memory."""
+    """Move the encoders to a device, and back afterwards to leave its memory to training."""
     networks = (latent.vae, *latent.text_encoders)
     before = [network.device for network in networks]
     try:
@@ -323,16 +324,16 @@ def encoders_on(device: torch.device | str, latent: LatentPipeline) -> Iterator[
 
 
 class _LatentFiles:
-    """The latents of images, encoded a few of one shape at a time, and written into a file per shape.
+    """Latents of images, encoded in batches of one shape and written to one file per shape.
 
     Attributes:
-        names: of the files, without the suffix; ``latents`` alone without buckets.
-        places: of each image its file, by number, and its row there; none without buckets.
+        names: file names without the suffix; only ``latents`` without buckets.
+        places: file index and row of each image; empty without buckets.
     """
 
     def __init__(self, folder: Path, latent: LatentPipeline, what: str, batch_size: int, seed: int, flip: bool) -> None:
         self._folder, self._latent, self._what, self._batch_size = folder, latent, what, batch_size
-        # One each, so that images have the same latents whether they are mirrored too or not.
+        # One each, so that latents do not depend on whether mirrored images are encoded too.
         self._noise = [torch.Generator().manual_seed(seed) for _ in range(1 + flip)]
         self._waiting: dict[str, list[Tensor]] = {}
         self._open: dict[str, _Rows] = {}
@@ -351,7 +352,7 @@ class _LatentFiles:
             rows.close()
 
     def add(self, image: Tensor) -> None:
-        """Take an image, uint8 ``(C, H, W)``."""
+        """Add an image, uint8 ``(C, H, W)``."""
         height, width = image.shape[1:]
         name = f"latents-{width}x{height}" if self._latent.buckets else "latents"
         row = self._counts.get(name, 0)
@@ -364,7 +365,7 @@ class _LatentFiles:
             self._encode(name)
 
     def finish(self) -> None:
-        """Encode the images that are left."""
+        """Encode the remaining images."""
         for name, waiting in self._waiting.items():
             if waiting:
                 self._encode(name)
@@ -381,9 +382,10 @@ class _LatentFiles:
 
 
 class _Rows:
-    """An ``.npy`` file that grows; its header is written again once the number of rows is known.
+    """An ``.npy`` file that grows; its header is rewritten once the number of rows is known.
 
-    numpy leaves room for that. Not through a map, at which a full disk would end the process without a word.
+    numpy leaves room for that. It is not a memory map, because a full disk would then kill the process without a
+    message.
     """
 
     def __init__(self, path: Path, like: np.ndarray) -> None:
@@ -409,13 +411,13 @@ class _Rows:
 def _write_images(
     folder: Path, source: Source, latent: LatentPipeline, files: _LatentFiles, progress: bool
 ) -> tuple[list[str], str]:
-    """Encode all images, and return the different captions and the hash of the content."""
+    """Encode all images, and return the distinct captions and the hash of the content."""
     digest = hashlib.sha256()
     ids: dict[str, int] = {}
     caption_ids = array("q")
     frames: list[Frame] = []
     if latent.buckets:
-        assert isinstance(source, CaptionedImages), source  # a stream has none
+        assert isinstance(source, CaptionedImages), source  # a stream has no buckets
         images: Iterable[tuple[Tensor, str, Frame | None]] = source.framed()
     else:
         images = ((image, caption, None) for image, caption in source)
@@ -438,7 +440,7 @@ def _write_images(
 
 
 def _count(source: Source) -> int | None:
-    """Return how many images there are, where that is known before they are read."""
+    """Return the number of images, if it is known before reading them."""
     return len(source) if isinstance(source, Sized) else None
 
 
@@ -468,7 +470,7 @@ def _tracked(items: Iterable[T], what: str, total: int | None, progress: bool) -
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of ``size``, the last one shorter."""
+    """Yield the items in lists of ``size``; the last one may be shorter."""
     rest = iter(items)
     while batch := list(itertools.islice(rest, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""Folders of latents and embeddings that users make and name: written, checked and read."""
+"""User-made folders of latents and embeddings: writing, checking and reading them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def save_latents(
     flip: bool = False,
     progress: bool = True,
 ) -> LatentData:
-    """Encode images and captions into a folder, or copy them from the cache; it appears once it is complete.
+    """Encode images and captions into a folder, or copy them from the cache; the folder appears once complete.
 
     Args:
-        folder: a new one.
+        folder: the folder, which must not exist.
         source: images with captions.
         latent: autoencoder and text encoders.
-        settings: by which the images are read; see :class:`EncodedRecord`.
-        device: where they are encoded.
-        flip: encode each image mirrored left to right too.
-        progress: show bars.
+        settings: how the images are read; see :class:`EncodedRecord`.
+        device: device to encode on.
+        flip: also encode each image mirrored left to right.
+        progress: show progress bars.
 
     Raises:
         UserError: as :func:`atdiff.pipelines.cache.latent_data`, or the folder cannot be written.
-        OSError: the disk does not take it.
+        OSError: writing to the disk fails.
     """
     remove_leftovers(folder)
     with written_aside(folder, flush=True) as partial:
@@ -65,17 +65,17 @@ def save_latents(
 
 
 def _described(encoders: Mapping[str, object], latent: LatentPipeline) -> dict[str, object]:
-    """Return what encodes images and captions, what a user understands best first."""
+    """Return the settings and fingerprints of the encoders, the most readable ones first."""
     scaling = [torch.as_tensor(one).flatten().tolist() for one in latent.family.latent_scale(latent.vae)]
     kind = {"class of pipelines": encoders["class of pipelines"]}
     return {**kind, "scaling of latents": scaling, "step of buckets": latent.bucket_step, **encoders}
 
 
 def check_encoders(folder: Path, latent: LatentPipeline) -> None:
-    """Make sure that a pipeline would encode images and captions as those of a folder were.
+    """Check that a pipeline encodes images and captions as those of a folder were encoded.
 
     Raises:
-        UserError: naming the first thing that differs; or as :func:`read_record`.
+        UserError: naming the first difference; or as :func:`read_record`.
     """
     there, here = read_record(folder).encoders, _described(encoders_of(latent), latent)
     for what in {**here, **there}:
@@ -89,10 +89,10 @@ def check_encoders(folder: Path, latent: LatentPipeline) -> None:
 
 
 def load_latents(folder: Path, latent: LatentPipeline) -> LatentData:
-    """Map the latents and embeddings of a folder into memory.
+    """Memory-map the latents and embeddings of a folder.
 
     Raises:
-        UserError: files are missing, of another size, or hold what does not fit the pipeline or each other.
+        UserError: files are missing, have the wrong size, or do not fit the pipeline or each other.
     """
     record = read_record(folder)
     for name, (size, _) in record.files.items():
@@ -112,10 +112,10 @@ def load_latents(folder: Path, latent: LatentPipeline) -> LatentData:
 
 
 def check_contents(folder: Path) -> None:
-    """Read all files of a folder once, and again only where they may have changed since.
+    """Check the hashes of all files of a folder; files are read again only if they may have changed.
 
     Raises:
-        UserError: one has other contents than were written.
+        UserError: a file changed after it was written.
     """
     files = read_record(folder).files
     for (name, (_, written)), found in zip(
@@ -126,7 +126,7 @@ def check_contents(folder: Path) -> None:
 
 
 def _faults(data: LatentData, latent: LatentPipeline) -> Iterator[str]:
-    """Yield what of the arrays does not fit the pipeline or each other."""
+    """Yield every way in which the arrays do not fit the pipeline or each other."""
     scale = latent.image_size // latent.latent_shape[-1]
     for array in (*data.latents, *data.flipped):
         width, height = (side * scale for side in array.shape[:1:-1])

@@ -40,14 +40,14 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 @dataclass(frozen=True, eq=False)
 class LatentPipeline:
-    """A pipeline that makes images of latents, with its autoencoder and text encoders.
+    """A latent pipeline with its autoencoder and text encoders.
 
     Attributes:
-        pipeline: of diffusers, of one of the classes of :data:`atdiff.pipelines.families.FAMILIES`.
+        pipeline: diffusers pipeline of one of the classes of :data:`atdiff.pipelines.families.FAMILIES`.
         source: the folder or hub id that it was loaded from, for messages.
-        size: pixels along a side of the images, where the network takes several sizes; None for the published one.
-        tokens: of a prompt, where there is a T5; None for the pipeline's own number.
-        bucket_step: pixels that the sides of buckets are multiples of; None for squares alone.
+        size: image side in pixels, if the network takes several sizes; None for the published one.
+        tokens: prompt length in tokens, if there is a T5; None for the pipeline's default.
+        bucket_step: pixels that the sides of buckets are multiples of; None for square images only.
     """
 
     pipeline: Any
@@ -58,7 +58,7 @@ class LatentPipeline:
 
     @property
     def family(self) -> Family:
-        """That of the pipeline."""
+        """The family of the pipeline."""
         return family_of(self.pipeline)
 
     @property
@@ -78,7 +78,7 @@ class LatentPipeline:
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
-        """All that it has: from none (DiT) to three (SD3)."""
+        """All text encoders: from none (DiT) to three (SD3)."""
         found = (getattr(self.pipeline, name, None) for name in ENCODERS)
         return tuple(encoder for encoder in found if encoder is not None)
 
@@ -89,19 +89,19 @@ class LatentPipeline:
 
     @property
     def image_size(self) -> int:
-        """Pixels along a side of the images that have latents of that shape."""
+        """Image side in pixels for latents of that shape."""
         return self.latent_shape[-1] * pixels_per_latent(self.pipeline)
 
     @cached_property
     def buckets(self) -> tuple[Size, ...]:
-        """Widths and heights of images in buckets; see :func:`atdiff.data.buckets.bucket_sizes`."""
+        """Widths and heights of the buckets; see :func:`atdiff.data.buckets.bucket_sizes`."""
         if self.bucket_step is None:
             return ()
         return bucket_sizes(self.image_size, self.bucket_step, self.family.largest_side(self.pipeline))
 
     @property
     def image_channels(self) -> int:
-        """Channels of the images."""
+        """Number of channels of the images."""
         return image_channels(self.vae)
 
     @property
@@ -110,7 +110,7 @@ class LatentPipeline:
         return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
     def check_image(self, shape: Sequence[int], name: str = "the image") -> None:
-        """Raise a UserError unless images of shape ``(C, H, W)`` have latents of the network's shape, or a bucket's."""
+        """Raise a UserError unless images of shape ``(C, H, W)`` have the network's size or a bucket's."""
         expected = (self.image_channels, self.image_size, self.image_size)
         in_bucket = shape[0] == self.image_channels and (shape[2], shape[1]) in self.buckets
         if tuple(shape) != expected and not in_bucket:
@@ -122,11 +122,11 @@ class LatentPipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """Return latents of images, each drawn from the autoencoder's posterior, scaled as the network is fed.
+        """Encode images into latents, each sampled from the autoencoder's posterior and scaled as the network's input.
 
         Args:
             images: uint8, ``(B, C, H, W)``.
-            generator: where the noise of the posterior comes from, one or one per image; torch's own when None.
+            generator: source of the posterior noise, one or one per image; None for torch's default.
 
         Returns:
             float32, ``(B, C, h, w)``, of about unit variance, on the autoencoder's device.
@@ -142,26 +142,26 @@ class LatentPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of scaled latents ``(B, C, h, w)``: float32 in [-1, 1], shape ``(B, C, H, W)``."""
+        """Decode scaled latents ``(B, C, h, w)`` into images: float32 in [-1, 1], shape ``(B, C, H, W)``."""
         mean, scale = self.family.latent_scale(self.vae)
         unscaled = latents.to(self.vae.device, self.vae.dtype) / scale + mean
         return self.family.decode_latents(self.vae, unscaled).float().clamp(-1.0, 1.0)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the pipeline itself conditions the network on, on the text encoder's device.
+        """Return the conditions that the pipeline itself gives the network, on the text encoder's device.
 
         float32 ``encoder_hidden_states``, ``(B, L, D)``; for SDXL also ``text_embeds``, ``(B, P)``, and ``time_ids``,
-        ``(B, 6)``: original size, corner of the crop and target size of an uncropped image of the pipeline's size; for
-        SD3 and Flux ``pooled_projections``, ``(B, P)``; where prompts are filled up to a length, a mask of their
-        tokens, ``(B, L)``. For DiT int64 ``class_labels``, ``(B,)``. With buckets ``time_ids`` are none of the
-        prompts' but of each image's: see :meth:`Family.frame_conditions`.
+        ``(B, 6)``: original size, crop corner and target size of an uncropped image of the pipeline's size; for SD3 and
+        Flux ``pooled_projections``, ``(B, P)``; for padded prompts, a token mask, ``(B, L)``. For DiT int64
+        ``class_labels``, ``(B,)``. With buckets, ``time_ids`` belong to each image, not to its prompt: see
+        :meth:`Family.frame_conditions`.
         """
         return self._encode_prompts(list(prompts), negative=False)
 
     def encode_null(self) -> dict[str, Tensor]:
         """Return the conditions of no prompt, each with one row: what the pipeline's guidance points away from.
 
-        For SD that is the empty prompt. SDXL was published with ``force_zeros_for_empty_prompt``: there it is zeros.
+        For SD that is the empty prompt. SDXL was published with ``force_zeros_for_empty_prompt``, so there it is zeros.
         """
         return self._encode_prompts([""], negative=True)
 
@@ -174,7 +174,7 @@ class LatentPipeline:
 
 
 def require_transformers(source: str) -> None:
-    """Raise a UserError where transformers, which ``source`` needs, is not installed: diffusers would fail late."""
+    """Raise a UserError if transformers, which ``source`` needs, is not installed; diffusers would fail late."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -195,15 +195,15 @@ def load_latent_pipeline(
     """Load a pipeline of one of the families of :data:`atdiff.pipelines.families.FAMILIES`, without its safety checker.
 
     Args:
-        source: a folder in diffusers' layout, a training folder of atdiff, whose ``pipeline/`` is meant, a hub id, or
-            one file of a whole pipeline's weights.
-        dtype: of the network's weights; autoencoder and text encoders are float32 (see :func:`load_pipeline`).
-        image_size: pixels along a side of the images, for networks that take several sizes; others have their own.
-        tokens: that a T5 cuts or fills a prompt to; None for the pipeline's own number.
+        source: a folder in diffusers' layout, a training folder of atdiff (its ``pipeline/``), a hub id, or a single
+            file with a whole pipeline's weights.
+        dtype: dtype of the network's weights; autoencoder and text encoders are float32 (see :func:`load_pipeline`).
+        image_size: image side in pixels, for networks that take several sizes; others have their own.
+        tokens: length that a T5 cuts or pads prompts to; None for the pipeline's default.
         bucket_step: see :class:`LatentPipeline`.
-        variant: of the weights, such as ``fp16``; a training folder has none.
-        config: of a single file; see :func:`load_pipeline`.
-        base_precision: of a network that is to be frozen, in place of ``dtype``; see :func:`load_pipeline`.
+        variant: variant of the weights, such as ``fp16``; a training folder has none.
+        config: configuration of a single file; see :func:`load_pipeline`.
+        base_precision: precision of a network that will be frozen, instead of ``dtype``; see :func:`load_pipeline`.
 
     Raises:
         UserError: as :func:`load_pipeline`, a text encoder is missing, or size, buckets or tokens do not fit.
@@ -213,7 +213,7 @@ def load_latent_pipeline(
     pipeline = load_pipeline(source, variant=variant, pixels=False, config=config, base_precision=base_precision)
     family = family_of(pipeline)
     if base_precision == "float32":
-        with quiet_libraries():  # diffusers warns of every cast, to float32 too
+        with quiet_libraries():  # diffusers warns about every cast, even to float32
             getattr(pipeline, family.network).to(dtype)
     latent = LatentPipeline(pipeline, source, image_size if family.any_size else None, tokens, bucket_step)
     _check_size(latent, image_size)
@@ -256,13 +256,14 @@ def _check_buckets(latent: LatentPipeline) -> None:
 
 
 def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: ANN401  (U-Net or transformer)
-    """Return a trainable float32 copy of a teacher that, if a U-Net, takes the guidance strength as an input too.
+    """Return a trainable float32 copy of a teacher; if it is a U-Net, it also takes the guidance scale as an input.
 
-    The added projection of its embedding, of length ``guidance_dim`` (None for none), starts at zero, so that the
-    student starts as the teacher's own function whatever the guidance, as in the paper (`Luo et al., 2023
-    <https://arxiv.org/abs/2310.04378>`_) and not in diffusers' training script. A teacher that has one keeps its own.
+    The added projection of the guidance embedding, of length ``guidance_dim`` (None for none), starts at zero, so that
+    the student starts as the teacher's function at any guidance, as in the paper (`Luo et al., 2023
+    <https://arxiv.org/abs/2310.04378>`_) but not in diffusers' training script. A teacher that has a projection keeps
+    it.
     """
-    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten; the caller's draws must not move
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten, so do not advance the caller's RNG
         if "time_cond_proj_dim" not in unet.config:
             return trainable_copy(unet)
         dim = unet.config.time_cond_proj_dim or guidance_dim
@@ -277,20 +278,20 @@ def make_student(unet: Any, *, guidance_dim: int | None = 256) -> Any:  # noqa: 
 
 
 def make_frozen(network: Any) -> Any:  # noqa: ANN401  (U-Net or transformer)
-    """Return a network to be adapted, which shares its frozen weights with ``network``, quantised or not."""
+    """Return a network for adapters, which shares its frozen weights, quantised or not, with ``network``."""
     shared = {id(weight): weight for weight in network.requires_grad_(False).parameters()}
     return viewed(copy.deepcopy(network, shared)).train()
 
 
 def save_student(folder: Path, latent: LatentPipeline, network: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write the pipeline with another network and scheduler; the folder appears, or is replaced, once complete."""
+    """Save the pipeline with another network and scheduler; the folder appears, or is replaced, once complete."""
     pipeline = with_network(latent, network, scheduler)
     with written_aside(folder) as partial, quiet_libraries():
         pipeline.save_pretrained(partial)
 
 
 def with_network(latent: LatentPipeline, network: nn.Module, scheduler: Any) -> Any:  # noqa: ANN401
-    """Return diffusers' pipeline with another network and scheduler, and the other parts as they are."""
+    """Return the diffusers pipeline with another network and scheduler; it keeps its other parts."""
     pipeline = copy.copy(latent.pipeline)
     pipeline.register_modules(scheduler=scheduler, **{latent.family.network: as_diffusers(network)})
     return pipeline

@@ -1,4 +1,4 @@
-"""Saved pipelines, loaded one way: which are taken, with which of their weights, all parts in float32."""
+"""Loading of saved pipelines: which ones are accepted, with which weights, and all parts in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from torch import nn
 
-import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes of modules that are imported)
+import atdiff.models.mlp  # noqa: F401  (diffusers loads only classes from imported modules)
 from atdiff.core.choices import BasePrecision
 from atdiff.core.errors import UserError
 from atdiff.pipelines.base_precision import loading_options
@@ -32,25 +32,25 @@ def load_pipeline(
     config: str | None = None,
     base_precision: BasePrecision = "float32",
 ) -> Any:  # noqa: ANN401
-    """Load a pipeline with all of its parts in float32, whatever they were saved in, and without its safety checker.
+    """Load a pipeline with all parts in float32, whatever they were saved in, and without its safety checker.
 
-    diffusers gives float32 to its own networks, and transformers leaves text encoders as they were saved. A network
-    that draws in less is put under autocast later; the autoencoder of SDXL overflows in float16 (``force_upcast``).
+    diffusers loads its own networks in float32, but transformers keeps text encoders as saved. Lower precision in
+    sampling comes from autocast later; SDXL's autoencoder overflows in float16 (``force_upcast``).
 
     Args:
-        source: a folder in diffusers' layout, a training folder, whose ``pipeline/`` is meant, a hub id, or one file
-            of a whole pipeline's weights.
-        variant: of its weights, such as ``fp16``; see :func:`atdiff.system.pipeline_files.choose_variant`. A training
-            folder has none.
-        pixels: take pipelines of pixels too.
-        config: of a single file: a pipeline folder or hub id with its configuration and tokenizers; None for the one
-            on the hub that diffusers finds for its weights.
-        base_precision: of the network, where it is to be frozen: see :mod:`atdiff.pipelines.base_precision`. Not of a
-            single file.
+        source: a folder in diffusers' layout, a training folder (its ``pipeline/``), a hub id, or a single file with a
+            whole pipeline's weights.
+        variant: variant of the weights, such as ``fp16``; see :func:`atdiff.system.pipeline_files.choose_variant`. A
+            training folder has none.
+        pixels: accept pixel pipelines too.
+        config: for a single file: a pipeline folder or hub id with its configuration and tokenizers; None for the hub
+            pipeline that diffusers finds for its weights.
+        base_precision: precision of the network if it will be frozen: see :mod:`atdiff.pipelines.base_precision`. Not
+            for a single file.
 
     Raises:
-        UserError: there is nothing of the kind, or the download failed; it is of a class that is not taken, a part is
-            missing, it has no such variant, or its network works on something else than the autoencoder's latents.
+        UserError: nothing was found or the download failed; the class is not supported, a part is missing, there is no
+            such variant, or the network does not work on the autoencoder's latents.
     """
     location, of_run = _location(source), (Path(source).expanduser() / "config.yaml").is_file()
     single = is_single_file(source)
@@ -75,7 +75,7 @@ def load_pipeline(
 
 
 def _location(source: str) -> str:
-    """Return the folder of a pipeline, or the hub id as it is."""
+    """Return a pipeline's folder, or its location on the hub."""
     check_local(source)
     folder = Path(source).expanduser()
     if not folder.exists():
@@ -111,14 +111,14 @@ def _opened(source: str, location: str, variant: str | None, pixels: bool, base_
 
 
 def _of_file(source: str, config: str | None, pixels: bool) -> Any:  # noqa: ANN401
-    """Load one file by what diffusers has for it, in float32."""
+    """Load a single file with diffusers' single-file loader, in float32."""
     file = str(Path(source).expanduser())
     location = single_file_config(source) if config is None else _location(config)
     with quiet_libraries():
         index = dict(DiffusionPipeline.load_config(location))
         check_class(source, index, pixels=pixels)
         loader: Any = getattr(diffusers, class_name(index))
-        # A checker of the images is no part of such a file, and would be asked of the hub.
+        # The file has no safety checker, and diffusers would download one from the hub.
         options: dict[str, Any] = {
             part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index
         }
@@ -132,9 +132,9 @@ def _of_file(source: str, config: str | None, pixels: bool) -> Any:  # noqa: ANN
 
 
 def single_file_config(source: str) -> str:
-    """Return where the configuration of a single file is: the pipeline on the hub that its weights are those of.
+    """Return the location of a single file's configuration: the hub pipeline that its weights come from.
 
-    A UserError where it is neither in the hub's cache nor can be downloaded.
+    A UserError if it is neither in the hub's cache nor can be downloaded.
     """
     with quiet_libraries():
         known = fetch_diffusers_config(load_single_file_checkpoint(str(Path(source).expanduser())))
@@ -149,7 +149,7 @@ def single_file_config(source: str) -> str:
 
 
 def _checked(source: str, pipeline: Any) -> Any:  # noqa: ANN401
-    """Return a loaded pipeline, if its network fits, set up as its family needs it."""
+    """Return a loaded pipeline, checked and set up by its family."""
     family = find_family(pipeline)
     if family is not None:
         family.check(source, pipeline)
@@ -158,7 +158,7 @@ def _checked(source: str, pipeline: Any) -> Any:  # noqa: ANN401
 
 
 def _check_index(source: str, location: str, index: Mapping[str, Any], pixels: bool) -> None:
-    """Find out from ``model_index.json`` alone whether a pipeline is of use, before gigabytes are loaded."""
+    """Check from ``model_index.json`` alone that a pipeline is usable, before gigabytes are loaded."""
     check_class(source, index, pixels=pixels)
     kind = class_name(index)
     parts = FAMILIES[kind].parts if kind in FAMILIES else ("unet",)
