@@ -1,4 +1,4 @@
-"""Low-rank adapters of a network: added, kept in checkpoints, and saved as plain diffusers loads them."""
+"""Low-rank adapters (LoRA) of a network: adding, checkpointing and saving them for plain diffusers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 TARGET_MODULES = UNET_LORA_TARGETS
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-KOHYA = "kohya_lora_weights.safetensors"  # diffusers, where it finds several, takes its own
+KOHYA = "kohya_lora_weights.safetensors"  # if both files exist, diffusers loads its own
 
 
 def add_lora(
@@ -41,21 +41,21 @@ def add_lora(
     target_modules: Sequence[str] = TARGET_MODULES,
     dropout: float = 0.0,
 ) -> None:
-    """Freeze a network and add low-rank adapters, in place; their float32 weights alone are trained.
+    """Freeze a network and add low-rank adapters, in place; only their float32 weights are trained.
 
-    An adapter adds ``alpha / rank * B A x`` to the output of a layer. ``B`` starts at zero, so the network starts as
-    the function that it was; ``A`` is drawn from torch's global generator. (`LoRA <https://arxiv.org/abs/2106.09685>`_,
+    An adapter adds ``alpha / rank * B A x`` to the output of a layer. ``B`` starts at zero, so the network's function
+    is unchanged at first; ``A`` is drawn from torch's global generator. (`LoRA <https://arxiv.org/abs/2106.09685>`_,
     `LCM-LoRA <https://arxiv.org/abs/2311.05556>`_)
 
     Args:
         unet: the network.
-        rank: of every adapter.
+        rank: rank of every adapter.
         alpha: see above; equal to ``rank`` when None.
-        target_modules: ends of the names of the layers that get one.
-        dropout: probability with which an entry of an adapter's input is dropped in training.
+        target_modules: suffixes of the names of the layers that get one.
+        dropout: probability of dropping each entry of an adapter's input in training.
 
     Raises:
-        UserError: a number out of range, a target that no layer is called, or peft is not installed.
+        UserError: a number is out of range, a target matches no layer, or peft is not installed.
     """
     if rank < 1:
         raise UserError(f"the LoRA rank is {rank}: expected 1 or more; 64 is usual.")
@@ -70,21 +70,21 @@ def add_lora(
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    scale: Any = rank if alpha is None else alpha  # peft says int, and takes any number
+    scale: Any = rank if alpha is None else alpha  # peft annotates int, but accepts any number
     config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(target_modules), lora_dropout=dropout)
     unet.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(unet, dtype=torch.float32)
 
 
 def lora_state(unet: Any) -> dict[str, Tensor]:  # noqa: ANN401  (a network of diffusers)
-    """Return the weights of the adapters alone, for a checkpoint; they share memory with the network's."""
+    """Return only the weights of the adapters, for a checkpoint; they share memory with the network's."""
     from peft import get_peft_model_state_dict
 
     return {name: weight.detach() for name, weight in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()}
 
 
 def frozen_fingerprint(unet: nn.Module) -> str:
-    """Return the SHA-256 of the weights that adapters lie on, which is the same before they are added.
+    """Return the SHA-256 of the weights under the adapters, the same before and after adapters are added.
 
     See :func:`atdiff.system.fingerprint.fingerprint`.
     """
@@ -93,7 +93,7 @@ def frozen_fingerprint(unet: nn.Module) -> str:
 
 
 def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: ANN401  (a network of diffusers)
-    """Put back what :func:`lora_state` returned, into a network with the same adapters."""
+    """Load the result of :func:`lora_state` into a network with the same adapters."""
     from peft import set_peft_model_state_dict
 
     differing = set(state) ^ set(lora_state(unet))
@@ -102,18 +102,18 @@ def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:  # noqa: AN
 
 
 def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -> None:  # noqa: ANN401
-    """Write the adapters as ``load_lora_weights`` of plain diffusers reads them, and the scheduler beside them.
+    """Save the adapters in the format of plain diffusers' ``load_lora_weights``, with the scheduler beside them.
 
-    ``alpha / rank`` is multiplied into the saved weights: not every version of diffusers reads it from a file. The
-    folder gets ``pytorch_lora_weights.safetensors`` and ``scheduler/``, the one to sample with, once both are complete,
-    and where ComfyUI and AUTOMATIC1111 do not read that file, ``kohya_lora_weights.safetensors`` (:func:`kohya_lora`).
+    ``alpha / rank`` is folded into the saved weights, since not every version of diffusers reads it from a file. Once
+    complete, the folder has ``pytorch_lora_weights.safetensors``, ``scheduler/``, the one to sample with, and, if
+    ComfyUI and AUTOMATIC1111 do not read the former, ``kohya_lora_weights.safetensors`` (:func:`kohya_lora`).
     """
     config = unet.peft_config[ADAPTER]
     scale = config.lora_alpha / config.r
     state = {name: weight * scale if ".lora_B." in name else weight for name, weight in lora_state(unet).items()}
     with written_aside(folder) as partial:
-        # In peft's names: diffusers' convert_state_dict_to_diffusers renames those of attention alone, and its loader,
-        # which judges by the first name, then drops them.
+        # Keep peft's names: diffusers' convert_state_dict_to_diffusers renames only those of attention, and its loader,
+        # which goes by the first name, then drops them.
         layers = {f"{latent.family.network}_lora_layers": state}
         type(latent.pipeline).save_lora_weights(partial, **layers, safe_serialization=True)
         scheduler.save_pretrained(partial / "scheduler")
@@ -123,11 +123,11 @@ def save_lora(folder: Path, latent: LatentPipeline, unet: Any, scheduler: Any) -
 
 
 def kohya_lora(latent: LatentPipeline, unet: Any) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # noqa: ANN401
-    """Return the adapters in the names of kohya's trainer, and its metadata; None where diffusers' names will do.
+    """Return the adapters under the names of kohya's trainer, and its metadata; None if diffusers' names will do.
 
-    Layer ``L`` is ``lora_unet_L`` with underscores for dots, and its weights are ``.lora_down.weight``,
-    ``.lora_up.weight`` and ``.alpha``, which the reader divides by the rank.
-    (`sd-scripts <https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py>`_)
+    Layer ``L`` becomes ``lora_unet_L`` with underscores for dots, with the weights ``.lora_down.weight``,
+    ``.lora_up.weight`` and ``.alpha``, which the reader divides by the rank. (`sd-scripts
+    <https://github.com/kohya-ss/sd-scripts/blob/main/networks/lora.py>`_)
     """
     config, family = unet.peft_config[ADAPTER], latent.family
     found: dict[str, Tensor] = {}
@@ -150,18 +150,18 @@ def kohya_lora(latent: LatentPipeline, unet: Any) -> tuple[dict[str, Tensor], di
 
 
 def load_lora(latent: LatentPipeline, folder: Path) -> None:
-    """Put saved adapters and their scheduler onto a pipeline, in place.
+    """Load saved adapters and their scheduler onto a pipeline, in place.
 
     Raises:
-        UserError: the folder holds no such files, they belong to another network, or peft is not installed.
+        UserError: the folder has no such files, they belong to another network, or peft is not installed.
     """
     if not (folder / WEIGHTS).is_file() or not (folder / "scheduler").is_dir():
         raise UserError(f"{folder} contains no LoRA weights: expected {WEIGHTS} and scheduler/.")
     _require_peft()
     try:
-        with quiet_libraries():  # it remarks that the text encoders have no adapters
+        with quiet_libraries():  # it warns that the text encoders have no adapters
             latent.pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
-    except Exception as error:  # of peft, safetensors and the loaders
+    except Exception as error:  # peft, safetensors and the loaders raise many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the LoRA weights in {folder} cannot be loaded onto {latent.source} ({reason}): give the pipeline "
@@ -172,7 +172,7 @@ def load_lora(latent: LatentPipeline, folder: Path) -> None:
 
 
 def _require_peft() -> None:
-    if importlib.util.find_spec("peft") is None:  # of the lcm extra
+    if importlib.util.find_spec("peft") is None:  # part of the lcm extra
         raise UserError("LoRA needs the package peft: pip install 'atdiff[lcm]'.")
 
 

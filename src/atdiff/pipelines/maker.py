@@ -1,4 +1,4 @@
-"""A pipeline that a function of a python file makes for the data of a run: ``model.name: FILE.py:FUNCTION``."""
+"""Pipelines made for a run's data by a function in a Python file: ``model.name: FILE.py:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atdiff.core.errors import UserError
 
 __all__ = ["find_maker"]
 
-SMALL = Path(__file__).parents[3] / "studies" / "small_pipelines.py"  # of a clone; no part of a wheel
+SMALL = Path(__file__).parents[3] / "studies" / "small_pipelines.py"  # in a clone, but not in a wheel
 
 
 def find_maker(name: str) -> Callable[..., Path]:
-    """Return the function that ``FILE.py:FUNCTION`` names, or a stand-in of the repository: tiny-sd, -sd3 or -flux.
+    """Return the function ``FILE.py:FUNCTION``, or one of the repository's stand-ins: tiny-sd, -sd3 or -flux.
 
     It takes :class:`atdiff.data.ImageData`, a prompt for each class (or None) and ``model.args`` as keywords, and
     returns the folder of a saved pipeline.
@@ -43,14 +43,14 @@ def find_maker(name: str) -> Callable[..., Path]:
 
 
 def _loaded(file: Path) -> Any:  # noqa: ANN401
-    """Import a file under its path, once, so that no other module is in its way."""
+    """Import a file once, with its path as the module name, so that it cannot clash with other modules."""
     name = str(file)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # which dataclasses look up
+        sys.modules[name] = module  # dataclasses look it up there
         try:
             spec.loader.exec_module(module)
         except BaseException:

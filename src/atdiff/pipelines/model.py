@@ -40,11 +40,11 @@ __all__ = [
     "save_pipeline",
 ]
 
-Denoiser = TrainedModel  # its earlier name
+Denoiser = TrainedModel  # its former name
 
 
 def save_pipeline(folder: Path, model: nn.Module, scheduler: Any) -> None:  # noqa: ANN401
-    """Write a pipeline that plain diffusers opens and draws with; the folder appears once it is complete."""
+    """Save a pipeline that plain diffusers loads and samples from; the folder appears once complete."""
     with written_aside(folder) as aside:
         pipeline = pipeline_class(model, scheduler)(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(aside)
@@ -65,12 +65,12 @@ def load_denoiser(
         text_to_image: also load pipelines with an autoencoder, as a
             :class:`atdiff.pipelines.text_to_image.TextToImage`; False raises an error for them.
         variant: variant of a pipeline's weights, such as ``fp16``; a training folder knows its own.
-        guidance_scale: see :meth:`TrainedModel.guided`; None for the one used in training, or the usual one.
+        guidance_scale: see :meth:`TrainedModel.guided`; None for the one used in training, or the default.
         pipeline_config: configuration for a pipeline in one file; see :func:`load_pipeline`.
 
     Raises:
         UserError: as for :func:`load_pipeline`, or the run is a text-to-image pipeline and ``text_to_image`` is False,
-            or the scale does not fit.
+            or the network does not support the guidance scale.
     """
     config = run_config(run)
     variant = None if config else variant
@@ -91,7 +91,7 @@ def load_denoiser(
 
 
 def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any pipeline of latents)
-    """Return the pipeline that a LoRA was trained from, with the LoRA on it and the scheduler of its training."""
+    """Return the base pipeline of a LoRA run, with the LoRA and its scheduler loaded onto it."""
     check_local(run)
     base, model = config["training"]["init"], config.get("model") or {}
     try:
@@ -100,13 +100,13 @@ def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any p
         raise UserError(f"{run} contains a LoRA for the pipeline {base!r} (training.init): {error}") from None
     _check_base(run, base, pipeline, config)
     load_lora(LatentPipeline(pipeline, base), Path(run) / "lora")
-    with quiet_libraries():  # diffusers warns of every cast, to float32 too
+    with quiet_libraries():  # diffusers warns about every cast, even to float32
         pipeline.to(torch.float32)
     return pipeline
 
 
 def _check_base(run: str, base: str, pipeline: Any, config: dict[str, Any]) -> None:  # noqa: ANN401
-    """Refuse adapters on other weights than they were trained on; those of a base in fewer bits are not known."""
+    """Raise a UserError if the base weights are not those of training; unchecked unless the base was float32."""
     trained_on = stored_data(run).get("base")
     if trained_on is None or (config.get("lora") or {}).get("base_precision", "float32") != "float32":
         return
@@ -118,9 +118,9 @@ def _check_base(run: str, base: str, pipeline: Any, config: dict[str, Any]) -> N
 
 
 def reference_name(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> str:
-    """Return the name of the images that a network is measured against: ``name``, or what it was trained on.
+    """Return the name of the reference images of a network: ``name``, or its training data.
 
-    What ``options`` change of how these were read follows it. A UserError where neither is known.
+    Any overrides in ``options`` are appended. A UserError if neither is known.
     """
     found = name or denoiser.config.get("data", {}).get("name")
     if not found:
@@ -130,21 +130,21 @@ def reference_name(denoiser: TrainedModel, name: str | None = None, options: Dat
 
 
 def reference_data(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> ImageData:
-    """Load those images, read as in training but for ``options``, and with the labels that the network knows.
+    """Load the reference images, read as in training except for ``options``, with the network's labels.
 
-    A UserError where they are of another size than the network's, or of a class that it does not know.
+    A UserError if their size is not the network's, or they have a class that it does not know.
     """
     reading = reading_of(denoiser, name, options)
-    if reading["limit"] is None:  # the captions only order what is limited
+    if reading["limit"] is None:  # captions only affect which images a limit keeps
         del reading["caption_column"]
-    labels = reading.pop("labels")  # as the network counts them
+    labels = reading.pop("labels")  # in the network's numbering
     data = load_data(reference_name(denoiser, name), **reading)
     check_shape(denoiser, tuple(data.images.shape[1:]), data.name)
     return _with_trained_classes(data, denoiser, of_others=name is not None).only(labels)
 
 
 def check_shape(denoiser: TrainedModel, found: tuple[int, ...], name: str) -> None:
-    """Raise a UserError unless images of a shape ``(C, H, W)`` are of the size that a network makes."""
+    """Raise a UserError unless images of shape ``(C, H, W)`` have the size that a network generates."""
     channels, height, width = denoiser.image_shape
     if found == (channels, height, width):
         return
@@ -159,7 +159,7 @@ def check_shape(denoiser: TrainedModel, found: tuple[int, ...], name: str) -> No
 
 
 def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of :func:`atdiff.data.load_data` that the settings of a run tell; defaults without any."""
+    """Return the arguments of :func:`atdiff.data.load_data` from a run's settings; defaults if there are none."""
     settings = config.get("data", {})
     return {
         "split": settings.get("split", "train"),
@@ -175,25 +175,25 @@ def data_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reading_of(denoiser: TrainedModel, name: str | None = None, options: DataOptions = AS_TRAINED) -> dict[str, Any]:
-    """Return how images are read: as asked for, and for the rest as in training; columns of the same data alone.
+    """Return how reference images are read: as in training, except for ``options``.
 
-    The names are those of :class:`atdiff.data.reading.DataOptions`, and ``limit``: only the first so many, where the
-    run was trained on these. Data or a split that are named are read whole.
+    The keys are those of :class:`atdiff.data.reading.DataOptions`, and ``limit``, the number of images to read: that of
+    training, unless data or a split are named. Columns and labels carry over only to the same data.
     """
     settings = denoiser.config.get("data", {})
     known = {**data_options(denoiser.config), "caption_column": settings.get("caption_column")}
     known["limit"] = settings.get("limit") if name is None and options.split is None else None
     if name not in (None, settings.get("name")):
         known |= {key: None for key in known if key.endswith("_column") or key == "labels"}
-    if hasattr(denoiser, "pipeline"):  # it is trained on images that are converted to what its autoencoder takes
+    if hasattr(denoiser, "pipeline"):  # its training images were converted to the autoencoder's channels
         known["channels"], height, width = denoiser.image_shape
-        if settings and known["image_size"] is None and height == width:  # and to its own size, where none is said
+        if settings and known["image_size"] is None and height == width:  # and by default to its own size
             known["image_size"] = height
     return {**known, **options.asked}
 
 
 def _with_trained_classes(data: ImageData, denoiser: TrainedModel, *, of_others: bool) -> ImageData:
-    """Return the images with labels as the network counts classes, or without, where others do not have these."""
+    """Return the images with labels in the network's numbering, or without if other data lack its classes."""
     if data.classes is None:
         return data
     classes = denoiser.classes or classes_of(stored_data(denoiser.source), data.classes)

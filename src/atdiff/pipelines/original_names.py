@@ -1,4 +1,4 @@
-"""Names of the layers of Stable Diffusion's U-Nets as they were published, from diffusers' names."""
+"""Original layer names of Stable Diffusion's U-Nets, from diffusers' names."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ _IN_RESNETS = {
 
 
 def original_name(name: str, config: Mapping[str, Any]) -> str:
-    """Return what a layer of a U-Net is called in the original code, without ``model.diffusion_model.``.
+    """Return the name of a U-Net layer in the original code, without ``model.diffusion_model.``.
 
-    A level of the U-Net is ``layers_per_block`` blocks down and one more up, and its resampling is counted with them.
-    (`openaimodel.py <https://github.com/CompVis/stable-diffusion/blob/main/ldm/modules/diffusionmodules/openaimodel.py>`_)
+    A level of the U-Net has ``layers_per_block`` blocks down and one more up, and its resampling is numbered with them.
+    (`openaimodel.py
+    <https://github.com/CompVis/stable-diffusion/blob/main/ldm/modules/diffusionmodules/openaimodel.py>`_)
 
     Args:
-        name: of diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
-        config: of the U-Net.
+        name: name in diffusers, such as ``down_blocks.1.attentions.0.proj_in``.
+        config: configuration of the U-Net.
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]

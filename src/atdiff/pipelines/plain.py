@@ -29,7 +29,7 @@ from atdiff.system.pipeline_files import class_name, is_single_file
 
 __all__ = ["model_kind", "pipeline_class", "usage"]
 
-IMAGES, STEPS = 4, 10  # in the code of a card; consistency models use 4 steps
+IMAGES, STEPS = 4, 10  # in a card's code; consistency models use 4 steps
 WIDTH = 88  # longest line of the code
 # LoRA base networks do not take the guidance scale as an input, except Flux.1 dev.
 UNTOLD = {"time_cond_proj_dim": None, "guidance_embeds": True}
@@ -172,7 +172,7 @@ class _Pixels:
                 '    pipeline.scheduler.config, timestep_spacing="linspace"\n)\n'
             )
         elif traits.integer_timesteps:
-            names = ["DDIMPipeline"]  # which converts the scheduler to a DDIMScheduler
+            names = ["DDIMPipeline"]  # it converts the scheduler to a DDIMScheduler
             options = ", use_clipped_model_output=True"
         labels = f", class_labels=[i % {self.classes} for i in range({IMAGES})]" if self.classes else ""
         if self.network["in_channels"] not in (1, 3):
@@ -308,12 +308,12 @@ def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
 
 
 def _few_steps(scheduler: Any, family: Family) -> tuple[set[str], str]:  # noqa: ANN401
-    """Return the imports and the code that set the scheduler of a latent pipeline up for few steps."""
+    """Return the imports and the code that set up a latent pipeline's scheduler for few steps."""
     if isinstance(scheduler, LCMScheduler):
         return set(), ""
     if NoiseSchedule(scheduler).traits.integer_timesteps:
         options = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # it defaults to True
-        if scheduler.config.get("timestep_spacing") == "linspace":  # which DDIMScheduler would place like "leading"
+        if scheduler.config.get("timestep_spacing") == "linspace":  # DDIMScheduler would space these like "leading"
             options += ', timestep_spacing="trailing"'
         swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config{options})\n"
         return {"DDIMScheduler"}, swap

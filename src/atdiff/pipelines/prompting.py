@@ -1,4 +1,4 @@
-"""What people ask of a pipeline of latents beside a number of steps: prompts, and the size of the images."""
+"""Checks of the prompts and the image size that users request from a latent pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_prompts", "check_size"]
 
 
 def check_prompts(source: str, pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: ANN401  (of diffusers)
-    """Raise a UserError where a pipeline that is conditioned on classes is given anything but their numbers."""
+    """Raise a UserError if a class-conditional pipeline gets prompts other than its class numbers."""
     if not family_of(pipeline).labelled:
         return
     known = pipeline.transformer.config.num_embeds_ada_norm
@@ -25,11 +25,11 @@ def check_prompts(source: str, pipeline: Any, prompts: Sequence[str]) -> None:  
 
 
 def check_size(source: str, pipeline: Any, size: tuple[int, int]) -> None:  # noqa: ANN401
-    """Raise a UserError unless a pipeline can draw images of a height and a width.
+    """Raise a UserError unless a pipeline can generate images of ``size``.
 
     Args:
-        source: as the user named it.
-        pipeline: of diffusers.
+        source: the pipeline, as the user named it.
+        pipeline: a diffusers pipeline.
         size: height and width.
     """
     family, (height, width) = family_of(pipeline), size

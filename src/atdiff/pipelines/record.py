@@ -1,4 +1,4 @@
-"""What a training folder says of its run, beside its settings."""
+"""What a training folder records about its run, besides its settings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from atdiff.system.files import write_json
 
 __all__ = ["BEFORE", "classes_of", "labels_of", "note", "stored_data"]
 
-# What settings were before they could be set, where that is not their default.
+# Effective values in runs from before a setting existed, where they differ from its default.
 BEFORE: dict[str, dict[str, Any]] = {"data": {"background": None}, "training": {"ema_warmup": False}}
 
 
 def stored_data(run: str | Path) -> dict[str, Any]:
-    """Return what a training folder says of its data; nothing where it is none."""
+    """Return the ``data.json`` of a training folder; empty if there is none."""
     file = Path(run).expanduser() / "data.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def note(run: Path, *, anew: bool = True, **values: object) -> None:
-    """Add to what a training folder says of its data; ``anew`` replaces what it says already."""
+    """Add values to a training folder's ``data.json``; with ``anew=False``, existing ones are kept."""
     stored = stored_data(run)
     noted = {**stored, **values} if anew else {**values, **stored}
     if noted != stored:
@@ -30,15 +30,15 @@ def note(run: Path, *, anew: bool = True, **values: object) -> None:
 
 
 def labels_of(classes: Sequence[str] | None) -> dict[str, int] | None:
-    """Return the label of each class, as a training folder stores them; None without classes."""
+    """Return the label of each class, as training folders store them; None without classes."""
     return None if classes is None else {name: label for label, name in enumerate(classes)}
 
 
 def classes_of(stored: Mapping[str, Any], now: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the names of the classes of a run in the order of its labels; None where they have none.
+    """Return a run's class names in label order; None if there are none.
 
-    ``stored`` is what :func:`stored_data` returns, and ``now`` the names that the data have now: runs that did not
-    store them counted them as text.
+    ``stored`` is the result of :func:`stored_data`, and ``now`` the current class names of the data: runs that did not
+    store their names numbered them in text order.
     """
     if not stored:
         return None

@@ -1,4 +1,4 @@
-"""A trained latent pipeline, and the images that it draws, one prompt per class."""
+"""A trained latent pipeline, and sampling from it with one prompt per class."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from atdiff.system.progress import Bars
 
 __all__ = ["PROMPTS_FILE", "TextToImage", "prompts_name", "text_to_image_run"]
 
-PROMPTS_FILE = "prompts.txt"  # of a training folder: the first captions of its data, one a line
+PROMPTS_FILE = "prompts.txt"  # in a training folder: the first captions of its data, one per line
 
-PIXELS = 2**20  # at once: four images of 512 x 512, so that an autoencoder in float32 fits a common GPU
+PIXELS = 2**20  # at once: four 512 x 512 images, so that a float32 autoencoder fits on a common GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImage(TrainedModel):
-    """A run whose pipeline makes images of latents, with ``model`` its network.
+    """A run whose pipeline generates images from latents, with ``model`` its network.
 
-    The classes of its images are its prompts, or of DiT numbers of classes.
+    The classes of its images are its prompts, or class numbers for DiT.
 
     Attributes:
-        pipeline: of diffusers.
-        guidance_scale: of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_) as
-            diffusers counts it, 1 for none; a U-Net with ``time_cond_proj_dim`` is shown it instead (`Meng et al., 2023
-            <https://arxiv.org/abs/2210.03142>`_).
-        negative_prompt: what guidance points away from; None for nothing.
-        size: height and width of the images; None for those of the training, or of the pipeline.
+        pipeline: a diffusers pipeline.
+        guidance_scale: scale of classifier-free guidance (`Ho and Salimans, 2022 <https://arxiv.org/abs/2207.12598>`_)
+            in diffusers' convention, 1 for none; a U-Net with ``time_cond_proj_dim`` takes it as an input instead
+            (`Meng et al., 2023 <https://arxiv.org/abs/2210.03142>`_).
+        negative_prompt: what guidance points away from; None for no prompt.
+        size: height and width of the images; None for the training size, or the pipeline's.
     """
 
     pipeline: Any
@@ -75,24 +75,24 @@ class TextToImage(TrainedModel):
 
     @property
     def family(self) -> Family:
-        """What is peculiar to pipelines of that class."""
+        """The family of the pipeline."""
         return family_of(self.pipeline)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The guidance scale, and which prompts."""
+        """See :meth:`TrainedModel.recipe`; also the guidance scale and the prompts."""
         return {**super().recipe, "guidance_scale": self.guidance_scale, "prompts": prompts_name(self.prompts)}
 
     @property
     def usual_sampler(self) -> str:
-        """The scheduler that a pipeline of others was saved with, or what a run's model card draws with."""
+        """The default sampler for a run; for other pipelines ``own``, the scheduler they were saved with."""
         return super().usual_sampler if self._training() else OWN
 
     def sampling_scheduler(self, sampler: str, steps: int) -> Any:  # noqa: ANN401  (any diffusers scheduler)
         """See :meth:`TrainedModel.sampling_scheduler`; ``own`` is the pipeline's scheduler as it was saved."""
         if sampler != OWN:
             found = super().sampling_scheduler(sampler, steps)
-            # The pipelines of these flows tell their scheduler the noise levels, which diffusers' other solvers refuse.
+            # These flow pipelines pass sigmas to their scheduler, which diffusers' other solvers reject.
             if self.family.makes_even_steps and "sigmas" not in inspect.signature(found.set_timesteps).parameters:
                 raise UserError(
                     f"{sampler} does not fit {self.source}: a {type(self.pipeline).__name__} sets its sampler's "
@@ -107,12 +107,12 @@ class TextToImage(TrainedModel):
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
     ) -> Self:
-        """Return the run with what people ask of a pipeline, and None for what it has; a UserError where it has none.
+        """Return the run with the requested prompts, negative prompt and size; a UserError if it does not support them.
 
         Args:
-            prompts: in the place of its own.
-            negative_prompt: what guidance points away from.
-            size: height and width of the images.
+            prompts: replace its own; None keeps them.
+            negative_prompt: what guidance points away from; None for no prompt.
+            size: height and width of the images; None keeps its own.
         """
         if prompts is not None:
             check_prompts(self.source, self.pipeline, prompts)
@@ -135,16 +135,16 @@ class TextToImage(TrainedModel):
             )
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another scale, as diffusers counts it: 0 and 1 are both none, unless it is embedded."""
+        """Return the run with another scale, as diffusers counts it: 0 and 1 mean none unless it is a network input."""
         if not 0.0 <= scale < math.inf:
             raise UserError(f"--guidance-scale {scale:g} must be finite and 0 or more; 0 and 1 mean no guidance.")
         told = self.family.is_told_guidance(self.model)
         self.family.check_guidance(self.source, self.model, scale)
-        # One name for no guidance, so that a figure of it is computed once.
+        # One value for no guidance, so that its metrics are computed once.
         return replace(self, guidance_scale=scale if told else max(scale, 1.0))
 
     def fingerprints(self) -> dict[str, str]:
-        """See :meth:`TrainedModel.fingerprints`; ``weights`` are of all parts, adapters too."""
+        """See :meth:`TrainedModel.fingerprints`; ``weights`` covers all parts, including adapters."""
         parts = {name: part for name, part in sorted(self.pipeline.components.items()) if name != "scheduler"}
         networks = {name: network_fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
         return {
@@ -154,7 +154,7 @@ class TextToImage(TrainedModel):
         }
 
     def _settings_fingerprint(self) -> str:
-        # Prompts and guidance are in the recipe of a figure, which tells figures apart.
+        # Prompts and guidance are not hashed here: the recipe of a metric contains them.
         parts = sorted(self.pipeline.components.items())
         tokenizers = [
             tokenizer_fingerprint(part) for name, part in parts if name.startswith("tokenizer") and part is not None
@@ -165,15 +165,15 @@ class TextToImage(TrainedModel):
 
     @property
     def is_guided(self) -> bool:
-        """Whether each step takes the network twice, with the prompt and without."""
+        """Whether each step runs the network twice, with and without the prompt."""
         return self.family.is_guided(self.model, self.guidance_scale)
 
     def evaluations(self, sampler: str, steps: int) -> int:
-        """Return the NFE of an image; see :meth:`TrainedModel.evaluations`."""
+        """Return the NFE per image; see :meth:`TrainedModel.evaluations`."""
         return super().evaluations(sampler, steps) * (2 if self.is_guided else 1)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Refuse all corrections: the pipeline makes its steps itself."""
+        """Reject all corrections: the pipeline runs its own sampling loop."""
         if asked := [correction for correction in corrections if correction != "none"]:
             raise UserError(
                 f"the correction {asked[0]} cannot be applied to {self.source}, since a text-to-image pipeline "
@@ -181,7 +181,7 @@ class TextToImage(TrainedModel):
             )
 
     def class_labels(self, num: int, label: int | None = None) -> Tensor:
-        """Return the index of the prompt of each of ``num`` images; see :meth:`TrainedModel.class_labels`."""
+        """Return the prompt index of each of ``num`` images; see :meth:`TrainedModel.class_labels`."""
         if not self.prompts:
             raise UserError(
                 f"{self.source} is a text-to-image pipeline without prompts: give --prompts, a text file with one "
@@ -195,20 +195,20 @@ class TextToImage(TrainedModel):
 
     @property
     def has_class_prompts(self) -> bool:
-        """Whether the number of a prompt is that of a class in the data of its training."""
+        """Whether prompt indices are the class labels of the training data."""
         return self.family.labelled or len(self.prompts) == len(self.config.get("data", {}).get("captions") or ())
 
     @property
     def _chosen(self) -> Sequence[int] | None:
-        """Those of the settings where there is a prompt for each class; other prompts are all drawn."""
+        """The labels chosen in the settings, if there is one prompt per class; other prompts are all sampled."""
         return super()._chosen if self.has_class_prompts else None
 
     def _names(self) -> Sequence[str]:
-        """The classes of a DiT, or the prompts."""
+        """The class names of a DiT, or the prompts."""
         return super()._names() if self.family.labelled else self.prompts
 
     def _drawn(self, labels: Tensor | None, **request: Any) -> Iterator[Tensor]:  # noqa: ANN401
-        """Check what is asked for at once, and have the pipeline draw, at most ``2**20`` pixels at a time."""
+        """Check the request right away, then let the pipeline generate at most ``2**20`` pixels at a time."""
         assert labels is not None
         sampler, steps, seed = request["sampler"], request["steps"], request["seed"]
         check_request(self.model, request["num"], self.image_shape, request["batch_size"], labels)
@@ -228,7 +228,7 @@ class TextToImage(TrainedModel):
             task = bar.add_task(f"{sampler}, {steps} steps", total=num)
 
             def draw(indices: range) -> Tensor:
-                # A fresh one each time: schedulers remember their last steps.
+                # A fresh scheduler each time, because schedulers keep state from their last steps.
                 own = sampler == OWN
                 self.pipeline.scheduler = (
                     copy.deepcopy(self.scheduler) if own else make_scheduler(sampler, self.scheduler, steps)
@@ -243,7 +243,7 @@ class TextToImage(TrainedModel):
                 )
                 images = drawn.frames[:, 0] if self.family.makes_videos else drawn.images
                 bar.advance(task, len(indices) * num_processes())
-                if not isinstance(images, Tensor):  # an older DiTPipeline knows arrays alone, channels last
+                if not isinstance(images, Tensor):  # older DiTPipelines return only arrays, channels last
                     images = torch.from_numpy(images).permute(0, 3, 1, 2)
                 return finite_images(images.float() * 2 - 1, indices.start, f"{sampler} at {steps} steps")
 
@@ -251,14 +251,14 @@ class TextToImage(TrainedModel):
 
     @torch.no_grad()
     def _embedded(self, labels: Tensor) -> dict[str, Any]:
-        """Return the embeddings of the prompts ``labels``, ``(B,)``, each prompt encoded once, as arguments."""
+        """Return the embeddings of the prompts ``labels``, ``(B,)``, as call arguments; each prompt is encoded once."""
         used, places = labels.unique(return_inverse=True)
         tokens = self.config.get("data", {}).get("caption_tokens")
         options = CallOptions(self.is_guided, tokens, self.negative_prompt)
         prompts = [self.prompts[int(label)] for label in used]
         tables = self.family.call_prompts(self.pipeline, prompts, options)
         rows = {name: t[places.to(t.device)] if isinstance(t, Tensor) else t for name, t in tables.items()}
-        # Class labels are asked for as a list.
+        # The pipeline takes class labels as a list.
         return {name: row.tolist() if self.family.labelled else row for name, row in rows.items()}
 
 
@@ -266,10 +266,10 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
     """Return the run of a loaded text-to-image pipeline.
 
     Args:
-        pipeline: of diffusers, of one of the families.
+        pipeline: a diffusers pipeline of one of the families.
         source: the run, as the user named it.
-        config: the settings of its training folder, which may tell the prompts (``data.captions``; else they are those
-            of the folder's ``prompts.txt``) and the guidance scale (see :meth:`Family.guidance_of`); empty for others.
+        config: settings of its training folder, which may give the prompts (``data.captions``; else they come from the
+            folder's ``prompts.txt``) and the guidance scale (see :meth:`Family.guidance_of`); empty for other sources.
     """
     captions = config.get("data", {}).get("captions") or ()
     file = Path(source) / PROMPTS_FILE
@@ -294,6 +294,6 @@ def text_to_image_run(pipeline: Any, source: str, config: dict[str, Any]) -> Tex
 
 
 def prompts_name(prompts: Sequence[str]) -> str:
-    """Return how many prompts these are, and a short hash of them, for the recipe of a figure."""
+    """Return the number of prompts and a short hash of them, for the recipe of a metric."""
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     return f"{len(prompts)} (sha256 {digest[:12]})"

@@ -29,7 +29,7 @@ from atdiff.system.precision import settled_precision
 
 __all__ = ["TrainedModel"]
 
-# Labels of networks of CIFAR and ImageNet with a null label, which plain diffusers has no place to say.
+# Label counts of CIFAR and ImageNet networks with a null label, which plain diffusers cannot record.
 USUAL_WITH_NULL = (11, 101, 1001)
 
 
@@ -65,12 +65,12 @@ class TrainedModel:
 
     @property
     def weights_name(self) -> str:
-        """Which weights these are, for the recipe of a figure."""
+        """Which weights these are, for the recipe of a metric."""
         return average_name(self.config) if "training" in self.config else "as published"
 
     @property
     def dtype_name(self) -> str:
-        """The precision, for the recipe of a figure."""
+        """The precision, for the recipe of a metric."""
         return DTYPES[self.precision]
 
     def prepared(self, *, precision: str = "no", compile: bool = False, device: torch.device | str = "cpu") -> Self:
@@ -84,20 +84,20 @@ class TrainedModel:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What a figure depends on besides sampler, steps, seed and weights."""
+        """What a metric depends on besides sampler, steps, seed and weights."""
         return {} if self.variant is None else {"variant": self.variant}
 
     def guided(self, scale: float) -> Self:
-        """Return the run with another guidance scale; raises a UserError for networks of pixels, which have none."""
+        """Return the run with another guidance scale; raises a UserError for pixel networks, which have none."""
         raise UserError(
             f"{self.source} is a network of pixels, which does not support guidance; leave out --guidance-scale "
             f"{scale:g}."
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of what its images depend on: call it before :meth:`prepared`, which wraps the network.
+        """Return hashes of everything its images depend on; call this before :meth:`prepared`, which wraps the network.
 
-        They are ``weights``, ``scheduler`` and ``settings``, the last of the size and the classes of its images.
+        The keys are ``weights``, ``scheduler`` and ``settings``, which covers the size and the classes of the images.
         """
         return {
             "weights": network_fingerprint(self.model),
@@ -124,7 +124,7 @@ class TrainedModel:
         return make_scheduler(sampler, self.scheduler, steps, tokens=tokens)
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
-        """Raise a UserError if this run does not support one of ``corrections``; networks of pixels support all."""
+        """Raise a UserError if this run does not support one of ``corrections``; pixel networks support all."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -137,14 +137,14 @@ class TrainedModel:
         return class_embeddings(self.model) - int(self._null() is not None)
 
     def _training(self) -> dict[str, Any]:
-        """Return the settings of the training, of a run's ``pipeline`` folder too; empty for those of others."""
+        """Return the training settings, also for a run's ``pipeline`` folder; empty for pipelines from elsewhere."""
         folder = Path(self.source)
         return self.config or (run_config(str(folder.parent)) if folder.name == "pipeline" else {})
 
     def _null(self) -> int | None:
         if says_null(self.model):
             return null_label(self.model)
-        # Runs of earlier versions say it nowhere else.
+        # Runs of earlier versions record it nowhere else.
         dropped = self._training().get("objective", {}).get("label_dropout", 0.0) > 0
         return class_embeddings(self.model) - 1 if dropped else None
 
@@ -197,16 +197,16 @@ class TrainedModel:
 
     @property
     def _chosen(self) -> Sequence[int] | None:
-        """The labels that it was trained on, where some were chosen."""
+        """The labels that it was trained on, if only some were chosen."""
         labels: Sequence[int] | None = self.config.get("data", {}).get("labels")
         return labels
 
     def of_classes(self, labels: Sequence[int]) -> Self:
-        """Return the run that draws these classes alone, by label, where it draws classes in turn."""
+        """Return the run restricted to these labels when it samples all classes in turn."""
         return replace(self, config={**self.config, "data": {**self.config.get("data", {}), "labels": list(labels)}})
 
     def _in_turn(self, labels: Tensor, num: int) -> Tensor:
-        """Return ``num`` of the labels in turn, of those that were chosen alone."""
+        """Return ``num`` labels, cycling through those chosen for training, or else through all of ``labels``."""
         if self._chosen is not None:
             strangers = sorted(set(self._chosen) - set(labels.tolist()))
             if strangers:
