@@ -480,7 +480,7 @@ def test_missing_or_misshaped_key_is_named(key: str, fault: str) -> None:
 
 def test_unexpected_key_is_named() -> None:
     weights = reference(SMALL).state_dict() | {"output_blocks.9.0.conv.weight": torch.zeros(1)}
-    with pytest.raises(UserError, match=r"'output_blocks\.9\.0\.conv\.weight'.*no place"):
+    with pytest.raises(UserError, match=r"'output_blocks\.9\.0\.conv\.weight'.*not part of the network"):
         convert_state_dict(weights, SMALL)
 
 

@@ -515,8 +515,8 @@ def test_dit_learns_variance_and_drops_labels_once(kind: str, train: Train, tmp_
     ("kind", "words", "message"),
     [
         ("dit", ["--objective.variance", "fixed"], "set objective.variance=learned_range"),
-        ("dit", ["--lora.rank", "2"], "diffusers has no LoRA for a DiTTransformer2DModel"),
-        ("pixart", ["--lora.rank", "2"], "diffusers has no LoRA for a PixArtTransformer2DModel"),
+        ("dit", ["--lora.rank", "2"], "diffusers does not support LoRA for DiTTransformer2DModel"),
+        ("pixart", ["--lora.rank", "2"], "diffusers does not support LoRA for PixArtTransformer2DModel"),
         ("pixart", ["--data.image_size", "72"], "expected a multiple of 16"),
         ("dit", ["--data.captions", '["a", "b"]'], "is conditioned on class labels"),
         ("dit", ["--data.caption_tokens", "77"], "is for pipelines with a T5, such as SD3 and Flux"),

@@ -217,9 +217,7 @@ def test_guidance_scales_have_separate_cells(
 def test_networks_without_guidance_reject_a_scale(
     finished: tuple[Path, Path], flux_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        UserError, match="network of pixels, which does not support guidance; leave out --guidance-scale 2"
-    ):
+    with pytest.raises(UserError, match="pixel network, which does not support guidance; leave out --guidance-scale 2"):
         load_denoiser(str(finished[1] / "seed-0" / "at"), guidance_scale=2.0)
     pipeline: Any = load_denoiser(str(flux_folder)).pipeline  # type: ignore[attr-defined]
     pipeline.register_modules(transformer=FluxTransformer2DModel(**{**FLUX, "guidance_embeds": False}))

@@ -519,7 +519,7 @@ def test_damaged_cache_is_reported_and_rebuilt(sd: LatentPipeline, pairs: Pairs,
     expected = _encode(pairs, sd).x0(torch.arange(5))
     damaged = _folder(tmp_path) / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match=r"is damaged: the images of pairs are encoded again"):
+    with pytest.warns(UserWarning, match=r"is damaged, so the images of pairs are encoded again"):
         again = _encode(pairs, sd)
     assert torch.equal(again.x0(torch.arange(5)), expected)
     assert pairs.reads == 2

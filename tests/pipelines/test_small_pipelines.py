@@ -309,7 +309,7 @@ def test_flux_opens_in_plain_diffusers_and_uses_the_prompt() -> None:
 def test_missing_transformers_error_names_the_extra(make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"needs text encoders of transformers: pip install 'atdiff\[lcm\]'"):
+    with pytest.raises(UserError, match=r"needs text encoders from transformers: pip install 'atdiff\[lcm\]'"):
         make(digits(32), PROMPTS)
     assert not (tmp_path / "cache").exists()
 

@@ -212,11 +212,11 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
-    "another autoencoder than": change_weights,
-    "another scaling of latents than": edit_json("vae/config.json", scaling_factor=0.2),
-    "another text encoder 1 than": edit_json("text_encoder/config.json", hidden_act="gelu"),
-    "another tokenizer than": edit_json("tokenizer/tokenizer_config.json", model_max_length=40),
-    "another image size than": edit_json("unet/config.json", sample_size=4),
+    "a different autoencoder than": change_weights,
+    "a different scaling of latents than": edit_json("vae/config.json", scaling_factor=0.2),
+    "a different text encoder 1 than": edit_json("text_encoder/config.json", hidden_act="gelu"),
+    "a different tokenizer than": edit_json("tokenizer/tokenizer_config.json", model_max_length=40),
+    "a different image size than": edit_json("unet/config.json", sample_size=4),
 }
 
 
@@ -233,8 +233,8 @@ def test_latents_of_another_family_are_rejected(
     latents: Path, recipe: Recipe, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = rejected(capsys, tmp_path / "run", recipe(sdxl_folder), "--data.latents", latents)
-    assert "another class of pipelines" in error
-    assert "('StableDiffusionPipeline', and here 'StableDiffusionXLPipeline')" in error
+    assert "a different class of pipelines" in error
+    assert "'StableDiffusionPipeline' instead of 'StableDiffusionXLPipeline'" in error
 
 
 def flip_bit(file: Path) -> None:
@@ -262,7 +262,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "is damaged, latents.npy was changed after encoding:": lambda folder: flip_bit(folder / "latents.npy"),
     f"is damaged, {STATES} has 700 bytes instead of": lambda folder: (folder / STATES).write_bytes(b"0" * 700),
     "encoder_hidden_states holds 3 rows of float16 instead of 4": lambda folder: drop_row(folder / STATES),
-    "its files do not belong together": lambda folder: drop_row(folder / "latents.npy"),
+    "its files do not match each other": lambda folder: drop_row(folder / "latents.npy"),
     f"holds no {RECORD}": lambda folder: (folder / RECORD).unlink(),
     f"{RECORD} is damaged": lambda folder: (folder / RECORD).write_text("{}"),
     "in its record, key 'new' is unknown": edit_json(RECORD, data={"new": 1}),

@@ -66,13 +66,17 @@ def _check_images(network: Any, x_t: Tensor) -> None:  # noqa: ANN401
     if not (isinstance(network, ConfigMixin) and isinstance(conv_in, nn.Conv2d)):
         return
     if x_t.ndim == 3:
-        raise UserError(f"the images are {tuple(x_t.shape)}, expected (B, C, H, W); add the batch by x0[None].")
+        raise UserError(f"the images are {tuple(x_t.shape)}, expected (B, C, H, W); add a batch axis with x0[None].")
     channels = conv_in.in_channels
     if x_t.ndim == 4 and x_t.shape[1] != channels:
         last = x_t.shape[3] == channels
         raise UserError(
             f"the images are {tuple(x_t.shape)}, but the network has in_channels={channels}; "
-            + ("use x0.permute(0, 3, 1, 2)." if last else f"give images (B, {channels}, H, W), or build it for theirs.")
+            + (
+                "use x0.permute(0, 3, 1, 2)."
+                if last
+                else f"give images (B, {channels}, H, W), or build the network with in_channels={x_t.shape[1]}."
+            )
         )
 
 

@@ -158,7 +158,7 @@ class ADMArchitecture:
             if width < 1 or width % _NORM_GROUPS:
                 raise UserError(
                     f"channel_mult={tuple(self.channel_mult)} times model_channels={self.model_channels} "
-                    f"gives {width} channels: choose multiples of the {_NORM_GROUPS} groups of the norms."
+                    f"gives {width} channels: expected multiples of {_NORM_GROUPS}, the number of groups of the norms."
                 )
         self._check_heads()
 
@@ -470,7 +470,7 @@ def _check_shapes(state_dict: Mapping[str, Tensor], arch: ADMArchitecture) -> No
             raise UserError(f"The key {key!r} of the checkpoint has shape {found} where {shape} is expected: {fix}.")
     for key in state_dict:
         if key not in expected:
-            raise UserError(f"The key {key!r} of the checkpoint has no place in the network: {fix}.")
+            raise UserError(f"The key {key!r} of the checkpoint is not part of the network: {fix}.")
 
 
 def _weight(state_dict: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ def check_base_precision(precision: BasePrecision, device: torch.device) -> None
     package = PACKAGES.get(precision)
     if package == "bitsandbytes" and device.type != "cuda":
         raise UserError(
-            f"lora.base_precision={precision!r} needs a GPU, for bitsandbytes: use 'int8wo' or 'fp8' on this machine."
+            f"lora.base_precision={precision!r} uses bitsandbytes, which needs a GPU: use 'int8wo' or 'fp8' on this "
+            "machine."
         )
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"lora.base_precision={precision!r} needs the package {package}: pip install {package}.")

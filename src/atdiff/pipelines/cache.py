@@ -248,7 +248,7 @@ def _kept(folder: Path, source: Source, progress: bool) -> LatentData | None:
         source.unreadable.found[:] = data.skipped
         source.unreadable.settle(source.name, len(data) + len(data.skipped))
     elif folder.exists():
-        warnings.warn(f"{folder} is damaged: the images of {source.name} are encoded again.", stacklevel=3)
+        warnings.warn(f"{folder} is damaged, so the images of {source.name} are encoded again.", stacklevel=3)
     return data
 
 

@@ -81,10 +81,10 @@ def check_encoders(folder: Path, latent: LatentPipeline) -> None:
     for what in {**here, **there}:
         if there.get(what) == here.get(what):
             continue
-        shown = f" ({there.get(what)!r}, and here {here.get(what)!r})" if what in SHOWN else ""
+        shown = f": {there.get(what)!r} instead of {here.get(what)!r}" if what in SHOWN else ""
         raise UserError(
-            f"data.latents={folder} was encoded with another {what} than {latent.source} has{shown}: start from "
-            "the pipeline that encoded it, or encode the images again with `atdiff encode`."
+            f"data.latents={folder} was encoded with a different {what} than that of {latent.source}{shown}; start "
+            "from the pipeline that encoded it, or encode the images again with `atdiff encode`."
         )
 
 
@@ -105,7 +105,7 @@ def load_latents(folder: Path, latent: LatentPipeline) -> LatentData:
                 f"{AGAIN}."
             )
     data = open_latents(folder, record.name)
-    fault = "its files do not belong together" if data is None else next(_faults(data, latent), None)
+    fault = "its files do not match each other" if data is None else next(_faults(data, latent), None)
     if data is None or fault is not None:
         raise UserError(f"data.latents={folder} is damaged, {fault}: {AGAIN}.")
     return replace(data, classes=None if record.classes is None else tuple(record.classes))
@@ -134,9 +134,9 @@ def _faults(data: LatentData, latent: LatentPipeline) -> Iterator[str]:
         if array.dtype != np.float16 or array.shape[1] != latent.latent_shape[0] or not fits:
             yield f"latents are {array.dtype} of shape {array.shape[1:]}"
     if data.flipped and [array.shape for array in data.flipped] != [array.shape for array in data.latents]:
-        yield "the mirrored images are not as many as the others"
+        yield "the number of mirrored images differs from that of the images"
     if not _within(data.caption_ids, len(data.captions)) or not _within(data.places[:, 0], len(data.latents)):
-        yield "images have captions or latents that are not there"
+        yield "some images lack captions or latents"
     for rows, arrays in ((len(data.captions), data.table), (1, data.null), (len(data), data.own)):
         for name, array in arrays.items():
             if len(array) != rows or array.dtype not in (np.float16, np.float32, np.int64):

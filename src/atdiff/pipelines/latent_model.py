@@ -178,7 +178,7 @@ def require_transformers(source: str) -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{source} needs text encoders of transformers: pip install 'atdiff[lcm]'.") from error
+        raise UserError(f"{source} needs text encoders from transformers: pip install 'atdiff[lcm]'.") from error
 
 
 def load_latent_pipeline(
@@ -244,7 +244,7 @@ def _check_buckets(latent: LatentPipeline) -> None:
         return
     if not family.call_options((size, size)):
         raise UserError(
-            f"data.buckets need a network for images of any size, but {latent.source} is a "
+            f"data.buckets needs a network for images of any size, but {latent.source} is a "
             f"{type(latent.pipeline).__name__}, which takes one square size; leave it out."
         )
     least = family.size_step(latent.pipeline)

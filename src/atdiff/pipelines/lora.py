@@ -179,7 +179,7 @@ def _require_peft() -> None:
 def _require_adapters(network: nn.Module) -> None:
     if not hasattr(network, "add_adapter"):
         name = type(as_diffusers(network)).__name__
-        raise UserError(f"diffusers has no LoRA for a {name}: train all of its weights, without lora.rank.")
+        raise UserError(f"diffusers does not support LoRA for {name}: leave out lora.rank to train all weights.")
 
 
 def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:

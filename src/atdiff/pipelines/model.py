@@ -81,16 +81,16 @@ def load_denoiser(
     elif text_to_image:
         found = replace(text_to_image_run(pipeline, run, config), variant=variant)
     else:
-        what = "pipeline of latents" if getattr(pipeline, "text_encoder", None) is None else "text-to-image pipeline"
+        what = "latent pipeline" if getattr(pipeline, "text_encoder", None) is None else "text-to-image pipeline"
         raise UserError(
             f"{run} is a {what} ({type(pipeline).__name__}), whose network works on latents, but this needs a "
-            "network of pixels: use `atdiff sample`, `evaluate` or `compare`, which support both."
+            "pixel network: use `atdiff sample`, `evaluate` or `compare`, which support both."
         )
     found.model.eval()
     return found if guidance_scale is None else found.guided(guidance_scale)
 
 
-def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any pipeline of latents)
+def _with_lora(run: str, config: dict[str, Any]) -> Any:  # noqa: ANN401  (any latent pipeline)
     """Return the base pipeline of a LoRA run, with the LoRA and its scheduler loaded onto it."""
     check_local(run)
     base, model = config["training"]["init"], config.get("model") or {}

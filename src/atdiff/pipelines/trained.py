@@ -90,8 +90,7 @@ class TrainedModel:
     def guided(self, scale: float) -> Self:
         """Return the run with another guidance scale; raises a UserError for pixel networks, which have none."""
         raise UserError(
-            f"{self.source} is a network of pixels, which does not support guidance; leave out --guidance-scale "
-            f"{scale:g}."
+            f"{self.source} is a pixel network, which does not support guidance; leave out --guidance-scale {scale:g}."
         )
 
     def fingerprints(self) -> dict[str, str]:

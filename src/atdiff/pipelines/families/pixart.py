@@ -52,7 +52,7 @@ class PixArtSigma(MaskedPrompts):
         if pipeline.transformer.use_additional_conditions:
             raise UserError(
                 f"the transformer of {source} takes the image size as input, which PixArtSigmaPipeline does not "
-                "give: expected one with use_additional_conditions=False."
+                "provide: expected one with use_additional_conditions=False."
             )
 
     def call_options(self, size: tuple[int, int] | None) -> dict[str, Any]:
