@@ -98,7 +98,7 @@ def trainable_copy(network: Any) -> Any:  # noqa: ANN401  (a transformer of diff
     return copied.to(network.device)
 
 
-denoiser_like = trainable_copy  # its earlier name
+denoiser_like = trainable_copy  # its former name
 
 
 def viewed(network: Any) -> Any:  # noqa: ANN401  (a network of diffusers)
