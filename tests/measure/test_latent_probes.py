@@ -97,7 +97,7 @@ def test_trajectory_matches_the_diffusers_pipeline(kind: str, places: Path) -> N
     labels = [int(true.pairs.captions[int(i)]) if kind == "dit" else 0 for i in images.indices]
     drawn = replace(run.run, prompts=run.run.prompts if kind == "dit" else ("a cat",))
     options: dict[str, Any] = {"sampler": config.sampler_for(run.scheduler), "steps": STEPS, "num": NUM, "seed": 3}
-    of_label = {label: torch.cat(list(drawn.pictures(label=label, **options))) for label in labels}
+    of_label = {label: torch.cat(list(drawn.samples(label=label, **options))) for label in labels}
     pictures = torch.stack([of_label[label][i] for i, label in enumerate(labels)])
     found = pipeline_of(run).decode(latents)
     assert (pictures.std() > 0.05).item()

@@ -27,7 +27,7 @@ from atdiff.core.noise import NoiseSchedule
 from atdiff.data import ImageData
 from atdiff.measure import mismatch as module
 from atdiff.measure.mismatch import MismatchConfig, measure_mismatch, mismatch_of_runs
-from atdiff.pipelines.model import Denoiser, save_pipeline
+from atdiff.pipelines.model import TrainedModel, save_pipeline
 from atdiff.report.measured import mismatch_curves, save_measured
 from atdiff.sampling import generate, make_scheduler
 
@@ -113,8 +113,8 @@ class Linear:
         return out.to(x.dtype).reshape(x.shape)
 
 
-def denoiser(scheduler: Any, **error: float) -> Denoiser:
-    return Denoiser(Linear(scheduler, **error), scheduler, "linear", {})
+def denoiser(scheduler: Any, **error: float) -> TrainedModel:
+    return TrainedModel(Linear(scheduler, **error), scheduler, "linear", {})
 
 
 def law_of_ddim(scheduler: Any, timesteps: list[float], **error: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -245,7 +245,7 @@ def test_distances_take_less_time_than_sampling(monkeypatch: pytest.MonkeyPatch)
                           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
     pixels = torch.randint(0, 256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     data = ImageData(pixels.to(torch.uint8), None, "noise")
-    measure_mismatch(Denoiser(network, vp(), "unet", {}), data, MismatchConfig("ddim", 3, num=64))
+    measure_mismatch(TrainedModel(network, vp(), "unet", {}), data, MismatchConfig("ddim", 3, num=64))
     assert spent["_compare"] < spent["generate"]
 
 
@@ -321,13 +321,13 @@ def test_conditional_network_gets_the_image_labels() -> None:
     images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
     images += torch.randint(0, 255, images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     data = ImageData(images, torch.tensor([0, 1, 2, 0, 1, 2]), "labelled")
-    measure_mismatch(Denoiser(model, vp(), "classes", {}), data, MismatchConfig("ddim", 2, num=20))
+    measure_mismatch(TrainedModel(model, vp(), "classes", {}), data, MismatchConfig("ddim", 2, num=20))
     drawn = [np.random.default_rng([0, number]).integers(6, size=20) % 3 for number in (0, 1)]
     assert [labels.tolist() for labels in seen] == [d.tolist() for d in (drawn[0], drawn[0], *drawn, *drawn)]
     for labels, text in ((None, "no labels"), (torch.arange(6), "6 classes")):
         with pytest.raises(UserError, match=text):
             measure_mismatch(
-                Denoiser(model, vp(), "classes", {}), ImageData(images, labels, "other"), MismatchConfig("ddim", 2)
+                TrainedModel(model, vp(), "classes", {}), ImageData(images, labels, "other"), MismatchConfig("ddim", 2)
             )
 
 
@@ -346,7 +346,7 @@ def test_interrupted_measurement_resumes(runs: list[str], tmp_path: Path, monkey
     measured: list[str] = []
     real = module.measure_mismatch
 
-    def interrupted(first: Denoiser, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    def interrupted(first: TrainedModel, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         measured.append(first.source)
         if len(measured) == 2:
             raise KeyboardInterrupt
@@ -407,7 +407,7 @@ def test_images_of_another_size_are_rejected(runs: list[str], tmp_path: Path) ->
     with pytest.raises(UserError, match=r"\(1, 2, 2\)"):
         mismatch_of_runs(runs, config, tmp_path / "out")
     with pytest.raises(UserError, match=r"\(1, 2, 2\)"):
-        measure_mismatch(Denoiser(unet(), vp(), "unet", {}), DATA, CONFIG)
+        measure_mismatch(TrainedModel(unet(), vp(), "unet", {}), DATA, CONFIG)
 
 
 def a_file(out: Path) -> None:

@@ -293,7 +293,7 @@ def test_cogview4_prompts_do_not_affect_each_other(cogview4_folder: Path) -> Non
     x, size = torch.randn(2, *latent.latent_shape), torch.tensor([[64.0, 64.0]])
     found = predict(make_student(latent.network), x, torch.tensor([1000.0, 1000.0]), conditions)
     denoiser: Any = load_denoiser(str(cogview4_folder), guidance_scale=3.0).asked(tuple(prompts))
-    (ours,) = denoiser.pictures(sampler=OWN, steps=2, num=2, seed=0)
+    (ours,) = denoiser.samples(sampler=OWN, steps=2, num=2, seed=0)
     for i, prompt in enumerate(prompts):
         states = plain.encode_prompt([prompt], do_classifier_free_guidance=False)[0]
         assert states.shape[1] == (16, 32)[i]
@@ -434,7 +434,7 @@ def test_images_of_a_run_match_plain_diffusers(kind: str, full_run: Path) -> Non
     asked = {"dit": ["3", "7"]}.get(kind, PROMPTS)
     object.__setattr__(denoiser, "prompts", tuple(asked))
     steps = 4 if kind == "cogview4" else 3  # its pipeline truncates timesteps to integers
-    (ours,) = denoiser.pictures(sampler=sampler, steps=steps, num=2, seed=0)
+    (ours,) = denoiser.samples(sampler=sampler, steps=steps, num=2, seed=0)
     assert denoiser.recipe["guidance_scale"] == 2.5
     assert denoiser.evaluations(sampler, steps) == (steps if kind == "flux" else 2 * steps)
     pipeline = open_pipeline(full_run / "pipeline", kind)

@@ -92,7 +92,7 @@ def test_distilled_model_is_not_guided_again(
     assert (denoiser.guidance_scale, denoiser.is_guided, denoiser.evaluations("lcm", 4)) == (scale, False, calls)
     seen: list[int] = []
     hook = denoiser.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    list(denoiser.pictures(sampler="lcm", steps=4, num=1, seed=0))
+    list(denoiser.samples(sampler="lcm", steps=4, num=1, seed=0))
     hook.remove()
     assert seen == [1] * calls  # one sample per step, never a guided pair
     if "lora" not in sections and not denoiser.family.is_told_guidance(denoiser.model):
@@ -143,7 +143,7 @@ def generate_with_diffusers(folder: Path, sampler: str, steps: int, scale: float
 
 def generate_with_atdiff(folder: Path, sampler: str, steps: int, scale: float, **settings: Any) -> Tensor:
     denoiser: Any = replace(load_denoiser(str(folder), guidance_scale=scale), prompts=PROMPTS, config=settings)
-    return torch.cat(list(denoiser.pictures(sampler=sampler, steps=steps, num=2, seed=0)))
+    return torch.cat(list(denoiser.samples(sampler=sampler, steps=steps, num=2, seed=0)))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def generate(run: Path, kind: str, guidance: float, **options: Any) -> Tensor:
     prompts = denoiser.prompts if kind == "dit" else PROMPTS
     denoiser = replace(denoiser, config=settings, prompts=prompts)
     sampler = default_sampler(denoiser.scheduler)
-    return torch.cat(list(denoiser.pictures(sampler=sampler, steps=3, num=2, seed=0)))
+    return torch.cat(list(denoiser.samples(sampler=sampler, steps=3, num=2, seed=0)))
 
 
 def dtypes_of(pipeline: Any) -> set[torch.dtype]:
@@ -146,7 +146,7 @@ def test_half_precision_pixel_pipeline_samples_in_float32(dtype: torch.dtype, tm
         assert {weight.dtype for weight in denoiser.model.parameters()} == {torch.float32}
         for name, weight in denoiser.model.state_dict().items():
             assert torch.equal(weight, network.state_dict()[name].float())
-        (images,) = denoiser.pictures(sampler="ddim", steps=3, num=2, seed=0)
+        (images,) = denoiser.samples(sampler="ddim", steps=3, num=2, seed=0)
         assert images.dtype == torch.float32
 
 
@@ -359,7 +359,7 @@ def test_flux_sees_its_schedulers_timesteps_under_autocast(flux_folder: Path, em
         embedded.clear()
         denoiser: Any = load_denoiser(str(flux_folder), guidance_scale=2.3).prepared(precision=precision)
         denoiser = replace(denoiser, prompts=PROMPTS, config={"data": {"image_size": IMAGE_SIZE}})
-        list(denoiser.pictures(sampler="flow-euler", steps=3, num=1, seed=0))
+        list(denoiser.samples(sampler="flow-euler", steps=3, num=1, seed=0))
         seen[precision] = [values.tolist() for values in embedded]
     assert len(seen["no"]) == 6  # time and guidance at each step
     assert seen["bf16"] == seen["no"]

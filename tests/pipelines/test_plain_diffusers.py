@@ -113,7 +113,7 @@ def test_card_code_generates_the_images_of_atdiff(kind: str, tmp_path: Path) -> 
     assert ("scheduler" in names) == (not fits)  # otherwise the card has a sampling loop
     scheduler = names["pipeline"].scheduler if fits else names["scheduler"]
     steps = int(scheduler.num_inference_steps)
-    ours = torch.cat(list(load_denoiser(str(run)).pictures(sampler=sampler, steps=steps, num=4, seed=0)))
+    ours = torch.cat(list(load_denoiser(str(run)).samples(sampler=sampler, steps=steps, num=4, seed=0)))
     # Half a uint8 level on either side, plus diffusers' float32 coefficients.
     torch.testing.assert_close(plain, ours, rtol=0, atol=0.012)
     assert (ours.abs() < 0.99).float().mean() > 0.2, "nothing is compared where all is clipped"
@@ -218,6 +218,6 @@ def test_latent_card_code_generates_the_images_of_atdiff(
     assert f"# run\n\n{BEGINNINGS.get(kind, '')}" in model_card(run)
     denoiser = load_denoiser(str(run))
     prompts = PROMPTS * 2 if family != "dit" else tuple("0123")
-    drawn = replace(denoiser, prompts=tuple(prompts)).pictures(sampler=sampler, steps=steps, num=4, seed=0)
+    drawn = replace(denoiser, prompts=tuple(prompts)).samples(sampler=sampler, steps=steps, num=4, seed=0)
     torch.testing.assert_close(plain, torch.cat(list(drawn)), rtol=0, atol=0.012)
     assert (plain[0] - plain[1]).abs().max() > 0.05

@@ -163,7 +163,7 @@ def load(run: Path, **changes: Any) -> TextToImage:
 
 
 def generate(denoiser: TextToImage, **options: Any) -> Tensor:
-    return torch.cat(list(denoiser.pictures(**{**OPTIONS, **options})))
+    return torch.cat(list(denoiser.samples(**{**OPTIONS, **options})))
 
 
 def generate_with_diffusers(
@@ -294,14 +294,14 @@ def test_image_captions_are_not_classes(trained: Path, pipeline: Path, tmp_path:
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_images_do_not_depend_on_the_batch_size(pipeline: Path, batch_size: int) -> None:
     denoiser = load(pipeline, prompts=CAPTIONS)
-    batches = list(denoiser.pictures(**OPTIONS, batch_size=batch_size))
+    batches = list(denoiser.samples(**OPTIONS, batch_size=batch_size))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     torch.testing.assert_close(torch.cat(batches), generate(denoiser, num=7)[:5], rtol=0, atol=1e-5)
 
 
 def test_large_images_are_sampled_in_small_batches(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atdiff.pipelines.text_to_image.PIXELS", 2 * SIZE * SIZE)
-    batches = list(load(pipeline, prompts=CAPTIONS).pictures(**OPTIONS))
+    batches = list(load(pipeline, prompts=CAPTIONS).samples(**OPTIONS))
     assert [len(batch) for batch in batches] == [2, 2, 1]
 
 
@@ -341,7 +341,7 @@ def test_invalid_image_requests_raise_immediately(
     pipeline: Path, changes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        load(pipeline, **{"prompts": CAPTIONS, **changes}).pictures(**{**OPTIONS, **options})
+        load(pipeline, **{"prompts": CAPTIONS, **changes}).samples(**{**OPTIONS, **options})
 
 
 def test_non_finite_images_raise(pipeline: Path) -> None:

@@ -353,7 +353,7 @@ def test_student_opens_in_plain_diffusers(full: Path, sd_folder: Path) -> None:
     for part in ("vae", "text_encoder"):
         assert _differing(getattr(pipeline, part).state_dict(), getattr(_open(sd_folder), part).state_dict()) == []
     denoiser = load_denoiser(str(full))
-    (ours,) = denoiser.pictures(sampler="lcm", steps=4, num=1, seed=0)
+    (ours,) = denoiser.samples(sampler="lcm", steps=4, num=1, seed=0)
     torch.testing.assert_close(ours, pictures * 2 - 1, rtol=0, atol=1e-4)
 
 
@@ -370,7 +370,7 @@ def test_adapters_load_in_plain_diffusers(lora: Path, sd_folder: Path) -> None:
     assert (pictures - before).abs().max() > 1e-2
     denoiser = load_denoiser(str(lora))
     assert isinstance(denoiser.scheduler, LCMScheduler)
-    (ours,) = denoiser.pictures(sampler="lcm", steps=4, num=1, seed=0)
+    (ours,) = denoiser.samples(sampler="lcm", steps=4, num=1, seed=0)
     torch.testing.assert_close(ours, pictures * 2 - 1, rtol=0, atol=1e-4)
 
 

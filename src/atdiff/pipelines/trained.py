@@ -246,7 +246,3 @@ class TrainedModel:
 
     def _drawn(self, labels: Tensor | None, **request: Any) -> Iterator[Tensor]:  # noqa: ANN401
         return iter_generate(self.model, self.scheduler, shape=self.image_shape, class_labels=labels, **request)
-
-    def pictures(self, **options: Any) -> Iterator[Tensor]:  # noqa: ANN401
-        """Earlier name of :meth:`samples`."""
-        return self.samples(**options)

@@ -20,7 +20,6 @@ __all__ = [
     "PromptOptions",
     "absent_parts",
     "as_diffusers",
-    "denoiser_like",
     "family_of",
     "find_family",
     "trainable_copy",
@@ -96,9 +95,6 @@ def trainable_copy(network: Any) -> Any:  # noqa: ANN401  (a transformer of diff
     if family is not None:
         family.prepare(copied)
     return copied.to(network.device)
-
-
-denoiser_like = trainable_copy  # its former name
 
 
 def viewed(network: Any) -> Any:  # noqa: ANN401  (a network of diffusers)
