@@ -1,1 +1,1 @@
-"""Adversarial training: perturbations of the input, and the passes that they share with the weights."""
+"""Adversarial training: input perturbations, and the passes that move them and train the weights."""

@@ -1,4 +1,4 @@
-"""Anti-drift rectification: at the state that the sampler's own step leads to, the velocity is to point at ``x0``."""
+"""Anti-drift rectification: align the velocity with ``x - x0`` at the state reached by one sampler step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["adr"]
 def adr(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
     """Yield the plain loss plus ``weight * || v / |v| - (x - x0) / |x - x0| ||^2`` at the rolled-out ``x``.
 
-    (`Huang et al. <https://arxiv.org/abs/2606.28226>`_, without its frequency weights.) The velocity of any network is
-    ``noise_hat - x0_hat``, and ``x - x0`` has the direction of ``noise' - x0``, where ``noise'`` is the noise of ``x``
-    with the true ``x0``: for a flow that is the formula itself. The length of the step and the weight are ours.
+    (`Huang et al. <https://arxiv.org/abs/2606.28226>`_, without its frequency weights.) For any network, ``v`` is
+    ``noise_hat - x0_hat``, and ``noise' - x0`` gives the direction of ``x - x0``, where ``noise'`` is the noise of
+    ``x`` given the true ``x0``; for a flow, this is exactly the formula. The step length and the weight are our choice.
     """
     objective, batch = as_denoiser(forward.objective, batch, "method='adr'")
     clean, _ = forward(batch, torch.zeros_like(batch.x0), track=False)
@@ -30,7 +30,7 @@ def adr(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[
     assert output.error is not None
     alpha, sigma = expand(ahead.alpha, drift), expand(ahead.sigma, drift)
     true = ahead.noise + divide(drift, sigma) - ahead.x0
-    # noise_hat - noise' = alpha / sigma (x0 - x0_hat); without noise there is no velocity.
+    # noise_hat - noise' = alpha / sigma (x0 - x0_hat); at sigma = 0 the velocity is undefined, and the term 0.
     velocity = true + divide(alpha + sigma, sigma) * missing(objective, ahead, output.error)
     missed = normalize(velocity.flatten(1)) - normalize(true.flatten(1))
     yield batch, clean, clean.loss + attack.weight * batch.weights * missed.square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""The adversary, which perturbs the network's input: adversarial training as a generator of losses."""
+"""The adversary perturbs the network's input: adversarial training as a generator of losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Adversary:
     (:class:`atdiff.adversary.auto_dose.AutoDose`). ``Adversary()`` is `Wang et al. <https://arxiv.org/abs/2502.17099>`_.
 
     - ``method``: ``free`` updates the weights at every pass of a batch, and the same backward pass moves delta; ``pgd``
-      moves delta first and updates once; the others are rivals (:mod:`atdiff.adversary.methods`, one file each).
+      moves delta first and updates once; the others are competing methods, listed in :mod:`atdiff.adversary.methods`.
     - ``direction``: ``gradient`` of the loss, with delta detached from the target as in the authors' code;
       ``gradient_full``, which also goes through the target (the true worst case); ``residual``, the predicted minus the
       true noise; and two controls: ``drift``, the opposite of the residual, and ``random``.
@@ -41,10 +41,10 @@ class Adversary:
     Args:
         norm: ``l2``, ``linf`` or ``l1`` norm of a sample's flattened perturbation, in the units of ``x_t``.
         step_size: norm of one step, times ``scale(alpha_t, sigma_t)``; default 0.1. 0 repeats the batch unperturbed.
-        radius: maximum norm of delta, times the same scale; None for none.
-        passes: forward-backward passes per batch; 1 is plain training, on which the arguments of the perturbation have
-            no effect (recipes refuse them). Default 3, or 2 with a dose.
-        dose: ``k`` of ``delta = k sigma_t (x0 - x0_hat)``, such as 0.15, or ``auto``; replaces ``step_size``.
+        radius: maximum norm of delta, times the same scale; None for no limit.
+        passes: forward-backward passes per batch; 1 is plain training, where the perturbation arguments have no effect
+            (recipes reject them). Default 3, or 2 with a dose.
+        dose: ``k`` in ``delta = k sigma_t (x0 - x0_hat)``, such as 0.15, or ``auto``; replaces ``step_size``.
         steps: number of sampling steps that ``dose="auto"`` tunes for.
         scale: ``constant`` (the paper), ``sigma``, ``high`` (``sigma_t (1 - alpha_t)``), ``middle`` (``sigma_t
             alpha_t``), or a function of ``(alpha_t, sigma_t)``, each ``(B,)``. None: ``constant`` on schedules of the
@@ -56,8 +56,8 @@ class Adversary:
         direction: default ``gradient``, or ``residual`` with a dose.
         order: see above.
         target: ``equivariant`` moves the network's target with delta; ``invariant`` does not.
-        weight: weight of the term that rivals add to the plain loss (``contrastive``: 0.05, others: 1); for ``mac``,
-            weight of the half of the pairs with the smaller error (2).
+        weight: weight of the term that competing methods add to the plain loss (usually 0.05 for ``contrastive``, else
+            1); for ``mac``, weight of the half of the pairs with the smaller error (usually 2).
 
     Attributes:
         batch: samples of the last pass.
@@ -65,7 +65,7 @@ class Adversary:
         output: per-sample results of the last pass.
         auto_dose: the automatic dose, :class:`atdiff.adversary.auto_dose.AutoDose`; None without one.
         needs_input_gradient: whether delta moves along a gradient.
-        nonfinite: number of steps not taken because their direction was not finite (a 0-d tensor).
+        nonfinite: number of steps skipped because their direction was not finite (a 0-d tensor).
 
     Raises:
         UserError: a value is out of range or unknown, or contradicts another.
@@ -124,17 +124,17 @@ class Adversary:
         return as_call("Adversary", **unusual(type(self), self._settings, **usual._asdict()))
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the factor of step size and radius, ``(B,)``, on the schedule of the last call of :meth:`passes`."""
+        """Return the scale of step size and radius, ``(B,)``, for the schedule of the last :meth:`passes` call."""
         return self._perturbation.scale(alpha, sigma)
 
     @property
     def updates_per_batch(self) -> int:
-        """Losses yielded per batch, and so weight updates; every method costs ``num_passes`` passes."""
+        """Weight updates per batch, each from one loss per micro-batch; every method costs ``num_passes`` passes."""
         return self.num_passes if self._method.every_pass else 1
 
     @property
     def passes_per_update(self) -> int:
-        """Cost of a weight update in forward-backward passes, without the objective's ``coupling_passes``."""
+        """Cost of a weight update in forward-backward passes, excluding the objective's ``coupling_passes``."""
         return self.num_passes // self.updates_per_batch
 
     def passes(
@@ -146,7 +146,7 @@ class Adversary:
         accumulate: int = 1,
         **fixed: Tensor,
     ) -> Iterator[Tensor]:
-        """Yield one loss per pass; run its backward pass and the optimizer's step before taking the next loss.
+        """Yield one loss per pass; run its backward pass and the optimizer step before taking the next loss.
 
         Args:
             objective: draws the batch and computes its losses.
@@ -160,7 +160,7 @@ class Adversary:
             ``updates_per_batch * accumulate`` scalar losses.
 
         Raises:
-            UserError: the batch has too few samples for so many micro-batches, or ``fixed`` does not fit.
+            UserError: the batch has fewer samples than micro-batches, or ``fixed`` does not fit.
             RuntimeError: the next loss was taken before the backward pass of the last one.
         """
         if isinstance(x0, Batch) and fixed:
@@ -183,7 +183,10 @@ class Adversary:
 
     @torch.no_grad()
     def moved(self, delta: Tensor, batch: Batch, output: ObjectiveOutput | None) -> Tensor:
-        """Return delta after one step, detached; delta holds its gradient, and stays if the direction is not finite."""
+        """Return delta after one step, detached, and unchanged for samples whose direction is not finite.
+
+        A gradient direction is read from ``delta.grad``.
+        """
         if self.step_size == 0 and self.dose is None:
             return delta.detach()
         direction = self._direction.find(delta, batch, output)

@@ -1,4 +1,4 @@
-"""What a method of adversarial training works with: the network at a perturbed batch, and the step of delta."""
+"""Building blocks of the adversarial training methods: forward passes at perturbed inputs, and steps of delta."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from atdiff.objectives.batch import Batch, ObjectiveOutput
 __all__ = ["Attack", "Forward", "Kept", "Method", "Objective", "Pass", "losses_of", "placed"]
 
 Kept = dict[str, Any]
-"""What a method keeps of a micro-batch for the next batch: plain values and tensors; ``sizes`` of parts that wait."""
+"""What a method keeps of a micro-batch for the next batch: plain values, tensors, and ``sizes`` of waiting parts."""
 
 Pass = tuple[Batch, ObjectiveOutput, Tensor]
-"""A pass on which the weights are trained: its samples, its output, and the losses ``(B,)`` to take the mean of."""
+"""A pass that trains the weights: its samples, its output, and its losses ``(B,)``, to be averaged."""
 
 
 class Objective(Protocol):
-    """What an adversary asks of an objective."""
+    """The part of an objective that an adversary uses."""
 
-    def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (its batch, as in what follows)
-        """Draw what is random about a batch."""
+    def draw(self, x0: Tensor, **fixed: Tensor) -> Any:  # noqa: ANN401  (the objective's own batch type, also below)
+        """Draw the random quantities of a batch."""
 
     @property
     def coupling_passes(self) -> int:
-        """Whole passes that :meth:`couple` is charged per batch; 0 for none."""
+        """Cost of :meth:`couple` per batch, in whole passes; 0 if it does not run the network."""
 
     def couple(self, model: Callable[..., Any], batch: Any, micro_batches: int = 1) -> Any:  # noqa: ANN401
-        """Choose noise by what the network makes of it, in so many micro-batches."""
+        """Choose the noise by evaluating the network, in ``micro_batches`` parts."""
 
     def compute(
         self,
@@ -52,7 +52,7 @@ class Objective(Protocol):
 
 
 class Attack(Protocol):
-    """What a method asks of its :class:`atdiff.Adversary`."""
+    """The part of :class:`atdiff.Adversary` that a method uses."""
 
     num_passes: int
     direction: Direction
@@ -71,13 +71,13 @@ class Attack(Protocol):
 
 
 class Forward:
-    """The network at a perturbed batch; the attack remembers its last pass."""
+    """Runs the network at perturbed inputs, and records the last pass on the attack."""
 
     def __init__(self, attack: Attack, objective: Objective, model: Callable[..., Any]) -> None:
         self.attack, self.objective, self.model = attack, objective, model
 
     def __call__(self, batch: Batch, delta: Tensor, *, track: bool) -> tuple[ObjectiveOutput, Tensor]:
-        """Return the output at delta, and delta as a leaf, which takes a gradient where ``track`` and needed."""
+        """Return the output at delta, and delta as a leaf, which requires a gradient if ``track`` and if needed."""
         attack = self.attack
         delta = delta.detach().requires_grad_(track and attack.needs_input_gradient)
         detached = not DIRECTIONS[attack.direction].through_target
@@ -86,7 +86,7 @@ class Forward:
         return output, delta
 
     def ascended(self, batch: Batch, steps: int) -> Tensor:
-        """Return delta after some steps of its own from 0, without any gradient of the weights."""
+        """Return delta after ``steps`` steps from 0, without any weight gradients."""
         delta = torch.zeros_like(batch.x0)
         for _ in range(steps):
             _, delta = self._step(batch, delta, lambda output: output.loss)
@@ -95,7 +95,7 @@ class Forward:
     def walk(
         self, batch: Batch, delta: Tensor, steps: int, loss_of: Callable[[ObjectiveOutput], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the losses ``(B,)`` at delta and after each step up their own gradient, and where that is, detached."""
+        """Yield the losses ``(B,)`` and delta, detached, at the start and after each step up the gradient."""
         for _ in range(steps):
             output, moved = self._step(batch, delta, loss_of)
             yield loss_of(output).detach(), delta
@@ -111,13 +111,13 @@ class Forward:
         with unsynced(self.model), torch.set_grad_enabled(attack.needs_input_gradient):
             output, delta = self(batch, start, track=True)
             if attack.needs_input_gradient:
-                # Of delta alone, so that no gradient is left in the weights.
+                # Not backward(), which would also accumulate gradients in the weights.
                 (delta.grad,) = torch.autograd.grad(loss_of(output).sum(), delta)
         return output, attack.moved(delta, batch, output)
 
     @torch.no_grad()
     def glance(self, batch: Batch) -> ObjectiveOutput:
-        """Return the output at the unperturbed input, without any gradient; the attack does not remember it."""
+        """Return the output at the unperturbed input, without gradients and without recording it on the attack."""
         with unsynced(self.model):
             return self.objective.compute(self.model, batch)
 
@@ -126,7 +126,7 @@ Method = Callable[[Attack, Forward, Batch, Kept], Iterator[Pass]]
 
 
 def micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
-    """Return the micro-batches of what one pass takes of a batch.
+    """Split the samples of one pass into ``accumulate`` micro-batches.
 
     Raises:
         UserError: there are too few samples.
@@ -140,7 +140,7 @@ def micro_batches(batch: Batch, accumulate: int) -> list[Batch]:
 
 
 def in_turn(generators: list[Iterator[Pass]]) -> Iterator[Pass]:
-    """Yield a pass of each generator in turn; all of them end in the same turn."""
+    """Yield a pass from each generator in turn; all of them end in the same round."""
     left = len(generators)
     while left:
         for one in generators:
@@ -153,13 +153,13 @@ def in_turn(generators: list[Iterator[Pass]]) -> Iterator[Pass]:
 def losses_of(
     method: Method, forward: Forward, batch: Batch, accumulate: int, kept: dict[int, Kept]
 ) -> Iterator[Tensor]:
-    """Yield the losses of a method's passes, of micro-batch after micro-batch, and let the objective learn from each.
+    """Yield the losses of a method's passes, micro-batch by micro-batch, and update the objective after each.
 
     Args:
         method: yields the passes of a micro-batch.
         forward: the network.
-        batch: what one pass takes of a batch, new samples.
-        accumulate: into how many micro-batches it is cut.
+        batch: the new samples of a pass.
+        accumulate: number of micro-batches.
         kept: by micro-batch, what the method keeps for the next batch.
 
     Raises:
@@ -167,7 +167,7 @@ def losses_of(
     """
     parts = micro_batches(batch, accumulate)
     states = [kept.setdefault(i, {}) for i in range(len(parts))]
-    samples = len(batch) + sum(sum(one.get("sizes", ())) for one in states)  # of a weight update
+    samples = len(batch) + sum(sum(one.get("sizes", ())) for one in states)  # per weight update
     running = [method(forward.attack, forward, *one) for one in zip(parts, states, strict=True)]
     for seen, output, losses in in_turn(running):
         yield losses.mean() * (len(losses) * len(parts) / samples)
@@ -175,7 +175,7 @@ def losses_of(
 
 
 def placed(value: Any, device: torch.device | str) -> Any:  # noqa: ANN401  (nested dictionaries)
-    """Return the value with all its tensors on a device."""
+    """Return the value with all its tensors moved to a device."""
     if isinstance(value, dict):
         return {name: placed(one, device) for name, one in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value

@@ -21,31 +21,30 @@ from atdiff.system.processes import mean_over_processes
 __all__ = ["AutoDose"]
 
 GRID = 32  # times at which the closed form is solved; between them the dose is interpolated
-EVERY = 25  # batches between two looks at the sampler, at the least
-SPARE = 2  # forwards per batch that a look-ahead is charged beyond its own: a whole pass for one forward
-GAIN = 3.0  # of the factor's logarithm, per look and unit of the logarithm of the variance ratio
-LEAST = 0.25  # of the factor
-MOST_DOSE = 0.5  # beyond it, x0 shows in the input
+EVERY = 25  # minimum number of batches between checks of the sampler
+SPARE = 2  # forwards per batch that a look-ahead is charged but does not run: it is one forward, charged as a pass
+GAIN = 3.0  # change of log(factor) per check and unit of log(variance ratio)
+LEAST = 0.25  # smallest factor
+MOST_DOSE = 0.5  # beyond it, x0 leaks into the input
 
 
 class AutoDose:
     """``k(t)`` for a sampler of ``steps`` steps, with nothing to tune.
 
-    Few-step sampling loses variance: the samples are less spread out than the data, and so are the sampler's inputs on
-    the way.
+    Few-step sampling loses variance: the samples are less spread out than the data, and so are the intermediate states.
 
     1. The closed form. For a linear network, which is exact for Gaussian data, one DDIM or Euler step multiplies each
        eigendirection of the data covariance by a known factor, which grows with the dose. ``k(t)`` is the smallest
        dose at which a step preserves the total variance, and 0 for the last step.
     2. The loop. Every 25 batches (every ``steps / 2`` beyond 50 steps), the network samples a batch from noise in
-       ``steps`` steps. ``k(t)`` is multiplied by a factor, the same for all times, which rises while the samples have
-       less variance than the data, at the end and on the way, and falls while they have more. No dose exceeds 0.5.
-       This sampling costs less than the difference between a forward pass and the whole pass that a look-ahead counts
-       as; ``method="free"`` has no look-ahead, and is not charged for its ``steps / 25`` forwards a batch.
+       ``steps`` steps. ``k(t)`` is multiplied by a factor, the same for all times, which rises while the samples and
+       the intermediate states have less variance than the data, and falls while they have more. No dose exceeds 0.5.
+       A look-ahead is one forward pass but counts as a whole pass, which covers the cost of this sampling;
+       ``method="free"`` has no look-ahead, and its ``steps / 25`` forwards per batch are not charged.
 
-    With batches of several shapes, such as aspect-ratio buckets, only batches with the shape of the data that the
-    closed form was solved for are sampled, and a check that is due waits for one in any process. The dose has no unit,
-    and all shapes share it.
+    If batch shapes vary, as with aspect-ratio buckets, the loop samples only batches with the shape that the closed
+    form was solved for; a check that is due waits until any process has one. The dose is dimensionless, and shared by
+    all shapes.
 
     Args:
         steps: number of sampling steps.
@@ -53,13 +52,13 @@ class AutoDose:
 
     Attributes:
         table: ``k`` of the closed form at :data:`GRID` times, float32; empty until :meth:`fit`.
-        factor: the factor of the loop, a 0-d tensor.
-        ratio: ratio of sample variance to that of noised data, after each step, ``(steps,)``; a running mean.
+        factor: the loop's correction factor, a 0-d tensor.
+        ratio: running mean of the samples' variance over that of noised data, after each step, ``(steps,)``.
     """
 
     def __init__(self, steps: int, clean: float) -> None:
         self.steps, self.clean = steps, clean
-        # The closed form goes with 1 / steps: at most about the dose of two steps, beyond which x0 shows in the input.
+        # The closed form scales as 1 / steps, so this caps it at about the dose for two steps.
         self.most = steps / 2
         self.every = max(EVERY, -(-steps // SPARE))
         self.times = (torch.arange(GRID) + 0.5) / GRID
@@ -68,10 +67,10 @@ class AutoDose:
         self.variance, self.range, self.batches = 0.0, (0.0, 0.0), 0
 
     def fit(self, x0: Tensor, schedule: NoiseSchedule) -> None:
-        """Solve the closed form for data with samples ``x0`` ``(N, ...)``; a large enough batch will do.
+        """Solve the closed form for data samples ``x0`` ``(N, ...)``; a large enough batch will do.
 
         Raises:
-            UserError: a single sample has no variance.
+            UserError: ``x0`` is a single sample, which has no variance.
         """
         if len(x0) < 2:
             raise UserError(
@@ -90,7 +89,7 @@ class AutoDose:
         self.factor, self.ratio = self.factor.to(x0.device), self.ratio.to(x0.device)
 
     def dose(self, time: Tensor) -> Tensor:
-        """Return ``k`` at times ``(B,)`` of the sampler, ``(B,)``; 0 within the last step."""
+        """Return ``k`` at sampler times ``(B,)``, ``(B,)``; 0 within the last step."""
         place = (time * GRID - 0.5).clamp(0, GRID - 1)
         low = place.floor().long()
         table = (self.table * self.factor).clamp(max=MOST_DOSE)
@@ -102,27 +101,27 @@ class AutoDose:
         return self.dose(sampler_time(schedule, batch.timesteps))
 
     def variance_of(self, x0: Tensor) -> float:
-        """Return the variance of the data, summed over as many values as a sample of ``x0`` has."""
+        """Return the total variance of the data, scaled to the number of values in a sample of ``x0``."""
         return self.variance * x0[0].numel() / self.mean.numel()
 
     def observe(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> None:
-        """Draw samples, where it is due, and correct the doses by their variance."""
+        """Draw samples if a check is due, and correct the dose by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
         if self.batches % self.every:
             self.batches += 1
             return
         alike = self.mean.new_tensor(float(self._is_alike(batch)))
-        share = mean_over_processes(alike)  # each may have a batch of another shape
+        share = mean_over_processes(alike)  # batch shapes may differ between processes
         if not share:
-            return  # the next batch is looked at
+            return  # try again at the next batch
         self.batches += 1
-        with evaluating(model):  # a sampler knows no dropout; in every process, since they may share the network
+        with evaluating(model):  # samplers use no dropout; every process runs it, since the network may be sharded
             measured = torch.where(alike > 0, self._measured(objective, model, batch), 0.0)
         ratio = (mean_over_processes(measured) / share).clamp_min(1e-3)
         self.ratio = ratio if self.batches == 1 else 0.7 * self.ratio + 0.3 * ratio
-        # Half of the weight is the finished samples', and half that of all steps, so that the variance does not
-        # overshoot on the way: networks near convergence lose by that at many steps.
+        # The final samples have half of the weight and all steps the other half, so that the variance does not
+        # overshoot on the way: near convergence, overshooting hurts at many steps.
         error = 0.5 * (ratio.log()[-1] + ratio.log().mean())
         self.factor = (self.factor.log() - GAIN * error).exp().clamp(LEAST, self.most)
 
@@ -133,7 +132,7 @@ class AutoDose:
     def _measured(self, objective: DenoisingObjective, model: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the variance of samples over that of noised data, after each step, ``(steps,)``.
 
-        It is none of a batch of another shape than the data that the form was solved for.
+        Meaningless, and ignored by the caller, if the batch has another shape than the closed form's data.
         """
         mean: Any = self.mean if self._is_alike(batch) else 0.0
         schedule = objective.schedule
@@ -144,7 +143,7 @@ class AutoDose:
         for i, time in enumerate(times):
             timesteps = timesteps_at(schedule, time.expand(len(x)))
             x0_hat, noise_hat = estimates(objective, model, x, timesteps, batch.conditions)
-            if objective.prediction.needs_signal:  # as samplers do: at little signal it is far from any data
+            if objective.prediction.needs_signal:  # as samplers do: at low signal x0_hat is far outside the data range
                 x0_hat = x0_hat.clamp(*self.range)
                 noise_hat = (x - alpha[i] * x0_hat) / sigma[i]
             x = next_alpha[i] * x0_hat + next_sigma[i] * noise_hat
@@ -162,7 +161,7 @@ class AutoDose:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state needed to resume."""
         names = ("table", "factor", "ratio", "mean", "variance", "range", "batches")
         return {name: getattr(self, name) for name in names}
 

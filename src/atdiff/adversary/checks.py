@@ -1,4 +1,4 @@
-"""What an adversary's settings may be, found out without importing torch."""
+"""Checks of an adversary's settings, without importing torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DOSED", "PAPER", "check_adversary", "check_coupling"]
 
 
 class Usual(NamedTuple):
-    """What :class:`atdiff.Adversary` takes where nothing is said."""
+    """Defaults of :class:`atdiff.Adversary`."""
 
     method: Method
     direction: Direction
@@ -46,7 +46,7 @@ def check_adversary(
     """Check the arguments of :class:`atdiff.Adversary`.
 
     Raises:
-        UserError: a value is out of its range, unknown, or contradicts another.
+        UserError: a value is out of range or unknown, or contradicts another.
     """
     _check_words(scale, norm=(norm, Norm), method=(method, Method), direction=(direction, Direction),
         order=(order, Order), target=(target, Target))  # fmt: skip
@@ -96,14 +96,14 @@ def _check_words(scale: str | Callable[..., Any] | None, **choices: tuple[str, A
 
 
 def check_coupling(coupling_passes: int, updates: int) -> None:
-    """Check that a noise that the network chooses is that of one weight update.
+    """Check that noise chosen by the network is used for a single weight update.
 
     Args:
-        coupling_passes: that choosing is charged per batch; 0 where nothing is chosen.
-        updates: of the weights, per batch.
+        coupling_passes: passes that the choice is charged per batch; 0 if there is none.
+        updates: weight updates per batch.
 
     Raises:
-        UserError: it is that of several.
+        UserError: it is used for several.
     """
     if coupling_passes and updates > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Contrastive flow matching: each prediction is drawn to its own target, and pushed from that of another sample."""
+"""Contrastive flow matching: pull each prediction towards its target, and push it away from another sample's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["contrastive"]
 
 
 def contrastive(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield the plain loss minus ``weight`` times the square distance to the target of another sample of the batch.
+    """Yield the plain loss minus ``weight`` times the squared distance to the target of another sample in the batch.
 
-    The other's ``x0`` and noise are taken at this sample's noise level; for a flow its target is their velocity.
+    That target combines the other sample's ``x0`` and noise at this sample's noise level; for a flow, it is their
+    velocity.
     (`Stoica et al. <https://arxiv.org/abs/2506.05350>`_, with a weight of 0.05.)
     """
     objective, batch = as_denoiser(forward.objective, batch, "method='contrastive'")
@@ -33,10 +34,10 @@ def contrastive(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> I
 
 
 def _others(batch: Batch) -> Tensor:
-    """Return the index of another sample for each, ``(B,)``: of another class, where there are classes and such a one.
+    """Return the index of a random other sample for each, ``(B,)``; of another class, if the batch has one.
 
     Raises:
-        UserError: there is no other.
+        UserError: the batch has a single sample.
     """
     if len(batch) == 1:
         raise UserError(

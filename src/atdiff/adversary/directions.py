@@ -1,4 +1,4 @@
-"""The directions in which a perturbation moves. A new one is a function and a row of ``DIRECTIONS``."""
+"""The directions in which a perturbation moves. To add one, write a function and add it to ``DIRECTIONS``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Direction:
     """A direction of ascent.
 
     Attributes:
-        find: returns the direction of each sample, ``(B, ...)`` and of any length, from the perturbation, the batch and
-            the output of the pass at which it was.
-        gradient: whether it reads the gradient of the loss in delta.
-        through_target: whether that gradient goes through the target too.
+        find: returns the direction of each sample, ``(B, ...)``, of any length, from delta, the batch, and the output
+            of the pass at delta.
+        gradient: whether it uses the gradient of the loss with respect to delta.
+        through_target: whether that gradient also goes through the target.
         passes: whether it needs the output of a pass.
     """
 

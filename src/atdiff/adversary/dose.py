@@ -1,4 +1,4 @@
-"""How far the residual moves the input: ``delta = k sigma_t (x0 - x0_hat)``, with a pure number ``k``."""
+"""The dose, which sets how far the residual moves the input: ``delta = k sigma_t (x0 - x0_hat)``."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from atdiff.objectives.implied import as_denoiser, x0_error
 __all__ = ["Dosed"]
 
 
-TRUST = 4.0  # times the variance of the data, up to which a square error is taken at its word
+TRUST = 4.0  # multiple of the data variance up to which a squared error gets the full dose
 
 
 class Dosed(Perturbation):
     """Moves delta by a dose of the network's own error, ``k sigma_t (x0 - x0_hat)``.
 
-    It has no norm to tune, does not depend on the number of pixels, and is small where the network is right. Where its
-    square error is more than four times the variance of the data (the mean square, where that is not known), the output
-    tells nothing of ``x0``, as of an epsilon network at pure noise; there the dose falls with the ratio of the two.
+    It has no norm to tune, does not depend on the number of pixels, and is small where the network is accurate. Where
+    the squared error exceeds four times the data variance (the mean square, if that is unknown), the output carries no
+    information on ``x0``, as in an epsilon network at pure noise; there the dose falls with the ratio of the two.
 
     Args:
-        dose: ``k`` at every noise level; ``auto`` or None for that of ``steps``.
-        steps: of the sampler that the dose is for; see :class:`AutoDose`.
-        passes: of a batch; all but one move delta, and share the dose.
+        dose: ``k`` at every noise level; ``auto`` or None to derive it from ``steps``.
+        steps: number of sampling steps that the dose is for; see :class:`AutoDose`.
+        passes: per batch; all but one move delta, and share the dose.
         noise_levels: as in :class:`atdiff.Adversary`.
         every_pass: whether every pass trains the weights, the first of them unperturbed.
     """
@@ -51,7 +51,7 @@ class Dosed(Perturbation):
         self._objective: Any = None
 
     def meet(self, objective: Any, model: Callable[..., Any], batch: Batch, *, warns: bool) -> None:  # noqa: ANN401
-        """Take note of the objective, in whose units the residual is, and measure the sampler where it is due."""
+        """Keep the objective, which sets the units of the residual, and measure the sampler if a check is due."""
         super().meet(objective, model, batch, warns=warns)
         self._objective = objective
         if self.auto is not None:
@@ -59,7 +59,7 @@ class Dosed(Perturbation):
             self.auto.observe(denoiser, model, batch)
 
     def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return delta after one move, and how many samples had no finite direction and stay."""
+        """Return delta after one step, and the number of samples left unmoved since their direction is not finite."""
         error = expand(x0_error(self._objective, batch), delta) * direction.to(delta.dtype)
         finite = error.isfinite().flatten(1).all(dim=1)
         error = torch.where(expand(finite, delta), error, 0.0)
@@ -71,7 +71,7 @@ class Dosed(Perturbation):
         return delta + expand(factor, delta) * error, (~finite).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state needed to resume."""
         return {} if self.auto is None else {"dose": self.auto.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:

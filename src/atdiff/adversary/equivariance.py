@@ -1,4 +1,4 @@
-"""Training at the clean input, with a regulariser: the prediction is to follow the perturbation."""
+"""Training at the clean input, with a regulariser that makes the prediction follow the perturbation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["equivariance"]
 
 
 def equivariance(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield one pass of the clean and the perturbed input together, which counts as two.
+    """Yield one pass over the clean and the perturbed input together, which counts as two.
 
     (`Briglia et al. <https://arxiv.org/abs/2505.21742>`_)
     """

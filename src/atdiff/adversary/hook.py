@@ -1,4 +1,4 @@
-"""Adversarial training in any training loop, by changing the noise of its step."""
+"""Adversarial training in any training loop, by replacing the noise."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def residual_noise(
         timesteps: ``(B,)``, in the scheduler's convention, as the network receives them.
         scheduler: a ``scheduler`` as for :class:`atdiff.DenoisingObjective`, or such an objective.
         adversary: ``Adversary(steps=8)``, which has an automatic dose: create it once, and save its ``state_dict`` in
-            your checkpoints. Or any other with ``method="pgd"``.
+            your checkpoints. Or any other adversary with ``method="pgd"``.
         dose: a fixed ``k``, such as 0.15, instead of an adversary.
         prediction_type: default: the scheduler's.
         conditions: further arguments of the network, such as ``encoder_hidden_states``, with one row per sample.
@@ -87,9 +87,9 @@ def _checked(adversary: Adversary | None, dose: float | None) -> Adversary:
 
 @functools.lru_cache(maxsize=16)
 def _objective(scheduler: Any, prediction_type: Any, said: str | None) -> DenoisingObjective:  # noqa: ANN401
-    """Return the objective, anew where a script has changed what the scheduler says that it predicts.
+    """Return the cached objective of a scheduler; ``said`` is in the key since scripts change its prediction type.
 
-    It is kept, since one looks at the values of its first two batches, for which a GPU is waited for.
+    Cached because each objective reads the values of its first two batches, which synchronises the GPU.
     """
     return DenoisingObjective(scheduler, prediction_type)
 

@@ -1,4 +1,4 @@
-"""The drift: how far its own error leads a sampler astray in one step, and where training meets the drifted state."""
+"""Drift: how far its own prediction error moves a sampler off course in one step, and timesteps to train on it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from atdiff.objectives.noising import Noising
 
 __all__ = ["LookAhead", "look_ahead", "noisier"]
 
-STEPS = 40  # of the sampler that looks ahead by one of them; SOAR's code
-LEAST = 1e-3  # of the time of a schedule that starts without noise; the last step of a sampler of 1000
+STEPS = 40  # number of steps of the sampler, of which the look-ahead takes one; as in SOAR's code
+LEAST = 1e-3  # smallest time on schedules that start without noise: the last step of a 1000-step sampler
 
 
 class LookAhead(NamedTuple):
-    """Where one deterministic step of the sampler leads.
+    """The result of one deterministic sampler step.
 
     Attributes:
         batch: the true states at the less noisy timesteps ``s``.
-        drift: the sampler's ``x_s`` minus the true one, like ``x0``, detached.
+        drift: the sampler's ``x_s`` minus the true one, in the shape of ``x0``, detached.
     """
 
     batch: DenoisingBatch
@@ -38,7 +38,7 @@ def look_ahead(objective: DenoisingObjective, batch: DenoisingBatch, output: Obj
     ``x_s_hat - x_s = -(alpha_s - sigma_s alpha_t / sigma_t) (x0 - x0_hat)``.
 
     Raises:
-        UserError: the input of the network is not ``x_t``, but that of a noising.
+        UserError: a noising makes the network's input differ from ``x_t``.
     """
     for noising in objective.noisings:
         if noising.moves_input_time or type(noising).input_noise is not Noising.input_noise:
@@ -50,15 +50,15 @@ def look_ahead(objective: DenoisingObjective, batch: DenoisingBatch, output: Obj
         missed = batch.x0 - (batch.x0 - missed).clamp(low, high)
     ahead = at_timesteps(objective, batch, _earlier(objective.schedule, batch.timesteps))
     step = ahead.alpha - ahead.sigma * divide(batch.alpha, batch.sigma)
-    step = torch.where(batch.sigma > 0, step, 0.0)  # without noise there is no step
+    step = torch.where(batch.sigma > 0, step, 0.0)  # at sigma = 0 there is no step to take
     return LookAhead(ahead, -expand(step, missed).to(missed.dtype) * missed)
 
 
 def _earlier(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Return the next timesteps of a sampler of ``STEPS`` steps, ``(B,)``."""
+    """Return the timesteps one step of a ``STEPS``-step sampler later, ``(B,)``."""
     first, last, shift = schedule.first_timestep, schedule.last_timestep, schedule.shift
     fraction = (timesteps - first) / (last - first)
-    even = fraction / (shift - (shift - 1.0) * fraction)  # the sampler's steps are even before the shift
+    even = fraction / (shift - (shift - 1.0) * fraction)  # sampler steps are evenly spaced before the shift
     even = (even - 1.0 / STEPS).clamp_min(LEAST if schedule.traits.starts_without_noise else 0.0)
     earlier = first + (last - first) * shift * even / (1.0 + (shift - 1.0) * even)
     if schedule.traits.integer_timesteps:
@@ -67,7 +67,7 @@ def _earlier(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 
 
 def noisier(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Return timesteps that are uniform from the given ones to the noisiest, ``(B,)``."""
+    """Draw timesteps uniformly between the given ones and the noisiest, ``(B,)``."""
     room = (schedule.last_timestep - timesteps).clamp_min(0)
     drawn = timesteps + room * torch.rand(timesteps.shape, device=timesteps.device)
     return drawn.round().to(timesteps.dtype) if schedule.traits.integer_timesteps else drawn

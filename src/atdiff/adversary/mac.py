@@ -1,4 +1,4 @@
-"""Model-aligned coupling: the pairs of sample and noise that the network already follows count more."""
+"""Model-aligned coupling: upweight the pairs of sample and noise that the network already predicts well."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["mac"]
 
 
 def mac(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield the plain loss, ``weight`` times as large for the half of the pairs with the least error of prediction.
+    """Yield the plain loss, multiplied by ``weight`` for the half of the pairs with the smallest prediction error.
 
-    That error is the sum of those at both ends of the time, pure data and pure noise; the two forwards, without
-    gradient, are charged as a pass. (`Lin et al. <https://arxiv.org/abs/2505.23346>`_; half of the batch and a weight
-    of 2 are usual.)
+    A pair's error is summed over both ends of time, pure data and pure noise; the two forwards without gradient are
+    charged as one pass. (`Lin et al. <https://arxiv.org/abs/2505.23346>`_; half of the batch and a weight of 2 are
+    usual.)
     """
     objective, batch = as_denoiser(forward.objective, batch, "method='mac'")
     aligned = _errors(forward, objective, batch).argsort()[: len(batch) // 2]
@@ -31,7 +31,7 @@ def mac(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[
 
 
 def _errors(forward: Forward, objective: DenoisingObjective, batch: DenoisingBatch) -> Tensor:
-    """Return the error of each pair, ``(B,)``."""
+    """Return the prediction error of each pair, ``(B,)``."""
     ends = (objective.schedule.first_timestep, objective.schedule.last_timestep)
     timesteps = torch.cat([torch.full_like(batch.timesteps, end) for end in ends])
     output = forward.glance(at_timesteps(objective, type(batch).cat([batch, batch]), timesteps))

@@ -1,4 +1,4 @@
-"""The methods of adversarial training by name. A new one is a generator in a file of its own, and a row here."""
+"""The adversarial training methods by name. To add one, write a generator in its own file and add it here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class MethodSpec:
 
     Attributes:
         passes: yields the passes of a micro-batch that train the weights.
-        every_pass: whether all passes do, or one of a batch.
-        parts: whether it takes a batch in as many parts as there are passes, one after the other.
-        steps: whether delta moves by steps along a direction.
+        every_pass: whether every pass trains the weights, or only one per batch.
+        parts: whether a batch is split into as many parts as there are passes, used one after the other.
+        steps: whether delta moves in steps along a direction.
     """
 
     passes: Method

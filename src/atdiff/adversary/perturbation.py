@@ -1,4 +1,4 @@
-"""The set of perturbations: one step within it, and its scale at each noise level."""
+"""The perturbation set: a step within it, and its scale at each noise level."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Perturbation", "with_norm_of_noise"]
 
 
 def with_norm_of_noise(delta: Tensor, batch: Batch) -> Tensor:
-    """Return delta ``(B, ...)`` such that ``noise + delta / sigma_t`` has the norm of ``noise``, sample by sample.
+    """Return delta ``(B, ...)``, changed so that ``noise + delta / sigma_t`` has the norm of ``noise`` per sample.
 
     A step towards ``x0`` changes the variance of the noise; this restores it and keeps the direction.
     """
@@ -35,8 +35,7 @@ class Perturbation:
     """Steps and bounds of delta; see :class:`atdiff.Adversary` for the arguments.
 
     Attributes:
-        kind: of the objective's noise schedule, on which the default scale depends.
-        auto: the dose that sets itself; None of others.
+        auto: the automatic dose; None without one.
     """
 
     auto: AutoDose | None = None
@@ -51,22 +50,22 @@ class Perturbation:
     ) -> None:
         self.norm, self.step_size, self.radius, self.noise_levels = norm, step_size, radius, noise_levels
         self._scale = SCALES[scale] if isinstance(scale, str) else scale
-        self._traits = TRAITS["vp"]  # of the schedule met last
+        self._traits = TRAITS["vp"]  # of the last objective's schedule, on which the default scale depends
         self._warned = False
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return what step and radius are multiplied by, ``(B,)``: 0 outside the noise levels."""
+        """Return the scale of step size and radius, ``(B,)``; 0 outside the noise levels."""
         function = self._scale or SCALES[self._traits.default_scale]
         scale = function(alpha, sigma)
         if self.noise_levels is None:
             return scale
         level, (low, high) = noise_level(alpha, sigma), self.noise_levels
-        # Level 1 is the end of the range, not beyond it.
+        # Nothing lies beyond level 1, so a range that ends there includes it.
         inside = (level >= low) & ((level < high) | (high == 1.0))
         return torch.where(inside, scale, 0.0)
 
     def meet(self, objective: Any, model: Callable[..., Any], batch: Batch, *, warns: bool) -> None:  # noqa: ANN401
-        """Take note of the schedule before a batch, and say once where a constant scale has no finite loss."""
+        """Read the objective's schedule before a batch, and warn once if a constant scale makes the loss infinite."""
         self._traits = getattr(getattr(objective, "schedule", None), "traits", TRAITS["vp"])
         unbounded = self._scale is SCALES["constant"] and self._traits.starts_without_noise
         everywhere = self.step_size > 0 and (self.noise_levels or (0.0,))[0] == 0.0
@@ -81,15 +80,18 @@ class Perturbation:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
-        """Resume from a saved state: there is none."""
+        """Ignore an empty state."""
 
     def moved(self, delta: Tensor, direction: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return delta after one step and the projection, and how many samples had no finite direction and stay."""
-        # Where there is no noise there is none to move.
+        """Return delta after one step and the projection, and the number of samples left unmoved.
+
+        Samples whose direction is not finite are left unmoved.
+        """
+        # At sigma = 0 there is no noise to move.
         scale = torch.where(batch.sigma > 0, self.scale(batch.alpha, batch.sigma), 0.0)
         finite = direction.isfinite().flatten(1).all(dim=1) & scale.isfinite()
         moved = delta + steepest_step(direction.to(delta.dtype), self.step_size * scale, self.norm)

@@ -1,4 +1,4 @@
-"""Adversarial training of Madry et al.: delta first, by passes of its own, then one pass of the weights."""
+"""PGD adversarial training (Madry et al.): some passes move delta, then one pass trains the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["pgd"]
 
 
 def pgd(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield one pass, at the delta that all passes but this one have found.
+    """Yield one pass, at the delta that the other ``num_passes - 1`` passes found.
 
     (`Madry et al. <https://arxiv.org/abs/1706.06083>`_)
     """

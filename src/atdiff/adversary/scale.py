@@ -1,4 +1,4 @@
-"""By how much the norm of a perturbation is multiplied at each noise level."""
+"""Scale of a perturbation's norm at each noise level."""
 
 from __future__ import annotations
 

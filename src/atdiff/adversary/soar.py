@@ -1,4 +1,4 @@
-"""SOAR: the clean input, and the states that the sampler's own step leads to, with the way back to the true ``x0``."""
+"""SOAR: train on the clean input and on states after one sampler step, with targets that lead back to ``x0``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["soar"]
 
 
 def soar(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield the mean of the plain loss and of ``weight`` times those of ``num_passes - 1`` auxiliary points.
+    """Yield the weighted mean of the plain loss and those of ``num_passes - 1`` auxiliary points, ``weight`` each.
 
-    A point is ``z``, one step of the sampler from ``x_t``, moved towards the same noise to a noisier timestep:
+    A point is ``z``, one sampler step from ``x_t``, moved towards the same noise to a noisier timestep:
     ``z' = (alpha' / alpha_s) z + (sigma' - alpha' sigma_s / alpha_s) noise``. Its target leads back to the true ``x0``:
     ``(z' - x0) / sigma'`` for a flow, the equivariant target of ``z'`` for any network. (`Qin et al.
-    <https://arxiv.org/abs/2604.12617>`_; their code steps by 1/40 of the time, draws ``sigma'`` uniformly from
-    ``sigma_s`` to 1, and takes six points, ``num_passes`` of 7. On schedules other than a flow's, the uniform draw in
-    the schedule's own time is ours; guidance in the step is left out.)
+    <https://arxiv.org/abs/2604.12617>`_; their code takes a step of 1/40 in time, draws ``sigma'`` uniformly between
+    ``sigma_s`` and 1, and uses six points, so ``num_passes=7``. On schedules other than flows, the uniform draw in the
+    schedule's own time is our choice; guidance in the step is left out.)
     """
     objective, batch = as_denoiser(forward.objective, batch, "method='soar'")
     clean, _ = forward(batch, torch.zeros_like(batch.x0), track=False)

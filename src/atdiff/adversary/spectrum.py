@@ -1,4 +1,4 @@
-"""The variance of data by direction, and the dose that a linear network needs to keep it."""
+"""The spectrum of the data covariance, and the dose with which a linear network preserves the variance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ LARGEST_DOSE = 1.5
 
 
 def spectrum(x0: Tensor) -> Array:
-    """Return the eigenvalues of the covariance of samples ``(N, ...)``, float64, the largest first.
+    """Return the eigenvalues of the covariance of samples ``(N, ...)``, float64, in descending order.
 
-    Of samples fewer than their values the ``N x N`` matrix of inner products is decomposed, which has the same ones.
+    With fewer samples than values per sample, the ``N x N`` Gram matrix is decomposed instead: its nonzero eigenvalues
+    are the same.
     """
     rows = x0.flatten(1).double()
     rows = rows - rows.mean(dim=0)
     product = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
     values = torch.linalg.eigvalsh(product / max(len(rows) - 1, 1)).clamp_min(0.0).flip(0)
-    missing = rows.shape[1] - len(values)  # directions in which so few samples do not differ
+    missing = rows.shape[1] - len(values)  # directions without variance, since the samples are too few
     found: Array = np.concatenate([values.cpu().numpy(), np.zeros(max(missing, 0))])
     return found
 
@@ -35,9 +36,9 @@ def linear_slope(push: float, alpha: float, sigma: float, variances: Array, clea
 
     Args:
         push: ``k sigma_t``.
-        alpha: of the level.
-        sigma: of the level.
-        variances: ``v`` of x0 by direction.
+        alpha: ``alpha_t``.
+        sigma: ``sigma_t``.
+        variances: ``v``, the variance of x0 in each direction.
         clean: share of the samples that the network sees unperturbed.
     """
     unmoved = alpha**2 * variances + sigma**2
@@ -53,11 +54,11 @@ def linear_slope(push: float, alpha: float, sigma: float, variances: Array, clea
 
 
 Levels = tuple[float, float, float, float]
-"""Alpha and sigma before a step, and after it."""
+"""Alpha and sigma before a step, then after it."""
 
 
 def step_ratio(dose: float, levels: Levels, variances: Array, clean: float = 0.0) -> float:
-    """Return the variance after one DDIM or Euler step, over that of truly noised data at the level it ends at."""
+    """Return the variance after one DDIM or Euler step, over that of noised data at the noise level of its end."""
     alpha, sigma, next_alpha, next_sigma = levels
     slope = linear_slope(dose * sigma, alpha, sigma, variances, clean)
     factor = next_alpha * slope + next_sigma / sigma * (1.0 - alpha * slope)
@@ -66,15 +67,15 @@ def step_ratio(dose: float, levels: Levels, variances: Array, clean: float = 0.0
 
 
 def closed_form_dose(levels: Levels, variances: Array, clean: float = 0.0) -> float:
-    """Return the smallest dose ``k`` at which a step keeps the variance: 0 for one that ends without noise.
+    """Return the smallest dose ``k`` at which a step preserves the variance; 0 if the step ends without noise.
 
-    Where none does, the one that comes nearest. The network is taken as linear, as it would be of Gaussian data.
+    If no dose does, return the one that comes closest. The network is assumed linear, which is exact for Gaussian data.
     """
     if levels[3] == 0.0:
         return 0.0
     grid = np.linspace(0.0, LARGEST_DOSE, 31)
     ratios: list[float] = []
-    for dose in grid:  # up to the first that keeps it: each takes a millisecond
+    for dose in grid:  # only up to the first that preserves it: each takes a millisecond
         ratios.append(step_ratio(dose, levels, variances, clean))
         if ratios[-1] >= 1.0:
             break

@@ -1,4 +1,4 @@
-"""Free adversarial training in another order: every update sees samples that no update before has seen."""
+"""Free adversarial training in staggered order: every update includes fresh samples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["staggered"]
 
 
 def staggered(attack: Attack, forward: Forward, fresh: Batch, kept: Kept) -> Iterator[Pass]:
-    """Yield one pass: of a fresh part at ``delta = 0``, joined with those that wait for their next pass.
+    """Yield one pass over a fresh part at ``delta = 0`` and all parts that wait for their next pass.
 
-    ``kept`` holds the parts that wait, the newest first: their sizes, their samples and their newest delta.
+    ``kept`` holds the waiting parts, newest first: their sizes, their samples and their current delta.
     """
     sizes, batch, delta = [len(fresh)], fresh, torch.zeros_like(fresh.x0)
     if kept:

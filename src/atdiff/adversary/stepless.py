@@ -1,4 +1,4 @@
-"""What the settings of methods whose perturbation takes no step may be, found out without importing torch."""
+"""Checks of the settings of methods whose delta takes no steps, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["STEPLESS", "check_stepless"]
 
 
 class Stepless(NamedTuple):
-    """A method without steps.
+    """A method whose delta takes no steps.
 
     Attributes:
-        passes: that it takes.
-        why: what they are.
+        passes: number of passes it takes.
+        why: what the passes are.
         usual: the usual ``weight``.
         more: whether it may take more passes.
-        below: that the weight must stay below.
-        rolls_out: whether it takes a step of the sampler from ``x_t``.
+        below: exclusive upper bound of ``weight``.
+        rolls_out: whether it takes a sampler step from ``x_t``.
     """
 
     passes: int
@@ -51,12 +51,12 @@ def check_stepless(method: str, passes: int, weight: float, **others: Any) -> No
 
     Args:
         method: its name.
-        passes: a batch.
+        passes: per batch.
         weight: the method's strength.
         others: further settings of :class:`atdiff.Adversary`.
 
     Raises:
-        UserError: one is out of its range, or has no effect.
+        UserError: a setting is out of range, or has no effect.
     """
     spec = STEPLESS[method]
     if passes < spec.passes or (passes > spec.passes and not spec.more):

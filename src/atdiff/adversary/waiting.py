@@ -1,4 +1,4 @@
-"""Samples that wait for their next pass, given to another number of processes."""
+"""Redistributes samples that wait for their next pass when a run resumes with another number of processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["dealt"]
 
 
 def dealt(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """Return the state of :class:`~atdiff.adversary.Adversary` of one of ``world`` processes.
+    """Return the state of :class:`atdiff.Adversary` for one of ``world`` processes.
 
-    Sample ``i`` of a batch is that of process ``i % world``, before and after.
+    Sample ``i`` of a batch belongs to process ``i % world``, before and after.
 
     Args:
-        states: of the processes that were, in their order.
-        rank: of the process that is.
-        world: how many there are.
+        states: of the earlier processes, by rank.
+        rank: of the new process.
+        world: number of new processes.
     """
     mine = dict(states[rank % len(states)])
     if len(states) != world:
@@ -28,7 +28,7 @@ def dealt(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> dict[st
 
 
 def _dealt(kept: Sequence[Mapping[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """Return one's own of what processes keep: parts one after another, whose ``sizes`` are told."""
+    """Return this process's share of all waiting parts, which lie one after another in the given ``sizes``."""
     sizes = [one["sizes"] for one in kept]
 
     def mine(values: Sequence[Any]) -> Any:  # noqa: ANN401  (tensors, and mappings of them)
@@ -46,7 +46,7 @@ def _dealt(kept: Sequence[Mapping[str, Any]], rank: int, world: int) -> dict[str
 
 
 def _joined(part: Sequence[Tensor]) -> Tensor:
-    """Return the samples of all processes in the order of their batch."""
+    """Interleave the samples of all processes in batch order."""
     whole = part[0].new_empty(sum(map(len, part)), *part[0].shape[1:])
     for rank, samples in enumerate(part):
         whole[rank :: len(part)] = samples
