@@ -369,7 +369,7 @@ def test_epsilon_drift_near_pure_noise_stays_within_the_data() -> None:
     [
         ({"method": "soar", "passes": 1}, "passes=1 does not fit method='soar'.* use passes=2 or more"),
         ({"method": "adr", "passes": 3}, "passes=3 does not fit method='adr'.* use passes=2"),
-        ({"method": "contrastive", "passes": 2, "weight": 0.05}, "passes=2 .* that of plain training; use passes=1"),
+        ({"method": "contrastive", "passes": 2, "weight": 0.05}, "passes=2 .* pass of plain training; use passes=1"),
         ({"method": "mac", "passes": 1}, "passes=1 .* use passes=2"),
         ({"method": "contrastive", "passes": 1}, r"weight=1.0 must lie in \[0, 1\).* 0.05 is usual"),
         ({"method": "mac", "weight": -1.0}, "weight=-1.0 must not be negative .* 2 is usual"),

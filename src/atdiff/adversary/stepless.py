@@ -33,7 +33,7 @@ class Stepless(NamedTuple):
 STEPLESS = {
     "soar": Stepless(2, "one for the clean input and one for each auxiliary point", 1.0, more=True, rolls_out=True),
     "adr": Stepless(2, "one for the clean input and one for the rolled-out input", 1.0, rolls_out=True),
-    "contrastive": Stepless(1, "that of plain training", 0.05, below=1.0),
+    "contrastive": Stepless(1, "only the pass of plain training", 0.05, below=1.0),
     "mac": Stepless(2, "one for evaluating both ends of time and one for the weights", 2.0),
 }
 DEFAULTS = {
