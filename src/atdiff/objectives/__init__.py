@@ -1,1 +1,1 @@
-"""What a network learns; an objective knows nothing of adversaries."""
+"""Training objectives, which are independent of adversaries."""

@@ -1,4 +1,4 @@
-"""A batch as drawn by an objective, and the results of each pass."""
+"""The batch that an objective draws, and the results of a pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B = TypeVar("B", bound="Batch")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The random quantities of one batch, drawn once and used by all of its passes.
+    """The random quantities of one batch, drawn once and shared by all of its passes.
 
     Attributes:
         x0: clean samples, ``(B, ...)``.
@@ -72,9 +72,9 @@ class Batch:
 
     @classmethod
     def picked(cls: type[B], batches: list[B], which: Tensor) -> B:
-        """Return the batch whose sample ``i`` is that of ``batches[which[i]]``; all have the same conditions.
+        """Return the batch whose sample ``i`` comes from ``batches[which[i]]``; all have the same conditions.
 
-        Tensors that all of them share stay as they are.
+        Tensors that all batches share are not copied.
         """
         rows = torch.arange(len(which), device=which.device)
 

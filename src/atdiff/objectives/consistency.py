@@ -47,9 +47,9 @@ DISTANCES: dict[Distance, Callable[[Tensor, float | None], Tensor]] = {
     "huber": _huber,
     "l2": lambda difference, c: difference.square().mean(dim=1),
 }
-"""By name: functions of a difference ``(B, D)`` and ``huber_c``, that return ``(B,)``."""
+"""By name: functions of a difference ``(B, D)`` and ``huber_c``, which return ``(B,)``."""
 
-LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stable Diffusion, 5e-5 on cosine betas
+LEAST_ALPHA = 1e-3  # at the last timestep, for epsilon networks; 0.068 in Stable Diffusion, 5e-5 with cosine betas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class ConsistencyObjective:
     An adversary perturbs one of two places, set by ``site``:
 
     - ``student``: the input of ``f(x_t, t)``. The target is computed from the clean ``x_t`` (``invariant``: neighbours
-      share an end point) or from the perturbed one (``equivariant``: one more step of the teacher).
+      share an end point) or from the perturbed one (``equivariant``: one more teacher step).
     - ``teacher``: the estimate ``x_s``, so delta's gradient goes through the target network, whose weights get none.
       The student's input stays (``invariant``), or moves by ``delta * sigma_t / sigma_s``, as it would if the noise
       changed (``equivariant``).
@@ -93,13 +93,13 @@ class ConsistencyObjective:
         target: target network, such as ``EMA(model, 0.95).module``; None for the model itself, without gradient.
         site: ``student`` or ``teacher``; see above.
         pairs: how the two timesteps to compare are chosen: ``even``, ``ict``, ``ect``, or your own sampler.
-        intervals: intervals in the grid of ``even``, and in the last grid of ``ict``.
-        distance: ``pseudo-huber``: ``sqrt(|d|^2 + c^2) - c`` per sample (iCT, eq. 10); ``huber``: the mean of this over
-            single values (LCM); ``l2``: the mean square.
+        intervals: intervals in the grid of ``even``, and in the final grid of ``ict``.
+        distance: ``pseudo-huber``: ``sqrt(|d|^2 + c^2) - c`` per sample (iCT, eq. 10); ``huber``: the same for each
+            value, averaged (LCM); ``l2``: the mean square.
         huber_c: the constant c; default ``0.00054 sqrt(D)`` for ``D`` values per sample (iCT), 0.001 for ``huber``.
 
     Attributes:
-        progress: completed share of training, from 0 to 1, for the curricula of ``ict`` and ``ect``; set by the caller.
+        progress: completed fraction of training, 0 to 1, for the curricula of ``ict`` and ``ect``; set by the caller.
         autocast: returns the mixed-precision context in which target and teacher run.
 
     Raises:
@@ -145,7 +145,7 @@ class ConsistencyObjective:
         return as_call(type(self).__name__, self.schedule.source, prediction_type=self.prediction_type, **_said(self))
 
     def place(self, accelerator: Any, target: Any) -> None:  # noqa: ANN401  (Accelerate's, and a network or None)
-        """Take the precision and the device of a run, and the network that gives the target; None for its own."""
+        """Adopt the precision and device of a run, and its target network; None keeps the current target."""
         self.autocast, self.target = accelerator.autocast, self.target if target is None else target
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
@@ -171,7 +171,7 @@ class ConsistencyObjective:
             conditions: further arguments of the network, such as ``class_labels``, with one row per sample.
 
         Raises:
-            UserError: a shape or dtype does not fit; for the first batches, values are checked too.
+            UserError: a shape or dtype does not fit. The first batches' values are checked too.
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
@@ -191,7 +191,7 @@ class ConsistencyObjective:
     def _pairs(
         self, x0: Tensor, timesteps: Tensor | None, next_timesteps: Tensor | None, weights: Tensor | None
     ) -> Pairs:
-        """Return a pair of timesteps and a weight for each sample: those given, the others drawn."""
+        """Return a pair of timesteps and a weight for each sample, drawing those not given."""
         if (timesteps is None) != (next_timesteps is None):
             raise UserError("timesteps and next_timesteps must be given together: give both, or neither.")
         pair = {"timesteps": timesteps, "next_timesteps": next_timesteps}
@@ -204,16 +204,16 @@ class ConsistencyObjective:
         return pairs._replace(weights=one_each("weights", pairs.weights if weights is None else weights, x0))
 
     def _completed(self, x0: Tensor, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditions with those that the objective itself draws: none."""
+        """Return the conditions, completed by those that a subclass draws itself."""
         return conditions
 
     @staticmethod
     def replaced(batch: ConsistencyBatch, **tensors: Tensor) -> ConsistencyBatch:
-        """Return the batch with other tensors."""
+        """Return the batch with the given tensors replaced."""
         return type(batch)(**{**batch.state_dict(), **tensors})
 
     def couple(self, model: Callable[..., Any], batch: ConsistencyBatch, micro_batches: int = 1) -> ConsistencyBatch:
-        """Return the batch as it was drawn: couplings are for denoisers."""
+        """Return the batch unchanged: couplings are for denoisers."""
         return batch
 
     def neighbour(self, batch: ConsistencyBatch, x_t: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class ConsistencyObjective:
             with torch.set_grad_enabled(torch.is_grad_enabled() and x_s.requires_grad), self.autocast():
                 f_s = self.consistency(target_network(model, self.target), x_s, batch.next_timesteps, batch.conditions)
         distance = DISTANCES[self.distance]((f_t - f_s).flatten(1), self.huber_c)
-        # noise_hat - noise is a positive multiple of x0 - x0_hat, and f is the x0_hat at the perturbed place.
+        # noise_hat - noise is a positive multiple of x0 - x0_hat, and f is x0_hat at the perturbed site.
         residual = (batch.x0 - (f_t if self.site == "student" else f_s)).detach()
         return ObjectiveOutput(batch.weights * distance, {"consistency": distance}, residual)
 
@@ -300,16 +300,16 @@ class ConsistencyObjective:
         return without_variance(predict(model, x, timesteps, conditions), x, "network")
 
     def boundary(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``c_skip`` and ``c_out`` of timesteps ``(B,)``, each ``(B,)``: 1 and 0 at the end of the trajectory.
+        """Return ``c_skip`` and ``c_out`` at timesteps ``(B,)``, each ``(B,)``: 1 and 0 at the end of the trajectory.
 
-        ``c_out`` multiplies ``x0_hat``, and for ``edm`` the raw output of the network.
+        ``c_out`` multiplies ``x0_hat``, or for ``edm`` the raw network output.
         """
         if self.prediction.preconditioned:
             return _boundary_of_sigma(self.schedule, timesteps)
         return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)
 
     def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
-        """Ignore the losses of a pass."""
+        """Do nothing: the losses of a pass are not needed."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state: the caller keeps ``target`` and ``progress``."""
@@ -320,7 +320,7 @@ class ConsistencyObjective:
 
 
 def _said(objective: ConsistencyObjective) -> dict[str, Any]:
-    """Return the settings that are not the defaults."""
+    """Return the settings that differ from the defaults."""
     settings = {name: getattr(objective, name) for name in ("teacher", "target", "site", "distance", "huber_c")}
     settings["pairs"] = "even" if isinstance(objective.pairs, EvenPairs) else objective.pairs
     return unusual(ConsistencyObjective, settings)
@@ -335,7 +335,11 @@ def _check_kind(schedule: NoiseSchedule, name: str) -> None:
 
 
 def _check_ends(schedule: NoiseSchedule, prediction: Prediction) -> None:
-    """Refuse a schedule at whose ends the consistency function has no limit."""
+    """Reject a schedule with ends where the consistency function has no limit.
+
+    Raises:
+        UserError: ``sigma_min`` is 0, or alpha is too small for an epsilon network.
+    """
     if schedule.traits.variance_exploding and not schedule.sigma_min > 0:
         raise UserError(
             f"sigma_min={schedule.sigma_min} of the scheduler must be above 0, since its logarithm is the "
@@ -369,6 +373,6 @@ def _boundary_of_sigma(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tens
 
 
 def _boundary_of_timesteps(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``c_skip`` and ``c_out`` of ``LCMScheduler``, each ``(B,)``, for timesteps times its scaling."""
+    """Return ``c_skip`` and ``c_out`` of ``LCMScheduler``, each ``(B,)``, at timesteps times its scaling."""
     total = scaled.square() + 0.25  # sigma_data is 0.5 there
     return 0.25 / total, scaled * total.rsqrt()

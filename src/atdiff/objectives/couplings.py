@@ -1,7 +1,7 @@
-"""Couplings: which noise goes with which clean sample, other than by chance.
+"""Couplings: pair noise with clean samples, instead of drawing it independently.
 
-Each noise is still normal by itself, or nearly so, but it depends on its sample, so that paths from noise to data cross
-less and few steps of a sampler follow them better.
+Each noise is still marginally normal, or nearly so, but depends on its sample, so that paths from noise to data cross
+less and a few-step sampler follows them better.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ B = TypeVar("B", bound=Batch)
 
 
 class OptimalTransport(Noising):
-    """The noises of a batch are assigned to its samples by least total squared distance, each to one sample.
+    """Matches the noises of a batch one-to-one with its samples, with the least total squared distance.
 
     (`Tong et al. <https://arxiv.org/abs/2302.00482>`_; `Pooladian et al. <https://arxiv.org/abs/2304.14772>`_.)
-    Only samples of equal conditions trade their noises: else the noise would tell the condition, which a sampler draws
-    independently of it. Each process assigns within its own batch.
+    Only samples with equal conditions exchange their noise: otherwise the noise would carry information on the
+    condition, and in sampling the two are independent. Each process assigns within its own batch.
 
-    On a GPU it costs a synchronisation per batch, and one for each condition: the distances are computed there in
-    float32 and assigned on the CPU, which takes about a millisecond for 128 samples and grows with their cube.
+    On a GPU this costs one synchronisation per batch and one per condition: distances are computed there in float32 and
+    assigned on the CPU, which takes about a millisecond for 128 samples and grows with their cube.
     """
 
     name = "ot"
@@ -46,13 +46,13 @@ class OptimalTransport(Noising):
         super().__init__(amount, schedule)
         if amount != 1:
             raise UserError(f"ot={amount} must be true or false.")
-        self._alone = 0  # first batches in which no two samples had equal conditions; -1 once some had
+        self._alone = 0  # leading batches in which no two samples had equal conditions; -1 once some had
 
     def noise(self, x0: Tensor, draw: Callable[[], Tensor], conditions: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Noising.noise`."""
         drawn, groups = draw(), _groups(x0, conditions)
         other = groups[:, None] != groups[None, :]
-        # Of the squared distance only the inner product depends on the assignment; autocast would round it.
+        # Only the inner product in the squared distance depends on the assignment; autocast would round it.
         with torch.autocast(x0.device.type, enabled=False):
             inner = x0.flatten(1).float() @ drawn.flatten(1).float().T
         cost = (-inner).nan_to_num(0.0, 0.0, 0.0).masked_fill(other, math.inf).cpu().numpy()
@@ -92,11 +92,11 @@ class Nearest(Noising):
 
 
 class Explorative(Noising):
-    """Each sample takes that of ``amount`` draws of its noise at which the network errs least.
+    """Each sample takes the one of ``amount`` noise draws for which the network's error is smallest.
 
     (Explorative modelling, `XM-K <https://arxiv.org/abs/2607.27372>`_.) The error is ``|| prediction - target ||^2`` at
-    the input of that noise, at one timestep and under one dropout for all draws. A forward without gradient is charged
-    a third of a pass, and a batch whole passes: 3 draws cost one, 4 to 6 two.
+    the input made with that noise; all draws share the timestep and the dropout mask. A forward without gradient is
+    charged a third of a pass, rounded up to whole passes per batch: 3 draws cost one, 4 to 6 two.
     """
 
     name = "explorative"
@@ -109,7 +109,7 @@ class Explorative(Noising):
 
     def choose(self, batch: B, redrawn: Callable[[], B], errors: Callable[[B], Tensor]) -> B:
         """See :meth:`Noising.choose`."""
-        # All are drawn before the network runs, which may draw its dropout.
+        # Draw all noise before the network runs, since its dropout may use the same generator.
         drawn = [batch, *(redrawn() for _ in range(self.draws - 1))]
         found = torch.stack([errors(one) for one in drawn])
         return type(batch).picked(drawn, found.nan_to_num(nan=math.inf).argmin(dim=0))
@@ -122,9 +122,9 @@ def _draws(name: str, amount: float) -> int:
 
 
 def _groups(x0: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Return a number for each sample, ``(B,)``, that those of equal conditions share."""
+    """Return a group number for each sample, ``(B,)``, equal for samples with equal conditions."""
     groups = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-    # The small ones first: where a label tells all samples apart, no embedding need be compared.
+    # Small ones first: if labels already tell all samples apart, large embeddings need no comparison.
     for value in sorted(conditions.values(), key=Tensor.numel):
         _, own = value.reshape(len(x0), -1).unique(dim=0, return_inverse=True)
         found, groups = torch.stack([groups, own.to(x0.device)], dim=1).unique(dim=0, return_inverse=True)

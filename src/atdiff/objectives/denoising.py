@@ -1,4 +1,4 @@
-"""Denoising objectives: targets for every parametrisation, at clean and perturbed inputs."""
+"""The denoising objective: targets for every parametrisation, at clean and perturbed inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DenoisingBatch(Batch):
     """A batch drawn by :meth:`DenoisingObjective.draw`.
 
     Attributes:
-        input_noise: the noise in the input; the target uses ``noise``.
+        input_noise: the noise in the network's input; the target uses ``noise``.
     """
 
     input_noise: Tensor
@@ -59,15 +59,15 @@ class DenoisingObjective:
             (preconditioned; the only choice for an EDM scheduler). Default: the scheduler's.
         variance: ``learned_range`` for networks with ``2C`` output channels; it adds the variational bound times
             ``num_train_timesteps / 1000``.
-        timestep_sampler: default: uniform (log-normal for EDM).
+        timestep_sampler: default: uniform, or log-normal for EDM.
         weighting: ``min-snr`` (`Hang et al. <https://arxiv.org/abs/2303.09556>`_: ``min(SNR, gamma)`` in x0-space), or
             ``high-noise``: ``min(1 / SNR, gamma)``, a control for adversarial training.
         snr_gamma: gamma of both weightings.
         label_dropout: share of class labels replaced by ``null_label``, for classifier-free guidance.
-        null_label: the label that stands for no class.
+        null_label: the label for "no class".
         **noisings: strengths of the noisings in :mod:`atdiff.objectives.noising`, 0 for none: ``input_perturbation``
             (gamma of `DDPM-IP <https://arxiv.org/abs/2301.11706>`_), ``slowed_interpolation`` (gamma of `MixFlow
-            <https://arxiv.org/abs/2512.19311>`_), and one of the couplings of noise and samples in
+            <https://arxiv.org/abs/2512.19311>`_), and at most one coupling of noise and samples from
             :mod:`atdiff.objectives.couplings`: ``ot``, ``nearest`` or ``explorative``.
 
     Raises:
@@ -147,12 +147,13 @@ class DenoisingObjective:
             conditions: further arguments of the network, such as ``class_labels``, with one row per sample.
 
         Raises:
-            UserError: a shape or dtype does not fit; for the first batches, values are checked too.
+            UserError: a shape or dtype does not fit. The first batches' values are checked too.
         """
         x0 = clean_samples(x0)
         check_conditions(conditions, x0)
         timesteps, weights = self._timesteps(x0, timesteps, weights)
-        # Labels are dropped here where noise goes by them, else last, as random numbers were drawn before couplings.
+        # Drop labels before drawing noise that depends on them. Otherwise drop them last: this keeps the order of
+        # random draws, and so the results, from before couplings existed.
         by_condition = noise is None and any(noising.by_condition for noising in self.noisings)
         if by_condition:
             self._drop_labels(conditions)
@@ -181,12 +182,12 @@ class DenoisingObjective:
         return timesteps
 
     def couple(self, model: Callable[..., Any], batch: DenoisingBatch, micro_batches: int = 1) -> DenoisingBatch:
-        """Return the batch with the noise chosen by a coupling that evaluates the network.
+        """Return the batch with noise chosen by couplings that evaluate the network.
 
         Args:
             model: the network, which runs without gradient and in its current mode.
             batch: from :meth:`draw`.
-            micro_batches: number of parts in which the network processes a batch.
+            micro_batches: number of parts that the network evaluates one at a time.
         """
 
         def redrawn() -> DenoisingBatch:
@@ -194,7 +195,7 @@ class DenoisingObjective:
             return replace(batch, noise=noise, input_noise=self._input_noise(noise))
 
         def errors(one: DenoisingBatch) -> Tensor:
-            # Every noise is judged under the dropout with which the chosen one is then trained.
+            # Evaluate every draw with the dropout mask that the chosen one is then trained with.
             with torch.no_grad(), unsynced(model), replayed_dropout(model) as replay:
                 found = [self.compute(model, part).terms["mse"] for part in one.chunk(micro_batches)]
                 replay()
@@ -205,7 +206,7 @@ class DenoisingObjective:
         return batch
 
     def _timesteps(self, x0: Tensor, timesteps: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return timesteps and importance weights, each ``(B,)``: those given, the others drawn."""
+        """Return timesteps and importance weights, each ``(B,)``, drawing those not given."""
         chosen = {} if timesteps is None else {"timesteps": one_each("timesteps", timesteps, x0)}
         self._first.look(x0, chosen)
         if chosen:
@@ -215,7 +216,7 @@ class DenoisingObjective:
         return timesteps, one_each("weights", sampled if weights is None else weights, x0)
 
     def _drop_labels(self, conditions: dict[str, Tensor]) -> None:
-        """Replace a share of the class labels by the null label, in place of the mapping."""
+        """Replace a share of the class labels by the null label, modifying the mapping in place."""
         if self.label_dropout > 0 and "class_labels" in conditions:
             labels = conditions["class_labels"]
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
@@ -255,33 +256,33 @@ class DenoisingObjective:
             check_like("delta", delta, batch.x0)
             x_t = x_t + delta
             if target == "equivariant":
-                # Without noise there is none to move: the target stays.
+                # At sigma = 0 there is no noise to move, and the target stays.
                 noise = noise + divide(delta.detach() if detach_target else delta, sigma)
         output = predict(model, self.prediction.network_input(x_t, sigma), batch.timesteps, batch.conditions)
         prediction, variance = _split(output.float(), batch.x0, self.variance)
-        if self._moves_input_time:  # the target is that of the timestep that the network is told
+        if self._moves_input_time:  # the target belongs to the timestep that the network is given
             alpha, sigma = (expand(s, batch.x0) for s in self.schedule(batch.timesteps))
         error = prediction - self.prediction.target(batch.x0, noise, x_t, alpha, sigma)
         terms = {"mse": error.square().flatten(1).mean(dim=1)}
         if variance is not None:
             terms["vb"] = self._bound(batch, x_t, prediction, variance)
         loss = batch.weights * torch.stack(list(terms.values())).sum(dim=0)
-        # noise_hat - noise is a positive multiple of the prediction's error, or of its opposite where x0 is
-        # predicted, since alpha x0_hat + sigma noise_hat = x_t.
+        # noise_hat - noise is a positive multiple of the prediction error, or a negative one if x0 is predicted,
+        # since alpha x0_hat + sigma noise_hat = x_t.
         residual = -error.detach() if self.prediction.predicts_x0 else error.detach()
         return ObjectiveOutput(loss, terms, residual, error)
 
     def _bound(self, batch: DenoisingBatch, x_t: Tensor, prediction: Tensor, variance: Tensor) -> Tensor:
-        """Return the variational bound of the variance alone, ``(B,)``, in the weight of Improved DDPM."""
+        """Return the variational bound, which trains only the variance, ``(B,)``, weighted as in Improved DDPM."""
         alpha, sigma = expand(batch.alpha, x_t), expand(batch.sigma, x_t)
         x0_hat = self.prediction.x0(prediction, x_t, alpha, sigma).detach()
-        if self.prediction.needs_signal:  # pure noise says nothing of x0
+        if self.prediction.needs_signal:  # at pure noise the output does not determine x0
             x0_hat = torch.where(alpha > 0, x0_hat, batch.x0)
         bound = variational_bound(self.schedule, batch.x0, x_t.detach(), x0_hat, variance, batch.timesteps)
         return bound * (self.schedule.num_train_timesteps / 1000.0)
 
     def update(self, batch: DenoisingBatch, output: ObjectiveOutput) -> None:
-        """Pass the unweighted losses of a pass to the timestep sampler."""
+        """Report the unweighted losses of a pass to the timestep sampler."""
         total = torch.stack([term.detach() for term in output.terms.values()]).sum(dim=0)
         self.timestep_sampler.update(batch.timesteps, total)
 
@@ -306,7 +307,7 @@ def _check_learned_variance(schedule: NoiseSchedule, noisings: Sequence[Noising]
 
 
 def _split(output: Tensor, x0: Tensor, variance: Variance) -> tuple[Tensor, Tensor | None]:
-    """Return the prediction of an output, and its learned variance; None for a fixed one."""
+    """Split the network's output into the prediction and the learned variance (None if fixed)."""
     channels = x0.shape[1]
     expected = 2 * channels if variance == "learned_range" else channels
     check_output(output, x0)

@@ -1,4 +1,4 @@
-"""Latent consistency distillation: a guided teacher, and a student that is told the guidance."""
+"""Latent consistency distillation: a guided teacher, and a student conditioned on the guidance scale."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from atdiff.objectives.teacher import Teacher
 
 __all__ = ["GUIDANCE", "GuidedTeacher", "LatentConsistencyObjective", "guidance_embedding"]
 
-# Names of conditions: the guidance scale of each sample, which the teacher uses, and its embedding, for the student.
+# Condition names: the guidance scale of each sample, for the teacher, and its embedding, for the student.
 GUIDANCE, EMBEDDED = "guidance_scale", "timestep_cond"
 
 
 class GuidedTeacher(Teacher):
-    """A teacher whose step follows classifier-free guidance (`<https://arxiv.org/abs/2207.12598>`_).
+    """A teacher that steps with classifier-free guidance (`<https://arxiv.org/abs/2207.12598>`_).
 
-    Both of its predictions are ``null + guidance_scale (conditional - null)``, with the scale among the conditions.
-    The two evaluations are one of twice the batch.
+    ``x0_hat`` and ``noise_hat`` are both ``null + guidance_scale (conditional - null)``, with the scale among the
+    conditions. The two evaluations run as one batch of twice the size.
 
     Args:
         model: the U-Net.
-        scheduler: of its training.
-        null_conditions: those of no prompt, each with one row; others are as they are given.
-        prediction_type: default what the scheduler says.
+        scheduler: the diffusers scheduler it was trained with.
+        null_conditions: conditions of the empty prompt, each with one row; all others are used as given.
+        prediction_type: default: the scheduler's.
         solver: ``ddim`` or ``heun``.
 
     Raises:
-        UserError: as :class:`atdiff.objectives.teacher.Teacher`.
+        UserError: as for :class:`atdiff.objectives.teacher.Teacher`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GuidedTeacher(Teacher):
         """Return the guided ``x0_hat`` and ``noise_hat``; see :meth:`atdiff.objectives.teacher.Teacher.predict`."""
         scale = expand(conditions[GUIDANCE], x_t)
         given = {name: value for name, value in conditions.items() if name not in (GUIDANCE, EMBEDDED)}
-        # What else there is, such as the size of an image, is the same without its prompt.
+        # Other conditions, such as the image size, do not depend on the prompt.
         null = {name: row.to(x_t.device).expand_as(given[name]) for name, row in self.null_conditions.items()}
         both = {name: torch.cat([value, null.get(name, value)]) for name, value in given.items()}
         twice = torch.cat([levels[0], levels[0]]), torch.cat([levels[1], levels[1]])
@@ -68,19 +68,19 @@ class GuidedTeacher(Teacher):
 class LatentConsistencyObjective(ConsistencyObjective):
     """Consistency distillation of a guided teacher (`Luo et al. <https://arxiv.org/abs/2310.04378>`_, algorithm 1).
 
-    Each sample gets its own guidance scale, which moves the teacher's step and, embedded, is shown to the student.
+    Each sample gets its own guidance scale, which guides the teacher's step and is embedded as an input of the student.
 
     Args:
         scheduler: as for :class:`atdiff.objectives.consistency.ConsistencyObjective`.
-        prediction_type: of the network; default what the scheduler says.
-        guidance: the range that guidance scales are drawn from evenly, as diffusers counts them: 1 is no guidance.
-        guidance_dim: length of the embedding that the student is given as ``timestep_cond``; None for a student that is
-            not told, such as LoRA.
-        **options: as for :class:`atdiff.objectives.consistency.ConsistencyObjective`; the distance is ``huber`` unless
-            said otherwise.
+        prediction_type: prediction type of the network; default: the scheduler's.
+        guidance: range of the uniformly drawn guidance scales, in diffusers' convention: 1 is no guidance.
+        guidance_dim: length of the guidance embedding, passed to the student as ``timestep_cond``; None for a student
+            without this input, such as a LoRA.
+        **options: as for :class:`atdiff.objectives.consistency.ConsistencyObjective`, but ``distance`` defaults to
+            ``huber``.
 
     Raises:
-        UserError: a range that is upside down or below 1, or as the base class.
+        UserError: the range is reversed or below 1, or as for the base class.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LatentConsistencyObjective(ConsistencyObjective):
         self.guidance, self.guidance_dim = (float(low), float(high)), guidance_dim
 
     def _completed(self, x0: Tensor, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditions with a guidance scale for each sample, drawn unless it is among them."""
+        """Return the conditions with a guidance scale for each sample, drawn unless given, and its embedding."""
         if GUIDANCE not in conditions:
             low, high = self.guidance
             conditions = {**conditions, GUIDANCE: low + (high - low) * torch.rand(len(x0), device=x0.device)}
@@ -117,13 +117,13 @@ class LatentConsistencyObjective(ConsistencyObjective):
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """Return the sinusoidal embedding of guidance strengths, as diffusers' ``get_guidance_scale_embedding``.
+    """Return the sinusoidal embedding of guidance strengths, like diffusers' ``get_guidance_scale_embedding``.
 
     Source: Meng et al., On Distillation of Guided Diffusion Models (https://arxiv.org/abs/2210.03142).
 
     Args:
         w: guidance scale minus one, shape ``(B,)``: 0 is no guidance.
-        dim: length of an embedding, 4 or more.
+        dim: length of the embedding, 4 or more.
 
     Returns:
         float32, shape ``(B, dim)``.

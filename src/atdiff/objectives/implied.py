@@ -1,4 +1,4 @@
-"""What a denoiser's batch and error imply: its target, the ``x0`` that it misses, and the batch at other timesteps."""
+"""Quantities derived from a denoiser's batch and error: its target, ``x0 - x0_hat``, and the batch at other times."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["as_denoiser", "at_timesteps", "estimates", "missing", "target_of", "
 
 
 def as_denoiser(objective: Any, batch: Batch, method: str) -> tuple[DenoisingObjective, DenoisingBatch]:  # noqa: ANN401
-    """Return objective and batch of a denoiser, which some methods need.
+    """Return the objective and the batch, for methods that need a denoiser.
 
     Raises:
-        UserError: they are those of a consistency model.
+        UserError: they belong to a consistency model.
     """
     if not isinstance(objective, DenoisingObjective) or not isinstance(batch, DenoisingBatch):
         raise UserError(f"{method} is for denoisers; use another for consistency models.")
@@ -32,10 +32,10 @@ def as_denoiser(objective: Any, batch: Batch, method: str) -> tuple[DenoisingObj
 
 
 def x0_error(objective: Any, batch: Batch) -> Tensor:  # noqa: ANN401
-    """Return how many times the residual of a pass ``x0 - x0_hat`` is, ``(B,)``.
+    """Return the factor from the residual of a pass to ``x0 - x0_hat``, ``(B,)``.
 
-    Where there is no signal, an epsilon network says nothing of ``x0``: it is 0 there. A consistency model's residual
-    is that difference itself.
+    It is 0 where there is no signal, since an epsilon network's output does not determine ``x0`` there, and 1 for
+    consistency models.
     """
     if not isinstance(objective, DenoisingObjective):
         return torch.ones_like(batch.sigma)
@@ -50,7 +50,7 @@ def estimates(
     timesteps: Tensor,
     conditions: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the ``x0_hat`` and the ``noise_hat`` of inputs ``(B, ...)`` at timesteps ``(B,)``, each like them."""
+    """Return ``x0_hat`` and ``noise_hat``, each ``(B, ...)``, for inputs ``(B, ...)`` at timesteps ``(B,)``."""
     alpha, sigma = objective.schedule.levels(timesteps, x_t)
     prediction = objective.prediction
     output = predict(model, prediction.network_input(x_t, sigma), timesteps, conditions)
@@ -59,7 +59,7 @@ def estimates(
 
 
 def target_of(objective: DenoisingObjective, batch: DenoisingBatch) -> Tensor:
-    """Return what the network is trained to return at the unperturbed input, like ``x0``."""
+    """Return the network's training target at the unperturbed input, in the shape of ``x0``."""
     alpha, sigma = expand(batch.alpha, batch.x0), expand(batch.sigma, batch.x0)
     x_t = alpha * batch.x0 + sigma * batch.input_noise
     told = objective.schedule.levels(batch.timesteps, batch.x0)
@@ -67,14 +67,14 @@ def target_of(objective: DenoisingObjective, batch: DenoisingBatch) -> Tensor:
 
 
 def missing(objective: DenoisingObjective, batch: DenoisingBatch, error: Tensor) -> Tensor:
-    """Return ``x0 - x0_hat``, like ``x0``, of a prediction with that error, with the error's gradient."""
+    """Return ``x0 - x0_hat``, in the shape of ``x0``, from the prediction error, with its gradient."""
     return expand(x0_error(objective, batch), error) * (-error if objective.prediction.predicts_x0 else error)
 
 
 def at_timesteps(objective: DenoisingObjective, batch: DenoisingBatch, timesteps: Tensor) -> DenoisingBatch:
-    """Return the same samples and noise at other timesteps, ``(B,)``, unchanged by any noising.
+    """Return the same samples and noise at other timesteps ``(B,)``, without any noising.
 
-    Weights are those of the new timesteps, times the importance with which each sample was drawn.
+    Weights are those of the new timesteps, times the importance weight that each sample was drawn with.
     """
 
     def weight(at: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training loop hands to an objective: taken where its meaning is clear, refused in a sentence elsewhere."""
+"""Checks of what a training loop passes to an objective: convert it if its meaning is clear, otherwise reject it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = [
     "without_variance",
 ]
 
-LARGEST = 16.0  # of data that are never negative: what is above was not scaled; latents have both signs
+LARGEST = 16.0  # nonnegative data with values above this were not scaled; latents have both signs
 
 
 def clean_samples(x0: Any) -> Tensor:  # noqa: ANN401
     """Return clean samples as floats: bytes are scaled from 0..255 to [-1, 1], half precision becomes float32.
 
     Raises:
-        UserError: it is no tensor, holds no sample, or holds integers of another kind.
+        UserError: it is not a tensor, is empty, has channels last, or is of another integer type.
     """
     if not isinstance(x0, Tensor):
         raise UserError(
@@ -47,10 +47,10 @@ def clean_samples(x0: Any) -> Tensor:  # noqa: ANN401
 
 
 def check_like(name: str, value: Any, like: Tensor) -> None:  # noqa: ANN401
-    """Make sure that a tensor has the shape of another.
+    """Check that a tensor has the shape of another.
 
     Raises:
-        UserError: it has not; torch would broadcast some of these.
+        UserError: it does not; torch would broadcast some of these silently.
     """
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != tuple(like.shape):
@@ -58,7 +58,7 @@ def check_like(name: str, value: Any, like: Tensor) -> None:  # noqa: ANN401
 
 
 def check_output(output: Tensor, x0: Tensor) -> None:
-    """Make sure that a network returned one prediction a sample, of its size; its channels are for the caller.
+    """Check that a network returned one prediction per sample, of the same size; the caller checks the channels.
 
     Raises:
         UserError: it did not.
@@ -71,10 +71,10 @@ def check_output(output: Tensor, x0: Tensor) -> None:
 
 
 def without_variance(output: Tensor, x: Tensor, whose: str) -> Tensor:
-    """Return a network's prediction in float32, like ``x`` ``(B, C, ...)``, less the channels of a learned variance.
+    """Return a network's prediction in float32, shaped like ``x`` ``(B, C, ...)``, without any learned variance.
 
     Raises:
-        UserError: the output is of another size, or of neither ``C`` nor ``2C`` channels.
+        UserError: the output has another size, or neither ``C`` nor ``2C`` channels.
     """
     check_output(output, x)
     channels = x.shape[1]
@@ -87,7 +87,7 @@ def without_variance(output: Tensor, x: Tensor, whose: str) -> Tensor:
 
 
 def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
-    """Return a number for each sample, ``(B,)``; a single number is that of all.
+    """Return one number per sample, ``(B,)``; a single number is expanded to all samples.
 
     Raises:
         UserError: there are more or fewer.
@@ -101,7 +101,7 @@ def one_each(name: str, value: Any, x0: Tensor) -> Tensor:  # noqa: ANN401
 
 
 def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
-    """Make sure that every condition is a tensor with one row per sample.
+    """Check that every condition is a tensor with one row per sample.
 
     Raises:
         UserError: one is not.
@@ -119,13 +119,13 @@ def check_conditions(conditions: dict[str, Any], x0: Tensor) -> None:
             )
 
 
-LOOKS = 2  # batches whose values are read
+LOOKS = 2  # number of first batches whose values are checked
 
 
 class FirstBatches:
-    """Looks at the values of the first batches, where a mistake shows.
+    """Checks the values of the first batches, which is enough to notice most mistakes.
 
-    Later ones are not read: on a GPU, reading waits for all that was asked of it before.
+    Later batches are not read, since reading values synchronises a GPU.
 
     Args:
         schedule: the forward process.
@@ -135,10 +135,10 @@ class FirstBatches:
         self.schedule, self.left, self._unsigned = schedule, LOOKS, 0
 
     def look(self, x0: Tensor, chosen: dict[str, Tensor]) -> None:
-        """Look at clean samples, and at the timesteps that a caller chose, by name.
+        """Check clean samples, and the timesteps that a caller chose, by name.
 
         Raises:
-            UserError: values are not finite, not scaled, or beyond the schedule.
+            UserError: values are not finite, not scaled, or outside the schedule.
         """
         if not self.left:
             return
@@ -146,7 +146,7 @@ class FirstBatches:
         for name, timesteps in chosen.items():
             self.schedule.check_timesteps(name, timesteps)
         low, high = (float(value) for value in x0.detach().aminmax())
-        # Nor where they are not numbers. In a later batch that is a step for the optimizer, or a scaler, to skip.
+        # Also false for NaN. In later batches, skipping the update is up to the optimizer or gradient scaler.
         if first and not (low > -float("inf") and high < float("inf")):
             raise UserError(f"x0 runs from {low:.4g} to {high:.4g}, expected finite values in [-1, 1].")
         if low >= 0 and high > LARGEST * self.schedule.sigma_data:

@@ -1,8 +1,7 @@
-"""How clean samples and noise meet: which noise goes with which sample, and what input the two make.
+"""Noisings: how noise is paired with clean samples, and how the two form the network's input.
 
-A further one is a class here, or in :mod:`atdiff.objectives.couplings` where it decides which noise goes with which
-sample, its place in :data:`NOISINGS`, and its key in ``ObjectiveConfig``, which :class:`atdiff.DenoisingObjective`
-takes as an argument of the same name.
+To add one, write a class here, or in :mod:`atdiff.objectives.couplings` if it pairs noise with samples, and add it to
+:data:`NOISINGS` and its name to ``ObjectiveConfig``; :class:`atdiff.DenoisingObjective` takes it as a keyword argument.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["NOISINGS", "InputPerturbation", "Noising", "SlowedInterpolation", "m
 
 
 class InputPerturbation(Noising):
-    """The input is built with ``noise + amount * normal``, the target stays ``noise``.
+    """Builds the input with ``noise + amount * normal``; the target keeps ``noise``.
 
     (`DDPM-IP <https://arxiv.org/abs/2301.11706>`_; 0.1 to 0.15 there.)
     """
@@ -39,7 +38,7 @@ class InputPerturbation(Noising):
 
 
 class SlowedInterpolation(Noising):
-    """The input is that of a noisier timestep, uniform in ``[t, t + amount (T - t)]``; the target is that of ``t``.
+    """Builds the input at a noisier timestep, uniform in ``[t, t + amount (T - t)]``; the target stays that of ``t``.
 
     (`MixFlow <https://arxiv.org/abs/2512.19311>`_; 0.4 to 0.8 there, with the timestep sampler ``beta``.)
     """
@@ -65,14 +64,14 @@ NOISINGS: dict[str, type[Noising]] = {
     noising.name: noising
     for noising in (OptimalTransport, Nearest, Explorative, InputPerturbation, SlowedInterpolation)
 }
-"""By name, in the order in which they apply: couplings first."""
+"""By name, in the order in which they are applied: couplings first."""
 
 
 def make_noisings(amounts: Mapping[str, float], schedule: NoiseSchedule) -> list[Noising]:
-    """Return the noisings of amounts other than 0, by the names of :data:`NOISINGS` and in its order.
+    """Return the noisings with nonzero amounts, by name, in the order of :data:`NOISINGS`.
 
     Raises:
-        TypeError: a name is unknown, as of any argument.
+        TypeError: a name is unknown, as for any keyword argument.
         UserError: an amount is out of range, a noising does not fit the schedule, or two of them are couplings.
     """
     unknown = [name for name in amounts if name not in NOISINGS]
@@ -86,7 +85,7 @@ def make_noisings(amounts: Mapping[str, float], schedule: NoiseSchedule) -> list
 
 
 def paired_noise(noisings: Sequence[Noising], x0: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Return standard normal noise like ``x0``, as the noisings pair it with the samples of these conditions."""
+    """Return standard normal noise in the shape of ``x0``, paired with the samples by the noisings."""
 
     def drawn(left: Sequence[Noising]) -> Tensor:
         return left[-1].noise(x0, lambda: drawn(left[:-1]), conditions) if left else torch.randn_like(x0)

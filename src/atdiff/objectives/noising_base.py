@@ -1,4 +1,4 @@
-"""What every way in which clean samples and noise meet has: the base class of :mod:`atdiff.objectives.noising`."""
+"""The base class of the noisings in :mod:`atdiff.objectives.noising`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ B = TypeVar("B", bound=Batch)
 
 
 class Noising:
-    """A noising that leaves all as it was drawn: noise is independent, and the input is ``x_t`` of its timestep.
+    """The default noising, which changes nothing: noise is independent, and the input is ``x_t`` at its timestep.
 
-    A subclass overrides what it changes. Whatever it draws comes from torch's own generator, which a run seeds for
-    each batch.
+    A subclass overrides what it changes. All random numbers must come from torch's global generator, which a run seeds
+    for each batch.
 
     Args:
-        amount: what a recipe gives, above 0.
+        amount: the strength set in the recipe, above 0.
         schedule: the forward process.
 
     Attributes:
-        name: the recipe's key, in the section ``objective``.
-        couples: whether it decides which noise goes with which sample; an objective has one such at most.
-        by_condition: whether it asks for the conditions, which then are those after label dropout.
-        moves_input_time: whether :meth:`input_timesteps` differ from the timesteps that the network is told.
-        passes: forward-backward passes that its own use of the network is charged per batch.
+        name: key in the recipe's ``objective`` section.
+        couples: whether it pairs noise with samples; an objective has at most one such noising.
+        by_condition: whether it uses the conditions, which are then passed after label dropout.
+        moves_input_time: whether :meth:`input_timesteps` differ from the timesteps that the network is given.
+        passes: forward-backward passes charged per batch for its own use of the network.
 
     Raises:
         UserError: the amount is out of range, or does not fit the schedule.
@@ -45,29 +45,29 @@ class Noising:
         self.amount, self.schedule, self.passes = amount, schedule, 0
 
     def noise(self, x0: Tensor, draw: Callable[[], Tensor], conditions: Mapping[str, Tensor]) -> Tensor:
-        """Return the noise that goes with each sample, like ``x0`` ``(B, ...)``: a coupling permutes or picks it.
+        """Return the noise for each sample, ``(B, ...)``; a coupling permutes or selects it.
 
         Args:
-            x0: the clean samples of a batch.
-            draw: returns new noise like ``x0``; may be called several times.
-            conditions: of the samples, each with a row per sample.
+            x0: the clean samples of a batch, ``(B, ...)``.
+            draw: returns new noise in the shape of ``x0``; may be called several times.
+            conditions: the samples' conditions, with one row per sample.
         """
         return draw()
 
     def choose(self, batch: B, redrawn: Callable[[], B], errors: Callable[[B], Tensor]) -> B:
-        """Return the batch that is trained on, chosen by what the network makes of it.
+        """Return the batch to train on, which may be chosen by evaluating the network.
 
         Args:
-            batch: as it was drawn.
+            batch: as drawn.
             redrawn: returns the same batch with new noise; may be called several times.
-            errors: runs the network without gradient and returns its mean squared error of each sample, ``(B,)``.
+            errors: runs the network without gradient and returns the mean squared error of each sample, ``(B,)``.
         """
         return batch
 
     def input_noise(self, noise: Tensor) -> Tensor:
-        """Return the noise that the input is built with, ``(B, ...)``; the target goes by ``noise`` itself."""
+        """Return the noise to build the input with, ``(B, ...)``; the target uses ``noise`` itself."""
         return noise
 
     def input_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Return the timesteps that the input is built at, ``(B,)``; the network is told ``timesteps`` themselves."""
+        """Return the timesteps to build the input at, ``(B,)``; the network is given ``timesteps`` themselves."""
         return timesteps

@@ -1,4 +1,4 @@
-"""Which two neighbouring timesteps a consistency objective compares."""
+"""Samplers of the neighbouring timesteps that a consistency objective compares."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ class Pairs(NamedTuple):
 
     @classmethod
     def weighted(cls, schedule: NoiseSchedule, timesteps: Tensor, next_timesteps: Tensor) -> Pairs:
-        """Return the pairs with weights ``1 / (u_t - u_s)``, ``u = sigma / alpha``, of the timesteps themselves.
+        """Return the pairs with weights ``1 / (u_t - u_s)``, ``u = sigma / alpha``, computed from the timesteps.
 
-        Not of the levels that they were drawn from: an integer timestep, or the end of the trajectory, lies elsewhere.
+        Not from the drawn noise levels, which differ after rounding to integers or moving to the trajectory's end.
         """
         gap = schedule.ratio_at(timesteps) - schedule.ratio_at(next_timesteps)
         return cls(timesteps, next_timesteps, torch.where(gap > 0, 1.0 / gap, 0.0).float())
 
 
 class PairSampler(Protocol):
-    """Draws pairs; ``progress`` is the share of the training that is behind, from 0 to 1."""
+    """Draws pairs; ``progress`` is the completed fraction of training, from 0 to 1."""
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
         """Return ``batch_size`` pairs."""
 
 
 class EvenPairs:
-    """Neighbours on a fixed grid, each equally often.
+    """Neighbours on a fixed grid, drawn uniformly.
 
-    For ``vp`` the grid of ``LCMScheduler``: ``T/N - 1, 2 T/N - 1, ..., T - 1``, below which comes 0
-    (`Latent consistency models <https://arxiv.org/abs/2310.04378>`_, section 4.3). For ``edm`` Karras' noise levels
-    from ``sigma_min`` to ``sigma_max`` (`Consistency models <https://arxiv.org/abs/2303.01469>`_, section 2).
+    For ``vp``, the grid of ``LCMScheduler``: ``T/N - 1, 2 T/N - 1, ..., T - 1``, preceded by 0 (`Latent consistency
+    models <https://arxiv.org/abs/2310.04378>`_, section 4.3). For ``edm``, Karras' noise levels from ``sigma_min`` to
+    ``sigma_max`` (`Consistency models <https://arxiv.org/abs/2303.01469>`_, section 2).
 
     Args:
         schedule: the forward process.
-        levels: of the noise, see :class:`Levels`.
-        intervals: of the grid, ``N``.
+        levels: range of noise levels, see :class:`Levels`.
+        intervals: number of grid intervals, ``N``.
 
     Raises:
-        UserError: more intervals than timesteps.
+        UserError: there are more intervals than timesteps.
     """
 
     def __init__(self, schedule: NoiseSchedule, levels: Levels, intervals: int = 50) -> None:
@@ -64,27 +64,27 @@ class EvenPairs:
             self.grid = schedule.timesteps_at(levels.karras(intervals + 1))
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
-        """Return ``batch_size`` pairs, with weights of one, or of zero where the two are the same."""
+        """Return ``batch_size`` pairs with weight 1, or 0 where the two timesteps coincide."""
         upper = torch.randint(1, len(self.grid), (batch_size,), device=device)
         grid = self.grid.to(device)
         t, s = grid[upper], grid[upper - 1]
-        return Pairs(t, s, (t > s).float())  # with as many intervals as timesteps the first is no interval
+        return Pairs(t, s, (t > s).float())  # with as many intervals as timesteps, the first interval is empty
 
 
 class ImprovedPairs:
-    """The curriculum of `iCT <https://arxiv.org/abs/2310.14189>`_, section 3.4 and 3.5.
+    """The curriculum of `iCT <https://arxiv.org/abs/2310.14189>`_, sections 3.4 and 3.5.
 
-    The grid of Karras' noise levels has ``first`` intervals, ``s0``, at the start and doubles them up to ``intervals``,
-    ``s1``, at ``log2(floor(s1 / s0)) + 1`` stages of even length, the last of which may be cut short; a log-normal law
-    on the levels; weights ``1 / (u_t - u_s)`` with ``u = sigma / alpha``.
+    The grid of Karras' noise levels starts with ``s0 = first`` intervals, which double up to ``s1 = intervals`` in
+    ``log2(floor(s1 / s0)) + 1`` stages of equal length, the last of which may be cut short. Levels are drawn
+    log-normally, with weights ``1 / (u_t - u_s)``, ``u = sigma / alpha``.
 
     Args:
         schedule: the forward process.
-        levels: of the noise, see :class:`Levels`.
-        intervals: at the end; 1,280 in the paper.
-        first: intervals at the start; 10 in the paper.
-        mean: of ``log(u)``.
-        std: of ``log(u)``.
+        levels: range of noise levels, see :class:`Levels`.
+        intervals: number of intervals at the end; 1,280 in the paper.
+        first: number of intervals at the start; 10 in the paper.
+        mean: mean of ``log(u)``.
+        std: standard deviation of ``log(u)``.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class ImprovedPairs:
         self.first, self.mean, self.std = min(first, intervals), mean, std
 
     def intervals_at(self, progress: float) -> int:
-        """Return the number of intervals when a share ``progress`` of the training is behind."""
+        """Return the number of intervals at a ``progress`` of training."""
         stages = math.log2(self.intervals // self.first) + 1.0
         return min(self.first * 2 ** math.floor(min(progress, 1.0) * stages), self.intervals)
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
-        """Return ``batch_size`` pairs of the present grid."""
+        """Return ``batch_size`` pairs of the current grid."""
         ratios = self.levels.karras(self.intervals_at(progress) + 1)
         edges = torch.erf((ratios.log() - self.mean) / (math.sqrt(2.0) * self.std))
         lower = torch.multinomial((edges[1:] - edges[:-1]).float(), batch_size, replacement=True)
@@ -115,25 +115,25 @@ class ImprovedPairs:
         t, s = grid[lower + 1], grid[lower]
         if self.schedule.traits.integer_timesteps:
             t = t.clamp(min=1)
-            s = torch.minimum(s, t - 1)  # levels nearer than integer timesteps
+            s = torch.minimum(s, t - 1)  # levels can be closer together than integer timesteps
         return Pairs.weighted(self.schedule, t.to(device), s.to(device))
 
 
 class EasyPairs:
     """The continuous curriculum of `ECT <https://arxiv.org/abs/2406.14548>`_, section 3.2.
 
-    ``u_s / u_t = 1 - n(u_t) / q^a`` with ``n(u) = 1 + k sigmoid(-b u)``, ``q = 2``, ``k = 8``, ``b = 1``, and ``a``
-    growing from 1 by one in each of ``stages`` even parts of the training; ``log u_t`` normal; weights
-    ``1 / (u_t - u_s)``, with ``u = sigma / alpha``. Where the ratio is not positive, ``s`` is the end of the
-    trajectory: the objective then is that of a denoiser. What is drawn nearer to that end than timestep 1, or for
-    ``edm`` than twice its level, is moved there: pairs stay apart, and their weights bounded.
+    ``u_s / u_t = 1 - n(u_t) / q^a`` with ``n(u) = 1 + k sigmoid(-b u)``, ``q = 2``, ``k = 8``, ``b = 1``; ``a`` starts
+    at 1 and grows by one in each of ``stages`` equal parts of training. ``log u_t`` is normal; weights are
+    ``1 / (u_t - u_s)``, with ``u = sigma / alpha``. If the ratio is not positive, ``s`` is the end of the trajectory,
+    and the objective is that of a denoiser. Levels drawn closer to that end than timestep 1, or for ``edm`` than twice
+    its level, are moved there, which keeps pairs apart and their weights bounded.
 
     Args:
         schedule: the forward process.
-        levels: of the noise, see :class:`Levels`.
-        stages: of the curriculum.
-        mean: of ``log(u)``.
-        std: of ``log(u)``.
+        levels: range of noise levels, see :class:`Levels`.
+        stages: number of stages of the curriculum.
+        mean: mean of ``log(u)``.
+        std: standard deviation of ``log(u)``.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class EasyPairs:
         self.schedule, self.levels, self.stages, self.mean, self.std = schedule, levels, stages, mean, std
 
     def sample(self, batch_size: int, device: torch.device, progress: float) -> Pairs:
-        """Return ``batch_size`` pairs at the present distance."""
+        """Return ``batch_size`` pairs at the current distance."""
         normal = torch.randn(batch_size, device=device, dtype=torch.float64)
         least = self.levels.lowest * (2.0 if self.schedule.traits.variance_exploding else 1.0)
         upper = (self.mean + self.std * normal).exp().clamp(least, self.levels.highest)
@@ -157,7 +157,7 @@ class EasyPairs:
 
 
 class Levels(NamedTuple):
-    """The range of the noise levels ``u = sigma / alpha``, and how they are spaced."""
+    """The range of the noise levels ``u = sigma / alpha``, and their spacing."""
 
     lowest: float
     highest: float
@@ -171,7 +171,7 @@ class Levels(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: Any, schedule: NoiseSchedule) -> Levels:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the levels of a scheduler: its ``sigma_min`` and ``sigma_max``, or its first and last timestep's."""
+        """Return a scheduler's levels, from ``sigma_min`` to ``sigma_max``, or from the first to the last timestep."""
         if schedule.traits.variance_exploding:
             return cls(schedule.sigma_min, schedule.sigma_max, float(scheduler.config.get("rho", 7.0)))
         alpha, sigma = schedule(torch.tensor([0, schedule.num_train_timesteps - 1]))
@@ -192,13 +192,13 @@ def make_pairs(name: str, scheduler: Any, schedule: NoiseSchedule, *, intervals:
 
     Args:
         name: of the sampler.
-        scheduler: whose range of noise is used.
-        schedule: of that scheduler.
-        intervals: of ``even``, and of ``ict`` at its end.
-        stages: of ``ect``.
+        scheduler: the scheduler that sets the range of noise levels.
+        schedule: the forward process of that scheduler.
+        intervals: intervals of ``even``, and of ``ict`` at its end.
+        stages: stages of ``ect``.
 
     Raises:
-        UserError: an unknown name, or numbers out of range.
+        UserError: the name is unknown, or a number is out of range.
     """
     if name not in get_args(PairName):
         raise UserError(f"pairs={name!r} are unknown; use one of {', '.join(get_args(PairName))}.")

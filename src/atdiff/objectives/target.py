@@ -1,4 +1,4 @@
-"""The network of a consistency target: the weights of the model, or of another, without a gradient."""
+"""The target network of a consistency objective: the model's own weights or another network's, without gradient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["replayed_dropout", "target_network"]
 
 
 def target_network(model: Callable[..., Any], target: nn.Module | None) -> Callable[..., Any]:
-    """Return the network of the target as a function that leaves no gradient in any weight.
+    """Return the target network as a function that puts no gradient into any weight.
 
     Args:
-        model: the network that learns.
-        target: the network of the target, put into the mode of ``model``; None for the weights of ``model``.
+        model: the trained network.
+        target: the target network, which is put into the mode of ``model``; None for the weights of ``model``.
     """
     if target is not None:
         if isinstance(model, nn.Module) and target.training != model.training:
@@ -36,13 +36,13 @@ def target_network(model: Callable[..., Any], target: nn.Module | None) -> Calla
         with _without_checkpointing(network):
             return functional_call(network, weights, args, kwargs)
 
-    frozen.__wrapped__ = network  # whose dtype it has
+    frozen.__wrapped__ = network  # so that callers find the network's dtype
     return frozen
 
 
 @contextlib.contextmanager
 def replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]:
-    """Yield a function that sets the random state back: both networks then drop the same units (iCT, section 3.2)."""
+    """Yield a function that restores the random state, so that both networks drop the same units (iCT, section 3.2)."""
     drops = isinstance(model, nn.Module) and any(
         isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()
     )
@@ -61,7 +61,7 @@ def replayed_dropout(model: Callable[..., Any]) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _without_checkpointing(network: nn.Module) -> Iterator[None]:
-    """Keep activations: computed again in the backward pass, they would be those of weights that take a gradient."""
+    """Turn gradient checkpointing off: recomputed in the backward pass, activations would use weights with gradient."""
     modules: list[Any] = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False

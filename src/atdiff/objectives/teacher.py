@@ -24,11 +24,11 @@ class Teacher:
 
     ``ddim`` takes one network evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
     (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1, for ``x / alpha`` as a function of ``sigma / alpha``). If
-    the scheduler clips samples, the step clips ``x0_hat`` and computes the noise from it. From pure noise (alpha = 0),
-    where ``sigma / alpha`` is infinite, and to pure data (sigma = 0), as in EDM's algorithm, ``heun`` is ``ddim``.
+    the scheduler clips samples, the step clips ``x0_hat`` and computes the noise from it. ``heun`` falls back to
+    ``ddim`` from pure noise (alpha = 0), where ``sigma / alpha`` is infinite, and to pure data (sigma = 0), as in EDM.
 
     Args:
-        model: the teacher's network; see :func:`atdiff.models.call.predict`. Of ``2C`` output channels, the learned
+        model: the teacher's network; see :func:`atdiff.models.call.predict`. With ``2C`` output channels, the learned
             variance is ignored.
         scheduler: the diffusers scheduler it was trained with.
         prediction_type: default: the scheduler's.
@@ -90,7 +90,7 @@ class Teacher:
         next_levels: tuple[Tensor, Tensor],
         conditions: Mapping[str, Tensor],
     ) -> Tensor:
-        """Return the solver's estimate at the next levels, ``(B, ...)``.
+        """Return the solver's estimate at the next noise levels, ``(B, ...)``.
 
         Args:
             x_t: ``(B, ...)``.

@@ -14,7 +14,7 @@ __all__ = ["check_variances", "variational_bound"]
 
 
 def check_variances(schedule: NoiseSchedule) -> None:
-    """Make sure that the logarithms of all variances of a ``vp`` schedule are finite, but for that of ``t = 0``.
+    """Check that the log variances of a ``vp`` schedule are finite at every timestep except ``t = 0``.
 
     Raises:
         UserError: a timestep adds no noise, or comes after pure noise.
@@ -52,7 +52,7 @@ def variational_bound(
     weight_x_t = _float((1.0 - acp_prev) * (1.0 - beta).sqrt() / (1.0 - acp), x0)
     true_mean = weight_x0 * x0 + weight_x_t * x_t
     mean = weight_x0 * x0_hat + weight_x_t * x_t
-    # The posterior variance is 0 at t = 0; the value of t = 1 stands in for its logarithm.
+    # The posterior variance is 0 at t = 0, so its logarithm is taken at t = 1 instead.
     min_log = _posterior_variance(schedule, timesteps.clamp(min=1)).log()
     min_log, max_log = _float(min_log, x0), _float(beta.log(), x0)
     fraction = (variance + 1.0) / 2.0

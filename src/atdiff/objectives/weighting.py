@@ -1,4 +1,4 @@
-"""What a sample's loss counts, by its signal-to-noise ratio: one function a weighting, and their registry."""
+"""Loss weights as functions of the signal-to-noise ratio, and their registry."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["WEIGHTINGS"]
 
 
 def _constant(prediction: Prediction, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
-    """The loss in the units of the network's output; for preconditioned networks that is EDM's ``1 / c_out^2``."""
+    """1: the loss in units of the network's output, which weights preconditioned networks by EDM's ``1 / c_out^2``."""
     return torch.ones_like(sigma)
 
 
 def _min_snr(prediction: Prediction, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
-    """``min(SNR, gamma)`` times the square error of x0. (`Hang et al. <https://arxiv.org/abs/2303.09556>`_)"""
+    """``min(SNR, gamma)`` times the squared error of x0. (`Hang et al. <https://arxiv.org/abs/2303.09556>`_)"""
     snr = _snr(alpha, sigma)
     if prediction.needs_signal:
         return (gamma / snr).clamp(max=1.0)  # the error of x0 is infinite where there is no signal
@@ -39,7 +39,7 @@ WEIGHTINGS: dict[str, Callable[[Prediction, Tensor, Tensor, float], Tensor]] = {
     "min-snr": _min_snr,
     "high-noise": _high_noise,
 }
-"""By name: functions of the prediction, ``alpha_t`` and ``sigma_t`` ``(B,)`` and gamma, that return weights ``(B,)``.
+"""By name: functions of the prediction, ``alpha_t`` and ``sigma_t`` ``(B,)`` and gamma, which return weights ``(B,)``.
 
 The names are those of :data:`atdiff.core.choices.Weighting`.
 """
