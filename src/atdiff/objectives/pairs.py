@@ -201,7 +201,7 @@ def make_pairs(name: str, scheduler: Any, schedule: NoiseSchedule, *, intervals:
         UserError: the name is unknown, or a number is out of range.
     """
     if name not in get_args(PairName):
-        raise UserError(f"pairs={name!r} are unknown; use one of {', '.join(get_args(PairName))}.")
+        raise UserError(f"pairs={name!r} is unknown; use one of {', '.join(get_args(PairName))}.")
     if intervals < 1 or stages < 1:
         raise UserError(f"intervals={intervals} and stages={stages} must be 1 or more.")
     levels = Levels.of(scheduler, schedule)
