@@ -1,4 +1,4 @@
-"""Adversarial training for diffusion and flow models that must be good in few steps."""
+"""Adversarial training for few-step diffusion and flow models."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # else any name would pass for one that there is
+if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> Any:  # noqa: ANN401
-        # Imported when first asked for, so that `atdiff --help` need not wait for torch and diffusers.
+        # Imported lazily, so that `atdiff --help` does not wait for torch and diffusers.
         if name not in _HOMES:
             raise AttributeError(f"module 'atdiff' has no attribute {name!r}")
         return getattr(importlib.import_module(f"atdiff.{_HOMES[name]}"), name)

@@ -1,1 +1,1 @@
-"""Errors, the forward process, predictions, norms and timesteps: what everything else speaks in."""
+"""Errors, the forward process, predictions, norms and timesteps, which everything else builds on."""

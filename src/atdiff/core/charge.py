@@ -1,4 +1,4 @@
-"""What a batch and a weight update are charged, in forward-backward passes: the unit in which arms are compared."""
+"""The cost of batches and weight updates in forward-backward passes, the unit in which arms are compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["Charge", "charge_of", "passes_of_forwards"]
 
 
 class Charge(NamedTuple):
-    """What the batches of a run cost.
+    """The cost of a run's batches.
 
     Attributes:
-        batch: forward-backward passes that a batch is charged.
-        updates: of the weights, per batch.
-        before: passes that are behind when the first batch begins: what the pairs of a reflow cost.
+        batch: forward-backward passes charged per batch.
+        updates: weight updates per batch.
+        before: passes charged before the first batch: the cost of reflow pairs.
     """
 
     batch: int
@@ -23,31 +23,31 @@ class Charge(NamedTuple):
 
     @property
     def update(self) -> int:
-        """Forward-backward passes that a weight update is charged."""
+        """Forward-backward passes charged per weight update."""
         return self.batch // self.updates
 
     def trained(self, passes: int) -> int:
-        """Return how many of the passes that are behind went into batches."""
+        """Return how many of ``passes`` completed passes went into batches."""
         return passes - self.before
 
     def updates_of(self, passes: int) -> int:
-        """Return the weight updates that are done when so many passes are behind, or begun."""
+        """Return the number of weight updates done or begun after ``passes`` passes."""
         return -(-self.trained(passes) // self.update)
 
     def ends_batch(self, passes: int) -> bool:
-        """Whether no batch has had only a part of its passes when so many are behind."""
+        """Whether a batch boundary falls after ``passes`` passes."""
         return self.trained(passes) % self.batch == 0
 
 
 def passes_of_forwards(forwards: int) -> int:
-    """Return the whole passes that forwards without gradient are charged: a third of one each, rounded up in all."""
+    """Return the passes charged for forwards without gradient: a third of a pass each, with the total rounded up."""
     return -(-forwards // 3)
 
 
 def charge_of(config: Mapping[str, Any]) -> Charge:
-    """Return what the batches of a run of these settings cost, as a training folder stores them.
+    """Return the cost of a run's batches from its settings, in the form stored in a training folder.
 
-    Passes of the adversary, and those that a coupling's own use of the network is charged.
+    It counts the adversary's passes, and those charged for a coupling's own use of the network.
     """
     adversary, objective = config.get("adversary", {}), config.get("objective", {})
     passes = adversary.get("passes", 1)

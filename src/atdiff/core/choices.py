@@ -1,4 +1,4 @@
-"""The words that settings take, in one place without heavy imports: ``--help`` and mistakes answer at once."""
+"""Allowed values of settings, in one place without heavy imports, so that ``--help`` and error messages are fast."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ Variance = Literal["fixed", "learned_range"]
 Weighting = Literal["none", "min-snr", "high-noise"]
 
 
-def order_of(word: Any) -> Any:  # noqa: ANN401  (what is no order is refused elsewhere)
-    """Return the order that a word stands for: ``authors`` is the earlier name of ``consecutive``."""
+def order_of(word: Any) -> Any:  # noqa: ANN401  (invalid orders are rejected elsewhere)
+    """Return the order that ``word`` names; ``authors`` is the old name of ``consecutive``."""
     return "consecutive" if word == "authors" else word
 
 
@@ -72,7 +72,7 @@ ALIASES: dict[str, tuple[PredictionType, ...]] = {
     "xstart": ("sample",),
     "start_x": ("sample",),
     "pred_x0": ("sample",),
-    "v": ("v_prediction", "flow"),  # whichever the schedule has
+    "v": ("v_prediction", "flow"),  # whichever fits the schedule
     "v_pred": ("v_prediction", "flow"),
     "vpred": ("v_prediction", "flow"),
     "pred_v": ("v_prediction", "flow"),
@@ -81,13 +81,13 @@ ALIASES: dict[str, tuple[PredictionType, ...]] = {
     "flow_matching": ("flow",),
     "rectified_flow": ("flow",),
 }
-"""What others call the prediction types."""
+"""Other packages' names for the prediction types."""
 
 
-def prediction_word(word: Any) -> Any:  # noqa: ANN401  (what is no prediction type is refused elsewhere)
-    """Return the prediction type that a word stands for, as far as the word alone tells it.
+def prediction_word(word: Any) -> Any:  # noqa: ANN401  (invalid prediction types are rejected elsewhere)
+    """Return the prediction type that ``word`` names, or ``v`` if that depends on the noise schedule.
 
-    ``v`` is one that only the noise schedule tells; see :func:`atdiff.core.prediction.resolve_prediction_type`.
+    :func:`atdiff.core.prediction.resolve_prediction_type` resolves ``v``.
     """
     plain = word.lower().replace("-", "_") if isinstance(word, str) else word
     if plain in get_args(PredictionType):
@@ -97,18 +97,18 @@ def prediction_word(word: Any) -> Any:  # noqa: ANN401  (what is no prediction t
 
 
 def scheduler_word(word: Any) -> Any:  # noqa: ANN401
-    """Return what diffusers' schedulers call the prediction type that a word stands for."""
+    """Return diffusers' scheduler setting for the prediction type that ``word`` names."""
     plain = prediction_word(word)
     return {"flow": "flow_prediction", "v": "v_prediction"}.get(plain, plain) if isinstance(plain, str) else plain
 
 
-WHITE = "white"  # what transparent pixels are composed on
+WHITE = "white"  # default background of transparent pixels
 
-# The keys of registries that import torch; a test compares them.
+# Keys of registries that import torch; a test compares them.
 MIXTURES = ("mixture-ring", "mixture-grid", "mixture-spiral")
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SAMPLERS = (
     "iddpm", "ddim", "ddim-trailing", "dpmsolver++", "sasolver", "unipc", "heun", "flow-euler", "flow-heun",
     "flow-unipc", "edm-euler", "lcm", "consistency",
 )  # fmt: skip
-OWN = "own"  # the scheduler of a pipeline of latents as it was saved, with the steps that it makes itself
+OWN = "own"  # a latent pipeline's scheduler as saved, with its own timesteps

@@ -1,4 +1,4 @@
-"""How an object shows itself: as the call that makes it, with the settings that are not the usual ones."""
+"""The ``repr`` of objects: the call that creates them, with the settings that are not defaults."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def unusual(kind: type, settings: Mapping[str, Any], **usual: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return those of the settings that are arguments of a class and neither its defaults nor what else is usual."""
+    """Return the settings that are arguments of a class and differ from its defaults, some overridden by ``usual``."""
     defaults = {name: one.default for name, one in inspect.signature(kind).parameters.items()} | usual
-    # Of an array, a comparison is an array.
+    # Comparing an array gives an array.
     return {
         name: value for name, value in settings.items() if name in defaults and bool(np.any(value != defaults[name]))
     }
 
 
 def as_call(name: str, *first: str, **settings: Any) -> str:  # noqa: ANN401
-    """Return the text of a call, with long values shortened.
+    """Return a call as text, with long values shortened.
 
     Args:
-        name: what is called.
-        first: texts of its first arguments.
-        settings: values of others.
+        name: of the function or class.
+        first: positional arguments, as text.
+        settings: keyword arguments.
     """
     named = [f"{key}={_short(value)}" for key, value in settings.items()]
     return f"{name}({', '.join([*first, *named])})"

@@ -35,16 +35,16 @@ Kind = Literal["vp", "edm", "flow", "function"]
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What is known of a noise schedule by its kind alone, so that nothing else need ask for the kind.
+    """Properties of a noise schedule that follow from its kind, so that other code need not test the kind.
 
     Attributes:
-        predictions: the prediction types that fit, that of a scheduler that names none first.
-        default_sampler: the plain sampler of such networks.
-        second_order_sampler: the plain deterministic one of second order.
-        default_scale: of an adversary; the paper's, or one whose share of the noise is bounded.
+        predictions: valid prediction types; the first is the default if a scheduler names none.
+        default_sampler: the default sampler.
+        second_order_sampler: a standard deterministic second-order sampler.
+        default_scale: default scale of an adversary: the paper's, or one that is bounded relative to the noise.
         integer_timesteps: whether timesteps are the integers in ``[0, num_train_timesteps)``.
-        variance_exploding: whether ``alpha_t = 1`` and timesteps tell ``log(sigma)``, without a first or a last one.
-            Its samplers scale what the network is given.
+        variance_exploding: whether ``alpha_t = 1`` and timesteps encode ``log(sigma)``, without a first or last one.
+            Samplers then scale the network's input.
         starts_without_noise: whether ``sigma_t`` goes to 0 as the timesteps do.
         has_shift: whether samplers shift their timesteps; see :func:`flow_shift`.
         fits_consistency: whether diffusers has a sampler for its consistency models.
@@ -91,16 +91,16 @@ TRAITS: dict[Kind, Traits] = {
 
 
 def own_setting(scheduler: Any, name: str) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-    """Return a setting that the scheduler's own class knows; None of one that only lies in its configuration.
+    """Return a setting if it is an argument of the scheduler's own class, else None.
 
-    ``from_config`` keeps the settings of the class that a scheduler was made from, and they are of no effect.
+    ``from_config`` also keeps settings of the class that a scheduler was converted from, which have no effect.
     """
     known = inspect.signature(type(scheduler).__init__).parameters
     return scheduler.config.get(name) if name in known else None
 
 
 def spelled_out(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401  (any diffusers scheduler)
-    """Return the arguments of a scheduler that are not its class's defaults."""
+    """Return the arguments of a scheduler that differ from its class's defaults."""
     names = inspect.signature(type(scheduler).__init__).parameters
     return unusual(type(scheduler), {name: scheduler.config[name] for name in names if name in scheduler.config})
 
@@ -149,7 +149,7 @@ def _betas(scheduler: Any) -> Tensor:  # noqa: ANN401
         exact = (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     else:
         return stored
-    # Trained betas and rescaling to zero terminal SNR replace what the name says.
+    # Trained betas and rescaling to zero terminal SNR override the named schedule.
     return exact if torch.allclose(exact, stored, rtol=1e-5, atol=1e-8) else stored
 
 
@@ -160,7 +160,7 @@ def _check_betas(scheduler: Any) -> None:  # noqa: ANN401
             f"{type(scheduler).__name__} has {len(betas)} trained_betas for num_train_timesteps={steps}; set "
             f"num_train_timesteps={len(betas)}."
         )
-    if not bool(((betas >= 0) & (betas <= 1)).all()):  # nor where they are not numbers
+    if not bool(((betas >= 0) & (betas <= 1)).all()):  # also catches NaN
         raise UserError(
             f"{type(scheduler).__name__} has betas from {betas.min():.3g} to {betas.max():.3g}, expected numbers in "
             "[0, 1]."
@@ -171,7 +171,7 @@ def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
     times = torch.tensor([1e-6, 0.25, 0.5, 0.75, 1.0])
     try:
         found = function(times)
-    except RuntimeError:  # it may have tables on a GPU
+    except RuntimeError:  # its tables may be on a GPU
         return
     told = f"the schedule {getattr(function, '__name__', type(function).__name__)}"
     pair = isinstance(found, tuple | list) and len(found) == 2
@@ -188,7 +188,7 @@ def _check_function(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
 
 
 def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
-    """Return ``alpha_t^2`` in float64, and refuse a scheduler that does not take its own from its betas."""
+    """Return ``alpha_t^2`` in float64; reject a scheduler whose ``alphas_cumprod`` do not follow from its betas."""
     exact = (1.0 - _betas(scheduler)).cumprod(dim=0).clamp(0.0, 1.0)
     if not torch.allclose(exact, scheduler.alphas_cumprod.double().to(exact.device), rtol=1e-3, atol=1e-5):
         raise UserError(
@@ -200,14 +200,15 @@ def _alphas_cumprod(scheduler: Any) -> Tensor:  # noqa: ANN401
 
 
 def dynamic_mu(scheduler: Any, tokens: float | None = None) -> float | None:  # noqa: ANN401
-    """Return the ``mu`` of a flow scheduler with dynamic shifting for images of that many tokens; None for others.
+    """Return the ``mu`` of a flow scheduler with dynamic shifting, for a number of tokens; None for other schedulers.
 
-    A line through ``base_shift`` at ``base_image_seq_len`` tokens and ``max_shift`` at ``max_image_seq_len``, with the
-    defaults of diffusers' pipelines (0.5 at 256, 1.15 at 4096), whose ``calculate_shift`` it is.
+    It is linear in the tokens, through ``base_shift`` at ``base_image_seq_len`` and ``max_shift`` at
+    ``max_image_seq_len``, like ``calculate_shift`` of diffusers' pipelines and with its defaults (0.5 at 256, 1.15 at
+    4096).
 
     Args:
         scheduler: any diffusers scheduler.
-        tokens: of an image; None for ``base_image_seq_len``.
+        tokens: number of tokens per image; None for ``base_image_seq_len``.
     """
     if not own_setting(scheduler, "use_dynamic_shifting"):
         return None
@@ -218,10 +219,10 @@ def dynamic_mu(scheduler: Any, tokens: float | None = None) -> float | None:  # 
 
 
 def flow_shift(scheduler: Any, tokens: float | None = None) -> float:  # noqa: ANN401
-    """Return the ``s`` by which a flow scheduler shifts times in (0, 1] to ``s t / (1 + (s - 1) t)``; 1 for none.
+    """Return the shift ``s`` of a flow scheduler, which maps times in (0, 1] to ``s t / (1 + (s - 1) t)``; 1 for none.
 
-    It is ``shift`` of the flow-matching schedulers and ``flow_shift`` of the solvers (UniPC, DPM-Solver, ...). A
-    dynamic shift is ``exp(mu)``, or ``mu`` where ``time_shift_type`` is ``linear``. (`Esser et al. 2024
+    It is ``shift`` in flow-matching schedulers and ``flow_shift`` in solvers (UniPC, DPM-Solver, ...). A dynamic shift
+    is ``exp(mu)``, or ``mu`` if ``time_shift_type`` is ``linear``. (`Esser et al. 2024
     <https://arxiv.org/abs/2403.03206>`_, eq. 23.) Arguments as in :func:`dynamic_mu`.
     """
     mu = dynamic_mu(scheduler, tokens)
@@ -278,7 +279,7 @@ class NoiseSchedule:
         self.sigma_data = float(config.get("sigma_data", 1.0)) if self.kind == "edm" else 1.0
         self.sigma_max = float(config.get("sigma_max", 80.0)) if self.kind == "edm" else 1.0
         self.sigma_min = float(config.get("sigma_min", 0.002)) if self.kind == "edm" else 0.0
-        # Of a sampler's steps and the timesteps of training; a dynamic one depends on the images' size.
+        # Shifts sampler steps and training timesteps; a dynamic shift depends on the image size.
         self.shift = flow_shift(scheduler, tokens) if self.kind == "flow" else 1.0
         if self.kind == "vp":
             _check_betas(scheduler)
@@ -289,7 +290,7 @@ class NoiseSchedule:
 
     @property
     def source(self) -> str:
-        """The scheduler or function that it was read from, as a text with the settings that are not its defaults."""
+        """The scheduler or function that it was read from, as text with the settings that are not defaults."""
         if self._function is not None:
             return getattr(self._function, "__name__", type(self._function).__name__)
         return as_call(type(self._read_from).__name__, **spelled_out(self._read_from))
@@ -310,7 +311,7 @@ class NoiseSchedule:
 
     @property
     def traits(self) -> Traits:
-        """What is known of the schedule by its kind."""
+        """Properties of the schedule's kind."""
         return TRAITS[self.kind]
 
     @property
@@ -349,7 +350,7 @@ class NoiseSchedule:
             return self.time_factor * ratio.log().float()
         steps = torch.arange(self.num_train_timesteps, device=ratio.device)
         acp = self.alphas_cumprod(steps)
-        # Nearest in log(sigma / alpha), where the middle between neighbours is the mean of their logarithms.
+        # Nearest in log(sigma / alpha): the boundary between neighbours is the mean of their logarithms.
         log = (0.5 * ((1.0 - acp) / acp.clamp_min(torch.finfo(acp.dtype).tiny)).log()).contiguous()
         return torch.searchsorted((log[1:] + log[:-1]) / 2, ratio.double().log())
 
@@ -361,7 +362,7 @@ class NoiseSchedule:
         return self.timesteps_at(torch.tensor(math.tan(math.pi / 2 * level), dtype=torch.float64))
 
     def check_timesteps(self, name: str, timesteps: Tensor) -> None:
-        """Raise a UserError, with their ``name``, unless timesteps of any shape are some of the schedule's."""
+        """Raise a UserError that names ``name`` unless all timesteps, of any shape, are valid for the schedule."""
         last = self.num_train_timesteps
         if self.kind == "edm":
             good, expected = timesteps.isfinite(), "finite numbers"
@@ -374,11 +375,11 @@ class NoiseSchedule:
             raise UserError(f"{name} contain {float(timesteps[~good][0]):.6g}, expected {expected}.")
 
     def same_time(self, other: NoiseSchedule) -> bool:
-        """Whether networks of two schedules are told the time in one convention."""
+        """Whether networks of two schedules receive timesteps in the same convention."""
         return (self.kind, self.time_factor) == (other.kind, other.time_factor)
 
     def same_noise(self, other: NoiseSchedule) -> bool:
-        """Whether two ``vp`` schedules have the same ``alpha_t`` and ``sigma_t``, as far as float32 betas tell."""
+        """Whether two ``vp`` schedules have equal ``alpha_t`` and ``sigma_t``, to the precision of float32 betas."""
         if self.num_train_timesteps != other.num_train_timesteps:
             return False
         timesteps = torch.arange(self.num_train_timesteps)
@@ -386,9 +387,9 @@ class NoiseSchedule:
         return all(torch.allclose(ours, theirs, rtol=1e-3, atol=0.0) for ours, theirs in pairs)
 
     def noise_differences(self, other: NoiseSchedule) -> list[str]:
-        """Return in which words the noise of this schedule is not that of another, such as ``sigma_data 1.0, not 0.5``.
+        """Return how this schedule's noise differs from another's, as phrases such as ``sigma_data 1.0, not 0.5``.
 
-        The number of timesteps of an ``edm`` scheduler says nothing about its noise.
+        The number of timesteps of an ``edm`` scheduler is ignored, since it does not affect the noise.
         """
         found = []
         for name in ("kind", "sigma_data", *(["num_train_timesteps"] if other.kind == "vp" else [])):
@@ -404,7 +405,7 @@ class NoiseSchedule:
         return found
 
     def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
-        """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 where a timestep is -1."""
+        """Return ``alpha_t^2`` of a ``vp`` schedule in float64, shape ``(B,)``; 1 at timestep -1."""
         assert self._alphas_cumprod is not None, f"a {self.kind} schedule has no alphas_cumprod"
         if self._alphas_cumprod.device != timesteps.device:
             self._alphas_cumprod = self._alphas_cumprod.to(timesteps.device)
@@ -423,9 +424,9 @@ def expand(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def network_time(scheduler: Any, timesteps: Tensor) -> Tensor:  # noqa: ANN401  (any diffusers scheduler)
-    """Return what a network is told of a sampler's timesteps, whose units may be others than those of its training.
+    """Convert a sampler's timesteps to the units that the network was trained with.
 
-    EDM networks know ``log(sigma) / 4``, or 250 ``log(sigma)``; see :func:`atdiff.sampling.make_scheduler`.
+    EDM networks take ``log(sigma) / 4``, or ``250 log(sigma)``; see :func:`atdiff.sampling.make_scheduler`.
     """
     scale = getattr(scheduler, "time_scale", 1)
     return timesteps * scale if scale != 1 else timesteps

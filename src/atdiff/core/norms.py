@@ -36,7 +36,7 @@ def steepest_step(direction: Tensor, size: Tensor, norm: Norm) -> Tensor:
 
     Args:
         direction: ``(B, ...)``, of any positive scale: it is normalised per sample, so a loss scale drops out.
-        size: ``(B,)``, the norm of the step of each sample.
+        size: ``(B,)``, the norm of each sample's step.
         norm: the norm in which ``size`` is measured.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What a network's output at ``(x_t, t)`` means: its training target, and the ``x0`` and the noise that it implies.
+"""Prediction types: the training target of a network's output at ``(x_t, t)``, and the ``x0`` and noise it implies.
 
-One class a prediction type. All go by ``x_t = alpha x0 + sigma noise``; ``alpha`` and ``sigma`` broadcast over
-``x_t`` ``(B, ...)``, which outputs, targets, ``x0`` and noise are like.
+One class per prediction type, all with ``x_t = alpha x0 + sigma noise``. Outputs, targets, ``x0`` and noise have the
+shape of ``x_t``, ``(B, ...)``; ``alpha`` and ``sigma`` broadcast over it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 
 
 class Prediction:
-    """What a network's output means; a subclass says it of one prediction type.
+    """The meaning of a network's output; each subclass is a prediction type.
 
     Args:
         sigma_data: standard deviation of the data, for preconditioned networks.
 
     Attributes:
         needs_signal: whether the output determines ``x0`` only where ``alpha > 0``.
-        predicts_x0: whether the output's error is a positive multiple of that of ``x0``; else it is one of the noise's.
-        fixed_target: whether the target stays where the noise moves.
-        preconditioned: whether the network is given a scaled input, and its output is not in the units of ``x_t``.
+        predicts_x0: whether the output error is a positive multiple of the ``x0`` error; else of the noise error.
+        fixed_target: whether the target stays the same when the noise changes.
+        preconditioned: whether the network's input is scaled, and its output not in the units of ``x_t``.
     """
 
     needs_signal = False
@@ -50,31 +50,31 @@ class Prediction:
         self.sigma_data = sigma_data
 
     def network_input(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """Return what the network is given for ``x_t``."""
+        """Return the network's input for ``x_t``."""
         return x_t
 
     def target(self, x0: Tensor, noise: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return what the output at ``x_t`` is trained to be."""
+        """Return the training target at ``x_t``."""
         raise NotImplementedError
 
     def x0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the ``x0_hat`` that an output implies; not finite where ``needs_signal`` and ``alpha = 0``."""
+        """Return the ``x0_hat`` that an output implies; not finite if ``needs_signal`` and ``alpha = 0``."""
         raise NotImplementedError
 
     def noise(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the ``noise_hat`` that an output implies; 0 where an ``x0`` is predicted and ``sigma = 0``."""
+        """Return the ``noise_hat`` that an output implies; 0 if ``predicts_x0`` and ``sigma = 0``."""
         return divide(x_t - alpha * self.x0(output, x_t, alpha, sigma), sigma)
 
     def from_noise(self, noise: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the output that implies ``noise``: the inverse of :meth:`noise`.
 
-        Not finite where ``alpha = 0``, but for ``epsilon``: there ``x_t`` alone fixes the noise, and every output
-        implies the same.
+        Not finite where ``alpha = 0``, except for ``epsilon``: there ``x_t`` alone determines the noise, whatever the
+        output.
         """
         raise NotImplementedError
 
     def x0_error(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return how many times the error of the output that of ``x0_hat`` is, without its sign."""
+        """Return the ratio of the ``x0_hat`` error to the output error, without its sign."""
         raise NotImplementedError
 
 
@@ -159,7 +159,7 @@ class _Flow(Prediction):
 class _Edm(Prediction):
     """``F`` of ``x0_hat = c_skip x_t + c_out F(c_in x_t)``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.)
 
-    Its target is in the units of ``F``, and the loss has thereby the weight ``1 / c_out^2`` of that table.
+    The target is in the units of ``F``, which gives the loss the weight ``1 / c_out^2`` of that table.
     """
 
     predicts_x0 = True
@@ -194,18 +194,18 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 
 
 def edm_preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(c_in, c_skip, c_out)``, like ``sigma``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.)"""
+    """Return ``(c_in, c_skip, c_out)``, shaped like ``sigma``. (`EDM <https://arxiv.org/abs/2206.00364>`_, table 1.)"""
     total = sigma.square() + sigma_data**2
     return total.rsqrt(), sigma_data**2 / total, sigma * sigma_data * total.rsqrt()
 
 
 def make_prediction(prediction_type: str, schedule: NoiseSchedule) -> Prediction:
-    """Return what the output of a network of that prediction type means under a noise schedule."""
+    """Return the :class:`Prediction` of a prediction type under a noise schedule."""
     return PREDICTIONS[prediction_type](schedule.sigma_data)
 
 
 def said_prediction_type(schedule: NoiseSchedule, scheduler: Any) -> str:  # noqa: ANN401  (any diffusers scheduler)
-    """Return what a scheduler says that its network predicts, which may be anything; of most kinds there is but one."""
+    """Return the prediction type in the configuration of a ``vp`` scheduler, unchecked; else the kind's default."""
     default = schedule.traits.predictions[0]
     return str(scheduler.config.get("prediction_type", default)) if schedule.traits.integer_timesteps else default
 
@@ -215,7 +215,7 @@ def resolve_prediction_type(
     scheduler: Any,  # noqa: ANN401
     prediction_type: str | None = None,
 ) -> PredictionType:
-    """Return what a network of this scheduler predicts: ``prediction_type``, or what the scheduler says.
+    """Return the canonical name of ``prediction_type``, or of the scheduler's prediction type if it is None.
 
     Raises:
         UserError: it does not fit the scheduler.
@@ -238,8 +238,8 @@ def to_noise(
 
     Args:
         prediction: output of the network without any learned variance, ``(B, ...)``.
-        x_t: ``alpha_t x0 + sigma_t noise`` of ``schedule``, ``(B, ...)``.
-        timesteps: ``(B,)``, that the network was evaluated at, in the schedule's convention.
+        x_t: ``alpha_t x0 + sigma_t noise`` under ``schedule``, ``(B, ...)``.
+        timesteps: ``(B,)``, at which the network was evaluated, in the schedule's convention.
         schedule: the forward process.
         prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow`` or ``edm``.
     """

@@ -1,4 +1,4 @@
-"""The time that a sampler's steps divide evenly, and the noise one step further on."""
+"""Sampler time, in which all steps have equal length, and the noise levels one step later."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from atdiff.core.noise import NoiseSchedule
 
 __all__ = ["levels_at", "next_levels", "sampler_time", "sampler_times", "timesteps_at"]
 
-RHO = 7.0  # of Karras et al. 2022, eq. 5
+RHO = 7.0  # Karras et al. 2022, eq. 5
 
 
 def sampler_time(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Return the time of timesteps ``(B,)`` in which a sampler's steps are of equal length, float32 ``(B,)``.
+    """Return the sampler time of timesteps ``(B,)``, in which all steps have equal length, float32 ``(B,)``.
 
-    It runs from 0 (data) to 1 (the noisiest timestep). For ``vp`` it is ``(t + 1) / T``, for a flow ``t / T`` before
-    the shift, for ``edm`` the place between ``sigma_min`` and ``sigma_max`` in the grid of `Karras et al. 2022
+    It runs from 0 (data) to 1 (the noisiest timestep). For ``vp`` it is ``(t + 1) / T``; for a flow, ``t / T`` before
+    the shift; for ``edm``, the position between ``sigma_min`` and ``sigma_max`` in the grid of `Karras et al. 2022
     <https://arxiv.org/abs/2206.00364>`_, eq. 5.
     """
     if schedule.traits.integer_timesteps:
@@ -29,7 +29,7 @@ def sampler_time(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 
 
 def levels_at(schedule: NoiseSchedule, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(alpha, sigma)``, each ``(B,)``, at times ``(B,)`` of :func:`sampler_time`; 1 and 0 before 0."""
+    """Return ``(alpha, sigma)``, each ``(B,)``, at sampler times ``(B,)``; 1 and 0 at negative times."""
     ended = time < 0
     time = time.clamp(0.0, 1.0)
     if schedule.traits.integer_timesteps:
@@ -47,7 +47,7 @@ def levels_at(schedule: NoiseSchedule, time: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timesteps_at(schedule: NoiseSchedule, time: Tensor) -> Tensor:
-    """Return the timesteps ``(B,)`` at times ``(B,)`` above 0: the inverse of :func:`sampler_time`."""
+    """Return the timesteps ``(B,)`` at positive sampler times ``(B,)``: the inverse of :func:`sampler_time`."""
     if schedule.traits.integer_timesteps:
         return ((time * schedule.num_train_timesteps).round().long() - 1).clamp_min(0)
     if schedule.traits.variance_exploding:
@@ -56,19 +56,19 @@ def timesteps_at(schedule: NoiseSchedule, time: Tensor) -> Tensor:
 
 
 def sampler_times(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Return the times ``(steps,)`` that a sampler of so many steps visits, from 1 down."""
+    """Return the times ``(steps,)`` at which a ``steps``-step sampler evaluates the network, descending from 1."""
     if schedule.traits.variance_exploding:
         return torch.linspace(1.0, 0.0, steps) if steps > 1 else torch.ones(1)
     return 1.0 - torch.arange(steps) / steps
 
 
 def next_levels(schedule: NoiseSchedule, time: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return ``(alpha, sigma)`` one step of a sampler of ``steps`` steps after ``time``: 1 and 0 after the last.
+    """Return ``(alpha, sigma)`` after one step of a ``steps``-step sampler from ``time``; 1 and 0 after the last step.
 
-    The grid of an EDM sampler ends at ``sigma_min``, and its last step goes on to 0.
+    The grid of an EDM sampler ends at ``sigma_min``, from which its last step goes to 0.
     """
     explodes = schedule.traits.variance_exploding
     left = time - 1.0 / (max(steps - 1, 1) if explodes else steps)
     left = torch.where(left.abs() < 1e-6, 0.0, left)
-    # Time 0 is the data, and of an EDM sampler sigma_min.
+    # Time 0 is data, except for an EDM sampler, where it is sigma_min.
     return levels_at(schedule, left if explodes else torch.where(left == 0.0, -1.0, left))

@@ -1,4 +1,4 @@
-"""What a word of the command line says of a correction, read without importing torch."""
+"""Sampler corrections as written on the command line, parsed without importing torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CorrectionFamily:
-    """A kind of correction of a sampler.
+    """A family of sampler corrections.
 
     Attributes:
         home: ``module:class`` below ``atdiff.sampling.corrections``.
-        value: what its first number is.
-        symbol: of that number, in tables.
-        example: a spec.
+        value: name of its first number.
+        symbol: symbol of that number in tables.
+        example: an example spec.
         grid: values that a search tries.
         neutral: the value that changes nothing.
-        refined: whether a search tries the midpoints beside the best value, too.
+        refined: whether a search also tries the midpoints next to the best value.
     """
 
     home: str
@@ -61,12 +61,12 @@ CORRECTION_EXAMPLES = ", ".join(family.example for family in FAMILIES.values())
 
 @dataclass(frozen=True)
 class CorrectionSpec:
-    """A correction by name.
+    """A parsed correction.
 
     Attributes:
         family: one of :data:`CORRECTIONS`.
-        values: its numbers, as :func:`parse_correction` reads them; none for ``none`` and searches.
-        search: the value is still to be chosen; see :func:`atdiff.sampling.search.search_correction`.
+        values: its numbers; empty for ``none`` and searches.
+        search: whether the value is yet to be found by :func:`atdiff.sampling.search.search_correction`.
     """
 
     family: str
@@ -75,11 +75,11 @@ class CorrectionSpec:
 
 
 def parse_correction(spec: str) -> CorrectionSpec:
-    """Read ``none``, ``FAMILY:search``, ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]``,
+    """Parse ``none``, ``FAMILY:search``, ``epsilon-scaling:SCALE[:SLOPE]``, ``time-shift:WINDOW[:CUTOFF]``,
     ``dcw:LOW[:HIGH]``.
 
     Raises:
-        UserError: an unknown family, or numbers that are missing or no numbers. Their range is not looked at.
+        UserError: the family is unknown, or numbers are missing or malformed. Their range is not checked.
     """
     family, *fields = spec.split(":")
     if family not in CORRECTIONS:
@@ -104,7 +104,7 @@ def parse_correction(spec: str) -> CorrectionSpec:
 
 
 def correction_label(correction: str) -> str:
-    """A correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
+    """Return a correction as printed: ``no correction``, ``epsilon-scaling 1.01``, ``searched time-shift``."""
     if correction == NO_CORRECTION:
         return "no correction"
     family, _, value = correction.partition(":")

@@ -1,4 +1,4 @@
-"""Which timesteps a training batch is drawn at, and the importance weight of each."""
+"""Samplers of training timesteps and their importance weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = [
 
 
 class TimestepSampler(Protocol):
-    """Draws timesteps; learns from losses where it can; its state is saved with a checkpoint."""
+    """Draws timesteps, and may adapt to the losses; its state is saved in checkpoints."""
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``(timesteps, weights)``, each ``(batch_size,)``; the weighted loss is unbiased."""
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of unweighted per-sample losses ``(B,)`` at ``timesteps`` ``(B,)``; once a pass."""
+        """Record unweighted per-sample losses ``(B,)`` at ``timesteps`` ``(B,)``; called once per pass."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state needed to resume."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state."""
@@ -57,7 +57,7 @@ class _Stateless:
 
 
 class _Fractions(_Stateless):
-    """Timesteps by their fraction of the schedule, which a subclass draws; weights are one."""
+    """Timesteps as fractions of the schedule, which a subclass draws; weights are one."""
 
     def fractions(self, batch_size: int, device: torch.device) -> Tensor:
         """Return ``t / T``, ``(batch_size,)``."""
@@ -72,7 +72,7 @@ class _Fractions(_Stateless):
 
 
 class UniformTimesteps(_Stateless):
-    """Every timestep equally often: integers for a ``vp`` schedule, real numbers in ``(0, T]`` for ``flow``."""
+    """Uniform timesteps: integers for a ``vp`` schedule, real numbers in ``(0, T]`` for ``flow``."""
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return uniform timesteps and weights of one, each ``(batch_size,)``."""
@@ -86,7 +86,7 @@ class UniformTimesteps(_Stateless):
 class LogitNormalTimesteps(_Fractions):
     """``t / T = sigmoid(mean + std * normal)``.
 
-    For a flow it is then shifted to ``shift u / (1 + (shift - 1) u)``, as the steps of its sampler are. (`Esser et al.
+    For a flow, this is then shifted to ``shift u / (1 + (shift - 1) u)``, like the steps of its sampler. (`Esser et al.
     2024 <https://arxiv.org/abs/2403.03206>`_, section 3.1 and eq. 23.) Weights are one, as in the paper.
 
     Attributes:
@@ -104,14 +104,14 @@ class LogitNormalTimesteps(_Fractions):
 
 
 class BetaTimesteps(_Fractions):
-    """``t / T`` of the distribution Beta(1, 2), whose density falls from 2 at data to 0 at noise.
+    """``t / T`` drawn from Beta(1, 2), whose density falls from 2 at data to 0 at noise.
 
     (`MixFlow <https://arxiv.org/abs/2512.19311>`_, where time runs the other way.) Weights are one, as in the paper.
     """
 
     def fractions(self, batch_size: int, device: torch.device) -> Tensor:
         """See :class:`_Fractions`."""
-        # A flow at 0 is data, without any noise.
+        # Avoids 0, where a flow has no noise.
         return (1.0 - torch.rand(batch_size, device=device).sqrt()).clamp_min(1e-6)
 
 
@@ -131,10 +131,10 @@ class LogNormalTimesteps(_Stateless):
 
 
 class LossSecondMomentTimesteps:
-    """Timesteps in proportion to ``sqrt(E[loss^2])``, with importance weights.
+    """Timesteps drawn in proportion to ``sqrt(E[loss^2])``, with importance weights.
 
     (`Improved DDPM <https://arxiv.org/abs/2102.09672>`_, eq. 18.) Uniform until every timestep has been seen
-    ``history`` times. Losses that are not finite are left out, so that one bad batch cannot poison the distribution.
+    ``history`` times. Non-finite losses are ignored, so that one bad batch cannot poison the distribution.
 
     Args:
         schedule: a ``vp`` schedule.
@@ -169,16 +169,16 @@ class LossSecondMomentTimesteps:
         return timesteps.to(device), weights.float().to(device)
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of unweighted per-sample losses ``(B,)`` at ``timesteps`` ``(B,)``."""
+        """Record unweighted per-sample losses ``(B,)`` at ``timesteps`` ``(B,)``."""
         history = self.losses.shape[1]
         for t, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
             if math.isfinite(loss):
-                # A ring: once full, the oldest entry gives way.
+                # A ring buffer: once full, the oldest entry is overwritten.
                 self.losses[t, self.counts[t] % history] = loss
                 self.counts[t] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history of losses."""
+        """Return the loss history."""
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ _SAMPLERS: dict[str, Any] = {
 
 
 def default_timestep_sampler(schedule: NoiseSchedule) -> TimestepSampler:
-    """Return the sampler of objectives that are told none: uniform, and log-normal for ``edm``."""
+    """Return the default timestep sampler: uniform, or log-normal for ``edm``."""
     return LogNormalTimesteps(schedule) if schedule.kind == "edm" else UniformTimesteps(schedule)
 
 
