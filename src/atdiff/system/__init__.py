@@ -1,1 +1,1 @@
-"""Files, locks, memory, processes and the network: what atdiff needs of the machine."""
+"""Files, locks, memory, processes and the network: everything that depends on the machine."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written aside, then renamed."""
+"""Atomic writes: files and folders are written to a temporary path, then renamed."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = [
     "written_aside",
 ]
 
-LOCK = ".lock"  # in a folder that one process at a time may write to
+LOCK = ".lock"  # lock file in a folder that one process at a time may write to
 
 
 def cache_folder() -> Path:
-    """Return ``$ATDIFF_CACHE``, or ``~/.cache/atdiff`` where that is not set."""
+    """Return ``$ATDIFF_CACHE``, or ``~/.cache/atdiff`` if that is not set."""
     return Path(os.environ.get("ATDIFF_CACHE") or "~/.cache/atdiff").expanduser()
 
 
 @contextlib.contextmanager
 def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
-    """Yield a path to write a file or a folder at, which takes the place of ``path`` once the block is through.
+    """Yield a temporary path for a file or folder, which replaces ``path`` when the block succeeds.
 
     Args:
         path: of the file or folder.
-        flush: whether all of it is on the disk before it takes its place, so that it outlasts a loss of power.
+        flush: whether to flush it to disk before it replaces ``path``, so that it survives a power failure.
 
     Raises:
-        UserError: the folder of ``path`` cannot be written.
+        UserError: the parent folder of ``path`` is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder.") from error
     try:
-        # The same name, so that writers which look at the suffix see the right one.
+        # Keep the name, since some writers choose the format by its suffix.
         partial = aside / path.name
         yield partial
         if flush:
@@ -66,7 +66,7 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def cached_aside(path: Path) -> Iterator[Path]:
-    """Write a file of the cache as :func:`written_aside` does; where it cannot, say how to choose another cache."""
+    """Write a cache file with :func:`written_aside`; if that fails, the error names ``ATDIFF_CACHE``."""
     try:
         with written_aside(path) as partial:
             yield partial
@@ -77,10 +77,10 @@ def cached_aside(path: Path) -> Iterator[Path]:
 
 
 def check_images_path(path: Path) -> None:
-    """Find out whether images can be saved at a path: a ``.png`` or ``.npz`` file, or a folder, that is not there yet.
+    """Check that images can be saved at a path: a new ``.png`` or ``.npz`` file, or a new folder.
 
     Raises:
-        UserError: they cannot.
+        UserError: the path exists, or has another suffix.
     """
     if path.suffix not in (".png", ".npz", ""):
         raise UserError(f"{path} has the suffix {path.suffix!r}; use .png, .npz, or none for a folder of PNGs.")
@@ -89,7 +89,7 @@ def check_images_path(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a killed process had begun to write of ``path``, whose name may hold a ``*``."""
+    """Remove partial writes of ``path`` that a killed process left behind; its name may contain a ``*``."""
     for left in path.parent.glob(f".{path.name}.*"):
         shutil.rmtree(left)
 
@@ -101,7 +101,7 @@ def _flush(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -111,7 +111,7 @@ def _sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole.
+    """Write a file atomically.
 
     Raises:
         UserError: ``path`` is a folder.
@@ -123,10 +123,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)
-    """Write a JSON file as a whole."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What tells weights, images and labels apart: a hash of their values."""
+"""Fingerprints of tensors, settings, networks, schedulers and tokenizers: hashes of their values."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = [
     "tokenizer_fingerprint",
 ]
 
-# Of configurations: versions of libraries, places, and the type of the weights, which they tell themselves.
+# Configuration keys to ignore: library versions, paths, and the dtype of the weights, which is hashed with them.
 INCIDENTAL = frozenset({"name_or_path", "transformers_version", "torch_dtype", "dtype", "tokenizer_file"})
-BLOCK = 1 << 26  # bytes hashed at once, so that a tensor mapped from the disk is never read whole into memory
+BLOCK = 1 << 26  # bytes hashed at once, so that a memory-mapped tensor is never read whole
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *, after_block: Callable[[], None] = lambda: None) -> str:
-    """Return the SHA-256 of names, types, shapes and values, in the order of the names.
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and values, sorted by name.
 
     Args:
         tensors: by name.
-        after_block: called after each block that has been read, to give back the memory of a mapped tensor.
+        after_block: called after each block is read, to release the memory of a mapped tensor.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -43,10 +43,9 @@ def fingerprint(tensors: Mapping[str, Tensor], *, after_block: Callable[[], None
 
 
 def settings_fingerprint(*settings: object) -> str:
-    """Return the SHA-256 of plain values: numbers, text, lists and tables of them, tensors and arrays as their values.
+    """Return the SHA-256 of settings: numbers, text, nested lists and mappings, and tensors and arrays by value.
 
-    Keys that begin with ``_`` and those of :data:`INCIDENTAL` are left out: they say where a thing came from and not
-    what it is.
+    Keys that start with ``_`` and those in :data:`INCIDENTAL` are ignored: they describe origin, not content.
     """
     text = json.dumps(_plain(settings), sort_keys=True, default=_listed)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -59,14 +58,14 @@ def _plain(value: object) -> object:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _listed(value: Any) -> object:  # noqa: ANN401  (whatever json does not know)
+def _listed(value: Any) -> object:  # noqa: ANN401  (anything that json cannot encode)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def network_fingerprint(network: Any) -> str:  # noqa: ANN401  (a module of diffusers or transformers, or a function)
     """Return the SHA-256 of a network's weights, its adapters' scales and its configuration.
 
-    A function that is no module is told apart by its name alone.
+    A function that is not a module is identified by its name alone.
     """
     if not isinstance(network, nn.Module):
         return settings_fingerprint(type(network).__qualname__, getattr(network, "__qualname__", ""))
@@ -85,17 +84,17 @@ def scheduler_fingerprint(scheduler: Any) -> str:  # noqa: ANN401  (any diffuser
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:  # noqa: ANN401  (of transformers)
-    """Return the SHA-256 of all files that a tokenizer is saved as: vocabulary, merges, rules and lengths."""
+    """Return the SHA-256 of all files that a tokenizer saves: vocabulary, merges, rules and lengths."""
     tokenizer = copy.deepcopy(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # it saves the lengths of its last call, and each call sets its own
+    if backend is not None:  # it would save the lengths set by its last call
         backend.no_truncation()
         backend.no_padding()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {str(file.relative_to(folder)): file for file in sorted(Path(folder).rglob("*")) if file.is_file()}
         contents: list[object] = [
-            # Alone among them it may say where the tokenizer came from.
+            # Only this file may name the tokenizer's origin, which settings_fingerprint ignores.
             [name, json.loads(file.read_text("utf-8")) if name == "tokenizer_config.json" else file.read_bytes().hex()]
             for name, file in files.items()
         ]

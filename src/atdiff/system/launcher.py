@@ -1,4 +1,4 @@
-"""What the environment says of the processes that a launcher started; nothing heavy is imported for it."""
+"""Environment variables of process launchers, read without heavy imports."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from atdiff.core.errors import UserError
 
 __all__ = ["join_mpi", "num_processes", "refuse_other_training"]
 
-# Number, rank and rank on this machine of the processes that Open MPI, MVAPICH, MPICH and Intel MPI start.
+# World size, rank, local rank and local size as set by Open MPI, MVAPICH, and MPICH or Intel MPI.
 _MPI = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
-# What Accelerate takes from the environment, and would train otherwise for it.
+# Variables that make Accelerate train differently.
 _OTHER_TRAINING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -25,18 +25,18 @@ _OTHER_TRAINING = {
 
 
 def num_processes() -> int:
-    """Return how many processes work together; 1 without a launcher."""
+    """Return the number of processes in this launch; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_mpi() -> None:
-    """Give processes that ``mpirun`` started the variables of ``torchrun``, which make them one group.
+    """Set the variables of ``torchrun`` in processes started by ``mpirun``, so that they form one group.
 
     Raises:
-        UserError: they are on several machines and do not know the first.
+        UserError: they run on several machines without ``MASTER_ADDR``.
     """
     environment = os.environ
-    # srun sets the last ones too, for tasks that may have nothing to do with each other.
+    # srun sets the last ones too, for tasks that may be unrelated.
     known = _MPI[:2] if "SLURM_STEP_ID" in environment else _MPI
     for size, rank, local_rank, local_size in known:
         if "WORLD_SIZE" in environment or int(environment.get(size, "1")) < 2:
@@ -54,9 +54,9 @@ def join_mpi() -> None:
 
 
 def refuse_other_training() -> None:
-    """Make sure that the launcher asks for no splitting of weights but that of ``training.shard``.
+    """Check that the launcher does not request weight splitting other than that of ``training.shard``.
 
-    It may by an option of ``accelerate launch``, by the file that ``accelerate config`` writes, or by the shell.
+    The request may come from an option of ``accelerate launch``, the file of ``accelerate config``, or the shell.
 
     Raises:
         UserError: it does.

@@ -1,6 +1,6 @@
-"""Where runs, pipelines, data sets and weights are: on this machine first, and only then on the network.
+"""Locates runs, pipelines, data sets and weights: first on this machine, then on the network.
 
-Nothing here imports torch, so that what is missing is said at once.
+Nothing here imports torch, so that missing files are reported at once.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ FILE_SUFFIXES = frozenset({
     ".parquet", ".pgm", ".pkl", ".png", ".pt", ".pth", ".safetensors", ".tar", ".tgz", ".tif", ".tiff", ".txt", ".webp",
     ".yaml", ".yml", ".zip",
 })  # fmt: skip
-SECONDS = 2.0  # that a server has to answer in, where HF_HUB_ETAG_TIMEOUT does not say
+SECONDS = 2.0  # timeout for a server to answer, unless HF_HUB_ETAG_TIMEOUT is set
 
-SILENCE = 10.0  # seconds in which a download must get something
+SILENCE = 10.0  # seconds without data after which a download fails
 
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _CLIP_HASH = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
@@ -62,27 +62,27 @@ URLS = {
     "dinov2-vit-l-14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     "clip-vit-b-32": f"https://openaipublic.azureedge.net/clip/models/{_CLIP_HASH}/ViT-B-32.pt",
 }
-"""Where the weights of extractors are downloaded from."""
+"""Download addresses of the extractors' weights."""
 SIZES = {
     "inception-v3-compat": "96 MB",
     "inception-v3-spatial": "96 MB",
     "dinov2-vit-l-14": "1.2 GB",
     "clip-vit-b-32": "354 MB",
 }
-"""How much that is."""
+"""Their download sizes."""
 
 Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form OWNER/NAME of the hub, without the suffix of a file or a folder that exists."""
+    """Whether ``name`` looks like a hub id, OWNER/NAME: without a file suffix, and OWNER is not a local folder."""
     path = Path(name)
     has_form = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     return has_form and path.suffix.lower() not in FILE_SUFFIXES and not path.parent.exists()
 
 
 def _parsed(text: str) -> Any:  # noqa: ANN401  (whatever the file holds)
-    """Return what ``yaml.safe_load`` does: by libyaml, many times as fast, but for mistakes, which it shows less of."""
+    """Parse like ``yaml.safe_load``: with the much faster libyaml, except on errors, where its messages show less."""
     try:
         return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError:
@@ -90,10 +90,10 @@ def _parsed(text: str) -> Any:  # noqa: ANN401  (whatever the file holds)
 
 
 def run_config(run: str) -> dict[str, Any]:
-    """Return the settings of a training folder; nothing of a pipeline folder or a hub id.
+    """Return the settings of a training folder; empty for a pipeline folder or a hub id.
 
     Raises:
-        UserError: the file of the settings is damaged.
+        UserError: the settings file is damaged.
     """
     file = Path(run).expanduser() / "config.yaml"
     if not file.is_file():
@@ -114,23 +114,23 @@ def run_config(run: str) -> dict[str, Any]:
 
 
 def published_passes(run: str | Path) -> int | None:
-    """Return the passes behind the weights that a training folder has published; None where it does not say."""
+    """Return after how many passes a training folder published its weights; None if that is not recorded."""
     try:
         passes = json.loads((Path(run).expanduser() / "data.json").read_text())["published"]
-    except (OSError, ValueError, KeyError, TypeError):  # earlier versions did not note it
+    except (OSError, ValueError, KeyError, TypeError):  # earlier versions did not record it
         return None
     return int(passes)
 
 
 def check_run(run: str) -> None:
-    """Find out, without loading it, that a run can be loaded.
+    """Check that a run can be loaded, without loading it.
 
     Args:
         run: a training folder, a folder of a diffusers pipeline, or a hub id.
 
     Raises:
-        UserError: as :func:`check_local`, also for the pipeline that a LoRA was trained on; or it is a hub id that is
-            not in the hub's cache, and the hub cannot be asked.
+        UserError: as for :func:`check_local`, also for the pipeline that a LoRA was trained on; or it is a hub id that
+            is not in the hub's cache, and the hub is unreachable.
     """
     check_local(run)
     if not Path(run).expanduser().exists():
@@ -141,11 +141,11 @@ def check_run(run: str) -> None:
 
 
 def check_local(run: str) -> None:
-    """Find out that a run is a folder or a checkpoint that can be loaded, or that only the hub can know.
+    """Check that a run is a folder or a checkpoint that can be loaded, or has the form of a hub id.
 
     Raises:
-        UserError: there is no such folder and the name is no hub id, it holds something else or is not finished, or it
-            is a pipeline of a class that is not taken.
+        UserError: it is neither a folder nor a hub id, is unfinished, contains something else, or is a pipeline of an
+            unsupported class.
     """
     folder = Path(run).expanduser()
     if not folder.exists():
@@ -175,10 +175,9 @@ def check_local(run: str) -> None:
 
 
 def hub_location(name: str, kind: Kind) -> str:
-    """Return what to load for a hub id: the id itself, or where the hub does not answer, the folder in its cache.
+    """Return what to load for a hub id: the id itself, or its folder in the cache if the hub is unreachable.
 
-    Where it does not answer, the libraries of Hugging Face are in their offline mode from then on: they would retry for
-    a minute.
+    In that case Hugging Face's libraries are switched to offline mode, since they would retry for a minute.
     """
     if offline_reason() is None:
         return name
@@ -186,12 +185,12 @@ def hub_location(name: str, kind: Kind) -> str:
 
 
 def check_hub(name: str, kind: Kind, *, where: str = "here") -> None:
-    """Find out that a hub id is in the hub's cache or can be downloaded.
+    """Check that a hub id is in the hub's cache or can be downloaded.
 
     Args:
         name: the hub id.
         kind: of repository.
-        where: the user gives the path of its folder instead.
+        where: where the user can give the path of a folder instead, for the message.
 
     Raises:
         UserError: neither.
@@ -206,7 +205,7 @@ def check_hub(name: str, kind: Kind, *, where: str = "here") -> None:
 
 
 def _cached(name: str, kind: Kind) -> str | None:
-    """Return where the hub's cache holds a repository; the id of a data set that ``datasets`` has prepared."""
+    """Return a repository's folder in the hub's cache, or the id of a data set that ``datasets`` has prepared."""
     from huggingface_hub import constants, snapshot_download
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
@@ -214,26 +213,26 @@ def _cached(name: str, kind: Kind) -> str | None:
         return name
     try:
         folder = snapshot_download(name, repo_type=kind, local_files_only=True)
-    except (OSError, ValueError):  # LocalEntryNotFoundError is either or both, by version
+    except (OSError, ValueError):  # LocalEntryNotFoundError derives from either or both, depending on the version
         return None
     whole = kind == "dataset" or any((Path(folder) / name).is_file() for name in ("model_index.json", "config.json"))
     return str(folder) if whole else None
 
 
 def hub_failure(reason: str) -> str:
-    """Return why the hub gave nothing; libraries in their offline mode say that, and not why they are in it."""
+    """Return why the hub failed: in offline mode, libraries do not say why they are offline."""
     return offline_reason() or reason if re.search(r"offline ?mode", reason, re.IGNORECASE) else reason
 
 
 def offline_reason() -> str | None:
-    """Return why the hub is not asked, and keep the libraries of Hugging Face from asking it; None where it answers."""
+    """Return why the hub is not used, and switch Hugging Face's libraries to offline mode; None if it is reachable."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
         if is_reachable(constants.ENDPOINT):
             return None
         _work_offline()
-        os.environ["ATDIFF_HUB_UNREACHABLE"] = constants.ENDPOINT  # processes that this one starts need not ask again
+        os.environ["ATDIFF_HUB_UNREACHABLE"] = constants.ENDPOINT  # so that child processes need not try again
     unreachable = os.environ.get("ATDIFF_HUB_UNREACHABLE")
     return f"{unreachable} cannot be reached" if unreachable else "HF_HUB_OFFLINE is set, so nothing is downloaded"
 
@@ -251,10 +250,10 @@ def _work_offline() -> None:
 
 @cache
 def is_reachable(url: str) -> bool:
-    """Whether a server answers, whatever it says, within two seconds or HF_HUB_ETAG_TIMEOUT; asked once a process."""
+    """Whether a server answers with any status within two seconds or HF_HUB_ETAG_TIMEOUT; cached per process."""
     answers: list[bool] = []
     seconds = _patience()
-    # In a thread, since looking up a name has no time limit of its own.
+    # In a thread, since a DNS lookup has no timeout.
     thread = threading.Thread(target=lambda: answers.append(_answers(url, seconds)), daemon=True)
     thread.start()
     thread.join(seconds + 0.5)
@@ -277,14 +276,14 @@ def _answers(url: str, seconds: float) -> bool:
         urlopen(Request(url, method="HEAD"), timeout=seconds).close()
     except (HTTPError, HTTPException):
         return True
-    except OSError as error:  # A certificate that Python does not know, as of a company's proxy, is an answer too.
+    except OSError as error:  # an unknown certificate, such as a corporate proxy's, is an answer too
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
 
 @contextlib.contextmanager
 def bounded_network() -> Iterator[None]:
-    """Let a server that does not answer end a download, which has no time limit of its own."""
+    """Make a download fail when the server stops answering, since downloads have no timeout of their own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
@@ -294,7 +293,7 @@ def bounded_network() -> Iterator[None]:
 
 
 def weights_file(extractor: str) -> Path:
-    """Return where torch keeps the downloaded weights of an extractor, whether they are there or not."""
+    """Return the path where torch caches the weights of an extractor, whether they exist or not."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
     name = URLS[extractor].rpartition("/")[2]
     if extractor == "clip-vit-b-32":  # torch-fidelity's name
@@ -303,7 +302,7 @@ def weights_file(extractor: str) -> Path:
 
 
 def check_weights(extractor: str) -> None:
-    """Find out that the weights of an extractor are here or can be downloaded.
+    """Check that the weights of an extractor are on this machine or can be downloaded.
 
     Raises:
         UserError: neither.
@@ -319,7 +318,7 @@ def check_weights(extractor: str) -> None:
 
 
 def without_download(extractor: str) -> str:
-    """Return what may be asked for in the place of a network that is downloaded, as the end of a sentence."""
+    """Return the end of a sentence that suggests an extractor without a download, or nothing."""
     if extractor != "inception-v3-compat":
         return ""
     return ", or where the images have labels, choose --extractor label-classifier, which needs no download"

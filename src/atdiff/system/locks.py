@@ -1,4 +1,4 @@
-"""One writer at a time: a lock of the operating system on a folder or file, which ends with the process that has it."""
+"""One writer at a time: an operating-system lock on a folder or file, which is released when its process ends."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from atdiff.system.processes import from_main, is_main
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # no locking on Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["one_writer", "writing"]
 
-GRACE = 1.0  # seconds in which processes that were killed may end
+GRACE = 1.0  # seconds to wait for killed processes to exit
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def one_writer(kind: Literal["folder", "file"], name: str = "out") -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function the only one that writes to its argument ``name``, a folder or a file; see :func:`writing`."""
+    """Return a decorator that locks the folder or file in argument ``name`` during the call; see :func:`writing`."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
@@ -51,15 +51,15 @@ def one_writer(kind: Literal["folder", "file"], name: str = "out") -> Callable[[
 
 @contextlib.contextmanager
 def writing(lock: Path, out: Path) -> Iterator[None]:
-    """Hold a lock while the block works; processes of one launch hold it together.
+    """Hold a lock during the block; the processes of one launch share it.
 
-    The lock is ``flock``'s: it goes with its process, however that ends, and on network file systems (NFS since Linux
-    2.6.12) other machines see it. A file that a killed process leaves locks nothing. Where the file system cannot lock
-    files, or the folder cannot be written to, the block works all the same.
+    ``flock`` releases the lock however its process ends, and works across machines on network file systems (NFS since
+    Linux 2.6.12). A lock file left by a killed process locks nothing. If the file system cannot lock files, or the
+    folder is not writable, the block runs without a lock.
 
     Args:
-        lock: the file to lock; it is there only while it is held.
-        out: what is written to, for messages.
+        lock: the file to lock; it exists only while it is held.
+        out: the path that is written to, for messages.
 
     Raises:
         UserError: another process holds it.
@@ -81,25 +81,25 @@ def writing(lock: Path, out: Path) -> Iterator[None]:
                 lock.unlink()
             os.close(descriptor)
         for folder in made:
-            with contextlib.suppress(OSError):  # It holds something now.
+            with contextlib.suppress(OSError):  # no longer empty
                 folder.rmdir()
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Return which of a folder and those that it lies in are missing, the innermost first."""
+    """Return the missing ones among a folder and its parents, innermost first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def _acquire(lock: Path) -> tuple[int | None, str | None]:
-    """Return the descriptor of the locked file, or else who has locked it; neither where nothing can be locked."""
+    """Return the locked file's descriptor, or a description of its holder; neither if locking is impossible."""
     deadline = time.monotonic() + GRACE
     while fcntl is not None:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # its last writer, that made it in vain, has just removed it
+        except FileNotFoundError:  # another process has just removed the folder
             continue
-        except OSError:  # It cannot be written to: whoever writes there says so.
+        except OSError:  # not writable: the actual write reports that
             return None, None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +115,7 @@ def _acquire(lock: Path) -> tuple[int | None, str | None]:
             reason = f"{lock.parent} is on a file system that cannot lock files ({error.strerror})"
             warnings.warn(f"{reason}: do not start a second command that writes there.", stacklevel=2)
             return None, None
-        if os.fstat(descriptor).st_nlink:  # else its last holder has just removed it
+        if os.fstat(descriptor).st_nlink:  # otherwise its last holder has just removed it
             claim = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(descriptor, 0)

@@ -1,4 +1,4 @@
-"""How much memory and address space a process may still take."""
+"""How much memory and address space a process has left."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def memory_left() -> int:
-    """Return the bytes that this process can still take: of the machine, its control groups and its own limits."""
+    """Return the bytes that this process can still allocate, given the machine, control groups and resource limits."""
     of_machine = int(psutil.virtual_memory().available)
     data = _limit_left("RLIMIT_DATA", getattr(psutil.Process().memory_info(), "data", 0))
     return max(0, min(of_machine, address_space_left(), data, *_control_groups()))
 
 
 def address_space_left() -> int:
-    """Return the bytes that this process can still map: what ``ulimit -v`` leaves."""
+    """Return the bytes that this process can still map under ``ulimit -v``."""
     return _limit_left("RLIMIT_AS", psutil.Process().memory_info().vms)
 
 
@@ -32,7 +32,7 @@ def processes_here() -> int:
 
 def _limit_left(name: str, taken: int) -> int:
     try:
-        import resource  # Unix alone has it
+        import resource  # Unix only
     except ImportError:
         return sys.maxsize
     limit = resource.getrlimit(getattr(resource, name))[0]
@@ -40,7 +40,7 @@ def _limit_left(name: str, taken: int) -> int:
 
 
 def _control_groups() -> list[int]:
-    """Return what each control group that this process is in leaves (containers and cluster jobs have them)."""
+    """Return the bytes left in each control group of this process, as set for containers and cluster jobs."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

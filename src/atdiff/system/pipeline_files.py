@@ -1,4 +1,4 @@
-"""What the files of a saved pipeline tell before anything is loaded: of what kind it is, and which weights it has."""
+"""Reads the class and the weights variants of a saved pipeline from its files, without loading it."""
 
 from __future__ import annotations
 
@@ -42,42 +42,42 @@ FAMILY_MODULES = {
     "AuraFlowPipeline": "auraflow",
     "WanPipeline": "wan",
 }
-"""The registry of families: the module of ``atdiff.pipelines.families`` for each class of diffusers' pipelines."""
+"""The registry of families: the module in ``atdiff.pipelines.families`` for each diffusers pipeline class."""
 LATENTS = tuple(FAMILY_MODULES)
-"""Classes of diffusers' pipelines that make images of latents, from a text or a class."""
+"""diffusers pipeline classes that sample in latent space, from a text or a class."""
 PIXELS = (
     "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline",
     "ConsistencyModelPipeline",
 )  # fmt: skip
-"""Classes of diffusers' pipelines that make images of noise with a network of pixels."""
+"""diffusers pipeline classes that sample in pixel space."""
 
 INDEX = "model_index.json"
 LORA = "pytorch_lora_weights.safetensors"
-# Of diffusers and transformers: diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors,
-# and as older versions named them, diffusion_pytorch_model-00001-of-00002.fp16.safetensors.
+# File names in diffusers and transformers: diffusion_pytorch_model.fp16.safetensors,
+# model.fp16-00001-of-00002.safetensors; in older versions diffusion_pytorch_model-00001-of-00002.fp16.safetensors.
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d{5}-of-\d{5})?"
     r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
-_UNUSED = ("safety_checker", "image_encoder")  # parts that are not loaded, or are of no use here
+_UNUSED = ("safety_checker", "image_encoder")  # parts that are not loaded or not used here
 
 
 def class_name(index: Mapping[str, Any]) -> str:
-    """Return the class of a pipeline by its ``model_index.json``; a class of one's own lies there with its file."""
+    """Return a pipeline's class from its ``model_index.json``, which lists a custom class with its file."""
     name = index.get("_class_name")
     return str(name[-1] if isinstance(name, list | tuple) and name else name)
 
 
 def check_class(source: str, index: Mapping[str, Any] | Path, *, pixels: bool = True) -> None:
-    """Find out whether a pipeline is of a class that is taken.
+    """Check that a pipeline is of a supported class.
 
     Args:
         source: as the user named it, for messages.
-        index: what its ``model_index.json`` holds, or its folder; a file that is damaged is left to its loader.
-        pixels: take pipelines of pixels too.
+        index: content of its ``model_index.json``, or its folder; a damaged file is left to the loader.
+        pixels: whether pixel-space pipelines are accepted too.
 
     Raises:
-        UserError: it is of another class; it says which are taken.
+        UserError: it is of another class; the message lists the supported ones.
     """
     if isinstance(index, Path):
         try:
@@ -106,7 +106,7 @@ def _remedy(source: str, name: str) -> str:
 
 
 def file_names(location: str) -> list[str]:
-    """Return the files of a pipeline, as ``unet/config.json``, in a folder or on the hub; none where not known."""
+    """Return the files of a pipeline in a folder or on the hub, such as ``unet/config.json``; empty if unknown."""
     folder = Path(location)
     if folder.is_dir():
         return [file.relative_to(folder).as_posix() for file in sorted(folder.glob("*/*"))]
@@ -114,12 +114,12 @@ def file_names(location: str) -> list[str]:
 
     try:
         return list_repo_files(location)
-    except Exception:  # of the network, of the hub, of a name that is no id: what loads it says it better
+    except Exception:  # network or hub failure, or an invalid id: the loader gives the better error
         return []
 
 
 def variants_of(names: Collection[str], parts: Collection[str]) -> dict[str, set[str | None]]:
-    """Return which variants of its weights each part of a pipeline has, None for plain ones; no part without any.
+    """Return the weights variants of each part of a pipeline, None for plain weights; parts without any are left out.
 
     Args:
         names: of its files; see :func:`file_names`.
@@ -135,14 +135,14 @@ def variants_of(names: Collection[str], parts: Collection[str]) -> dict[str, set
 
 
 def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any], asked: str | None) -> str | None:
-    """Return the variant of a pipeline's weights to load: the one asked for, or the only one that there is.
+    """Return the weights variant of a pipeline to load: the requested one, or the only one.
 
-    diffusers takes the plain weights of parts that lack the variant, and so does this.
+    Parts that lack the variant use plain weights, as in diffusers.
 
     Args:
-        source: as the user named it.
+        source: as the user named it, for messages.
         names: of its files; see :func:`file_names`.
-        index: what its ``model_index.json`` holds.
+        index: content of its ``model_index.json``.
         asked: a variant such as ``fp16``; None for plain weights.
 
     Raises:
@@ -180,10 +180,10 @@ def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any]
 
 
 def check_variant(run: str, variant: str | None) -> None:
-    """Find out that a pipeline folder has the variant that is asked for; the hub is not asked, and None is fine.
+    """Check that a local pipeline folder has the requested variant, if any.
 
     Raises:
-        UserError: as :func:`choose_variant`.
+        UserError: as for :func:`choose_variant`.
     """
     folder = Path(run).expanduser()
     if variant is None or (folder / "config.yaml").is_file():
@@ -201,13 +201,13 @@ def _listed(variants: Sequence[str], *, plain: bool) -> str:
 
 
 def is_single_file(run: str) -> bool:
-    """Whether a run is one file of a whole pipeline's weights, as they are passed on outside of diffusers."""
+    """Whether a run is a single-file checkpoint of a whole pipeline, as shared outside of diffusers."""
     path = Path(run).expanduser()
     return path.suffix in (".safetensors", ".ckpt") and path.is_file() and not _is_lora(path)
 
 
 def no_pipeline(run: str) -> UserError:
-    """Return what to say of an existing file or folder that is neither a training folder nor a pipeline."""
+    """Return the error for an existing file or folder that is neither a training folder nor a pipeline."""
     path = Path(run).expanduser()
     if _is_lora(path):
         return UserError(f"{run} contains only LoRA weights: {_remedy_of_lora(run, path)}")
@@ -231,7 +231,7 @@ def no_pipeline(run: str) -> UserError:
 
 
 def _whole(kind: str) -> str:
-    """Return how diffusers makes a pipeline of a network."""
+    """Return the diffusers call that builds a pipeline from a network."""
     if kind in ("UNet2DModel", "MLP2DModel", "ADMUNet2DModel"):
         return "DDPMPipeline(unet=NETWORK, scheduler=SCHEDULER).save_pretrained(FOLDER)"
     part = "unet" if kind.startswith("UNet") else "vae" if "Autoencoder" in kind else "transformer"
@@ -241,7 +241,7 @@ def _whole(kind: str) -> str:
 
 
 def _network(folder: Path) -> str | None:
-    """Return the class of the network that a folder holds, if it does."""
+    """Return the class of the network saved in a folder, or None."""
     try:
         config = json.loads((folder / "config.json").read_text())
         return str(config.get("_class_name") or config["architectures"][0])

@@ -1,4 +1,4 @@
-"""In which precision a device computes fastest, and where it only emulates bfloat16."""
+"""The fastest precision of a device, and whether it only emulates bfloat16."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ __all__ = ["emulates_bf16", "settled_precision", "warn_of_slow_bf16"]
 
 
 def settled_precision(precision: str, device: torch.device | str) -> str:
-    """Return the precision that ``auto`` stands for on ``device``: ``bf16``, or ``no`` where that is emulated.
-
-    Another precision is itself.
-    """
+    """Resolve ``auto`` on ``device`` to ``bf16``, or to ``no`` if bf16 is emulated; keep any other precision."""
     if precision != "auto":
         return precision
     return "no" if emulates_bf16(device) else "bf16"
 
 
 def emulates_bf16(device: torch.device | str) -> bool:
-    """Whether ``device`` has no bfloat16 of its own: GPUs before Ampere, x86 before AVX-512, older ARM.
+    """Whether ``device`` lacks native bfloat16: GPUs before Ampere, x86 before AVX-512, older ARM.
 
-    On such a CPU oneDNN has no kernels for it, and convolutions take many times as long as in float32.
+    On such a CPU, oneDNN has no bfloat16 kernels, and convolutions take many times as long as in float32.
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        # Builds without oneDNN, as those for Macs, cannot be asked and have no kernels either.
+        # Builds without oneDNN, such as those for Macs, cannot be queried and have no kernels either.
         return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def warn_of_slow_bf16(setting: str, precision: str, device: torch.device | str) -> None:
-    """Warn where ``setting`` asks for a ``precision`` that makes ``device`` slower."""
+    """Warn if ``setting`` requests a ``precision`` that makes ``device`` slower."""
     if precision == "bf16" and emulates_bf16(device):
         warnings.warn(
             f"{setting}='bf16' is emulated on this {torch.device(device).type.upper()} and slower than float32: "

@@ -1,4 +1,4 @@
-"""Many processes, as `accelerate launch` starts them: who draws what, and who writes."""
+"""Multi-process runs, as started by `accelerate launch`: which process draws what, and which one writes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 
 def uses_cpu() -> bool:
-    """Whether processes compute on the CPU: asked to, or many without a GPU, which Accelerate must be told to join."""
+    """Whether to compute on the CPU: on request, or for several processes without GPUs, which Accelerate must know."""
     try:
         asked = parse_flag_from_env("ACCELERATE_USE_CPU")
     except ValueError:
         raise UserError(f"ACCELERATE_USE_CPU={os.environ['ACCELERATE_USE_CPU']} must be true or false.") from None
     if asked or num_processes() == 1:
         return asked
-    # One of Apple's joins no group.
+    # Apple's GPUs do not support process groups.
     return not torch.accelerator.is_available() or torch.accelerator.current_accelerator() == torch.device("mps")
 
 
@@ -60,14 +60,14 @@ def from_main(value: T) -> T:
     """Return the main process's value in every process."""
     if num_processes() == 1:
         return value
-    _state()  # makes the group, where nothing has yet
+    _state()  # creates the process group if needed
     values = [value]
     broadcast_object_list(values)
     return values[0]
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes, like it."""
+    """Return the elementwise mean of a tensor over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     total = value.clone()
@@ -76,10 +76,10 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def in_main(make: Callable[[], T]) -> T | None:
-    """Return what the main process makes, in it alone; what it refuses is refused in all of them.
+    """Call ``make`` in the main process alone and return its result there; the others return None.
 
     Raises:
-        UserError, RunError: ``make`` raised it.
+        UserError, RunError: ``make`` raised it; it is raised in all processes.
     """
     made, refusal = None, None
     if is_main():
@@ -96,12 +96,12 @@ def in_main(make: Callable[[], T]) -> T | None:
 def draw_in_turn(num: int, batch_size: int, draw: Callable[[range], Tensor]) -> Iterator[Tensor]:
     """Yield the batches of ``num`` images in order, all of them in every process.
 
-    Each batch is drawn by one process. Batches are the same however many processes there are, and so are images.
+    Each batch is drawn by one process. Batches, and so the images, do not depend on the number of processes.
 
     Args:
-        num: images.
-        batch_size: images at once and process.
-        draw: returns the images of these numbers, on the CPU.
+        num: number of images.
+        batch_size: images per batch.
+        draw: returns the images with the given indices, on the CPU.
 
     Raises:
         FloatingPointError: ``draw`` raised it in any process; it is raised in all of them.

@@ -1,4 +1,4 @@
-"""How long things take, told on a terminal or not."""
+"""Progress display, in a terminal or elsewhere."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ __all__ = ["Bars", "in_words", "print_line", "shows_bars"]
 
 
 class Bars(Progress):
-    """Bars that end where the work did in a notebook too, where rich leaves the last state out."""
+    """Progress bars that show their final state in notebooks too, where rich leaves it out."""
 
     def stop(self) -> None:
-        """Show the last state, and stop."""
+        """Show the final state, and stop."""
         self.refresh()
         super().stop()
 
 
 def shows_bars(console: Console) -> bool:
-    """Whether a moving bar can be shown there; else lines tell how far things are.
+    """Whether the console can show a live progress bar; otherwise progress is printed as lines.
 
-    In a notebook rich moves a bar by ipywidgets alone.
+    In a notebook, rich needs ipywidgets for that.
     """
     return find_spec("ipywidgets") is not None if console.is_jupyter else console.is_interactive
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print a line as it is: neither wrapped, nor coloured, nor read as markup."""
+    """Print a line as is, without wrapping, colours or markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""Loading without the bars and remarks of the libraries."""
+"""Loading without the libraries' progress bars and log messages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ __all__ = ["quiet_libraries"]
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep loading bars and remarks (such as that a network is no ``UNet2DModel``) of diffusers and, where it is
-    installed, transformers off the terminal.
-    """
+    """Hide progress bars and warnings of diffusers and transformers, such as that a network is no ``UNet2DModel``."""
     loggers: list[Any] = [of_diffusers]
     if importlib.util.find_spec("transformers"):
         from transformers.utils import logging as of_transformers

@@ -1,4 +1,4 @@
-"""What a user may have meant by a word that means nothing."""
+"""Suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 __all__ = ["nearest", "nearest_key", "nearest_option"]
 
-# What other programs call the settings of a run.
+# Other programs' names for settings of a run.
 SYNONYMS = {
     "amp": ("training.precision",),
     "batch": ("training.batch_size",),
@@ -56,19 +56,19 @@ SHOWN = 3
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
-    """Return a phrase that names the valid choice nearest to ``word``, or all of them."""
+    """Return a phrase that names the valid choice closest to ``word``, or all of them."""
     close = difflib.get_close_matches(word, valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}."
 
 
 def nearest_key(word: str, siblings: Sequence[str], keys: Collection[str], *, prefix: str = "") -> str:
-    """Return a phrase that names the key nearest to ``word`` among those of its section, or of any depth.
+    """Return a phrase that names the key closest to ``word`` in its section, or in any section.
 
     Args:
         word: the key without its section.
-        siblings: keys of the section where it stands.
+        siblings: keys of its section.
         keys: dotted keys of all sections.
-        prefix: what comes before a dotted key where it may be written: ``--`` or ``arms.at.``.
+        prefix: text to put before a dotted key, such as ``--`` or ``arms.at.``.
     """
     plain = word.replace("-", "_").lower()
     found = _elsewhere(plain, keys)
@@ -84,7 +84,7 @@ def nearest_key(word: str, siblings: Sequence[str], keys: Collection[str], *, pr
 
 
 def _elsewhere(word: str, keys: Collection[str]) -> list[str]:
-    """Return the keys that bear just this name, or mean what other programs call so."""
+    """Return the keys with this name, or those that other programs call by it."""
     known = [key for key in SYNONYMS.get(word, ()) if key in keys or key.rpartition(".")[0] in keys]
     alike = {word, f"{word}s", word.removesuffix("s")}
     return known or [key for key in keys if key.rpartition(".")[2] in alike]
@@ -97,10 +97,10 @@ def _phrase(found: Sequence[str], prefix: str, word: str) -> str:
 
 
 def nearest_option(option: str, own: Iterable[str], others: Mapping[str, Collection[str]]) -> str:
-    """Return a phrase for an option that a command does not have.
+    """Return a phrase with a suggestion for an option that a command does not have.
 
     Args:
-        option: as it was given, without its value.
+        option: as given, without its value.
         own: the options of the command.
         others: those of the other commands.
     """
