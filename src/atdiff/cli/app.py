@@ -1,4 +1,4 @@
-"""The parser of ``atdiff``, and what comes of its commands: exit codes and sentences."""
+"""The ``atdiff`` command line: parses a command, runs it, and turns its outcome into an exit code and a sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["COMMANDS", "EXIT_STOPPED", "main"]
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
-# The heavy imports wait until a command needs them, so that --help and mistakes answer at once.
+# Commands import heavy packages only when they run, so that --help and usage errors are instant.
 COMMANDS: dict[str, Command] = {
     str(one.name): one
     for one in (
@@ -58,7 +58,7 @@ class _Atdiff(click.Group):
 
 def _version(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        import importlib.metadata  # takes a quarter of the time of --help
+        import importlib.metadata  # a quarter of the time of --help
 
         click.echo(f"atdiff {importlib.metadata.version('atdiff')}")
         ctx.exit()
@@ -79,16 +79,16 @@ _atdiff = _Atdiff(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, and return its exit code.
+    """Run one command and return its exit code.
 
-    0 when done; 2 after a user's mistake; 1 where the disk failed or losses were not finite; 75 where a run was asked
-    to stop and has saved what it had; 130 after Ctrl-C elsewhere. A sentence says why.
+    0 on success; 2 after a user error; 1 after a failure such as a full disk or non-finite losses; 75 if a run stopped
+    on request with everything saved; 130 after Ctrl-C anywhere else. One sentence on stderr says why.
     """
     if argv is None and VARIABLE in os.environ:
         return shell_complete(_atdiff, {}, "atdiff", VARIABLE, os.environ[VARIABLE])
     words = list(sys.argv[1:] if argv is None else argv)
-    # Read when MKL first computes. Without it two threads round some small matrix products anew each time, and a
-    # resumed run is no longer the undisturbed one; no slower where measured.
+    # MKL reads this on first use. Without it, two threads round some small matrix products differently each time, and
+    # a resumed run differs from an uninterrupted one. We measured no slowdown.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     keep_freed_memory()
     invocation = Invocation(shlex.join(["atdiff", *words]))
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: click.UsageError) -> str:
-    """Return what click says is wrong, as one sentence in our form."""
+    """Return click's error as one sentence in our style."""
     said = " ".join(error.format_message().split()).rstrip(".")
     command = error.ctx.command_path if error.ctx is not None else "atdiff"
     return f"{said[:1].lower()}{said[1:]}; see `{command} --help`."

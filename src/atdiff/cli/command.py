@@ -1,4 +1,4 @@
-"""A command of ``atdiff``: a click command that suggests, shows examples, and may be followed by settings."""
+"""The commands of ``atdiff``: click commands with suggestions and examples, which may take recipe settings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Invocation:
     """One call of ``atdiff``.
 
     Attributes:
-        line: the command line, as pages and cards quote it.
-        command: the name of the command, once its line is understood.
+        line: the command line, as quoted in reports and model cards.
+        command: the name of the command, once parsed.
         out: where it writes.
     """
 
@@ -37,15 +37,15 @@ class Invocation:
 def command(
     name: str, about: str, *, examples: Sequence[str], takes_settings: bool = False, many_processes: bool = False
 ) -> Callable[[Callable[..., None]], Command]:
-    """Return a decorator that makes a function a :class:`Command`; its docstring is the help.
+    """Return a decorator that turns a function into a :class:`Command`; its docstring is the help.
 
     Args:
         name: of the command.
-        about: a line for the list of commands.
-        examples: command lines that work, without ``atdiff NAME``.
-        takes_settings: whether settings of a recipe may follow, such as ``--training.passes 500``; they are passed as
+        about: one line for the list of commands.
+        examples: working command lines, without ``atdiff NAME``.
+        takes_settings: whether recipe settings may follow, such as ``--training.passes 500``; they are passed as
             ``settings``.
-        many_processes: whether it works under a launcher of several processes.
+        many_processes: whether it supports several processes under a launcher.
     """
     return click.command(
         name,
@@ -58,7 +58,7 @@ def command(
 
 
 class Command(click.Command):
-    """A command whose unknown words are told what they may have meant; see :func:`command`."""
+    """A command that suggests a fix for unknown options; see :func:`command`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Command(click.Command):
         return [param for param in self.params if isinstance(param, click.Option)]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the words of the command line, as click does, after those that are no options of this command."""
+        """Parse the command line as click does, after setting aside options that this command does not have."""
         own, unknown = self._parted(args, strict=not ctx.resilient_parsing)
         if unknown and not ctx.resilient_parsing and not {"-h", "--help"} & set(own):
             self._check(ctx, unknown)
@@ -91,7 +91,7 @@ class Command(click.Command):
         return super().parse_args(ctx, own)
 
     def _parted(self, words: Sequence[str], *, strict: bool) -> tuple[list[str], list[str]]:
-        """Part the words into those of this command and unknown options with their values."""
+        """Split the words into those of this command and unknown options with their values."""
         takes_value = dict.fromkeys(self.spellings, False)
         takes_value |= {word: True for option in self._options if not option.is_flag for word in option.opts}
         own: list[str] = []
@@ -100,7 +100,7 @@ class Command(click.Command):
         while rest:
             word = rest.popleft()
             name, given, _ = word.partition("=")
-            if word == "--":  # what follows are no options
+            if word == "--":  # no options follow
                 own += [word, *rest]
                 break
             if not word.startswith("--"):
@@ -118,7 +118,11 @@ class Command(click.Command):
         return own, unknown
 
     def _check(self, ctx: click.Context, unknown: Sequence[str]) -> None:
-        """Find, among words that are no options of the command, those that are no settings either."""
+        """Reject unknown options, except valid settings if the command takes settings.
+
+        Raises:
+            UserError: an option is neither; the message suggests what was meant.
+        """
         named = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         canonical = [word for option in self._options for word in (option.opts[0], *option.secondary_opts)]
         if not self.takes_settings:
@@ -136,7 +140,7 @@ class Command(click.Command):
         check_words(unknown, study=self.name == "study")
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401  (click's)
-        """Run the command, if it may run in so many processes."""
+        """Run the command, unless it does not support the number of processes."""
         join_mpi()
         if num_processes() > 1 and not self.many_processes:
             raise UserError(
@@ -153,7 +157,7 @@ class Command(click.Command):
                 formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete options, and settings where these may follow."""
+        """Complete options, and settings if the command takes them."""
         items = super().shell_complete(ctx, incomplete)
         if self.takes_settings and incomplete.startswith("--"):
             from atdiff.study.recipe import StudyConfig, dotted_keys

@@ -9,7 +9,7 @@ from atdiff.cli.command import command
 
 __all__ = ["VARIABLE", "completion"]
 
-VARIABLE = "_ATDIFF_COMPLETE"  # by which the script asks atdiff what a word may be
+VARIABLE = "_ATDIFF_COMPLETE"  # the completion script sets it to ask atdiff for completions
 
 
 @command(
@@ -19,7 +19,7 @@ VARIABLE = "_ATDIFF_COMPLETE"  # by which the script asks atdiff what a word may
 )
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")), metavar="SHELL")
 def completion(shell: str) -> None:
-    """Print the script that completes commands, options, settings and names of atdiff in SHELL: bash, zsh or fish."""
+    """Print a script that completes atdiff's commands, options, settings and names in SHELL: bash, zsh or fish."""
     kind = get_completion_class(shell)
     assert kind is not None, shell
     print(kind(click.get_current_context().find_root().command, {}, "atdiff", VARIABLE).source())

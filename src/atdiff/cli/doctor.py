@@ -1,4 +1,4 @@
-"""``atdiff doctor``: what this machine has for atdiff, and what is missing for which command."""
+"""``atdiff doctor``: what is installed and cached on this machine, and what each command is missing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PACKAGES = (
 
 
 class Need(NamedTuple):
-    """What some commands need beside the rest."""
+    """Optional packages that some commands need."""
 
-    packages: tuple[str, ...]  # as they are imported
+    packages: tuple[str, ...]  # import names
     extra: str
     commands: str
 
@@ -35,7 +35,7 @@ NEEDS = (
 )
 
 
-# In the cache folder of atdiff.
+# File patterns in atdiff's cache folder.
 CACHED = {
     "*-classifier-*.safetensors": "trained classifiers",
     "references/*": "statistics of reference images",
@@ -45,7 +45,7 @@ CACHED = {
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, what was found, and whether something is missing."""
+    """One row: what was checked, what was found, and whether something is missing."""
 
     section: str
     name: str
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def findings() -> list[Finding]:
-    """Look at the machine; nothing is downloaded and nothing written."""
+    """Inspect the machine, without downloading or writing anything."""
     return [*_versions(), *_devices(), *_weights(), *_here(), *_extras()]
 
 
@@ -69,7 +69,7 @@ def doctor() -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("", "", Column("found", overflow="fold"))  # addresses are there to be copied whole
+    table = Table("", "", Column("found", overflow="fold"))  # not truncated, so that addresses can be copied
     section = None
     for one in findings():
         if one.section != section and section is not None:
@@ -77,7 +77,7 @@ def doctor() -> None:
         name = one.section if one.section != section else ""
         table.add_row(name, Text(one.name), Text(one.found), style="yellow" if one.missing else None)
         section = one.section
-    # Not cut to 80 columns where the output is a file that is sent along with a question.
+    # Wider than 80 columns if redirected to a file, such as for a bug report.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -113,7 +113,7 @@ def _devices() -> list[Finding]:
 
 
 def _weights() -> list[Finding]:
-    """Weights of the feature networks: downloaded at first use, or given with ``--weights``."""
+    """Return the weights of the feature networks, which are downloaded at first use or given with ``--weights``."""
     import torch
 
     from atdiff.metrics.registry import EXTRACTORS
@@ -145,7 +145,7 @@ def _weights() -> list[Finding]:
 
 
 def _here() -> list[Finding]:
-    """What can be used without a network: data sets, pipelines of the hub's cache, and what atdiff has computed."""
+    """Return what can be used offline: bundled data sets, the hub's cache, and atdiff's own cache."""
     from atdiff.study.recipe import bundled_recipes
     from atdiff.system.files import cache_folder
 
@@ -160,7 +160,7 @@ def _here() -> list[Finding]:
 
 
 def _of_the_hub() -> list[tuple[str, str]]:
-    """Return the repositories in the cache of the hub, and what they take."""
+    """Return the repositories in the hub's cache, and their sizes."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:

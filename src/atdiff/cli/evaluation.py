@@ -1,4 +1,4 @@
-"""What ``evaluate`` and ``compare`` are told of how runs are evaluated."""
+"""The evaluation options that ``evaluate`` and ``compare`` share."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class Evaluation:
     """How runs are evaluated.
 
     Attributes:
-        options: the arguments of an :class:`atdiff.measure.cells.EvaluationConfig`, less the seeds; ``weights`` as on
-            the command line, and ``extractor`` None for that which suits the images.
-        given: whether any of them was on the command line.
+        options: the arguments of an :class:`atdiff.measure.cells.EvaluationConfig`, except the seeds; ``weights`` as on
+            the command line, and ``extractor`` None to choose it by the images.
+        given: whether any of them was given on the command line.
     """
 
     options: dict[str, Any]
     given: bool
 
     def checked(self, runs: Sequence[str], out: Path, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Return the arguments of an ``EvaluationConfig`` for runs, after what is wrong with them is found.
+        """Check the options for these runs, and return the arguments of an ``EvaluationConfig``.
 
         Raises:
-            UserError: a name that does not exist, a number out of range, or weights that cannot be had.
+            UserError: a name is unknown, a number is out of range, or weights are unavailable.
         """
         from atdiff.metrics.registry import check_names
         from atdiff.study.extractor import choose_extractor
@@ -73,14 +73,14 @@ class Evaluation:
             runs, asked["metrics"], asked["data"], asked["reading"]
         )
         asked["weights"] = options.weights_files(asked["weights"], asked["extractor"])
-        # A file that is there may hold all that is asked for.
+        # An existing file may already contain all requested cells.
         networks = {"with_networks": not out.exists(), "with_prompts": asked["prompts"] is not None}
         check_metrics_of(asked["metrics"], asked["extractor"], asked["weights"], **networks)
         return asked
 
 
 def add_evaluation(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of an :class:`Evaluation`, which is passed on as ``evaluation``."""
+    """Add the options of an :class:`Evaluation`, which is passed to the function as ``evaluation``."""
 
     @wraps(function)
     def with_evaluation(reading: Any, **asked: Any) -> None:  # noqa: ANN401

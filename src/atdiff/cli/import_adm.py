@@ -54,7 +54,7 @@ def import_adm(
 ) -> None:
     """Convert FILE, a guided-diffusion state dict (.pt, .safetensors or .npz), to a diffusers pipeline.
 
-    These options cannot be read from the weights. For the published checkpoints they are known; for others, set them.
+    The options below cannot be read from the weights. For the published checkpoints they are known; else set them.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")

@@ -1,4 +1,4 @@
-"""What an interrupted command has saved, from what is on the disk."""
+"""Finds out what an interrupted command has saved, from the files on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTHING = "nothing is saved, and the same command starts over."
 
 
 def after_interruption(command: str | None, out: Path | None) -> str:
-    """Return, for a person who has pressed Ctrl-C, what the command has saved and what the same command will do."""
+    """Return, for a user who pressed Ctrl-C, what the command has saved and what running it again will do."""
     if out is None:
         return "nothing is saved."
     if command == "train":
@@ -48,7 +48,7 @@ def _of_run(run: Path) -> str:
 
 
 def _of_study(out: Path) -> str:
-    # Those of a sweep are in folders of its rungs.
+    # The runs of a sweep are in one folder per rung.
     runs = [file.parent for pattern in ("", "runs*/") for file in sorted(out.glob(f"{pattern}seed-*/*/config.yaml"))]
     finished = sum(map(_is_finished, runs))
     begun = sum(1 for run in runs if not _is_finished(run) and _newest_pass(run))

@@ -37,7 +37,7 @@ def mismatch(runs: tuple[str, ...], extractor: str | None, weights: tuple[str, .
 
     check_sampling(**{name: asked[name] for name in ("sampler", "steps", "num", "seed", "correction")})
     entries = read_entries(out / "mismatch.json")
-    # Latents have no features: whether the network that suits the images is needed at all is known with the runs.
+    # Latents have no features: without --extractor, only the loaded runs show whether a feature network is needed.
     needed = extractor is not None and not entries
     extractor = extractor or choose_extractor(runs, ("fid",), asked["data"], asked["reading"])
     files = options.weights_files(weights, extractor)

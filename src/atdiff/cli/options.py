@@ -1,4 +1,4 @@
-"""Options that several commands share, and the values that they take."""
+"""Options shared by several commands, and the types of their values."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Decorator = Callable[[Function], Function]
 
 
 class Option(click.Option):
-    """An option whose help shows a default in words as it shows a value, without click's brackets."""
+    """An option whose help shows a default in words the same way as a value, without click's parentheses."""
 
     def get_help_extra(self, ctx: click.Context) -> Any:  # noqa: ANN401  (a typed dictionary of click's)
-        """Return what help shows after the text of the option."""
+        """Return what help shows after the option's text."""
         extra = super().get_help_extra(ctx)
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default
@@ -39,7 +39,7 @@ class Option(click.Option):
 
 
 class Word(click.ParamType):
-    """A word of which some are known, and completed; whether it is one of these is checked with everything else."""
+    """A word with completion for the known ones; whether it is valid is checked later, with all other settings."""
 
     name = "word"
 
@@ -47,13 +47,13 @@ class Word(click.ParamType):
         self.known, self.kind = known, kind
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Complete the word, or the last of several."""
+        """Complete the word, or the last in a list."""
         before, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{word}") for word in self.known if word.startswith(last)]
 
 
 class One(Word):
-    """One value, where other commands take several."""
+    """A single value, for options that take several in other commands."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         """Return the value.
@@ -70,13 +70,13 @@ class One(Word):
 
 
 class Several(Word):
-    """Values that are separated by commas, as a tuple."""
+    """Comma-separated values, as a tuple."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple:
         """Return the values.
 
         Raises:
-            UserError: there are none, or they are of another kind.
+            UserError: there are none, or one has the wrong type.
         """
         if isinstance(value, tuple):
             return value
@@ -96,14 +96,14 @@ class Prompts(click.ParamType):
     name = "file"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Complete a file."""
+        """Complete a file name."""
         return [CompletionItem(incomplete, type="file")]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ANN401
         """Return the prompts.
 
         Raises:
-            UserError: there are none, or the file cannot be read.
+            UserError: the file is empty or cannot be read.
         """
         if isinstance(value, tuple):
             return value
@@ -118,15 +118,15 @@ class Prompts(click.ParamType):
 
 
 class Size(click.ParamType):
-    """``512``, or ``512x768`` for a width of 512 and a height of 768, as height and width."""
+    """``512``, or ``512x768`` for width 512 and height 768, as ``(height, width)``."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:  # noqa: ANN401
-        """Return height and width.
+        """Return ``(height, width)``.
 
         Raises:
-            UserError: they are no whole numbers above 0.
+            UserError: they are not positive integers.
         """
         if isinstance(value, tuple):
             return value
@@ -145,7 +145,7 @@ class Recipe(click.ParamType):
     name = "recipe"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Complete the name, or else a file."""
+        """Complete the name of a bundled recipe, or else a file name."""
         from atdiff.study.recipe import bundled_recipes
 
         names = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
@@ -153,7 +153,7 @@ class Recipe(click.ParamType):
 
 
 def shared(*options: Decorator) -> Decorator:
-    """Return one decorator for several, which help lists in this order."""
+    """Combine decorators into one; help lists their options in this order."""
 
     def decorate(function: Function) -> Function:
         for option in reversed(options):
@@ -166,7 +166,7 @@ def shared(*options: Decorator) -> Decorator:
 def option(
     *names: str, help: str, type: Any = None, metavar: str = "NAME", default: object = None, unset: str = ""  # noqa: ANN401
 ) -> Decorator:  # fmt: skip
-    """Return an option whose help tells its default, or in words what happens ``unset``."""
+    """Return an option whose help shows its default, or the words ``unset`` for what happens without it."""
     shown = unset or default is not None
     return click.option(*names, cls=Option, help=help, type=type, metavar=metavar, default=default, show_default=shown)
 
@@ -179,7 +179,7 @@ def number(name: str, default: int, help: str) -> Decorator:
 def one(
     name: str, help: str, *, kind: type = str, known: Collection[str] = (), default: object = None, unset: str = ""
 ) -> Decorator:
-    """Return an option that takes one value, under its plural (or singular) too: some commands take several."""
+    """Return an option that takes one value, also under its plural (or singular), as some commands take several."""
     names = f"--{name}", f"--{name[:-1] if name.endswith('s') else f'{name}s'}", name
     metavar = "N" if kind is int else "NAME"
     return option(*names, help=help, type=One(known, kind), metavar=metavar, default=default, unset=unset)
@@ -188,7 +188,7 @@ def one(
 def several(
     names: str, help: str, *, kind: type = str, known: Collection[str] = (), default: object = None, unset: str = ""
 ) -> Decorator:
-    """Return an option that takes values separated by commas, under both of its ``names``: ``seeds/seed``."""
+    """Return an option that takes comma-separated values, under both of its ``names``, such as ``seeds/seed``."""
     plural, singular = names.split("/")
     metavar = {int: "N[,N...]", float: "X[,X...]"}.get(kind, "NAME[,NAME...]")
     return option(
@@ -198,13 +198,13 @@ def several(
 
 
 def runs(metavar: str = "RUN...") -> Decorator:
-    """Return the argument of runs: training folders, pipeline folders or hub ids."""
+    """Return the argument for runs: training folders, pipeline folders or hub ids."""
     return click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar=metavar)
 
 
 def out(help: str, default: Path | None = None, *, unset: str = "") -> Decorator:
-    """Return the option of where a command writes: required, unless it has a default or ``unset`` says what happens."""
-    # Not "default=None", which click takes for a value.
+    """Return ``--out``, where a command writes: required, unless there is a default or ``unset`` says what happens."""
+    # Do not pass default=None, which click treats as a value.
     more: dict[str, Any] = {"required": True} if default is None else {"default": default, "show_default": True}
     more = {"show_default": unset} if unset else more
     return click.option("--out", cls=Option, type=click.Path(path_type=Path), metavar="PATH", help=help, **more)
@@ -246,13 +246,13 @@ inference = shared(
 
 
 def _reading(name: str, help: str, metavar: str = "NAME", type: type | click.ParamType | None = None) -> Decorator:
-    """Return an option that is called as the setting of training too."""
+    """Return an option that is also accepted under the name of the training setting, ``--data.NAME``."""
     names = f"--{name.replace('_', '-')}", f"--data.{name}", name
     return option(*names, help=help, type=type, metavar=metavar, unset="as in training")
 
 
 def reading(images: str) -> Decorator:
-    """Return the options of which ``images`` are taken and how they are read: ``data`` and ``reading``."""
+    """Return the options for where ``images`` come from and how to read them, passed as ``data`` and ``reading``."""
     # fmt: off
     options = shared(
         option(
@@ -303,6 +303,6 @@ features = shared(network, reading("reference images"))
 
 
 def weights_files(words: Sequence[str], extractor: str) -> dict[str, Path]:
-    """Return weights files by extractor; a file without a name is that of the chosen extractor."""
+    """Return weights files by extractor; a file without a name belongs to the chosen extractor."""
     parted = (word.rpartition("=") for word in words)
     return {name or extractor: Path(path) for name, _, path in parted}

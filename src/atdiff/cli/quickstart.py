@@ -13,7 +13,7 @@ from atdiff.cli.study import run_recipe
 
 __all__ = ["quickstart"]
 
-# Two networks of the study cifar10-small-flow, of one seed; studies/ship_pair.py puts them there, beside their base.
+# Two networks from one seed of the study cifar10-small-flow; studies/ship_pair.py puts them here, beside their base.
 PAIR = Path(__file__).parent.parent / "pretrained"
 ARMS = {"plain": "cifar10-plain", "atdiff": "cifar10-atdiff"}
 STEPS = (4, 8, 16)
@@ -39,7 +39,7 @@ def quickstart(invocation: Invocation, out: Path, jobs: int | None) -> None:
 
 
 def _draw_pair(picture: Path) -> None:
-    """Draw the same noise with both networks of the pair, at a few steps, side by side; what is there stays."""
+    """Sample from the same noise with both networks, side by side, at a few steps, unless the picture exists."""
     if picture.exists():
         return
     from atdiff.report.samples import sample_grids, samples_picture

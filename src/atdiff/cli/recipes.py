@@ -52,7 +52,7 @@ def recipes(recipe: str | None, as_json: bool, schema: bool) -> None:
 
 
 def _list(found: Sequence[Recipe]) -> None:
-    """Print a line per recipe; the rest is what `atdiff recipes NAME` is for."""
+    """Print one line per recipe."""
     names, titles = max(len(one.name) for one in found), max(len(one.title) for one in found)
     for one in found:
         cost = re.split(r"[:;(,]", one.cost)[0].strip()
@@ -61,7 +61,7 @@ def _list(found: Sequence[Recipe]) -> None:
 
 
 def _show(name: str, recipe: Recipe) -> None:
-    """Print all of one recipe, and how it is run."""
+    """Print one recipe in full, and how to run it."""
     print(textwrap.fill(recipe.about, 100), f"\nCost: {recipe.cost}", sep="\n")
     if recipe.arms:
         print("\nArms:")

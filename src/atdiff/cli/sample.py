@@ -129,23 +129,23 @@ def sample(
 
 
 def _prompts(given: tuple[str, ...], of_file: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return the prompts of either option; a UserError where both name some."""
+    """Return the prompts of either option; both together are a UserError."""
     if given and of_file is not None:
         raise UserError("--prompt and --prompts cannot be combined: give one of them.")
     return given or of_file
 
 
 def _loaded(run: str, asked: dict[str, Any], sampler: str | None, **loading: Any) -> Any:  # noqa: ANN401
-    """Return the model of a run, which draws what is asked for.
+    """Load the model of a run, set to the requested prompts and size.
 
     Args:
-        run: which.
-        asked: arguments of :meth:`atdiff.pipelines.text_to_image.TextToImage.asked`, for pipelines of latents alone.
-        sampler: the one that was named, if any.
-        loading: how it is loaded.
+        run: a training folder, a pipeline folder or file, or a hub id.
+        asked: arguments of :meth:`atdiff.pipelines.text_to_image.TextToImage.asked`; None except for latent pipelines.
+        sampler: the requested sampler, if any.
+        loading: arguments of :func:`atdiff.pipelines.model.load_denoiser`.
 
     Raises:
-        UserError: it cannot be loaded, or takes nothing of the kind.
+        UserError: the run cannot be loaded, or does not support an option.
     """
     from atdiff.pipelines.model import load_denoiser
     from atdiff.pipelines.text_to_image import TextToImage

@@ -47,8 +47,8 @@ def run_recipe(
     """Run or resume the study of a recipe.
 
     Args:
-        line: the command line that its report quotes.
-        first: what is done once the recipe and the folder are known to be right.
+        line: the command line, quoted in the report.
+        first: called once the recipe and the folder have been checked.
     """
     from atdiff.study.preflight import check_study
     from atdiff.study.recipe import load_recipe, split_words

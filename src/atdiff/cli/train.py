@@ -71,7 +71,7 @@ def train(
     from atdiff.study.recipe import load_recipe, resolve
     from atdiff.training.interrupt import StopRequest, parse_duration
 
-    # From here on: loading counts too.
+    # Before loading, which counts towards --max-time.
     stop = StopRequest(None if max_time is None else parse_duration(max_time), signals=True)
     config = resolve(load_recipe(recipe), arm, settings)
     if dry_run:

@@ -51,21 +51,21 @@ def tune(
 ) -> None:
     """Find the setting that improves RUN, a denoiser's training folder, the most, and print its recipe line.
 
-    Plain training and eight candidates start from the run: adversaries with doses for STEPS, half and twice as many
-    steps, and with four fixed doses, and explorative modelling. All train for equal passes in three rungs, and only the
-    better half of them reaches the next rung. The last rung compares them with plain training over several seeds. Arms
-    of a LoRA start again from the base of RUN. Training settings can follow, such as --optimizer.lr 5e-4.
+    Plain training and eight candidates start from the run: three adversaries with doses for STEPS, half and twice as
+    many steps, four with fixed doses, and explorative modelling. All train for equal passes in three rungs, and only
+    the better half of them reaches the next rung. The last rung compares them with plain training over several seeds.
+    For a LoRA, all arms restart from the base of RUN. Training settings can follow, such as --optimizer.lr 5e-4.
     """
     from atdiff.study.preflight import check_metrics_of
     from atdiff.study.tuning import Tuning, plan
 
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1.")
-    files = options.weights_files(weights, "")  # a file without a name is that of the extractor, chosen in the plan
+    files = options.weights_files(weights, "")  # a file without a name belongs to the extractor, chosen in the plan
     sweep = plan(Tuning(run, steps, sampler, passes, repeats, num, extractor, files, tuple(settings)))
     check_metrics_of(sweep.recipe.study.metrics, sweep.recipe.study.extractor, sweep.tuning.weights)
     from atdiff.study.tune import tune_run
 
     folder = out or Path(f"{run.rstrip('/')}-tune")
-    invocation.out = folder  # for the sentence after an interruption
+    invocation.out = folder  # for the message after an interruption
     tune_run(sweep, folder, command=invocation.line, jobs=jobs)
