@@ -442,7 +442,7 @@ def interruptible(place: Path) -> Iterator[Path]:
         ("atdiff.measure.cells:_Judge.judged", 1, EVALUATE, "(1 in cells.json)"),
         ("atdiff.pipelines.trained:iter_generate", 0, ["sample", "theirs", "--out", "x.npz"], "nothing is saved"),
         ("atdiff.training.tasks.pixels:load_data", 0, TRAIN, "nothing is saved"),
-        ("atdiff.training.loop:write_card", 0, TRAIN, "run has a checkpoint of pass 6, where"),
+        ("atdiff.training.loop:write_card", 0, TRAIN, "run has a checkpoint at pass 6, and"),
         ("atdiff.study.study:Trainer", 0, STUDY, "no run has saved anything yet"),
         ("atdiff.study.study:publish", 0, STUDY, "out has 3 trained runs"),
     ],

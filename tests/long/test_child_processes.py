@@ -60,7 +60,7 @@ def test_interrupted_command_reports_its_checkpoint(tmp_path: Path, monkeypatch:
     assert process.returncode in (75, 130), error
     last = error.strip().splitlines()[-1]
     assert last.startswith("atdiff: interrupted; ")
-    assert "run has a checkpoint of pass 6, where" in last
+    assert "run has a checkpoint at pass 6, and" in last
 
 
 def test_ctrl_c_during_training_saves(tmp_path: Path) -> None:

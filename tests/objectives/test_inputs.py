@@ -136,7 +136,7 @@ def image_mistakes() -> list[tuple[Any, str]]:
         (torch.zeros(4), "x0 has the shape (4,)"),
         (torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "with channels last; use x0.permute(0, 3, 1, 2)"),
         (torch.tensor(0.0), "x0 has the shape ()"),
-        (x0.index_fill(0, torch.tensor([1]), float("nan")), "x0 runs from nan to nan"),
+        (x0.index_fill(0, torch.tensor([1]), float("nan")), "x0 ranges from nan to nan"),
         (x0.index_fill(0, torch.tensor([1]), float("inf")), "expected finite values"),
     ]
 

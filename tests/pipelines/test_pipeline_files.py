@@ -112,21 +112,21 @@ def test_requested_variant_is_chosen(unet: str, vae: str, asked: str | None, fou
     ("unet", "vae", "found"), [("fp16", "fp16", "fp16"), ("fp16", "- fp16", "fp16"), ("a b", "a", "a")]
 )
 def test_only_variant_is_chosen_with_a_warning(unet: str, vae: str, found: str) -> None:
-    with pytest.warns(UserWarning, match=f"x only has weights of the variant '{found}'"):
+    with pytest.warns(UserWarning, match=f"x only has '{found}' weights"):
         assert choose_variant("x", files(unet, vae), INDEX, None) == found
 
 
 @pytest.mark.parametrize(
     ("unet", "vae", "asked", "message"),
     [
-        ("fp16", "fp16", "bf16", "x has no weights of the variant 'bf16', but those of 'fp16': give --variant fp16"),
-        ("-", "-", "fp16", "no weights of the variant 'fp16', but plain ones: leave out --variant"),
-        ("- a", "- b", "c", "plain ones and those of 'a' and those of 'b': give --variant a or --variant b or leave"),
+        ("fp16", "fp16", "bf16", "x has no 'bf16' weights, only 'fp16': give --variant fp16"),
+        ("-", "-", "fp16", "no 'fp16' weights, only plain weights: leave out --variant"),
+        ("- a", "- b", "c", "only plain weights and 'a' and 'b': give --variant a or --variant b or leave"),
         (
             "a b",
             "a b",
             None,
-            "x has no plain weights, but those of 'a' and those of 'b': give --variant a or --variant b",
+            "x has no plain weights, only 'a' and 'b': give --variant a or --variant b",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_requested_variant_is_loaded(plain_and_fp16: Path, fp16_only: Path) -> N
     assert denoiser.recipe["variant"] == "fp16"  # metrics of another variant get their own cell
     assert "variant" not in load_denoiser(str(plain_and_fp16)).recipe
     assert same(load_latent_pipeline(str(plain_and_fp16), variant="fp16").network, half)
-    with pytest.warns(UserWarning, match="only has weights of the variant 'fp16'"):
+    with pytest.warns(UserWarning, match="only has 'fp16' weights"):
         assert same(load_denoiser(str(fp16_only)).model, half)
     with pytest.raises(UserError, match="give --variant fp16 or leave out --variant"):
         load_denoiser(str(plain_and_fp16), variant="bf16")
@@ -199,7 +199,7 @@ def test_every_command_takes_a_variant(command: str, tmp_path: Path, capsys: pyt
                        "--restarts", "1", "--out", str(tmp_path / "r")],
     }  # fmt: skip
     assert main([command, *words[command], "--variant", "bf16"]) == 2
-    assert "no weights of the variant 'bf16', but those of 'fp16': give --variant fp16" in capsys.readouterr().err
+    assert "no 'bf16' weights, only 'fp16': give --variant fp16" in capsys.readouterr().err
     assert main([command, *words[command], "--variant", "fp16"]) == 0
 
 

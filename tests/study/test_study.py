@@ -192,7 +192,7 @@ def test_sample_follows_the_path_and_never_overwrites_it(
         (["evaluate", "RUN", "--samplers", "ddpm", "--out", "x.json"], "'ddpm' is unknown"),
         (["evaluate", "RUN", "--extractor", "vgg", "--out", "x.json"], "vgg"),
         (["import-adm", "nothing.pt", "--out", "x"], "nothing.pt"),
-        (["frobnicate"], "invalid choice"),
+        (["frobnicate"], "'frobnicate' is unknown"),
         (["recipes", "--all"], "unrecognised arguments --all"),
         (["quickstart", "--jobs", "0", "--out", "x"], "--jobs 0"),
     ],

@@ -81,7 +81,7 @@ def test_sharding_by_the_launcher_is_rejected(
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     assert main(["train", recipe, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert f"of the launcher (ACCELERATE_USE_{name}=true) is not supported" in error
+    assert f"(ACCELERATE_USE_{name}=true), which is not supported" in error
     assert "set training.shard=true" in error
     assert not (tmp_path / "run").exists()
 

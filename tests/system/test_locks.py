@@ -57,7 +57,7 @@ def test_second_run_in_a_folder_is_rejected(recipe: str, tmp_path: Path, capsys:
         assert main(words) == 2
         error = capsys.readouterr().err
         assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 2" in error
-        assert error.strip().endswith("wait until it has ended, or choose another --out.")
+        assert error.strip().endswith("wait until it ends, or choose another --out.")
         assert main(["study", recipe, "--out", str(out)]) == 2
         # A killed process leaves its lock file but holds no lock.
         first.kill()

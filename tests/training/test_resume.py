@@ -154,7 +154,7 @@ def test_extended_run_does_not_load_its_old_pipeline(tmp_path: Path, noted: bool
     assert load_denoiser(str(folder)).weights_name.startswith("EMA 0.9 (warmed up to 0.3077")
     with pytest.raises(Stopped):
         run(folder, "plain", stop=StopAt(2))
-    with pytest.raises(UserError, match="run is on its way to 11 passes, and its pipeline is still that of 4: run"):
+    with pytest.raises(UserError, match="not finished its 11 passes, and its pipeline is still from pass 4: run"):
         load_denoiser(str(folder))
     run(folder, "plain")
     weights = load_denoiser(str(folder)).fingerprints()["weights"]

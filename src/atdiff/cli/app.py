@@ -52,7 +52,7 @@ class _Atdiff(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise UserError(f"command {args[0]!r} is an invalid choice; {nearest(args[0], list(self.commands))}")
+            raise UserError(f"command {args[0]!r} is unknown; {nearest(args[0], list(self.commands))}")
         return super().resolve_command(ctx, args)
 
 

@@ -44,7 +44,7 @@ def _of_run(run: Path) -> str:
     newest = _newest_pass(run)
     if not newest:
         return NOTHING
-    return f"{run} has a checkpoint of pass {newest}, where the same command resumes."
+    return f"{run} has a checkpoint at pass {newest}, and the same command resumes there."
 
 
 def _of_study(out: Path) -> str:
@@ -54,7 +54,7 @@ def _of_study(out: Path) -> str:
     begun = sum(1 for run in runs if not _is_finished(run) and _newest_pass(run))
     if not finished and not begun:
         return "no run has saved anything yet, and the same command starts over."
-    return f"{out} has {finished} trained runs and checkpoints of {begun} more, where the same command resumes."
+    return f"{out} has {finished} trained runs and checkpoints of {begun} more, and the same command resumes there."
 
 
 def _of_figures(files: list[Path], what: str) -> str:

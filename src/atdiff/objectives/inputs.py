@@ -148,10 +148,10 @@ class FirstBatches:
         low, high = (float(value) for value in x0.detach().aminmax())
         # Also false for NaN. In later batches, skipping the update is up to the optimizer or gradient scaler.
         if first and not (low > -float("inf") and high < float("inf")):
-            raise UserError(f"x0 runs from {low:.4g} to {high:.4g}, expected finite values in [-1, 1].")
+            raise UserError(f"x0 ranges from {low:.4g} to {high:.4g}, expected finite values in [-1, 1].")
         if low >= 0 and high > LARGEST * self.schedule.sigma_data:
             raise UserError(
-                f"x0 runs from {low:.4g} to {high:.4g}, expected [-1, 1]; give images as torch.uint8, or as "
+                f"x0 ranges from {low:.4g} to {high:.4g}, expected [-1, 1]; give images as torch.uint8, or as "
                 "x0 / 127.5 - 1."
             )
         self._unsigned += 0.0 <= low < high <= 1.0

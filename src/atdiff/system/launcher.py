@@ -64,6 +64,6 @@ def refuse_other_training() -> None:
     for name, what in _OTHER_TRAINING.items():
         if os.environ.get(name, "false").lower() not in ("false", "no", "0", ""):
             raise UserError(
-                f"{what} of the launcher ({name}={os.environ[name]}) is not supported: launch with --multi_gpu "
-                "only, and set training.shard=true to split the weights over the processes."
+                f"the launcher requests {what} ({name}={os.environ[name]}), which is not supported: launch with "
+                "--multi_gpu only, and set training.shard=true to split the weights over the processes."
             )

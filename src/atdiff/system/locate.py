@@ -163,7 +163,7 @@ def check_local(run: str) -> None:
         published, passes = published_passes(run), (config.get("training") or {}).get("passes")
         if published not in (None, passes):
             raise UserError(
-                f"{run} is on its way to {passes} passes, and its pipeline is still that of {published}: run its "
+                f"{run} has not finished its {passes} passes, and its pipeline is still from pass {published}: run its "
                 "`atdiff train` command again to resume it."
             )
     elif is_single_file(run):

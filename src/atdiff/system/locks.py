@@ -73,7 +73,7 @@ def writing(lock: Path, out: Path) -> Iterator[None]:
     try:
         holder = from_main(holder)
         if holder is not None:
-            raise UserError(f"{out} is in use by {holder}: wait until it has ended, or choose another --out.")
+            raise UserError(f"{out} is in use by {holder}: wait until it ends, or choose another --out.")
         yield
     finally:
         if descriptor is not None:

@@ -87,7 +87,7 @@ def check_class(source: str, index: Mapping[str, Any] | Path, *, pixels: bool = 
     name = class_name(index)
     if name in LATENTS or (pixels and name in PIXELS):
         return
-    of_pixels = f", or one of pixels ({', '.join(PIXELS)})" if pixels else ""
+    of_pixels = f", or a pixel-space one ({', '.join(PIXELS)})" if pixels else ""
     raise UserError(f"{source} is a {name}: expected a {' or a '.join(LATENTS)}{of_pixels}{_remedy(source, name)}.")
 
 
@@ -165,17 +165,17 @@ def choose_variant(source: str, names: Collection[str], index: Mapping[str, Any]
         instead = "leave out --variant" if complete(None) else ""
         remedies = " or ".join(filter(None, [f"give {others}" if others else "", instead]))
         raise UserError(
-            f"{source} has no weights of the variant {asked!r}, but {_listed(some, plain=complete(None))}: "
+            f"{source} has no {asked!r} weights, only {_listed(some, plain=complete(None))}: "
             f"{remedies or 'save it whole'} (model.variant in a recipe)."
         )
     if complete(None) or not usable:
         return None
     if len(usable) > 1:
         raise UserError(
-            f"{source} has no plain weights, but {_listed(some, plain=False)}: give {others} (model.variant in a "
+            f"{source} has no plain weights, only {_listed(some, plain=False)}: give {others} (model.variant in a "
             "recipe)."
         )
-    warnings.warn(f"{source} only has weights of the variant {usable[0]!r}, which are used.", stacklevel=2)
+    warnings.warn(f"{source} only has {usable[0]!r} weights, so these are used.", stacklevel=2)
     return usable[0]
 
 
@@ -196,7 +196,7 @@ def check_variant(run: str, variant: str | None) -> None:
 
 
 def _listed(variants: Sequence[str], *, plain: bool) -> str:
-    names = [*(["plain ones"] if plain else []), *(f"those of {variant!r}" for variant in variants)]
+    names = [*(["plain weights"] if plain else []), *map(repr, variants)]
     return " and ".join(names) or "none that diffusers knows"
 
 
