@@ -21,6 +21,6 @@ def free(attack: Attack, forward: Forward, batch: Batch, kept: Kept) -> Iterator
     for k in range(attack.num_passes):
         last = k == attack.num_passes - 1
         output, delta = forward(batch, delta, track=not last)
-        yield batch, output, output.loss  # the caller runs backward and its optimizer
+        yield batch, output, output.loss  # the caller runs backward and the optimizer step
         if not last:
             delta = attack.moved(delta, batch, output)

@@ -217,10 +217,10 @@ class ConsistencyObjective:
         return batch
 
     def neighbour(self, batch: ConsistencyBatch, x_t: Tensor) -> Tensor:
-        """Return the estimate at ``s`` of the trajectory through ``x_t``, ``(B, ...)``."""
+        """Return the estimate ``x_s``, ``(B, ...)``, on the trajectory through ``x_t``."""
         if self.teacher is None:
             _, sigma = self.schedule(batch.timesteps)
-            # The noise that makes x_t of x0, which is the drawn one where x_t is not perturbed.
+            # The noise that gives x_t from x0; it is the drawn noise if x_t is not perturbed.
             noise = batch.noise + divide(x_t - batch.x_t, expand(sigma, x_t))
             return self.schedule.add_noise(batch.x0, noise, batch.next_timesteps)
         return self.teacher.step(
