@@ -289,6 +289,24 @@ def test_processes_with_other_batch_shapes_share_the_measurement(monkeypatch: py
     assert (one.batches, one.factor) == (other.batches, other.factor)
 
 
+def test_processes_share_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process solves it for its own first batch; all then use the mean."""
+    objective, data = DenoisingObjective(FLOW, "flow"), [gaussian_data(64), 3.0 * gaussian_data(64)]
+    own = [AutoDose(4, 0.0), AutoDose(4, 0.0)]
+    for auto, x0 in zip(own, data, strict=True):
+        auto.fit(x0, objective.schedule)
+    mean = (own[0].table + own[1].table) / 2
+    assert not torch.allclose(own[0].table, mean)
+
+    def mean_over_processes(value: Tensor) -> Tensor:
+        return mean if torch.equal(value, own[0].table) else value
+
+    monkeypatch.setattr("atdiff.adversary.auto_dose.mean_over_processes", mean_over_processes)
+    auto = AutoDose(4, 0.0)
+    auto.observe(objective, linear(best_slope), objective.draw(data[0]))
+    assert torch.equal(auto.table, mean)
+
+
 def test_saved_dose_resumes() -> None:
     torch.manual_seed(0)
     objective, data = DenoisingObjective(FLOW, "flow"), gaussian_data(64)

@@ -108,6 +108,7 @@ class AutoDose:
         """Draw samples if a check is due, and correct the dose by their variance."""
         if not len(self.table):
             self.fit(batch.x0, objective.schedule)
+            self.table = mean_over_processes(self.table)  # each has solved it for its own batch
         if self.batches % self.every:
             self.batches += 1
             return

@@ -20,13 +20,14 @@ def quiet_libraries() -> Iterator[None]:
         from transformers.utils import logging as of_transformers
 
         loggers.append(of_transformers)
-    before = [logger.get_verbosity() for logger in loggers]
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
         yield
     finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
+        for logger, (verbosity, had_bars) in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)
-            logger.enable_progress_bar()
+            if had_bars:
+                logger.enable_progress_bar()
