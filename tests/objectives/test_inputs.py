@@ -91,7 +91,6 @@ def test_prediction_aliases_are_accepted(scheduler: Any, word: Any, means: str) 
         (DDPMScheduler(), "velocity"),  # of the flow, or v?
         (DDPMScheduler(), "flow"),
         (DDPMScheduler(), "score"),
-        (DDPMScheduler(), ""),
         (FLOW(), "eps"),
         (FLOW(), "x0"),
         (EDMEulerScheduler(), "v"),
@@ -101,11 +100,14 @@ def test_prediction_aliases_are_accepted(scheduler: Any, word: Any, means: str) 
     ],
 )
 def test_prediction_names_that_do_not_fit_are_rejected(scheduler: Any, word: Any) -> None:
-    if not word:
-        assert DenoisingObjective(scheduler, word).prediction_type == "epsilon"
-        return
     with pytest.raises(UserError, match=f"prediction_type={word!r} does not fit .*; expected '"):
         DenoisingObjective(scheduler, word)
+
+
+@pytest.mark.parametrize("said", ["epsilon", "sample"])
+def test_empty_prediction_name_means_the_schedulers(said: str) -> None:
+    objective = DenoisingObjective(DDPMScheduler(prediction_type=said), "")  # type: ignore[arg-type]
+    assert objective.prediction_type == said
 
 
 @pytest.mark.parametrize("make", OBJECTIVES)
@@ -288,7 +290,7 @@ OUTPUTS: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: None, "the network returned a NoneType"),
     (lambda x: x.detach().numpy(), "the network returned a ndarray"),
     (lambda x: {"a": x, "b": x}, "a dict with a, b, expected a tensor"),
-    (lambda x: {}, "a dict with , expected"),
+    (lambda x: {}, "the network returned an empty dict, expected a tensor"),
     (lambda x: (), "the network returned a tuple"),
     (lambda x: torch.distributions.Normal(x, 1.0), "the network returned a Normal"),
     (lambda x: x.flatten(1), "the network returned the shape (4, 64) for samples of (4, 1, 8, 8)"),

@@ -112,10 +112,11 @@ def _prediction(output: Any) -> Tensor:  # noqa: ANN401
         found = output[0]
     if isinstance(found, Tensor):
         return found
-    keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    told = f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        told = f"{told} with {', '.join(map(str, output))}" if output else f"an empty {type(output).__name__}"
     raise UserError(
-        f"the network returned a {type(output).__name__}{keys}, expected a tensor, a tuple that starts with one, "
-        "or an output with `sample`."
+        f"the network returned {told}, expected a tensor, a tuple that starts with one, or an output with `sample`."
     )
 
 
