@@ -124,12 +124,14 @@ def test_diffusers_training_step_equals_the_adversarys(kind: str) -> None:
 def test_costs_one_forward_pass_and_leaves_no_gradient() -> None:
     model = Network()
     scheduler, x0, noise, timesteps = batch("flow")
-    found = residual_noise(model, x0.bfloat16(), noise.bfloat16(), timesteps, scheduler, dose=0.2)
+    given = x0.bfloat16(), noise.bfloat16(), timesteps
+    before = [tensor.clone() for tensor in given]
+    found = residual_noise(model, *given, scheduler, dose=0.2)
     assert model.calls == 1
     assert found.dtype == torch.bfloat16
     assert not found.requires_grad
     assert all(weight.grad is None for weight in model.parameters())
-    assert torch.equal(noise, noise.clone())
+    assert all(map(torch.equal, given, before)), "an input was changed in place"
 
 
 def test_scheduler_prediction_type_can_be_set_later() -> None:
