@@ -21,7 +21,7 @@ from atdiff.measure.mismatch import MismatchConfig
 from atdiff.measure.robustness import RobustnessConfig
 from atdiff.metrics.registry import METRICS
 from atdiff.study.extractor import extractor_for
-from atdiff.study.recipe import bundled_recipes
+from atdiff.study.recipe import bundled_recipes, load_recipe
 
 OPTIONS = [
     pytest.param(name, option, id=f"{name} {option.opts[0]}")
@@ -136,14 +136,19 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     names = list(bundled_recipes())
     assert [line.split()[0] for line in lines[: len(names)]] == names
+    assert max(map(len, lines)) <= 140
+    titles = [load_recipe(name).title for name in names]
+    assert len({*names, *titles}) == 2 * len(names), "each has a title of its own"
     assert main(["recipes", "--json"]) == 0
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == names
     for name in ("quickstart", "cifar10-adm"):  # with arms, and without
+        recipe = load_recipe(name)
         assert main(["recipes", name, "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
+        assert (shown["about"], shown["cost"], shown["arms"]) == (recipe.about, recipe.cost, recipe.arms)
         assert main(["recipes", name]) == 0
         printed = " ".join(capsys.readouterr().out.split())
-        for text in (shown["about"], shown["cost"].strip(), *(f"{arm}:" for arm in shown["arms"])):
+        for text in (recipe.about, f"Cost: {recipe.cost.strip()}", *(f"{arm}: " for arm in recipe.arms)):
             assert text in printed
         assert f"atdiff train {name}" in printed
     assert main(["recipes", "quikstart"]) == 2

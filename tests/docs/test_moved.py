@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-import atdiff
 from atdiff._moved import MOVED
 
 
@@ -19,9 +18,3 @@ def test_moved_module_is_found_under_its_earlier_name(before: str, now: str) -> 
     assert found is module
     assert module.__spec__ is not None
     assert module.__spec__.name == f"atdiff.{now}"
-
-
-def test_public_names_are_listed_and_found() -> None:
-    assert set(atdiff.__all__) <= set(dir(atdiff))
-    for name in atdiff.__all__:
-        assert getattr(atdiff, name).__name__ == name

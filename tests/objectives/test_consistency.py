@@ -357,12 +357,10 @@ def test_even_pairs_of_edm_match_the_grid_of_cm_scheduler() -> None:
     torch.testing.assert_close(found, scheduler.timesteps.float().flip(0), rtol=1e-4, atol=1e-2)
 
 
-def test_ict_pairs_double_and_follow_the_log_normal() -> None:
+def test_ict_pairs_follow_the_log_normal() -> None:
     scheduler = CMStochasticIterativeScheduler()
     schedule = NoiseSchedule(scheduler)
     pairs = ImprovedPairs(schedule, Levels.of(scheduler, schedule), 1280)
-    # 10, 20, 40, ... in 8 even stages (iCT, eq. 13, with s0 = 10 and s1 = 1280).
-    assert [pairs.intervals_at(i / 8) for i in range(9)] == [10, 20, 40, 80, 160, 320, 640, 1280, 1280]
     torch.manual_seed(0)
     t, s, weights = pairs.sample(50_000, torch.device("cpu"), 1.0)
     sigma_t, sigma_s = (t / 250).exp(), (s / 250).exp()
@@ -432,7 +430,7 @@ def test_ict_curriculum_matches_the_paper(intervals: int) -> None:
     assert isinstance(pairs, ImprovedPairs)
     first = min(10, intervals)
     stage = math.floor(total / (math.log2(intervals // first) + 1))
-    for k in (0, 123_456, 250_100, 400_000, 499_000, 600_100, 777_777, 900_000, 999_000):
+    for k in (0, 123_456, 250_100, 400_000, 499_000, 600_100, 777_777, 900_000, 999_000, total):
         assert pairs.intervals_at(k / total) == min(first * 2 ** (k // stage), intervals)
     if intervals % first == 0:
         assert pairs.intervals_at(1 - 1e-6) == intervals

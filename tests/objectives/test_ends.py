@@ -136,25 +136,28 @@ def test_divide_by_zero_has_finite_gradients() -> None:
     assert value.grad.tolist() == [0.0, 0.5]
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("kind", VP)
 @pytest.mark.parametrize("scheduler", [zero_snr(), noiseless(), betas()])
-def test_min_snr_matches_diffusers_formula_and_its_limits(kind: Any, scheduler: Any) -> None:
+def test_min_snr_matches_diffusers_formula_and_its_limits(kind: Any, scheduler: Any, gamma: float) -> None:
     t = torch.arange(20)
-    found = DenoisingObjective(scheduler, kind, weighting="min-snr").draw(torch.randn(20, 1, 2, 2), timesteps=t).weights
+    objective = DenoisingObjective(scheduler, kind, weighting="min-snr", snr_gamma=gamma)
+    found = objective.draw(torch.randn(20, 1, 2, 2), timesteps=t).weights
     snr = compute_snr(scheduler, t).double()
-    capped = snr.clamp(max=5.0)
+    capped = snr.clamp(max=gamma)
     expected = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[kind]
     if kind == "epsilon":
         expected = torch.where(snr == 0, 1.0, expected)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("scheduler", [zero_snr(), noiseless(), betas()])
-def test_high_noise_weights_are_clipped_at_the_ends(scheduler: Any) -> None:
-    objective = DenoisingObjective(scheduler, weighting="high-noise")
+def test_high_noise_weights_are_clipped_at_the_ends(scheduler: Any, gamma: float) -> None:
+    objective = DenoisingObjective(scheduler, weighting="high-noise", snr_gamma=gamma)
     found = objective.draw(torch.randn(20, 1, 2, 2), timesteps=torch.arange(20)).weights
     inverse = 1.0 / compute_snr(scheduler, torch.arange(20)).double()  # infinite without data
-    torch.testing.assert_close(found.double(), inverse.clamp(max=5.0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.double(), inverse.clamp(max=gamma), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", VP)

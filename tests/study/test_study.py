@@ -170,9 +170,14 @@ def test_sample_follows_the_path_and_never_overwrites_it(
         assert len(list((tmp_path / name).glob("*.png"))) == 6
     elif name == "pictures.npz":
         assert np.load(tmp_path / name)["arr_0"].shape == (6, 8, 8, 1)
+    else:
+        with Image.open(tmp_path / name) as grid:  # 3 x 2 images of 8 pixels enlarged to 64, 2 pixels apart
+            assert (grid.format, grid.size) == ("PNG", (3 * 66 + 2, 2 * 66 + 2))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(words) == 2
+    assert main([*words, "--seed", "1"]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
 @pytest.mark.parametrize(
@@ -263,40 +268,6 @@ def test_bundled_recipes_resolve_for_every_arm(capsys: pytest.CaptureFixture[str
             assert config.training.passes == plain.training.passes
             assert config.training.batch_size == plain.training.batch_size
             assert config.training.passes % config.adversary.passes == 0
-
-
-def test_recipes_are_listed_one_per_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[: len(bundled_recipes())]] == list(bundled_recipes())
-    assert max(map(len, lines)) <= 140
-    titles = [load_recipe(name).title for name in bundled_recipes()]
-    assert len(set(titles)) == len(titles)
-    assert not set(titles) & set(bundled_recipes())
-
-
-def test_recipe_is_shown_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = load_recipe("quickstart")
-    assert main(["recipes", "quickstart"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert recipe.about in shown
-    assert f"Cost: {recipe.cost}" in shown
-    assert all(f"{arm}: " in shown for arm in recipe.arms)
-    assert main(["recipes", "quickstart", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["arms"] == recipe.arms
-    assert told["about"] == recipe.about
-    assert main(["recipes", "--json"]) == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(bundled_recipes())
-    assert main(["recipes", "quikstart"]) == 2
-    assert "did you mean 'quickstart'?" in capsys.readouterr().err
-
-
-def test_usage_errors_do_not_import_torch(tmp_path: Path) -> None:
-    """The command line imports nothing heavy until a command needs it."""
-    code = "import sys; from atdiff.cli import main; main(['recipes', '--x']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
 
 
 def test_failed_run_ends_the_study(tmp_path: Path, study_in_process: None) -> None:
@@ -517,8 +488,14 @@ def test_measurements_write_records_and_a_plot(
     assert written == sorted([*extra, f"{command}.json", f"{command}.png"])
     entries = json.loads((tmp_path / "out" / f"{command}.json").read_text())
     assert [entry["run"] for entry in entries] == runs
-    assert main([command, *runs, "--out", str(Path(__file__).parent), *options]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+    assert all(entry["records"] for entry in entries)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("notes")
+    capsys.readouterr()
+    assert main([command, *runs, "--out", str(tmp_path / "used"), *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"atdiff: {tmp_path / 'used'} is not empty and contains none of")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
 
 
 def test_study_runs_equal_those_of_separate_commands(finished: tuple[Path, Path], tmp_path: Path) -> None:
