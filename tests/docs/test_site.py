@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -71,15 +72,39 @@ def test_findings_are_numbered_and_have_their_charts() -> None:
     assert text.count("<details") == text.count("</details>")
 
 
+def changes_on_page(page: str, sampler: str) -> list[tuple[str, dict[str, list[float]]]]:
+    """Read the steps, and by arm the change and the ends of its interval, from the first table of a result page."""
+    text = (DOCS / "results" / f"{page}.md").read_text()
+    lines = text[text.index("| sampler | steps |") :].partition("\n\n")[0].splitlines()
+    (_, _, *arms), _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    found = []
+    for name, steps, *cells in body:
+        percents = [re.findall(r"([+−]?[\d.]+)%", cell) for cell in cells]
+        numbers = [[float(text.replace("−", "-")) for text in texts] for texts in percents]
+        if name == sampler:
+            found.append((steps, {arm: three for arm, three in zip(arms, numbers, strict=True) if three}))
+    return found
+
+
 def test_chart_bars_match_the_figures_of_their_page() -> None:
     draw = module(ROOT / "studies" / "draw_findings.py")
-    for _, panels in draw.FOUND.values():
+    for arms, panels in draw.FOUND.values():
+        shown = set()
         for panel in panels:
-            assert len(draw.changes(panel)) >= 2, panel
-    found = draw.changes(draw.Panel("digits-v", "ddim", ""))
-    assert found[5]["at-residual"] == (-43.0, -51.0, -32.0)
-    assert found[20]["at"] == (176.0, 152.0, 201.0)
-    assert "plain" not in found[5]
+            table = changes_on_page(panel.page, panel.sampler)
+            assert len(table) >= 2, panel
+            bars = [(place, *by_arm[arm]) for arm in arms for place, (_, by_arm) in enumerate(table) if arm in by_arm]
+            axes = Figure().subplots()
+            draw.bars(axes, arms, panel)
+            *intervals, zero = [list(line.get_ydata()) for line in axes.lines]
+            assert [
+                (round(bar.get_x() + bar.get_width() / 2), bar.get_height(), *ends)
+                for bar, ends in zip(axes.patches, intervals, strict=True)
+            ] == bars, panel
+            assert zero == [0, 0]
+            assert [label.get_text() for label in axes.get_xticklabels()] == [steps for steps, _ in table]
+            shown |= {arm for _, by_arm in table for arm in by_arm}
+        assert set(arms) <= shown
 
 
 def test_every_page_is_in_the_navigation_exactly_once() -> None:
