@@ -304,8 +304,11 @@ def test_captioned_images_need_no_memory_map(small_memory: Path, tmp_path: Path)
     """Captioned data hold the locations of their images, not the bytes."""
     make_folder(tmp_path / "set")
     captioned = load_captioned(str(tmp_path / "set"), image_size=4, captions=["a", "b", "c"])
+    found = torch.stack([image for image, _ in captioned])
+    assert not small_memory.exists(), "no image was mapped"
     oracle = load_data(str(tmp_path / "set"), image_size=4)
-    assert torch.equal(torch.stack([image for image, _ in captioned]), oracle.images)
+    assert oracle.mapped is not None
+    assert torch.equal(found, oracle.images)
 
 
 def test_mapped_images_have_the_same_reference_statistics(small_memory: Path, tmp_path: Path) -> None:

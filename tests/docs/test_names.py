@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -158,4 +157,3 @@ def test_recipe_stores_the_canonical_name(
     assert settled(config, None).objective.prediction_type == stored
     assert noise_scheduler(config).config.get("prediction_type") == predicts
     assert SchedulerConfig(**scheduler).args == config.scheduler.args
-    torch.manual_seed(0)

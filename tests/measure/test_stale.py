@@ -140,7 +140,7 @@ def test_label_classifier_follows_the_labels(folder: Path) -> None:
 
 
 def test_stale_cells_not_requested_are_marked_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluated("cells.json", "--steps", "2,3")
+    before = evaluated("cells.json", "--steps", "2,3")
     reweighed(folder)
     capsys.readouterr()
     cells = evaluated("cells.json", "--steps", "2")
@@ -148,7 +148,14 @@ def test_stale_cells_not_requested_are_marked_and_left_out(folder: Path, capsys:
     assert "run ddim 3: the weights changed since; marked as stale" in shown.err
     assert "1 cells in" in shown.out
     assert [cell.get("stale") for cell in cells] == [None, "the weights changed since"]
+    # When the old weights come back, the stale cell holds again, and only the other is recomputed.
+    save_pipeline(folder / "run", network(0), DDPMScheduler(**COSINE))
+    assert evaluated("cells.json", "--steps", "2") == before
+    said = [line for line in capsys.readouterr().err.splitlines() if "since" in line]
+    assert said == ["atdiff: run ddim 2: the weights changed since; computed again."]
     # Once requested again, it is an ordinary cell.
+    reweighed(folder)
+    assert "stale" in evaluated("cells.json", "--steps", "2")[1]
     again = evaluated("cells.json", "--steps", "2,3")
     assert all("stale" not in cell for cell in again)
     assert [cell["metrics"] for cell in again] == [cell["metrics"] for cell in evaluated("new.json", "--steps", "2,3")]
