@@ -1,4 +1,4 @@
-"""What many processes of a run decide together."""
+"""Decisions that all processes of a run make together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UPDATES_BETWEEN_AGREEMENTS = 10  # on whether to stop
 
 
 def agreed_reason(stop: StopRequest, accelerator: Accelerator, updates: int, per_batch: int) -> str | None:
-    """Return why to stop, the same in every process; now and then where that takes a message."""
+    """Return the reason to stop, the same on every rank; several processes only synchronise every few updates."""
     reason = stop.reason
     if accelerator.num_processes == 1:
         return reason
@@ -34,23 +34,23 @@ def agreed_reason(stop: StopRequest, accelerator: Accelerator, updates: int, per
 
 
 def take_folder(out: Path, config: TrainConfig, *, look_only: bool = False) -> Path | None:
-    """Open the folder in the main process, and return in all of them the checkpoint to resume from, or raise in all."""
+    """Open the run folder in the main process; on every rank, return the checkpoint to resume from, or raise."""
 
     def opened() -> Path | None:
         resumed = open_run(out, config, look_only=True)
         if look_only:
             return None
         newest = _newest_between_batches(out, config) if resumed else None
-        open_run(out, config)  # Not before all that refuses the run was found.
+        open_run(out, config)  # Writes to the folder, so only once every check has passed.
         return newest
 
     return from_main(in_main(opened))
 
 
 def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
-    """Return the newest checkpoint to resume from, or that of the last pass.
+    """Return the newest checkpoint between two batches, or the one at the last pass.
 
-    A shorter run, and one of an earlier version, may have ended within the passes of a batch.
+    A run that was shorter or came from an earlier version may have ended partway through the passes of a batch.
     """
     total, charge = config.training.passes, charge_of(asdict(config))
     newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or charge.ends_batch(passes))

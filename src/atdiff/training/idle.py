@@ -1,4 +1,4 @@
-"""Settings that do nothing unless another one is set: one table, by which they are refused or taken for the default."""
+"""Settings that have no effect unless another one is set: a table for refusing them or resetting them to defaults."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Plain = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Idle:
-    """Settings that do nothing under some values of others.
+    """Settings that have no effect for some values of others.
 
     Attributes:
-        section: of the settings.
-        names: of the settings in it.
-        when: whether they do nothing, of the plain settings of a run.
-        why: what makes them idle, after "has no effect"; a format of the sections.
-        remedy: what gives them an effect.
-        switches: the settings that decide, with their sections.
+        section: their section.
+        names: their names in it.
+        when: returns whether they have no effect, given the plain settings of a run.
+        why: the reason, to follow "has no effect"; a format string over the sections.
+        remedy: the change that would make them take effect.
+        switches: the dotted keys that decide it.
     """
 
     section: str
@@ -37,7 +37,7 @@ class Idle:
     switches: tuple[str, ...]
 
     def refusal(self, name: str, settings: Plain) -> UserError:
-        """Return what is said of a setting of these that was given a value."""
+        """Return the error for one of these settings that was given a value."""
         value = settings[self.section][name]
         return UserError(
             f"{self.section}.{name}={value!r} has no effect {self.why.format(**settings)}: {self.remedy}, or leave it "
@@ -136,17 +136,17 @@ IDLE: tuple[Idle, ...] = (
         "without data.image_size, by which no image is cropped", "set data.image_size", ("data.image_size",),
     ),
 )  # fmt: skip
-"""The first that fits a setting says why it does nothing."""
+"""The first match for a setting gives the reason."""
 
 _DEFAULTS = as_plain(TrainConfig())
-_WRITTEN = {("adversary", "scale"): "constant"}  # by runs without a perturbation, in the place of the default
+_WRITTEN = {("adversary", "scale"): "constant"}  # written instead of the default by runs without a perturbation
 
 
 def idle_settings(settings: Plain) -> dict[tuple[str, str], Idle]:
-    """Return which settings of a run do nothing though they have another value than the default, by section and name.
+    """Return the settings that differ from their default but have no effect, by section and name.
 
     Args:
-        settings: all of a run, as :func:`as_plain` returns them.
+        settings: all settings of a run, as :func:`as_plain` returns them.
     """
     found: dict[tuple[str, str], Idle] = {}
     for row in IDLE:
@@ -159,27 +159,27 @@ def idle_settings(settings: Plain) -> dict[tuple[str, str], Idle]:
 
 
 def refuse_idle(config: TrainConfig) -> None:
-    """Raise ``UserError`` for the first setting that does nothing."""
+    """Raise ``UserError`` for the first setting that has no effect."""
     settings = as_plain(config)
     for (_, name), row in idle_settings(settings).items():
         raise row.refusal(name, settings)
 
 
 class Refusal(NamedTuple):
-    """What is said of a setting that does nothing, and the number of the layer that gives it."""
+    """The error for a setting that has no effect, and the index of the layer that sets it."""
 
     layer: int
     error: UserError
 
 
 def refusals(config: TrainConfig, layers: Sequence[Mapping[str, Any]]) -> dict[str, Refusal]:
-    """Return, by key, what is said of each setting that does nothing from where it is given on.
+    """Return, by key, a refusal for each setting that has no effect even in the layer that sets it.
 
-    What a later layer switches off is not asked for any more, as the perturbation of a recipe in an arm of one pass.
+    A setting that a later layer switches off is fine, such as a recipe's perturbation in an arm with one pass.
 
     Args:
-        config: what the layers amount to.
-        layers: settings, one on top of the other, as they are written.
+        config: the merged settings.
+        layers: the settings as written, later layers overriding earlier ones.
     """
     settings, found = as_plain(config), dict[str, Refusal]()
     for (section, name), row in idle_settings(settings).items():
@@ -191,13 +191,13 @@ def refusals(config: TrainConfig, layers: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _last(layers: Sequence[Mapping[str, Any]], key: str) -> int:
-    """Return the number of the last layer that has a key; -1 for none."""
+    """Return the index of the last layer with a key; -1 for none."""
     section, _, name = key.partition(".")
     return max((i for i, layer in enumerate(layers) if name in (layer.get(section) or {})), default=-1)
 
 
 def without_idle(settings: Plain) -> dict[str, Any]:
-    """Return the settings of a run with the default in the place of what does nothing."""
+    """Return the settings with everything that has no effect reset to its default."""
     kept: dict[str, Any] = {**settings}
     for row in (row for row in IDLE if row.when(settings)):
         usual = {name: _DEFAULTS[row.section][name] for name in row.names}

@@ -1,4 +1,4 @@
-"""What a run leaves on its way: lines of its log, checkpoints, grids of samples."""
+"""A run's output during training: log lines, checkpoints and sample grids."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["MetricsLog", "Records"]
 
 
 class Records:
-    """Writes what is due after an update; every process takes part.
+    """Writes logs, checkpoints and samples when they are due after an update; every process must call it.
 
     Args:
-        out: the folder of the run.
-        task: of the run.
-        steps: of the run.
-        state: of the run.
+        out: the run folder.
+        task: the run's task.
+        steps: the run's optimizer steps.
+        state: the run's training state.
     """
 
     def __init__(self, out: Path, task: Task, steps: Steps, state: TrainingState) -> None:
@@ -44,21 +44,21 @@ class Records:
         self.bar = TrainingBar(self.settings.passes)
 
     def start(self) -> None:
-        """Count the passes per second from here."""
+        """Start measuring passes per second."""
         self._started, self._first_pass = time.perf_counter(), self.state.passes
 
     def cut(self, passes: int) -> None:
-        """Drop what the logs tell beyond so many passes."""
+        """Drop log lines after ``passes``."""
         for log in (self.log, self.dose_log):
             log.cut(passes)
 
     def write(self, loss: Tensor, before: int, batch: int) -> None:
-        """Log, save and draw what is due; a save waits for the end of the batch.
+        """Log, save and sample if due; checkpoints wait for the end of the batch.
 
         Args:
-            loss: of the last pass.
-            before: passes that were behind before the update.
-            batch: passes that were behind before its batch.
+            loss: loss of the last pass.
+            before: passes completed before the update.
+            batch: passes completed before its batch.
         """
         settings, now, charge = self.settings, self.state.passes, self.state.charge
 
@@ -69,7 +69,7 @@ class Records:
             self._write_line(loss)
         elif before == self._first_pass and self.accelerator.is_main_process:
             self.bar.begin(now, loss.item())
-        # The last batch may be cut short, and a longer run resumes before it.
+        # The last batch may be cut short; an extended run then resumes from before it.
         cut = charge.updates > 1 and now + charge.batch > settings.passes
         between = self.state.between_batches
         if now >= settings.passes or (between and (cut or due(settings.checkpoint_every, batch))):
@@ -100,13 +100,13 @@ class Records:
         self.accelerator.log(known, step=self.state.passes)
 
     def save(self) -> None:
-        """Write a checkpoint, where this pass has none."""
+        """Write a checkpoint unless this pass already has one."""
         if self.state.saved_at != self.state.passes:
             self._check_finite()
             self.state.save(self.out / "checkpoints", self.settings.keep_checkpoints)
 
     def _check_finite(self) -> None:
-        """Count the steps that were skipped; end the run where they are too many, or all that was left of it."""
+        """Count skipped steps; raise if there are too many, or if all since the last count were, at the final pass."""
         finite, limit = self.steps.finite, self.settings.max_skipped
         nothing_else = finite.collect()
         if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):
@@ -116,15 +116,15 @@ class Records:
             )
 
     def sample(self, average: Any = None) -> None:  # noqa: ANN401  (any diffusers model)
-        """Write a grid of samples of the average, where this pass has none; None gathers the average first.
+        """Write a sample grid from the EMA weights unless this pass already has one; None gathers the weights first.
 
-        The grids of the validation come before it, so that a run that is killed between them draws them all again.
+        Validation grids are written first, so that a run killed in between generates all of them again.
         """
         name = f"pass-{self.state.passes:09d}"
         if from_main((self.out / "samples" / f"{name}.png").exists()):
             return
         device = self.accelerator.device
-        # Training resumes as if nothing had been drawn.
+        # Sampling must not change the random numbers of training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             average = self.state.weights.published() if average is None else average
             for steps, images in self.task.validation(self.out, average, device):
@@ -132,29 +132,29 @@ class Records:
             self._show("samples", self.task.samples(self.out, average, device), f"{name}.png")
 
     def _show(self, what: str, images: Tensor, file: str) -> None:
-        """Write a grid and give it to the trackers; the main process alone."""
+        """Write a grid and log it to the trackers, in the main process only."""
         if not self.accelerator.is_main_process:
             return
         path = self.out / "samples" / file
         path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)  # of a run that was killed before the last of its grids
+        path.unlink(missing_ok=True)  # left by a run killed before its last grid
         save_images(images, path)
         show_images(self.accelerator, what, path, self.state.passes)
 
 
 class MetricsLog:
-    """A file of one JSON object a line, each with the ``pass`` that it tells of."""
+    """A JSON Lines file whose objects each have a ``pass``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, values: dict[str, Any]) -> None:
-        """Add a line."""
+        """Append a line."""
         with self.path.open("a") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def cut(self, passes: int) -> None:
-        """Drop the lines beyond ``passes``, and one that a killed process has not finished."""
+        """Drop lines after ``passes``, and a partial line left by a killed process."""
         if not self.path.is_file():
             return
         lines = self.path.read_text().splitlines()
@@ -163,7 +163,7 @@ class MetricsLog:
 
 
 def _line_of(loss: Tensor, adversary: Adversary) -> dict[str, float | int | None]:
-    """Return what a line tells of the last pass, its loss, terms and perturbation; None for what is not finite."""
+    """Return the log values of the last pass: loss, terms and perturbation norm; None for non-finite values."""
     output = adversary.output
     assert output is not None
     measured = {

@@ -1,4 +1,4 @@
-"""Rectified flow's second stage: pairs of noise and the sample that a trained network makes of it, and their cost."""
+"""Reflow, the second stage of rectified flow: noise-sample pairs from a trained network, and what they cost."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from atdiff.training.start import Start
 
 __all__ = ["charged_passes", "check_reflow", "noise_seed", "pair_sampler"]
 
-LAST_SEED = 4292  # of a million images each
+LAST_SEED = 4292  # each seed covers a million images
 
 
 def pair_sampler(scheduler: Any) -> str:  # noqa: ANN401  (any diffusers scheduler)
-    """Return the name of the sampler that draws the pairs of a network of this noise."""
+    """Return the name of the sampler that generates pairs under this noise schedule."""
     return NoiseSchedule(scheduler).traits.second_order_sampler
 
 
 def noise_seed(config: TrainConfig) -> int:
-    """Return the seed of the images whose noises are those of the pairs.
+    """Return the sampling seed that gives the pairs their noise.
 
-    It is counted down from the last one, so that an evaluation with the usual seeds starts from noise that was never
-    trained on.
+    Seeds count down from the last one, so an evaluation with the usual seeds starts from noise the run never trained
+    on.
     """
     return LAST_SEED - config.training.seed
 
 
 def charged_passes(config: TrainConfig, scheduler: Any) -> int:  # noqa: ANN401
-    """Return the passes that the pairs of a run cost: a forward without gradient is a third of a pass of the batch."""
+    """Return the passes charged for generating the pairs: a forward without gradient is a third of a pass."""
     settings = config.objective
     if settings.reflow_passes is not None:
         return settings.reflow_passes
@@ -41,21 +41,21 @@ def charged_passes(config: TrainConfig, scheduler: Any) -> int:  # noqa: ANN401
 
 
 def _evaluations(config: TrainConfig, scheduler: Any) -> int:  # noqa: ANN401
-    """Return how often the network is called for a sample (its NFE)."""
+    """Return the number of network evaluations per sample (NFE)."""
     return len(make_scheduler(pair_sampler(scheduler), scheduler, config.objective.reflow_steps).timesteps)
 
 
 def _thirds(config: TrainConfig) -> int:
-    """Return how many calls for one sample cost as much as a pass of all processes."""
+    """Return how many single-sample evaluations cost as much as one pass over all processes."""
     return 3 * config.training.batch_size * num_processes()
 
 
 def check_reflow(config: TrainConfig, scheduler: Any, start: Start | None) -> None:  # noqa: ANN401
-    """Find what is wrong with the settings of a run that trains on pairs.
+    """Check the settings of a run that trains on pairs.
 
     Raises:
-        UserError: there is no network to draw them from, something else pairs the noise, a seed or a number is out of
-            range, or their cost leaves no pass to train.
+        UserError: there is no network to generate them, another setting also pairs noise and samples, the seed or the
+            number of pairs is out of range, or their cost leaves no pass for training.
     """
     settings, passes = config.objective, config.training.passes
     if start is None:

@@ -1,4 +1,4 @@
-"""Weights, gradients, optimizer state and averages split over the processes, by torch's ``fully_shard`` (FSDP2)."""
+"""Sharding of weights, gradients, optimizer state and averages over processes with torch's ``fully_shard`` (FSDP2)."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ __all__ = ["Parts", "Sharding"]
 
 EVERYWHERE = StateDictOptions(full_state_dict=True)
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-APART = "/"  # between the levels of a name; names of modules have none
+APART = "/"  # separates the levels of a name; module names contain none
 
 
 class Parts(NamedTuple):
-    """What a split run is: tensors by name, of which each process has a part, and all else, alike in each of them."""
+    """The state of a sharded run: tensors by name, sharded across ranks, and the rest, identical on every rank."""
 
     tensors: dict[str, Tensor]
     rest: dict[str, Any]
 
 
 class Sharding:
-    """Splits copies of one network, and puts them together again; all processes call every method together.
+    """Shards copies of one network and gathers them again; every rank must call each method.
 
-    See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html, and for the files, which any number of
-    processes reads, https://docs.pytorch.org/docs/stable/distributed.checkpoint.html. One process, which may resume a
-    run of several, splits nothing.
+    See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html and, for the files, which any number of
+    processes can read, https://docs.pytorch.org/docs/stable/distributed.checkpoint.html. A single process, such as one
+    resuming a run of several, shards nothing.
 
     Args:
-        network: before any copy of it is split.
-        device: of this process.
+        network: the network, before any copy of it is sharded.
+        device: device of this process.
 
     Raises:
-        UserError: this torch is too old.
+        UserError: torch is too old.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self._bones = copy.deepcopy(network).to("meta")  # for whole copies
+        self._bones = copy.deepcopy(network).to("meta")  # template for unsharded copies
         self._device = device
         self._alone = num_processes() == 1
         _storage()
@@ -62,27 +62,27 @@ class Sharding:
             self._mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
     def split(self, network: nn.Module) -> None:
-        """Split the weights in place: each block is whole only while it computes. Parameters become other objects."""
+        """Shard the weights in place: each block is gathered only while it computes. Replaces the parameter objects."""
         if self._alone:
             return
         for part in network.children():
             for block in part if isinstance(part, nn.ModuleList) else ():
                 fully_shard(block, mesh=self._mesh)
-        # Said, because the outermost weights would stay whole after a forward pass that no backward pass follows.
+        # By default, the root's weights stay gathered after a forward pass without a backward pass.
         fully_shard(network, mesh=self._mesh, reshard_after_forward=True)
 
     def whole(self, network: nn.Module) -> nn.Module:
-        """Return a whole copy of a split network, in every process."""
+        """Return an unsharded copy of a sharded network, on every rank."""
         module = copy.deepcopy(self._bones).to_empty(device=self._device)
         module.load_state_dict(get_model_state_dict(network, options=EVERYWHERE))
-        buffers = dict(network.named_buffers())  # Some are in no state dict.
+        buffers = dict(network.named_buffers())  # includes those left out of the state dict
         for name, buffer in module.named_buffers():
             buffer.copy_(buffers[name])
         return module.eval().requires_grad_(False)
 
     @staticmethod
     def parts(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Parts:
-        """Return all of some networks, and the state of the optimizer of the first of them, where they are."""
+        """Return the state of the networks and of the first one's optimizer, without gathering it."""
         first = next(iter(networks.values()))
         tree = {
             WEIGHTS: {name: get_model_state_dict(network) for name, network in networks.items()},
@@ -92,10 +92,10 @@ class Sharding:
         return Parts(tensors, _taken_apart(tree, tensors))
 
     def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the part of this process to a folder that all of them see, as safetensors.
+        """Write this rank's shards to a folder that every rank can access, as safetensors.
 
         Raises:
-            RunError: a value is not finite, or a process cannot write.
+            RunError: a value is not finite, or a rank cannot write.
         """
         from torch.distributed.checkpoint import save
 
@@ -105,7 +105,7 @@ class Sharding:
     def read(
         self, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]
     ) -> None:
-        """Take what any number of processes has written, and the rest that :meth:`parts` returned there.
+        """Load shards written by any number of processes, and the ``rest`` that :meth:`parts` returned for them.
 
         Raises:
             RunError: the files cannot be read.
@@ -122,12 +122,12 @@ class Sharding:
 
     @staticmethod
     def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Give a split network whole weights, which every process has, of a checkpoint of earlier versions."""
+        """Load full weights, present on every rank, into a sharded network: from a checkpoint of an earlier version."""
         set_model_state_dict(network, dict(weights), options=EVERYWHERE)
 
     @staticmethod
     def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Give the optimizer of a split network a whole state, as :meth:`load_weights` does."""
+        """Load a full optimizer state for a sharded network, as :meth:`load_weights` does for weights."""
         set_optimizer_state_dict(network, optimizer, state, options=EVERYWHERE)
 
 
@@ -137,7 +137,7 @@ class _Storage(NamedTuple):
 
 
 def _storage() -> _Storage:
-    """Return what writes and reads safetensors: torch's own format has a pickle in it."""
+    """Return torch's safetensors writer and reader; its default format contains a pickle."""
     try:
         from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
     except ImportError:
@@ -149,11 +149,11 @@ def _storage() -> _Storage:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Raise what a process could not do with its files, in all of them, as an error like others."""
-    from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
+    """Turn the file errors of any rank into a ``RunError`` on every rank."""
+    from torch.distributed.checkpoint.api import CheckpointException  # not a subclass of Exception
 
     try:
-        with warnings.catch_warnings():  # that one process is alone
+        with warnings.catch_warnings():  # raised for a single process
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as error:
@@ -162,7 +162,7 @@ def _told() -> Iterator[None]:
 
 
 def _taken_apart(tree: Mapping[str, Any], tensors: dict[str, Tensor], above: str = "") -> dict[str, Any]:
-    """Move the tensors of a tree to ``tensors``, and return the rest; numbers are no tensors to be split."""
+    """Move the tensors of a tree to ``tensors`` and return the rest, which includes scalar tensors."""
     rest: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{above}{key}"
