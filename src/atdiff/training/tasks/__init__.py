@@ -1,4 +1,4 @@
-"""What a run trains: pixels, or the latents of a pipeline."""
+"""Training tasks, on pixels or on a pipeline's latents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Task", "make_task"]
 
 
 def make_task(config: TrainConfig) -> Task:
-    """Return what a run of these settings trains.
+    """Return the task for these settings.
 
     Raises:
-        UserError: for settings, data or weights that do not fit.
+        UserError: settings, data or weights do not fit.
     """
     if config.model.name not in PIXEL_MODELS:
         from atdiff.training.tasks.latents import LatentTask  # transformers takes seconds to import

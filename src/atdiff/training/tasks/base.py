@@ -1,4 +1,4 @@
-"""What the training loop asks of a task."""
+"""The interface between the training loop and a task."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Task(ABC):
     """A network with its objective, scheduler and data; building one checks the settings and writes nothing.
 
     Attributes:
-        config: the settings, with what they leave to the start written out.
-        scheduler: the diffusers scheduler of training, which is published.
-        objective: of :mod:`atdiff.objectives`.
-        network: what is trained.
-        data: what it is trained on, once :meth:`read_data` was called.
-        published: the folder that a finished run leaves.
-        beside_pixels: what else the data are made of.
-        told: a line on what is trained on beside the data; empty for none.
+        config: the settings, with those left to the start filled in.
+        scheduler: the diffusers scheduler for training, published with the weights.
+        objective: an objective from :mod:`atdiff.objectives`.
+        network: the network to train.
+        data: the training data, available after :meth:`read_data`.
+        published: name of the folder with the final weights.
+        beside_pixels: what the data contain besides pixels, for messages.
+        told: an extra line to print about the training data; empty for none.
     """
 
     config: TrainConfig
@@ -44,43 +44,43 @@ class Task(ABC):
 
     @property
     def is_consistency(self) -> bool:
-        """Whether a consistency model is trained, which samples in few steps."""
+        """Whether the run trains a consistency model, which samples in few steps."""
         return self.config.consistency.mode != "none"
 
     def place(self, accelerator: Accelerator, target: nn.Module | None) -> None:
-        """Put what a consistency objective learns from on the device: its teacher, and the average that is its target.
+        """Move a consistency objective's teacher to the device, and give it its target network.
 
         Args:
-            accelerator: of the run.
-            target: None where the network is its own.
+            accelerator: the run's Accelerator.
+            target: the average used as target; None if the network is its own target.
         """
         if self.is_consistency:
             self.objective.place(accelerator, target)
 
     def at(self, progress: float) -> None:
-        """Set the curriculum of timesteps, where the objective has one, to the share of the passes that is behind."""
+        """Set the objective's timestep curriculum, if any, to the fraction of passes completed."""
         if self.is_consistency:
             self.objective.progress = progress
 
     @property
     def epoch_size(self) -> int:
-        """Samples of an epoch, once the data were read."""
+        """Number of samples in an epoch; requires :meth:`read_data`."""
         return len(self.data)
 
     def indices(self, batch: int, batch_size: int) -> Tensor:
-        """Return which samples a batch of all processes takes, int64 ``(batch_size,)``."""
+        """Return the sample indices of a batch over all processes, int64 ``(batch_size,)``."""
         return batch_indices(self.config.training.seed, batch, batch_size, self.epoch_size)
 
     @property
     def alike(self) -> Tensor:
-        """Which samples are of one shape, that of the most of them, int64 ``(n,)``; once the data were read."""
+        """Indices of the samples with the most common shape, int64 ``(n,)``; requires :meth:`read_data`."""
         return torch.arange(self.epoch_size)
 
     @property
     def teacher(self) -> str | None:
-        """A hash of the weights that a consistency model is distilled from; None without, or where they are the base's.
+        """Hash of the teacher's weights; None without a teacher, or if they are the weights of :attr:`base`.
 
-        Of weights in fewer than 16 bits it is none either: see :attr:`base`.
+        Also None for weights below 16 bits, which devices quantise differently.
         """
         network = getattr(getattr(self.objective, "teacher", None), "model", None)
         lora, source = self.config.lora, self.config.consistency.teacher
@@ -89,17 +89,17 @@ class Task(ABC):
 
     @property
     def base(self) -> str | None:
-        """A hash of the frozen weights that adapters are trained on; None without adapters."""
+        """Hash of the frozen weights under the adapters; None without adapters."""
         return None
 
     @property
     def encoders(self) -> str | None:
-        """A hash of what encoded the latents, once the data were read; None of images."""
+        """Hash of the encoders of the latents, available after :meth:`read_data`; None for images."""
         return None
 
     @property
     def own_scheduler(self) -> dict[str, Any] | None:
-        """The class and the configuration of a scheduler that the start brings; None where settings have written it."""
+        """Class and config of a scheduler that comes with the start; None if the settings define it."""
         return None
 
     @property
@@ -115,54 +115,54 @@ class Task(ABC):
     @property
     @abstractmethod
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes of the data, in the order of their labels; None where they have none."""
+        """Class names of the data, in label order; None without classes."""
 
     @abstractmethod
     def count(self, classes: tuple[str, ...]) -> None:
-        """Count the classes in another order."""
+        """Number the classes in the given order."""
 
     @abstractmethod
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
-        """Find what is wrong with the settings of an arm; return its diffusers scheduler.
+        """Check the settings of an arm and return its diffusers scheduler.
 
         Args:
-            config: of the arm.
-            from_here: whether it starts from this run; else from what its own ``training.init`` names.
+            config: settings of the arm.
+            from_here: whether it starts from this run, rather than from its own ``training.init``.
 
         Raises:
-            UserError: something is.
+            UserError: the settings are invalid.
         """
 
-    def read_data(self, accelerator: Accelerator) -> None:  # noqa: B027  (nothing, of images)
-        """Read what is too large to read before the folder is known to be good."""
+    def read_data(self, accelerator: Accelerator) -> None:  # noqa: B027  (optional)
+        """Read data too large to read before the run folder is checked."""
 
-    def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:  # noqa: B027  (nothing, mostly)
-        """Make in the folder of a run what its untrained network is asked for; every process takes part."""
+    def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:  # noqa: B027  (optional)
+        """Prepare what requires the untrained network, in the run folder ``out``; every process must call it."""
 
-    def note_in(self, out: Path) -> None:  # noqa: B027  (nothing, of images)
-        """Write what the folder of a run tells of its data beside ``data.json``; the main process alone."""
+    def note_in(self, out: Path) -> None:  # noqa: B027  (optional)
+        """Record facts about the data beside ``data.json`` in the run folder; main process only."""
 
     @abstractmethod
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``x0`` ``(B, ...)`` of a batch and what else of it is not drawn, on the device: conditions, noise."""
+        """Return ``x0`` ``(B, ...)`` of a batch, and its conditions and any fixed noise, on the device."""
 
     @abstractmethod
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401  (any diffusers model)
-        """Return images of the average ``(N, C, H, W)`` in [-1, 1]."""
+        """Return samples from the EMA weights, ``(N, C, H, W)`` in [-1, 1]."""
 
     def validation(self, out: Path, average: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
-        """Yield numbers of sampling steps, and the images of the prompts of the settings; none of pixels."""
+        """Yield ``(steps, images)`` for the validation prompts; nothing for pixel tasks."""
         yield from ()
 
     @abstractmethod
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401  (any diffusers model)
-        """Write what plain diffusers opens."""
+        """Write the weights in a form that plain diffusers can load."""
 
     def weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401  (any module)
-        """Return what a checkpoint holds of a network."""
+        """Return the weights of a network to checkpoint."""
         weights: dict[str, Tensor] = network.state_dict()
         return weights
 
     def load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
-        """Put back what :meth:`weights` returned."""
+        """Load weights returned by :meth:`weights`."""
         network.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What may be wrong with the settings of a run on latents, and with its teacher."""
+"""Checks on the settings of a run on latents, and on its teacher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Find the mistakes that the settings alone show, before anything is loaded."""
+    """Check the settings on their own, before anything is loaded."""
     if config.model.name == "pipeline" and config.training.init is None:
         raise UserError(
             "model.name='pipeline' trains the network of a pipeline: give its folder or hub id as --training.init."
@@ -64,12 +64,12 @@ def _check_consistency(config: TrainConfig) -> None:
             f"consistency.mode='distillation' needs a teacher, and the U-Net of model.name={config.model.name!r} is "
             "untrained: give a trained pipeline as --training.init (or --consistency.teacher)."
         )
-    # The scheduler's defaults are Stable Diffusion's noise; the pipeline's own comes later.
+    # LCMScheduler defaults to Stable Diffusion's noise schedule; the pipeline's own is checked later.
     LatentConsistencyObjective(LCMScheduler(), guidance=settings.guidance, **consistency_options(config))
 
 
 def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
-    """Find settings that do not fit the pipeline."""
+    """Check that the settings fit the pipeline."""
     if config.data.latents is not None:
         check_encoders(encoded_folder(config.data), latent)
     size = config.data.image_size
@@ -93,7 +93,7 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
 
 
 def check_parametrisation(config: TrainConfig, latent: LatentPipeline) -> None:
-    """Make sure that the settings ask for what the pipeline's network predicts."""
+    """Check that ``prediction_type`` and ``variance`` match what the pipeline's network predicts."""
     asked = config.objective.prediction_type
     if asked is not None and latent.prediction_type not in ALIASES.get(asked, (asked,)):
         raise UserError(
@@ -111,7 +111,7 @@ def check_parametrisation(config: TrainConfig, latent: LatentPipeline) -> None:
 
 
 def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | LatentData) -> None:
-    """Find images of classes that the network does not know."""
+    """Refuse data with classes that the network does not know."""
     classes = 1 + max(map(int, captioned.captions))
     known = latent.network.config.num_embeds_ada_norm
     if classes > known:
@@ -124,7 +124,7 @@ def check_classes(config: TrainConfig, latent: LatentPipeline, captioned: Captio
 def check_buckets(
     config: TrainConfig, latent: LatentPipeline, captioned: CaptionedImages | StreamedImages | LatentData
 ) -> None:
-    """Find a batch that is more than the images of any bucket."""
+    """Refuse a batch size larger than every bucket."""
     if not latent.buckets:
         return
     assert not isinstance(captioned, StreamedImages), captioned  # a stream has no buckets
@@ -146,15 +146,15 @@ def check_buckets(
 
 
 def as_start(latent: LatentPipeline) -> Start:
-    """Return the pipeline's network and scheduler as what a run starts from."""
+    """Return the pipeline's network and scheduler as a :class:`Start`."""
     return Start(latent.source, latent.scheduler, latent.network)
 
 
 def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPipeline:
-    """Return the pipeline that a student of ``latent`` learns from: another, or ``latent`` itself.
+    """Return the teacher for a student of ``latent``: another pipeline, or ``latent`` itself.
 
     Raises:
-        UserError: it cannot be distilled, or does not agree with ``latent``.
+        UserError: it cannot be distilled, or does not match ``latent``.
     """
     source = config.consistency.teacher
     if source == SELF:

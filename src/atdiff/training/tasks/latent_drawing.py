@@ -1,4 +1,4 @@
-"""The images that a run on latents draws while it trains."""
+"""Sample and validation images generated while a run trains on latents."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from atdiff.training.config import TrainConfig
 
 __all__ = ["SHOWN", "LatentDrawing"]
 
-SHOWN = 16  # images of a grid of samples
+SHOWN = 16  # images in a sample grid
 
 
 class LatentDrawing:
-    """Draws samples and validation images with the pipeline that is trained, its network replaced.
+    """Generates samples and validation images with the training pipeline and a given network in it.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         latent: the pipeline.
-        scheduler: of diffusers, that the run publishes.
+        scheduler: the diffusers scheduler that the run publishes.
     """
 
     def __init__(self, config: TrainConfig, latent: LatentPipeline, scheduler: Any) -> None:  # noqa: ANN401
         self.config, self.latent, self.scheduler = config, latent, scheduler
 
     def check(self, network: Any) -> None:  # noqa: ANN401  (of diffusers)
-        """Find out before training that the images of the validation can be drawn; else a ``UserError``."""
+        """Raise ``UserError`` if the validation images cannot be generated, before training."""
         settings = self.config.validation
         if settings.prompts is None:
             return
@@ -47,12 +47,12 @@ class LatentDrawing:
             run.evaluations(default_sampler(self.scheduler), steps)
 
     def samples(self, name: str, network: Any, captions: Sequence[str], device: torch.device) -> Tensor:  # noqa: ANN401
-        """Return images of the captions, ``(SHOWN, C, H, W)`` in [-1, 1]."""
+        """Return samples for the captions, ``(SHOWN, C, H, W)`` in [-1, 1]."""
         steps = 20 if self.config.consistency.mode == "none" else 4
         return self._drawn(self._run(name, network, captions), steps, SHOWN, device)
 
     def validation(self, name: str, network: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
-        """Yield each number of steps of the validation and its images, of the same noise."""
+        """Yield ``(steps, images)`` for each validation step count, all from the same noise."""
         settings = self.config.validation
         if settings.prompts is None:
             return
@@ -61,7 +61,7 @@ class LatentDrawing:
             yield steps, self._drawn(run, steps, len(settings.prompts), device)
 
     def _run(self, name: str, network: Any, captions: Sequence[str]) -> TextToImage:  # noqa: ANN401
-        """Return the pipeline with that network, to draw images of the captions where nothing else is asked for."""
+        """Return the pipeline with this network, and the captions as default prompts."""
         settings: dict[str, Any] = {"consistency": asdict(self.config.consistency)}
         settings["data"] = {
             "captions": captions,
@@ -71,7 +71,7 @@ class LatentDrawing:
         return text_to_image_run(with_network(self.latent, network, self.scheduler), name, settings)
 
     def _validating(self, run: TextToImage) -> TextToImage:
-        """Return the run with the prompts and the guidance of the validation."""
+        """Return the pipeline with the validation prompts and guidance."""
         settings = self.config.validation
         guided = run if settings.guidance_scale is None else run.guided(settings.guidance_scale)
         return guided.asked(settings.prompts, settings.negative_prompt)

@@ -1,4 +1,4 @@
-"""What a run on latents is made of: a pipeline, and images with captions or what was encoded of them."""
+"""The inputs of a run on latents: a pipeline, and captioned images or latents encoded from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["open_captioned", "open_pipeline"]
 
 
 def open_pipeline(config: TrainConfig, source: str) -> LatentPipeline:
-    """Load a pipeline for images as the settings ask for; see :func:`load_latent_pipeline`."""
+    """Load an image pipeline with the options in the settings; see :func:`load_latent_pipeline`."""
     return load_latent_pipeline(
         source,
         image_size=config.data.image_size,
@@ -32,15 +32,15 @@ def open_pipeline(config: TrainConfig, source: str) -> LatentPipeline:
 def open_captioned(
     config: TrainConfig, latent: LatentPipeline, classes: Sequence[str] | None = None
 ) -> CaptionedImages | StreamedImages | LatentData:
-    """Find the images and captions of the settings, or open the latents that they name.
+    """Open the images and captions of the settings, or the latents in ``data.latents``.
 
     Args:
-        config: of a run.
+        config: the run's settings.
         latent: the pipeline.
-        classes: in the order in which their captions are given; None for that of the labels.
+        classes: class names in the order of their captions; None for label order.
 
     Raises:
-        UserError: they are not there, or do not fit.
+        UserError: they do not exist, or do not fit.
     """
     data = config.data
     if data.latents is not None:
@@ -53,7 +53,7 @@ def open_captioned(
         "limit": data.limit,
     }
     if data.streaming:
-        del options["label_column"], options["labels"]  # refused
+        del options["label_column"], options["labels"]  # check_settings refuses them
         return stream_captioned(data.name, **options)
     options |= {"captions": data.captions, "numbered": latent.family.labelled, "classes": classes}
     return load_captioned(data.name, **options, buckets=latent.buckets)

@@ -1,4 +1,4 @@
-"""Training on a pipeline's latents: denoising, of U-Nets and transformers, and latent consistency distillation."""
+"""Training on a pipeline's latents: denoising with U-Nets or transformers, and latent consistency distillation."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ GUIDANCE_DIM = 256  # of the embedded guidance scale, as in the published LCMs
 
 
 class LatentTask(Task):
-    """Trains the network, or adapters of it, of the pipeline that ``training.init`` names.
+    """Trains the network of the pipeline in ``training.init``, or adapters of it.
 
-    With ``consistency.mode="distillation"`` that pipeline is the teacher and the start of the student, and the result
-    is a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``; ``"training"`` has no teacher. Otherwise its
-    network is trained as the denoiser that it is.
+    With ``consistency.mode="distillation"`` the pipeline is the teacher and initialises the student, and the result is
+    a pipeline (or LoRA weights, in ``lora/``) for ``LCMScheduler``; ``"training"`` has no teacher. Otherwise the
+    network is trained as a denoiser.
     """
 
     data: LatentData
@@ -76,7 +76,7 @@ class LatentTask(Task):
         self.scheduler = self._scheduler_of(config)
         distils = config.consistency.mode != "training"
         embeds = config.consistency.embed_guidance and distils and not config.lora.rank
-        # A pipeline that was distilled before keeps its own embedding.
+        # A pipeline that is already distilled keeps its own embedding.
         own = self.latent.network.config.get("time_cond_proj_dim")
         self.guidance_dim = own or (GUIDANCE_DIM if embeds else None)
         self.objective: Any = self._objective()
@@ -90,16 +90,16 @@ class LatentTask(Task):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes of labelled data, in the order of their labels; None for others."""
+        """Class names of labelled data, in label order; None for other data."""
         return self.captioned.classes
 
     def count(self, classes: tuple[str, ...]) -> None:
-        """Count the classes in another order."""
+        """Number the classes in the given order."""
         if classes != self.classes:
             self.captioned = open_captioned(self.config, self.latent, classes)
 
     def _source(self) -> str:
-        """Return the pipeline to start from, made for the data where the settings name what makes it."""
+        """Return the pipeline to start from, building one for the data if ``model.name`` is not ``pipeline``."""
         config = self.config
         if config.model.name == "pipeline" or config.training.init is not None:
             assert config.training.init is not None
@@ -117,13 +117,13 @@ class LatentTask(Task):
         return str(find_maker(config.model.name)(every, config.data.captions, **config.model.args))
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
-        """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
+        """Check the settings of an arm; see :meth:`Task.check_arm`."""
         build_adversary(config)
         check_settings(config)
         if not from_here and config.training.init != self.config.training.init:
             return LatentTask(config).scheduler
         check_parametrisation(config, self.latent)
-        if config.data == self.config.data:  # else it is found when the arm starts
+        if config.data == self.config.data:  # otherwise checked when the arm starts
             check_buckets(config, self.latent, self.captioned)
         scheduler = self._scheduler_of(config)
         if config.consistency.mode != "none":
@@ -133,18 +133,18 @@ class LatentTask(Task):
         return scheduler
 
     def _scheduler_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers scheduler)
-        """Return the scheduler that a run of these settings trains under and publishes: of the pipeline's noise."""
+        """Return the scheduler to train with and publish, which has the pipeline's noise schedule."""
         scheduler = self.latent.scheduler
-        with quiet_libraries():  # it remarks on options of the scheduler's own class
+        with quiet_libraries():  # diffusers warns about options specific to the original class
             if config.consistency.mode != "none":
                 return consistency_scheduler(scheduler, config.consistency.intervals)
-            if isinstance(scheduler, LCMScheduler):  # A denoiser is no consistency model.
+            if isinstance(scheduler, LCMScheduler):  # not for denoisers
                 return noise_scheduler(config, as_start(self.latent))
         return scheduler
 
     @property
     def base(self) -> str | None:
-        """See :attr:`Task.base`; of weights in fewer than 16 bits none, since devices differ in how they make them."""
+        """See :attr:`Task.base`; None for weights below 16 bits, which devices quantise differently."""
         comparable = self.config.lora.base_precision in ("float32", "bf16")
         return frozen_fingerprint(self.network) if self.config.lora.rank and comparable else None
 
@@ -190,13 +190,13 @@ class LatentTask(Task):
         )
 
     def _shift(self, objective: Any, latent_shape: tuple[int, int, int]) -> None:  # noqa: ANN401
-        """Draw timesteps as the pipeline would make its steps for latents of that shape."""
+        """Shift the timestep sampler as the pipeline shifts its sampling steps for latents of this shape."""
         shift = self.latent.family.timestep_shift(self.scheduler, latent_shape, self.latent.network)
         if shift is not None and hasattr(objective.timestep_sampler, "shift"):
             objective.timestep_sampler.shift = shift
 
     def _teacher_of(self, config: TrainConfig) -> GuidedTeacher | None:
-        """Return the teacher of a distillation; None for consistency training, whose teacher is the data."""
+        """Return the teacher for distillation; None for consistency training, which learns from the data."""
         if config.consistency.mode == "training":
             check_distillable(self.latent)
             return None
@@ -213,7 +213,7 @@ class LatentTask(Task):
             usual = self.latent.family.lora_targets
             targets = usual if config.lora.targets is None else config.lora.targets
             add_lora(network, rank=config.lora.rank, alpha=config.lora.alpha, target_modules=targets)
-            # Every process has loaded the same, and quantised weights could not be sent.
+            # Every rank loaded the same frozen weights, and DDP cannot broadcast quantised ones.
             frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
             network._ddp_params_and_buffers_to_ignore = frozen
         if config.model.gradient_checkpointing:
@@ -221,13 +221,13 @@ class LatentTask(Task):
         return network
 
     def note_in(self, out: Path) -> None:
-        """Write the first captions to ``prompts.txt``, from which samples of the run are drawn."""
+        """Write the first captions to ``prompts.txt``, the prompts for sampling from the run."""
         if not self.config.data.captions:
             lines = (" ".join(caption.split()) for caption in self.data.captions[:SHOWN])
             write_text(out / PROMPTS_FILE, "".join(f"{line}\n" for line in lines))
 
     def read_data(self, accelerator: Accelerator) -> None:
-        """Encode the images and captions that the cache does not have; of latents that are given, read all files."""
+        """Encode the images and captions missing from the cache, or verify every file of ``data.latents``."""
         if not hasattr(self, "data"):
             with accelerator.main_process_first():
                 flip = self.config.data.flip
@@ -241,32 +241,32 @@ class LatentTask(Task):
                 self.told = bucket_line(self.data.sizes(self.latent.image_size // self.latent.latent_shape[-1]))
 
     def indices(self, batch: int, batch_size: int) -> Tensor:
-        """Return which images a batch of all processes takes, of one bucket."""
+        """Return the indices of a batch over all processes, all from one bucket."""
         return bucket_indices(self.config.training.seed, batch, batch_size, self._groups)
 
     @property
     def alike(self) -> Tensor:
-        """Which samples are of the largest bucket."""
+        """Indices of the samples in the largest bucket."""
         return max(self._groups, key=len)
 
     def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
-        """Say how much memory the training needs, where all of it is in one process."""
+        """Print the estimated training memory, unless ``training.shard`` splits it over processes."""
         if progress and accelerator.is_main_process and not self.config.training.shard:
             try:
                 found = self.memory()
-            except RuntimeError as error:  # torch's, such as of a meta tensor that is asked for its values
+            except RuntimeError as error:  # from torch, such as for reading the values of a meta tensor
                 print(f"the memory that training needs is not estimated ({str(error).splitlines()[0]})")
             else:
                 tell_memory(found, accelerator.device)
 
     def memory(self) -> MemoryEstimate:
-        """Return an estimate of what the training needs; the data have been read."""
+        """Return an estimate of the training memory; requires :meth:`read_data`."""
         one = torch.zeros(1, dtype=torch.int64)
         teacher = getattr(getattr(self.objective, "teacher", None), "model", None)
         return estimate_memory(self.network, self.data.x0(one), self.data.conditions(one), self.config, teacher)
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return latents and embeddings of a batch, some of them without their prompt where the settings ask for it."""
+        """Return the latents and embeddings of a batch, dropping prompts at rate ``objective.label_dropout``."""
         conditions = {name: value.to(device) for name, value in self.data.conditions(indices).items()}
         share = self.config.objective.label_dropout
         if share > 0:
@@ -284,27 +284,27 @@ class LatentTask(Task):
         return x0.to(device), conditions
 
     def weights(self, network: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return what a checkpoint holds of a network: its LoRA alone where one is trained."""
+        """Return the weights to checkpoint: only the LoRA if one is trained."""
         return lora_state(network) if self.config.lora.rank else super().weights(network)
 
     def load_weights(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401
-        """Put back what :meth:`weights` returned."""
+        """Load weights returned by :meth:`weights`."""
         if self.config.lora.rank:
             load_lora_state(network, weights)
         else:
             super().load_weights(network, weights)
 
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """Return images of the first prompts."""
+        """Return samples for the first prompts."""
         captions = self.config.data.captions or self.data.captions[:SHOWN]
         return self._drawing.samples(str(out), average, captions, device)
 
     def validation(self, out: Path, average: Any, device: torch.device) -> Iterator[tuple[int, Tensor]]:  # noqa: ANN401
-        """Yield each number of steps of the validation and its images, of the same noise."""
+        """Yield ``(steps, images)`` for each validation step count, all from the same noise."""
         return self._drawing.validation(str(out), average, device)
 
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
-        """Write the pipeline, or the LoRA."""
+        """Write the pipeline or the LoRA."""
         if self.latent.family.labelled:
             remember_classes(average, self.classes, None)
         save = save_lora if self.config.lora.rank else save_student

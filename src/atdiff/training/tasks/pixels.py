@@ -1,4 +1,4 @@
-"""Training on images themselves: denoisers and consistency models."""
+"""Training in pixel space: denoisers and consistency models."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["PixelTask"]
 
 
 class PixelTask(Task):
-    """Trains a network of pixels; see :class:`Task`."""
+    """Trains a pixel-space network; see :class:`Task`."""
 
     def __init__(self, config: TrainConfig) -> None:
-        # What may be wrong with the settings comes first.
+        # Check the settings before reading the data.
         start = load_start(config)
         teacher = load_teacher(config, start)
-        # What the settings leave out is that of the start, and written down as such.
+        # Fill in omitted settings from the start, so that the run records them.
         self.config = config = settled(config, start or teacher)
         self.scheduler: Any = self._agreed_scheduler(config, start, teacher)
         self.data: Any = load_data(config.data.name, **data_options(asdict(config)))
@@ -46,14 +46,14 @@ class PixelTask(Task):
         self.objective = build_objective(config, self.scheduler, num_classes, build_teacher(config, teacher))
         self.network: Any = self._network_of(config)
         sampler: Any = getattr(self.objective, "timestep_sampler", None)
-        if hasattr(sampler, "shift"):  # which may depend on the size of the images
+        if hasattr(sampler, "shift"):  # it may depend on the image size
             sampler.shift = flow_shift(self.scheduler, image_tokens(self.network, self.image_shape))
         if start is not None:
             self.network.load_state_dict(weights_for(self.network, start))
 
     @staticmethod
     def _agreed_scheduler(config: TrainConfig, start: Start | None, teacher: Start | None) -> Any:  # noqa: ANN401
-        """Return the scheduler of a run, which agrees with what it starts and learns from."""
+        """Return the run's scheduler after checking that it agrees with the start and the teacher."""
         scheduler = build_scheduler(config, start or teacher)
         build_objective(config, scheduler)
         if config.objective.reflow:
@@ -66,7 +66,7 @@ class PixelTask(Task):
         return scheduler
 
     def _network_of(self, config: TrainConfig) -> Any:  # noqa: ANN401  (any diffusers model)
-        """Return the untrained network of these settings, for the classes of this run's data."""
+        """Return an untrained network for these settings and the classes of this run's data."""
         num_classes = self._num_classes(config)
         dropout = config.objective.label_dropout > 0
         return build_model(
@@ -78,7 +78,7 @@ class PixelTask(Task):
         )
 
     def check_arm(self, config: TrainConfig, *, from_here: bool = True) -> Any:  # noqa: ANN401
-        """Find what is wrong with the settings of an arm; see :meth:`Task.check_arm`."""
+        """Check the settings of an arm; see :meth:`Task.check_arm`."""
         start = Start("the base run", self.scheduler, self.network) if from_here else load_start(config)
         teacher = load_teacher(config, start)
         scheduler = self._agreed_scheduler(config, start, teacher)
@@ -113,7 +113,7 @@ class PixelTask(Task):
         return int(self.data.everything.labels.max()) + 1
 
     def _warn_of_empty_classes(self, count: int) -> None:
-        """Say which classes have no image: the network is told of them, and learns nothing."""
+        """Warn about classes without images, which the network takes as input but cannot learn."""
         empty = (torch.bincount(self.data.everything.labels, minlength=count) == 0).nonzero().flatten().tolist()
         if empty:
             names = [str(label) if self.classes is None else repr(self.classes[label]) for label in empty[:5]]
@@ -125,16 +125,16 @@ class PixelTask(Task):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes of the data, in the order of their labels; None where they have none."""
+        """Class names of the data, in label order; None without classes."""
         classes: tuple[str, ...] | None = self.data.classes
         return classes
 
     def count(self, classes: tuple[str, ...]) -> None:
-        """Count the classes in another order."""
+        """Number the classes in the given order."""
         self.data = self.data.with_classes(classes)
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the images in [-1, 1] and the conditions of a batch, on the device."""
+        """Return the images of a batch in [-1, 1], and its conditions, on the device."""
         x0 = self.data.x0(indices).to(device, non_blocking=True)
         if self.config.data.flip:
             mirrored = torch.rand(len(x0), device=device) < 0.5
@@ -145,7 +145,7 @@ class PixelTask(Task):
         return x0, {"class_labels": self.data.labels[indices].to(device, non_blocking=True)}
 
     def samples(self, out: Path, average: Any, device: torch.device) -> Tensor:  # noqa: ANN401
-        """Return 64 images of the average, all classes in turn."""
+        """Return 64 samples from the EMA weights, cycling through the classes."""
         labels = None
         if self.config.data.class_conditional:
             labels = torch.arange(self._num_classes() or 1)
@@ -167,7 +167,7 @@ class PixelTask(Task):
         )
 
     def publish(self, out: Path, average: Any) -> None:  # noqa: ANN401
-        """Write the pipeline of the average."""
+        """Write a pipeline with the EMA weights."""
         classes = self._num_classes()
         if classes is not None:
             null = classes if self.config.objective.label_dropout > 0 else None

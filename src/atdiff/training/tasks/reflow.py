@@ -1,4 +1,4 @@
-"""Training on pairs of noise and the sample that the network a run starts from makes of it."""
+"""Training on pairs of noise and the sample that the starting network generates from it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ __all__ = ["ReflowTask"]
 
 
 class ReflowTask(PixelTask):
-    """Reflow: noise keeps the sample that the start made of it. (`<https://arxiv.org/abs/2209.03003>`_, section 2.2)
+    """Reflow: each noise stays paired with its generated sample. (`<https://arxiv.org/abs/2209.03003>`_, section 2.2)
 
-    The images are still those that the run is measured against; their labels, in the order of the data, are those of
-    the pairs.
+    The images remain the reference for metrics, and their labels, in training order, condition the pairs.
 
     Attributes:
-        pairs: ``noise`` and ``x0`` ``(N, C, H, W)``, and ``class_labels`` ``(N,)`` of labelled ones, once
-            :meth:`prepare` was called.
+        pairs: ``noise`` and ``x0`` ``(N, C, H, W)``, and ``class_labels`` ``(N,)`` if labelled; set by :meth:`prepare`.
     """
 
     pairs: dict[str, Tensor]
@@ -47,11 +45,11 @@ class ReflowTask(PixelTask):
         return self.config.objective.reflow
 
     def prepare(self, out: Path, accelerator: Accelerator, *, progress: bool) -> None:
-        """Draw the pairs, where the folder does not hold them; the network still has the weights that it starts from.
+        """Generate the pairs if the folder lacks them; the network must still have its initial weights.
 
         Raises:
-            UserError: a run that is under way had pairs of another start.
-            RunError: the disk does not take them.
+            UserError: a run in progress was trained on different pairs.
+            RunError: the pairs cannot be written to disk.
         """
         settings, labels = self.config.objective, self._labels()
         sampler = pair_sampler(self.scheduler)
@@ -76,7 +74,7 @@ class ReflowTask(PixelTask):
         )
 
     def _labels(self) -> Tensor | None:
-        """Return the labels of the pairs, as often as in the data, where the network is told of them."""
+        """Return labels for the pairs, as frequent as in the data; None if the network is unconditional."""
         if not self.config.data.class_conditional:
             return None
         pairs, seed = self.config.objective.reflow, self.config.training.seed
@@ -84,7 +82,7 @@ class ReflowTask(PixelTask):
         return labels
 
     def _drawn(self, labels: Tensor | None, device: torch.device, *, progress: bool) -> dict[str, Tensor]:
-        """Draw the samples, in the batches of training, which are known to fit; return them with their noise."""
+        """Generate the samples at the training batch size, which fits in memory; return them with their noise."""
         settings, seed, shape = self.config.objective, noise_seed(self.config), self.image_shape
         batches = iter_generate(
             self.network,
@@ -109,6 +107,6 @@ class ReflowTask(PixelTask):
         return pairs if labels is None else {**pairs, "class_labels": labels}
 
     def load(self, indices: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the samples of a batch of pairs, with their noise and labels, on the device."""
+        """Return the samples of a batch of pairs, and their noise and labels, on the device."""
         batch = {name: value[indices].to(device, non_blocking=True) for name, value in self.pairs.items()}
         return batch.pop("x0"), batch
