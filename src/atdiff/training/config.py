@@ -1,4 +1,4 @@
-"""What one training run is made of: a tree of typed settings."""
+"""The settings of a training run: a tree of typed dataclasses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = [
     "ValidationConfig",
 ]
 
-# What is said of values out of range is the text beside the range.
+# The text beside a range is the error message for values outside it.
 Count = Annotated[int, Field(ge=1), "must be at least 1"]
 Natural = Annotated[int, Field(ge=0), "must not be negative"]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -63,14 +63,14 @@ Guidance = Annotated[Finite, "must be finite and 0 or more: 0 and 1 mean no guid
 Beta = Annotated[float, Field(ge=0, lt=1), "must lie in [0, 1); [0.9, 0.999] is usual"]
 
 PIXEL_MODELS = ("mlp", "unet", "dit", "adm")
-SELF = "self"  # as consistency.teacher: what training starts from, a few-step model too
+SELF = "self"  # as consistency.teacher: training.init itself, even if it is a few-step model
 SMALL_PIPELINES = ("tiny-sd", "tiny-sd3", "tiny-flux")
 _ModelWord = Literal["mlp", "unet", "dit", "adm", "pipeline", "tiny-sd", "tiny-sd3", "tiny-flux"]
 _FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 
 
 def _or_function(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
-    """Let ``FILE.py:FUNCTION`` pass, and check any other value; a union would show in the place of a mistake."""
+    """Accept ``FILE.py:FUNCTION`` and validate anything else; a union type would show up in error locations."""
     return value if isinstance(value, str) and re.match(_FUNCTION, value) else check(value)
 
 
@@ -80,7 +80,7 @@ ModelName = Annotated[_ModelWord, WrapValidator(_or_function), WithJsonSchema(_S
 
 _SAID = {"type": "string", "enum": [*get_args(PredictionType), *get_args(PredictionAlias)]}
 Predicted = Annotated[
-    PredictionType | Literal["v"] | None,  # v until the noise schedule tells which one
+    PredictionType | Literal["v"] | None,  # v until resolved by the noise schedule
     BeforeValidator(prediction_word),
     WithJsonSchema({"anyOf": [_SAID, {"type": "null"}]}),
 ]
@@ -90,12 +90,12 @@ BUCKET_STEP = 64  # pixels, as in kohya's scripts
 ADAMW = "torch.optim.AdamW"
 _DecayWord = Literal["constant", "linear", "cosine"]
 DECAYS: tuple[str, ...] = get_args(_DecayWord)
-ENDING = ("linear", "cosine")  # at the last pass
+ENDING = ("linear", "cosine")  # decays that end at the last pass
 _CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
 
 def _or_class(value: Any, check: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
-    """Let the path of a class pass, and check any other value; see :func:`_or_function`."""
+    """Accept a class path and validate anything else; see :func:`_or_function`."""
     return value if isinstance(value, str) and re.match(_CLASS, value) else check(value)
 
 
@@ -104,7 +104,7 @@ DecayName = Annotated[_DecayWord, WrapValidator(_or_class), WithJsonSchema(_DECA
 
 
 def optimizer_path(name: Any) -> Any:  # noqa: ANN401
-    """Return the path of an optimizer's class; a word without dots is one of torch's."""
+    """Return the class path of an optimizer; a name without dots is in ``torch.optim``."""
     return f"torch.optim.{name}" if isinstance(name, str) and "." not in name else name
 
 
@@ -112,7 +112,7 @@ ClassPath = Annotated[str, BeforeValidator(optimizer_path)]
 
 
 class Settings:
-    """A section of settings; pydantic reads it from files and checks what is written there."""
+    """Base class of a section of settings, which pydantic reads from files and validates."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
@@ -124,13 +124,13 @@ class DataConfig(Settings):
     Attributes:
         name: ``digits``, an image folder, an ``.npz`` or ``.parquet`` file, or a dataset on the hub.
         split: split of the dataset.
-        image_size: crop and resize to this many pixels; null for images that already have one size, or, for pipelines,
-            the pipeline's own size.
-        channels: 3 converts to RGB, 1 to greyscale; null for images that are already all of one kind.
+        image_size: crop and resize to this many pixels; null for images that already have the same size, or, for
+            pipelines, the pipeline's own size.
+        channels: 3 converts to RGB, 1 to greyscale; null for images that already have the same number of channels.
         crop: resizing method for ``image_size``: ``bicubic`` (antialiased), or ``adm`` (halved with a box filter
             first, as in guided-diffusion).
-        background: colour to composite transparent pixels on, a name or ``#rrggbb``; null drops the alpha channel and
-            keeps the colours hidden under it.
+        background: colour to composite transparent pixels onto, a name or ``#rrggbb``; null drops the alpha channel
+            and keeps the colours hidden under it.
         image_column: image column of a table; default: the first one with images.
         label_column: label column of a table (whole numbers or text); default: the first one with classes.
         labels: train and evaluate only on images of these classes, given by number; null for all. Classes keep their
@@ -146,14 +146,14 @@ class DataConfig(Settings):
             one bucket. Text-to-image data only.
         bucket_step: bucket sides are multiples of this many pixels. Bucket areas are at most that of ``image_size``,
             and sides range from half of it to twice it.
-        limit: train and evaluate only on the first so many images; null for all. ``--data`` and ``--split``
-            of the measuring commands take all. Text-to-image data only.
+        limit: train and evaluate only on this many images, from the first; null for all. Evaluation commands with
+            ``--data`` or ``--split`` use all images. Text-to-image data only.
         streaming: read and encode captioned webdataset shards, parquet files and hub datasets one batch at a time,
             without an image list in memory or a copy on disk; only the latents are kept.
         unreadable: files that cannot be read as images: ``refuse`` lists them in an error before training, ``skip``
             leaves them out.
-        latents: folder from ``atdiff encode`` to train from instead of images. All settings above except ``flip``
-            are then those it was encoded with. Pipelines only.
+        latents: folder from ``atdiff encode`` to train on instead of images. All settings above except ``flip`` are
+            then those it was encoded with. Pipelines only.
     """
 
     name: str = "digits"
@@ -189,10 +189,10 @@ class ModelConfig(Settings):
             made by ``studies/small_pipelines.py`` in the repository.
         args: arguments of the network's constructor, or of the function.
         variant: weights variant of the pipelines in ``training.init`` and ``consistency.teacher``, such as ``fp16``;
-            null for the weights without a variant, or the only variant. Training and its output are float32 in any
-            case.
+            null for the weights without a variant, or the only variant. Training and its output are float32 either
+            way.
         config: pipeline folder or hub id with the configuration and tokenizers, for a ``training.init`` in one file
-            (``.safetensors``, ``.ckpt``); null for the one that diffusers finds on the hub by the weights.
+            (``.safetensors``, ``.ckpt``); null for the hub configuration that diffusers infers from the weights.
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
     """
 
@@ -236,7 +236,7 @@ class SchedulerConfig(Settings):
     args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Write out the prediction type that another name of it stands for, as diffusers calls it."""
+        """Replace an alias of the prediction type with diffusers' name for it."""
         if self.args and "prediction_type" in self.args:
             self.args = {**self.args, "prediction_type": scheduler_word(self.args["prediction_type"])}
 
@@ -254,11 +254,10 @@ class ObjectiveConfig(Settings):
         snr_gamma: gamma of ``min-snr`` and ``high-noise``.
         label_dropout: share of labels or captions replaced by the null label or empty prompt, for classifier-free
             guidance.
-        ot: assign the noises of a batch to its images by least total squared distance, among images with equal
-            conditions.
-        nearest: give each image the nearest of this many noises; 4 is usual, 0 for none.
-        explorative: give each image the one of this many noises with the smallest network error; 0 for none. Three
-            noises cost one pass per batch, rounded up.
+        ot: match noise to the images of a batch by minimum total squared distance, among images with equal conditions.
+        nearest: give each image the nearest of this many noise samples; 4 is usual, 0 for none.
+        explorative: give each image the one of this many noise samples with the smallest network error; 0 for none.
+            Three noise samples cost one pass per batch, rounded up.
         input_perturbation: gamma of DDPM-IP; 0 for none.
         slowed_interpolation: gamma of MixFlow; 0 for none.
         reflow: train on this many pairs of noise and sample, generated by ``training.init``, instead of images, as in
@@ -284,7 +283,7 @@ class ObjectiveConfig(Settings):
     reflow_passes: Natural | None = None
 
     def __post_init__(self) -> None:
-        """Write out the prediction type that another name of it stands for."""
+        """Replace an alias of the prediction type with its full name."""
         self.prediction_type = prediction_word(self.prediction_type)
 
 
@@ -293,15 +292,15 @@ class ConsistencyConfig(Settings):
     """Consistency distillation and training; see :class:`atdiff.ConsistencyObjective`.
 
     Attributes:
-        mode: ``none`` trains a denoiser; ``distillation`` uses a teacher; ``training`` does without one.
-        teacher: a run, pipeline folder or hub id; default ``training.init``. ``self`` also uses ``training.init``,
-            where that is a few-step model already, which is then tuned with its original weights as teacher.
+        mode: ``none`` trains a denoiser; ``distillation`` uses a teacher; ``training`` has none.
+        teacher: a run, pipeline folder or hub id; default ``training.init``. ``self`` also uses ``training.init``, but
+            allows a few-step model, which is then tuned with its original weights as teacher.
         solver: solver of the teacher's step.
         site: where the adversary perturbs: the ``student``'s input, or the ``teacher``'s estimate.
         pairs: how the two timesteps to compare are chosen.
-        intervals: number of intervals in the grid of timesteps, which is also the sampler's.
+        intervals: number of intervals in the timestep grid, which the sampler shares.
         distance: distance between the two values.
-        huber_c: constant c of the Huber distances; null for the usual one.
+        huber_c: constant c of the Huber distances; null for the usual value.
         target_decay: decay of the moving average used as target; 0 for the network itself, without gradient.
         guidance: range of the teacher's classifier-free guidance scale, for latents.
         embed_guidance: give the network the scale as an input; no effect with LoRA, which trains without it.
@@ -344,7 +343,7 @@ class AdversaryConfig(Settings):
         rescale_noise: rescale each sample's perturbed noise to the norm of its original noise.
         method: ``free`` updates the weights at every pass, ``pgd`` at the last pass of a batch; ``equivariance`` adds
             a regulariser to the plain loss; ``soar`` (2 passes or more), ``adr`` (2), ``contrastive`` (1) and ``mac``
-            (2) are rivals without a step size.
+            (2) are rival methods without a step size.
         weight: weight of the term that ``equivariance`` (usually 1), ``soar`` (1), ``adr`` (1) and ``contrastive``
             (0.05) add to the plain loss; for ``mac``, weight of the half of the pairs with the smaller error (2). No
             effect with ``free`` and ``pgd``.
@@ -370,7 +369,7 @@ class AdversaryConfig(Settings):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Write out the method where a dose is all that is said, and today's word for the order."""
+        """Fill in the method if only a dose is given, and replace old names of the order."""
         self.order = order_of(self.order)
         if self.steps is not None and self.dose is None:
             self.dose = "auto"
@@ -408,7 +407,7 @@ class OptimizerConfig(Settings):
     grad_clip: Annotated[float, Field(gt=0), "must be above 0, or null for no clipping"] | None = 1.0
 
     def __post_init__(self) -> None:
-        """Write out the path of one of torch's classes."""
+        """Expand the bare name of a torch class to its path."""
         self.name = optimizer_path(self.name)
 
 
@@ -421,21 +420,21 @@ class TrainingConfig(Settings):
         batch_size: images per pass and process, over all micro-batches.
         accumulate: micro-batches per weight update.
         ema_decay: decay of the exponential moving average (EMA), which is updated at every weight update.
-        ema_warmup: raise that decay from 0, as ``min(ema_decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the
+        ema_warmup: ramp up the decay as ``min(ema_decay, (1 + n) / (10 + n))`` after ``n`` updates, so that the
             average forgets the initial weights even in a short run.
-        precision: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` where the device has it, else ``no``.
+        precision: ``no`` (float32), ``bf16``, ``fp16``, or ``auto``: ``bf16`` if the device supports it, else ``no``.
         compile: run the network through ``torch.compile``.
-        shard: split weights, gradients, optimizer state and averages over the processes (FSDP), for networks that are
-            too large for one GPU.
+        shard: shard weights, gradients, optimizer state and averages across processes (FSDP), for networks too large
+            for one GPU.
         seed: seed of the weights, the order of the data and all random draws.
         init: a run, pipeline folder or hub id to start from: its (EMA) weights, noise schedule and prediction type.
         log_every: passes between lines of ``metrics.jsonl``.
         sample_every: passes between sample grids; 0 for the last one only.
         checkpoint_every: passes between checkpoints; the last one is always written.
-        keep_checkpoints: number of newest checkpoints to keep; the one with the lowest mean loss is kept too.
+        keep_checkpoints: number of newest checkpoints to keep, in addition to the one with the lowest mean loss.
         max_skipped: number of updates that may be skipped for a non-finite gradient; one more ends the run.
-        tracker: tracker of Accelerate, such as ``tensorboard``, ``wandb`` or ``trackio``, to which the lines of
-            ``metrics.jsonl``, the settings and the sample grids are also sent.
+        tracker: an Accelerate tracker, such as ``tensorboard``, ``wandb`` or ``trackio``, that also receives the lines
+            of ``metrics.jsonl``, the settings and the sample grids.
     """
 
     passes: Count = 1000
@@ -458,7 +457,7 @@ class TrainingConfig(Settings):
 
 @dataclass
 class ValidationConfig(Settings):
-    """Samples of your own prompts while a pipeline trains, at several step counts.
+    """Samples from your own prompts while a pipeline trains, at several step counts.
 
     They are generated with every sample grid (``training.sample_every``), with the EMA weights and from the same noise
     at each number of steps, and do not affect training.
@@ -490,7 +489,7 @@ class TrainConfig(Settings):
         adversary: the adversary, which perturbs the input.
         optimizer: the optimizer and its learning rate.
         training: length, speed and output of training.
-        validation: samples of your own prompts during training.
+        validation: samples from your own prompts during training.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""How much of a device's memory a run on latents needs, from shapes and types alone, before it begins."""
+"""Estimates the device memory that a run on latents needs, before it starts, from shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ __all__ = ["MemoryEstimate", "activation_bytes", "estimate_memory", "kept_bytes"
 
 GB = 1e9
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TRIED = 512  # rows and columns of the matrix that an optimizer is tried on
+TRIED = 512  # rows and columns of the matrix used to measure an optimizer's state
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes by what takes them.
+    """Bytes by use.
 
-    Not counted are what CUDA and its libraries take (about 0.5 GB), gaps between blocks, copies that several processes
-    exchange, and passes without a gradient, of a teacher or for samples. Autoencoder and text encoders are off the
-    device in training.
+    Excludes CUDA and its libraries (about 0.5 GB), fragmentation, communication buffers between processes, and passes
+    without gradient, by a teacher or for samples. The autoencoder and text encoders are off the device in training.
     """
 
-    network: int  # as it is kept, and where it is float32 under autocast, the copy that autocast makes
-    adapters: int  # of LoRA
-    teacher: int  # where it shares no weights with the network
+    network: int  # as stored, plus autocast's copies of float32 weights
+    adapters: int  # LoRA weights
+    teacher: int  # weights not shared with the network
     averages: int  # of the trained weights
     optimizer: int  # its state
-    activations: int  # of a micro-batch, and the gradients: the most at a time in a forward and backward pass
+    activations: int  # of a micro-batch, with gradients: the peak of a forward and backward pass
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Total bytes."""
         return sum(self)
 
     def __str__(self) -> str:
@@ -62,15 +61,15 @@ def estimate_memory(
     config: TrainConfig,
     teacher: nn.Module | None = None,
 ) -> MemoryEstimate:
-    """Return what the training of a network needs.
+    """Estimate the memory for training a network.
 
     Args:
-        network: real, whose weights are counted as they are stored, or on the meta device, whose frozen weights are
-            counted as ``lora.base_precision`` would keep them.
-        x0: latents of a sample or more, ``(B, ...)``, of which the shape alone is used.
-        conditions: of as many.
-        config: of the run.
-        teacher: of a distillation.
+        network: a real network, counted as stored, or one on the meta device, whose frozen weights are counted as
+            ``lora.base_precision`` would store them.
+        x0: latents of one or more samples, ``(B, ...)``; only the shape is used.
+        conditions: conditions of as many samples.
+        config: the run's settings.
+        teacher: the teacher in distillation.
     """
     settings = config.training
     weights = list(network.parameters())
@@ -88,7 +87,7 @@ def estimate_memory(
         torch.empty(size, *x0.shape[1:], device="meta"),
         {name: torch.empty(size, *one.shape[1:], dtype=one.dtype, device="meta") for name, one in conditions.items()},
     )
-    if autocast is not None:  # which the gradients of float32 weights are not in
+    if autocast is not None:  # the gradients of float32 weights stay in float32
         activations += (4 - autocast.itemsize) * sum(weight.numel() for weight in trained)
     of_trained, adapted = stored_bytes(trained), bool(getattr(network, "peft_config", None))
     shares = {id(weight) for weight in weights}
@@ -103,7 +102,7 @@ def estimate_memory(
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages of tensors, each counted once, with the scales of quantised ones."""
+    """Return the bytes of the tensors' storages, each counted once, including quantisation scales."""
     storages = {}
     for tensor in tensors:
         for part in _stored(tensor):
@@ -112,7 +111,7 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _stored(tensor: Any) -> Iterator[Tensor]:  # noqa: ANN401  (torchao's and bitsandbytes' have parts)
+def _stored(tensor: Any) -> Iterator[Tensor]:  # noqa: ANN401  (torchao and bitsandbytes tensors have parts)
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _stored(getattr(tensor, name))
@@ -123,7 +122,7 @@ def _stored(tensor: Any) -> Iterator[Tensor]:  # noqa: ANN401  (torchao's and bi
 
 
 def kept_bytes(network: nn.Module, precision: BasePrecision) -> int:
-    """Return the bytes of a network's frozen weights as :mod:`atdiff.pipelines.base_precision` would keep them."""
+    """Return the bytes of a network's frozen weights as :mod:`atdiff.pipelines.base_precision` would store them."""
     matrices = {id(one.weight): one.weight for one in network.modules() if isinstance(one, nn.Linear)}
     kept = 0.0
     for weight in network.parameters():
@@ -134,37 +133,37 @@ def kept_bytes(network: nn.Module, precision: BasePrecision) -> int:
             kept += 4 * number
         elif precision == "bf16" or id(weight) not in matrices:
             kept += 2 * number
-        elif precision == "nf4":  # a float32 scale for each 64
+        elif precision == "nf4":  # plus a float32 scale per 64 weights
             kept += number / 2 + 4 * -(-number // 64)
-        else:  # a float32 scale a row, and torchao's zero point
+        else:  # plus a float32 scale per row, and torchao's zero point
             kept += number + (5 if precision == "int8wo" else 4) * rows
     return round(kept)
 
 
 def activation_bytes(network: Any, x_t: Tensor, conditions: Mapping[str, Tensor]) -> int:  # noqa: ANN401
-    """Return the most that a forward and a backward pass hold at a time, gradients of the weights included.
+    """Return the peak bytes of a forward and backward pass, including weight gradients.
 
-    The passes are run on the meta device, which knows shapes and computes nothing. Attention is counted as a fused
-    kernel has it, without its matrix.
+    The passes run on the meta device, which tracks shapes without computing. Attention is counted as a fused kernel,
+    without the attention matrix.
 
     Args:
-        network: with its weights on the meta device.
-        x_t: ``(B, ...)``, there too.
-        conditions: likewise.
+        network: the network, with its weights on the meta device.
+        x_t: ``(B, ...)``, on the meta device.
+        conditions: conditions of the samples, on the meta device.
     """
     told = dict(conditions)
     if dim := network.config.get("time_cond_proj_dim"):
         told["timestep_cond"] = torch.empty(len(x_t), dim, device="meta")
     timesteps = torch.zeros(len(x_t), dtype=torch.int64, device="meta")
     live = _Live((*network.parameters(), *network.buffers(), x_t, *told.values(), timesteps))
-    # Patched, since a torch function mode does not reach what checkpoints compute again in the backward pass.
+    # Patched because a torch function mode misses what checkpointing recomputes in the backward pass.
     with torch.device("meta"), live, patch.object(functional, "scaled_dot_product_attention", _attention):
         predict(network, x_t, timesteps, told).square().mean().backward()
     return live.peak
 
 
 def _twin(network: Any, autocast: torch.dtype | None) -> Any:  # noqa: ANN401
-    """Return the network on the meta device, unquantised, in the type that it computes in."""
+    """Return an unquantised copy of the network on the meta device, in its compute dtype."""
     config = {name: value for name, value in network.config.items() if name != "quantization_config"}
     with torch.device("meta"):
         twin = type(network).from_config(config)
@@ -184,9 +183,9 @@ def _twin(network: Any, autocast: torch.dtype | None) -> Any:  # noqa: ANN401
 
 
 def _autocast_copies(weights: list[nn.Parameter], network: Any, autocast: torch.dtype | None) -> int:  # noqa: ANN401
-    """Return the bytes of what autocast makes of float32 weights and the backward pass keeps.
+    """Return the bytes of autocast's copies of float32 weights that are kept for the backward pass.
 
-    It holds on to its copies of trained weights; those of frozen ones are made anew with checkpointed activations.
+    Copies of trained weights always are; those of frozen weights are recomputed with checkpointed activations.
     """
     if autocast is None:
         return 0
@@ -195,7 +194,7 @@ def _autocast_copies(weights: list[nn.Parameter], network: Any, autocast: torch.
 
 
 def _optimizer_bytes(settings: OptimizerConfig, trained: Iterable[Tensor]) -> int:
-    """Return the bytes of an optimizer's state, by what it has for a matrix and for a vector."""
+    """Return the bytes of an optimizer's state, extrapolated from one matrix and one vector."""
     rates = {matrix: _state_per_weight(settings, matrix) for matrix in (True, False)}
     return round(sum(weight.numel() * rates[weight.ndim == 2] for weight in trained))
 
@@ -213,13 +212,13 @@ def _state_per_weight(settings: OptimizerConfig, matrix: bool) -> float:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, as long as they are referred to.
+    """Counts the bytes of the live storages that operations allocate.
 
     Args:
-        known: tensors that were there before, whose views are no new memory: a layer transposes its weight.
+        known: existing tensors, whose views take no new memory, such as a layer's transposed weight.
 
     Attributes:
-        peak: the most at a time.
+        peak: the maximum so far, in bytes.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -256,14 +255,14 @@ def _attention(
     scale: float | None = None,
     **_: Any,  # noqa: ANN401
 ) -> Tensor:
-    """Take a fused kernel for attention, where the meta device would take products of matrices."""
+    """Use a fused attention kernel; the meta device would fall back to matrix products."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     attended: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return attended
 
 
 def tell_memory(found: MemoryEstimate, device: torch.device) -> None:
-    """Print an estimate, and warn where the device has less."""
+    """Print an estimate, and warn if the device has less memory."""
     print(f"training {found}, by an estimate")
     has = _memory_of(device)
     if found.total > has:
@@ -278,4 +277,4 @@ def tell_memory(found: MemoryEstimate, device: torch.device) -> None:
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return memory_left() + int(psutil.Process().memory_info().rss)  # which the network is in
+    return memory_left() + int(psutil.Process().memory_info().rss)  # RSS includes the network
