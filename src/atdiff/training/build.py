@@ -1,4 +1,4 @@
-"""The parts of a training run, from its settings."""
+"""Builds the parts of a training run from its settings."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ __all__ = [
 def build_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # noqa: ANN401
     """Build the diffusers scheduler of a run, with the objective's prediction and variance types.
 
-    What the settings leave out is that of the start. A consistency model of the DDPM family gets the ``LCMScheduler``
-    of the same betas, whose grid is the objective's.
+    Omitted settings come from the start. A consistency model of the DDPM family gets an ``LCMScheduler`` with the same
+    betas and the objective's grid.
 
     Raises:
         UserError: diffusers has no such scheduler, or its arguments do not fit.
@@ -70,19 +70,19 @@ def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN40
     steps = config.num_train_timesteps
     if not 1 <= intervals <= steps:
         raise UserError(f"consistency.intervals={intervals} must lie between 1 and the scheduler's {steps} timesteps.")
-    # No other default of the source's class comes along: the values of f are not clipped, say.
+    # No other defaults of the source's class carry over; for example, the values of f are not clipped.
     return LCMScheduler.from_config(config, original_inference_steps=intervals, **_lcm_betas(scheduler))
 
 
 def _lcm_betas(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the arguments that give an ``LCMScheduler`` the betas of another scheduler, by their names or values.
+    """Return the arguments that give an ``LCMScheduler`` the betas of another scheduler, by name or by value.
 
-    ``from_config`` alone drops what was a default of the other class, in favour of Stable Diffusion's betas.
+    ``from_config`` alone replaces defaults of the other class with Stable Diffusion's betas.
     """
     names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     named = {name: scheduler.config[name] for name in names if name in scheduler.config}
     named["num_train_timesteps"] = scheduler.config.num_train_timesteps
-    with contextlib.suppress(NotImplementedError):  # it has no name for some schedules
+    with contextlib.suppress(NotImplementedError):  # LCMScheduler does not know every schedule by name
         made: Any = LCMScheduler(**named)
         if torch.equal(made.betas, scheduler.betas):
             return named
@@ -115,10 +115,10 @@ def build_objective(
 
 
 def consistency_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that every consistency objective of these settings has.
+    """Return the options common to all consistency objectives with these settings.
 
     Raises:
-        UserError: settings of denoisers are among them, or a target's decay out of range.
+        UserError: denoiser settings are used, or the target's decay is out of range.
     """
     settings = config.consistency
     if not 0 <= settings.target_decay < 1:
@@ -145,7 +145,7 @@ def build_adversary(config: TrainConfig) -> Adversary:
 
 
 def scaled(config: TrainConfig, default: Scale) -> TrainConfig:
-    """Return the settings with the scale that is in effect; it has none where nothing is perturbed."""
+    """Return the settings with the effective scale filled in; ``constant`` if nothing is perturbed."""
     adversary = config.adversary
     if adversary.scale is not None or adversary.dose is not None:
         return config

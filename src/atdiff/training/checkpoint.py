@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a resumed run needs, whole or absent."""
+"""Checkpoints: everything a run needs to resume, written atomically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-SHARDS = "shards"  # the folder of the tensors of a run whose weights are split
+SHARDS = "shards"  # the folder with the tensors of a sharded run
 _TRY_AGAIN = "free space, or make the folder writable, and run the same command again."
 
 
@@ -50,21 +50,21 @@ def save_checkpoint(
     loss: float = math.nan,
     keep: int = 2,
 ) -> None:
-    """Write ``folder/pass-<passes>`` aside, flush and rename it, then drop all but the newest and the best.
+    """Write ``folder/pass-<passes>`` to a temporary name, flush and rename it, then prune all but the newest and best.
 
-    Its manifest names every file with its size and SHA-256.
+    Its manifest lists the size and SHA-256 of every file.
 
     Args:
-        folder: of the checkpoints.
-        passes: that are behind.
-        weights: of the network.
+        folder: the folder of checkpoints.
+        passes: passes completed.
+        weights: weights of the network.
         ema: their average.
         state: tensors and plain values.
-        loss: the mean since the checkpoint before, by which the best is told; NaN for unknown.
-        keep: how many of the newest are kept; the best is kept beside them.
+        loss: mean loss since the previous checkpoint, which ranks checkpoints; NaN if unknown.
+        keep: number of newest checkpoints to keep, in addition to the best.
 
     Raises:
-        RunError: the weights are not finite, or the disk does not take them.
+        RunError: the weights are not finite, or cannot be written to disk.
     """
     for tensors in (weights, ema):
         _refuse_infinite(_not_finite(tensors), folder, passes)
@@ -86,19 +86,19 @@ def save_split_checkpoint(
     loss: float = math.nan,
     keep: int = 2,
 ) -> None:
-    """Write a checkpoint as :func:`save_checkpoint` does, all processes together, each its part of the tensors.
+    """Write a checkpoint like :func:`save_checkpoint`, with every rank writing its shards of the tensors.
 
     Args:
-        folder: of the checkpoints, which all processes see.
-        passes: that are behind.
-        tensors: by name; each process has a part of them.
-        write: writes the part of this process to a folder, and raises in all processes where one of them fails.
-        state: of the main process.
-        loss: of the main process.
-        keep: how many of the newest are kept.
+        folder: the folder of checkpoints, accessible to every rank.
+        passes: passes completed.
+        tensors: tensors by name, sharded across ranks.
+        write: writes this rank's shards to a folder, and raises on every rank if one of them fails.
+        state: the state; only that of the main process is used.
+        loss: mean loss; only that of the main process is used.
+        keep: number of newest checkpoints to keep.
 
     Raises:
-        RunError: in all processes, as :func:`save_checkpoint` does.
+        RunError: on every rank, as :func:`save_checkpoint` does.
     """
     _refuse_infinite(next(filter(None, gather_object([_not_finite(tensors)])), None), folder, passes)
     with contextlib.ExitStack() as stack:
@@ -112,7 +112,7 @@ def save_split_checkpoint(
         def end() -> None:
             with _disk_told(folder, passes):
                 _complete(aside, passes, state, loss, {name: one for part in parts for name, one in part.items()})
-                stack.close()  # renames it
+                stack.close()  # renames the folder
                 _prune(folder, keep)
 
         begun = from_main(in_main(begin))
@@ -120,14 +120,14 @@ def save_split_checkpoint(
         aside = begun
         with _disk_told(folder, passes):
             write(tensors, aside / SHARDS)
-        world = num_processes()  # which share the reading
+        world = num_processes()  # which divide the hashing among themselves
         files = sorted((aside / SHARDS).iterdir())[torch.distributed.get_rank() if world > 1 else 0 :: world]
         parts = gather_object([{f"{SHARDS}/{file.name}": _described(file) for file in files}])
         in_main(end)
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Return the name of a tensor with a value, in the part of this process, that is not finite; None without one."""
+    """Return the name of a tensor with a non-finite value in this rank's shard; None if there is none."""
     for name, value in tensors.items():
         mine: Any = value.to_local() if hasattr(value, "to_local") else value
         if mine.is_floating_point() and not mine.isfinite().all():
@@ -157,7 +157,7 @@ def _disk_told(folder: Path, passes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _aside(folder: Path, passes: int) -> Iterator[Path]:
-    """Yield a folder that becomes the checkpoint once the block is through."""
+    """Yield a temporary folder that becomes the checkpoint when the block completes."""
     remove_leftovers(folder / "pass-*")
     with written_aside(folder / f"pass-{passes:09d}", flush=True) as aside:
         aside.mkdir()
@@ -165,7 +165,7 @@ def _aside(folder: Path, passes: int) -> Iterator[Path]:
 
 
 def _complete(aside: Path, passes: int, state: dict[str, Any], loss: float, known: dict[str, Any]) -> None:
-    """Add the state and the manifest, in which some files are ``known``."""
+    """Add the state and the manifest; entries in ``known`` are already hashed."""
     torch.save(state, aside / "state.pt")
     files = {file.name: _described(file) for file in sorted(aside.iterdir()) if file.is_file()}
     told = loss if math.isfinite(loss) else None
@@ -198,7 +198,7 @@ def _loss(checkpoint: Path) -> float:
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, by its manifest; None where every file is as it was written."""
+    """Return what is wrong with a checkpoint according to its manifest; None if every file is intact."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         expected = dict(manifest["files"])
@@ -214,11 +214,11 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def latest_checkpoint(folder: Path, fits: Callable[[int], bool] = lambda passes: True) -> Path | None:
-    """Return the newest whole checkpoint of a training folder, if it has one; a warning names those that are not.
+    """Return the newest intact checkpoint in a folder, if any; warn about damaged ones.
 
     Args:
-        folder: of the checkpoints.
-        fits: whether one after so many passes is asked for.
+        folder: the folder of checkpoints.
+        fits: returns whether to consider a checkpoint, given its number of passes.
     """
     for path in sorted(folder.glob("pass-*"), reverse=True):
         if not fits(passes_of(path)):
@@ -231,34 +231,34 @@ def latest_checkpoint(folder: Path, fits: Callable[[int], bool] = lambda passes:
 
 
 def passes_of(checkpoint: Path) -> int:
-    """Return how many passes were behind when a checkpoint was written."""
+    """Return the number of passes completed at a checkpoint."""
     return int(checkpoint.name.removeprefix("pass-"))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Return ``(weights, ema, state)`` of a whole checkpoint."""
+    """Return ``(weights, ema, state)`` of an unsharded checkpoint."""
     return load_file(path / "model.safetensors"), load_file(path / "ema.safetensors"), load_state(path)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Return all of a checkpoint but the weights; nothing but tensors and plain values is unpickled."""
+    """Return the state of a checkpoint, without its weights; unpickles only tensors and plain values."""
     state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return state
 
 
 def shards_of(path: Path) -> Path | None:
-    """Return where a checkpoint has its tensors split; None where they are whole."""
+    """Return the folder of a checkpoint's shards; None if it is not sharded."""
     return path / SHARDS if (path / SHARDS).is_dir() else None
 
 
 def last_good(folder: Path) -> str:
-    """Return which checkpoint of a folder of them is the newest whole one, in words."""
+    """Return a phrase that names the newest intact checkpoint in a folder."""
     return f"the last good checkpoint is {latest_checkpoint(folder) or 'none yet'}"
 
 
 @contextlib.contextmanager
 def disk_errors(out: Path, passes: Callable[[], int]) -> Iterator[None]:
-    """Say in a sentence what the disk did not do; ``passes`` tells how many are behind.
+    """Turn an OSError into a one-sentence ``RunError``; ``passes`` returns the number of passes completed.
 
     Raises:
         RunError: in place of an OSError.

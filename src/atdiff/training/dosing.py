@@ -1,4 +1,4 @@
-"""The dose that sets itself, within a run: the data it is solved for, and the log of what it does."""
+"""The automatic dose in a run: fitting it to the data, and logging what it does."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from atdiff.core.noise import divide, expand, noise_level
 __all__ = ["DOSE_LOG", "coupled_noise", "dose_line", "fit_dose"]
 
 DOSE_LOG = "dose.jsonl"
-SAMPLES = 2048  # of the data; its spectrum is that of a sample where there are more
-VALUES = 2**25  # that may be held at once for it
+SAMPLES = 2048  # at most this many samples of the data estimate its spectrum
+VALUES = 2**25  # at most this many values of them in memory
 LEVELS = 8  # bins of noise level
 
 
 def fit_dose(adversary: Adversary, task: Any, device: torch.device) -> None:  # noqa: ANN401  (of atdiff.training.tasks)
-    """Solve the closed form of a dose that sets itself for the data of a run; nothing for other adversaries.
+    """Solve the closed form of an automatic dose for the data of a run; does nothing for other adversaries.
 
-    The samples are the same in every process, and whenever the run resumes; of buckets they are those of the largest.
+    The samples are the same on every rank and after resuming; with buckets, they come from the largest one.
     """
     auto = adversary.auto_dose
     if auto is None:
@@ -37,11 +37,11 @@ def fit_dose(adversary: Adversary, task: Any, device: torch.device) -> None:  # 
 
 
 def coupled_noise(adversary: Adversary) -> list[dict[str, float]]:
-    """Return the distribution of ``noise + delta / sigma`` in the last pass, by noise level.
+    """Return statistics of ``noise + delta / sigma`` in the last pass, by noise level.
 
-    Independent noise has variance 1, no excess kurtosis, and no correlation with ``x0``. A list of bins of the noise
-    level that hold samples: ``level``, its middle; ``variance``, ``kurtosis`` and ``correlation`` over all values. Bins
-    that are not finite are left out.
+    Independent noise has variance 1, no excess kurtosis, and no correlation with ``x0``. Each non-empty bin of noise
+    levels has its midpoint ``level``, and the ``variance``, ``kurtosis`` and ``correlation`` over all its values. Bins
+    with non-finite statistics are left out.
     """
     batch, delta = adversary.batch, adversary.delta
     if batch is None or delta is None:
@@ -63,7 +63,7 @@ def _moments(noise: Tensor, x0: Tensor) -> dict[str, float]:
 
 
 def dose_line(adversary: Adversary, passes: int) -> dict[str, Any] | None:
-    """Return what a line of :data:`DOSE_LOG` tells after so many passes; None without a dose."""
+    """Return a line of :data:`DOSE_LOG`, written after ``passes`` passes; None without a dose."""
     if adversary.dose is None:
         return None
     auto = adversary.auto_dose

@@ -1,4 +1,4 @@
-"""Latents and embeddings of a recipe's images, encoded once for runs on any machine."""
+"""Encodes the images of a recipe to latents and embeddings, once for runs on any machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["encode"]
 
 
 def encode(config: TrainConfig, out: Path, *, progress: bool = True) -> LatentData:
-    """Write the latents and embeddings that a run of these settings is trained on into a folder.
+    """Write the latents and embeddings that a run with these settings trains on to a folder.
 
     Args:
-        config: of the run, with a pipeline as ``training.init``.
-        out: a new folder, which ``data.latents`` of other runs may name.
-        progress: show bars.
+        config: the run's settings, with a pipeline as ``training.init``.
+        out: a new folder, for use as ``data.latents``.
+        progress: show progress bars.
 
     Raises:
         UserError: settings, images or pipeline do not fit.

@@ -1,4 +1,4 @@
-"""The settings of runs on latents that were encoded before; without torch."""
+"""Settings of runs on latents encoded in advance; does not import torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from atdiff.training.settings import read_settings
 
 __all__ = ["as_encoded", "encoded_folder", "reading_settings"]
 
-OF_THE_RUN = ("latents", "flip", "class_conditional")  # the rest of data says what is read, and how
-OF_THE_PIPELINE = ("image_size", "channels")  # where they are null, and so never contradict what it encoded
+OF_THE_RUN = ("latents", "flip", "class_conditional")  # the rest of data says which images are read, and how
+OF_THE_PIPELINE = ("image_size", "channels")  # null means the pipeline's own, so never contradicts the encoding
 
 
 def encoded_folder(data: DataConfig) -> Path:
@@ -25,24 +25,24 @@ def encoded_folder(data: DataConfig) -> Path:
 
 
 def reading_settings(data: DataConfig) -> dict[str, Any]:
-    """Return the settings that say which images are read, and how."""
+    """Return the settings that determine which images are read, and how."""
     return {name: value for name, value in asdict(data).items() if name not in OF_THE_RUN}
 
 
 def as_encoded(config: TrainConfig, given: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Return the settings with those of ``data`` that the latents, if they are given, were encoded with.
+    """Return the settings with ``data`` filled in from the record of ``data.latents``, if given.
 
-    So a run says what it was trained on, and is held against images that are read alike.
+    The run thus records what it was trained on, and is evaluated against images read the same way.
 
     Args:
-        config: of the run.
-        given: what a recipe and its command line say of ``data``, be it the default; None where that is not known, and
-            a default is taken for a setting that was left out.
+        config: the run's settings.
+        given: the ``data`` settings written in the recipe and on the command line, even if equal to the default; if
+            None, settings with default values count as omitted.
 
     Raises:
-        UserError: there are no such latents, a setting contradicts them, or the mirrored ones are missing.
+        UserError: the latents do not exist, a setting contradicts them, or they lack mirrored images.
     """
-    if config.data.latents is None or config.model.name in PIXEL_MODELS:  # which are told that they take none
+    if config.data.latents is None or config.model.name in PIXEL_MODELS:  # check_config refuses latents for these
         return config
     folder = encoded_folder(config.data)
     record = read_record(folder)

@@ -1,4 +1,4 @@
-"""Steps that are not taken because a gradient is not finite."""
+"""Skipping optimizer steps with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atdiff.objectives.batch import ObjectiveOutput
 
 __all__ = ["FiniteSteps"]
 
-KEPT = 1000  # steps whose losses wait to be looked at; of older ones only the count is known
+KEPT = 1000  # steps whose losses are kept until they are read; of older ones only the count is known
 
 
 class _Pass(NamedTuple):
@@ -28,40 +28,40 @@ class _Step(NamedTuple):
 
 
 class FiniteSteps:
-    """Finds steps that must not be taken, on the device, and says at the next line of the log what they were.
+    """Finds steps to skip, on the device, and describes them at the next log line.
 
-    A fused optimizer of torch leaves the weights and its moments alone where its ``found_inf`` is 1, which is how a
+    A fused torch optimizer leaves the weights and its moments unchanged if its ``found_inf`` is 1, which is how a
     GradScaler skips steps (https://docs.pytorch.org/docs/stable/amp.html). So no pass waits for the device.
 
     Attributes:
-        skipped: steps so far, as far as :meth:`collect` has looked.
-        newest: what the newest of them was; empty before the first.
+        skipped: number of skipped steps, as of the last :meth:`collect`.
+        newest: description of the latest one; empty if none.
     """
 
     def __init__(self) -> None:
         self.skipped, self.newest = 0, ""
         self._passes: list[_Pass] = []
         self._steps: deque[_Step] = deque(maxlen=KEPT)
-        self._taken = 0  # steps since the last call of collect, and how many of them were bad
+        self._taken = 0  # steps since the last collect; _bad counts the bad ones among them
         self._bad: Tensor | None = None
 
     def note(self, output: ObjectiveOutput, timesteps: Tensor) -> None:
-        """Keep the losses of a pass, to be named if its step is skipped.
+        """Keep the losses of a pass, to describe it if its step is skipped.
 
         Args:
-            output: of the pass.
-            timesteps: of its samples, ``(B,)``.
+            output: the objective's output.
+            timesteps: timesteps of its samples, ``(B,)``.
         """
         terms = {name: term.detach() for name, term in output.terms.items()}
         self._passes.append(_Pass(output.loss.detach(), terms, timesteps))
 
     def judge(self, number: int, gradient_norm: Tensor | None) -> Tensor:
-        """Return 1 if the step of the passes noted must not be taken, else 0: float32, as optimizers take it.
+        """Return 1 if the step after the passes noted must be skipped, else 0, as the float32 that optimizers expect.
 
         Args:
-            number: of passes that are behind with it.
-            gradient_norm: of all weights, the same in every process; None where a GradScaler judges, and the losses
-                alone are looked at.
+            number: passes completed after this step.
+            gradient_norm: norm over all weights, the same on every rank; None if a GradScaler decides, in which case
+                only the losses are checked.
         """
         passes, self._passes = self._passes, []
         measure = torch.stack([one.loss.sum() for one in passes]) if gradient_norm is None else gradient_norm
@@ -72,7 +72,7 @@ class FiniteSteps:
         return found_inf
 
     def collect(self) -> bool:
-        """Count what was skipped since the last call into :attr:`skipped`; return whether that was every step."""
+        """Add the steps skipped since the last call to :attr:`skipped`; return whether all of them were skipped."""
         if self._bad is None:
             return False
         count, taken = int(self._bad), self._taken
@@ -85,7 +85,7 @@ class FiniteSteps:
         return count == taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count, to be saved after :meth:`collect`."""
+        """Return the count for saving, after :meth:`collect`."""
         return {"skipped": self.skipped, "newest": self.newest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ class FiniteSteps:
 
 
 def _description(step: _Step) -> str:
-    """Name the pass, the term and the timesteps."""
+    """Return a description with the pass, the non-finite terms and the timesteps."""
     loss, timesteps = torch.cat([one.loss for one in step.passes]), torch.cat([one.timesteps for one in step.passes])
     wrong = ~loss.isfinite().to(timesteps.device)
     names = {name: None for one in step.passes for name, term in one.terms.items() if not term.isfinite().all()}

@@ -1,4 +1,4 @@
-"""Whether a run still has the data that it was begun with."""
+"""Checks that a resumed run still has the data it started with."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __all__ = ["check_data", "count_as_begun", "store_data"]
 
 
 def count_as_begun(out: Path, task: Task) -> None:
-    """Count the classes as the run did when it was begun: earlier versions took numbers for text."""
+    """Number the classes as when the run started: earlier versions sorted numbers as text."""
     before = classes_of(stored_data(out), task.classes)
     if before is not None and task.classes is not None and sorted(before) == sorted(task.classes):
         task.count(before)
 
 
 def check_data(out: Path, task: Task) -> dict[str, Any] | None:
-    """Return, in the main process, which data these are, or find in all of them that the run had other ones."""
+    """Return the identity of the data in the main process; raise on every rank if the run started with other data."""
     return in_main(lambda: _checked(out, task))
 
 
 def store_data(out: Path, found: Mapping[str, Any] | None) -> None:
-    """Write what :func:`check_data` returned."""
+    """Store the identity returned by :func:`check_data`."""
     if found is not None:
         note(out, **found)
 
 
 def _checked(out: Path, task: Task) -> dict[str, Any]:
-    """Return what tells the data of a run from others, or find that it had others."""
+    """Return the identity of the data, or raise if the run was trained on other data."""
     stored, classes = stored_data(out), task.classes
     found = {
         "name": task.data.name,
@@ -78,8 +78,8 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
 
 
 def _check_noise(out: Path, task: Task, before: Mapping[str, Any]) -> None:
-    """Find that the pipeline of a run adds other noise than when the run was begun, which no setting says."""
-    with quiet_libraries():  # it remarks on options of the scheduler's own class
+    """Raise if the pipeline's noise schedule, which is in no setting, has changed since the run started."""
+    with quiet_libraries():  # diffusers warns about options specific to the original class
         begun = getattr(diffusers, before["_class_name"]).from_config(before)
     for one in differences(task.scheduler, None, Start(str(out), begun, None)):
         raise UserError(
@@ -88,7 +88,7 @@ def _check_noise(out: Path, task: Task, before: Mapping[str, Any]) -> None:
 
 
 def _of_other_weights(changed: str, config: TrainConfig) -> str:
-    """Say what was done with the other weights of a network."""
+    """Return a phrase on how the run used the weights that changed."""
     init, teacher = config.training.init, config.consistency.teacher
     if changed == "base":
         return f"trains adapters on other weights than {init}"

@@ -1,4 +1,4 @@
-"""Requests to stop."""
+"""Requests to stop training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 
 
 class StopRequest:
-    """Whether a run shall stop after the pass that it is in: SIGTERM, SIGINT, or its time is over.
+    """A request for a run to stop after the current pass: on SIGTERM, SIGINT, or when its time is up.
 
-    As a context it takes the two signals; a second one ends the process as it would without it.
+    As a context manager it handles the two signals; a second one has its usual effect on the process.
 
     Args:
-        max_seconds: from now on; None for no limit.
-        signals: whether to take signals, which only the main thread of a process can.
+        max_seconds: time limit from now; None for no limit.
+        signals: whether to handle signals, which is only possible in the main thread.
     """
 
     def __init__(self, max_seconds: float | None = None, *, signals: bool = False) -> None:
@@ -34,7 +34,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None to go on."""
+        """The reason to stop; None to continue."""
         if self._signal is not None:
             return self._signal
         over = self._deadline is not None and time.monotonic() >= self._deadline
@@ -61,10 +61,10 @@ class StopRequest:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of ``90`` (seconds), ``45m``, ``1h30m``, ``2d``, or ``1:30:00``.
+    """Return the seconds in a duration such as ``90`` (seconds), ``45m``, ``1h30m``, ``2d`` or ``1:30:00``.
 
     Raises:
-        UserError: it is none of these, or not above 0.
+        UserError: it has none of these formats, or is not above 0.
     """
     seconds = 0.0
     if re.fullmatch(r"\d+(:[0-5]?\d){1,2}", text):

@@ -101,7 +101,7 @@ class Trainer:
         self.out = out
         self.accelerator = Accelerator(
             mixed_precision=settings.precision,
-            # Each said in full: what is left out, Accelerate takes from the environment.
+            # All set explicitly, since Accelerate reads omitted ones from the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
             dynamo_backend="no",
             cpu=uses_cpu(),
@@ -114,7 +114,7 @@ class Trainer:
         published = from_main(in_main(lambda: self._is_published(out)))
         data = None
         if not published:
-            task.read_data(self.accelerator)  # What is wrong with it is found before anything is written.
+            task.read_data(self.accelerator)  # Errors in the data come before anything is written.
             data = check_data(out, task)
         checkpoint = take_folder(out, self.config)
         self.finished = checkpoint is not None and passes_of(checkpoint) >= settings.passes and bool(published)
@@ -132,22 +132,22 @@ class Trainer:
         if self.accelerator.is_main_process:
             note(out, joint_batch=self.state.joint_batch)
             task.note_in(out)
-            # What came after the checkpoint, or before the first, is done again.
+            # Passes after the checkpoint are trained again, and logged again.
             self.records.cut(self.state.passes)
 
     def _is_published(self, out: Path) -> bool:
-        """Whether the weights after all passes are published: not those of the run before it was made longer."""
+        """Whether the weights after the last pass are published, rather than those from before the run was extended."""
         passes = self.config.training.passes
         begun_with = run_config(str(out)).get("training", {}).get("passes", passes)
         return (out / self.task.published).is_dir() and {published_passes(out) or passes, begun_with} == {passes}
 
     def _build(self) -> None:
-        """Put the networks on their device, and make what trains them."""
+        """Put the networks on the device, and build the optimizer, state and records."""
         settings, task = self.config.training, self.task
         self.weights = weights = Weights(task, self.accelerator.device)
         task.place(self.accelerator, None if weights.target is None else weights.target.module)
         model: Any = torch.compile(weights.network) if settings.compile else weights.network
-        # Split weights exchange their gradients themselves.
+        # Sharded weights reduce their own gradients, so no DDP.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=settings.shard)
         self.steps = Steps(self.accelerator, weights, self.model, self.config)
         self.state = TrainingState(self.accelerator, weights, self.steps, task.objective, self.adversary, self.charge)
@@ -210,12 +210,12 @@ class Trainer:
                 self.weights.average()
             self.state.passes += cost
             if self.state.between_batches:
-                next(losses, None)  # The batch is done: the adversary takes note of its last pass.
+                next(losses, None)  # The batch is done; lets the adversary record its last pass.
             self._set_progress()
             self.records.write(self._last_loss, self.state.passes - cost, before)
             yield
             if self.state.passes >= self.config.training.passes:
-                return  # The last batch may have more passes than were left.
+                return  # The last batch may have more passes than remain.
 
     def _losses(self) -> Iterator[Tensor]:
         settings = self.config.training
@@ -226,7 +226,7 @@ class Trainer:
         return self.adversary.passes(self.task.objective, self.model, x0, accumulate=settings.accumulate, **conditions)
 
     def _note(self, loss: Tensor) -> None:
-        """Keep what is told of a pass, unread: reading would wait for the device."""
+        """Keep the loss and the terms of a pass on the device, since reading them would synchronise."""
         batch, output = self.adversary.batch, self.adversary.output
         assert batch is not None
         assert output is not None
@@ -235,12 +235,12 @@ class Trainer:
         self.state.note(self._last_loss)
 
     def _indices(self, batch: int) -> Tensor:
-        """Return which samples of the data this process takes for a batch."""
+        """Return the sample indices of this rank in a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return self.task.indices(batch, self.state.joint_batch)[rank::world]
 
     def _set_progress(self) -> None:
-        """Set what depends on how many passes are behind: the learning rate, and a curriculum of timesteps."""
+        """Set the learning rate and the timestep curriculum for the number of passes completed."""
         passes, total = self.state.passes, self.config.training.passes
         self.task.at(passes / total)
         self.steps.set_rate(passes)

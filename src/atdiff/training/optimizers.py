@@ -1,4 +1,4 @@
-"""Optimizers and schedules of the learning rate that a recipe names by the path of their class."""
+"""Optimizers and learning-rate schedules that a recipe names by class path."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from atdiff.training.config import ADAMW, DECAYS, OptimizerConfig
 
 __all__ = ["Decay", "MatricesAndRest", "check_optimizer", "make_optimizer"]
 
-PACKAGES = {"lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch-optimizer"}  # whose pip has another name
-LOOKED_AT = 100_000  # passes of a schedule that are tried before a run
+PACKAGES = {"lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch-optimizer"}  # import name to pip name
+LOOKED_AT = 100_000  # passes of a schedule to try out before a run
 
 
 def make_optimizer(settings: OptimizerConfig, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
     """Return the optimizer of a run.
 
-    Muon is for matrices alone: what else there is of the weights is trained by AdamW.
+    Muon is for matrices only; AdamW trains the other weights.
 
     Raises:
-        UserError: the class cannot be imported, is no optimizer, or does not take its arguments.
+        UserError: the class cannot be imported, is not an optimizer, or does not accept its arguments.
     """
     if settings.name == ADAMW:
         kind: Any = torch.optim.AdamW
@@ -38,7 +38,7 @@ def make_optimizer(settings: OptimizerConfig, weights: Iterable[Tensor]) -> torc
         kind = _checked_class(settings)
     with _told(f"optimizer {settings.name} cannot be made with lr={settings.lr} and args={settings.args}"):
         if settings.name == ADAMW:
-            # Fused, it skips steps on the device: see FiniteSteps.
+            # The fused version can skip steps on the device: see FiniteSteps.
             return _adamw(weights, settings, **{"fused": True, **settings.args})
         if kind.__name__ == "Muon":
             return MatricesAndRest(kind, settings, list(weights))
@@ -47,7 +47,7 @@ def make_optimizer(settings: OptimizerConfig, weights: Iterable[Tensor]) -> torc
 
 
 def check_optimizer(settings: OptimizerConfig, passes: int) -> None:
-    """Find what is wrong with the classes that the settings name, and with their arguments.
+    """Check the optimizer and scheduler classes in the settings, and their arguments.
 
     Raises:
         UserError: as :func:`make_optimizer` and :class:`Decay`.
@@ -72,13 +72,13 @@ def check_optimizer(settings: OptimizerConfig, passes: int) -> None:
 
 
 class Decay:
-    """The learning rate by one of torch's schedulers, as a function of the passes alone, so that resuming is exact.
+    """The learning rate of a torch scheduler as a function of passes alone, so that resuming is exact.
 
-    The scheduler steps once a pass and turns an optimizer of its own, of which only the rate is taken: none moves
-    momentum here.
+    The scheduler steps once per pass on an optimizer of its own, from which only the learning rate is read; momentum
+    schedules have no effect.
 
     Raises:
-        UserError: the class cannot be imported, is no such scheduler, or does not take its arguments.
+        UserError: the class cannot be imported, is not a suitable scheduler, or does not accept its arguments.
     """
 
     def __init__(self, settings: OptimizerConfig) -> None:
@@ -99,12 +99,12 @@ class Decay:
             self._scheduler = self.kind(self._optimizer, **self.settings.decay_args)
 
     def at(self, passes: int) -> float:
-        """Return the learning rate after so many passes."""
+        """Return the learning rate after ``passes`` passes."""
         if passes < self.steps:
             self._begin()
         with self._told():
             while self.steps < passes:
-                self._optimizer.step()  # which a scheduler wants to come first
+                self._optimizer.step()  # schedulers expect this first
                 self._scheduler.step()
                 self.steps += 1
         return float(self._optimizer.param_groups[0]["lr"])
@@ -114,12 +114,12 @@ class Decay:
 
 
 class MatricesAndRest(torch.optim.Optimizer):
-    """An optimizer of matrices, and AdamW for vectors, convolutions and all else.
+    """An optimizer for matrices, with AdamW for vectors, convolutions and everything else.
 
     Args:
-        kind: of the optimizer of matrices.
-        settings: ``betas`` and ``weight_decay`` are those of AdamW.
-        weights: of the network.
+        kind: class of the optimizer for matrices.
+        settings: its ``betas`` and ``weight_decay`` apply to AdamW.
+        weights: weights of the network.
     """
 
     def __init__(self, kind: Any, settings: OptimizerConfig, weights: Sequence[Tensor]) -> None:  # noqa: ANN401
@@ -134,11 +134,11 @@ class MatricesAndRest(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Show the groups and the state of the parts as one's own."""
+        """Expose the parameter groups of the parts as this optimizer's own."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401
-        """Take a step of each part."""
+        """Step each part."""
         for part in self.parts:
             part.step(closure)
 
@@ -175,7 +175,7 @@ def _checked_class(settings: OptimizerConfig) -> Any:  # noqa: ANN401
 
 
 def _imported(key: str, path: str, base: type, what: str) -> Any:  # noqa: ANN401
-    """Return a class by its path."""
+    """Import a class by its path."""
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -187,7 +187,7 @@ def _imported(key: str, path: str, base: type, what: str) -> Any:  # noqa: ANN40
         raise UserError(
             f"optimizer.{key}={path!r} cannot be imported, since {error.name} is missing; {remedy}."
         ) from None
-    except Exception as error:  # of a library that this machine cannot load
+    except Exception as error:  # such as a library this machine cannot load
         raise UserError(f"optimizer.{key}={path!r} cannot be imported: {_first(error)}.") from None
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, base) and found is not base:
@@ -198,7 +198,7 @@ def _imported(key: str, path: str, base: type, what: str) -> Any:  # noqa: ANN40
 
 
 def _check_names(key: str, kind: Any, args: dict[str, Any], ours: set[str]) -> None:  # noqa: ANN401
-    """Refuse arguments that a class does not have, or that are not given there."""
+    """Refuse arguments that a class does not have, or that must be set elsewhere."""
     parameters = inspect.signature(kind).parameters
     free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     known = [name for name in parameters if name not in ours]
@@ -212,7 +212,7 @@ def _check_names(key: str, kind: Any, args: dict[str, Any], ours: set[str]) -> N
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Say in a sentence what a class of others did not take."""
+    """Turn errors of third-party classes into a one-sentence ``UserError``."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -220,6 +220,6 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _first(error: BaseException) -> str:
-    """Return the first line of what an error says, without its full stop."""
+    """Return the first line of an error message, without its full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")[:200]

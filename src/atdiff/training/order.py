@@ -1,4 +1,4 @@
-"""Which samples a batch takes, with which random numbers, at which learning rate: functions of the settings alone."""
+"""Sample order, random seeds and learning rate of each batch, as functions of the settings alone."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def seed_batch(seed: int, rank: int, batch: int) -> None:
     """Seed torch for a batch: a function of (seed, rank, batch), so a resumed run draws the same."""
     entropy = np.random.SeedSequence([seed, rank, batch])
     number = int(entropy.generate_state(1, np.uint64)[0]) >> 1
-    # torch.manual_seed formats a stack trace for every device that is not there, at 0.6 ms a call.
+    # torch.manual_seed formats a stack trace for every missing device, at 0.6 ms per call.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(number)
 
 
 def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int, charged: int = 0) -> float:
-    """Return what the learning rate is multiplied by after ``passes`` of ``total`` passes.
+    """Return the learning-rate factor after ``passes`` of ``total`` passes.
 
-    The first ``charged`` of them trained nothing: the warm-up begins after them, the decay is that of all passes.
+    The first ``charged`` passes trained nothing: warm-up starts after them, while the decay covers all passes.
     """
     warmup = settings.warmup_passes
     warm = min(1.0, (passes - charged + 1) / (warmup + 1))
-    if settings.decay not in ENDING:  # a class turns the rate itself
+    if settings.decay not in ENDING:  # a scheduler class sets the rate itself
         return warm
     progress = min(1.0, max(0, passes - warmup) / max(1, total - warmup))
     left = 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -40,7 +40,7 @@ def learning_rate_factor(settings: OptimizerConfig, passes: int, total: int, cha
 
 
 def batch_indices(seed: int, batch: int, batch_size: int, num_images: int) -> Tensor:
-    """Return the images of a batch: consecutive places in a row of epochs, each shuffled by ``(seed, epoch)``."""
+    """Return the image indices of a batch: a slice of the concatenated epochs, each shuffled by ``(seed, epoch)``."""
     start = batch * batch_size
     first, last = start // num_images, (start + batch_size - 1) // num_images
     shuffled = torch.cat([_epoch_order(seed, epoch, num_images) for epoch in range(first, last + 1)])
@@ -54,20 +54,20 @@ def _epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
 
 
 def bucket_indices(seed: int, batch: int, batch_size: int, buckets: Sequence[Tensor]) -> Tensor:
-    """Return the images of a batch, all of one bucket.
+    """Return the image indices of a batch, all from one bucket.
 
-    After every epoch a bucket of n images has had ``n / batch_size`` batches an epoch, rounded, so that images of all
-    buckets are seen equally often; the batches of an epoch are shuffled by ``(seed, epoch)``. Those of one bucket are
-    :func:`batch_indices` of its images. Of a single bucket that is the order without any.
+    After each epoch, a bucket of n images has had ``n / batch_size`` batches per epoch, rounded, so images of all
+    buckets are seen equally often. The batches of an epoch are shuffled by ``(seed, epoch)``; within a bucket they
+    follow :func:`batch_indices`. With a single bucket, the order is the same as without buckets.
 
     Args:
-        seed: of the run.
-        batch: which one, from 0.
-        batch_size: images of it, in all processes.
-        buckets: the images of each, int64 ``(n,)``, none empty.
+        seed: the run's seed.
+        batch: index of the batch, from 0.
+        batch_size: images per batch, over all processes.
+        buckets: image indices of each bucket, int64 ``(n,)``, none empty.
     """
     counts = tuple(map(len, buckets))
-    # The number of batches that an epoch begins with is off by half a batch a bucket, at the most.
+    # Rounding shifts the start of an epoch by at most half a batch per bucket.
     epoch = max(0, (2 * batch - len(counts)) * batch_size // (2 * sum(counts)))
     while sum(_batches_before(epoch + 1, batch_size, counts)) <= batch:
         epoch += 1
@@ -79,7 +79,7 @@ def bucket_indices(seed: int, batch: int, batch_size: int, buckets: Sequence[Ten
 
 
 def _batches_before(epoch: int, batch_size: int, counts: tuple[int, ...]) -> list[int]:
-    """Return how many batches each bucket has had before an epoch."""
+    """Return the number of batches from each bucket before an epoch."""
     return [(2 * epoch * count + batch_size) // (2 * batch_size) for count in counts]
 
 

@@ -1,4 +1,4 @@
-"""Pairs of noise and sample in the folder of a run: whole, or drawn again."""
+"""Pairs of noise and sample in a run folder, which are regenerated if damaged."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ PAIRS, RECORD = "pairs.safetensors", "pairs.json"
 
 
 class PairFile:
-    """``pairs.safetensors`` in the folder of a run, and beside it ``pairs.json``: what it depends on, and its hash.
+    """``pairs.safetensors`` in a run folder, and ``pairs.json`` with what it depends on and its hash.
 
     Args:
-        out: the folder.
-        settings: what the pairs depend on, as plain values.
+        out: the run folder.
+        settings: everything the pairs depend on, as plain values.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.out, self.path, self.settings = out, out / PAIRS, settings
 
     def is_whole(self) -> bool:
-        """Whether the pairs of these settings are there as they were written; a warning names those that are damaged.
+        """Whether the folder holds intact pairs for these settings; warns if they are missing or damaged.
 
         Raises:
-            UserError: a run that is under way had pairs of other settings: what it starts from has changed.
+            UserError: a run in progress was trained on pairs with other settings, such as another start.
         """
         try:
             record = json.loads((self.out / RECORD).read_text())
@@ -61,7 +61,7 @@ class PairFile:
         return whole
 
     def write(self, pairs: dict[str, Tensor]) -> str | None:
-        """Write the pairs aside and rename them, then their record; return what the disk did not do, if anything."""
+        """Write the pairs atomically, then their record; return an error message if the disk fails."""
         try:
             with written_aside(self.path, flush=True) as partial:
                 save_file(pairs, partial)
@@ -72,10 +72,10 @@ class PairFile:
         return None
 
     def read(self) -> dict[str, Tensor]:
-        """Return the pairs by name, read as they are asked for."""
+        """Return the pairs by name, memory-mapped."""
         return load_file(self.path)
 
     @property
     def size(self) -> str:
-        """How large the file is, in words."""
+        """The size of the file, in words."""
         return f"{self.path.stat().st_size / 1e6:.1f} MB"

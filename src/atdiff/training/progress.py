@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""Terminal output while a run trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["TrainingBar", "tell_run"]
 
 
 class TrainingBar:
-    """A bar of passes, or without a terminal a line for each of the log (``training.log_every``) and the first pass.
+    """A progress bar or, without a terminal, a line for the first pass and for each log line (``training.log_every``).
 
     Args:
         total: passes of the run.
-        done: passes that are behind.
-        show: else it is silent.
+        done: passes completed.
+        show: whether to print anything.
     """
 
     def __init__(self, total: int, done: int = 0, *, show: bool = False) -> None:
@@ -59,7 +59,7 @@ class TrainingBar:
             self._print(passes, [figures])
 
     def describe(self, values: dict[str, Any]) -> None:
-        """Show what a line of the log tells: loss, passes per second, norm of delta, steps that were skipped."""
+        """Show the values of a log line: loss, passes per second, norm of delta, skipped steps."""
         rate, loss = values["passes_per_second"], values["loss"]
         figures = [f"{rate:.1f} passes/s", "loss not finite" if loss is None else f"loss {loss:.4f}"]
         if values["delta_norm"] is not None:
@@ -79,7 +79,7 @@ class TrainingBar:
 
 
 def tell_run(task: Task) -> None:
-    """Print what a run is trained on, and how much of it there is to do."""
+    """Print the run's data, network and number of passes."""
     data, classes = task.data, task.classes
     left_out = f", {len(data.skipped):,} unreadable ones left out" if data.skipped else ""
     mapped = getattr(data, "mapped", None)

@@ -1,4 +1,4 @@
-"""Settings as files and command lines hold them, read into dataclasses that check them, with mistakes as sentences."""
+"""Reads settings from files and command lines into validated dataclasses, with errors as sentences."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["apply_words", "as_plain", "dotted_keys", "load_yaml", "merge", "read
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads 1e-4 as the number that it is, which YAML 1.1 takes for text."""
+    """Reads 1e-4 as a number, which YAML 1.1 reads as text."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401
-    """Return the content of a YAML text."""
+    """Parse a YAML text."""
     return yaml.load(text, _Loader)
 
 
@@ -37,7 +37,7 @@ def read_settings(kind: Any, settings: Any) -> Any:  # noqa: ANN401
     """Return nested mappings as the dataclass ``kind``.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type or out of range.
+        UserError: a key is unknown, or a value has the wrong type or is out of range.
     """
     try:
         return _adapter(kind).validate_json(json.dumps(settings, default=str))
@@ -47,10 +47,10 @@ def read_settings(kind: Any, settings: Any) -> Any:  # noqa: ANN401
 
 
 def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> dict[str, Any]:
-    """Lay what ``--key value`` and ``--key=value`` say on top of settings of the dataclass ``kind``, and return them.
+    """Override settings of the dataclass ``kind`` with ``--key value`` and ``--key=value`` words, and return them.
 
     Raises:
-        UserError: a word is no option, an option is unknown or has no value.
+        UserError: a word is not an option, or an option is unknown or has no value.
     """
     rest = list(words)
     while rest:
@@ -73,19 +73,19 @@ def apply_words(settings: dict[str, Any], words: Sequence[str], kind: type) -> d
             node[part] = node = node[part] if isinstance(node.get(part), dict) else {}
         value = _loaded(text, hint)
         if isinstance(value, str) and _is_section(hint) and "name" in _hints(hint):
-            value = {"name": value}  # --data FOLDER, as other commands call it
+            value = {"name": value}  # --data FOLDER, as in other commands
         merge(node, {path[-1]: value}) if _is_section(hint) else node.update({path[-1]: value})
     return settings
 
 
 def as_plain(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings of a run as files hold them: mappings, lists, numbers and text."""
+    """Return the settings of a run as plain mappings, lists, numbers and strings, as in files."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
 def merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    """Lay settings on top of others."""
+    """Override settings with those of ``layer``, recursively and in place."""
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)
@@ -112,7 +112,7 @@ def _hints(section: type) -> dict[str, Any]:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    """Return the members of a union, or the one type that there is."""
+    """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
@@ -121,13 +121,13 @@ def _is_section(hint: Any) -> bool:  # noqa: ANN401
 
 
 def _inner(hint: Any, part: str) -> Any:  # noqa: ANN401
-    """Return the type of what is kept in a section, or in a mapping of sections, under a key."""
+    """Return the type of a key in a section, or in a mapping of sections."""
     kind = _kinds(hint)[0]
     return _hints(kind).get(part, Any) if _is_section(kind) else (*get_args(kind), Any, Any)[1]
 
 
 def _loaded(text: str, hint: Any) -> Any:  # noqa: ANN401
-    """Return the value that a word of the command line stands for, which is the word itself where text is expected."""
+    """Parse a command-line word: as YAML, or kept as text where text is expected."""
     kinds = _kinds(hint)
     if float in kinds and any(get_origin(kind) is Literal for kind in kinds):  # a word, or a number
         with contextlib.suppress(ValueError):
@@ -141,7 +141,7 @@ def _loaded(text: str, hint: Any) -> Any:  # noqa: ANN401
 
 
 def _unknown(path: tuple[str, ...], kind: Any, *, option: bool = False) -> str:  # noqa: ANN401
-    """Say which key an unknown one may have been meant to be, among those of the run that it is written in."""
+    """Return the error for an unknown key, with the closest known key of the run it was written in."""
     root, run, section = 0, kind, kind
     for place, part in enumerate(path[:-1], 1):
         section = _kinds(_inner(section, part))[0]
@@ -153,13 +153,13 @@ def _unknown(path: tuple[str, ...], kind: Any, *, option: bool = False) -> str: 
 
 
 def _sentence(error: str, path: tuple[str, ...], value: Any, kind: Any) -> str:  # noqa: ANN401
-    """Say in our words what pydantic found at a path of settings."""
+    """Return a pydantic error at a path of settings as a sentence of our own."""
     if error == "unexpected_keyword_argument":
         return _unknown(path, kind)
     section, hint, keys = kind, kind, list[str]()
     for part in path:
         if not isinstance(value, dict) or part not in map(str, value):
-            break  # what is left names the member of a union
+            break  # the rest names a union member
         section, hint, keys = hint, _inner(hint, part), [*keys, part]
         value = {str(name): one for name, one in value.items()}[part]
     key, kinds = ".".join(keys), _kinds(hint)
@@ -183,7 +183,7 @@ def _text_of(kind: Any) -> str:  # noqa: ANN401
 
 
 def _texts(hint: Any) -> Iterator[str]:  # noqa: ANN401
-    """Yield what is said of values out of range, which stands beside the range."""
+    """Yield the error messages for values out of range, which are annotated beside the ranges."""
     for one in (*get_args(hint), *getattr(hint, "__metadata__", ())):
         if isinstance(one, str):
             yield one

@@ -1,4 +1,4 @@
-"""What a run starts from, and whether the two agree: on the noise schedule, by value, and on the parametrisation."""
+"""What a run starts from, and checks that both agree on the noise schedule (by value) and the parametrisation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_be
 DYNAMIC = (
     "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type",
 )  # fmt: skip
-# Whose second half is a learned variance.
+# The second half of these weights is a learned variance.
 OUTPUTS = ("conv_out.weight", "conv_out.bias", "proj_out.weight", "proj_out.bias")
-# Settings of a network that a run may change, or that the shapes of its weights tell.
+# Network settings that a run may change, or that the shapes of the weights already check.
 FREE = ("sample_size", "out_channels", "dropout")
 
 
@@ -46,9 +46,9 @@ class Start:
     """A trained network that a run starts from, or learns from.
 
     Attributes:
-        name: what messages call it, such as ``training.init='runs/base'``.
-        scheduler: of its training.
-        network: with its trained weights.
+        name: its name in messages, such as ``training.init='runs/base'``.
+        scheduler: the scheduler it was trained with.
+        network: the network, with its trained weights.
     """
 
     name: str
@@ -57,15 +57,15 @@ class Start:
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts."""
+        """The network's prediction type."""
         return resolve_prediction_type(NoiseSchedule(self.scheduler), self.scheduler)
 
 
 def load_start(config: TrainConfig) -> Start | None:
-    """Load the run of pixels that ``training.init`` names, if it names one.
+    """Load the pixel-space network in ``training.init``; None if it is not set.
 
     Raises:
-        UserError: it cannot be loaded, or is a pipeline of latents.
+        UserError: it cannot be loaded, or is a latent pipeline.
     """
     init = config.training.init
     if init is None:
@@ -75,10 +75,10 @@ def load_start(config: TrainConfig) -> Start | None:
 
 
 def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
-    """Load the teacher of a distillation of pixels: ``consistency.teacher``, or what training starts from.
+    """Load the teacher for pixel-space distillation: ``consistency.teacher``, or else the start.
 
     Raises:
-        UserError: none is named, it cannot be loaded, or it is no diffusion model of pixels.
+        UserError: there is none, it cannot be loaded, or it is not a pixel-space diffusion model.
     """
     if config.consistency.mode != "distillation":
         return None
@@ -98,10 +98,10 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
 
 
 def settled(config: TrainConfig, start: Start | None) -> TrainConfig:
-    """Return the settings with the noise schedule and the prediction type, where those leave them out."""
+    """Return the settings with an omitted noise schedule and prediction type filled in."""
     scheduler, said = noise_scheduler(config, start), config.scheduler
     args = spelled_out(scheduler) if said.args is None else said.args
-    if said.args is None:  # These are of the objective.
+    if said.args is None:  # The objective's settings hold these two.
         args = {name: value for name, value in args.items() if name not in ("prediction_type", "variance_type")}
     predicts: Any = resolve_prediction_type(NoiseSchedule(scheduler), scheduler, config.objective.prediction_type)
     return replace(
@@ -112,7 +112,7 @@ def settled(config: TrainConfig, start: Start | None) -> TrainConfig:
 
 
 def noise_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # noqa: ANN401
-    """Build the diffusers scheduler of a denoiser: the start's own, with what the settings say in the place of its own.
+    """Build the diffusers scheduler of a denoiser: that of the start, with the settings overriding its arguments.
 
     Raises:
         UserError: diffusers has no such scheduler, or its arguments do not fit.
@@ -140,7 +140,7 @@ def noise_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # 
 
 
 def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
-    """Return the class of the scheduler that a run has, and writes into its pipeline."""
+    """Return the class of the scheduler that a run uses and publishes."""
     name = config.scheduler.name
     if name is not None:
         found = getattr(diffusers, name, None)
@@ -150,7 +150,7 @@ def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
     if start is None:
         return DDPMScheduler
     kept = (DDPMScheduler, DDIMScheduler, *([LCMScheduler] if config.consistency.mode != "none" else []))
-    # DDPMPipeline, which a run of pixels leaves, cannot draw with a solver of another pipeline.
+    # DDPMPipeline, which a pixel-space run publishes, cannot sample with other solvers.
     other = NoiseSchedule(start.scheduler).traits.integer_timesteps and not isinstance(start.scheduler, kept)
     return DDPMScheduler if other else type(start.scheduler)
 
@@ -160,20 +160,20 @@ def _takes(factory: Any, name: str) -> bool:  # noqa: ANN401
 
 
 def _kept(start: Start, factory: Any, said: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    """Return the start's own arguments of ``factory``, less those that others which are said take the place of."""
-    # Less what is the default of that class: a scheduler made from this one's config has its own class's for these.
+    """Return the start's arguments for ``factory``, without those that the arguments in ``said`` replace."""
+    # Defaults are dropped: a scheduler made from this one's config uses the defaults of its own class.
     defaults = inspect.signature(factory.__init__).parameters
     config = start.scheduler.config
     own = {name: value for name, value in config.items() if name in defaults and value != defaults[name].default}
     if said.keys() & set(BETAS):
         own.pop("trained_betas", None)
-    if str(own.get("variance_type", "")).startswith("learned"):  # of a network that learned it, which this one may not
+    if str(own.get("variance_type", "")).startswith("learned"):  # this network may not learn it
         del own["variance_type"]
     return own
 
 
 def _with_betas_of(start: Start, scheduler: Any, args: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Return the scheduler, with the betas of the start as they are where its arguments do not tell them."""
+    """Return the scheduler, with the start's betas passed as values if its arguments do not reproduce them."""
     ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
     both = ours.traits.integer_timesteps and theirs.traits.integer_timesteps
     if not both or ours.same_noise(theirs):
@@ -185,7 +185,7 @@ class Difference(NamedTuple):
     """A setting in which a run and its start differ.
 
     Attributes:
-        setting: as a recipe calls it.
+        setting: its key in a recipe.
         ours: its value in the run.
         theirs: its value in the start.
     """
@@ -196,7 +196,7 @@ class Difference(NamedTuple):
 
     @property
     def said_there(self) -> str:
-        """What the start does, such as ``predicts 'epsilon'``."""
+        """The start's side, such as ``predicts 'epsilon'``."""
         name = self.setting.rpartition(".")[2]
         what = "predicts " if name == "prediction_type" else f"has {name}="
         return f"{what}{_short(self.theirs)}"
@@ -210,14 +210,14 @@ def _short(value: Any) -> str:  # noqa: ANN401
 
 
 def differences(scheduler: Any, prediction_type: str | None, start: Start) -> list[Difference]:  # noqa: ANN401
-    """Return in which settings a run differs from what it starts or learns from; none where a network fits both.
+    """Return the settings in which a run differs from its start or teacher; empty if a network fits both.
 
-    Schedules are compared by the values of ``(alpha_t, sigma_t)``, whatever the schedulers are called.
+    Schedules are compared by their values of ``(alpha_t, sigma_t)``, not by class.
 
     Args:
-        scheduler: of the run.
-        prediction_type: of the run; None for what the scheduler says.
-        start: see :class:`Start`.
+        scheduler: the run's scheduler.
+        prediction_type: the run's prediction type; None for the scheduler's.
+        start: the start or the teacher.
     """
     ours, theirs = NoiseSchedule(scheduler), NoiseSchedule(start.scheduler)
     if not ours.same_time(theirs):
@@ -231,7 +231,7 @@ def differences(scheduler: Any, prediction_type: str | None, start: Start) -> li
 
 
 def _schedule_differences(one: Any, other: Any) -> list[Difference]:  # noqa: ANN401
-    """Return in which arguments two schedulers of one kind differ."""
+    """Return the arguments in which two schedulers of one kind differ."""
     ours, theirs = NoiseSchedule(one), NoiseSchedule(other)
     if ours.traits.variance_exploding:
         return _differing(("sigma_data",), one, other)
@@ -247,28 +247,28 @@ def _schedule_differences(one: Any, other: Any) -> list[Difference]:  # noqa: AN
     if not ours.same_noise(theirs):
         found = _differing(BETAS, one, other) or [Difference("scheduler.args.trained_betas", "others", "its own")]
     if "timestep_scaling" in one.config and "timestep_scaling" in other.config:
-        # Of two consistency models, whose c_skip and c_out go by it.
+        # Both are consistency models, whose c_skip and c_out depend on it.
         found += _differing(("timestep_scaling",), one, other)
     return found
 
 
 def _differing(names: Sequence[str], one: Any, other: Any) -> list[Difference]:  # noqa: ANN401
     values = [(name, one.config.get(name), other.config.get(name)) for name in names]
-    # A scheduler that has no such argument is as one that leaves it at False or None.
+    # A missing argument is equivalent to False or None.
     return [Difference(f"scheduler.args.{name}", a, b) for name, a, b in values if a != b and (a or b)]
 
 
 def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, remedy: str | None = None) -> None:  # noqa: ANN401
-    """Make sure that a run and what it starts or learns from are of one noise schedule and parametrisation.
+    """Check that a run and its start or teacher share the noise schedule and parametrisation.
 
     Args:
-        scheduler: of the run.
-        prediction_type: of the run; None for what the scheduler says.
-        start: see :class:`Start`.
-        remedy: what to do; default taking the start's own.
+        scheduler: the run's scheduler.
+        prediction_type: the run's prediction type; None for the scheduler's.
+        start: the start or the teacher.
+        remedy: the fix to suggest; default: use the start's own.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
     found = differences(scheduler, prediction_type, start)
     if not found:
@@ -284,14 +284,14 @@ def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, r
 
 
 def weights_for(network: nn.Module, start: Start) -> dict[str, Tensor]:
-    """Return the weights that a network takes over from a start, less a variance that it does not learn.
+    """Return the start's weights for a network, without a learned variance that the network lacks.
 
     Args:
-        network: whose shapes and settings count; its weights may be on the meta device.
-        start: see :class:`Start`.
+        network: the network to load them into, which may be on the meta device.
+        start: the start.
 
     Raises:
-        UserError: the weights do not fit the network, or do, but would compute something else in it.
+        UserError: the weights do not fit the network, or fit but would compute something else.
     """
     own, fitting = network.state_dict(), dict(start.network.state_dict())
     for output in OUTPUTS:
@@ -310,7 +310,7 @@ def weights_for(network: nn.Module, start: Start) -> dict[str, Tensor]:
 
 
 def _check_settings(network: Any, start: Start) -> None:  # noqa: ANN401  (any diffusers model)
-    """Refuse settings that differ from the start's and that no shape of a weight tells, such as attention heads."""
+    """Refuse settings that differ from the start's without changing a weight's shape, such as attention heads."""
     theirs: dict[str, Any] = dict(getattr(start.network, "config", {}))
     for key, ours in dict(getattr(network, "config", {})).items():
         if key in FREE or key.startswith("_") or key not in theirs or _plain(theirs[key]) == _plain(ours):

@@ -1,4 +1,4 @@
-"""All of a run that a checkpoint holds, and its way there and back."""
+"""The state of a run that a checkpoint holds, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ __all__ = ["TrainingState"]
 
 
 class TrainingState:
-    """Weights, optimizer, adversary and random numbers, and how far they are.
+    """Weights, optimizer, adversary, random states and progress of a run.
 
     Args:
-        accelerator: of the run.
-        weights: of the run.
-        steps: of the optimizer.
-        objective: its own state is that of its timestep sampler.
-        adversary: its state is what waits for another pass.
-        charge: of its batches.
+        accelerator: the run's Accelerator.
+        weights: the run's weights.
+        steps: the optimizer's steps.
+        objective: the objective, whose state is that of its timestep sampler.
+        adversary: the adversary, whose state is the samples waiting for another pass.
+        charge: the cost of a batch in passes.
 
     Attributes:
-        passes: that are behind, with those that were charged before the first batch.
+        passes: passes completed, including those charged before the first batch.
         saved_at: ``passes`` of the newest checkpoint.
-        joint_batch: images of a batch, of all processes.
+        joint_batch: images per batch, over all processes.
     """
 
     def __init__(
@@ -59,34 +59,34 @@ class TrainingState:
         self.objective, self.adversary, self.finite, self.charge = objective, adversary, steps.finite, charge
         self.passes, self.saved_at = charge.before, -1
         self.joint_batch = weights.task.config.training.batch_size * accelerator.num_processes
-        # Of the passes since the last checkpoint.
+        # Over the passes since the last checkpoint.
         self._loss_sum, self._loss_count = torch.zeros((), device=accelerator.device), 0
 
     @property
     def batches(self) -> int:
-        """How many batches have had all their passes."""
+        """Number of completed batches."""
         return self.charge.trained(self.passes) // self.charge.batch
 
     @property
     def between_batches(self) -> bool:
-        """Whether no batch has had a part of its passes: only then a run is saved, or stopped."""
+        """Whether no batch is partway through its passes; a run is saved or stopped only then."""
         return self.charge.ends_batch(self.passes)
 
     def note(self, loss: Tensor) -> None:
-        """Add the loss of a pass to the mean by which the best checkpoint is known, unread."""
+        """Add the loss of a pass to the mean that ranks checkpoints, without synchronising the device."""
         self._loss_sum += loss
         self._loss_count += 1
 
     def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint, of the weights and the state of every process."""
-        # What differs from process to process. The gathering goes through pickle, between these processes alone.
+        """Write a checkpoint with the weights and the state of every rank."""
+        # Per-rank state. Gathering it uses pickle, but only between these processes.
         mine = {
             "adversary": self.adversary.state_dict(),
             "objective": self.objective.state_dict(),
             "rng": self._random_states(),
         }
         state = {**self._shared(), "ranks": gather_object([mine])}
-        # Not finite where a single loss was not: such passes are never the best.
+        # A single non-finite loss makes the mean non-finite, so that this checkpoint is never the best.
         loss = self._loss_sum.item() / max(self._loss_count, 1)
         sharding, networks = self.weights.sharding, self.weights.networks
         if sharding is not None:
@@ -102,7 +102,7 @@ class TrainingState:
         self._loss_count = 0
 
     def _shared(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside weights, optimizer and what differs between processes."""
+        """Return the checkpoint state other than weights, optimizer and per-rank state."""
         state = {
             "passes": self.passes,
             "batches": self.batches,
@@ -118,10 +118,10 @@ class TrainingState:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def restore(self, checkpoint: Path) -> None:
-        """Take the state of a checkpoint, of as many processes or of others.
+        """Restore a checkpoint, written by the same or another number of processes.
 
         Raises:
-            UserError: so many processes cannot share its batches.
+            UserError: its batches cannot be shared by this number of processes.
         """
         state = load_state(checkpoint)
         self._share(state, checkpoint.parent.parent)
@@ -149,13 +149,13 @@ class TrainingState:
         self.weights.load(self.weights.ema.module, ema)
         if self.weights.target is not None:
             self.weights.load(self.weights.target.module, state["target"])
-        if self.weights.sharding:  # an earlier version gathered them
+        if self.weights.sharding:  # a checkpoint of an earlier version, which gathered the weights
             self.weights.sharding.load_optimizer(self.weights.network, self.optimizer.optimizer, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def _share(self, state: dict[str, Any], out: Path) -> None:
-        """Share the batches of a run, which stay what they are, among the processes that there are now."""
+        """Divide the batches of a run, which keep their size, among the current number of processes."""
         before, now, config = len(state["ranks"]), self.accelerator.num_processes, self.weights.task.config
         self.joint_batch = joint = state.get("joint_batch", before * config.training.batch_size)
         if before == now:

@@ -1,4 +1,4 @@
-"""The steps of the optimizer: their rate, the clipping of the gradient, and those that are skipped."""
+"""Optimizer steps: learning rate, gradient clipping, and skipped steps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Steps:
     """The optimizer of a run.
 
     Args:
-        accelerator: of the run.
-        weights: which are trained.
-        model: the network as the accelerator prepared it.
-        config: of the run.
+        accelerator: the run's Accelerator.
+        weights: the weights to train.
+        model: the network as prepared by the accelerator.
+        config: the run's settings.
 
     Attributes:
-        optimizer: as the accelerator prepared it.
-        finite: counts the steps that were skipped.
+        optimizer: the optimizer as prepared by the accelerator.
+        finite: finds and counts skipped steps.
     """
 
     def __init__(self, accelerator: Accelerator, weights: Weights, model: Any, config: TrainConfig) -> None:  # noqa: ANN401
@@ -42,7 +42,7 @@ class Steps:
         self._decay = None if settings.decay in DECAYS else Decay(settings)
 
     def start(self) -> None:
-        """Put an optimizer that averages weights by itself into its mode of training."""
+        """Put an optimizer that averages weights itself into training mode."""
         if self._averages:
             self.optimizer.optimizer.train()
 
@@ -52,9 +52,9 @@ class Steps:
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Show the weights that the optimizer would have sampled from, and put back those of training, bit for bit.
+        """Swap in the optimizer's evaluation weights, and restore the training weights afterwards, bit for bit.
 
-        Schedule-free optimizers keep an average of their own (`<https://arxiv.org/abs/2405.15682>`_); of others, the
+        Schedule-free optimizers keep an average of their own (`<https://arxiv.org/abs/2405.15682>`_); for others, the
         two are the same.
         """
         if not self._averages:
@@ -69,15 +69,15 @@ class Steps:
                 weight.copy_(value)
 
     def take(self, passes: int) -> None:
-        """Step where a batch is complete, unless its gradient is not finite; ``passes`` are behind after it."""
+        """Step if a batch is complete and its gradient finite; ``passes`` is the number completed after it."""
         if not (self.accelerator.sync_gradients and self._skips(passes)):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _skips(self, passes: int) -> bool:
-        """Clip the gradient, and return whether its step is left out, if it is not finite.
+        """Clip the gradient, and return whether to skip its step because it is not finite.
 
-        An optimizer that skips steps by itself is told, on the device; others are waited for.
+        An optimizer that can skip steps gets ``found_inf`` on the device; others need a synchronisation.
         """
         clip = self.config.optimizer.grad_clip
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), clip) if clip else None
@@ -86,7 +86,7 @@ class Steps:
             return False
         if norm is None:
             norm = get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
-        if self.weights.sharding and hasattr(norm, "full_tensor"):  # of the part that each process has
+        if self.weights.sharding and hasattr(norm, "full_tensor"):  # from the shards of all ranks
             norm = norm.full_tensor()
         found_inf = self.finite.judge(passes, norm)
         if getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False):

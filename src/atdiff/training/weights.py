@@ -1,4 +1,4 @@
-"""The weights of a run: the network, its averages, and how they are split over processes."""
+"""The weights of a run: the network, its averages, and their sharding."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Weights"]
 
 
 class Weights:
-    """The network of a task on its device, with the average that is published and the target of a consistency model.
+    """The network of a task on its device, its published average, and the target of a consistency model.
 
     Args:
-        task: whose network it is.
-        device: where it is trained.
+        task: the task with the network.
+        device: the device to train on.
 
     Attributes:
-        network: what is trained.
+        network: the network being trained.
         ema: its average.
-        target: the average that a consistency model learns from; None where that is the network itself.
-        sharding: splits the weights over processes, where ``training.shard`` asks for it.
+        target: the average used as target of a consistency model; None if the network is its own target.
+        sharding: shards the weights if ``training.shard`` is set; else None.
     """
 
     def __init__(self, task: Task, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class Weights:
             self._shard(device)
 
     def _shard(self, device: torch.device) -> None:
-        """Split the weights, the averages and so the optimizer's state over the processes."""
+        """Shard the weights and averages, and thereby the optimizer's state, across processes."""
         from atdiff.training.sharding import Sharding  # takes a second to import
 
         self.sharding = Sharding(self.network, device)
@@ -50,23 +50,23 @@ class Weights:
                 average.follow(self.network)
 
     def average(self) -> None:
-        """Update the averages after a step of the optimizer."""
+        """Update the averages after an optimizer step."""
         self.ema.update()
         if self.target is not None:
             self.target.update()
 
     def published(self) -> Any:  # noqa: ANN401  (any diffusers model)
-        """Return the average, whole; every process takes part."""
+        """Return the unsharded average; every process must call it."""
         return self.sharding.whole(self.ema.module) if self.sharding else self.ema.module
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The network and its averages, by the names of checkpoints."""
+        """The network and its averages, by their names in checkpoints."""
         averages = {"ema": self.ema, "target": self.target}
         return {"model": self.network, **{name: one.module for name, one in averages.items() if one is not None}}
 
     def load(self, network: Any, weights: dict[str, Tensor]) -> None:  # noqa: ANN401  (any module)
-        """Give a network whole weights."""
+        """Load full weights into a network."""
         if self.sharding:
             self.sharding.load_weights(network, weights)
         else:

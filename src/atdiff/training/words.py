@@ -1,4 +1,4 @@
-"""What a run or an arm does in training, in words, from its settings: for reports and model cards."""
+"""Describes the training of a run or an arm from its settings, for reports and model cards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = {
     "contrastive": "contrastive flow matching: each prediction is pushed away from the target of another sample",
     "mac": "model-aligned coupling: pairs with a smaller network error get more weight",
 }
-# Of ``objective``: what a value other than the usual means; ``{}`` is the value.
+# Phrases for unusual values of ``objective``; ``{}`` is the value.
 OBJECTIVES = {
     "ot": "noise and images paired by optimal transport",
     "nearest": "each image gets the nearest of {} noises",
@@ -40,11 +40,11 @@ SITES = {"student": "the student's input", "teacher": "the teacher's estimate"}
 
 
 def describe_arms(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return a phrase for each arm, of its objective and its adversary.
+    """Return a phrase for each arm on its objective and adversary.
 
     Args:
-        configs: whole settings of a run by arm; empty where they are not known, of which nothing is said. What all arms
-            share of the objective and the adapters is left out.
+        configs: full settings by arm; arms with empty (unknown) settings are left out, and so are settings of the
+            objective and the adapters that all arms share.
     """
     known = {arm: config for arm, config in configs.items() if config}
     said = {}
@@ -57,7 +57,7 @@ def describe_arms(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def perturbation(config: Mapping[str, Any]) -> str:
-    """Return what a run perturbs and how much, or its rival loss, to follow "using"; empty for plain training."""
+    """Return a phrase for what a run perturbs and how much, or its rival loss, to follow "using"; empty if plain."""
     settings = _section(config, "adversary")
     method = settings.get("method")
     if method in METHODS:
@@ -79,7 +79,7 @@ def perturbation(config: Mapping[str, Any]) -> str:
 
 
 def other_settings(config: Mapping[str, Any]) -> list[str]:
-    """Return a phrase for each further setting by which the training of a run is unusual."""
+    """Return a phrase for each other unusual training setting of a run."""
     settings = _section(config, "adversary")
     repeats = settings.get("passes", 1) > 1 and settings.get("method") not in METHODS and not _perturbs(settings)
     return [*([_adversary(config)] if repeats else []), *_objective(config, []), *_rate(config)]
@@ -94,7 +94,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _consistency(config: Mapping[str, Any], others: list[Mapping[str, Any]]) -> list[str]:
-    """Say which consistency loss an arm has, where some have another."""
+    """Return the consistency loss of an arm, unless all arms have the same."""
     settings = _section(config, "consistency")
     mode = settings.get("mode", "none")
     if mode == "none" or all(_section(other, "consistency").get("mode", "none") == mode for other in others):
