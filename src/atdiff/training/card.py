@@ -25,7 +25,7 @@ __all__ = ["check_push", "has_card", "model_card", "push_to_hub", "write_card"]
 CARD = "README.md"
 WANG = ("Wang et al., ICLR 2025", "https://arxiv.org/abs/2502.17099")
 ADVERSARIAL = ("free", "pgd", "equivariance")  # methods that perturb the input; the others are rivals
-# By method of the adversary and by key of ``objective``.
+# By adversary method or ``objective`` key.
 PAPERS = {
     "free": WANG,
     "pgd": WANG,
@@ -41,7 +41,7 @@ PAPERS = {
     "input_perturbation": ("DDPM-IP", "https://arxiv.org/abs/2301.11706"),
     "slowed_interpolation": ("MixFlow", "https://arxiv.org/abs/2512.19311"),
 }
-# What the cells of a card have in common: their keys, and what a reader is told.
+# Keys of what all cells of a card share, and their labels.
 SHARED = {
     "num": "images per row",
     "sample_seed": "sampling seed",
@@ -90,10 +90,10 @@ def model_card(run: Path, repo_id: str = "THIS_REPOSITORY") -> str:
 
 
 def check_push(repo_id: str) -> None:
-    """Check before training that its result can be pushed, as far as that can be known without a network.
+    """Check before training that the result can be pushed, as far as possible without network access.
 
     Raises:
-        UserError: this is not the name of a repository, or nobody is logged in.
+        UserError: this is not a repository name, or there is no login.
     """
     if not _is_repo_id(repo_id):
         raise UserError(f"--push-to-hub {repo_id} is not a repository name; expected OWNER/NAME.")
@@ -150,7 +150,7 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _about(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return what the weights are, what they were trained on, for how long and how."""
+    """Return the paragraphs on what the weights are and how they were trained."""
     training = config["training"]
     updates = charge_of(config).updates_of(training["passes"])
     counted = f" ({updates:,} weight updates)" if updates != training["passes"] else ""
@@ -198,7 +198,7 @@ def _start(config: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any]) -> str:
-    """Return which images were trained on; those of a reflow are not, but pairs, of which the method tells."""
+    """Return a phrase on the training images; empty for reflow, which trains on pairs described with the method."""
     data = config["data"]
     if config["objective"].get("reflow"):
         return ""
@@ -220,7 +220,7 @@ def _average(config: Mapping[str, Any]) -> str:
 
 
 def _extra_cost(config: Mapping[str, Any]) -> list[str]:
-    """Say which of the passes are no training on a batch, since they buy no updates."""
+    """Return sentences on the passes that are charged without training on a batch."""
     objective = config["objective"]
     said = []
     if objective.get("reflow"):
@@ -242,15 +242,15 @@ def _references(config: Mapping[str, Any]) -> list[str]:
 
 
 def _results(run: Path) -> str:
-    """Return a table of the cells in ``cells.json``, and the settings that they share."""
+    """Return a table of the cells in ``cells.json``, and the settings they share."""
     file = run / "cells.json"
     cells = []
     if file.exists():
-        # Imported here because these bring in feature networks, which training does not need.
+        # Imported here because they import feature networks, which training does not need.
         from atdiff.measure.cells import cells_of_weights
         from atdiff.measure.entries import read_cells
 
-        # After a run is made longer, cells.json may still hold cells of its earlier weights.
+        # After a run is extended, cells.json may still hold cells of its earlier weights.
         cells = cells_of_weights(str(run), read_cells(file))
     if not cells:
         return "## Results\nNot evaluated yet."

@@ -1,4 +1,4 @@
-"""Settings that are out of range or contradict each other, found before anything is loaded."""
+"""Checks for settings that are out of range or contradict each other, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from atdiff.training.settings import read_settings
 
 __all__ = ["check_config", "check_split", "for_machine"]
 
-TRIAL = 100  # updates, below which a run only tries things out
-MOST_OF_START = 0.1  # of an average
-OF_CAPTIONED = ("captions", "caption_column", "caption_tokens", "limit")  # settings of data that images alone lack
+TRIAL = 100  # a run with fewer updates is only a trial
+MOST_OF_START = 0.1  # largest acceptable share of the starting weights in an average
+OF_CAPTIONED = ("captions", "caption_column", "caption_tokens", "limit")  # data settings for captioned images only
 
 
 def check_config(config: TrainConfig) -> None:
-    """Find what the settings alone show to be wrong; what has no effect is found by :mod:`atdiff.training.idle`.
+    """Check the settings on their own; :mod:`atdiff.training.idle` finds those that have no effect.
 
     Raises:
-        UserError: one sentence, with the value, what was expected and the fix.
+        UserError: one sentence with the offending value, what was expected and the fix.
     """
     read_settings(TrainConfig, asdict(config))
     _check_training(config)
@@ -39,17 +39,17 @@ def check_config(config: TrainConfig) -> None:
 
 
 def for_machine(config: TrainConfig) -> TrainConfig:
-    """Return the settings with the precision that ``auto`` stands for here, after what this machine cannot do is found.
+    """Check that this machine supports the settings, and return them with precision ``auto`` resolved.
 
-    The environment that the launcher made is part of the machine.
+    The launcher's environment counts as part of the machine.
 
     Raises:
-        UserError: fp16 or bitsandbytes without a GPU, a quantisation or a tracker that is not installed, or a kind of
-            training that is not that of the settings.
+        UserError: fp16 or bitsandbytes without a GPU, a quantisation or tracker that is not installed, or a launcher
+            configured for another kind of training.
     """
     from accelerate.tracking import get_available_trackers
 
-    from atdiff.system.precision import settled_precision, warn_of_slow_bf16  # settings are checked without torch
+    from atdiff.system.precision import settled_precision, warn_of_slow_bf16  # check_config must not import torch
     from atdiff.system.processes import device, is_main
 
     refuse_other_training()
@@ -84,7 +84,7 @@ def for_machine(config: TrainConfig) -> TrainConfig:
 
 
 def check_split(config: TrainConfig, out: Path) -> None:
-    """Raise ``UserError`` where one process is to split weights, but for a run that several have begun in ``out``."""
+    """Raise ``UserError`` if a single process is to shard weights, unless it resumes a run of several in ``out``."""
     if config.training.shard and num_processes() == 1 and not any((out / "checkpoints").glob("pass-*")):
         raise UserError(
             "training.shard=true splits the weights over several processes, but there is only one: start several "
@@ -134,7 +134,7 @@ def _check_base_precision(config: TrainConfig) -> None:
 
 
 def _check_batch(config: TrainConfig) -> None:
-    """Make sure that a batch has as many parts as passes and micro-batches are counted on."""
+    """Check that a batch can be divided into its micro-batches and, if staggered, passes."""
     size, accumulate, passes = config.training.batch_size, config.training.accumulate, config.adversary.passes
     staggered = config.adversary.order == "staggered" and passes > 1
     share = passes if staggered else 1
@@ -223,7 +223,7 @@ def _check_pixels(config: TrainConfig) -> None:
 
 
 def _warn_of_long_average(config: TrainConfig) -> None:
-    """Warn where much of what a run publishes is still what it began with, which favours arms of more updates."""
+    """Warn if the published average retains much of the starting weights, which favours arms with more updates."""
     from atdiff.models.ema import share_of_start
 
     settings, training = asdict(config), config.training

@@ -1,4 +1,4 @@
-"""A training folder: whose run it holds."""
+"""Training folders, and which run they belong to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from atdiff.training.settings import as_plain
 
 __all__ = ["as_begun", "last_logged", "open_run"]
 
-# What is written out where it is null or ``auto``: the start's, what the pairs of a reflow cost, or what suits the
-# device.
+# Settings that are filled in when null or ``auto``: from the start, the cost of reflow pairs, or the device.
 SETTLED = (
     ("training", "precision"),
     ("scheduler", "name"),
@@ -31,11 +30,11 @@ SETTLED = (
     ("objective", "prediction_type"),
     ("objective", "reflow_passes"),
 )
-CURRICULA = ("ict", "ect")  # pairs that go by the share of the passes that is behind
+CURRICULA = ("ict", "ect")  # consistency.pairs that depend on the fraction of passes completed
 
 
 def last_logged(run: Path) -> dict[str, Any]:
-    """Return the last line of a run's ``metrics.jsonl``; nothing where there is none, or it is being written."""
+    """Return the last line of a run's ``metrics.jsonl``; empty if there is none or it is incomplete."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -46,18 +45,18 @@ def last_logged(run: Path) -> dict[str, Any]:
 
 
 def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool:
-    """Make a training folder, or find that it holds this very run.
+    """Create a training folder, or check that it holds this same run.
 
     Args:
         out: the folder.
-        config: of the run.
-        look_only: find out, and write nothing.
+        config: the run's settings.
+        look_only: check, and write nothing.
 
     Returns:
-        True where an earlier start of the same run is to be resumed.
+        True if the folder already holds the run, which is to be resumed.
 
     Raises:
-        UserError: the folder is in use by something else or by another configuration, or the run cannot be made longer.
+        UserError: the folder holds something else or a run with other settings, or the run cannot be extended.
     """
     settings = as_plain(as_begun(config, out))
     file = out / "config.yaml"
@@ -68,12 +67,12 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
         written = run_config(str(out))
         stored = _completed(written)
         _forget_old_default(stored, settings)
-        if settings["adversary"]["scale"] is None:  # that of the schedule, which the run has written down
+        if settings["adversary"]["scale"] is None:  # the schedule's default, as the run recorded it
             settings["adversary"]["scale"] = stored["adversary"]["scale"]
         passes, wanted = (one["training"]["passes"] for one in (stored, settings))
         longer = wanted > passes
-        stored["training"]["passes"] = wanted  # More passes of the same run are no other run, and fewer are told apart.
-        # Earlier versions took settings that do nothing, which today are left out.
+        stored["training"]["passes"] = wanted  # _check_passes compares the passes.
+        # Earlier versions accepted settings that have no effect, which are now refused.
         changed = _first_difference(without_idle(stored), without_idle(settings))
         if changed:
             raise UserError(
@@ -82,8 +81,8 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
             )
         _check_passes(out, settings, passes)
         if longer and not look_only:
-            if stored_data(out):  # else an earlier version began it
-                note(out, published=passes, anew=False)  # until the longer run publishes
+            if stored_data(out):  # otherwise an earlier version started it
+                note(out, published=passes, anew=False)  # until the extended run publishes
             written["training"]["passes"] = settings["training"]["passes"]
             write_text(file, yaml.safe_dump(written, sort_keys=False))
         return True
@@ -97,14 +96,15 @@ def open_run(out: Path, config: TrainConfig, *, look_only: bool = False) -> bool
 
 
 def _of_a_start(name: str) -> bool:
-    """Whether a file is what a run that was killed at its start may have left."""
+    """Whether a file may be left over from a run killed at startup."""
     return name == LOCK or name.startswith(".config.yaml.")
 
 
 def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
-    """Return the settings with which a run was begun: what could not be set then is what it was.
+    """Return the settings as the run in ``out`` started with them, using the old behaviour for settings added since.
 
-    A null or ``auto`` of what is in :data:`SETTLED` is what the folder has: see :func:`atdiff.training.start.settled`.
+    Null or ``auto`` for a setting in :data:`SETTLED` becomes the folder's value; see
+    :func:`atdiff.training.start.settled`.
     """
     written = run_config(str(out))
     if not written:
@@ -124,12 +124,12 @@ def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
 
 
 def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what could not be set when a run was begun: it was the default, but for what BEFORE says."""
+    """Fill in settings added since the run started: with their defaults, or the values in ``BEFORE``."""
     defaults, stored = as_plain(TrainConfig()), {**written}
     for name, section in defaults.items():
         stored[name] = {**section, **BEFORE.get(name, {}), **(written.get(name) or {})}
     scheduler, objective = stored["scheduler"], stored["objective"]
-    if stored["model"]["name"] not in PIXEL_MODELS:  # where it was written down, and never used
+    if stored["model"]["name"] not in PIXEL_MODELS:  # recorded, but never used
         stored["scheduler"] = defaults["scheduler"]
     elif objective["prediction_type"] is None:
         args = scheduler["args"] or {}
@@ -138,17 +138,17 @@ def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _only_prediction(scheduler: str | None) -> str | None:
-    """Return what networks under schedulers of that class predict, where there is no choice."""
+    """Return the only prediction type possible with a scheduler class; None if there is a choice."""
     if "FlowMatch" in (scheduler or ""):
         return "flow"
     return "edm" if (scheduler or "").startswith(("EDM", "CMStochastic")) else None
 
 
 def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
-    """Find out whether a run that was begun with so many ``passes`` can have those of the settings.
+    """Check that a run started with ``passes`` can be trained for the passes in ``settings``.
 
     Raises:
-        UserError: these are fewer, or more that would change the passes that are behind.
+        UserError: they are fewer, or they are more and would change the passes already completed.
     """
     wanted = settings["training"]["passes"]
     if wanted < passes:
@@ -159,7 +159,7 @@ def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
     if wanted == passes:
         return
     decay, consistency = settings["optimizer"]["decay"], settings["consistency"]
-    if decay in ENDING:  # a class goes by its own arguments
+    if decay in ENDING:  # scheduler classes do not depend on training.passes
         what = f"the learning rate of optimizer.decay={decay!r} falls"
     elif consistency["mode"] != "none" and consistency["pairs"] in CURRICULA:
         what = f"the curriculum of consistency.pairs={consistency['pairs']!r} runs"
@@ -175,7 +175,7 @@ def _check_passes(out: Path, settings: dict[str, Any], passes: int) -> None:
 
 
 def _forget_old_default(stored: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Take the default that sample_guidance once had, whatever the pipeline, for that of now: training is the same."""
+    """Treat the old fixed default of ``sample_guidance`` as today's null: it does not affect training."""
     if settings["consistency"]["sample_guidance"] is None and stored["consistency"]["sample_guidance"] == 7.5:
         stored["consistency"]["sample_guidance"] = None
 

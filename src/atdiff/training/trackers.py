@@ -1,4 +1,4 @@
-"""What trackers are told beside the lines of the log: the run's name, its settings, and its images."""
+"""What trackers receive besides log lines: the run's name, settings and images."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from atdiff.training.config import TrainConfig
 __all__ = ["hyperparameters", "run_name", "show_images", "start_trackers"]
 
 PROJECT = "atdiff"
-ID = "tracker.json"  # by which a tracker knows a run that resumes
+ID = "tracker.json"  # holds the run id for resuming
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, out: Path, *, resumed: bool) -> None:
-    """Open the tracker of a run, under the run's name and with its settings as hyperparameters.
+    """Start the tracker of a run, under the run's name and with its settings as hyperparameters.
 
-    A resumed run stays one run, in Weights & Biases and trackio too. TensorBoard has a folder for each time that
-    hyperparameters are told, so that it hears them once.
+    A resumed run stays one run in Weights & Biases and trackio too. TensorBoard creates a folder each time it gets
+    hyperparameters, so it gets them only once.
 
     Args:
-        accelerator: of the run.
-        config: of the run, as its folder has it.
-        out: the folder.
-        resumed: whether a part of it was trained before.
+        accelerator: the run's Accelerator.
+        config: the run's settings, as in its folder.
+        out: the run folder.
+        resumed: whether the run is resumed from a checkpoint.
     """
     tracker = config.training.tracker
     if tracker is None:
@@ -47,13 +47,13 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, out: Path, *, 
 
 
 def run_name(out: Path) -> str:
-    """Return what a run is called: its folder as seen from here, such as ``runs/study/seed-0/plain``."""
+    """Return the name of a run: its relative path, such as ``runs/study/seed-0/plain``."""
     near = Path(os.path.relpath(out))
     return out.resolve().name if ".." in near.parts or str(near) == "." else near.as_posix()
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Return the settings by their dotted keys; what is neither number nor text is JSON, as ``null``."""
+    """Return the settings by dotted key; values other than numbers and text are JSON, such as ``null``."""
     found: dict[str, bool | int | float | str] = {}
     for section, settings in asdict(config).items():
         for key, value in settings.items():
@@ -63,13 +63,13 @@ def hyperparameters(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
 
 def show_images(accelerator: Accelerator, name: str, file: Path, passes: int) -> None:
-    """Give an image file to the trackers that take images; called by the main process.
+    """Log an image file to the trackers that support images; main process only.
 
     Args:
-        accelerator: of the run.
-        name: under which it is shown, such as ``samples``.
-        file: of the image.
-        passes: that were behind when it was drawn.
+        accelerator: the run's Accelerator.
+        name: the name to show it under, such as ``samples``.
+        file: the image file.
+        passes: passes completed when it was sampled.
     """
     for tracker in accelerator.trackers:
         with Image.open(file) as opened:
@@ -86,7 +86,7 @@ def show_images(accelerator: Accelerator, name: str, file: Path, passes: int) ->
 
 
 def _id(out: Path, *, resumed: bool) -> str:
-    """Return what Weights & Biases knows the run by; another one where its folder was begun anew."""
+    """Return the run's id in Weights & Biases; a new one if its folder was started afresh."""
     file = out / ID
     if not (resumed and file.is_file()):
         write_json(file, {"id": uuid.uuid4().hex[:12]})
