@@ -101,7 +101,7 @@ def _of_a_start(name: str) -> bool:
 
 
 def as_begun(config: TrainConfig, out: Path) -> TrainConfig:
-    """Return the settings as the run in ``out`` started with them, using the old behaviour for settings added since.
+    """Return the settings adapted to the run in ``out``: settings added since it started keep their old behaviour.
 
     Null or ``auto`` for a setting in :data:`SETTLED` becomes the folder's value; see
     :func:`atdiff.training.start.settled`.

@@ -96,7 +96,7 @@ class Trainer:
         self.charge = charge_of(asdict(self.config))
 
     def open(self, out: Path, *, progress: bool = False) -> None:
-        """Take the folder ``out``, put everything on its device, and resume from its newest checkpoint."""
+        """Open the folder ``out``, move everything to the device, and resume from its newest checkpoint."""
         settings, task = self.config.training, self.task
         self.out = out
         self.accelerator = Accelerator(

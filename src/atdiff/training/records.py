@@ -106,7 +106,7 @@ class Records:
             self.state.save(self.out / "checkpoints", self.settings.keep_checkpoints)
 
     def _check_finite(self) -> None:
-        """Count skipped steps; raise if there are too many, or if all since the last count were, at the final pass."""
+        """Count skipped steps; raise if too many, or if the run ends with none taken since the last count."""
         finite, limit = self.steps.finite, self.settings.max_skipped
         nothing_else = finite.collect()
         if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):

@@ -153,7 +153,7 @@ def _told() -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException  # not a subclass of Exception
 
     try:
-        with warnings.catch_warnings():  # raised for a single process
+        with warnings.catch_warnings():  # torch warns about a single process
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as error:

@@ -1,4 +1,4 @@
-"""What a run starts from, and checks that both agree on the noise schedule (by value) and the parametrisation."""
+"""The start of a run: loads it, and checks that it agrees on noise schedule (by value) and parametrisation."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class TrainingState:
     Args:
         accelerator: the run's Accelerator.
         weights: the run's weights.
-        steps: the optimizer's steps.
+        steps: the run's optimizer steps.
         objective: the objective, whose state is that of its timestep sampler.
         adversary: the adversary, whose state is the samples waiting for another pass.
         charge: the cost of a batch in passes.
