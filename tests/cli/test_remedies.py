@@ -165,7 +165,7 @@ TRIED = [
     ),
     (
         "train small.yaml --training.accumulate 16 --out out",
-        "cannot be cut into training.accumulate=16 parts",
+        "cannot be split into training.accumulate=16 parts",
         "train small.yaml --training.accumulate 16 --training.batch_size 16 --out out",
     ),
     (

@@ -250,7 +250,7 @@ def test_older_run_resumes_with_its_own_class_order(tmp_path: Path) -> None:
 
 def test_empty_classes_are_reported(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 3, 3, 1])
-    with pytest.warns(UserWarning, match=r"1 of the 4 classes of .* have no image \(2\)"):
+    with pytest.warns(UserWarning, match=r"1 of the 4 classes of .* have no images \(2\)"):
         train(tmp_path, tmp_path / "a.npz")
 
 

@@ -266,10 +266,10 @@ def rename_class(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a pixel": (flip_pixel, "and now the same number of images has other pixels, labels or another order"),
-    "a label": (move_label, "and now the same number of images has other pixels, labels or another order"),
-    "the order": (swap_order, "and now the same number of images has other pixels, labels or another order"),
-    "a class": (rename_class, "was trained on the classes 0, 1, 2 of .*, and now they are 0, 1, 5"),
+    "a pixel": (flip_pixel, "but the same number of images now has different pixels, labels or order"),
+    "a label": (move_label, "but the same number of images now has different pixels, labels or order"),
+    "the order": (swap_order, "but the same number of images now has different pixels, labels or order"),
+    "a class": (rename_class, "was trained on the classes 0, 1, 2 of .*, but now they are 0, 1, 5"),
 }
 
 

@@ -196,4 +196,4 @@ def test_training_reports_bad_files_before_writing(
     (folder / "good-0.png").unlink()
     with pytest.warns(UserWarning, match="are left out"):
         assert main([*words, "--data.unreadable", "skip", "--training.passes", "4"]) == 2
-    assert f"was trained on {GOOD} images of {folder}[train], and now there are {GOOD - 1}" in capsys.readouterr().err
+    assert f"was trained on {GOOD} images of {folder}[train], but now there are {GOOD - 1}" in capsys.readouterr().err

@@ -213,7 +213,7 @@ def test_missing_gpu_and_packages_are_reported(monkeypatch: pytest.MonkeyPatch, 
     file = tmp_path / "one.safetensors"
     file.touch()
     lora, training = LoraConfig(rank=2, base_precision="bf16"), TrainingConfig(init=str(file))
-    with pytest.raises(UserError, match="is one file"):
+    with pytest.raises(UserError, match="is a single file"):
         check_settings(TrainConfig(model=ModelConfig(name="pipeline"), lora=lora, training=training))
 
 

@@ -127,7 +127,7 @@ CONTRADICTIONS = [
     (["--adversary.steps=8", "--adversary.direction=gradient"], "direction='gradient' contradicts adversary.steps=8"),
     (["--training.passes=0"], "training.passes=0 must be at least 1"),
     (["--training.batch_size=-3"], "training.batch_size=-3 must be at least 1"),
-    (["--training.batch_size=2", "--training.accumulate=4"], "cannot be cut into training.accumulate=4 parts; use a"),
+    (["--training.batch_size=2", "--training.accumulate=4"], "cannot be split into training.accumulate=4 parts; use a"),
     (["--training.keep_checkpoints=0"], "training.keep_checkpoints=0 must be at least 1"),
     (["--training.seed=-1"], "training.seed=-1 must not be negative"),
     (["--training.ema_decay=1"], "training.ema_decay=1.0 must lie in [0, 1)"),
@@ -218,7 +218,7 @@ def test_every_setting_that_can_have_no_effect_is_covered() -> None:
         (["--adversary.method=mac", "--adversary.passes=2", "--adversary.scale=high"], "adversary.method='mac', which"),
         (["--consistency.mode=training", "--consistency.solver=heun"], "consistency.mode='training', which has no"),
         ([*DISTILS, "--consistency.distance=l2", "--consistency.huber_c=0.1"], "with consistency.distance='l2'"),
-        ([*DISTILS, "--consistency.guidance=[2, 3]"], "a network of pixels without guidance: use a latent"),
+        ([*DISTILS, "--consistency.guidance=[2, 3]"], "a pixel-space network without guidance: use a latent"),
     ],
 )
 def test_cause_of_having_no_effect_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_run_does_not_resume_on_changed_data(tmp_path: Path, capsys: pytest.Capt
     assert train(tmp_path, *words, "--max-time", "0.000001") == 75
     (tmp_path / "images" / "3.png").rename(tmp_path / "3.png")
     assert train(tmp_path, *words) == 2
-    told = f"was trained on 9 images of {tmp_path / 'images'}[train], and now there are 8: restore the data"
+    told = f"was trained on 9 images of {tmp_path / 'images'}[train], but now there are 8: restore the data"
     assert told in capsys.readouterr().err
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None

@@ -71,7 +71,7 @@ def test_recipe_overrides_the_launcher_with_a_warning(
     assert main(["train", recipe, "--out", str(tmp_path / "with")]) == 0
     assert_same(tmp_path / "without", tmp_path / "with")
     said = [str(warning.message) for warning in recwarn if name in str(warning.message)]
-    assert said == ([] if setting is None else [f"{name}={value} of the launcher is ignored: {setting} is used."])
+    assert said == ([] if setting is None else [f"the launcher's {name}={value} is ignored: using {setting}."])
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])

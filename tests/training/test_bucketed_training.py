@@ -223,7 +223,7 @@ def test_bucketed_run_resumes_exactly(
         ({"data": {"bucket_step": 12}}, "data.bucket_step=12 does not fit .* expected a multiple of 8"),
         ({"data": {"bucket_step": 64}}, "data.bucket_step=64 does not fit .* leaves several buckets, such as 8"),
         ({"data": {"buckets": False}}, "data.bucket_step=16 has no effect without data.buckets"),
-        ({"model": {"name": "unet"}}, "data.buckets are for text-to-image pipelines"),
+        ({"model": {"name": "unet"}}, "data.buckets is for text-to-image pipelines"),
     ],
 )
 def test_user_errors_raise_before_encoding(

@@ -104,7 +104,7 @@ def test_failed_sharded_save_keeps_the_last_good_checkpoint(tmp_path: Path) -> N
     (file,) = (tmp_path / "pass-000000006" / "shards").iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.warns(UserWarning, match=rf"shards/{file.name} was changed after writing; the one before it is used"):
+    with pytest.warns(UserWarning, match=rf"shards/{file.name} was changed after writing; using the one before it"):
         assert latest_checkpoint(tmp_path) == tmp_path / "pass-000000003"
 
 
@@ -124,7 +124,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, file:
         )
     if file == "manifest.json" and damage == "flipped":
         path.write_bytes(content.replace(b'"files"', b'"filed"'))
-    with pytest.warns(UserWarning, match=r"pass-000000006 is skipped: .*the one before it is used"):
+    with pytest.warns(UserWarning, match=r"pass-000000006 is skipped: .*using the one before it"):
         found = latest_checkpoint(tmp_path)
     assert found == tmp_path / "pass-000000003"
     assert checkpoint_problem(found) is None

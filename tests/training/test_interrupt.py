@@ -111,7 +111,7 @@ def test_signal_saves_and_the_same_command_resumes(
     newer = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newer is not None
     assert int(newer.name.removeprefix("pass-")) == int(saved.name.removeprefix("pass-")) + 1
-    assert "the time set by --max-time is over" in capsys.readouterr().err
+    assert "the time limit of --max-time was reached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])

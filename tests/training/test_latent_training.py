@@ -524,7 +524,7 @@ def test_terminal_shows_only_progress_and_results(
         results = {f"{out / folder} contains the trained {what}.", f"1 samples in {tmp_path / arm}.png"}
         assert results <= set(text.out.splitlines())
         shown += [*(line for line in text.out.splitlines() if line not in results), *text.err.splitlines()]
-    told = ("4 images of ", "training needs about ", "UNet2DConditionModel, ", "pass 1 of 1: ", "lcm, 2 steps ")
+    told = ("4 images of ", "estimate: training needs ", "UNet2DConditionModel, ", "pass 1 of 1: ", "lcm, 2 steps ")
     assert [line for line in shown if line.strip() and not line.startswith(told)] == []
 
 
@@ -561,14 +561,14 @@ def others(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("--data.name {bare}", "{bare} contains images without captions"),
         ("--data.captions []", "captions is an empty list"),
         ("--data.image_size 32", "data.image_size=32 does not fit {sd}, whose latents encode images of 64"),
-        ("--data.class_conditional true", "data.class_conditional is for networks of pixels"),
+        ("--data.class_conditional true", "data.class_conditional is for pixel-space networks"),
         (
             "--data.streaming true",
             "cannot be streamed, unlike webdataset shards, parquet files and hub datasets: leave out data.streaming",
         ),
         ('--data.streaming true --data.captions ["a"]', "each image: leave out data.captions"),
         ("--data.streaming true --data.buckets true", "data.buckets needs the sizes of all images in advance"),
-        ("--scheduler.name DDIMScheduler", "scheduler is for networks of pixels: a pipeline brings its own"),
+        ("--scheduler.name DDIMScheduler", "scheduler is for pixel-space networks: a pipeline has its own"),
         ("--objective.variance learned_range", "whose network predicts no variance; set objective.variance=fixed"),
         ("--objective.label_dropout 0.1", "objective.label_dropout is for denoisers"),
         ("--consistency.guidance [15,3]", "guidance=(15.0, 3.0) must be two guidance scales of 1 or more"),
@@ -651,7 +651,7 @@ def test_latent_run_resumes_only_on_the_same_content(
     Image.fromarray(pixels).save(folder / "0.png")
     capsys.readouterr()
     assert resume(4) == 2
-    assert "and now the same number of images has other pixels, captions or another order" in capsys.readouterr().err
+    assert "but the same number of images now has different pixels, captions or order" in capsys.readouterr().err
     Image.fromarray(original).save(folder / "0.png")
     text = (folder / "1.txt").read_text(encoding="utf-8")
     (folder / "1.txt").write_text(f"{text}, another", encoding="utf-8")
@@ -691,7 +691,7 @@ def test_latent_run_resumes_only_with_the_same_autoencoder(
     weights = base / "vae" / "diffusion_pytorch_model.safetensors"
     words = [str(recipe), "--out", str(tmp_path / "run"), "--training.init", str(base)]
     error = error_after_change(weights, "encoder.conv_in.bias", words, capsys)
-    assert f"with another autoencoder or other text encoders than {base} has now" in error
+    assert f"with a different autoencoder or text encoders than {base} has now" in error
 
 
 def test_latent_run_resumes_only_with_the_same_noise_schedule(
@@ -711,7 +711,7 @@ def test_latent_run_resumes_only_with_the_same_noise_schedule(
     assert resume(1) == 0
     capsys.readouterr()
     assert resume(2, beta_end=0.02) == 2
-    message = "began under a scheduler that has beta_end=0.012 but scheduler.args.beta_end is 0.02 now: restore"
+    message = "started with a scheduler that has beta_end=0.012 but scheduler.args.beta_end is 0.02 now: restore"
     assert message in capsys.readouterr().err
     assert resume(2, steps_offset=0, _diffusers_version="0.1") == 0  # no effect on the noise
 

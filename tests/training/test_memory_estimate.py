@@ -151,4 +151,4 @@ def test_too_little_memory_gives_a_warning(
     monkeypatch.setattr(memory_estimate, "memory_left", lambda: -memory_estimate.psutil.Process().memory_info().rss)
     recwarn.clear()
     tell_memory(found, torch.device("cpu"))
-    assert "needs about 5 GB, and this machine has" in str(recwarn.pop().message)
+    assert "needs about 5 GB, but this machine has" in str(recwarn.pop().message)

@@ -111,7 +111,7 @@ def test_stop_waits_for_all_passes_of_the_batch(tmp_path: Path, arm: str) -> Non
 def test_mid_batch_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     """Such as the end of a run whose last batch was cut short, or what earlier versions wrote."""
     folder = run(tmp_path / "run", "consecutive", "--training.keep_checkpoints", "1")
-    message = r"pass-000000011 lies within the 3 passes of a batch, and no checkpoint between two batches remains"
+    message = r"pass-000000011 is partway through the 3 passes of a batch, and there is no checkpoint between two"
     for path in (folder / "checkpoints").glob("pass-*9"):
         shutil.rmtree(path)
     with pytest.raises(UserError, match=message):
@@ -248,7 +248,9 @@ def test_world_sizes_that_cannot_split_the_batch_are_rejected(
     task = SimpleNamespace(config=TrainConfig(adversary=AdversaryConfig(**adversary), training=training))
     accelerator = SimpleNamespace(num_processes=now, is_main_process=True)
     state: Any = SimpleNamespace(accelerator=accelerator, weights=SimpleNamespace(task=task))
-    with pytest.raises(UserError, match=rf"by 2 process\(es\) on batches of 24 images, .* one of {fitting}, or choose"):
+    with pytest.raises(
+        UserError, match=rf"by 2 process\(es\) on batches of 24 images, .* one of {fitting} processes, or choose"
+    ):
         TrainingState._share(state, {"ranks": [{}, {}]}, Path("run"))
 
 

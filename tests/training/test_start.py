@@ -113,7 +113,7 @@ def test_schedule_differences_are_named(ours: Any, theirs: Any, settings: list[s
     assert [one.setting for one in differences(ours, None, start(theirs))] == settings
     assert [one.setting for one in differences(theirs, None, start(ours))] == settings
     if settings:
-        with pytest.raises(UserError, match=f"the start .*{settings[0]} .* to null to take its own"):
+        with pytest.raises(UserError, match=f"the start .*{settings[0]} .* to null to use its own"):
             check_agreement(ours, None, start(theirs))
 
 

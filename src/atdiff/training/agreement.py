@@ -56,8 +56,8 @@ def _newest_between_batches(out: Path, config: TrainConfig) -> Path | None:
     newest = latest_checkpoint(out / "checkpoints", lambda passes: passes >= total or charge.ends_batch(passes))
     if newest is None and (other := latest_checkpoint(out / "checkpoints")) is not None:
         raise UserError(
-            f"{other} lies within the {charge.batch} passes of a batch, and no checkpoint between two batches "
-            f"remains to resume from: remove {other.parent} to start again, or use the run as --training.init of "
+            f"{other} is partway through the {charge.batch} passes of a batch, and there is no checkpoint between two "
+            f"batches to resume from: remove {other.parent} to start again, or use the run as --training.init of "
             "another --out."
         )
     return newest

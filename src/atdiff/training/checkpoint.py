@@ -226,7 +226,7 @@ def latest_checkpoint(folder: Path, fits: Callable[[int], bool] = lambda passes:
         problem = checkpoint_problem(path)
         if problem is None:
             return path
-        warnings.warn(f"the checkpoint {path} is skipped: {problem}; the one before it is used.", stacklevel=2)
+        warnings.warn(f"the checkpoint {path} is skipped: {problem}; using the one before it.", stacklevel=2)
     return None
 
 
@@ -268,4 +268,4 @@ def disk_errors(out: Path, passes: Callable[[], int]) -> Iterator[None]:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         good = last_good(out / "checkpoints")
-        raise RunError(f"training ended at pass {passes()} ({what}); {good}: {_TRY_AGAIN}") from error
+        raise RunError(f"training stopped at pass {passes()} ({what}); {good}: {_TRY_AGAIN}") from error

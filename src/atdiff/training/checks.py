@@ -62,7 +62,7 @@ def for_machine(config: TrainConfig) -> TrainConfig:
     ):
         given = os.environ.get(variable, usual)
         if given.lower() not in (usual, str(value).lower()) and is_main():
-            warnings.warn(f"{variable}={given} of the launcher is ignored: {setting}={value} is used.", stacklevel=2)
+            warnings.warn(f"the launcher's {variable}={given} is ignored: using {setting}={value}.", stacklevel=2)
     if settings.precision == "fp16" and device().type != "cuda":
         raise UserError("training.precision='fp16' needs a GPU; use 'bf16' or 'no' on this machine.")
     if is_main():
@@ -76,8 +76,8 @@ def for_machine(config: TrainConfig) -> TrainConfig:
         installed = [str(tracker.value) for tracker in get_available_trackers()]
         if settings.tracker not in installed:
             raise UserError(
-                f"training.tracker={settings.tracker!r} is not installed; installed are: "
-                f"{', '.join(installed) or 'none'}; `pip install 'atdiff[trackers]'` installs tensorboard and "
+                f"training.tracker={settings.tracker!r} is not installed (installed: "
+                f"{', '.join(installed) or 'none'}); `pip install 'atdiff[trackers]'` installs tensorboard and "
                 "wandb."
             )
     return replace(config, training=settings)
@@ -142,7 +142,7 @@ def _check_batch(config: TrainConfig) -> None:
         by = f"training.accumulate={accumulate}" + (f" x adversary.passes={passes}" if staggered else "")
         multiple = accumulate * share
         raise UserError(
-            f"training.batch_size={size} cannot be cut into {by} parts; use a multiple, such as {multiple}."
+            f"training.batch_size={size} cannot be split into {by} parts; use a multiple, such as {multiple}."
         )
 
 
@@ -176,7 +176,7 @@ def _check_reflow(config: TrainConfig) -> None:
     settings = config.objective
     if settings.reflow and config.model.name not in PIXEL_MODELS:
         raise UserError(
-            f"objective.reflow={settings.reflow} is for networks of pixels, but model.name={config.model.name!r} "
+            f"objective.reflow={settings.reflow} is for pixel-space networks, but model.name={config.model.name!r} "
             "works on latents; leave it out."
         )
     if settings.reflow_passes is not None and not settings.reflow:
@@ -189,29 +189,29 @@ def _check_reflow(config: TrainConfig) -> None:
 def _check_pixels(config: TrainConfig) -> None:
     if config.data.latents is not None:
         raise UserError(
-            f"data.latents is for latent pipelines, but model.name={config.model.name!r} is a network of pixels; "
+            f"data.latents is for latent pipelines, but model.name={config.model.name!r} is a pixel-space network; "
             "leave it out."
         )
     if config.data.buckets:
         raise UserError(
-            f"data.buckets are for text-to-image pipelines, but model.name={config.model.name!r} is a network of "
-            "pixels with one image size; leave it out."
+            f"data.buckets is for text-to-image pipelines, but model.name={config.model.name!r} is a pixel-space "
+            "network with one image size; leave it out."
         )
     if config.validation.prompts is not None:
         raise UserError(
             f"validation.prompts are for text-to-image pipelines, but model.name={config.model.name!r} is a "
-            "network of pixels; leave them out."
+            "pixel-space network; leave them out."
         )
     for name in OF_CAPTIONED:
         if (value := getattr(config.data, name)) is not None:
             raise UserError(
-                f"data.{name}={value!r} is for text-to-image data, but model.name={config.model.name!r} is a network "
-                "of pixels and would be trained without it; leave it out."
+                f"data.{name}={value!r} is for text-to-image data, but model.name={config.model.name!r} is a "
+                "pixel-space network and would be trained without it; leave it out."
             )
     if config.data.streaming:
         raise UserError(
             "data.streaming is for text-to-image pipelines, whose images are encoded once, but "
-            f"model.name={config.model.name!r} is a network of pixels; leave it out."
+            f"model.name={config.model.name!r} is a pixel-space network; leave it out."
         )
     if config.lora.rank:
         raise UserError("lora.rank needs model.name='pipeline', since only text-to-image pipelines support LoRA.")

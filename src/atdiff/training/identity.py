@@ -54,19 +54,19 @@ def _checked(out: Path, task: Task) -> dict[str, Any]:
     remedy = "restore the data, or choose another --out."
     if stored and (stored["images"], len(stored["skipped"])) != (found["images"], len(task.data.skipped)):
         raise UserError(
-            f"{out} was trained on {stored['images']} images of {stored['name']}, and now there are "
+            f"{out} was trained on {stored['images']} images of {stored['name']}, but now there are "
             f"{found['images']}: {remedy}"
         )
     if stored.get("classes", found["classes"]) != found["classes"]:
         before = ", ".join(stored["classes"] or ["none"])
         raise UserError(
-            f"{out} was trained on the classes {before} of {stored['name']}, and now they are "
+            f"{out} was trained on the classes {before} of {stored['name']}, but now they are "
             f"{', '.join(classes or ['none'])}: {remedy}"
         )
     if stored.get("fingerprint", found["fingerprint"]) != found["fingerprint"]:
         raise UserError(
-            f"{out} was trained on {stored['images']} images of {stored['name']}, and now the same number of "
-            f"images has other pixels, {task.beside_pixels} or another order: {remedy}"
+            f"{out} was trained on {stored['images']} images of {stored['name']}, but the same number of images now "
+            f"has different pixels, {task.beside_pixels} or order: {remedy}"
         )
     changed = next((name for name, weights in others.items() if stored.get(name, weights) != weights), None)
     if changed is not None:
@@ -83,7 +83,7 @@ def _check_noise(out: Path, task: Task, before: Mapping[str, Any]) -> None:
         begun = getattr(diffusers, before["_class_name"]).from_config(before)
     for one in differences(task.scheduler, None, Start(str(out), begun, None)):
         raise UserError(
-            f"{out} began under a scheduler that {one} now: restore that of its pipeline, or choose another --out."
+            f"{out} started with a scheduler that {one} now: restore its pipeline's, or choose another --out."
         )
 
 
@@ -94,4 +94,4 @@ def _of_other_weights(changed: str, config: TrainConfig) -> str:
         return f"trains adapters on other weights than {init}"
     if changed == "teacher":
         return f"learns from other weights than {init if teacher in (None, SELF) else teacher}"
-    return f"was trained with another autoencoder or other text encoders than {init or 'its pipeline'}"
+    return f"was trained with a different autoencoder or text encoders than {init or 'its pipeline'}"

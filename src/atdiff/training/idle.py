@@ -114,12 +114,12 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "consistency", ("guidance", "embed_guidance", "sample_guidance"), _is("model", "name", *PIXEL_MODELS),
-        "with model.name={model[name]!r}, a network of pixels without guidance", "use a latent pipeline",
+        "with model.name={model[name]!r}, a pixel-space network without guidance", "use a latent pipeline",
         ("model.name",),
     ),
     Idle(
         "model", ("gradient_checkpointing",), _is("model", "name", *PIXEL_MODELS),
-        "with model.name={model[name]!r}, a network of pixels",
+        "with model.name={model[name]!r}, a pixel-space network",
         "use training.accumulate for less memory", ("model.name",),
     ),
     Idle(
@@ -133,7 +133,7 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         "data", ("crop",),
         lambda settings: settings["data"]["image_size"] is None and settings["model"]["name"] in PIXEL_MODELS,
-        "without data.image_size, by which no image is cropped", "set data.image_size", ("data.image_size",),
+        "without data.image_size, since no image is cropped", "set data.image_size", ("data.image_size",),
     ),
 )  # fmt: skip
 """The first match for a setting gives the reason."""

@@ -38,7 +38,7 @@ class StopRequest:
         if self._signal is not None:
             return self._signal
         over = self._deadline is not None and time.monotonic() >= self._deadline
-        return "the time set by --max-time is over" if over else None
+        return "the time limit of --max-time was reached" if over else None
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT) if self._takes else ():

@@ -263,12 +263,12 @@ def _attention(
 
 def tell_memory(found: MemoryEstimate, device: torch.device) -> None:
     """Print an estimate, and warn if the device has less memory."""
-    print(f"training {found}, by an estimate")
+    print(f"estimate: training {found}")
     has = _memory_of(device)
     if found.total > has:
         where = "this machine" if device.type == "cpu" else f"{device}"
         warnings.warn(
-            f"the run needs about {found.total / GB:.2g} GB, and {where} has {has / GB:.2g} GB: see "
+            f"the run needs about {found.total / GB:.2g} GB, but {where} has {has / GB:.2g} GB: see "
             "model.gradient_checkpointing, training.accumulate, training.precision and lora.base_precision.",
             stacklevel=2,
         )

@@ -36,7 +36,7 @@ def make_optimizer(settings: OptimizerConfig, weights: Iterable[Tensor]) -> torc
         _check_names("optimizer.args", kind, settings.args, {"params", "lr", "betas", "weight_decay"})
     else:
         kind = _checked_class(settings)
-    with _told(f"optimizer {settings.name} cannot be made with lr={settings.lr} and args={settings.args}"):
+    with _told(f"optimizer {settings.name} cannot be built with lr={settings.lr} and args={settings.args}"):
         if settings.name == ADAMW:
             # The fused version can skip steps on the device: see FiniteSteps.
             return _adamw(weights, settings, **{"fused": True, **settings.args})
@@ -183,7 +183,7 @@ def _imported(key: str, path: str, base: type, what: str) -> Any:  # noqa: ANN40
         missing = (error.name or module_name).partition(".")[0]
         remedy = f"`pip install {PACKAGES.get(missing, missing)}`"
         if importlib.util.find_spec(missing):
-            remedy = f"{missing} is installed, so look up where the class is in it"
+            remedy = f"{missing} is installed, so check the path of the class in it"
         raise UserError(
             f"optimizer.{key}={path!r} cannot be imported, since {error.name} is missing; {remedy}."
         ) from None

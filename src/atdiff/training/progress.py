@@ -93,4 +93,4 @@ def tell_run(task: Task) -> None:
     name = (kind.plain() if issubclass(kind, NetworkView) else kind).__name__  # users know diffusers' class
     size = sum(weight.numel() for weight in task.network.parameters() if weight.requires_grad)
     weights = f"{size / 1e6:,.2f} M" if size >= 100_000 else f"{size:,}"
-    print(f"{name}, {weights} weights to train, {settings.passes:,} passes of {settings.batch_size}")
+    print(f"{name}, {weights} weights to train, {settings.passes:,} passes at batch size {settings.batch_size}")

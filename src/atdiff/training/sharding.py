@@ -142,7 +142,7 @@ def _storage() -> _Storage:
         from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
     except ImportError:
         raise UserError(
-            f"training.shard=true needs torch 2.8 or later, and this is {torch.__version__}: pip install -U torch."
+            f"training.shard=true needs torch 2.8 or later, but this is {torch.__version__}: pip install -U torch."
         ) from None
     return _Storage(HuggingFaceStorageWriter, HuggingFaceStorageReader)
 

@@ -276,7 +276,7 @@ def check_agreement(scheduler: Any, prediction_type: str | None, start: Start, r
     keys = {"scheduler.args" if ".args." in one.setting else one.setting: None for one in found}
     if "scheduler.name" in keys:
         keys |= {"scheduler.args": None, "objective.prediction_type": None}
-    remedy = remedy or f"set {' and '.join(keys)} to null to take its own"
+    remedy = remedy or f"set {' and '.join(keys)} to null to use its own"
     raise UserError(
         f"{start.name} {' and '.join(map(str, found))}: a network must keep the noise schedule and "
         f"parametrisation it was trained with; {remedy}."

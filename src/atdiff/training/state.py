@@ -164,8 +164,8 @@ class TrainingState:
         if joint % now or joint // now < least:
             fitting = [str(n) for n in range(1, joint // least + 1) if joint % n == 0]
             raise UserError(
-                f"{out} was trained by {before} process(es) on batches of {joint} images, which {now} processes "
-                f"cannot share evenly: resume it with one of {', '.join(fitting)}, or choose another --out."
+                f"{out} was trained by {before} process(es) on batches of {joint} images, which {now} processes cannot "
+                f"divide evenly: resume it with one of {', '.join(fitting)} processes, or choose another --out."
             )
         if self.accelerator.is_main_process:
             warnings.warn(

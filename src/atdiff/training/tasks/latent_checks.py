@@ -39,11 +39,11 @@ def check_settings(config: TrainConfig) -> None:
     if config.lora.base_precision != "float32" and is_single_file(config.training.init or ""):
         raise UserError(
             f"lora.base_precision={config.lora.base_precision!r} needs a pipeline folder or hub id, but "
-            f"training.init={config.training.init!r} is one file: save it as a folder with diffusers' "
+            f"training.init={config.training.init!r} is a single file: save it as a folder with diffusers' "
             "save_pretrained."
         )
     if config.data.class_conditional:
-        raise UserError("data.class_conditional is for networks of pixels: a pipeline is conditioned on captions.")
+        raise UserError("data.class_conditional is for pixel-space networks: a pipeline is conditioned on captions.")
     for name in ("captions", "labels", "label_column"):
         if config.data.streaming and getattr(config.data, name) is not None:
             raise UserError(f"data.streaming needs a caption for each image: leave out data.{name}.")
@@ -52,7 +52,7 @@ def check_settings(config: TrainConfig) -> None:
             "data.buckets needs the sizes of all images in advance: leave out data.buckets or data.streaming."
         )
     if config.scheduler != SchedulerConfig():
-        raise UserError("scheduler is for networks of pixels: a pipeline brings its own; leave it out.")
+        raise UserError("scheduler is for pixel-space networks: a pipeline has its own; leave it out.")
     if config.consistency.mode != "none":
         _check_consistency(config)
 
@@ -87,7 +87,7 @@ def check_fits(config: TrainConfig, latent: LatentPipeline) -> None:
         raise UserError(f"data.captions are not used: {latent.source} is conditioned on class labels; leave them out.")
     if config.data.channels not in (None, latent.image_channels):
         raise UserError(
-            f"data.channels={config.data.channels} does not fit {latent.source}, which takes images of "
+            f"data.channels={config.data.channels} does not fit {latent.source}, whose images have "
             f"{latent.image_channels}; leave it out."
         )
 

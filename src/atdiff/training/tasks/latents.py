@@ -255,7 +255,7 @@ class LatentTask(Task):
             try:
                 found = self.memory()
             except RuntimeError as error:  # from torch, such as for reading the values of a meta tensor
-                print(f"the memory that training needs is not estimated ({str(error).splitlines()[0]})")
+                print(f"the memory for training could not be estimated ({str(error).splitlines()[0]})")
             else:
                 tell_memory(found, accelerator.device)
 

@@ -118,7 +118,7 @@ class PixelTask(Task):
         if empty:
             names = [str(label) if self.classes is None else repr(self.classes[label]) for label in empty[:5]]
             warnings.warn(
-                f"{len(empty)} of the {count} classes of {self.data.name} have no image ({', '.join(names)}"
+                f"{len(empty)} of the {count} classes of {self.data.name} have no images ({', '.join(names)}"
                 f"{', ...' if len(empty) > 5 else ''}): their samples will be meaningless.",
                 stacklevel=3,
             )

@@ -69,8 +69,8 @@ class ReflowTask(PixelTask):
                 raise RunError(problem)
         self.pairs = file.read()
         self.told = (
-            f"{settings.reflow:,} pairs of {self.config.training.init} by {sampler} in {settings.reflow_steps} steps, "
-            f"charged as {settings.reflow_passes:,} passes, kept in {file.path} ({file.size}) for a longer run"
+            f"{settings.reflow:,} pairs from {self.config.training.init}, by {sampler} in {settings.reflow_steps} "
+            f"steps, charged as {settings.reflow_passes:,} passes, kept in {file.path} ({file.size}) to extend it later"
         )
 
     def _labels(self) -> Tensor | None:
