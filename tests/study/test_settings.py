@@ -218,7 +218,7 @@ def test_every_setting_that_can_have_no_effect_is_covered() -> None:
         (["--adversary.method=mac", "--adversary.passes=2", "--adversary.scale=high"], "adversary.method='mac', which"),
         (["--consistency.mode=training", "--consistency.solver=heun"], "consistency.mode='training', which has no"),
         ([*DISTILS, "--consistency.distance=l2", "--consistency.huber_c=0.1"], "with consistency.distance='l2'"),
-        ([*DISTILS, "--consistency.guidance=[2, 3]"], "a pixel-space network without guidance: use a latent"),
+        ([*DISTILS, "--consistency.guidance=[2, 3]"], "a pixel network without guidance: use a latent"),
     ],
 )
 def test_cause_of_having_no_effect_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,7 +283,7 @@ def test_changed_start_is_reported_on_resume(tmp_path: Path) -> None:
         (["--training.seed", "4293"], "with training.seed=4293 is out of range; .* a seed from 0 to 4292"),
         (["--objective.reflow", "1000001", "--objective.reflow_passes", "0"], "use at most a million pairs,"),
         (["--consistency.mode", "distillation"], "objective.reflow is for denoisers"),
-        (["--model.name", "pipeline"], "objective.reflow=40 is for pixel-space networks"),
+        (["--model.name", "pipeline"], "objective.reflow=40 is for pixel networks"),
         (["--objective.reflow", "0", "--objective.reflow_passes", "3"], "objective.reflow is 0; leave it out"),
     ],
 )

@@ -176,7 +176,7 @@ def _check_reflow(config: TrainConfig) -> None:
     settings = config.objective
     if settings.reflow and config.model.name not in PIXEL_MODELS:
         raise UserError(
-            f"objective.reflow={settings.reflow} is for pixel-space networks, but model.name={config.model.name!r} "
+            f"objective.reflow={settings.reflow} is for pixel networks, but model.name={config.model.name!r} "
             "works on latents; leave it out."
         )
     if settings.reflow_passes is not None and not settings.reflow:
@@ -189,29 +189,29 @@ def _check_reflow(config: TrainConfig) -> None:
 def _check_pixels(config: TrainConfig) -> None:
     if config.data.latents is not None:
         raise UserError(
-            f"data.latents is for latent pipelines, but model.name={config.model.name!r} is a pixel-space network; "
+            f"data.latents is for latent pipelines, but model.name={config.model.name!r} is a pixel network; "
             "leave it out."
         )
     if config.data.buckets:
         raise UserError(
-            f"data.buckets is for text-to-image pipelines, but model.name={config.model.name!r} is a pixel-space "
+            f"data.buckets is for text-to-image pipelines, but model.name={config.model.name!r} is a pixel "
             "network with one image size; leave it out."
         )
     if config.validation.prompts is not None:
         raise UserError(
             f"validation.prompts are for text-to-image pipelines, but model.name={config.model.name!r} is a "
-            "pixel-space network; leave them out."
+            "pixel network; leave them out."
         )
     for name in OF_CAPTIONED:
         if (value := getattr(config.data, name)) is not None:
             raise UserError(
                 f"data.{name}={value!r} is for text-to-image data, but model.name={config.model.name!r} is a "
-                "pixel-space network and would be trained without it; leave it out."
+                "pixel network and would be trained without it; leave it out."
             )
     if config.data.streaming:
         raise UserError(
             "data.streaming is for text-to-image pipelines, whose images are encoded once, but "
-            f"model.name={config.model.name!r} is a pixel-space network; leave it out."
+            f"model.name={config.model.name!r} is a pixel network; leave it out."
         )
     if config.lora.rank:
         raise UserError("lora.rank needs model.name='pipeline', since only text-to-image pipelines support LoRA.")

@@ -114,12 +114,12 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "consistency", ("guidance", "embed_guidance", "sample_guidance"), _is("model", "name", *PIXEL_MODELS),
-        "with model.name={model[name]!r}, a pixel-space network without guidance", "use a latent pipeline",
+        "with model.name={model[name]!r}, a pixel network without guidance", "use a latent pipeline",
         ("model.name",),
     ),
     Idle(
         "model", ("gradient_checkpointing",), _is("model", "name", *PIXEL_MODELS),
-        "with model.name={model[name]!r}, a pixel-space network",
+        "with model.name={model[name]!r}, a pixel network",
         "use training.accumulate for less memory", ("model.name",),
     ),
     Idle(

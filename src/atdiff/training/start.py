@@ -62,7 +62,7 @@ class Start:
 
 
 def load_start(config: TrainConfig) -> Start | None:
-    """Load the pixel-space network in ``training.init``; None if it is not set.
+    """Load the pixel network in ``training.init``; None if it is not set.
 
     Raises:
         UserError: it cannot be loaded, or is a latent pipeline.
@@ -75,10 +75,10 @@ def load_start(config: TrainConfig) -> Start | None:
 
 
 def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
-    """Load the teacher for pixel-space distillation: ``consistency.teacher``, or else the start.
+    """Load the teacher for pixel distillation: ``consistency.teacher``, or else the start.
 
     Raises:
-        UserError: there is none, it cannot be loaded, or it is not a pixel-space diffusion model.
+        UserError: there is none, it cannot be loaded, or it is not a pixel diffusion model.
     """
     if config.consistency.mode != "distillation":
         return None
@@ -150,7 +150,7 @@ def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
     if start is None:
         return DDPMScheduler
     kept = (DDPMScheduler, DDIMScheduler, *([LCMScheduler] if config.consistency.mode != "none" else []))
-    # DDPMPipeline, which a pixel-space run publishes, cannot sample with other solvers.
+    # DDPMPipeline, which a pixel run publishes, cannot sample with other solvers.
     other = NoiseSchedule(start.scheduler).traits.integer_timesteps and not isinstance(start.scheduler, kept)
     return DDPMScheduler if other else type(start.scheduler)
 

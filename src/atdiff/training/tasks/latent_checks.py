@@ -43,7 +43,7 @@ def check_settings(config: TrainConfig) -> None:
             "save_pretrained."
         )
     if config.data.class_conditional:
-        raise UserError("data.class_conditional is for pixel-space networks: a pipeline is conditioned on captions.")
+        raise UserError("data.class_conditional is for pixel networks: a pipeline is conditioned on captions.")
     for name in ("captions", "labels", "label_column"):
         if config.data.streaming and getattr(config.data, name) is not None:
             raise UserError(f"data.streaming needs a caption for each image: leave out data.{name}.")
@@ -52,7 +52,7 @@ def check_settings(config: TrainConfig) -> None:
             "data.buckets needs the sizes of all images in advance: leave out data.buckets or data.streaming."
         )
     if config.scheduler != SchedulerConfig():
-        raise UserError("scheduler is for pixel-space networks: a pipeline has its own; leave it out.")
+        raise UserError("scheduler is for pixel networks: a pipeline has its own; leave it out.")
     if config.consistency.mode != "none":
         _check_consistency(config)
 

@@ -30,7 +30,7 @@ __all__ = ["PixelTask"]
 
 
 class PixelTask(Task):
-    """Trains a pixel-space network; see :class:`Task`."""
+    """Trains a pixel network; see :class:`Task`."""
 
     def __init__(self, config: TrainConfig) -> None:
         # Check the settings before reading the data.
