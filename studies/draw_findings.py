@@ -97,6 +97,10 @@ FOUND = {
             Panel("digits-couplings-v", "ddim-trailing", "v, ddim, T − 1"),
             Panel("digits-couplings-unet", "ddim-trailing", "U-Net, noise, ddim, T − 1"),
             Panel("digits-couplings-unet", "dpmsolver++", "U-Net, noise, dpmsolver++"),
+            Panel("text-digits-couplings", "flow-euler", "SD3, text, Euler"),
+            Panel("text-digits-couplings", "flow-heun", "SD3, text, Heun"),
+            Panel("digits-couplings-dit", "ddim-trailing", "DiT, noise, ddim, T − 1"),
+            Panel("digits-couplings-dit", "dpmsolver++", "DiT, noise, dpmsolver++"),
         ),
     ),
 }
