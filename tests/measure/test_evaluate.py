@@ -72,6 +72,20 @@ def test_interruptions_lose_or_duplicate_no_cell(
     assert json.loads((tmp_path / "cells.json").read_text()) == whole
 
 
+def test_cells_named_twice_are_measured_once(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run, out = str(finished[1] / "seed-0" / "at"), tmp_path / "cells.json"
+    words = ["--steps", "2,2", "--seeds", "1,1", "--corrections", "none,none", "--num", "16", "--metrics", "fid"]
+    assert main(["evaluate", run, run, *words, "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())) == 1
+
+
+def test_steps_named_twice_are_compared_once(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    arms = [f"{arm}={finished[1] / 'seed-0' / arm}" for arm in ("plain", "at")]
+    words = ["--steps", "2,2", "--num", "16", "--metrics", "fid", "--no-mismatch"]
+    assert main(["compare", *arms, *words, "--out", str(tmp_path / "page.html")]) == 0
+    assert len(json.loads((tmp_path / "page.summary.json").read_text())["cells"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

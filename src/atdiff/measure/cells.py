@@ -14,6 +14,7 @@ import torch
 
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
+from atdiff.core.specs import NO_CORRECTION
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.data.sources import ImageData
 from atdiff.measure.entries import read_cells, versions
@@ -50,7 +51,7 @@ class EvaluationConfig:
     seeds: tuple[int, ...] = (0,)  # sampling seeds
     # ``none``, ``epsilon-scaling:1.01``, ``time-shift:40``, ``dcw:0.05``. With ``:search`` as the value, the value with
     # the lowest distance on held-out noise is used, for each run, sampler and number of steps.
-    corrections: tuple[str, ...] = ("none",)
+    corrections: tuple[str, ...] = (NO_CORRECTION,)
     search_seed: int = 4000  # of the held-out noise; not one of ``seeds``
     search_num: int = 1024
     extractor: str = "digits-classifier"  # provides the features of ``fid``, ``kid``, ``isc`` and ``prc``
@@ -142,7 +143,7 @@ class EvaluationConfig:
         return (
             (self.samplers is None or cell["sampler"] in self.samplers)
             and cell["steps"] in self.steps_for(cell["sampler"])
-            and cell.get("correction", "none") in self.corrections
+            and cell.get("correction", NO_CORRECTION) in self.corrections
             and cell["sample_seed"] in self.seeds
             and cell["num"] == self.num
             and cell["extractor"] == self.extractor
@@ -196,7 +197,7 @@ def evaluate_runs(
         UserError: a run cannot be loaded or evaluated like this, or ``out`` is another kind of file.
     """
     evaluation = _Evaluation(out, device)
-    denoisers = [evaluation.load(run, config) for run in runs]
+    denoisers = [evaluation.load(run, config) for run in dict.fromkeys(runs)]
     grid = [
         _Place(d, sampler, correction, steps, seed)
         for d in denoisers
@@ -261,7 +262,7 @@ def _config_of(cell: Mapping[str, Any], weights: Mapping[str, Path]) -> Evaluati
         steps=(cell["steps"],),
         num=cell["num"],
         seeds=(cell["sample_seed"],),
-        corrections=(cell.get("correction", "none"),),
+        corrections=(cell.get("correction", NO_CORRECTION),),
         search_seed=cell.get("search_seed", defaults.search_seed),
         search_num=cell.get("search_num", defaults.search_num),
         extractor=cell["extractor"],
@@ -291,18 +292,19 @@ class _Evaluation:
         return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
 
     def complete(self, jobs: Sequence[_Job], notify: Notify) -> list[dict[str, Any]]:
-        """Compute missing and stale cells, writing the file after each; return the cells of the jobs."""
-        wanted = [{**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for job in jobs]
-        self._mark({_key(cell): cell for cell in wanted})
+        """Compute missing and stale cells, writing the file after each; return the cells of the jobs, each once."""
+        by_key = {_key(_empty_cell(*job)): job for job in jobs}
+        wanted = {key: {**_empty_cell(*job), "fingerprints": self._fingerprints(*job)} for key, job in by_key.items()}
+        self._mark(wanted)
         done = {_key(cell): i for i, cell in enumerate(self.cells)}
-        for i, (cell, (place, config)) in enumerate(zip(wanted, jobs, strict=True)):
-            at = done.get(_key(cell), len(self.cells))
+        for i, (key, (place, config)) in enumerate(by_key.items()):
+            at = done.get(key, len(self.cells))
             if at == len(self.cells) or "stale" in self.cells[at]:
-                self.cells[at : at + 1] = [self._judge(place, config).judged(cell, place)]
+                self.cells[at : at + 1] = [self._judge(place, config).judged(wanted[key], place)]
                 self._write()
-            notify(i + 1, len(jobs))
+            notify(i + 1, len(by_key))
         found = {_key(cell): cell for cell in self.cells}
-        return [found[_key(cell)] for cell in wanted]
+        return [found[key] for key in wanted]
 
     def _judge(self, place: _Place, config: EvaluationConfig) -> _Judge:
         what = _reading(place.denoiser, config)
@@ -446,7 +448,7 @@ def _key(cell: Mapping[str, Any]) -> str:
         "run", "sampler", "steps", "sample_seed", "num", "extractor", "reference", "guidance_scale", "prompts",
         "variant", "search_seed", "search_num",
     )  # fmt: skip
-    settled = cell.get("correction", "none"), cell.get("asked", ASKED), cell.get("dtype", DTYPES["no"])
+    settled = cell.get("correction", NO_CORRECTION), cell.get("asked", ASKED), cell.get("dtype", DTYPES["no"])
     return json.dumps([*settled, *(cell.get(name) for name in names)])
 
 
