@@ -131,6 +131,17 @@ def test_study_that_would_fail_does_not_start(
     assert not (tmp_path / "out").exists()
 
 
+def test_study_without_a_base_checks_its_first_arm_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = {**RECIPE["study"], "arms": ["plain"], "seeds": [0], "samplers": ["flow-euler"]}
+    recipe = {name: value for name, value in RECIPE.items() if name != "finetune"}
+    (tmp_path / "bad.yaml").write_text(json.dumps({**recipe, "study": study}))
+    assert main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "sampler 'flow-euler' does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "seed-0").exists()
+
+
 def test_evaluate_resumes_cell_by_cell(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

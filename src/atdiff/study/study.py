@@ -197,7 +197,7 @@ def _check(stages: list[Stage], study: StudyConfig) -> None:
     """Check the stages before spending any compute; checking the settings of one seed is enough."""
     trainer = Trainer(stages[0].config)
     _check_images(stages, trainer.task)
-    for stage in stages[1 : 1 + len(study.arms)]:
+    for stage in [stage for stage in stages if stage.arm != BASE][: len(study.arms)]:
         assert stage.evaluation is not None
         stage.evaluation.check(trainer.task.check_arm(stage.config, from_here=stages[0].arm == BASE))
     warn_of_slow_bf16("study.precision", study.precision, _device())
