@@ -20,6 +20,8 @@ from scipy import stats
 
 from atdiff.cli import main
 from atdiff.objectives.noising import NOISINGS
+from atdiff.report.statistics import compare
+from atdiff.report.tuned import tuned_curves, tuned_table
 from atdiff.study.recipe import load_recipe, resolve
 from atdiff.study.tune import judged
 from atdiff.study.tuning import Tuning, better_half, candidates, plan, recipe_line
@@ -218,7 +220,15 @@ def test_plain_training_is_recommended_if_nothing_is_clearly_better(values: dict
     found = judged(rung_of(**values), TRIED)
     assert (found["recommended"], found["line"]) == ("plain", "")
     assert found["best"] != "plain"
-    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("unknown", [math.nan, None])
+def test_diverged_candidates_come_last_in_the_table(unknown: float) -> None:
+    values = {"plain": [10.0], "b": [5.0], "diverged": [unknown], "a": [3.0]}
+    rung = {**rung_of(**values), "passes": 8}
+    table = tuned_table([rung], compare(rung["cells"], baseline="plain"))
+    assert list(table.columns[0].cells) == ["plain", "a", "b", "diverged"]
+    assert tuned_curves([rung], "plain", "ddim")
 
 
 @pytest.mark.parametrize(("steps", "of_steps"), [(8, [4, 8, 16]), (3, [3, 6]), (2, [2, 4]), (1, [2])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,9 @@ def test_unwritable_paths_are_named(tmp_path: Path) -> None:
         write_bytes(tmp_path / "file" / "below", b"x")
     with pytest.raises(UserError, match="is a folder"):
         write_bytes(tmp_path, b"x")
+
+
+def test_nonfinite_numbers_become_null_in_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "cells.json", [{"metrics": {"fd": math.nan, "kid": 1.5}, "tried": (math.inf, -math.inf)}])
+    text = (tmp_path / "cells.json").read_text()
+    assert json.loads(text) == [{"metrics": {"fd": None, "kid": 1.5}, "tried": [None, None]}]

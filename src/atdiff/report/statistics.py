@@ -213,6 +213,12 @@ def _correction(cell: Mapping[str, Any]) -> str:
     return str(cell.get("correction", NO_CORRECTION))
 
 
+def figure_of(cell: Mapping[str, Any], metric: str) -> float:
+    """Return a cell's value of a metric; nan if it is unknown, which JSON files store as null."""
+    value = cell["metrics"][metric]
+    return math.nan if value is None else float(value)
+
+
 def check_options(confidence: float, interval: str) -> None:
     """Reject a confidence outside (0, 1) and an unknown kind of interval."""
     if not 0 < confidence < 1:
@@ -250,8 +256,7 @@ def tabulate(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Colum
                     f"{where} was evaluated with {name} {condition} but another arm with {shared}: evaluate all arms "
                     "alike."
                 )
-        value = cell["metrics"][metric]
-        values[seed] = math.nan if value is None else float(value)
+        values[seed] = figure_of(cell, metric)
     if not columns:
         raise UserError(f"no cell has the metric {metric!r}: evaluate with it, or choose another metric.")
     return {name: columns[name] for name in sorted(columns, key=lambda name: name != NO_CORRECTION)}

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from atdiff.report.curves import RC, log_axis, rendered
 from atdiff.report.plots import seed_points
-from atdiff.report.statistics import Row
+from atdiff.report.statistics import Row, figure_of
 from atdiff.report.tables import STYLES, interval_text
 from atdiff.report.words import interval_label, metric_label, percent
 
@@ -95,7 +95,7 @@ def _by_arm(rung: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the metric values of a rung by arm, one per seed."""
     found: dict[str, list[float]] = {}
     for cell in rung["cells"]:
-        found.setdefault(cell["arm"], []).append(cell["metrics"][rung["metric"]])
+        found.setdefault(cell["arm"], []).append(figure_of(cell, rung["metric"]))
     return found
 
 
@@ -103,10 +103,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _place(arm: str, baseline: str, figures: Sequence[Mapping[str, list[float]]]) -> tuple[bool, int, float]:
-    """Return a sort key: the baseline first, then arms that got furthest, then by value in the last rung reached."""
+def _place(arm: str, baseline: str, figures: Sequence[Mapping[str, list[float]]]) -> tuple[bool, int, bool, float]:
+    """Return a sort key: the baseline, then arms that got furthest, then by value in the last rung; nan comes last."""
     came = [found[arm] for found in figures if arm in found]
-    return arm != baseline, -len(came), _mean(came[-1])
+    mean = _mean(came[-1])
+    return arm != baseline, -len(came), math.isnan(mean), mean
 
 
 def _number(value: float) -> str:

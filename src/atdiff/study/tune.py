@@ -14,7 +14,7 @@ from atdiff.core.errors import UserError
 from atdiff.measure.entries import versions
 from atdiff.measure.runs import what_changed
 from atdiff.pipelines.model import TrainedModel, load_denoiser
-from atdiff.report.statistics import Row, compare
+from atdiff.report.statistics import Row, compare, figure_of
 from atdiff.report.tuned import change_sentence, tuned_curves, tuned_table
 from atdiff.sampling.schedulers import default_sampler
 from atdiff.study.study import cells_of, open_stages, run_stages
@@ -154,7 +154,7 @@ def _run(
     cells = cells_of(stages)
     assert len(cells) == len(arms) * len(rung.seeds)
     metric = leading_metric(cells)
-    first = {cell["arm"]: cell["metrics"][metric] for cell in cells if cell["seed"] == rung.seeds[0]}
+    first = {cell["arm"]: figure_of(cell, metric) for cell in cells if cell["seed"] == rung.seeds[0]}
     return {
         "passes": rung.passes,
         "seeds": list(rung.seeds),
@@ -205,15 +205,7 @@ def judged(rung: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]])
 
 def _figures(row: Row) -> Record:
     names = ("arm", "metric", "mean", "values", "change", "change_low", "change_high", "pairs", "verdict")
-    known = {name: getattr(row, name) for name in names}
-    return {name: _known(value) for name, value in known.items()}
-
-
-def _known(value: Any) -> Any:  # noqa: ANN401
-    """Replace nan, in a value or a list of values, by None, since JSON has no nan."""
-    if isinstance(value, list | tuple):
-        return [_known(one) for one in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return {name: getattr(row, name) for name in names}
 
 
 def _publish(record: Mapping[str, Any], out: Path, console: Console) -> None:
