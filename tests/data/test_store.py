@@ -149,6 +149,15 @@ def test_damaged_mapped_file_is_reported_and_rebuilt(small_memory: Path, tmp_pat
         assert torch.equal(load_data(str(tmp_path / "set")).images, first)
 
 
+def test_read_only_cache_is_used(small_memory: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "set")
+    first = load_data(str(tmp_path / "set")).images.clone()
+    (lock,) = small_memory.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be locked, as in a read-only folder
+    assert torch.equal(load_data(str(tmp_path / "set")).images, first)
+
+
 def test_unreadable_images_are_left_out_of_the_mapped_file(small_memory: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "set")
     (tmp_path / "set" / "1" / "1.png").write_bytes(b"damaged")

@@ -92,12 +92,10 @@ def hold(
         UserError: images are unreadable, or the disk, the address space or the cache cannot hold the others.
     """
     place = cache_folder() / "images" / hashlib.sha256(repr((FORMAT, key)).encode()).hexdigest()[:16]
-    if key and (place.exists() or place.with_suffix(".lock").exists()):
-        with _lock(place):  # waits for a process that is writing it
-            found = _open(place, bad)
-        if found is not None:
-            bad.settle(name, count)
-            return found
+    found = _kept(place, bad) if key else None
+    if found is not None:
+        bad.settle(name, count)
+        return found
     decoded = chunks()
     first = next(decoded, None)
     if first is None:
@@ -121,6 +119,15 @@ def hold(
         _write(place, shape, decoded, bad)
         found = _open(place, bad)
     assert found is not None, place
+    return found
+
+
+def _kept(place: Path, bad: UnreadableImages) -> Held | None:
+    """Open cached images, after waiting for a process that is writing them; the cache may be read-only."""
+    found = _open(place, bad, locked=False)
+    if found is None and (place.exists() or place.with_suffix(".lock").exists()):
+        with contextlib.suppress(UserError), _lock(place):
+            found = _open(place, bad)
     return found
 
 
@@ -185,8 +192,8 @@ def _write(place: Path, shape: tuple[int, ...], decoded: Chunks, bad: Unreadable
         ) from error
 
 
-def _open(place: Path, bad: UnreadableImages) -> Held | None:
-    """Memory-map the cached images; None if they are missing or damaged."""
+def _open(place: Path, bad: UnreadableImages, *, locked: bool = True) -> Held | None:
+    """Memory-map the cached images; None if they are missing or damaged. Damaged ones are removed if ``locked``."""
     if not place.exists():
         return None
     try:
@@ -198,6 +205,8 @@ def _open(place: Path, bad: UnreadableImages) -> Held | None:
         pixels = np.memmap(place / PIXELS, np.uint8, "r", shape=shape)
         found = [(str(name), str(reason)) for name, reason in manifest["unread"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not locked:
+            return None
         warnings.warn(f"{place} is damaged ({error}): the images are decoded again.", stacklevel=2)
         shutil.rmtree(place, ignore_errors=True)
         return None
