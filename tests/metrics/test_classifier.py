@@ -179,3 +179,14 @@ def test_unwritable_cache_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("ATDIFF_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written.*set by ATDIFF_CACHE"):
         label_classifier_weights(images_of(8, 1, 8, 8))
+
+
+def test_message_about_damaged_weights_fits_their_origin(quick: None, tmp_path: Path) -> None:
+    data = images_of(8, 1, 8, 8)
+    cached = label_classifier_weights(data)
+    cached.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="delete it to train them again"):
+        make_extractor(LABEL_CLASSIFIER, data=data)
+    mine = cached.rename(tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="give another file as --weights"):
+        make_extractor(LABEL_CLASSIFIER, weights=mine, data=data)

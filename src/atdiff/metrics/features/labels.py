@@ -84,9 +84,9 @@ class ClassifierFeatures(FileExtractor):
             with torch.random.fork_rng(devices=[]):
                 self.network, self.image_shape = self.build(metadata)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read as the weights of a {self.get_name()} ({error}): delete it."
-            ) from error
+            cached = path.parent == cache_folder()
+            fix = "delete it to train them again" if cached else "give another file as --weights"
+            raise UserError(f"{path} cannot be read as the weights of a {self.get_name()} ({error}): {fix}.") from error
         self.network.load_state_dict(weights)
 
     @staticmethod
