@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from atdiff.core.errors import UserError
 from atdiff.data import ImageData, load_data, to_uint8
-from atdiff.metrics import manifold
+from atdiff.metrics import manifold, stream
 from atdiff.metrics.features.extractors import extract, make_extractor
 from atdiff.metrics.manifold import manifold_metrics, neighbour_radii
 from atdiff.metrics.stream import Metrics, check_metrics
@@ -358,6 +359,8 @@ def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:
     few = Metrics(load_data("digits"), ("clip_score",), prompts=prompts[:5], **options)
     with pytest.raises(UserError, match="class 9 has no prompt: expected one prompt per class"):
         few([images], num=70, labels=labels)
+    with pytest.raises(UserError, match="class -1 has no prompt"):
+        few([images], num=70, labels=torch.full((70,), -1))
 
 
 def test_invalid_clip_models_are_rejected(tmp_path: Path, clip_folder: Path) -> None:
@@ -483,3 +486,10 @@ def test_frechet_distances_use_their_own_networks(monkeypatch: pytest.MonkeyPatc
         ("test-pixels", None),
     ]
     assert all(value > 0 for value in out.values())
+
+
+def test_statistics_are_prepared_under_python_o() -> None:
+    module = types.ModuleType("optimised")
+    exec(compile(Path(stream.__file__).read_text(), stream.__file__, "exec", optimize=1), vars(module))
+    metrics = module.Metrics(load_data("digits"), ("fid",), extractor="digits-classifier")
+    assert "_against" in vars(metrics)

@@ -206,6 +206,7 @@ def test_label_accuracy_is_the_share_classified_as_requested() -> None:
     [
         (None, "label_accuracy needs the requested class of each of the 4 images: give labels"),
         (torch.zeros(3, dtype=torch.int64), "label_accuracy needs the requested class of each of the 4 images:"),
+        (torch.tensor([0, 1, 2, -1]), "generated for class -1, but digits.train. has classes 0 to 9"),
         (torch.tensor([0, 1, 2, 11]), "generated for class 11, but digits.train. has classes 0 to 9"),
     ],
 )

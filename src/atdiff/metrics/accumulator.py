@@ -14,7 +14,7 @@ from atdiff.data.sources import ImageData
 from atdiff.metrics.moments import Moments, Rows
 from atdiff.metrics.reference import Reference
 
-__all__ = ["Accumulator", "Against"]
+__all__ = ["Accumulator", "Against", "unknown_class"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,3 +76,9 @@ class Accumulator:
     def figures(self, seed: int) -> dict[str, float]:
         """Return the figures over all images by name; ``seed`` seeds any random draws."""
         raise NotImplementedError
+
+
+def unknown_class(labels: Tensor, classes: int) -> int | None:
+    """Return a label that is not one of the classes 0 to ``classes - 1``; None if there is none."""
+    unknown = labels[(labels < 0) | (labels >= classes)]
+    return int(unknown[0]) if len(unknown) else None

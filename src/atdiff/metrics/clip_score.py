@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiff.core.errors import UserError
-from atdiff.metrics.accumulator import Accumulator, Against
+from atdiff.metrics.accumulator import Accumulator, Against, unknown_class
 from atdiff.metrics.registry import CLIP_MODEL
 from atdiff.system.locate import offline_reason
 from atdiff.system.quiet import quiet_libraries
@@ -37,10 +37,8 @@ class ClipScore(Accumulator):
             return
         if labels is None or len(labels) != num:
             raise UserError(f"{len(prompts)} prompts need a class label for each of the {num} images.")
-        if int(labels.max()) >= len(prompts):
-            raise UserError(
-                f"class {int(labels.max())} has no prompt: expected one prompt per class, got {list(prompts)}."
-            )
+        if (unknown := unknown_class(labels, len(prompts))) is not None:
+            raise UserError(f"class {unknown} has no prompt: expected one prompt per class, got {list(prompts)}.")
 
     def __init__(self, against: Against, num: int, kept: Any = None) -> None:  # noqa: ANN401
         from torchmetrics.multimodal import CLIPScore  # from the clip extra

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.metrics.accumulator import Accumulator, Against
+from atdiff.metrics.accumulator import Accumulator, Against, unknown_class
 
 __all__ = ["LabelAccuracy"]
 
@@ -39,9 +39,9 @@ class LabelAccuracy(Accumulator):
                 f"label_accuracy needs the requested class of each of the {num} images: give labels, or leave it "
                 "out for an unconditional network."
             )
-        if int(labels.max()) >= classes:
+        if (unknown := unknown_class(labels, classes)) is not None:
             raise UserError(
-                f"images were generated for class {int(labels.max())}, but {against.data.name} has classes 0 to "
+                f"images were generated for class {unknown}, but {against.data.name} has classes 0 to "
                 f"{classes - 1}: label_accuracy needs the classes (or prompts) of the data, in the same order."
             )
 

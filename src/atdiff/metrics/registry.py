@@ -11,12 +11,13 @@ from typing import Any
 from atdiff.core.errors import UserError
 
 __all__ = [
-    "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FEW_SAMPLES", "FIGURES", "HUB_WEIGHTS", "METRICS", "Extractor", "Figure",
-    "Metric", "check_names", "class_at", "few_samples", "needed_networks", "takes_features",
+    "CHOSEN", "CLIP_MODEL", "EXTRACTORS", "FEW_SAMPLES", "FIGURES", "HUB_WEIGHTS", "METRICS", "SPATIAL", "Extractor",
+    "Figure", "Metric", "check_names", "class_at", "few_samples", "needed_networks", "takes_features",
 ]  # fmt: skip
 
 
 FEW_SAMPLES = 2_048
+SPATIAL = "inception-v3-spatial"  # sFID's extractor
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ EXTRACTORS = {
     "label-classifier": Extractor("atdiff.metrics.features.labels:LabelClassifier", trained=True),
     "cifar-resnet56": Extractor("atdiff.metrics.features.cifar:CifarResNet56", bundled=True, few=5_000),
     "inception-v3-compat": Extractor("torch_fidelity.feature_extractor_inceptionv3:FeatureExtractorInceptionV3"),
-    "inception-v3-spatial": Extractor(
-        "atdiff.metrics.features.spatial:SpatialInception", weights="inception-v3-compat"
-    ),
+    SPATIAL: Extractor("atdiff.metrics.features.spatial:SpatialInception", weights="inception-v3-compat"),
     # Instead of torch-fidelity's, which run code from local files, or cannot load them.
     "dinov2-vit-l-14": Extractor("atdiff.metrics.features.dinov2:DinoV2Features"),
     "clip-vit-b-32": Extractor("atdiff.metrics.features.clip:ClipFeatures"),
@@ -97,7 +96,7 @@ METRICS = {
         Metric("cmmd", "kernel distance of CLIP's embeddings", "cmmd:ClipKernelDistance", (Figure("cmmd", "CMMD"),),
                takes="clip-vit-b-32", caption="features of CLIP ViT-B/32"),
         Metric("sfid", "Frechet distance of Inception's spatial features", "fidelity:FrechetDistance",
-               (Figure("sfid", "sFID"),), takes="inception-v3-spatial", caption="Inception's spatial features"),
+               (Figure("sfid", "sFID"),), takes=SPATIAL, caption="Inception's spatial features"),
         Metric("clip_score", "how well samples match their prompts", "clip_score:ClipScore",
                (Figure("clip_score", "CLIP score", higher=True),), takes="bytes", needs="prompts",
                packages=("transformers", "torchmetrics"), hub=CLIP_MODEL,

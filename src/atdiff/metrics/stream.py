@@ -19,7 +19,6 @@ from atdiff.metrics.accumulator import Accumulator, Against
 from atdiff.metrics.distances import as_points
 from atdiff.metrics.features.extractors import (
     INCEPTION,
-    SPATIAL,
     as_bytes,
     check_extractor,
     extract,
@@ -28,7 +27,16 @@ from atdiff.metrics.features.extractors import (
     make_extractor,
 )
 from atdiff.metrics.reference import Reference, load_reference
-from atdiff.metrics.registry import CHOSEN, EXTRACTORS, FEW_SAMPLES, HUB_WEIGHTS, METRICS, check_names, class_at
+from atdiff.metrics.registry import (
+    CHOSEN,
+    EXTRACTORS,
+    FEW_SAMPLES,
+    HUB_WEIGHTS,
+    METRICS,
+    SPATIAL,
+    check_names,
+    class_at,
+)
 from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint
 
 __all__ = ["FEW_SAMPLES", "METRICS", "Metrics", "check_metrics"]
@@ -131,7 +139,7 @@ class Metrics:
 
     def prepare(self) -> None:
         """Compute the statistics of the real images, or load them from the cache."""
-        assert self._against
+        _ = self._against  # not in an assert, which python -O skips
 
     @cached_property
     def _against(self) -> dict[str, Against]:

@@ -17,13 +17,12 @@ from atdiff.core.errors import UserError
 from atdiff.data.sources import ImageData, to_uint8
 from atdiff.metrics.features.labels import LABEL_CLASSIFIER, label_classifier_weights
 from atdiff.metrics.features.weights import read_tensors
-from atdiff.metrics.registry import EXTRACTORS, class_at
+from atdiff.metrics.registry import EXTRACTORS, SPATIAL, class_at
 from atdiff.system.locate import SIZES, URLS, bounded_network, weights_file, without_download
 
 __all__ = ["as_bytes", "check_extractor", "device_of", "extract", "extractor_class", "feature_layers", "make_extractor"]
 
 INCEPTION = "inception-v3-compat"
-SPATIAL = "inception-v3-spatial"
 
 
 def check_extractor(name: str) -> None:

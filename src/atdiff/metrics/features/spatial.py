@@ -11,10 +11,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from atdiff.metrics.features.weights import FileExtractor
+from atdiff.metrics.registry import SPATIAL
 
-__all__ = ["SPATIAL", "SpatialInception"]
+__all__ = ["SpatialInception"]
 
-SPATIAL = "inception-v3-spatial"
 CHANNELS = 7  # of 17 x 17 positions: 2,023 features, about as many as the pooled ones
 
 
