@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -142,6 +143,7 @@ def test_step_spacing_settings_of_flows_are_used(settings: dict[str, Any]) -> No
         ("ddim", UniPCMultistepScheduler(use_flow_sigmas=True), 5, "contradict each other"),
         ("ddim", DPMSolverMultistepScheduler(use_karras_sigmas=True), 500, "use_karras_sigmas=True has fewer than 500"),
         ("ddim", DDPMScheduler(steps_offset=1), 1, "would only visit timestep 1;"),
+        ("ddim", UnCLIPScheduler(), 1, "UnCLIPScheduler cannot make 1 steps .*; use another number of steps"),
     ],
 )  # fmt: skip
 def test_unsupported_scheduler_settings_are_named(sampler: str, training: Any, steps: int, message: str) -> None:

@@ -208,6 +208,7 @@ class ClippedDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(moved, x0_hat) if return_dict else (moved, x0_hat)
 
 
+_OUT_OF_RANGE = (ValueError, IndexError, ZeroDivisionError)  # by set_timesteps of diffusers, for its step count
 _SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
@@ -216,9 +217,12 @@ def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noq
     own = copy.deepcopy(training_scheduler)
     try:
         own.set_timesteps(steps)
-    except ValueError as error:
+    except _OUT_OF_RANGE as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{type(own).__name__} cannot make {steps} steps ({reason}); use fewer.") from None
+        raise UserError(
+            f"{type(own).__name__} cannot make {steps} steps ({reason}); use another number of steps, or the sampler "
+            "ddim-trailing, which has its own timesteps."
+        ) from None
     visited = torch.unique_consecutive(own.timesteps.detach().cpu().double().round().long())
     visited = visited[visited >= 0]
     if len(visited) == steps and bool((visited.diff() < 0).all()):
@@ -483,7 +487,7 @@ def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = N
     mu = dynamic_mu(scheduler, tokens)
     try:
         scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
-    except (ValueError, IndexError) as error:
+    except _OUT_OF_RANGE as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{type(scheduler).__name__}, the pipeline's own, cannot make {steps} steps ({reason}); use another "
