@@ -675,3 +675,9 @@ def test_registry_is_complete_and_needs_no_torch() -> None:
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     # The two bundled sources share a file.
     assert printed == [str(len(files - {"__init__", "load", "registry", "source"}) + 1), "False"]
+
+
+@pytest.mark.parametrize("name", ["X.TAR", "X.NPZ", "X.PARQUET"])
+def test_file_suffixes_match_in_any_case(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    registry.check_data(str(tmp_path / name))

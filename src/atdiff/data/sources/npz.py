@@ -131,4 +131,4 @@ def _load(request: Request) -> Found:
     return Found(raw, checked_labels(npz_array(path, of_labels).whole(), shape[0], path))
 
 
-NPZ = Source(lambda name, path: path.is_file() and path.suffix == ".npz", load=_load)
+NPZ = Source(lambda name, path: path.is_file() and path.suffix.lower() == ".npz", load=_load)

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 
 def _recognises(name: str, path: Path) -> bool:
-    return any(file.is_file() for file in files_below(path, TAR)) if path.is_dir() else path.suffix == ".tar"
+    return any(file.is_file() for file in files_below(path, TAR)) if path.is_dir() else path.suffix.lower() in TAR
 
 
 def _pairs(request: Request) -> Pairs:

@@ -153,7 +153,7 @@ def _pairs(open_table: Open, request: Request) -> Pairs | None:
 def _recognises(name: str, path: Path) -> bool:
     if path.is_dir():
         return any(file.is_file() for file in files_below(path, PARQUET))
-    return path.is_file() and path.suffix == ".parquet"
+    return path.is_file() and path.suffix.lower() in PARQUET
 
 
 def _open(name: str, split: str) -> Any:  # noqa: ANN401  (a datasets.Dataset)
