@@ -120,14 +120,14 @@ class Decoding:
         if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL only converts to the straight-alpha mode
             image = image.convert(f"{image.mode[:-1]}A")
         image = image.convert(mode)
-        size = image.size
+        frame = frame_of(image.size, image.size)
         if self.buckets:
-            image = CROPS[self.crop](image, nearest_bucket(size, self.buckets))
+            image, frame = CROPS[self.crop](image, nearest_bucket(image.size, self.buckets))
         elif self.image_size is not None:
-            image = CROPS[self.crop](image, (self.image_size, self.image_size))
+            image, frame = CROPS[self.crop](image, (self.image_size, self.image_size))
         pixels = np.array(image)
         pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return pixels, frame_of(size, image.size)
+        return pixels, frame
 
     def keeps(self, shape: tuple[int, ...]) -> bool:
         """Whether pixels of shape ``(C, H, W)`` stay unchanged."""
@@ -150,7 +150,9 @@ class UnreadableImages:
         shown = "; ".join(f"{name} cannot be read as an image ({reason})" for name, reason in self.found[:SHOWN])
         more = f"; and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         said = f"{len(self.found)} of the {total} images of {source} are unreadable: {shown}{more}"
-        if self.mode == "refuse" or len(self.found) == total:
+        if len(self.found) == total:
+            raise UserError(f"{said}. Replace them, or use other data.")
+        if self.mode == "refuse":
             raise UserError(f"{said}. Replace or remove them, or leave them out with --data.unreadable skip.")
         warnings.warn(f"{said}. They are left out.", stacklevel=4)
 
@@ -209,17 +211,22 @@ def _mixed(first: str, shape: tuple[int, ...], name: str, found: tuple[int, ...]
     return UserError(f"{first} is {said[0]} but {name} is {said[1]}: make them equal with {' and '.join(fixes)}.")
 
 
-def _adm_crop(image: Image.Image, size: Size) -> Image.Image:
+def _bicubic_crop(image: Image.Image, size: Size) -> tuple[Image.Image, Frame]:
+    return ImageOps.fit(image, size, Image.Resampling.BICUBIC), frame_of(image.size, size)
+
+
+def _adm_crop(image: Image.Image, size: Size) -> tuple[Image.Image, Frame]:
+    original = image.height, image.width
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image.crop((left, top, left + width, top + height)), Frame(original, (top, left), (height, width))
 
 
-CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {
-    "bicubic": lambda image, size: ImageOps.fit(image, size, Image.Resampling.BICUBIC),
+CROPS: dict[str, Callable[[Image.Image, Size], tuple[Image.Image, Frame]]] = {
+    "bicubic": _bicubic_crop,
     "adm": _adm_crop,
 }
