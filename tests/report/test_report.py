@@ -27,6 +27,7 @@ from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.model import load_denoiser, save_pipeline
 from atdiff.report import comparison_table, markdown_table, plots, save_curves, write_report
 from atdiff.report import page as page_module
+from atdiff.report.curves import MOST_ARMS, add_legend, styles_of
 from atdiff.report.plots import loss_curves, metric_curves
 from atdiff.report.samples import Grids, sample_grids, samples_picture
 from atdiff.report.statistics import Row, compare, ranked, winners
@@ -636,3 +637,10 @@ def test_far_worse_arm_does_not_squash_the_others(monkeypatch: pytest.MonkeyPatc
     assert 150 <= high < 160
     arrows = [line for line in changes.lines if line.get_marker() == "^" and len(line.get_xdata())]
     assert [list(line.get_ydata()) for line in arrows] == [[150.0]]
+
+
+@pytest.mark.parametrize(("count", "words"), [(MOST_ARMS + 1, "1 other arm"), (MOST_ARMS + 2, "2 other arms")])
+def test_legend_counts_the_pale_arms(count: int, words: str) -> None:
+    arms, figure = [f"arm-{i}" for i in range(count)], Figure()
+    add_legend(figure, styles_of(arms, arms[:MOST_ARMS]))
+    assert figure.legends[0].get_texts()[-1].get_text() == words

@@ -71,6 +71,7 @@ def test_seeds_beyond_the_measured_steps_give_bounds() -> None:
     text = saved_markdown(rows)
     assert text.startswith("**Steps that plain needs to match N steps**\n\n| sampler | N | at |")
     assert "| ddim | 4 | > 16 |" in text
+    assert "\n\nnumber of plain steps, interpolated, that match N steps of the arm; geometric mean over seeds" in text
     assert "for at least one seed" in text
     assert saved_curves(rows).startswith(b"<?xml")
 

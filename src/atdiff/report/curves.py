@@ -72,8 +72,9 @@ def log_axis(axes: Axes) -> None:
 def add_legend(figure: Figure, styles: Mapping[str, Style]) -> None:
     """Add a legend above the figure, in as many columns as fit; pale lines share one entry."""
     shown = {arm: style for arm, style in styles.items() if style["color"] != MUTED["color"]}
-    if len(shown) < len(styles):
-        shown[f"{len(styles) - len(shown)} other arms"] = MUTED
+    others = len(styles) - len(shown)
+    if others:
+        shown[f"{others} other arm{'s' * (others != 1)}"] = MUTED
     handles = [Line2D([], [], **style, markersize=6, linewidth=1.8) for style in shown.values()]
     column = max(1.35, 0.7 + 0.085 * max(map(len, shown)))  # inches: line sample plus longest name
     columns = min(len(shown), max(2, int(figure.get_figwidth() / column)))

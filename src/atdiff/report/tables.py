@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from atdiff.core.specs import FAMILIES, correction_label
+from atdiff.core.specs import FAMILIES, NO_CORRECTION, correction_label
 from atdiff.report.statistics import HIGHER_IS_BETTER, CorrectedRow, Row, compare_corrected, corrections_of, winners
 from atdiff.report.steps_saved import StepsSaved
 from atdiff.report.words import interval_label, metric_label, percent
@@ -99,7 +99,7 @@ def correction_heads(corrections: Sequence[str]) -> list[str]:
     for correction in corrections:
         family, _, value = correction.partition(":")
         symbol = f" ({SYMBOLS[family]})" if value == "search" and family in SYMBOLS else ""
-        heads.append("without" if correction == "none" else f"with {correction_label(correction)}{symbol}")
+        heads.append("without" if correction == NO_CORRECTION else f"with {correction_label(correction)}{symbol}")
     return heads
 
 
@@ -182,7 +182,7 @@ def saved_table(rows: Sequence[StepsSaved]) -> Table:
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     """Build a rich table of evaluated cells; correction and precision get a column only if they differ."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
-    usual = {"correction": "none", "dtype": "float32"}
+    usual = {"correction": NO_CORRECTION, "dtype": "float32"}
     varied = [name for name in usual if len({cell.get(name, usual[name]) for cell in cells}) > 1]
     table = _table()
     table.add_column("run", overflow="fold")
@@ -277,7 +277,7 @@ def _correction_legend(rows: Sequence[CorrectedRow]) -> str:
 def _saved_legend(rows: Sequence[StepsSaved]) -> str:
     first = rows[0]
     text = (
-        f"steps that {first.baseline}, interpolated, needs to match the arm at N steps; geometric mean over seeds, "
+        f"number of {first.baseline} steps, interpolated, that match N steps of the arm; geometric mean over seeds, "
         f"{interval_label(first)}"
     )
     beyond = "; > or <: outside the measured step counts for at least one seed"
@@ -289,7 +289,7 @@ def _legend(rows: Sequence[Row]) -> str:
     best = "highest" if rows[0].metric in HIGHER_IS_BETTER else "lowest"
     baseline = next((row.arm for row in rows if row.verdict == "baseline"), "the baseline")
     correction = rows[0].correction
-    with_correction = "" if correction == "none" else f", {correction_label(correction)} on both"
+    with_correction = "" if correction == NO_CORRECTION else f", {correction_label(correction)} on both"
     return (
         f"±: half-width of the {level} of the mean; %: paired change against {baseline}{with_correction}; "
         f"?: its {level} includes zero; ★: {best} mean among the arms that are clearly better"
