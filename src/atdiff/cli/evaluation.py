@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from atdiff.cli import options
 from atdiff.core.choices import SAMPLERS
-from atdiff.core.specs import CORRECTIONS
+from atdiff.core.specs import CORRECTIONS, NO_CORRECTION
 from atdiff.metrics.registry import METRICS
 
 __all__ = ["Evaluation", "add_evaluation"]
@@ -27,7 +27,7 @@ _OPTIONS: options.Decorator = options.shared(
         "corrections/correction",
         f"{options.CORRECTION}; the value :search tunes it on held-out noise",
         known=CORRECTIONS,
-        default="none",
+        default=NO_CORRECTION,
     ),
     options.number("--search-num", 1024, "samples per search"),
     options.prompts,

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from atdiff.core.choices import PRECISIONS, SAMPLERS, Crop, Unreadable
 from atdiff.core.errors import UserError
-from atdiff.core.specs import CORRECTION_EXAMPLES, CORRECTIONS
+from atdiff.core.specs import CORRECTION_EXAMPLES, CORRECTIONS, NO_CORRECTION
 from atdiff.data.reading import DataOptions
 from atdiff.metrics.registry import EXTRACTORS
 
@@ -211,10 +211,10 @@ def out(help: str, default: Path | None = None, *, unset: str = "") -> Decorator
 
 
 DEFAULT_SAMPLER = "ddim; Euler for flow and EDM models; consistency models have their own"
-CORRECTION = f"sampler correction: none, {CORRECTION_EXAMPLES}, or these with another value"
+CORRECTION = f"sampler correction: {NO_CORRECTION}, {CORRECTION_EXAMPLES}, or these with another value"
 recipe = click.argument("recipe", type=Recipe(), metavar="RECIPE")
 sampler = one("sampler", f"one of {', '.join(SAMPLERS)}", known=SAMPLERS, unset=DEFAULT_SAMPLER)
-correction = one("correction", CORRECTION, known=CORRECTIONS, default="none")
+correction = one("correction", CORRECTION, known=CORRECTIONS, default=NO_CORRECTION)
 prompts = option(
     "--prompts",
     help="text file with one prompt per line, or one per class (text-to-image pipelines)",

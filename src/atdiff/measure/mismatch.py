@@ -17,6 +17,7 @@ from torch_fidelity import FeatureExtractorBase
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule, network_time
 from atdiff.core.prediction import make_prediction, resolve_prediction_type, to_clean, to_noise
+from atdiff.core.specs import NO_CORRECTION
 from atdiff.data.sources import to_uint8
 from atdiff.measure.latents import LatentRun, TrueLatents
 from atdiff.measure.robustness import place_of
@@ -47,7 +48,7 @@ class MismatchConfig(RunsConfig):
     batch_size: int = field(default=512, kw_only=True)
     extractor: str | None = field(default="digits-classifier", kw_only=True)  # for features of ``x0_hat``
     weights: Path | None = field(default=None, kw_only=True)  # local file with the extractor's weights
-    correction: str = field(default="none", kw_only=True)
+    correction: str = field(default=NO_CORRECTION, kw_only=True)
 
     def check(self, training_scheduler: Any) -> None:  # noqa: ANN401  (any diffusers scheduler)
         """Raise a ``UserError``, before any compute, if networks of this scheduler cannot be measured like this."""

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from atdiff.core.choices import OWN
 from atdiff.core.errors import UserError
+from atdiff.core.specs import NO_CORRECTION
 from atdiff.models.call import image_tokens
 from atdiff.pipelines.families import Family, family_of
 from atdiff.pipelines.families.base import CallOptions, image_channels, pixels_per_latent
@@ -174,7 +175,7 @@ class TextToImage(TrainedModel):
 
     def check_corrections(self, corrections: Sequence[str]) -> None:
         """Reject all corrections: the pipeline runs its own sampling loop."""
-        if asked := [correction for correction in corrections if correction != "none"]:
+        if asked := [correction for correction in corrections if correction != NO_CORRECTION]:
             raise UserError(
                 f"the correction {asked[0]} cannot be applied to {self.source}, since a text-to-image pipeline "
                 "runs its own sampling loop; leave it out."

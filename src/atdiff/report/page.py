@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from atdiff.core.specs import FAMILIES, correction_label
+from atdiff.core.specs import FAMILIES, NO_CORRECTION, correction_label
 from atdiff.report import statistics, tables
 from atdiff.report.curves import MOST_ARMS
 from atdiff.report.headline import headline
@@ -92,7 +92,7 @@ def _contents(
     options = {"baseline": baseline, "interval": interval, "correction": corrections[0]}
     # The leading metric first, then every other metric of the first correction's cells that is known to be better
     # when lower or when higher.
-    mine = [cell for cell in cells if cell.get("correction", "none") == corrections[0]]
+    mine = [cell for cell in cells if cell.get("correction", NO_CORRECTION) == corrections[0]]
     found = [name for cell in mine for name in cell["metrics"] if name in LOWER_IS_BETTER | HIGHER_IS_BETTER]
     metrics = list(dict.fromkeys([summary.get("metric", "fd"), *found]))
     by_metric = {name: compare(cells, metric=name, **options) for name in metrics}
@@ -223,7 +223,7 @@ def _section(cells: Sequence[Mapping[str, Any]], rows: list[Row], order: Sequenc
     arms, groups = _by_sampler(sorted(rows, key=lambda row: order.index(row.arm) if row.arm in order else len(order)))
     best, told = statistics.winners(rows), list(dict.fromkeys(row.arm for row in rows))
     metric, correction = rows[0].metric, rows[0].correction
-    mine = [cell for cell in cells if cell.get("correction", "none") == correction and metric in cell["metrics"]]
+    mine = [cell for cell in cells if cell.get("correction", NO_CORRECTION) == correction and metric in cell["metrics"]]
     return {
         "label": metric_label(metric),
         "higher": metric in HIGHER_IS_BETTER,
@@ -278,7 +278,7 @@ def _corrected(cells: Sequence[Mapping[str, Any]], baseline: str, metric: str, i
         },
         "symbols": f"{', '.join(symbols[:-1])} and {symbols[-1]}: {', '.join(names[:-1])} and {names[-1]}",
         "searched": any(one.values for one in found),
-        "uncorrected": corrections[0] == "none",
+        "uncorrected": corrections[0] == NO_CORRECTION,
         "recipe": recipe_text([cell for cell in cells if metric in cell["metrics"]], metric),
     }
 

@@ -14,6 +14,7 @@ import yaml
 
 from atdiff.core.choices import Precision
 from atdiff.core.errors import UserError
+from atdiff.core.specs import NO_CORRECTION
 from atdiff.system.suggest import nearest
 from atdiff.training.checks import check_config
 from atdiff.training.config import AdversaryConfig, Settings, TrainConfig
@@ -67,7 +68,7 @@ class StudyConfig(Settings):
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     samplers: list[str] = field(default_factory=lambda: ["ddim"])
     steps: list[int] | dict[str, list[int]] = field(default_factory=lambda: [5, 10, 20])
-    corrections: list[str] = field(default_factory=lambda: ["none"])
+    corrections: list[str] = field(default_factory=lambda: [NO_CORRECTION])
     precision: Precision = "no"
     num: int = 2048
     search_num: int = 1024
