@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -319,6 +320,25 @@ def test_saved_dose_resumes() -> None:
     assert first.delta is not None
     assert second.delta is not None
     assert torch.equal(first.delta, second.delta)
+    for other, steps in ((Adversary(steps=8), 8), (Adversary(dose=0.1), None)):
+        with pytest.raises(UserError, match=f"with steps=4, but this one has steps={steps}: make it with steps=4"):
+            other.load_state_dict(first.state_dict())
+    with pytest.raises(UserError, match="with steps=None, but this one has steps=4"):
+        second.load_state_dict(Adversary(dose=0.1).state_dict())
+
+
+@pytest.mark.parametrize("method", ["pgd", "free"])
+def test_a_copy_goes_on_as_the_original(method: Any) -> None:
+    torch.manual_seed(0)
+    objective, data, network = DenoisingObjective(FLOW, "flow"), gaussian_data(64), torch.nn.Linear(4, 4)
+    first = Adversary(steps=4, method=method)
+    for loss in first.passes(objective, lambda x_t, t: network(x_t), data):
+        loss.backward()
+    second, losses = copy.deepcopy(first), []
+    for adversary in (first, second):
+        torch.manual_seed(1)
+        losses.append([loss.item() for loss in adversary.passes(objective, lambda x_t, t: network(x_t), data)])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

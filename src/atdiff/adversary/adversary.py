@@ -123,6 +123,10 @@ class Adversary:
         usual = DOSED if self.dose is not None else PAPER
         return as_call("Adversary", **unusual(type(self), self._settings, **usual._asdict()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: all but the last pass, which hangs on the graph of its gradient."""
+        return {**vars(self), "batch": None, "delta": None, "output": None}
+
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the scale of step size and radius, ``(B,)``, for the schedule of the last :meth:`passes` call."""
         return self._perturbation.scale(alpha, sigma)
@@ -161,7 +165,7 @@ class Adversary:
 
         Raises:
             UserError: the batch has fewer samples than micro-batches, or ``fixed`` does not fit.
-            RuntimeError: the next loss was taken before the backward pass of the last one.
+            RuntimeError: the next loss was taken before the backward pass of the last one, whose gradient moves delta.
         """
         if isinstance(x0, Batch) and fixed:
             raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atdiff.adversary.auto_dose import AutoDose
 from atdiff.adversary.perturbation import Perturbation
+from atdiff.core.errors import UserError
 from atdiff.core.noise import expand
 from atdiff.objectives.batch import Batch
 from atdiff.objectives.implied import as_denoiser, x0_error
@@ -75,6 +76,17 @@ class Dosed(Perturbation):
         return {} if self.auto is None else {"dose": self.auto.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
-        """Resume from a saved state."""
+        """Resume from a saved state.
+
+        Raises:
+            UserError: it is that of another number of steps, or has or lacks a dose that sets itself.
+        """
+        found, own = state.get("dose"), None if self.auto is None else self.auto.steps
+        steps = None if found is None else len(found["ratio"])
+        if steps != own:
+            raise UserError(
+                f"the state is that of an adversary with steps={steps}, but this one has steps={own}: make it with "
+                f"steps={steps} to resume."
+            )
         if self.auto is not None:
             self.auto.load_state_dict(state["dose"], device)
