@@ -29,10 +29,11 @@ from atdiff.data.sources import load_data
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
 from atdiff.measure.runs import what_changed
 from atdiff.metrics.features.labels import label_classifier_weights
+from atdiff.models.classes import remember_classes
 from atdiff.models.mlp import MLP2DModel
 from atdiff.pipelines.latent_model import load_latent_pipeline
 from atdiff.pipelines.lora import add_lora, save_lora
-from atdiff.pipelines.model import load_denoiser, save_pipeline
+from atdiff.pipelines.model import load_denoiser, reference_data, save_pipeline
 from atdiff.training.card import model_card
 from conftest import RECIPE, copied_study
 
@@ -262,6 +263,74 @@ def test_changes_are_described_in_words() -> None:
         "the weights, the reference images and the weights of the feature network changed since"
     )
     assert "did not record" in str(what_changed(None, now))
+
+
+@pytest.fixture
+def classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Networks that count the classes of a folder each in its own order; "two" is bright and half transparent."""
+    monkeypatch.chdir(tmp_path)
+    for label, (name, names) in enumerate({"a": ("one", "two"), "b": ("two", "one")}.items()):
+        torch.manual_seed(label)
+        network: Any = MLP2DModel(width=8, num_blocks=1, num_class_embeds=len(names))
+        remember_classes(network, names, None)
+        save_pipeline(tmp_path / name, network, DDPMScheduler(**COSINE))
+    rng = np.random.default_rng(0)
+    for name, level in (("one", 0), ("two", 160)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(level, level + 90, (8, 8, 2), dtype=np.uint8)
+            pixels[..., 1] = 255 if name == "one" else 128
+            Image.fromarray(pixels, "LA").save(tmp_path / "set" / name / f"{number}.png")
+    return tmp_path
+
+
+def of_classes(out: str, *words: str) -> list[dict[str, Any]]:
+    fixed = ["--data", "set", "--extractor", "label-classifier", "--num", "16", "--steps", "2"]
+    assert main(["evaluate", *words, *fixed, "--metrics", "fid,label_accuracy", "--out", out]) == 0
+    cells: list[dict[str, Any]] = json.loads(Path(out).read_text())
+    return cells
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels", "0"]], ids=["all", "some"])
+def test_runs_that_count_classes_otherwise_do_not_share_a_reference(labels: list[str], classes: Path) -> None:
+    """The oracle is each run by itself."""
+    alone = [of_classes(f"{run}.json", run, *labels)[0] for run in ("a", "b")]
+    together = of_classes("both.json", "a", "b", *labels)
+    for name in ("metrics", "fingerprints"):
+        assert [cell[name] for cell in together] == [cell[name] for cell in alone]
+
+
+def test_cells_of_some_classes_leave_those_of_all(classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = of_classes("cells.json", "a", "--labels", "1")
+    every = of_classes("cells.json", "a")
+    assert "changed" not in capsys.readouterr().err
+    assert every == [*some, *of_classes("new.json", "a")]
+
+
+def test_labels_do_not_change_how_transparent_images_are_read(classes: Path) -> None:
+    """A pipeline has no settings by which they would be those of an old run; the oracle is a folder of that class."""
+    (some,) = of_classes("some.json", "a", "--labels", "1")
+    alone = load_denoiser("a").of_classes([1])
+    white = reference_data(alone, "set", DataOptions(labels=(1,), background="white"))
+    assert some["fingerprints"]["reference"] == white.fingerprint()
+
+
+def test_scores_of_pixels_follow_the_prompts(
+    folder: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scored(out: str, prompt: str, metrics: str = "clip_score") -> int:
+        Path("prompts.txt").write_text(prompt)
+        words = ["--data", "images.npz", "--num", "8", "--steps", "2", "--metrics", metrics, "--prompts", "prompts.txt"]
+        return main(["evaluate", "run", *words, "--weights", f"clip-score={clip_folder}", "--out", out])
+
+    for out, prompt in (("cells.json", "a red fox"), ("cells.json", "zebra"), ("new.json", "zebra")):
+        assert scored(out, prompt) == 0
+    first, second = json.loads(Path("cells.json").read_text())
+    (fresh,) = json.loads(Path("new.json").read_text())
+    assert second["metrics"] == fresh["metrics"] != first["metrics"]
+    capsys.readouterr()
+    assert scored("other.json", "zebra", "sliced_wasserstein") == 2
+    assert "takes no prompts; leave out --prompts, or add clip_score" in capsys.readouterr().err
 
 
 # Latent pipelines: every part counts.

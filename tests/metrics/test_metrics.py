@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -306,31 +305,6 @@ def test_on_mode_is_the_share_of_points_near_a_mode() -> None:
     assert metrics([torch.zeros(10, 2, 1, 1)], num=10)["on_mode"] == 0
     with pytest.raises(UserError, match="on_mode needs data with known modes, such as mixture-ring, got digits"):
         Metrics(load_data("digits"), ("on_mode",))
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model of a few thousand weights, with its tokenizer."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**common, "vocab_size": len(words), "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53},
-        vision_config={**common, "image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
 
 
 def test_clip_score_is_the_mean_cosine(clip_folder: Path) -> None:

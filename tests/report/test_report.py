@@ -555,6 +555,17 @@ def test_cells_table_has_a_row_per_cell_and_a_column_per_metric() -> None:
     ]
 
 
+def test_cells_table_tells_apart_what_else_differs() -> None:
+    shared = {"run": "a", "sampler": "ddim", "steps": 5, "sample_seed": 3, "metrics": {"fd": 1.0}, "num": 64}
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(cells_table([{**shared, "reference": "set"}, {**shared, "reference": "[set] (labels (1,))"}]))
+    assert isinstance(console.file, io.StringIO)
+    head, _, *lines = console.file.getvalue().splitlines()
+    assert head.split() == ["run", "sampler", "reference", "steps", "seed", "FD"]
+    assert ["set" in line and "labels (1,)" in line for line in lines] == [False, True]
+    assert "[set]" in lines[1]
+
+
 def test_tables_escape_markup_in_arm_names() -> None:
     rows = compare(fake_summary(("plain", "[bold]a|b"), seeds=2)["cells"])
     assert "[bold]a|b" in render(rows, 100)

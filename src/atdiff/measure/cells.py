@@ -23,6 +23,7 @@ from atdiff.metrics.registry import METRICS
 from atdiff.metrics.stream import FEW_SAMPLES, Metrics, check_metrics
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import TrainedModel, load_denoiser, reading_of, reference_data, reference_name
+from atdiff.pipelines.record import classes_of, stored_data
 from atdiff.pipelines.text_to_image import TextToImage, prompts_name
 from atdiff.sampling.corrections import Correction, check_correction, make_correction
 from atdiff.sampling.schedulers import default_sampler, make_scheduler
@@ -103,7 +104,7 @@ class EvaluationConfig:
 
     def asked_of(self, denoiser: TrainedModel) -> TrainedModel:
         """Return the run with these prompts and classes; a ``UserError``, before any compute, if it does not fit."""
-        asked = denoiser if self.prompts is None else replace(denoiser, prompts=self.prompts)
+        asked = denoiser if self.prompts is None else self._with_prompts(denoiser)
         if self.reading.labels is not None:  # restricts the reference images, and so the samples too
             asked = asked.of_classes(self.reading.labels)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
@@ -123,6 +124,14 @@ class EvaluationConfig:
             )
         reference_name(asked, self.data)
         return asked
+
+    def _with_prompts(self, denoiser: TrainedModel) -> TrainedModel:
+        if not isinstance(denoiser, TextToImage) and all(METRICS[name].needs != "prompts" for name in self.metrics):
+            raise UserError(
+                f"{denoiser.source} is not a text-to-image pipeline and takes no prompts; leave out --prompts, or add "
+                "clip_score to the metrics, which compares its images with them."
+            )
+        return replace(denoiser, prompts=self.prompts)
 
     def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
         """Return the samplers to use for a network of this scheduler."""
@@ -145,13 +154,19 @@ class EvaluationConfig:
             and cell["steps"] in self.steps_for(cell["sampler"])
             and cell.get("correction", NO_CORRECTION) in self.corrections
             and cell["sample_seed"] in self.seeds
-            and cell["num"] == self.num
+            and "stale" not in cell
+            and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
+            and self.measures_as(cell)
+        )
+
+    def measures_as(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell is measured as this configuration measures, wherever it lies in the grid."""
+        return (
+            cell["num"] == self.num
             and cell["extractor"] == self.extractor
             and tuple(cell.get("asked", ASKED)) == self.metrics
             and cell.get("dtype", DTYPES["no"]) == DTYPES[self.precision]
             and cell.get("search_num", self.search_num) == self.search_num
-            and "stale" not in cell
-            and (self.prompts is None or cell.get("prompts") in (None, prompts_name(self.prompts)))
         )
 
 
@@ -216,6 +231,7 @@ def cells_of_run(
     file: Path,
     *,
     weights: Mapping[str, Path] | None = None,
+    asked: EvaluationConfig | None = None,
     device: torch.device | str = "cpu",
     notify: Notify = silent,
 ) -> list[dict[str, Any]]:
@@ -224,6 +240,7 @@ def cells_of_run(
     Args:
         run: a training folder, which may have moved.
         weights: local weight files by extractor, as used in the evaluation.
+        asked: how the study measures now; cells that it measured differently before are left out if there are others.
 
     Raises:
         UserError: the file holds no cells of the run, or a cell that its stored settings do not reproduce.
@@ -232,6 +249,7 @@ def cells_of_run(
     mine = [cell for cell in evaluation.cells if Path(cell["run"]).name == Path(run).name]
     if not mine:
         raise UserError(f"{file} contains no cells of {run}: evaluate it with --steps.")
+    mine = [cell for cell in mine if asked is not None and asked.measures_as(cell)] or mine
     configs = [_config_of(cell, weights or {}) for cell in mine]
     denoiser = evaluation.load(run, configs[0])
     jobs: list[_Job] = []
@@ -287,8 +305,10 @@ class _Evaluation:
 
     def load(self, run: str, config: EvaluationConfig) -> TrainedModel:
         """Load a run for this configuration."""
-        denoiser = config.asked_of(load_denoiser(run, **config.loading))
-        self._runs[denoiser.source] = denoiser.fingerprints()
+        found = load_denoiser(run, **config.loading)
+        denoiser = config.asked_of(found)
+        # The classes and prompts asked for are part of a cell's key, not of its fingerprints.
+        self._runs[found.source] = found.fingerprints()
         return denoiser.prepared(precision=config.precision, compile=config.compile, device=self.device)
 
     def complete(self, jobs: Sequence[_Job], notify: Notify) -> list[dict[str, Any]]:
@@ -348,7 +368,9 @@ def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
     data = config.data or denoiser.config.get("data", {}).get("name")
     reading = reading_of(denoiser, config.data, config.reading)
     how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
-    return json.dumps([data, reading, denoiser.image_shape, denoiser.prompts, how], default=str)
+    # By what :func:`reference_data` counts the labels: runs may have the same classes in another order.
+    classes = denoiser.classes or classes_of(stored_data(denoiser.source), ())
+    return json.dumps([data, reading, classes, denoiser.image_shape, denoiser.prompts, how], default=str)
 
 
 class _Judge:
@@ -438,6 +460,8 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "versions": versions(),
         **place.denoiser.recipe,
     }
+    if place.denoiser.prompts:  # of a network of pixels too, whose images clip_score compares with them
+        cell["prompts"] = prompts_name(place.denoiser.prompts)
     if place.correction.endswith(SEARCH):
         cell |= {"search_seed": config.search_seed, "search_num": config.search_num}
     return cell

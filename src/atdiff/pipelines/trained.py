@@ -45,6 +45,7 @@ class TrainedModel:
         prompts: one per class, if known; not used in sampling here.
         precision: precision the network runs in; see :meth:`prepared`.
         variant: variant of a pipeline's weights, if one was given.
+        asked_labels: of the classes to draw, where some were asked for.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class TrainedModel:
     prompts: tuple[str, ...] = ()
     precision: str = "no"
     variant: str | None = None
+    asked_labels: tuple[int, ...] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -196,20 +198,21 @@ class TrainedModel:
 
     @property
     def _chosen(self) -> Sequence[int] | None:
-        """The labels that it was trained on, if only some were chosen."""
-        labels: Sequence[int] | None = self.config.get("data", {}).get("labels")
-        return labels
+        """The labels to sample, if some were asked for, else those it was trained on, if only some were chosen."""
+        trained_on: Sequence[int] | None = self.config.get("data", {}).get("labels")
+        return trained_on if self.asked_labels is None else self.asked_labels
 
     def of_classes(self, labels: Sequence[int]) -> Self:
         """Return the run restricted to these labels when it samples all classes in turn."""
-        return replace(self, config={**self.config, "data": {**self.config.get("data", {}), "labels": list(labels)}})
+        return replace(self, asked_labels=tuple(labels))
 
     def _in_turn(self, labels: Tensor, num: int) -> Tensor:
         """Return ``num`` labels, cycling through those chosen for training, or else through all of ``labels``."""
         if self._chosen is not None:
             strangers = sorted(set(self._chosen) - set(labels.tolist()))
             if strangers:
-                raise UserError(f"{self.source} has no class {strangers[0]}, which is in data.labels: leave it out.")
+                where = "data.labels" if self.asked_labels is None else "--labels"
+                raise UserError(f"{self.source} has no class {strangers[0]}, which is in {where}: leave it out.")
             labels = torch.tensor(sorted(set(self._chosen)))
         return labels[torch.arange(num) % len(labels)]
 

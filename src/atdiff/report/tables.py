@@ -180,9 +180,10 @@ def saved_table(rows: Sequence[StepsSaved]) -> Table:
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    """Build a rich table of evaluated cells; correction and precision get a column only if they differ."""
+    """Build a rich table of evaluated cells; correction, precision, reference and so on get a column if they differ."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     usual = {"correction": NO_CORRECTION, "dtype": "float32"}
+    usual |= dict.fromkeys(("num", "reference", "extractor", "guidance_scale", "prompts", "variant"), "-")
     varied = [name for name in usual if len({cell.get(name, usual[name]) for cell in cells}) > 1]
     table = _table()
     table.add_column("run", overflow="fold")
@@ -192,7 +193,7 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     for cell in cells:
         values = [_number(cell["metrics"][name]) if name in cell["metrics"] else "-" for name in metrics]
-        how = [cell["sampler"], *(cell.get(name, usual[name]) for name in varied)]
+        how = [cell["sampler"], *(Text(str(cell.get(name, usual[name]))) for name in varied)]
         table.add_row(Text(str(cell["run"])), *how, str(cell["steps"]), str(cell["sample_seed"]), *values)
     return table
 
