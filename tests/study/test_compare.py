@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import DDPMScheduler
 
 import atdiff.metrics.stream
 import atdiff.pipelines.trained
@@ -21,10 +22,12 @@ from atdiff.core.errors import UserError
 from atdiff.data.reading import DataOptions
 from atdiff.measure.directions import DirectionsConfig
 from atdiff.measure.robustness import RobustnessConfig
+from atdiff.models.mlp import MLP2DModel
+from atdiff.pipelines.model import save_pipeline
 from atdiff.study.arms import ArmRun, check_arms
 from atdiff.study.compare import find_runs
 from atdiff.study.summary import _by_arm
-from conftest import RECIPE
+from conftest import RECIPE, copied_study
 
 
 def runs(study: Path) -> list[str]:
@@ -45,6 +48,43 @@ def test_study_comparison_reuses_stored_figures(
     found = {(c["arm"], c["seed"], c["sampler"], c["steps"]): c["metrics"]["fd"] for c in summary["cells"]}
     assert found == {(c["arm"], c["seed"], c["sampler"], c["steps"]): c["metrics"]["fd"] for c in expected["cells"]}
     assert "atdiff compare" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "column"), [("--study.num=30", "| images per row |"), ("--study.metrics=[fid]", "| NFE |")]
+)
+def test_a_study_that_measured_otherwise_before_is_compared_by_its_last_start(
+    setting: str, column: str, finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
+) -> None:
+    """The oracle is the summary of the study itself."""
+    recipe, out = finished
+    study = copied_study(out, tmp_path / "study")
+    assert (study / "steps-saved.png").is_file()
+    words = ["study", str(recipe), "--out", str(study), "--study.mismatch", "false", "--study.steps", "[3]", setting]
+    assert main(words) == 0
+    assert not (study / "steps-saved.png").exists()  # of more steps than it has now
+    assert column in (study / "seed-0" / "at" / "pipeline" / "README.md").read_text()
+    assert main(["compare", str(study), "--no-mismatch", "--out", str(tmp_path / "page.html")]) == 0
+    assert figures(tmp_path / "page.summary.json") == figures(study / "summary.json")
+
+
+def figures(summary: Path) -> dict[Any, Any]:
+    cells = json.loads(summary.read_text())["cells"]
+    found = {(cell["arm"], cell["seed"], cell["sampler"], cell["steps"]): cell for cell in cells}
+    assert len(found) == len(cells)
+    return {place: (cell["num"], cell["metrics"]) for place, cell in found.items()}
+
+
+def test_what_else_is_evaluated_into_the_file_of_a_run_is_not_its_studys(
+    finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
+) -> None:
+    recipe, out = finished
+    study = copied_study(out, tmp_path / "study")
+    before, run = figures(study / "summary.json"), study / "seed-0" / "at"
+    words = ["evaluate", str(run), "--labels", "1,2", "--steps", "3", "--num", "40", "--seed", "1"]
+    assert main([*words, "--out", str(run / "cells.json")]) == 0
+    assert main(["study", str(recipe), "--out", str(study), "--study.mismatch", "false"]) == 0
+    assert figures(study / "summary.json") == before
 
 
 def test_interrupted_comparison_resumes(
@@ -359,6 +399,23 @@ def test_arms_must_match_in_joint_passes_and_start(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1,600 images in all and .*further from weights trained on 3,200"):
         check_arms(find_runs([tuned, further]))
     check_arms(find_runs([one, elsewhere]))  # its start is unknown
+
+
+def test_networks_of_other_sizes_are_no_equal_compute(tmp_path: Path) -> None:
+    """A pass of a network twice as wide is not the pass of the other; the oracle is torch's count of the weights."""
+    sizes = []
+    for name, width, classes in (("one", 32, None), ("labelled", 32, 10), ("wide", 64, None)):
+        network: Any = MLP2DModel(width=width, num_blocks=2, num_class_embeds=classes)
+        save_pipeline(tmp_path / name / "pipeline", network, DDPMScheduler())
+        training = {"passes": 5, "batch_size": 4, "seed": 0}
+        (tmp_path / name / "config.yaml").write_text(json.dumps({"training": training}))
+        sizes.append(sum(weight.numel() for weight in network.parameters()))
+    one, labelled, wide = (str(tmp_path / name) for name in ("one", "labelled", "wide"))
+    check_arms(find_runs([one, labelled]))
+    message = rf"one has a network of {sizes[0]:,} weights and .*wide one of {sizes[2]:,}, .*or add --unequal-passes"
+    with pytest.raises(UserError, match=message):
+        check_arms(find_runs([one, wide]))
+    check_arms(find_runs([one, wide]), unequal_passes=True)
 
 
 def test_figures_of_different_extractors_are_not_compared(

@@ -25,7 +25,7 @@ __all__ = ["compare"]
 @add_evaluation
 @options.option("--baseline", help="arm to compare the others with", metavar="ARM", unset="plain, or the first")
 @options.interval
-@click.option("--unequal-passes", is_flag=True, help="allow arms with different numbers of passes")
+@click.option("--unequal-passes", is_flag=True, help="allow arms of different compute: passes, batches, networks")
 @click.option("--mismatch/--no-mismatch", default=True, show_default=True, help="measure the mismatch too")
 @click.option("--robustness/--no-robustness", default=False, show_default=True, help="measure the worst-case loss too")
 @click.option("--overwrite", is_flag=True, help="replace an earlier page")

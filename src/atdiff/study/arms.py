@@ -13,11 +13,13 @@ from atdiff.core.errors import UserError
 from atdiff.data.reading import AS_TRAINED, DataOptions
 from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
+from atdiff.system.pipeline_files import weights_in
 
-__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference"]
+__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference", "study_of"]
 
 REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels", "limit")
 """Settings of ``data`` that determine a run's reference images."""
+MOST_LARGER = 1.1  # largest ratio of network sizes at which equal passes count as equal compute
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class ArmRun:
     def compute(self) -> tuple[int, int] | None:
         """Passes, including those spent on reflow pairs, and images per pass over all ranks; None if unknown."""
         return _compute(self.run, self.config)
+
+    @property
+    def size(self) -> int | None:
+        """How many weights its network has, where it was trained whole."""
+        return weights_in(Path(self.run).expanduser() / "pipeline")
 
     @property
     def before(self) -> int | None:
@@ -110,6 +117,13 @@ def _compute(run: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
 def _arm_of(name: str, seed: int) -> str:
     # Do not strip the last digit of a number, as in steps-10 or dose-0.1.
     return re.sub(rf"[-_.]?(seed)?[-_.]?(?<!\d)(?<!\d\.){seed}$", "", name) or name
+
+
+def study_of(run: Path) -> dict[str, Any] | None:
+    """Return the section ``study`` of the study that a run is of, ``STUDY/seed-N/ARM``; None where it is of none."""
+    file = run.parent.parent / "study.json"
+    found: dict[str, Any] | None = json.loads(file.read_text())["recipe"]["study"] if file.is_file() else None
+    return found
 
 
 def _runs_of_study(folder: Path) -> list[ArmRun]:
@@ -216,6 +230,18 @@ def _check_images(runs: Sequence[ArmRun]) -> None:
             )
 
 
+def _check_sizes(runs: Sequence[ArmRun]) -> None:
+    """Refuse networks of which a pass costs more than of others; embedded labels and the like make little of it."""
+    sizes = [(one.run, size) for one in runs if (size := one.size) is not None]
+    for run, size in sizes[1:]:
+        first, other = sizes[0]
+        if max(size, other) > MOST_LARGER * min(size, other):
+            raise UserError(
+                f"{first} has a network of {other:,} weights and {run} one of {size:,}, of which a pass is other "
+                "compute: compare arms of the same network, or add --unequal-passes."
+            )
+
+
 def _check_compute(runs: Sequence[ArmRun]) -> None:
     known = [one for one in runs if one.compute]
     for one in known[1:]:
@@ -225,6 +251,7 @@ def _check_compute(runs: Sequence[ArmRun]) -> None:
                 f"{known[0].run} was trained for {passes:,} passes of {batch} images and {one.run} for {others:,} of "
                 f"{other_batch}: compare arms at equal compute, or add --unequal-passes."
             )
+    _check_sizes(known)
     begun = [(one.run, one.before) for one in known]
     first, images = next((one for one in begun if one[1] is not None), ("", None))
     for run, before in begun:

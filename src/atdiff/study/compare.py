@@ -11,7 +11,7 @@ from atdiff.data.reading import AS_TRAINED
 from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
 from atdiff.measure.entries import versions
 from atdiff.report.statistics import tabulate
-from atdiff.study.arms import ArmRun, check_arms, find_runs
+from atdiff.study.arms import ArmRun, check_arms, find_runs, study_of
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
 from atdiff.training.words import describe_arms
@@ -121,7 +121,7 @@ def _cells(
     found: list[dict[str, Any]] = []
     for one in runs if config is None else ():
         file = Path(one.run) / "cells.json"
-        cells = cells_of_run(one.run, file, weights=one.weights, device=device, notify=notify)
+        cells = cells_of_run(one.run, file, weights=one.weights, asked=_asked(one), device=device, notify=notify)
         found += [{"arm": one.arm, "seed": one.seed, **cell} for cell in cells]
     if config is not None:
         names = list(dict.fromkeys(one.run for one in runs))
@@ -130,6 +130,15 @@ def _cells(
             found += [{"arm": one.arm, "seed": one.seed, **cell} for one in runs if one.run == cell["run"]]
     tabulate(found, leading_metric(found))  # rejects incomparable cells before more compute is spent
     return found
+
+
+def _asked(one: ArmRun) -> EvaluationConfig | None:
+    """Return how the study of a run measures, which may have measured otherwise at an earlier start."""
+    study = study_of(Path(one.run))
+    if study is None:
+        return None
+    metrics, names = tuple(study["metrics"]), ("num", "extractor", "precision", "search_num")
+    return EvaluationConfig(None, (), metrics=metrics, **{name: study[name] for name in names if name in study})
 
 
 def _shared(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.entries import read_cells
@@ -46,5 +48,12 @@ class Stage:
         """Return the total sampler steps of the finished cells."""
         if self.evaluation is None:
             return 0
-        cells = read_cells(self.folder / "cells.json")
-        return sum(cell["steps"] for cell in cells if self.evaluation.covers(cell))
+        return sum(cell["steps"] for cell in self.cells())
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Return those of its cells that it is asked for, not what else was evaluated into their file."""
+        return [cell for cell in read_cells(self.folder / "cells.json") if self._asks(cell)]
+
+    def _asks(self, cell: Mapping[str, Any]) -> bool:
+        own = cell["run"] == str(self.folder) and cell.get("reference") == self.config.data.name
+        return own and self.evaluation is not None and self.evaluation.covers(cell)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from atdiff.core.errors import UserError
 from atdiff.measure.cells import EvaluationConfig, evaluate_runs
-from atdiff.measure.entries import read_cells, versions
+from atdiff.measure.entries import versions
 from atdiff.metrics.features.extractors import make_extractor
 from atdiff.models.inference import DTYPES
 from atdiff.pipelines.model import load_denoiser, run_config
@@ -404,12 +404,7 @@ def cells_of(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Return the requested cells of finished runs, each with its ``arm`` and ``seed``."""
     cells: list[dict[str, Any]] = []
     for stage in stages:
-        assert stage.evaluation is not None
-        cells += [
-            {"arm": stage.arm, "seed": stage.seed, **cell}
-            for cell in read_cells(stage.folder / "cells.json")
-            if cell["run"] == str(stage.folder) and stage.evaluation.covers(cell)
-        ]
+        cells += [{"arm": stage.arm, "seed": stage.seed, **cell} for cell in stage.cells()]
     return cells
 
 

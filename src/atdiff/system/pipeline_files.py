@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import struct
 import warnings
@@ -25,6 +26,7 @@ __all__ = [
     "is_single_file",
     "no_pipeline",
     "variants_of",
+    "weights_in",
 ]
 
 FAMILY_MODULES = {
@@ -200,6 +202,13 @@ def _listed(variants: Sequence[str], *, plain: bool) -> str:
     return " and ".join(names) or "none that diffusers knows"
 
 
+def weights_in(pipeline: Path) -> int | None:
+    """Return how many weights the network of a saved pipeline has, by its safetensors; None where it has none."""
+    files = [file for part in ("unet", "transformer") for file in sorted((pipeline / part).glob("*.safetensors"))]
+    tensors = [one for file in files for name, one in _header(file).items() if name != "__metadata__"]
+    return sum(math.prod(one["shape"]) for one in tensors) or None
+
+
 def is_single_file(run: str) -> bool:
     """Whether a run is a single-file checkpoint of a whole pipeline, as shared outside of diffusers."""
     path = Path(run).expanduser()
@@ -254,13 +263,18 @@ def _is_lora(path: Path) -> bool:
         return (path / LORA).is_file() or (path / "adapter_config.json").is_file()
     if path.suffix != ".safetensors":
         return False
+    return any("lora" in name.lower() for name in _header(path))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Return what safetensors say of themselves: their tensors by name; nothing where they cannot be read."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names = json.loads(file.read(min(length, 2**26)))
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            found: dict[str, Any] = json.loads(opened.read(min(length, 2**26)))
     except (OSError, ValueError, struct.error):
-        return False
-    return any("lora" in name.lower() for name in names)
+        return {}
+    return found
 
 
 def _remedy_of_lora(run: str, path: Path) -> str:

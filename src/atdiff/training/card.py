@@ -255,17 +255,20 @@ def _results(run: Path) -> str:
     if not cells:
         return "## Results\nNot evaluated yet."
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
-    head = ["sampler", "correction", "steps", "NFE", *map(_heading, metrics)]
+    values = {name: [Path(str(cell[name])).name for cell in cells] for name in SHARED}
+    varied = [name for name in SHARED if len(set(values[name])) > 1]
+    head = ["sampler", "correction", "steps", "NFE", *(SHARED[name] for name in varied), *map(_heading, metrics)]
     rows = [
-        [cell["sampler"], cell["correction"], cell["steps"], cell["nfe"], *(_figure(cell, name) for name in metrics)]
-        for cell in cells
+        [
+            *(cell[name] for name in ("sampler", "correction", "steps", "nfe")),
+            *(values[name][i] for name in varied),
+            *(_figure(cell, name) for name in metrics),
+        ]
+        for i, cell in enumerate(cells)
     ]
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    shared = ", ".join(
-        f"{label}: {'; '.join(sorted({Path(str(cell[name])).name for cell in cells}))}"
-        for name, label in SHARED.items()
-    )
+    shared = ", ".join(f"{label}: {values[name][0]}" for name, label in SHARED.items() if name not in varied)
     return f"## Results\n{table}\n\nAll figures are from one training run ({shared})."
 
 
