@@ -321,14 +321,14 @@ def test_saved_dose_resumes() -> None:
     assert second.delta is not None
     assert torch.equal(first.delta, second.delta)
     for other, steps in ((Adversary(steps=8), 8), (Adversary(dose=0.1), None)):
-        with pytest.raises(UserError, match=f"with steps=4, but this one has steps={steps}: make it with steps=4"):
+        with pytest.raises(UserError, match=f"with steps=4, but this one has steps={steps}: create it with steps=4"):
             other.load_state_dict(first.state_dict())
     with pytest.raises(UserError, match="with steps=None, but this one has steps=4"):
         second.load_state_dict(Adversary(dose=0.1).state_dict())
 
 
 @pytest.mark.parametrize("method", ["pgd", "free"])
-def test_a_copy_goes_on_as_the_original(method: Any) -> None:
+def test_copied_adversary_continues_identically(method: Any) -> None:
     torch.manual_seed(0)
     objective, data, network = DenoisingObjective(FLOW, "flow"), gaussian_data(64), torch.nn.Linear(4, 4)
     first = Adversary(steps=4, method=method)

@@ -267,7 +267,7 @@ def test_changes_are_described_in_words() -> None:
 
 @pytest.fixture
 def classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Networks that count the classes of a folder each in its own order; "two" is bright and half transparent."""
+    """Two networks with different class orders, and a folder in which "two" is bright and half transparent."""
     monkeypatch.chdir(tmp_path)
     for label, (name, names) in enumerate({"a": ("one", "two"), "b": ("two", "one")}.items()):
         torch.manual_seed(label)
@@ -292,30 +292,30 @@ def of_classes(out: str, *words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("labels", [[], ["--labels", "0"]], ids=["all", "some"])
-def test_runs_that_count_classes_otherwise_do_not_share_a_reference(labels: list[str], classes: Path) -> None:
-    """The oracle is each run by itself."""
+def test_runs_with_another_class_order_have_separate_references(labels: list[str], classes: Path) -> None:
+    """The oracle is the evaluation of each run alone."""
     alone = [of_classes(f"{run}.json", run, *labels)[0] for run in ("a", "b")]
     together = of_classes("both.json", "a", "b", *labels)
     for name in ("metrics", "fingerprints"):
         assert [cell[name] for cell in together] == [cell[name] for cell in alone]
 
 
-def test_cells_of_some_classes_leave_those_of_all(classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_some_classes_do_not_make_others_stale(classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = of_classes("cells.json", "a", "--labels", "1")
     every = of_classes("cells.json", "a")
     assert "changed" not in capsys.readouterr().err
     assert every == [*some, *of_classes("new.json", "a")]
 
 
-def test_labels_do_not_change_how_transparent_images_are_read(classes: Path) -> None:
-    """A pipeline has no settings by which they would be those of an old run; the oracle is a folder of that class."""
+def test_labels_option_keeps_the_background(classes: Path) -> None:
+    """The oracle is the same images, read explicitly on white."""
     (some,) = of_classes("some.json", "a", "--labels", "1")
     alone = load_denoiser("a").of_classes([1])
     white = reference_data(alone, "set", DataOptions(labels=(1,), background="white"))
     assert some["fingerprints"]["reference"] == white.fingerprint()
 
 
-def test_scores_of_pixels_follow_the_prompts(
+def test_clip_score_of_pixels_follows_the_prompts(
     folder: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def scored(out: str, prompt: str, metrics: str = "clip_score") -> int:

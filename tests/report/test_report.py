@@ -555,7 +555,7 @@ def test_cells_table_has_a_row_per_cell_and_a_column_per_metric() -> None:
     ]
 
 
-def test_cells_table_tells_apart_what_else_differs() -> None:
+def test_cells_table_shows_settings_that_differ() -> None:
     shared = {"run": "a", "sampler": "ddim", "steps": 5, "sample_seed": 3, "metrics": {"fd": 1.0}, "num": 64}
     console = Console(width=120, file=io.StringIO(), color_system=None)
     console.print(cells_table([{**shared, "reference": "set"}, {**shared, "reference": "[set] (labels (1,))"}]))

@@ -53,7 +53,7 @@ def test_study_comparison_reuses_stored_figures(
 @pytest.mark.parametrize(
     ("setting", "column"), [("--study.num=30", "| images per row |"), ("--study.metrics=[fid]", "| NFE |")]
 )
-def test_a_study_that_measured_otherwise_before_is_compared_by_its_last_start(
+def test_restarted_study_is_compared_by_its_last_settings(
     setting: str, column: str, finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     """The oracle is the summary of the study itself."""
@@ -75,7 +75,7 @@ def figures(summary: Path) -> dict[Any, Any]:
     return {place: (cell["num"], cell["metrics"]) for place, cell in found.items()}
 
 
-def test_what_else_is_evaluated_into_the_file_of_a_run_is_not_its_studys(
+def test_study_ignores_other_cells_in_the_files_of_its_runs(
     finished: tuple[Path, Path], tmp_path: Path, study_in_process: None
 ) -> None:
     recipe, out = finished
@@ -401,8 +401,8 @@ def test_arms_must_match_in_joint_passes_and_start(tmp_path: Path) -> None:
     check_arms(find_runs([one, elsewhere]))  # its start is unknown
 
 
-def test_networks_of_other_sizes_are_no_equal_compute(tmp_path: Path) -> None:
-    """A pass of a network twice as wide is not the pass of the other; the oracle is torch's count of the weights."""
+def test_networks_of_different_sizes_are_not_equal_compute(tmp_path: Path) -> None:
+    """The oracle is torch's count of the weights."""
     sizes = []
     for name, width, classes in (("one", 32, None), ("labelled", 32, 10), ("wide", 64, None)):
         network: Any = MLP2DModel(width=width, num_blocks=2, num_class_embeds=classes)

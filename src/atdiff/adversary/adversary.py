@@ -124,7 +124,7 @@ class Adversary:
         return as_call("Adversary", **unusual(type(self), self._settings, **usual._asdict()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy takes over: all but the last pass, which hangs on the graph of its gradient."""
+        """Return the state that a copy shares: all but the last pass, which belongs to an autograd graph."""
         return {**vars(self), "batch": None, "delta": None, "output": None}
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:

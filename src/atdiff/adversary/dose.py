@@ -79,13 +79,13 @@ class Dosed(Perturbation):
         """Resume from a saved state.
 
         Raises:
-            UserError: it is that of another number of steps, or has or lacks a dose that sets itself.
+            UserError: it belongs to another number of steps, or only one of the two has an automatic dose.
         """
         found, own = state.get("dose"), None if self.auto is None else self.auto.steps
         steps = None if found is None else len(found["ratio"])
         if steps != own:
             raise UserError(
-                f"the state is that of an adversary with steps={steps}, but this one has steps={own}: make it with "
+                f"the state belongs to an adversary with steps={steps}, but this one has steps={own}: create it with "
                 f"steps={steps} to resume."
             )
         if self.auto is not None:

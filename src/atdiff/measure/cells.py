@@ -160,7 +160,7 @@ class EvaluationConfig:
         )
 
     def measures_as(self, cell: Mapping[str, Any]) -> bool:
-        """Whether a cell is measured as this configuration measures, wherever it lies in the grid."""
+        """Whether a cell was measured with these settings, at any sampler, number of steps, correction and seed."""
         return (
             cell["num"] == self.num
             and cell["extractor"] == self.extractor
@@ -368,7 +368,7 @@ def _reading(denoiser: TrainedModel, config: EvaluationConfig) -> str:
     data = config.data or denoiser.config.get("data", {}).get("name")
     reading = reading_of(denoiser, config.data, config.reading)
     how = config.num, config.metrics, config.extractor, config.search_seed, config.search_num
-    # By what :func:`reference_data` counts the labels: runs may have the same classes in another order.
+    # The class order in which :func:`reference_data` counts labels: it may differ between runs.
     classes = denoiser.classes or classes_of(stored_data(denoiser.source), ())
     return json.dumps([data, reading, classes, denoiser.image_shape, denoiser.prompts, how], default=str)
 
@@ -460,7 +460,7 @@ def _empty_cell(place: _Place, config: EvaluationConfig) -> dict[str, Any]:
         "versions": versions(),
         **place.denoiser.recipe,
     }
-    if place.denoiser.prompts:  # of a network of pixels too, whose images clip_score compares with them
+    if place.denoiser.prompts:  # for pixel networks too, since clip_score depends on them
         cell["prompts"] = prompts_name(place.denoiser.prompts)
     if place.correction.endswith(SEARCH):
         cell |= {"search_seed": config.search_seed, "search_num": config.search_num}

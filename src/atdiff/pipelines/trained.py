@@ -45,7 +45,7 @@ class TrainedModel:
         prompts: one per class, if known; not used in sampling here.
         precision: precision the network runs in; see :meth:`prepared`.
         variant: variant of a pipeline's weights, if one was given.
-        asked_labels: of the classes to draw, where some were asked for.
+        asked_labels: labels to sample, if some were asked for.
     """
 
     model: Any

@@ -39,7 +39,7 @@ class ArmRun:
 
     @property
     def size(self) -> int | None:
-        """How many weights its network has, where it was trained whole."""
+        """Number of weights of its published network; None for LoRA."""
         return weights_in(Path(self.run).expanduser() / "pipeline")
 
     @property
@@ -120,7 +120,7 @@ def _arm_of(name: str, seed: int) -> str:
 
 
 def study_of(run: Path) -> dict[str, Any] | None:
-    """Return the section ``study`` of the study that a run is of, ``STUDY/seed-N/ARM``; None where it is of none."""
+    """Return the ``study`` section of the study that contains a run, ``STUDY/seed-N/ARM``; None if there is none."""
     file = run.parent.parent / "study.json"
     found: dict[str, Any] | None = json.loads(file.read_text())["recipe"]["study"] if file.is_file() else None
     return found
@@ -231,13 +231,13 @@ def _check_images(runs: Sequence[ArmRun]) -> None:
 
 
 def _check_sizes(runs: Sequence[ArmRun]) -> None:
-    """Refuse networks of which a pass costs more than of others; embedded labels and the like make little of it."""
+    """Reject networks of different sizes; label embeddings and the like may differ."""
     sizes = [(one.run, size) for one in runs if (size := one.size) is not None]
     for run, size in sizes[1:]:
         first, other = sizes[0]
         if max(size, other) > MOST_LARGER * min(size, other):
             raise UserError(
-                f"{first} has a network of {other:,} weights and {run} one of {size:,}, of which a pass is other "
+                f"{first} has a network of {other:,} weights and {run} one of {size:,}, so a pass is not equal "
                 "compute: compare arms of the same network, or add --unequal-passes."
             )
 

@@ -133,7 +133,7 @@ def _cells(
 
 
 def _asked(one: ArmRun) -> EvaluationConfig | None:
-    """Return how the study of a run measures, which may have measured otherwise at an earlier start."""
+    """Return the current evaluation settings of a run's study; it may have been restarted with others."""
     study = study_of(Path(one.run))
     if study is None:
         return None

@@ -51,7 +51,7 @@ class Stage:
         return sum(cell["steps"] for cell in self.cells())
 
     def cells(self) -> list[dict[str, Any]]:
-        """Return those of its cells that it is asked for, not what else was evaluated into their file."""
+        """Return the requested cells, without others that were evaluated into the same file."""
         return [cell for cell in read_cells(self.folder / "cells.json") if self._asks(cell)]
 
     def _asks(self, cell: Mapping[str, Any]) -> bool:

@@ -241,7 +241,7 @@ def publish(
         leading = ranked(compare(cells, correction=corrections_of(cells)[0], **options))[:MOST_ARMS]
         write_bytes(files["steps-saved.png"], saved_curves(saved, leading=leading, file_format="png"))
     else:
-        files["steps-saved.png"].unlink(missing_ok=True)  # of an earlier start with other steps
+        files["steps-saved.png"].unlink(missing_ok=True)  # from an earlier start with more steps
     _tell(console, said, [report, *(file for name, file in files.items() if saved or name != "steps-saved.png")])
 
 

@@ -203,7 +203,7 @@ def _listed(variants: Sequence[str], *, plain: bool) -> str:
 
 
 def weights_in(pipeline: Path) -> int | None:
-    """Return how many weights the network of a saved pipeline has, by its safetensors; None where it has none."""
+    """Return the number of weights of a saved pipeline's network, read from its safetensors; None without any."""
     files = [file for part in ("unet", "transformer") for file in sorted((pipeline / part).glob("*.safetensors"))]
     tensors = [one for file in files for name, one in _header(file).items() if name != "__metadata__"]
     return sum(math.prod(one["shape"]) for one in tensors) or None
@@ -267,7 +267,7 @@ def _is_lora(path: Path) -> bool:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """Return what safetensors say of themselves: their tensors by name; nothing where they cannot be read."""
+    """Return the header of a safetensors file, its tensors by name; empty if it cannot be read."""
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
