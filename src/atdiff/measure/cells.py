@@ -104,7 +104,7 @@ class EvaluationConfig:
 
     def asked_of(self, denoiser: TrainedModel) -> TrainedModel:
         """Return the run with these prompts and classes; a ``UserError``, before any compute, if it does not fit."""
-        asked = denoiser if self.prompts is None else self._with_prompts(denoiser)
+        asked = denoiser if self.prompts is None else self._with_prompts(denoiser, self.prompts)
         if self.reading.labels is not None:  # restricts the reference images, and so the samples too
             asked = asked.of_classes(self.reading.labels)
         replace(self, prompts=asked.prompts or None).check(asked.scheduler)
@@ -125,13 +125,13 @@ class EvaluationConfig:
         reference_name(asked, self.data)
         return asked
 
-    def _with_prompts(self, denoiser: TrainedModel) -> TrainedModel:
+    def _with_prompts(self, denoiser: TrainedModel, prompts: tuple[str, ...]) -> TrainedModel:
         if not isinstance(denoiser, TextToImage) and all(METRICS[name].needs != "prompts" for name in self.metrics):
             raise UserError(
                 f"{denoiser.source} is not a text-to-image pipeline and takes no prompts; leave out --prompts, or add "
                 "clip_score to the metrics, which compares its images with them."
             )
-        return replace(denoiser, prompts=self.prompts)
+        return replace(denoiser, prompts=prompts)
 
     def samplers_for(self, training_scheduler: Any) -> tuple[str, ...]:  # noqa: ANN401
         """Return the samplers to use for a network of this scheduler."""
