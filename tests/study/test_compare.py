@@ -125,7 +125,7 @@ def test_interrupted_comparison_resumes(
 
 
 def test_samples_use_the_prompts_of_the_figures(
-    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
     draw = atdiff.study.summary.sample_grids
@@ -135,11 +135,12 @@ def test_samples_use_the_prompts_of_the_figures(
         return draw(*args, **options)
 
     monkeypatch.setattr(atdiff.study.summary, "sample_grids", drawn)
-    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "prompts.txt").write_text("one\n")
     words = ["compare", *runs(finished[1])[:2], "--steps", "2", "--num", "40", "--no-mismatch"]
-    words += ["--prompts", str(tmp_path / "prompts.txt")]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--metrics", "fid,clip_score"]
+    words += ["--weights", f"clip-score={clip_folder}"]
     assert main([*words, "--out", str(tmp_path / "page.html")]) == 0
-    assert asked == [("one", "two")]
+    assert asked == [("one",)]
 
 
 def test_run_given_as_two_arms_is_shown_as_both(finished: tuple[Path, Path], tmp_path: Path) -> None:
