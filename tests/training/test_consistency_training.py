@@ -172,6 +172,7 @@ def test_student_starts_from_the_teacher_without_its_variance(tmp_path: Path) ->
     ("words", "message"),
     [
         (["--consistency.intervals", "2000"], "consistency.intervals=2000 must lie between 1 and the scheduler's 1000"),
+        (["--consistency.intervals", "0"], "consistency.intervals=0 must be at least 1"),
         (["--consistency.target_decay", "1"], "consistency.target_decay=1.0 must lie in [0, 1)"),
         (["--objective.weighting", "min-snr"], "objective.weighting is for denoisers"),
         (["--objective.timestep_sampler", "loss-second-moment"], "objective.timestep_sampler is for denoisers"),

@@ -315,7 +315,7 @@ class ConsistencyConfig(Settings):
     solver: Solver = "ddim"
     site: Site = "student"
     pairs: PairName = "even"
-    intervals: int = 50
+    intervals: Count = 50
     distance: Distance = "pseudo-huber"
     huber_c: float | None = None
     target_decay: float = 0.95

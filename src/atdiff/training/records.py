@@ -110,8 +110,11 @@ class Records:
         finite, limit = self.steps.finite, self.settings.max_skipped
         nothing_else = finite.collect()
         if finite.skipped > limit or (nothing_else and self.state.passes >= self.settings.passes):
+            too_many = (
+                f"more than training.max_skipped={limit}" if finite.skipped > limit else "all at the end of the run"
+            )
             raise RunError(
-                f"{finite.newest}; {finite.skipped} steps were skipped, more than training.max_skipped={limit}: "
+                f"{finite.newest}; {finite.skipped} steps were skipped, {too_many}: "
                 f"lower optimizer.lr or the adversary's step_size; {last_good(self.out / 'checkpoints')}."
             )
 
