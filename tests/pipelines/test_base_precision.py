@@ -202,7 +202,7 @@ def test_incompatible_settings_are_rejected(config: TrainConfig, message: str) -
 
 
 def test_missing_gpu_and_packages_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'nf4' needs a GPU"):
+    with pytest.raises(UserError, match="'nf4' uses bitsandbytes, which needs a GPU"):
         check_base_precision("nf4", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_base_precision("bf16", torch.device("cpu"))

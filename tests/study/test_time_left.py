@@ -30,7 +30,8 @@ def train(run: Stage, passes: int, per_second: float = 5.0) -> None:
 
 
 def evaluate(run: Stage, *steps: int) -> None:
-    cell = {"sampler": "ddim", "sample_seed": 1, "num": 640, "extractor": CELLS.extractor}
+    cell = {"run": str(run.folder), "reference": "digits", "sampler": "ddim", "sample_seed": 1, "num": 640}
+    cell["extractor"] = CELLS.extractor
     (run.folder / "cells.json").write_text(json.dumps([{**cell, "steps": n} for n in steps]))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.entries import read_cells
+from atdiff.pipelines.model import run_config
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import last_logged
 
@@ -52,8 +52,9 @@ class Stage:
 
     def cells(self) -> list[dict[str, Any]]:
         """Return the requested cells, without others that were evaluated into the same file."""
-        return [cell for cell in read_cells(self.folder / "cells.json") if self._asks(cell)]
-
-    def _asks(self, cell: Mapping[str, Any]) -> bool:
-        own = cell["run"] == str(self.folder) and cell.get("reference") == self.config.data.name
-        return own and self.evaluation is not None and self.evaluation.covers(cell)
+        if self.evaluation is None:
+            return []
+        trained_on = run_config(str(self.folder)).get("data", {})  # where the settings leave it to data.latents
+        own = {"run": str(self.folder), "reference": trained_on.get("name", self.config.data.name)}
+        found = [cell for cell in read_cells(self.folder / "cells.json") if self.evaluation.covers(cell)]
+        return [cell for cell in found if own.items() <= cell.items()]
