@@ -155,7 +155,7 @@ def test_non_finite_gradient_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_run_ending_in_skipped_steps_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, "plain", "--training.checkpoint_every", "100")
     poison(made, monkeypatch, {6, 7, 8}, math.nan)
-    with pytest.raises(RunError, match="at pass 9 the loss.*; 3 steps were skipped, all at the end of the run: "):
+    with pytest.raises(RunError, match=r"at pass 9 the loss.*; 3 steps were skipped, all at the end of the run: "):
         made.run(progress=False)
     assert not (tmp_path / "run" / "pipeline").exists()
 
