@@ -457,6 +457,20 @@ def test_staggered_keeps_conditions_with_their_samples(net: Net, objective: Deno
     assert adversary.batch.x0[:, 0, 0, 0].tolist() == [6, 7, 4, 5]
 
 
+@pytest.mark.parametrize("labelled", [0, 1])
+def test_staggered_rejects_batches_with_other_conditions(
+    net: Net, objective: DenoisingObjective, labelled: int
+) -> None:
+    adversary, x0 = Adversary("l2", 0.5, 2, order="staggered"), torch.randn(8, 1, 4, 4)
+    conditions: list[dict[str, Tensor]] = [{}, {}]
+    conditions[labelled]["class_labels"] = torch.arange(8) % 4
+    for loss in adversary.passes(objective, net, x0, **conditions[0]):
+        loss.backward()
+    expected = "none with one batch and class_labels" if labelled else "class_labels with one batch and none"
+    with pytest.raises(UserError, match=f"got the conditions {expected} with the next"):
+        next(adversary.passes(objective, net, x0, **conditions[1]))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_staggered_state_resumes(net: Net, objective: DenoisingObjective, accumulate: int) -> None:
     batches = [objective.draw(torch.randn(8, 1, 4, 4)) for _ in range(2)]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from atdiff.core.errors import UserError
+
 __all__ = ["Batch", "ObjectiveOutput"]
 
 B = TypeVar("B", bound="Batch")
@@ -62,7 +64,18 @@ class Batch:
 
     @classmethod
     def cat(cls: type[B], batches: list[B]) -> B:
-        """Join batches that have the same conditions."""
+        """Join batches.
+
+        Raises:
+            UserError: their conditions differ.
+        """
+        for batch in batches[1:]:
+            if batch.conditions.keys() != batches[0].conditions.keys():
+                given = [", ".join(sorted(one.conditions)) or "none" for one in (batch, batches[0])]
+                raise UserError(
+                    f"the network got the conditions {given[0]} with one batch and {given[1]} with the next, whose "
+                    "samples share an update: give the same conditions, such as class_labels, with every batch."
+                )
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(batch, name) for batch in batches]) for name in cls._tensors()
         }
