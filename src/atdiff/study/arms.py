@@ -15,7 +15,7 @@ from atdiff.pipelines.record import stored_data
 from atdiff.system.locate import run_config
 from atdiff.system.pipeline_files import weights_in
 
-__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference", "study_of"]
+__all__ = ["ArmRun", "check_arms", "check_evaluated", "find_runs", "images_key", "other_reference", "study_in"]
 
 REFERENCE = ("name", "split", "image_size", "channels", "crop", "background", "image_column", "labels", "limit")
 """Settings of ``data`` that determine a run's reference images."""
@@ -119,15 +119,16 @@ def _arm_of(name: str, seed: int) -> str:
     return re.sub(rf"[-_.]?(seed)?[-_.]?(?<!\d)(?<!\d\.){seed}$", "", name) or name
 
 
-def study_of(run: Path) -> dict[str, Any] | None:
-    """Return the ``study`` section of the study that contains a run, ``STUDY/seed-N/ARM``; None if there is none."""
-    file = run.parent.parent / "study.json"
+def study_in(folder: Path) -> dict[str, Any] | None:
+    """Return the ``study`` section of the study in a folder; None if it holds none."""
+    file = folder / "study.json"
     found: dict[str, Any] | None = json.loads(file.read_text())["recipe"]["study"] if file.is_file() else None
     return found
 
 
 def _runs_of_study(folder: Path) -> list[ArmRun]:
-    study = json.loads((folder / "study.json").read_text())["recipe"]["study"]
+    study = study_in(folder)
+    assert study is not None, folder
     weights = {name: Path(file) for name, file in (study.get("weights") or {}).items()}
     runs = [(arm, seed, str(folder / f"seed-{seed}" / arm)) for seed in study["seeds"] for arm in study["arms"]]
     return [ArmRun(arm, seed, run, run_config(run), weights) for arm, seed, run in runs]

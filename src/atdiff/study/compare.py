@@ -11,7 +11,7 @@ from atdiff.data.reading import AS_TRAINED
 from atdiff.measure.cells import EvaluationConfig, cells_of_run, evaluate_runs
 from atdiff.measure.entries import versions
 from atdiff.report.statistics import tabulate
-from atdiff.study.arms import ArmRun, check_arms, find_runs, study_of
+from atdiff.study.arms import ArmRun, check_arms, find_runs, study_in
 from atdiff.study.summary import Measurements, leading_metric, publish, training_curves
 from atdiff.system.locks import one_writer
 from atdiff.training.words import describe_arms
@@ -134,7 +134,7 @@ def _cells(
 
 def _asked(one: ArmRun) -> EvaluationConfig | None:
     """Return the current evaluation settings of a run's study; it may have been restarted with others."""
-    study = study_of(Path(one.run))
+    study = study_in(Path(one.run).parent.parent)  # of STUDY/seed-N/ARM
     if study is None:
         return None
     metrics, names = tuple(study["metrics"]), ("num", "extractor", "precision", "search_num")

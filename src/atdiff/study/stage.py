@@ -8,7 +8,6 @@ from typing import Any
 
 from atdiff.measure.cells import EvaluationConfig
 from atdiff.measure.entries import read_cells
-from atdiff.pipelines.model import run_config
 from atdiff.training.config import TrainConfig
 from atdiff.training.folder import last_logged
 
@@ -46,15 +45,12 @@ class Stage:
 
     def steps_done(self) -> int:
         """Return the total sampler steps of the finished cells."""
-        if self.evaluation is None:
-            return 0
         return sum(cell["steps"] for cell in self.cells())
 
     def cells(self) -> list[dict[str, Any]]:
         """Return the requested cells, without others that were evaluated into the same file."""
         if self.evaluation is None:
             return []
-        trained_on = run_config(str(self.folder)).get("data", {})  # where the settings leave it to data.latents
-        own = {"run": str(self.folder), "reference": trained_on.get("name", self.config.data.name)}
+        own = {"run": str(self.folder), "reference": self.config.data.name}
         found = [cell for cell in read_cells(self.folder / "cells.json") if self.evaluation.covers(cell)]
         return [cell for cell in found if own.items() <= cell.items()]
