@@ -16,6 +16,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -28,6 +29,7 @@ from atdiff.core.noise import expand
 from atdiff.core.prediction import edm_preconditioning
 from atdiff.objectives.consistency import DISTANCES
 from atdiff.objectives.pairs import EasyPairs, EvenPairs, ImprovedPairs, Levels, make_pairs
+from atdiff.sampling.schedulers import make_scheduler
 from atdiff.training.build import consistency_scheduler
 
 MEAN, STD = 0.3, 0.4  # of the Gaussian data
@@ -58,7 +60,12 @@ class GaussianDenoiser:
             x = x / c_in
         noise = sigma * (x - alpha * MEAN) / total.square()
         x0 = MEAN + alpha * STD**2 * (x - alpha * MEAN) / total.square()
-        by_type = {"epsilon": lambda: noise, "sample": lambda: x0, "v_prediction": lambda: alpha * noise - sigma * x0}
+        by_type = {
+            "epsilon": lambda: noise,
+            "sample": lambda: x0,
+            "v_prediction": lambda: alpha * noise - sigma * x0,
+            "flow": lambda: noise - x0,
+        }
         return (x0 - c_skip * x) / c_out if self.prediction_type == "edm" else by_type[self.prediction_type]()
 
 
@@ -93,31 +100,34 @@ def gaussian_case(kind: str, solver: str = "ddim", teacher: bool = True) -> tupl
         scheduler: Any = CMStochasticIterativeScheduler(num_train_timesteps=40)
         end, prediction_type = torch.tensor(250 * math.log(0.002)), "edm"
         theirs = EDMEulerScheduler()
+    elif kind == "flow":
+        theirs = FlowMatchEulerDiscreteScheduler(shift=2.0)
+        scheduler, end, prediction_type = consistency_scheduler(theirs, 20_000), torch.tensor(0.0), "flow"
     else:
         scheduler, theirs = lcm(**LONG, prediction_type=kind), DDPMScheduler(**LONG, clip_sample=False)
         theirs.register_to_config(prediction_type=kind)
         end, prediction_type = torch.tensor(0), kind
     made = Teacher(GaussianDenoiser(NoiseSchedule(theirs), prediction_type), theirs, solver=solver) if teacher else None
     objective = ConsistencyObjective(
-        scheduler, teacher=made, intervals=20_000 if kind == "edm" else 50_000, distance="l2"
+        scheduler, teacher=made, intervals=20_000 if kind in ("edm", "flow") else 50_000, distance="l2"
     )
     torch.manual_seed(0)
     return objective, GaussianConsistency(objective, end), MEAN + STD * torch.randn(512, 1, 2, 2)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "heun"])
-@pytest.mark.parametrize("kind", ["v_prediction", "sample", "edm"])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "edm", "flow"])
 def test_gaussian_consistency_function_is_a_fixed_point_of_distillation(kind: str, solver: str) -> None:
     objective, network, x0 = gaussian_case(kind, solver)
     batch = objective.draw(x0)
-    if kind != "edm" and solver == "heun":  # the last steps to pure noise are singular in sigma / alpha
+    if kind not in ("edm", "flow") and solver == "heun":  # the last steps to pure noise are singular in sigma / alpha
         batch = objective.draw(
             x0, timesteps=batch.timesteps.clamp(max=99_000), next_timesteps=batch.next_timesteps.clamp(max=98_998)
         )
     assert objective.loss(network, batch).max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "edm"])
+@pytest.mark.parametrize("kind", ["v_prediction", "edm", "flow"])
 def test_gaussian_consistency_function_is_a_fixed_point_of_training(kind: str) -> None:
     objective, network, x0 = gaussian_case(kind, teacher=False)
     batch = objective.draw(x0)
@@ -144,6 +154,34 @@ def test_teacher_step_matches_ddim(prediction_type: str, clip: bool) -> None:
         with torch.no_grad():
             expected = scheduler.step(network(batch.x_t, steps).sample, t, batch.x_t, use_clipped_model_output=clip)
         torch.testing.assert_close(batch.x_s, expected.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_step_of_a_flow_matches_euler() -> None:
+    training = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = make_scheduler("flow-euler", training, 8)
+    torch.manual_seed(0)
+    network = MLP2DModel(width=32, num_blocks=1)
+    schedule, teacher = NoiseSchedule(training), Teacher(network, training)
+    x_t = torch.randn(8, 1, 8, 8)
+    ends = [*scheduler.timesteps[1:].tolist(), 0.0]
+    for t, end in zip(scheduler.timesteps, ends, strict=True):  # the first is pure noise, the last end is pure data
+        with torch.no_grad():
+            expected = scheduler.step(network(x_t, t.expand(8)).sample, t, x_t).prev_sample
+        found = teacher.step(x_t, schedule(t.expand(8)), schedule(torch.full((8,), end)), {})
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_consistency_function_of_a_flow_is_the_estimate_of_its_sampler() -> None:
+    objective = ConsistencyObjective(consistency_scheduler(FlowMatchEulerDiscreteScheduler(), 40))
+    scheduler = FlowMatchLCMScheduler()
+    scheduler.set_timesteps(sigmas=[0.7])  # a step to pure data returns the estimate
+    torch.manual_seed(0)
+    network, x_t, t = MLP2DModel(width=32, num_blocks=1), torch.randn(4, 1, 8, 8), torch.full((4,), 700.0)
+    with torch.no_grad():
+        expected = scheduler.step(network(x_t, t).sample, scheduler.timesteps[0], x_t).prev_sample
+        found = objective.consistency(network, x_t, t, {})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(objective.consistency(network, x_t, torch.zeros(4), {}), x_t)
 
 
 def test_teacher_heun_step_matches_diffusers() -> None:
@@ -349,6 +387,17 @@ def test_even_pairs_match_the_grid_of_lcm_scheduler() -> None:
     assert (pairs.next_timesteps == (pairs.timesteps - 25).clamp(min=0)).all()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 8, 40])
+def test_even_pairs_of_a_flow_contain_the_steps_of_its_sampler(steps: int) -> None:
+    scheduler = consistency_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), 40)
+    assert scheduler.config.shift == 3.0
+    grid = EvenPairs(NoiseSchedule(scheduler), Levels(0.0, 1.0), 40).grid
+    assert (len(grid), float(grid[0]), float(grid[-1])) == (41, 0.0, 1000.0)
+    visited = make_scheduler("lcm", scheduler, steps).timesteps
+    assert len(visited) == steps
+    torch.testing.assert_close(grid[40 // steps :: 40 // steps].flip(0), visited)
+
+
 def test_even_pairs_of_edm_match_the_grid_of_cm_scheduler() -> None:
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=18)
     schedule = NoiseSchedule(scheduler)
@@ -512,12 +561,19 @@ def test_timesteps_at_inverts_the_schedule() -> None:
         alpha, sigma = schedule(t)
         found = schedule.timesteps_at(sigma.double() / alpha.double())
         torch.testing.assert_close(found.double(), t.double(), rtol=1e-4, atol=1e-4)
+    ends = NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timesteps_at(torch.tensor([0.0, math.inf]))
+    assert ends.tolist() == [0.0, 1000.0]
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ConsistencyObjective(FlowMatchEulerDiscreteScheduler()), "has a flow schedule"),
+        (lambda: ConsistencyObjective(FlowMatchEulerDiscreteScheduler(), pairs="ict"), "pairs='ict' needs a largest"),
+        (lambda: ConsistencyObjective(FlowMatchEulerDiscreteScheduler(), pairs="ect"), "use 'even'"),
+        (
+            lambda: consistency_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4),
+            "set use_dynamic_shifting=False and a shift",
+        ),
         (lambda: ConsistencyObjective(lcm(), site="both"), "site='both' is unknown; use one of student, teacher"),
         (lambda: ConsistencyObjective(lcm(), distance="l1"), "distance='l1'"),
         (lambda: ConsistencyObjective(lcm(), huber_c=0.0), "huber_c=0.0 must be above 0"),
@@ -526,7 +582,7 @@ def test_timesteps_at_inverts_the_schedule() -> None:
         (lambda: ConsistencyObjective(lcm(), intervals=0), "intervals=0"),
         (lambda: ConsistencyObjective(lcm(prediction_type="epsilon")), "cannot sample in one step"),
         (lambda: Teacher(lambda x, t: x, DDPMScheduler(), solver="euler"), "solver='euler'"),
-        (lambda: Teacher(lambda x, t: x, FlowMatchEulerDiscreteScheduler()), "has a flow schedule"),
+        (lambda: Teacher(lambda x, t: x, lambda t: (1 - t, t)), "has a function schedule"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, DDPMScheduler())), "noise schedule"),
         (lambda: ConsistencyObjective(lcm(), teacher=Teacher(lambda x, t: x, EDMEulerScheduler())), "noise schedule"),
     ],

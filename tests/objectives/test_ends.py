@@ -245,6 +245,8 @@ CONSISTENT = [
     (LCMScheduler(20, trained_betas=[0.0, 0.0, *[0.1] * 18], prediction_type="v_prediction"), "heun"),
     (LCMScheduler(20, trained_betas=[0.0, *[0.1] * 19]), "ddim"),
     (CMStochasticIterativeScheduler(11), "heun"),
+    (FlowMatchEulerDiscreteScheduler(20), "ddim"),
+    (FlowMatchEulerDiscreteScheduler(20, shift=3.0), "heun"),
 ]
 
 
@@ -254,7 +256,8 @@ CONSISTENT = [
 @pytest.mark.parametrize(("scheduler", "solver"), CONSISTENT)
 def test_consistency_is_finite(scheduler: Any, solver: Any, pairs: str, site: Any, target: Any) -> None:
     teacher = Teacher(lambda x, t: 0.3 * x, scheduler, solver=solver) if pairs == "distilled" else None
-    name: Any = "even" if pairs == "distilled" else pairs
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # which has only even pairs
+    name: Any = "even" if pairs == "distilled" or flow else pairs
     objective = ConsistencyObjective(scheduler, teacher=teacher, site=site, pairs=name, intervals=20)
     net = network()
     adversary = Adversary("l2", 0.2, 2, direction="gradient_full", target=target, order="staggered")
@@ -293,7 +296,7 @@ def test_epsilon_scaling_is_finite(name: str, kind: str) -> None:
             lambda: ConsistencyObjective(EDMEulerScheduler(sigma_min=0.0)),
             "sigma_min=0.0 of the scheduler must",
         ),
-        (lambda: ConsistencyObjective(lambda t: (1 - t, t)), "has a function schedule: expected a DDPM-family or EDM"),
+        (lambda: ConsistencyObjective(lambda t: (1 - t, t)), "has a function schedule: expected a DDPM-family, EDM"),
         (lambda: DenoisingObjective(lambda t: (t * 0, t * 0), "flow"), "not both 0"),
         (lambda: DenoisingObjective(lambda t: (1 - t, t / (1 - t)), "flow"), "returns alpha=0, sigma=inf at t=1"),
         (lambda: DenoisingObjective(lambda t: (1 - t, -t), "flow"), "sigma not negative"),

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -38,7 +37,6 @@ from atdiff.training.checks import check_config
 from atdiff.training.config import LoraConfig, ModelConfig, TrainConfig, TrainingConfig
 from atdiff.training.tasks.latent_checks import check_settings
 
-pytestmark = pytest.mark.skipif(not hasattr(diffusers, "PipelineQuantizationConfig"), reason="needs diffusers 0.34")
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 needs_torchao = pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
 PRECISIONS = ["bf16", pytest.param("int8wo", marks=needs_torchao), pytest.param("fp8", marks=needs_torchao)]

@@ -77,6 +77,12 @@ KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "edm of consistency models": (_edm(CM["name"]), "edm-euler", False),
     "lcm": (LCM, "lcm", True),
     "lcm, classes": (_merge(LCM, {"data": {"class_conditional": True}}), "lcm", True),
+    "lcm of a flow": (_merge(_flow(shift=2.0), {"consistency": {"mode": "training"}}), "lcm", True),
+    "lcm of a flow, classes": (
+        _merge(_flow(), {"consistency": {"mode": "training"}, "data": {"class_conditional": True}}),
+        "lcm",
+        False,
+    ),
     "cm": (_merge(_edm(CM["name"]), {"consistency": {"mode": "training"}}), "consistency", True),
     "dit": (_merge(CLASSES, {"model": {"name": "dit", "args": DIT}}), "ddim", False),
     "dit, flow": (_merge(CLASSES, _flow(), {"model": {"name": "dit", "args": DIT}}), "flow-euler", False),

@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
     PNDMScheduler,
     UNet2DModel,
@@ -155,6 +156,10 @@ def test_only_consistency_models_keep_the_lcm_scheduler() -> None:
     config = TrainConfig(consistency=ConsistencyConfig(mode="training"))
     assert type(noise_scheduler(config, start(LCMScheduler(timestep_scaling=5.0)))) is LCMScheduler
     assert type(noise_scheduler(TrainConfig(), start(LCMScheduler()))) is DDPMScheduler
+    flow = start(FlowMatchLCMScheduler(shift=3.0))
+    for settings, kind in ((config, FlowMatchLCMScheduler), (TrainConfig(), FlowMatchEulerDiscreteScheduler)):
+        made = noise_scheduler(settings, flow)
+        assert (type(made), made.config.shift) == (kind, 3.0)
 
 
 def test_recipe_overrides_the_start() -> None:

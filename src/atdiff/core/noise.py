@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import CMStochasticIterativeScheduler
+from diffusers import CMStochasticIterativeScheduler, FlowMatchLCMScheduler, LCMScheduler
 from torch import Tensor
 
 from atdiff.core.choices import PredictionType, Scale
@@ -17,6 +17,7 @@ from atdiff.core.described import as_call, unusual
 from atdiff.core.errors import UserError
 
 __all__ = [
+    "LCM_SCHEDULERS",
     "TRAITS",
     "NoiseSchedule",
     "Traits",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 Kind = Literal["vp", "edm", "flow", "function"]
+
+LCM_SCHEDULERS = (LCMScheduler, FlowMatchLCMScheduler)
+"""The schedulers that sample consistency models of the DDPM family and of flows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ TRAITS: dict[Kind, Traits] = {
         second_order_sampler="flow-heun",
         starts_without_noise=True,
         has_shift=True,
+        fits_consistency=True,
     ),
     "function": Traits(
         predictions=("epsilon", "sample", "v_prediction", "flow"), default_sampler="", starts_without_noise=True
@@ -345,7 +350,7 @@ class NoiseSchedule:
         """Return the timesteps ``(B,)`` with ``sigma_t / alpha_t`` equal or closest to ``ratio`` ``(B,)``."""
         assert self._function is None, "a function of your own is not inverted"
         if self.kind == "flow":
-            return (self.num_train_timesteps * ratio / (1.0 + ratio)).float()
+            return (self.num_train_timesteps / (1.0 + 1.0 / ratio)).float()  # the last one for an infinite ratio
         if self.kind == "edm":
             return self.time_factor * ratio.log().float()
         steps = torch.arange(self.num_train_timesteps, device=ratio.device)

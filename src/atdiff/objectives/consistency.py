@@ -76,7 +76,8 @@ class ConsistencyObjective:
     diffusion model (`ECT <https://arxiv.org/abs/2406.14548>`_, ``pairs="ect"``).
 
     ``f(x, t) = c_skip x + c_out x0_hat`` is the identity at the end of the trajectory. The factors are those of the
-    sampling scheduler: ``LCMScheduler`` for ``vp``, ``CMStochasticIterativeScheduler`` for ``edm``.
+    sampling scheduler: ``LCMScheduler`` for ``vp``, ``CMStochasticIterativeScheduler`` for ``edm``, and for ``flow``
+    ``FlowMatchLCMScheduler``, whose ``f`` is ``x0_hat = x - sigma v`` itself.
 
     An adversary perturbs one of two places, set by ``site``:
 
@@ -87,7 +88,7 @@ class ConsistencyObjective:
       changed (``equivariant``).
 
     Args:
-        scheduler: a diffusers scheduler of the DDPM family or EDM.
+        scheduler: a diffusers scheduler of the DDPM family, EDM or a flow.
         prediction_type: prediction type of the network; default: the scheduler's.
         teacher: teacher for distillation; see :class:`atdiff.objectives.teacher.Teacher`.
         target: target network, such as ``EMA(model, 0.95).module``; None for the model itself, without gradient.
@@ -306,6 +307,9 @@ class ConsistencyObjective:
         """
         if self.prediction.preconditioned:
             return _boundary_of_sigma(self.schedule, timesteps)
+        if not self.schedule.traits.integer_timesteps:
+            end = torch.zeros(timesteps.shape, device=timesteps.device)
+            return end, torch.ones_like(end)
         return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)
 
     def update(self, batch: ConsistencyBatch, output: ObjectiveOutput) -> None:
@@ -329,8 +333,8 @@ def _said(objective: ConsistencyObjective) -> dict[str, Any]:
 def _check_kind(schedule: NoiseSchedule, name: str) -> None:
     if not schedule.traits.fits_consistency:
         raise UserError(
-            f"{name} has a {schedule.kind} schedule: expected a DDPM-family or EDM scheduler, whose consistency "
-            "models LCMScheduler or CMStochasticIterativeScheduler can sample."
+            f"{name} has a {schedule.kind} schedule: expected a DDPM-family, EDM or flow scheduler, whose consistency "
+            "models LCMScheduler, CMStochasticIterativeScheduler or FlowMatchLCMScheduler can sample."
         )
 
 

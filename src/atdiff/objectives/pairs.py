@@ -44,7 +44,8 @@ class EvenPairs:
 
     For ``vp``, the grid of ``LCMScheduler``: ``T/N - 1, 2 T/N - 1, ..., T - 1``, preceded by 0 (`Latent consistency
     models <https://arxiv.org/abs/2310.04378>`_, section 4.3). For ``edm``, Karras' noise levels from ``sigma_min`` to
-    ``sigma_max`` (`Consistency models <https://arxiv.org/abs/2303.01469>`_, section 2).
+    ``sigma_max`` (`Consistency models <https://arxiv.org/abs/2303.01469>`_, section 2). For ``flow``, the ``N`` steps
+    of its sampler, from pure noise to data: even before the shift.
 
     Args:
         schedule: the forward process.
@@ -60,6 +61,9 @@ class EvenPairs:
             _check_intervals(schedule, intervals)
             skip = schedule.num_train_timesteps // intervals
             self.grid = (torch.arange(intervals + 1) * skip - 1).clamp(min=0)
+        elif schedule.traits.has_shift:
+            even, shift = torch.linspace(0.0, 1.0, intervals + 1, dtype=torch.float64), schedule.shift
+            self.grid = (schedule.num_train_timesteps * shift * even / (1.0 + (shift - 1.0) * even)).float()
         else:
             self.grid = schedule.timesteps_at(levels.karras(intervals + 1))
 
@@ -204,6 +208,8 @@ def make_pairs(name: str, scheduler: Any, schedule: NoiseSchedule, *, intervals:
         raise UserError(f"pairs={name!r} is unknown; use one of {', '.join(get_args(PairName))}.")
     if intervals < 1 or stages < 1:
         raise UserError(f"intervals={intervals} and stages={stages} must be 1 or more.")
+    if schedule.traits.has_shift and name != "even":
+        raise UserError(f"pairs={name!r} needs a largest sigma / alpha, which is infinite for a flow: use 'even'.")
     levels = Levels.of(scheduler, schedule)
     if name == "ect":
         return EasyPairs(schedule, levels, stages)

@@ -22,7 +22,8 @@ __all__ = ["Solver", "Teacher"]
 class Teacher:
     """A frozen diffusion model that steps from one noise level to a lower one.
 
-    ``ddim`` takes one network evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0), ``heun`` two
+    ``ddim`` takes one network evaluation (`DDIM <https://arxiv.org/abs/2010.02502>`_, eq. 12, with eta 0; for a flow it
+    is Euler's step), ``heun`` two
     (`EDM <https://arxiv.org/abs/2206.00364>`_, algorithm 1, for ``x / alpha`` as a function of ``sigma / alpha``). If
     the scheduler clips samples, the step clips ``x0_hat`` and computes the noise from it. ``heun`` falls back to
     ``ddim`` from pure noise (alpha = 0), where ``sigma / alpha`` is infinite, and to pure data (sigma = 0), as in EDM.
@@ -55,8 +56,8 @@ class Teacher:
         self.schedule, self.solver = NoiseSchedule(scheduler), solver
         if not self.schedule.traits.fits_consistency:
             raise UserError(
-                f"{type(scheduler).__name__} has a {self.schedule.kind} schedule: a teacher must be a DDPM-family "
-                "or EDM model."
+                f"{type(scheduler).__name__} has a {self.schedule.kind} schedule: a teacher must be a DDPM-family, "
+                "EDM or flow model."
             )
         self.prediction_type = resolve_prediction_type(self.schedule, scheduler, prediction_type)
         self.prediction = make_prediction(self.prediction_type, self.schedule)

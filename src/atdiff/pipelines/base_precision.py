@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import diffusers
 import torch
+from diffusers import PipelineQuantizationConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -25,13 +25,8 @@ def check_base_precision(precision: BasePrecision, device: torch.device) -> None
     """Check that this machine supports a base precision.
 
     Raises:
-        UserError: a package is not installed or too old, or needs a GPU.
+        UserError: a package is not installed, or needs a GPU.
     """
-    if not hasattr(diffusers, "PipelineQuantizationConfig"):
-        raise UserError(
-            f"lora.base_precision={precision!r} needs diffusers 0.34 or newer, and {diffusers.__version__} is "
-            "installed: pip install -U diffusers."
-        )
     package = PACKAGES.get(precision)
     if package == "bitsandbytes" and device.type != "cuda":
         raise UserError(
@@ -58,8 +53,6 @@ def loading_options(network: str, precision: BasePrecision) -> dict[str, Any]:
     options: dict[str, Any] = {"torch_dtype": {network: torch.bfloat16, "default": torch.float32}}
     if precision == "bf16":
         return options
-    from diffusers import PipelineQuantizationConfig
-
     return {**options, "quantization_config": PipelineQuantizationConfig(quant_mapping={network: _of(precision)})}
 
 

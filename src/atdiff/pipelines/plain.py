@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import FrozenDict
 
-from atdiff.core.noise import NoiseSchedule, Traits, dynamic_mu, flow_shift
+from atdiff.core.noise import LCM_SCHEDULERS, NoiseSchedule, Traits, dynamic_mu, flow_shift
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.families import FAMILIES, Family, absent_parts
 from atdiff.pipelines.loading import single_file_config
@@ -156,12 +156,12 @@ class _Pixels:
 
     def _call(self) -> str:
         traits, names, swap, options = self._traits, ["DiffusionPipeline"], "", ""
-        if self.distilled:
-            pass
-        elif traits.has_shift:
+        if traits.has_shift:
             more, swap = _flow_euler(self.scheduler)
             names += more
             swap += _even(self.steps)
+        elif self.distilled:
+            pass
         elif traits.variance_exploding and type(self.scheduler).__name__ != "EDMEulerScheduler":
             names.append("EDMEulerScheduler")
             swap = "pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)\n"
@@ -212,7 +212,7 @@ class _Pixels:
 
     def _flow_scheduler(self) -> tuple[str, str]:
         sigmas = f"sigmas=[1 - i / {self.steps} for i in range({self.steps})]"
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        if not isinstance(self.scheduler, (FlowMatchEulerDiscreteScheduler, *LCM_SCHEDULERS)):
             return f"FlowMatchEulerDiscreteScheduler(shift={flow_shift(self.scheduler, self._tokens):g})", sigmas
         mu = dynamic_mu(self.scheduler, self._tokens)
         return "pipeline.scheduler", sigmas if mu is None else f"{sigmas}, mu={mu!r}"
@@ -228,7 +228,7 @@ class _Pixels:
         traits = self._traits
         inputs = "scheduler.scale_model_input(x, t)" if traits.variance_exploding else "x"
         t = f"{times} * t" if times != 1 else "t"
-        draws = name in ("DDPMScheduler", "pipeline.scheduler") and traits.integer_timesteps
+        draws = name in ("DDPMScheduler", "pipeline.scheduler") and (traits.integer_timesteps or self.distilled)
         options = ", generator=generators" if draws else ""
         options += ", use_clipped_model_output=True" if name == "DDIMScheduler" else ""
         labels = f", class_labels=torch.arange({IMAGES}) % {self.classes}" if self.classes else ""
@@ -301,7 +301,7 @@ def _even(steps: int) -> str:
 
 def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
     """Return the imports and the code that replace another flow solver with Euler's method."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, *LCM_SCHEDULERS)):
         return set(), ""
     name = "FlowMatchEulerDiscreteScheduler"
     return {name}, f"pipeline.scheduler = {name}(shift={flow_shift(scheduler):g})\n"

@@ -20,6 +20,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     SASolverScheduler,
@@ -30,13 +31,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift, own_setting
+from atdiff.core.noise import LCM_SCHEDULERS, NoiseSchedule, dynamic_mu, flow_shift, own_setting
 from atdiff.core.prediction import PREDICTIONS
 
 __all__ = [
     "SAMPLERS",
     "ClippedDDIMScheduler",
     "EvenFlowMatchEulerScheduler",
+    "EvenFlowMatchLCMScheduler",
     "EvenSASolverScheduler",
     "LogSNRDPMSolverScheduler",
     "LogSNRHeunScheduler",
@@ -236,8 +238,8 @@ def _own_timesteps(training_scheduler: Any, steps: int) -> Tensor | None:  # noq
     return None  # as in PNDM's Runge-Kutta steps and second-order solvers: timestep_spacing says where steps begin
 
 
-class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps of a flow from t = 1 to 0, uniform before the shift. (`<https://arxiv.org/abs/2209.03003>`_)
+class _EvenFlowSteps:
+    """Mixin that gives a flow scheduler of diffusers steps from t = 1 to 0, uniform before the shift.
 
     diffusers' default spends its last evaluation on t = 0.001, which is wasted with few steps.
     """
@@ -264,6 +266,14 @@ class EvenFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
         if timesteps is not None:
             told["timesteps"] = [self.config.num_train_timesteps * sigma for sigma in sigmas or ()]
         super().set_timesteps(num_inference_steps, device, sigmas, mu, **told)  # type: ignore[misc]
+
+
+class EvenFlowMatchEulerScheduler(_EvenFlowSteps, FlowMatchEulerDiscreteScheduler):
+    """Euler steps of a flow, uniform before the shift. (`<https://arxiv.org/abs/2209.03003>`_)"""
+
+
+class EvenFlowMatchLCMScheduler(_EvenFlowSteps, FlowMatchLCMScheduler):
+    """Steps of a flow's consistency model: ``x0_hat``, noised again to the next level, uniform before the shift."""
 
 
 class EvenFlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
@@ -418,7 +428,7 @@ _BUILDERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "flow-heun": {"flow": partial(_flow, "flow-heun", EvenFlowMatchHeunScheduler)},
     "flow-unipc": {"flow": partial(_flow, "flow-unipc", EvenFlowUniPCScheduler)},
     "edm-euler": {"edm": partial(_edm, EDMEulerScheduler)},
-    "lcm": {"vp": partial(_plain, LCMScheduler)},
+    "lcm": {"vp": partial(_plain, LCMScheduler), "flow": partial(_flow, "lcm", EvenFlowMatchLCMScheduler)},
     "consistency": {"edm": partial(_plain, CMStochasticIterativeScheduler)},
 }
 SAMPLERS: tuple[str, ...] = tuple(_BUILDERS)
@@ -498,7 +508,7 @@ def own_scheduler(training_scheduler: Any, steps: int, *, tokens: int | None = N
 
 def default_sampler(training_scheduler: Any) -> str:  # noqa: ANN401
     """Return the default sampler of a network: DDIM, Euler for flows and EDM, or that of its consistency model."""
-    if isinstance(training_scheduler, LCMScheduler):
+    if isinstance(training_scheduler, LCM_SCHEDULERS):
         return "lcm"
     if isinstance(training_scheduler, CMStochasticIterativeScheduler):
         return "consistency"

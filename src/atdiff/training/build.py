@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, LCMScheduler
+from diffusers import CMStochasticIterativeScheduler, FlowMatchLCMScheduler, LCMScheduler
 
 from atdiff.adversary.adversary import Adversary
 from atdiff.core.choices import Scale
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule
+from atdiff.core.noise import NoiseSchedule, dynamic_mu, flow_shift
 from atdiff.core.timesteps import make_timestep_sampler
 from atdiff.objectives.consistency import ConsistencyObjective
 from atdiff.objectives.denoising import DenoisingObjective
@@ -35,8 +35,7 @@ __all__ = [
 def build_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # noqa: ANN401
     """Build the diffusers scheduler of a run, with the objective's prediction and variance types.
 
-    Omitted settings come from the start. A consistency model of the DDPM family gets an ``LCMScheduler`` with the same
-    betas and the objective's grid.
+    Omitted settings come from the start. A consistency model gets the scheduler of :func:`consistency_scheduler`.
 
     Raises:
         UserError: diffusers has no such scheduler, or its arguments do not fit.
@@ -50,28 +49,42 @@ def build_scheduler(config: TrainConfig, start: Start | None = None) -> Any:  # 
 def consistency_scheduler(scheduler: Any, intervals: int) -> Any:  # noqa: ANN401
     """Return the scheduler that samples a consistency model with this scheduler's noise, on a grid of ``intervals``.
 
-    It is an ``LCMScheduler`` with the same betas (DDPM family), or a ``CMStochasticIterativeScheduler`` (EDM).
+    It is an ``LCMScheduler`` with the same betas (DDPM family), a ``CMStochasticIterativeScheduler`` (EDM), or a
+    ``FlowMatchLCMScheduler`` with the same shift (flows).
 
     Args:
         scheduler: the denoiser's diffusers scheduler.
         intervals: intervals in the grid of timesteps, the ``original_inference_steps`` of ``LCMScheduler``.
 
     Raises:
-        UserError: there are more intervals than timesteps, or the scheduler belongs to neither family.
+        UserError: there are more intervals than timesteps, or the scheduler belongs to none of the families.
     """
     config = scheduler.config
     if isinstance(scheduler, CMStochasticIterativeScheduler) and intervals >= 1:
         return CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=intervals + 1)
-    if not NoiseSchedule(scheduler).traits.integer_timesteps:
+    traits = NoiseSchedule(scheduler).traits
+    if traits.has_shift:
+        return _flow_lcm(scheduler)
+    if not traits.integer_timesteps:
         raise UserError(
             f"a consistency model cannot be trained with {type(scheduler).__name__}: use a scheduler of the DDPM "
-            "family or, for EDM networks, CMStochasticIterativeScheduler (also for the denoiser)."
+            "family or of a flow, or, for EDM networks, CMStochasticIterativeScheduler (also for the denoiser)."
         )
     steps = config.num_train_timesteps
     if not 1 <= intervals <= steps:
         raise UserError(f"consistency.intervals={intervals} must lie between 1 and the scheduler's {steps} timesteps.")
     # No other defaults of the source's class carry over; for example, the values of f are not clipped.
     return LCMScheduler.from_config(config, original_inference_steps=intervals, **_lcm_betas(scheduler))
+
+
+def _flow_lcm(scheduler: Any) -> Any:  # noqa: ANN401
+    """Return the ``FlowMatchLCMScheduler`` with a flow scheduler's number of timesteps and shift."""
+    if dynamic_mu(scheduler) is not None:
+        raise UserError(
+            f"{type(scheduler).__name__} sets use_dynamic_shifting, with which a consistency model has no fixed grid: "
+            "set use_dynamic_shifting=False and a shift in scheduler.args."
+        )
+    return FlowMatchLCMScheduler(num_train_timesteps=scheduler.config.num_train_timesteps, shift=flow_shift(scheduler))
 
 
 def _lcm_betas(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -8,12 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+)
 from torch import Tensor, nn
 
 from atdiff.core.choices import scheduler_word
 from atdiff.core.errors import UserError
-from atdiff.core.noise import NoiseSchedule, spelled_out
+from atdiff.core.noise import LCM_SCHEDULERS, NoiseSchedule, spelled_out
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.model import load_denoiser
 from atdiff.training.config import SELF, SchedulerConfig, TrainConfig
@@ -91,7 +97,7 @@ def load_teacher(config: TrainConfig, start: Start | None) -> Start | None:
             "consistency.mode='distillation' needs a teacher: give a run, a pipeline folder or a hub id as "
             "--training.init (or --consistency.teacher)."
         )
-    if isinstance(teacher.scheduler, LCMScheduler) and source != SELF:
+    if isinstance(teacher.scheduler, LCM_SCHEDULERS) and source != SELF:
         name = source or config.training.init
         raise UserError(f"the teacher {name} is itself a consistency model: give a diffusion model.")
     return teacher
@@ -149,7 +155,10 @@ def _class(config: TrainConfig, start: Start | None) -> Any:  # noqa: ANN401
         return found
     if start is None:
         return DDPMScheduler
-    kept = (DDPMScheduler, DDIMScheduler, *([LCMScheduler] if config.consistency.mode != "none" else []))
+    denoises = config.consistency.mode == "none"
+    if denoises and isinstance(start.scheduler, FlowMatchLCMScheduler):
+        return FlowMatchEulerDiscreteScheduler
+    kept = (DDPMScheduler, DDIMScheduler, *([] if denoises else [LCMScheduler]))
     # DDPMPipeline, which a pixel run publishes, cannot sample with other solvers.
     other = NoiseSchedule(start.scheduler).traits.integer_timesteps and not isinstance(start.scheduler, kept)
     return DDPMScheduler if other else type(start.scheduler)

@@ -137,6 +137,7 @@ class LatentTask(Task):
         scheduler = self.latent.scheduler
         with quiet_libraries():  # diffusers warns about options specific to the original class
             if config.consistency.mode != "none":
+                check_distillable(self.latent)
                 return consistency_scheduler(scheduler, config.consistency.intervals)
             if isinstance(scheduler, LCMScheduler):  # not for denoisers
                 return noise_scheduler(config, as_start(self.latent))
@@ -198,7 +199,6 @@ class LatentTask(Task):
     def _teacher_of(self, config: TrainConfig) -> GuidedTeacher | None:
         """Return the teacher for distillation; None for consistency training, which learns from the data."""
         if config.consistency.mode == "training":
-            check_distillable(self.latent)
             return None
         teacher = load_latent_teacher(config, self.latent)
         null = self.latent.encode_null()
