@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any, get_args
 
@@ -469,6 +470,32 @@ def test_staggered_rejects_batches_with_other_conditions(
     expected = "none with one batch and class_labels" if labelled else "class_labels with one batch and none"
     with pytest.raises(UserError, match=f"got the conditions {expected} with the next"):
         next(adversary.passes(objective, net, x0, **conditions[1]))
+
+
+def test_staggered_rejects_batches_of_other_sizes(net: Net, objective: DenoisingObjective) -> None:
+    adversary = Adversary("l2", 0.5, 2, order="staggered")
+    for loss in adversary.passes(objective, net, torch.randn(8, 1, 4, 4)):
+        loss.backward()
+    with pytest.raises(UserError, match=r"x0 has the shape \(\d, 1, 4, 4\) in one batch and \(\d, 1, 8, 8\) in the"):
+        next(adversary.passes(objective, net, torch.randn(8, 1, 8, 8)))
+
+
+@pytest.mark.parametrize("settings", [{"steps": 8}, {"step_size": 0.5, "scale": "middle", "order": "staggered"}])
+def test_adversary_survives_pickling(net: Net, objective: DenoisingObjective, settings: dict[str, Any]) -> None:
+    first = Adversary(passes=2, **settings)
+    batch = objective.draw(torch.randn(8, 1, 4, 4))
+
+    def losses(adversary: Adversary) -> list[float]:
+        torch.manual_seed(0)
+        found = []
+        for loss in adversary.passes(objective, net, batch):
+            loss.backward()
+            found.append(loss.item())
+        return found
+
+    losses(first)
+    second = pickle.loads(pickle.dumps(first))
+    assert losses(second) == losses(first)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -148,12 +148,12 @@ def test_table_is_printed_without_an_output_file(
     words = ["evaluate", str(finished[1] / "seed-0" / "at"), "--steps", "2", "--num", "16"]
     assert main([*words, "--out", "cells.json"]) == 0
     *table, kept = capsys.readouterr().out.splitlines()
-    assert kept == "1 cells in cells.json"
+    assert kept == "1 cell in cells.json"
     assert "16 samples per seed" in table[-1]
     assert "features of digits-classifier" in table[-1]
     Path("cells.json").unlink()
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines() == [*table, "1 cells not saved; use --out FILE.json to save them"]
+    assert capsys.readouterr().out.splitlines() == [*table, "1 cell not saved; use --out FILE.json to save them"]
     assert not list(tmp_path.iterdir())
 
 

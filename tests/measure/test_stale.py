@@ -147,7 +147,7 @@ def test_stale_cells_not_requested_are_marked_and_left_out(folder: Path, capsys:
     cells = evaluated("cells.json", "--steps", "2")
     shown = capsys.readouterr()
     assert "run ddim 3: the weights changed since; marked as stale" in shown.err
-    assert "1 cells in" in shown.out
+    assert "1 cell in" in shown.out
     assert [cell.get("stale") for cell in cells] == [None, "the weights changed since"]
     # When the old weights come back, the stale cell holds again, and only the other is recomputed.
     save_pipeline(folder / "run", network(0), DDPMScheduler(**COSINE))

@@ -11,9 +11,22 @@ __all__ = ["SCALES", "ScaleFunction"]
 
 ScaleFunction = Callable[[Tensor, Tensor], Tensor]
 
-SCALES: dict[str, ScaleFunction] = {
-    "constant": lambda alpha, sigma: torch.ones_like(sigma),
-    "sigma": lambda alpha, sigma: sigma,
-    "high": lambda alpha, sigma: sigma * (1.0 - alpha),
-    "middle": lambda alpha, sigma: sigma * alpha,
-}
+
+# Functions with names, which can be pickled.
+def _constant(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.ones_like(sigma)
+
+
+def _sigma(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return sigma
+
+
+def _high(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return sigma * (1.0 - alpha)
+
+
+def _middle(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return sigma * alpha
+
+
+SCALES: dict[str, ScaleFunction] = {"constant": _constant, "sigma": _sigma, "high": _high, "middle": _middle}

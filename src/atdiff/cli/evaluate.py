@@ -61,4 +61,5 @@ def _evaluate(runs: tuple[str, ...], asked: dict[str, Any], file: Path, *, kept:
         Console().print(cells_table(cells))
         shown = cells if takes_features(asked["metrics"]) else [{**cell, "extractor": None} for cell in cells]
         print(recipe_text(shown))
-        print(f"{len(cells)} cells {f'in {file}' if kept else 'not saved; use --out FILE.json to save them'}")
+        what = f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
+        print(f"{what} {f'in {file}' if kept else 'not saved; use --out FILE.json to save them'}")

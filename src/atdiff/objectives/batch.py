@@ -67,7 +67,7 @@ class Batch:
         """Join batches.
 
         Raises:
-            UserError: their conditions differ.
+            UserError: their conditions, or the shapes of their samples or conditions, differ.
         """
         for batch in batches[1:]:
             if batch.conditions.keys() != batches[0].conditions.keys():
@@ -76,6 +76,13 @@ class Batch:
                     f"the network got the conditions {given[0]} with one batch and {given[1]} with the next, whose "
                     "samples share an update: give the same conditions, such as class_labels, with every batch."
                 )
+            for name, one in {"x0": batch.x0, **batch.conditions}.items():
+                other = batches[0].x0 if name == "x0" else batches[0].conditions[name]
+                if one.shape[1:] != other.shape[1:]:
+                    raise UserError(
+                        f"{name} has the shape {tuple(one.shape)} in one batch and {tuple(other.shape)} in the next, "
+                        "whose samples share an update: give samples of one size, or use order='consecutive'."
+                    )
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(batch, name) for batch in batches]) for name in cls._tensors()
         }

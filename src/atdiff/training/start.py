@@ -254,7 +254,9 @@ def _schedule_differences(one: Any, other: Any) -> list[Difference]:  # noqa: AN
         return _differing(DYNAMIC if both else DYNAMIC[:1], one, other)
     found = []
     if not ours.same_noise(theirs):
-        found = _differing(BETAS, one, other) or [Difference("scheduler.args.trained_betas", "others", "its own")]
+        found = _differing(BETAS, one, other) or [
+            Difference("scheduler.args.trained_betas", "other betas", "betas of its own")
+        ]
     if "timestep_scaling" in one.config and "timestep_scaling" in other.config:
         # Both are consistency models, whose c_skip and c_out depend on it.
         found += _differing(("timestep_scaling",), one, other)
