@@ -25,7 +25,7 @@ from atdiff.core.errors import UserError
 from atdiff.data.buckets import Frame, Size
 from atdiff.data.captions import CaptionedImages, StreamedImages
 from atdiff.pipelines.latent_model import LatentPipeline
-from atdiff.system.files import cache_folder, write_json, written_aside
+from atdiff.system.files import cache_folder, cached_aside, write_json
 from atdiff.system.fingerprint import network_fingerprint, settings_fingerprint, tokenizer_fingerprint
 from atdiff.system.quiet import quiet_libraries
 
@@ -157,13 +157,8 @@ def latent_data(
     place, parts = _place(source, encoders_of(latent), batch_size, seed, flip)
     if (found := _kept(place, source, progress)) is not None:
         return found
-    try:
-        with written_aside(place) as partial:
-            _write(partial, parts, source, latent, (batch_size, seed, flip), device, progress)
-    except UserError as error:
-        if "cannot be written" not in str(error):
-            raise
-        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
+    with cached_aside(place) as partial:
+        _write(partial, parts, source, latent, (batch_size, seed, flip), device, progress)
     data = open_latents(place, source.name)
     assert data is not None
     return data

@@ -16,6 +16,7 @@ from atdiff.core.errors import UserError
 
 __all__ = [
     "LOCK",
+    "NotWritableError",
     "cache_folder",
     "cached_aside",
     "check_images_path",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 LOCK = ".lock"  # lock file in a folder that one process at a time may write to
+
+
+class NotWritableError(UserError):
+    """A folder that cannot be written to."""
 
 
 def cache_folder() -> Path:
@@ -43,13 +48,13 @@ def written_aside(path: Path, *, flush: bool = False) -> Iterator[Path]:
         flush: whether to flush it to disk before it replaces ``path``, so that it survives a power failure.
 
     Raises:
-        UserError: the parent folder of ``path`` is not writable.
+        NotWritableError: the parent folder of ``path`` is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder.") from error
+        raise NotWritableError(f"{path} cannot be written ({error.strerror}); choose a writable folder.") from error
     try:
         # Keep the name, since some writers choose the format by its suffix.
         partial = aside / path.name
@@ -71,10 +76,8 @@ def cached_aside(path: Path) -> Iterator[Path]:
     try:
         with written_aside(path) as partial:
             yield partial
-    except UserError as error:
-        if "cannot be written" not in str(error):
-            raise
-        raise UserError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
+    except NotWritableError as error:
+        raise NotWritableError(f"{error} The cache folder is set by ATDIFF_CACHE.") from error
 
 
 def check_images_path(path: Path) -> None:
