@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers import PipelineQuantizationConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
