@@ -522,7 +522,6 @@ def test_integer_timestep_pairs_are_distinct_and_in_range(name: Any) -> None:
         DDPMScheduler(100, beta_schedule="scaled_linear", beta_start=1e-3),
         DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
         DDPMScheduler(beta_schedule="sigmoid"),
-        DDPMScheduler(beta_schedule="laplace"),
         DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
         DDPMScheduler(beta_schedule="sigmoid", rescale_betas_zero_snr=True),
         DDPMScheduler(50, trained_betas=torch.linspace(1e-3, 0.4, 50).tolist()),
