@@ -51,10 +51,11 @@ def tune(
 ) -> None:
     """Find the setting that improves RUN, a denoiser's training folder, the most, and print its recipe line.
 
-    Plain training and eight candidates start from the run: three adversaries with doses for STEPS, half and twice as
-    many steps, four with fixed doses, and explorative modelling. All train for equal passes in three rungs, and only
-    the better half of them reaches the next rung. The last rung compares them with plain training over several seeds.
-    For a LoRA, all arms restart from the base of RUN. Training settings can follow, such as --optimizer.lr 5e-4.
+    Plain training and eight candidates start from the run: three adversaries with doses for STEPS, half and twice
+    as many steps, three with fixed doses, and two of explorative modelling. All train for equal passes in three
+    rungs, and only the better half of them reaches the next rung. The last rung compares them with plain training
+    over several seeds. For a LoRA, all arms restart from the base of RUN. Training settings can follow, such as
+    --optimizer.lr 5e-4.
     """
     from atdiff.study.preflight import check_metrics_of
     from atdiff.study.tuning import Tuning, plan
