@@ -47,7 +47,7 @@ def levels_at(schedule: NoiseSchedule, time: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timesteps_at(schedule: NoiseSchedule, time: Tensor) -> Tensor:
-    """Return the timesteps ``(B,)`` at positive sampler times ``(B,)``: the inverse of :func:`sampler_time`."""
+    """Return the timesteps ``(B,)`` at sampler times ``(B,)``, 0 to 1: the inverse of :func:`sampler_time`."""
     if schedule.traits.integer_timesteps:
         return ((time * schedule.num_train_timesteps).round().long() - 1).clamp_min(0)
     if schedule.traits.variance_exploding:

@@ -76,8 +76,9 @@ class Batch:
                     f"the network got the conditions {given[0]} with one batch and {given[1]} with the next, whose "
                     "samples share an update: give the same conditions, such as class_labels, with every batch."
                 )
-            for name, one in {"x0": batch.x0, **batch.conditions}.items():
-                other = batches[0].x0 if name == "x0" else batches[0].conditions[name]
+            earlier, later = ({"x0": part.x0, **part.conditions} for part in (batch, batches[0]))
+            for name, one in earlier.items():
+                other = later[name]
                 if one.shape[1:] != other.shape[1:]:
                     raise UserError(
                         f"{name} has the shape {tuple(one.shape)} in one batch and {tuple(other.shape)} in the next, "

@@ -307,7 +307,7 @@ class ConsistencyObjective:
         """
         if self.prediction.preconditioned:
             return _boundary_of_sigma(self.schedule, timesteps)
-        if not self.schedule.traits.integer_timesteps:
+        if self.schedule.traits.has_shift:
             end = torch.zeros(timesteps.shape, device=timesteps.device)
             return end, torch.ones_like(end)
         return _boundary_of_timesteps(timesteps.float() * self.timestep_scaling)

@@ -11,6 +11,7 @@ from torch import Tensor
 from atdiff.core.choices import PairName
 from atdiff.core.errors import UserError
 from atdiff.core.noise import NoiseSchedule
+from atdiff.core.sampler_time import timesteps_at
 
 __all__ = ["EasyPairs", "EvenPairs", "ImprovedPairs", "PairName", "PairSampler", "Pairs", "make_pairs"]
 
@@ -62,8 +63,7 @@ class EvenPairs:
             skip = schedule.num_train_timesteps // intervals
             self.grid = (torch.arange(intervals + 1) * skip - 1).clamp(min=0)
         elif schedule.traits.has_shift:
-            even, shift = torch.linspace(0.0, 1.0, intervals + 1, dtype=torch.float64), schedule.shift
-            self.grid = (schedule.num_train_timesteps * shift * even / (1.0 + (shift - 1.0) * even)).float()
+            self.grid = timesteps_at(schedule, torch.linspace(0.0, 1.0, intervals + 1, dtype=torch.float64)).float()
         else:
             self.grid = schedule.timesteps_at(levels.karras(intervals + 1))
 

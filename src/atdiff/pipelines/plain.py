@@ -16,11 +16,12 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDPMPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
 
-from atdiff.core.noise import LCM_SCHEDULERS, NoiseSchedule, Traits, dynamic_mu, flow_shift
+from atdiff.core.noise import NoiseSchedule, Traits, dynamic_mu, flow_shift
 from atdiff.core.prediction import resolve_prediction_type
 from atdiff.pipelines.families import FAMILIES, Family, absent_parts
 from atdiff.pipelines.loading import single_file_config
@@ -33,6 +34,7 @@ IMAGES, STEPS = 4, 10  # in a card's code; consistency models use 4 steps
 WIDTH = 88  # longest line of the code
 # LoRA base networks do not take the guidance scale as an input, except Flux.1 dev.
 UNTOLD = {"time_cond_proj_dim": None, "guidance_embeds": True}
+EVEN = (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)  # can be given even steps; solvers cannot
 GENERATORS = f"[torch.Generator().manual_seed(i) for i in range({IMAGES})]"
 
 
@@ -212,7 +214,7 @@ class _Pixels:
 
     def _flow_scheduler(self) -> tuple[str, str]:
         sigmas = f"sigmas=[1 - i / {self.steps} for i in range({self.steps})]"
-        if not isinstance(self.scheduler, (FlowMatchEulerDiscreteScheduler, *LCM_SCHEDULERS)):
+        if not isinstance(self.scheduler, EVEN):
             return f"FlowMatchEulerDiscreteScheduler(shift={flow_shift(self.scheduler, self._tokens):g})", sigmas
         mu = dynamic_mu(self.scheduler, self._tokens)
         return "pipeline.scheduler", sigmas if mu is None else f"{sigmas}, mu={mu!r}"
@@ -301,7 +303,7 @@ def _even(steps: int) -> str:
 
 def _flow_euler(scheduler: Any) -> tuple[set[str], str]:  # noqa: ANN401
     """Return the imports and the code that replace another flow solver with Euler's method."""
-    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, *LCM_SCHEDULERS)):
+    if isinstance(scheduler, EVEN):
         return set(), ""
     name = "FlowMatchEulerDiscreteScheduler"
     return {name}, f"pipeline.scheduler = {name}(shift={flow_shift(scheduler):g})\n"

@@ -158,11 +158,9 @@ def load_latent_teacher(config: TrainConfig, latent: LatentPipeline) -> LatentPi
     """
     source = config.consistency.teacher
     if source == SELF:
-        check_distillable(latent)
         return _own_teacher(latent)
     teacher = latent if source is None else _load_teacher(source, config)
-    for one in (latent, teacher):
-        check_distillable(one)
+    check_distillable(teacher)
     if isinstance(teacher.scheduler, LCMScheduler) or teacher.network.config.time_cond_proj_dim:
         raise UserError(
             f"the teacher {teacher.source} is itself a distilled pipeline: give the pipeline it was distilled "
